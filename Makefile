@@ -1,0 +1,45 @@
+# Two commands are enough: `make quickstart` and `make test`. Both make .venv first if need be.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Where there is no NVIDIA GPU, torch's CPU build: the usual one brings gigabytes of CUDA with it.
+TORCH := torch==2.13.0
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: quickstart test lint types check-examples bench-speed bench-quickstart clean
+
+quickstart: $(VENV)/llm
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench-speed: $(VENV)/llm
+	$(BIN)/python benchmarks/speed/step.py
+	$(BIN)/python benchmarks/speed/memory.py
+
+bench-quickstart: $(VENV)/llm
+	$(BIN)/python benchmarks/quickstart_seeds.py
+
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) $(TORCH)
+	touch $@
+
+$(VENV)/llm: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[llm]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/llm pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[llm,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,64 @@
+"""zotune: fine-tune language models with forward passes only, at the memory of inference.
+
+    import zotune as zo
+
+    opt = zo.zo_sgd(model, lr=1e-6, mu=1e-3)           # tunes the parameters that require a gradient
+    loss = opt.step(lambda: loss_fn(model(x), y))      # the closure returns the loss, and never calls backward
+
+Names are imported at their first use, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zotune.directions import SAMPLERS as SAMPLERS
+    from zotune.directions import Direction as Direction
+    from zotune.directions import Sampler as Sampler
+    from zotune.directions import gaussian as gaussian
+    from zotune.directions import rademacher as rademacher
+    from zotune.errors import NonFiniteLossError as NonFiniteLossError
+    from zotune.errors import RunError as RunError
+    from zotune.errors import UnreadTensorError as UnreadTensorError
+    from zotune.errors import UsageError as UsageError
+    from zotune.errors import ZotuneError as ZotuneError
+    from zotune.estimate import GradientEstimate as GradientEstimate
+    from zotune.estimators import accumulate as accumulate
+    from zotune.estimators import central_difference as central_difference
+    from zotune.estimators import forward_difference as forward_difference
+    from zotune.methods import METHODS as METHODS
+    from zotune.methods import zo_sgd as zo_sgd
+    from zotune.optimizer import Rounding as Rounding
+    from zotune.optimizer import ZerothOrder as ZerothOrder
+    from zotune.perturb import perturbed as perturbed
+    from zotune.tuned import TunedTensors as TunedTensors
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "directions": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
+    "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
+    "estimate": ("GradientEstimate",),
+    "estimators": ("accumulate", "central_difference", "forward_difference"),
+    "methods": ("METHODS", "zo_sgd"),
+    "optimizer": ("Rounding", "ZerothOrder"),
+    "perturb": ("perturbed",),
+    "tuned": ("TunedTensors",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zotune' has no attribute {name!r}")
+    value = getattr(import_module(f"zotune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

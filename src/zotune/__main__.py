@@ -1,0 +1,5 @@
+"""`python -m zotune` is `zotune`."""
+
+from zotune.cli import main
+
+main()

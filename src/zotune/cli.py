@@ -1,0 +1,201 @@
+"""The `zotune` command. Results on stdout, everything else on stderr.
+
+Exit codes: 0 done · 1 the run failed · 2 bad usage or config · 130/143 interrupted, what there is saved.
+Heavy libraries are imported by the commands that need them, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zotune.errors import UsageError, ZotuneError, did_you_mean
+
+_HELP = """usage: zotune COMMAND …
+
+Fine-tune language models with forward passes only, at the memory of inference.
+
+commands:
+  train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
+  eval --model M --task T     accuracy with its 95 % interval
+  models                      the models there are by name
+  tasks                       the tasks there are by name
+  methods                     the methods there are by name
+  env                         versions, processor, GPU, cache
+
+`zotune COMMAND --help` shows a command's options. Every command takes --json: one JSON object on stdout.
+Start with: zotune train sst2-smollm2
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command; the exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_HELP, end="")  # noqa: T201
+        return 0
+    if argv[0] == "--version":
+        import zotune
+
+        print(f"zotune {zotune.__version__}")  # noqa: T201
+        return 0
+    verb, *rest = argv
+    try:
+        if verb not in _COMMANDS:
+            raise UsageError(f"there is no command {verb!r}.{did_you_mean(verb, _COMMANDS)}")
+        as_json = "--json" in rest
+        return _COMMANDS[verb]([a for a in rest if a != "--json"], as_json)
+    except ImportError as error:
+        return _fail(f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1)
+    except ZotuneError as error:
+        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except MemoryError:
+        return _fail("out of memory. Use a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _train(args: list[str], as_json: bool) -> int:
+    from zotune.llm.config import TrainConfig, find_recipe, read_recipe
+
+    recipe: dict[str, Any] = {}
+    source = "command line"
+    if args and not args[0].startswith("-"):
+        path = find_recipe(args[0])
+        recipe, source, args = read_recipe(path), str(path), args[1:]
+    config = _parse(TrainConfig, recipe, source, args, "zotune train")
+    from zotune.llm.train import train
+
+    result = train(config)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        for name, found in (("held-out rows before", result.dev_before), ("held-out rows", result.dev)):
+            if found is not None:
+                print(f"{name}: {found}")  # noqa: T201
+        if result.test is not None and result.test is not result.dev:
+            print(f"evaluation rows: {result.test}")  # noqa: T201
+        print(  # noqa: T201
+            f"{result.num_steps} steps, {result.num_forwards} forward passes, {result.seconds:.0f} s, "
+            f"peak memory {result.peak_memory / 2**20:.0f} MiB\nsaved in {result.output_dir}"
+        )
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _eval(args: list[str], as_json: bool) -> int:
+    from zotune.llm.config import EvalConfig
+
+    config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
+    from zotune.llm.evaluate import evaluate
+    from zotune.llm.models import load
+    from zotune.llm.output import environment, write_json
+    from zotune.llm.train import load_rows
+    from zotune.memory import peak_memory
+
+    lm = load(config)
+    rows = load_rows(lm, config)
+    found = evaluate(lm, rows.test or rows.dev, config.per_device_eval_batch_size)
+    results = {**found.summary(), "peak_memory": peak_memory(lm.device), "environment": environment()}
+    results["config"] = config.model_dump(mode="json")
+    if config.output_dir is not None:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.output_dir / "results.json", results)
+    if as_json:
+        _print_json(results)
+    else:
+        print(f"accuracy {found}, loss {found.loss:.4f}, {found.seconds:.1f} s")  # noqa: T201
+    return 0
+
+
+def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], prog: str) -> Any:
+    """Options over a recipe over defaults, as one validated record."""
+    import tyro
+
+    from zotune.llm.config import validate
+
+    default = validate(schema, recipe, source, partial=True)
+    args = [a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args]
+    return tyro.cli(schema, args=args, default=default, prog=prog, description=schema.__doc__)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))  # noqa: T201
+
+
+def _list(rows: dict[str, str], as_json: bool) -> int:
+    if as_json:
+        _print_json(rows)
+    else:
+        width = max(map(len, rows))
+        for name, text in rows.items():
+            print(f"{name.ljust(width)}  {text}".rstrip())  # noqa: T201
+    return 0
+
+
+def _models(args: list[str], as_json: bool) -> int:
+    _no_options("models", args)
+    from zotune.llm.architectures import ARCHITECTURES
+    from zotune.llm.builtin import BUILT_IN
+
+    rows = dict(BUILT_IN)
+    rows |= {f"random:{name}": "architecture with random weights, for memory and speed" for name in ARCHITECTURES}
+    return _list({**rows, "HUB/ID or FOLDER": "any causal or masked language model of transformers"}, as_json)
+
+
+def _tasks(args: list[str], as_json: bool) -> int:
+    _no_options("tasks", args)
+    from zotune.llm.tasks import TASKS
+
+    return _list({name: f"{task.description}; licence: {task.licence}" for name, task in TASKS.items()}, as_json)
+
+
+def _methods(args: list[str], as_json: bool) -> int:
+    _no_options("methods", args)
+    from zotune.methods import METHODS
+
+    rows = {name: (method.__doc__ or "").splitlines()[0] for name, method in METHODS.items()}
+    rows |= {"fo_sgd": "first-order baseline: SGD by back-propagation", "fo_adam": "first-order baseline: Adam by back-propagation"}
+    return _list(rows, as_json)
+
+
+def _env(args: list[str], as_json: bool) -> int:
+    _no_options("env", args)
+    from zotune.llm.builtin import cache_folder
+    from zotune.llm.output import environment
+
+    return _list({**environment(), "processors": str(os.cpu_count()), "cache": str(cache_folder())}, as_json)
+
+
+def _no_options(verb: str, args: list[str]) -> None:
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: zotune {verb} [--json]")  # noqa: T201
+        raise SystemExit(0)
+    if args:
+        raise UsageError(f"zotune {verb} takes no option but --json, got {args[0]!r}.")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+_COMMANDS: dict[str, Callable[[list[str], bool], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "models": _models,
+    "tasks": _tasks,
+    "methods": _methods,
+    "env": _env,
+}
+
+if __name__ == "__main__":
+    main()

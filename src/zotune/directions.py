@@ -1,0 +1,125 @@
+"""Random directions, kept as seeds.
+
+A direction over a model with d parameters costs one integer, not d numbers: its part for a parameter,
+or for any slice of it, is made again whenever it is needed (Malladi et al., 2023, arXiv 2305.17333,
+section 2.1). Which number belongs to which element is fixed by `zotune.noise.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zotune import noise
+from zotune.tuned import TunedTensor, TunedTensors
+
+# What a sampler without a fused kernel makes at a time: its scratch stays in the cache.
+_CHUNK = 1 << 18
+
+
+class Sampler(Protocol):
+    """A distribution over directions with mean 0 and identity covariance: E[u uᵀ] = I."""
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """Write elements start, start + 1, … of u for one tensor into `out` (flat, float32)."""
+
+
+@dataclass(frozen=True)
+class PhiloxSampler:
+    """A sampler that has kernels of its own, named by its stream of the noise specification."""
+
+    name: str
+    stream: int
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        noise.fill(out, self.stream, seed, tensor_id, start)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+rademacher = PhiloxSampler("rademacher", noise.RADEMACHER)
+"""Independent signs ±1: the cheapest sampler, and the one with the smallest fourth moment."""
+
+gaussian = PhiloxSampler("gaussian", noise.GAUSSIAN)
+"""Independent standard normal numbers: the paper's sampler."""
+
+SAMPLERS: dict[str, Sampler] = {"rademacher": rademacher, "gaussian": gaussian}
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A random direction u ∈ Rᵈ over the tuned tensors of a model, kept as one seed.
+
+    Args:
+        seed: 0 ≤ seed < 2⁶⁴.
+        sampler: the distribution of the entries.
+
+    >>> model = nn.Linear(2, 3)
+    >>> u = Direction(seed=7)
+    >>> u.of(model, "bias").tolist()
+    [1.0, -1.0, 1.0]
+    >>> u.of(model, "weight").shape, u.of(model, "weight").dtype
+    (torch.Size([3, 2]), torch.float32)
+    """
+
+    seed: int
+    sampler: Sampler = rademacher
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"a direction's seed is an integer in [0, 2**64), got {self.seed}")
+
+    def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
+        """The part of u for the tensor called `name` (any of a tied tensor's names): its shape, float32.
+
+        Raises:
+            KeyError: no tensor of the model that requires a gradient has this name.
+        """
+        tensor = TunedTensors.of(model)[name]
+        out = torch.empty(tensor.parameter.shape, dtype=torch.float32, device=tensor.device)
+        self.sampler.fill(out.view(-1), self.seed, tensor.id, 0)
+        return out
+
+
+Terms = Sequence[tuple[float, Direction]]
+
+
+def add_terms(
+    out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
+) -> None:
+    """out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
+
+    One pass where all directions share a sampler with a kernel, else chunk by chunk with a small scratch.
+    Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
+    """
+    samplers = {direction.sampler for _, direction in terms}
+    (sampler,) = samplers if len(samplers) == 1 else (None,)
+    if isinstance(sampler, PhiloxSampler):
+        seeds, scales = [u.seed for _, u in terms], [a for a, _ in terms]
+        noise.add(out, x, sampler.stream, seeds, scales, tensor_id, start, rounding_seed)
+        return
+    dtype = noise.compute_dtype(x.dtype)
+    for lo in range(0, x.numel(), _CHUNK):
+        part = slice(lo, min(lo + _CHUNK, x.numel()))
+        total = x[part].to(dtype) + sum_terms(terms, tensor_id, start + lo, part.stop - lo, dtype, x.device)
+        noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
+
+
+def sum_terms(
+    terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Σ aᵢ uᵢ for elements start … start + size - 1 of one tensor, in the order of the terms."""
+    u = torch.empty(size, dtype=torch.float32, device=device)
+    total = torch.zeros(size, dtype=dtype, device=device)
+    for a, direction in terms:
+        direction.sampler.fill(u, direction.seed, tensor_id, start)
+        total += u.to(dtype) * torch.tensor(a, dtype=dtype, device=device)
+    return total
+
+
+__all__ = ["SAMPLERS", "Direction", "Sampler", "TunedTensor", "add_terms", "gaussian", "rademacher", "sum_terms"]

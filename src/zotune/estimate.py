@@ -1,0 +1,44 @@
+"""A gradient estimate ĝ = Σ cᵢ uᵢ, kept as a few numbers and seeds: kilobytes, whatever the model's size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from zotune.directions import Direction, sum_terms
+from zotune.noise import compute_dtype
+from zotune.tuned import TunedTensors
+
+
+@dataclass(frozen=True)
+class GradientEstimate:
+    """ĝ = Σ cᵢ uᵢ over the tuned tensors of a model.
+
+    Attributes:
+        loss: the objective at x, or the mean of the probes' values where x itself was not evaluated.
+        terms: the pairs (cᵢ, uᵢ). An estimator that averages q directions has put the 1/q into the cᵢ.
+        num_forwards: how often the objective was evaluated.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> u = Direction(seed=7)
+    >>> estimate = GradientEstimate(loss=0.5, terms=((2.0, u),), num_forwards=2)
+    >>> bool((estimate.of(model, "weight") == 2 * u.of(model, "weight")).all())
+    True
+    """
+
+    loss: float
+    terms: tuple[tuple[float, Direction], ...]
+    num_forwards: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss and every coefficient are numbers that may reach the weights."""
+        return math.isfinite(self.loss) and all(math.isfinite(c) for c, _ in self.terms)
+
+    def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
+        """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""
+        tensor = TunedTensors.of(model)[name]
+        p = tensor.parameter
+        return sum_terms(self.terms, tensor.id, 0, p.numel(), compute_dtype(p.dtype), tensor.device).view(p.shape)

@@ -1,0 +1,1 @@
+"""Fine-tuning language models: models, data, objectives, evaluation and the training run."""

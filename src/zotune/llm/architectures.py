@@ -1,0 +1,98 @@
+"""The paper's architectures by name, for memory and speed work without a download, and a tiny one of each family.
+
+`random:NAME` makes one with random weights and a tokenizer of bytes. The sizes are those of the
+published configurations; their weights, and so their accuracy, are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+def _opt(width: int, layers: int, heads: int, **other: Any) -> Any:
+    from transformers import OPTConfig
+
+    sizes = {"word_embed_proj_dim": width, "ffn_dim": 4 * width, **other}
+    return OPTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, **sizes)
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, **other: Any) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {"max_position_embeddings": 4096, **other}
+    return LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, **sizes
+    )
+
+
+def _mistral(width: int, inner: int, layers: int, heads: int, kv_heads: int, **other: Any) -> Any:
+    from transformers import MistralConfig
+
+    sizes = {"max_position_embeddings": 32768, "sliding_window": 4096, **other}
+    return MistralConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **sizes,
+    )
+
+
+def _roberta(width: int, layers: int, heads: int, **other: Any) -> Any:
+    from transformers import RobertaConfig
+
+    sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, **other}
+    return RobertaConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads, **sizes
+    )
+
+
+_TINY = {"vocab_size": 320, "max_position_embeddings": 256}
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "roberta-large": partial(_roberta, 1024, 24, 16),
+    "opt-125m": partial(_opt, 768, 12, 12),
+    "opt-350m": partial(_opt, 1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
+    "opt-1.3b": partial(_opt, 2048, 24, 32),
+    "opt-2.7b": partial(_opt, 2560, 32, 32),
+    "opt-6.7b": partial(_opt, 4096, 32, 32),
+    "opt-13b": partial(_opt, 5120, 40, 40),
+    "opt-30b": partial(_opt, 7168, 48, 56),
+    "opt-66b": partial(_opt, 9216, 64, 72),
+    "llama2-7b": partial(_llama, 4096, 11008, 32, 32),
+    "llama2-13b": partial(_llama, 5120, 13824, 40, 40),
+    "vicuna-7b": partial(_llama, 4096, 11008, 32, 32),
+    "mistral-7b": partial(_mistral, 4096, 14336, 32, 32, 8),
+    "roberta-tiny": partial(_roberta, 32, 2, 4, **_TINY),
+    "opt-tiny": partial(_opt, 32, 2, 4, **_TINY),
+    "llama-tiny": partial(_llama, 32, 64, 2, 4, **_TINY),
+    "mistral-tiny": partial(_mistral, 32, 64, 2, 4, 2, **_TINY),
+}
+"""Every architecture by name: a function that makes its configuration."""
+
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+# Words of the tasks' verbalizers as single tokens, as real vocabularies have them.
+_WORDS = (" terrible", " great", " Yes", " No", " Maybe")
+
+
+def byte_tokenizer(config: Any) -> Any:
+    """A tokenizer of bytes and a few whole words, for models whose weights are random anyway."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*_SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = "<s> $A </s>" if config.model_type == "roberta" else "<s> $A"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=ends, special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>")]
+    )
+    names = dict(zip(("bos", "pad", "eos", "unk", "mask"), _SPECIAL, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{f"{name}_token": t for name, t in names.items()})
+    fast.add_tokens(list(_WORDS))
+    return fast

@@ -1,0 +1,69 @@
+"""Say before a run starts that it cannot work: a μ or a learning rate below what the precision can hold."""
+
+from __future__ import annotations
+
+import torch
+
+from zotune.directions import add_terms
+from zotune.errors import UsageError
+from zotune.estimate import GradientEstimate
+from zotune.optimizer import Rounding, ZerothOrder
+from zotune.tuned import TunedTensors
+
+# Elements of each tensor that are tried.
+_SAMPLE = 4096
+
+
+def check_mu(tuned: TunedTensors, mu: float) -> None:
+    """Refuse a μ that leaves every tuned number as it is once rounded to its precision.
+
+    Raises:
+        UsageError: x + μu = x for every element tried.
+    """
+    for tensor in tuned:
+        x = tensor.storage().flatten()[:_SAMPLE]
+        # A step of either sign along every coordinate.
+        if bool((x + mu != x).any()) or bool((x - mu != x).any()):
+            return
+    dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
+    raise UsageError(
+        f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so both probes "
+        f"see the same model. Use mu of at least {_least_mu(tuned):.0e}, or float32 weights or adapters."
+    )
+
+
+def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu: float) -> None:
+    """Refuse probes whose losses do not differ, and updates that would all be rounded away.
+
+    Raises:
+        UsageError: with what to change.
+    """
+    if estimate.is_finite and all(c == 0 for c, _ in estimate.terms):
+        raise UsageError(
+            f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
+            "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
+        )
+    if optimizer.rounding == Rounding.NEAREST and estimate.is_finite and not _moves(optimizer, estimate):
+        raise UsageError(
+            f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: the first update is "
+            "below half a rounding unit of every weight, so nothing would move. Use --rounding stochastic or master, "
+            "a larger learning rate, or float32."
+        )
+
+
+def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
+    """Whether an update, rounded to nearest, changes any of the elements tried."""
+    lr = float(optimizer.param_groups[0]["lr"])
+    for tensor in optimizer.tuned:
+        x = tensor.storage().flatten()[:_SAMPLE].clone()
+        after = torch.empty_like(x)
+        add_terms(after, x, [(-lr * c, u) for c, u in estimate.terms], tensor.id)
+        if bool((after != x).any()):
+            return True
+    return False
+
+
+def _least_mu(tuned: TunedTensors) -> float:
+    """A power of ten at which the median weight moves."""
+    sizes = [t.storage().flatten()[:_SAMPLE].float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
+    return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())

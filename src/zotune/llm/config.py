@@ -1,0 +1,182 @@
+"""The schema of a run: one frozen record that is recipe file, command-line flags and saved `config.yaml`.
+
+Names follow Hugging Face's where it has one. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from zotune.errors import UsageError, did_you_mean
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# Which methods there are, for help and validation without loading torch; a test holds it against the tables.
+MethodName = Literal["zo_sgd", "fo_sgd", "fo_adam"]
+FIRST_ORDER = ("fo_sgd", "fo_adam")
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+class ModelOptions(_Options):
+    """Which model, and how it is loaded."""
+
+    model: str = Field("smollm2-135m", description="Built-in name, Hub id, local folder, or random:NAME (see `models`).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights; auto takes the checkpoint's."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
+
+
+class DataOptions(_Options):
+    """Which data: a task that zotune knows, or files of your own."""
+
+    task: str | None = Field(None, description="A task by name (see `tasks`); or give --train-file.")
+    data_source: str = Field(
+        "sample", description="For a task: sample (the rows shipped with the repository), hub, or a folder of its files."
+    )
+    train_file: Path | None = Field(None, description="Your own rows to train on: JSON lines or CSV, also gzipped.")
+    eval_file: Path | None = Field(None, description="Your own rows to evaluate on; default: rows held out of the training file.")
+    text_column: str = Field("text", description="Column of your files that holds the text.")
+    label_column: str = Field("label", description="Column of your files that holds the label.")
+    template: str = Field("{text}\nLabel:", description="Prompt of your rows; {column} stands for the row's column.")
+    verbalizer: dict[str, str] = Field(
+        default_factory=dict, description="Label to the word that the model should say; default: the labels themselves."
+    )
+    num_train: int | None = Field(None, ge=1, description="Training rows to use; default: the task's 1000, or all of yours.")
+    num_dev: int | None = Field(None, ge=0, description="Rows held out of the training data; default: the task's 500, or a fifth of yours.")
+    num_eval: int | None = Field(None, ge=1, description="Evaluation rows to use; default: all.")
+    data_seed: int = Field(0, ge=0, description="Names the permutation that chooses rows.")
+    max_length: int | None = Field(None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them.")
+    per_device_eval_batch_size: int = Field(32, ge=1, description="Examples in one forward pass of an evaluation.")
+
+    @model_validator(mode="after")
+    def _one_source(self, info: ValidationInfo) -> Self:
+        if not _is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
+            raise ValueError("give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none")
+        return self
+
+
+class EvalConfig(ModelOptions, DataOptions):
+    """Evaluate a model on a task or on your own rows: accuracy with its 95 % interval."""
+
+    output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
+
+
+class TrainConfig(ModelOptions, DataOptions):
+    """Fine-tune a model with forward passes only (or with a first-order baseline)."""
+
+    output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
+    overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
+
+    method: MethodName = Field("zo_sgd", description="See `methods`.")
+    learning_rate: float = Field(1e-3, ge=0, description="η, at the first step.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the learning rate goes from its first value: stays, or falls to 0."
+    )
+    mu: float = Field(
+        1e-3,
+        gt=0,
+        validation_alias=AliasChoices("mu", "zo_eps"),
+        description="μ, the distance moved along a direction, in units of the parameters (elsewhere: zo_eps).",
+    )
+    num_queries: int = Field(1, ge=1, description="q, directions a step.")
+    sampler: Literal["rademacher", "gaussian"] = Field("rademacher", description="Distribution of the directions.")
+    difference: Literal["central", "forward"] = Field("central", description="Two-sided or one-sided differences.")
+    rounding: Literal["stochastic", "master", "nearest"] = Field(
+        "stochastic", description="How updates enter half-precision weights."
+    )
+
+    tuning: Literal["full", "lora"] = Field("full", description="What is tuned: the model's own weights, or a LoRA adapter.")
+    tuned_layers: int | None = Field(None, ge=1, description="Tune only in the last so many layers (full: and what lies above).")
+    tuned_parameters: str | None = Field(None, description="With full: tune only weights whose name this regular expression finds.")
+    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="The adapter is scaled by lora_alpha / lora_r.")
+    lora_target_modules: tuple[str, ...] = Field(
+        (), description="Linear layers that get an adapter; default: q_proj and v_proj (query and value)."
+    )
+
+    max_steps: int = Field(1000, ge=1, description="Updates.")
+    per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose objective is averaged for one update.")
+    gradient_checkpointing: bool = Field(False, description="First-order methods: recompute activations to save memory.")
+    reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
+    seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
+
+    logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out rows; default: at the end.")
+
+    @model_validator(mode="after")
+    def _no_idle_option(self, info: ValidationInfo) -> Self:
+        if _is_partial(info):
+            return self
+        if self.tuning == "lora" and self.tuned_parameters is not None:
+            raise ValueError("tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules")
+        if self.tuning == "full" and self.lora_target_modules:
+            raise ValueError("lora_target_modules needs tuning: lora")
+        if self.gradient_checkpointing and self.method not in FIRST_ORDER:
+            raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
+        return self
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def _is_partial(info: ValidationInfo) -> bool:
+    """Whether the record is a recipe that options may still complete: what keys say of each other waits."""
+    return bool(info.context and info.context.get("partial"))
+
+
+def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:
+    """A record of `schema` from plain values; the errors name `source`, the key, and the nearest known key."""
+    try:
+        return schema.model_validate(values, context={"partial": partial})
+    except ValidationError as error:
+        raise UsageError("\n".join(f"{source}: {_explain(schema, e)}" for e in error.errors())) from None
+
+
+def _explain(schema: type[BaseModel], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}.{did_you_mean(key, schema.model_fields)}"
+    if error["type"] == "literal_error":
+        known = schema.model_fields[key].annotation
+        choices = getattr(known, "__args__", ())
+        return f"{key} is {error['input']!r}.{did_you_mean(str(error['input']), map(str, choices))}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} is {error['input']!r}: {message}" if key else message
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file of a path or of a shipped recipe's name.
+
+    Raises:
+        UsageError: there is none; the message lists or guesses what there is.
+    """
+    for path in (Path(name), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = [p.stem for p in RECIPES.glob("*.yaml")]
+    raise UsageError(f"there is no recipe file {name!r}, and no shipped recipe of that name.{did_you_mean(name, shipped)}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a YAML recipe; `1e-6` is a number here, as people mean it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold `key: value` lines, one an option.")
+    return values
+
+
+def write_yaml(path: Path, config: BaseModel) -> None:
+    """Write a resolved config so that `zotune train PATH` runs it again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,208 @@
+"""Models by name: the built-in one, a Hub id, a local folder, or a known architecture with random weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.errors import UsageError, did_you_mean
+from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
+from zotune.llm.builtin import BUILT_IN, fetch
+from zotune.llm.config import ModelOptions
+from zotune.llm.objective import Batch, losses, scores, scores_of_single_tokens
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LanguageModel:
+    """A model of transformers with its tokenizer, and how zotune reads it.
+
+    Attributes:
+        module: a causal or masked language model of transformers, possibly wrapped by peft.
+        masked: whether it fills in masks rather than continues text.
+        num_forwards: forward passes so far.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    name: str
+    masked: bool
+    num_forwards: int = field(default=0)
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def base(self) -> Any:
+        """The model of transformers itself, without an adapter around it."""
+        get_base = getattr(self.module, "get_base_model", None)
+        return self.module if get_base is None else get_base()
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.module.parameters())
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model reads at most."""
+        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        # RoBERTa's positions begin after its padding index.
+        return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+
+    @property
+    def pad_token_id(self) -> int:
+        """Any token does: padding is on the right, or masked."""
+        return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
+
+    def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
+        """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given."""
+        self.num_forwards += 1
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        # Right padding is invisible to causal attention, and without a mask attention runs its fast kernel.
+        inputs |= {"attention_mask": batch.attention_mask} if self.masked else {"use_cache": False}
+        with _head_at(self.base, batch.positions, only):
+            out: Tensor = self.module(**inputs).logits
+        return out
+
+    def score(self, batch: Batch) -> Tensor:
+        """(examples, candidates) scores, float64: mean log-probabilities, or the same up to a constant an example."""
+        if batch.only_single_tokens and isinstance(self.base.get_output_embeddings(), nn.Linear):
+            return scores_of_single_tokens(self.logits(batch, torch.unique(batch.tokens)), batch)
+        return scores(self.logits(batch), batch)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """(examples,) losses, float64."""
+        return losses(self.score(batch), batch)
+
+
+@contextmanager
+def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[None]:
+    """Let the head see the hidden states at `positions` alone, and make the logits of the tokens `only`."""
+    output = model.get_output_embeddings()
+    head = next(child for child in model.children() if any(m is output for m in child.modules()))
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = args
+        return (hidden.reshape(-1, hidden.shape[-1])[positions], *rest)
+
+    def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
+        assert only is not None
+        bias = None if module.bias is None else module.bias[only]
+        # As a look-up, so that a perturbed head is perturbed only in the rows that are read.
+        return F.linear(hidden, F.embedding(only, module.weight), bias)
+
+    handle = head.register_forward_pre_hook(select)
+    own = vars(output).get("forward")
+    if only is not None:
+        output.forward = lambda hidden: rows(output, hidden)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if own is not None:
+            output.forward = own
+        elif only is not None:
+            del output.forward
+
+
+def load(options: ModelOptions) -> LanguageModel:
+    """The model that `options` name, in eval mode, on its device.
+
+    Raises:
+        UsageError: it cannot be found, read, or run here; the message says which and what to do.
+    """
+    quiet_libraries()
+    device = _device(options.device)
+    if options.model.startswith("random:"):
+        lm = _random(options.model.removeprefix("random:"), options)
+    else:
+        lm = _pretrained(options)
+    lm.module.to(device)
+    lm.module.eval()
+    return lm
+
+
+def quiet_libraries() -> None:
+    """transformers and its companions speak through zotune's own progress and messages."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("huggingface_hub", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _random(name: str, options: ModelOptions) -> LanguageModel:
+    """An architecture with random weights, the same ones each time."""
+    import transformers
+
+    if name not in ARCHITECTURES:
+        raise UsageError(f"there is no architecture {name!r}.{did_you_mean(name, ARCHITECTURES)}")
+    config = ARCHITECTURES[name]()
+    masked = config.model_type == "roberta"
+    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
+    return LanguageModel(module, byte_tokenizer(config), options.model, masked)
+
+
+def _pretrained(options: ModelOptions) -> LanguageModel:
+    import transformers
+
+    source = str(fetch(options.model)) if options.model in BUILT_IN else options.model
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            return _adapted(Path(source), options)
+        config = transformers.AutoConfig.from_pretrained(source)
+        masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
+        auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_not_loaded(options.model, error)) from None
+    return LanguageModel(module, tokenizer, options.model, masked)
+
+
+def _adapted(folder: Path, options: ModelOptions) -> LanguageModel:
+    """A base model with the adapter of a folder, as peft loads it."""
+    from peft import PeftConfig, PeftModel
+
+    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    lm = load(options.model_copy(update={"model": base}))
+    lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    lm.name = options.model
+    return lm
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    known = [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES)]
+    reason = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        return f"the folder {name!r} does not hold a model that transformers can load: {reason}"
+    return (
+        f"the model {name!r} is neither built in nor a local folder, and could not be had from the Hub ({reason})."
+        f"{did_you_mean(name, known)} Without a network, fetch it where there is one with `hf download {name}` "
+        "and give the folder."
+    )

@@ -1,0 +1,144 @@
+"""A run's folder: model, tokenizer, resolved config, metrics as they come, results, and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zotune
+from zotune.errors import RunError, UsageError
+from zotune.llm.config import TrainConfig, write_yaml
+from zotune.llm.models import LanguageModel
+
+_OURS = ("config.yaml", "metrics.jsonl", "results.json", "README.md")
+
+
+class OutputFolder:
+    """The folder of one run. Made at the start, so that a run that fails leaves its metrics."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: it holds a run already, or cannot be made.
+        """
+        self.path = config.output_dir
+        if (self.path / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+            raise UsageError(f"{self.path} holds an earlier run; choose another --output-dir, or give --overwrite-output-dir.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in _OURS:
+                (self.path / name).unlink(missing_ok=True)
+            write_yaml(self.path / "config.yaml", config)
+            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
+
+    def check_room(self, lm: LanguageModel) -> None:
+        """Refuse to start what could not be saved."""
+        tuned = [p for p in lm.module.parameters() if p.requires_grad]
+        saved = tuned if hasattr(lm.module, "peft_config") else list(lm.module.parameters())
+        needed = sum(p.numel() * p.element_size() for p in saved)
+        free = shutil.disk_usage(self.path).free
+        if free < 1.05 * needed:
+            raise UsageError(
+                f"{str(self.path)!r} has {free / 1e6:.0f} MB free, but the tuned model takes {needed / 1e6:.0f} MB. "
+                "Make room, choose another --output-dir, or tune an adapter (--tuning lora)."
+            )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl; it reaches the file at once."""
+        try:
+            self._metrics.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunError(f"metrics could not be written to {self.path}: {error.strerror}.") from None
+
+    def save_model(self, lm: LanguageModel) -> None:
+        """Write what transformers or peft load as it is: weights or adapter, config, tokenizer."""
+        try:
+            # peft asks the Hub for the base model's vocabulary when it saves an adapter, unless told not to look.
+            extra = {"save_embedding_layers": False} if hasattr(lm.module, "peft_config") else {}
+            lm.module.save_pretrained(str(self.path), **extra)  # type: ignore[operator]
+            lm.tokenizer.save_pretrained(str(self.path))
+        except (OSError, RuntimeError) as error:
+            raise RunError(
+                f"the tuned model could not be saved to {self.path}: {error}. Metrics up to the last step are in metrics.jsonl."
+            ) from None
+
+    def finish(self, results: dict[str, Any], config: TrainConfig) -> None:
+        """Write results.json and the model card, and close the metrics."""
+        self._metrics.close()
+        write_json(self.path / "results.json", results)
+        (self.path / "README.md").write_text(_card(results, config), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, as every result records them."""
+    import peft
+    import transformers
+
+    return {
+        "zotune": zotune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+def _card(results: dict[str, Any], config: TrainConfig) -> str:
+    """The model card: what this is, how it was made, how well it does, how to load it."""
+    adapter = config.tuning == "lora"
+    load = (
+        "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        if adapter
+        else "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
+    )
+    test = results["test"]
+    accuracy = (
+        "not evaluated"
+        if test is None
+        else f"{100 * test['accuracy']:.1f} % (95 % interval {100 * test['low']:.1f} to {100 * test['high']:.1f}, n = {test['num_examples']})"
+    )
+    return f"""---
+library_name: {"peft" if adapter else "transformers"}
+tags: [zotune, zeroth-order]
+---
+
+# {config.model}, tuned on {config.task or config.train_file}
+
+Made by [zotune](https://pypi.org/project/zotune/) {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
+({results["num_tuned"]:,} numbers tuned).
+
+| | |
+|---|---|
+| accuracy | {accuracy} |
+| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
+| learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
+| seed | {config.seed} |
+| training time | {results["seconds"]:.0f} s |
+| peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
+
+```python
+{load}
+```
+
+`config.yaml` holds every option; `zotune train config.yaml` runs it again.
+"""

@@ -1,0 +1,29 @@
+"""How much memory this process has taken at its peak."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes: the most this process has held at once, on the GPU for a CUDA device, else resident in RAM.
+
+    On Linux the kernel's high-water mark of the process image (VmHWM), which, unlike `ru_maxrss`, does
+    not inherit the size of the process that started this one.
+
+    >>> peak_memory() > 10 * 1024**2
+    True
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

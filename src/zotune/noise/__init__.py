@@ -1,0 +1,167 @@
+"""Counter-based noise on torch tensors: one interface over the kernels of each device.
+
+`fill` makes a part of a direction, `add` moves weights along a few directions in one pass, `round_to`
+writes float32 numbers into half-precision weights without bias. Tensors here are flat and contiguous;
+`start` is the index of their first element within the whole tensor T that `tensor_id` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zotune.noise import eager
+from zotune.noise.reference import GAUSSIAN as GAUSSIAN
+from zotune.noise.reference import NOISE_VERSION as NOISE_VERSION
+from zotune.noise.reference import RADEMACHER as RADEMACHER
+from zotune.noise.reference import derive_seed as derive_seed
+
+# A range shorter than this is not worth handing to a second thread.
+_THREAD_ELEMENTS = 1 << 17
+# Ranges start at multiples of this, so that no block of noise is made twice.
+_ALIGNMENT = 1024
+# What the torch fallback makes at a time: bounds its temporaries to some ten megabytes.
+_EAGER_ELEMENTS = 1 << 18
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weights of `dtype` are moved: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) -> None:
+    """Fill `out` (float32) with elements start, start + 1, … of the direction `seed` for tensor `tensor_id`."""
+    if out.device.type == "cpu":
+        kernels = _cpu()
+        array = out.numpy()
+        _parallel(
+            lambda lo, hi: kernels.fill(array, stream, np.uint64(seed), tensor_id, start, lo, hi), out.numel()
+        )
+        return
+    for lo in range(0, out.numel(), _EAGER_ELEMENTS):
+        eager.fill(out[lo : lo + _EAGER_ELEMENTS], stream, seed, tensor_id, start + lo)
+
+
+def add(
+    out: Tensor,
+    x: Tensor,
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int = 0,
+    rounding_seed: int | None = None,
+) -> None:
+    """out = x + Σ scales[i] uᵢ in one pass; `out` may be `x`.
+
+    The sum is taken in float32 (float64 for float64 weights) before it is added. Half-precision results
+    are rounded to nearest even, or at random without bias if a `rounding_seed` is given.
+    """
+    if x.device.type != "cpu":
+        _add_eagerly(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
+        return
+    kernels, half = _cpu(), _half_kind(x.dtype)
+    terms = (
+        np.array(seeds, np.uint64),
+        np.array(scales, np.float64 if x.dtype == torch.float64 else np.float32),
+    )
+    to, of = _array(out), _array(x)
+    if half == 0:
+        kernel = lambda lo, hi: kernels.add(to, of, stream, *terms, tensor_id, start, lo, hi)  # noqa: E731
+    elif rounding_seed is None:
+        kernel = lambda lo, hi: kernels.add_half(  # noqa: E731
+            to, of, half, stream, *terms, tensor_id, start, lo, hi
+        )
+    else:
+        random = np.uint64(rounding_seed)
+        kernel = lambda lo, hi: kernels.add_half_stochastic(  # noqa: E731
+            to, of, half, stream, *terms, random, tensor_id, start, lo, hi
+        )
+    _parallel(kernel, x.numel())
+
+
+def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
+    """rows[i] += scale · u for rows of a matrix on the CPU, where rows[i] is its row indices[i]."""
+    kernels, half = _cpu(), _half_kind(rows.dtype)
+    seeds = np.array([seed], np.uint64)
+    scales = np.array([scale], np.float64 if rows.dtype == torch.float64 else np.float32)
+    kernel = kernels.add_rows_half if half else kernels.add_rows
+    kinds = (half,) if half else ()
+    to, of = _array(rows), indices.numpy()
+    kernel(to, of, *kinds, stream, seeds, scales, tensor_id)
+
+
+def round_to(out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, start: int = 0) -> None:
+    """out = y in out's dtype: to nearest, or for half precision at random without bias if given a seed."""
+    half = _half_kind(out.dtype)
+    if half == 0 or rounding_seed is None:
+        out.copy_(y)
+    elif out.device.type == "cpu":
+        kernels, to, of, random = _cpu(), _array(out), _array(y), np.uint64(rounding_seed)
+        _parallel(lambda lo, hi: kernels.round_half(to, of, half, random, tensor_id, start, lo, hi), y.numel())
+    else:
+        eager.round_half(out, y, rounding_seed, tensor_id, start)
+
+
+def _add_eagerly(
+    out: Tensor,
+    x: Tensor,
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int,
+    rounding_seed: int | None,
+) -> None:
+    dtype = compute_dtype(x.dtype)
+    for lo in range(0, x.numel(), _EAGER_ELEMENTS):
+        part = slice(lo, min(lo + _EAGER_ELEMENTS, x.numel()))
+        u = torch.empty(part.stop - lo, dtype=torch.float32, device=x.device)
+        # -0 is what leaves every first term as it is, its sign included; 0 + -0 would be 0.
+        total = torch.full((part.stop - lo,), -0.0, dtype=dtype, device=x.device)
+        for seed, scale in zip(seeds, scales, strict=True):
+            eager.fill(u, stream, seed, tensor_id, start + lo)
+            # Two operations, not one with alpha: a fused multiply-add would round once instead of twice.
+            total += u.to(dtype) * torch.tensor(scale, dtype=dtype, device=x.device)
+        round_to(out[part], x[part].to(dtype) + total, rounding_seed, tensor_id, start + lo)
+
+
+@cache
+def _cpu() -> Any:
+    """The kernels, imported at their first use: numba takes a while to load."""
+    from zotune.noise import cpu
+
+    return cpu
+
+
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="zotune-noise")
+
+
+def _parallel(kernel: Callable[[int, int], None], size: int) -> None:
+    """Run kernel(lo, hi) over [0, size), split among as many threads as torch uses."""
+    num_threads = min(torch.get_num_threads(), -(-size // _THREAD_ELEMENTS))
+    if num_threads <= 1:
+        kernel(0, size)
+        return
+    step = -(-size // (num_threads * _ALIGNMENT)) * _ALIGNMENT
+    ranges = [(lo, min(lo + step, size)) for lo in range(0, size, step)]
+    others = [_pool(num_threads - 1).submit(kernel, lo, hi) for lo, hi in ranges[1:]]
+    kernel(*ranges[0])
+    for other in others:
+        other.result()
+
+
+def _half_kind(dtype: torch.dtype) -> int:
+    return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 0)
+
+
+def _array(t: Tensor) -> Any:
+    return (t.view(torch.uint16) if _half_kind(t.dtype) else t).numpy()

@@ -1,0 +1,100 @@
+"""The noise of `reference.py` in torch operations: the same bits on any device that torch has.
+
+Slower than a kernel, for every step makes a temporary, but it needs nothing but torch. 32-bit words
+are kept in int64 tensors, whose products wrap modulo 2⁶⁴ as Philox wants them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zotune.noise.reference import GAUSSIAN, RADEMACHER, ROUNDING
+
+_MASK = 0xFFFFFFFF
+
+
+def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    c0, c1 = blocks & _MASK, blocks >> 32
+    c2, c3 = torch.full_like(blocks, tensor_id), torch.full_like(blocks, stream)
+    k0, k1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _stream(
+    seed: int, tensor_id: int, stream: int, start: int, size: int, per_block: int, device: torch.device
+) -> tuple[Tensor, int]:
+    first, last = start // per_block, -(-(start + size) // per_block)
+    blocks = torch.arange(first, last, dtype=torch.int64, device=device)
+    return torch.stack(_words(seed, tensor_id, stream, blocks), dim=1), start % per_block
+
+
+def _log(x: Tensor) -> Tensor:
+    bits = x.view(torch.int32)
+    e = (bits - 0x3F3504F3) >> 23
+    m = (bits - (e << 23)).view(torch.float32)
+    s = (m - 1) / (m + 1)
+    z = s * s
+    p = torch.full_like(z, 1 / 9)
+    for c in (1 / 7, 1 / 5, 1 / 3, 1.0):
+        p = p * z + c
+    return 2 * s * p + e.to(torch.float32) * 0.6931471805599453
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The square root rounded as IEEE 754 wants it: on a CPU torch's own (that of MKL) may be one unit off."""
+    return torch.sqrt(x.double()).float() if x.device.type == "cpu" else torch.sqrt(x)
+
+
+def _cosine_and_sine(w: Tensor) -> tuple[Tensor, Tensor]:
+    turned = (w + (1 << 29)) & _MASK
+    quadrant = turned >> 30
+    y = ((turned & 0x3FFFFFFF) - (1 << 29)).to(torch.float32) * (1.5707963267948966 / (1 << 30))
+    z = y * y
+    s, c = torch.full_like(z, 1 / 362880), torch.full_like(z, -1 / 3628800)
+    for a in (-1 / 5040, 1 / 120, -1 / 6, 1.0):
+        s = s * z + a
+    for a in (1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0):
+        c = c * z + a
+    s = s * y
+    odd = (quadrant & 1) == 1
+    cos, sin = torch.where(odd, s, c), torch.where(odd, c, s)
+    cos = torch.where((quadrant == 1) | (quadrant == 2), -cos, cos)
+    return cos, torch.where(quadrant >= 2, -sin, sin)
+
+
+def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
+    """Fill a flat float32 tensor with elements start, start + 1, … of a direction."""
+    n = out.numel()
+    if stream == RADEMACHER:
+        words, first = _stream(seed, tensor_id, RADEMACHER, start, n, 128, out.device)
+        bits = (words.unsqueeze(2) >> torch.arange(32, device=out.device)) & 1
+        out.copy_((1 - 2 * bits).flatten()[first : first + n])
+        return
+    words, first = _stream(seed, tensor_id, GAUSSIAN, start, n, 4, out.device)
+    pairs = words.view(-1, 2)
+    uniform = (pairs[:, 0].to(torch.float32) + 0.5) * 2.0**-32
+    radius = _sqrt(-2 * _log(uniform))
+    cos, sin = _cosine_and_sine(pairs[:, 1])
+    out.copy_(torch.stack((radius * cos, radius * sin), dim=1).flatten()[first : first + n])
+
+
+def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
+    """out = y (flat, float32) rounded at random to out's 16-bit dtype, so that the mean is y."""
+    words, first = _stream(rounding_seed, tensor_id, ROUNDING, start, y.numel(), 8, out.device)
+    random = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[first : first + y.numel()]
+    magnitude = y.abs()
+    if out.dtype == torch.bfloat16:
+        lower = magnitude.view(torch.int32) >> 16
+    else:
+        nearest = magnitude.to(out.dtype)
+        lower = nearest.view(torch.int16).to(torch.int32) - (nearest.float() > magnitude).to(torch.int32)
+    below, above = (b.to(torch.int16).view(out.dtype).float() for b in (lower, lower + 1))
+    k = ((magnitude - below) / (above - below) * 65536).to(torch.int64)
+    up = ((k + random) >= 65536) & torch.isfinite(above)
+    rounded = (lower + up.to(torch.int32)).to(torch.int16).view(out.dtype)
+    out.copy_(torch.where(torch.signbit(y), -rounded, rounded))

@@ -1,0 +1,192 @@
+"""The tensors that are tuned: who they are, what they are called, where their numbers lie.
+
+Noise is keyed by a tensor's name, so a name must not change with wrappers, with the order in which
+parameters are registered, or with which of two tied names comes first. `TunedTensors` settles that
+once for a model: one entry a tensor, by identity, with a canonical name and its 32-bit hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.errors import UsageError
+
+# Names that compilers, data-parallel, sharding and adapter wrappers put in front of or between a model's own.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_ADAPTER_PREFIX = "base_model.model."
+
+
+def tensor_id(name: str) -> int:
+    """The stable 32-bit id of a tensor: the first four bytes, little endian, of BLAKE2s of its name.
+
+    >>> hex(tensor_id("lm_head.weight"))
+    '0x23ce0cb5'
+    """
+    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+
+
+def canonical_name(names: Iterable[str]) -> str:
+    """The one name of a tensor that has several: without wrappers, the first in alphabetical order.
+
+    >>> canonical_name(["model.embed.weight", "lm_head.weight"])
+    'lm_head.weight'
+    >>> canonical_name(["base_model.model._orig_mod.fc.weight"])
+    'fc.weight'
+    """
+    return min(_WRAPPERS.sub("", name).removeprefix(_ADAPTER_PREFIX) for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class TunedTensor:
+    """One tuned tensor: its canonical name, id, parameter, and the module that owns it."""
+
+    name: str
+    id: int
+    parameter: nn.Parameter
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the numbers lie elsewhere and visit the model only while a module runs."""
+        return self.parameter.is_meta
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage().device if self.is_offloaded else self.parameter.device
+
+    def storage(self) -> Tensor:
+        """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used."""
+        if not self.is_offloaded:
+            return self.parameter.data
+        stored = _offload_map(self.owner)
+        first, second = (None if stored is None else stored[self.attribute] for _ in range(2))
+        if first is None or second is None or first.data_ptr() != second.data_ptr():
+            raise UsageError(
+                f"the tuned tensor {self.name!r} is on the meta device and its weights are not held in memory, "
+                "so an update would be lost. Offload the model to the CPU rather than to disk, or freeze this tensor."
+            )
+        return first
+
+    def loaded(self) -> object:
+        """What now stands in the parameter's place in its module (an offloading hook may have put it there)."""
+        return self.owner._parameters.get(self.attribute)
+
+
+class TunedTensors:
+    """The tuned tensors of a model, each once, in the order of the model's parameters.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> _ = model[0].requires_grad_(False)
+    >>> [t.name for t in TunedTensors(model)]
+    ['1.weight', '1.bias']
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Collect the parameters of `model` that require a gradient, or just those given.
+
+        Raises:
+            UsageError: there is none, one is not the model's, is not of floating point, two share an id or memory.
+        """
+        chosen = None if parameters is None else {id(p) for p in parameters}
+        places: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for attribute, p in module._parameters.items():
+                if p is not None and (p.requires_grad if chosen is None else id(p) in chosen):
+                    name = f"{path}.{attribute}" if path else attribute
+                    places.setdefault(id(p), []).append((name, module, attribute, p))
+        if chosen is not None and len(places) < len(chosen):
+            raise UsageError(
+                f"{len(chosen) - len(places)} of the parameters to tune do not belong to the model "
+                f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
+            )
+        self.model = model
+        self._tensors = [self._tensor(p) for p in places.values()]
+        self._by_identity = {id(t.parameter): t for t in self._tensors}
+        self._by_name = {
+            canonical_name([name]): t
+            for found, t in zip(places.values(), self._tensors, strict=True)
+            for name, *_ in found
+        }
+        self._by_name |= {name: t for found, t in zip(places.values(), self._tensors, strict=True) for name, *_ in found}
+        self._check()
+
+    @staticmethod
+    def _tensor(places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> TunedTensor:
+        name = canonical_name(place[0] for place in places)
+        _, owner, attribute, parameter = places[0]
+        return TunedTensor(name, tensor_id(name), parameter, owner, attribute)
+
+    @classmethod
+    def of(cls, model: nn.Module | TunedTensors) -> TunedTensors:
+        """The tuned tensors of a model; those already collected are passed through."""
+        return model if isinstance(model, TunedTensors) else cls(model)
+
+    def __iter__(self) -> Iterator[TunedTensor]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, name: str) -> TunedTensor:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise KeyError(f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._by_name))}") from None
+
+    def find(self, value: object) -> TunedTensor | None:
+        """The tuned tensor that `value` is, by identity; None for anything else."""
+        return self._by_identity.get(id(value))
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are tuned: d."""
+        return sum(t.parameter.numel() for t in self._tensors)
+
+    @property
+    def offloaded(self) -> list[TunedTensor]:
+        return [t for t in self._tensors if t.is_offloaded]
+
+    def _check(self) -> None:
+        if not self._tensors:
+            raise UsageError(
+                "there is no parameter to tune: none requires a gradient. "
+                "Call requires_grad_(True) on the parameters to tune, or add an adapter."
+            )
+        ids: dict[int, str] = {}
+        spans: list[tuple[int, int, str]] = []
+        for t in self._tensors:
+            if not t.parameter.is_floating_point():
+                raise UsageError(
+                    f"the tensor {t.name!r} has dtype {t.parameter.dtype}; only floating-point tensors can be tuned. "
+                    "Freeze it, and tune an adapter on top of it."
+                )
+            if t.id in ids:
+                raise UsageError(f"the names {ids[t.id]!r} and {t.name!r} have the same 32-bit id; rename one of them.")
+            ids[t.id] = t.name
+            if not t.is_offloaded:
+                begin = t.parameter.data_ptr()
+                spans.append((begin, begin + t.parameter.numel() * t.parameter.element_size(), t.name))
+        spans.sort()
+        for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+            if begin < end:
+                raise UsageError(
+                    f"the parameters {name!r} and {other!r} are two that share memory; "
+                    "tie them by making them one nn.Parameter, or freeze one."
+                )
+
+
+def _offload_map(module: nn.Module) -> Any:
+    """Where an offloading hook (that of `accelerate`) keeps a module's weights, if it has one."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for candidate in getattr(hook, "hooks", [hook]):
+        if getattr(candidate, "weights_map", None) is not None:
+            return candidate.weights_map
+    return None
