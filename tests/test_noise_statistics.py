@@ -45,7 +45,9 @@ def neighbours(value, dtype):
     return tuple(sorted((float(near), float(torch.nextafter(near, side)))))
 
 
-@pytest.mark.parametrize(("order", "moment", "variance"), [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)])
+@pytest.mark.parametrize(
+    ("order", "moment", "variance"), [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)]
+)
 def test_gaussian_moments(order, moment, variance):
     error = (sample(GAUSSIAN) ** order).mean() - moment
     assert abs(error) < SIGMAS * math.sqrt(variance / N)
@@ -87,6 +89,15 @@ def test_rademacher_runs_have_geometric_lengths():
     lengths = np.bincount(np.diff(changes), minlength=12)[1:12]
     expected = lengths.sum() * 0.5 ** np.arange(1, 12)
     assert stats.chisquare(lengths[:10], expected[:10] * lengths[:10].sum() / expected[:10].sum()).pvalue > 1e-3
+
+
+def test_gaussian_is_box_muller_of_the_words_in_double_precision():
+    words = noise.reference.words(11, 5, GAUSSIAN, 0, N // 4).reshape(-1, 2).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log((words[:, 0] + 0.5) / 2**32)), 2 * np.pi * words[:, 1] / 2**32
+    error = np.abs(sample(GAUSSIAN).reshape(-1, 2) - radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1))
+    # A uniform number near 1 is rounded to a multiple of 2⁻²⁴, which matters where the radius is near 0.
+    assert (error <= 1e-6 + 2.0**-25 / np.maximum(radius, 2.0**-12.5)[:, None]).all()
+    assert np.median(error) < 1e-7
 
 
 @each_stream

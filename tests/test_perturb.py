@@ -76,9 +76,7 @@ def with_running_statistics():
 
 def by_functional_call():
     inner = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5))
-    return Calls(
-        lambda m, x: torch.func.functional_call(m.inner, dict(m.inner.named_parameters()), (x,)), inner=inner
-    )
+    return Calls(lambda m, x: torch.func.functional_call(m.inner, dict(m.inner.named_parameters()), (x,)), inner=inner)
 
 
 def attention(m, x):
@@ -98,9 +96,14 @@ MODELS = {
     "linear without bias": (lambda: nn.Linear(6, 4, bias=False), ROWS),
     "linear of one vector": (lambda: nn.Linear(6, 4), (torch.Size((6,)),)),
     "linear with a vector as weight": (lambda: Calls(lambda m, x: F.linear(x, m.w), w=parameter(6)), ROWS),
-    "linear, bias alone tuned": (lambda: Calls(lambda m, x: F.linear(x, torch.ones(4, 6).to(x), m.b), b=parameter(4)), ROWS),
+    "linear, bias alone tuned": (
+        lambda: Calls(lambda m, x: F.linear(x, torch.ones(4, 6).to(x), m.b), b=parameter(4)),
+        ROWS,
+    ),
     "linear fed with a parameter": (
-        lambda: Calls(lambda m, x: m.fc(m.prompt) + x.sum() * m.prompt.sum(), prompt=parameter(2, 6), fc=nn.Linear(6, 4)),
+        lambda: Calls(
+            lambda m, x: m.fc(m.prompt) + x.sum() * m.prompt.sum(), prompt=parameter(2, 6), fc=nn.Linear(6, 4)
+        ),
         ROWS,
     ),
     "embedding, few rows looked up": (lambda: nn.Embedding(11, 6), (IDS,)),

@@ -38,30 +38,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run a command; the exit code."""
+    # Threads that wait by spinning stall each other where the processor has other work. Read as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return _dispatch(argv)
+    except (ZotuneError, ImportError, OSError, MemoryError, KeyboardInterrupt) as error:
+        message, code = _explain(error)
+        print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+        return code
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP, end="")  # noqa: T201
         return 0
-    if argv[0] == "--version":
+    verb, *rest = argv
+    if verb == "--version":
         import zotune
 
         print(f"zotune {zotune.__version__}")  # noqa: T201
         return 0
-    verb, *rest = argv
-    try:
-        if verb not in _COMMANDS:
-            raise UsageError(f"there is no command {verb!r}.{did_you_mean(verb, _COMMANDS)}")
-        as_json = "--json" in rest
-        return _COMMANDS[verb]([a for a in rest if a != "--json"], as_json)
-    except ImportError as error:
-        return _fail(f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1)
-    except ZotuneError as error:
-        return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-    except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-    except MemoryError:
-        return _fail("out of memory. Use a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    if verb not in _COMMANDS:
+        raise UsageError(f"there is no command {verb!r}.{did_you_mean(verb, _COMMANDS)}")
+    return _COMMANDS[verb]([a for a in rest if a != "--json"], "--json" in rest)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code it means."""
+    if isinstance(error, ZotuneError):
+        return str(error), 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, ImportError):
+        return f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1
+    if isinstance(error, MemoryError):
+        return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    where = getattr(error, "filename", None)
+    return f"{getattr(error, 'strerror', None) or error}{f': {where}' if where else ''}", 1
 
 
 def _train(args: list[str], as_json: bool) -> int:
@@ -163,7 +176,10 @@ def _methods(args: list[str], as_json: bool) -> int:
     from zotune.methods import METHODS
 
     rows = {name: (method.__doc__ or "").splitlines()[0] for name, method in METHODS.items()}
-    rows |= {"fo_sgd": "first-order baseline: SGD by back-propagation", "fo_adam": "first-order baseline: Adam by back-propagation"}
+    rows |= {
+        "fo_sgd": "first-order baseline: SGD by back-propagation",
+        "fo_adam": "first-order baseline: Adam by back-propagation",
+    }
     return _list(rows, as_json)
 
 
@@ -181,11 +197,6 @@ def _no_options(verb: str, args: list[str]) -> None:
         raise SystemExit(0)
     if args:
         raise UsageError(f"zotune {verb} takes no option but --json, got {args[0]!r}.")
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
-    return code
 
 
 _COMMANDS: dict[str, Callable[[list[str], bool], int]] = {

@@ -92,7 +92,7 @@ Terms = Sequence[tuple[float, Direction]]
 def add_terms(
     out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
 ) -> None:
-    """out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
+    """Out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
 
     One pass where all directions share a sampler with a kernel, else chunk by chunk with a small scratch.
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
@@ -110,9 +110,7 @@ def add_terms(
         noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
 
 
-def sum_terms(
-    terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def sum_terms(terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Σ aᵢ uᵢ for elements start … start + size - 1 of one tensor, in the order of the terms."""
     u = torch.empty(size, dtype=torch.float32, device=device)
     total = torch.zeros(size, dtype=dtype, device=device)

@@ -78,7 +78,7 @@ def evaluate(closure: Closure) -> float:
                 f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
                 "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
             )
-        return float(value)
+        return float(value.detach())
     if isinstance(value, (int, float)):
         return float(value)
     raise TypeError(

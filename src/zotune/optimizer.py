@@ -40,7 +40,7 @@ class ZerothOrder(torch.optim.Optimizer):
     Args:
         model: any `nn.Module`; its parameters that require a gradient are tuned.
         lr: learning rate η ≥ 0.
-        estimator: how ĝ is made from the objective and the directions.
+        estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
         transform: h; a function of one tensor's part of ĝ and its state.
         sampler: the distribution of the directions.
         num_queries: q ≥ 1, directions a step.
@@ -67,7 +67,7 @@ class ZerothOrder(torch.optim.Optimizer):
         model: nn.Module,
         lr: float,
         *,
-        estimator: Estimator = partial(central_difference, mu=1e-3),
+        estimator: Estimator | None = None,
         transform: Transform = identity,
         sampler: Sampler = rademacher,
         num_queries: int = 1,
@@ -85,11 +85,12 @@ class ZerothOrder(torch.optim.Optimizer):
         groups = None if params is None else _groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = TunedTensors(model, chosen)
-        self.estimator, self.transform, self.sampler = estimator, transform, sampler
+        self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
+        self.transform, self.sampler = transform, sampler
         self.num_queries, self.rounding, self.seed = num_queries, Rounding(rounding), seed
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
-        super().__init__(groups or [t.parameter for t in self.tuned], {"lr": lr})
+        super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], {"lr": lr})
 
     def directions(self) -> list[Direction]:
         """The directions of the coming step: a function of the seed and the number of steps taken."""
@@ -105,7 +106,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return estimate
 
     def apply(self, estimate: GradientEstimate) -> None:
-        """x ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
+        """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
 
         Raises:
             NonFiniteLossError: `max_skipped` estimates in a row were not finite.
@@ -142,8 +143,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
             raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {self._skipped_in_a_row} steps in a row (the weights are those before "
-                "them). Lower the learning rate or mu, or use bfloat16 or float32 in place of float16."
+                f"the loss was NaN or infinite for {self._skipped_in_a_row} steps in a row (the weights are those "
+                "before them). Lower the learning rate or mu, or use bfloat16 or float32 in place of float16."
             )
 
     @torch.no_grad()
@@ -194,7 +195,5 @@ def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameters, or torch's groups of them, as groups."""
     given = list(params)
     if given and isinstance(given[0], dict):
-        return [
-            {**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in given
-        ]
+        return [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in given]
     return [{"params": given}]

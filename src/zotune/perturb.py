@@ -29,18 +29,18 @@ from zotune.tuned import TunedTensor, TunedTensors
 # Elements of a perturbed piece of a linear layer: 4 MiB in single precision, within a processor's caches.
 SCRATCH_ELEMENTS = 1 << 20
 
-_PROPERTIES = (
-    "shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized "
-    "is_nested itemsize nbytes grad grad_fn retains_grad"
-).split()
-_QUERIES = (
-    "size dim numel nelement stride is_contiguous is_floating_point is_complex element_size ndimension "
-    "storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_"
-).split()
+_METADATA_PROPERTIES = """
+    shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized
+    is_nested itemsize nbytes grad grad_fn retains_grad
+"""
+_METADATA_METHODS = """
+    size dim numel nelement stride is_contiguous is_floating_point is_complex element_size ndimension
+    storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_
+"""
 # Reading these of a tensor says nothing about its numbers, so they neither count as a read nor cost one.
 _METADATA: frozenset[Any] = frozenset(
-    [getattr(torch.Tensor, name).__get__ for name in _PROPERTIES]
-    + [getattr(torch.Tensor, name) for name in _QUERIES]
+    [getattr(torch.Tensor, name).__get__ for name in _METADATA_PROPERTIES.split()]
+    + [getattr(torch.Tensor, name) for name in _METADATA_METHODS.split()]
     + [torch.is_floating_point, torch.is_complex, torch.numel]
 )
 
@@ -78,7 +78,7 @@ class perturbed(TorchFunctionMode):  # noqa: N801 - a context manager reads like
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._scratch = None
         if kind is None and self._unread:
             raise UnreadTensorError(_unread_message([t.name for t in self._unread.values()], len(self._tuned)))
@@ -112,7 +112,7 @@ class perturbed(TorchFunctionMode):  # noqa: N801 - a context manager reads like
     def _find(self, value: object) -> TunedTensor | None:
         found = self._tuned.find(value)
         if found is None and self._offloaded and isinstance(value, nn.Parameter):
-            found = next((t for t in self._offloaded if t.loaded() is value), None)
+            found = next((t for t in self._offloaded if t.is_loaded_as(value)), None)
         return found
 
     def _moved(self, tensor: TunedTensor, value: Tensor) -> Tensor:

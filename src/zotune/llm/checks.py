@@ -27,8 +27,8 @@ def check_mu(tuned: TunedTensors, mu: float) -> None:
             return
     dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
     raise UsageError(
-        f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so both probes "
-        f"see the same model. Use mu of at least {_least_mu(tuned):.0e}, or float32 weights or adapters."
+        f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so "
+        f"both probes see the same model. Use mu of at least {_least_mu(tuned):.0e}, or float32 weights or adapters."
     )
 
 
@@ -45,8 +45,8 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
         )
     if optimizer.rounding == Rounding.NEAREST and estimate.is_finite and not _moves(optimizer, estimate):
         raise UsageError(
-            f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: the first update is "
-            "below half a rounding unit of every weight, so nothing would move. Use --rounding stochastic or master, "
+            f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
+            "the first update is below half a rounding unit of every weight, so nothing would move. Use --rounding stochastic or master, "
             "a larger learning rate, or float32."
         )
 

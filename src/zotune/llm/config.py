@@ -27,7 +27,9 @@ class _Options(BaseModel):
 class ModelOptions(_Options):
     """Which model, and how it is loaded."""
 
-    model: str = Field("smollm2-135m", description="Built-in name, Hub id, local folder, or random:NAME (see `models`).")
+    model: str = Field(
+        "smollm2-135m", description="Built-in name, Hub id, local folder, or random:NAME (see `models`)."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes the checkpoint's."
     )
@@ -39,27 +41,38 @@ class DataOptions(_Options):
 
     task: str | None = Field(None, description="A task by name (see `tasks`); or give --train-file.")
     data_source: str = Field(
-        "sample", description="For a task: sample (the rows shipped with the repository), hub, or a folder of its files."
+        "sample",
+        description="For a task: sample (the rows shipped with the repository), hub, or a folder of its files.",
     )
     train_file: Path | None = Field(None, description="Your own rows to train on: JSON lines or CSV, also gzipped.")
-    eval_file: Path | None = Field(None, description="Your own rows to evaluate on; default: rows held out of the training file.")
+    eval_file: Path | None = Field(
+        None, description="Your own rows to evaluate on; default: rows held out of the training file."
+    )
     text_column: str = Field("text", description="Column of your files that holds the text.")
     label_column: str = Field("label", description="Column of your files that holds the label.")
     template: str = Field("{text}\nLabel:", description="Prompt of your rows; {column} stands for the row's column.")
     verbalizer: dict[str, str] = Field(
         default_factory=dict, description="Label to the word that the model should say; default: the labels themselves."
     )
-    num_train: int | None = Field(None, ge=1, description="Training rows to use; default: the task's 1000, or all of yours.")
-    num_dev: int | None = Field(None, ge=0, description="Rows held out of the training data; default: the task's 500, or a fifth of yours.")
+    num_train: int | None = Field(
+        None, ge=1, description="Training rows to use; default: the task's 1000, or all of yours."
+    )
+    num_dev: int | None = Field(
+        None, ge=0, description="Rows held out of the training data; default: the task's 500, or a fifth of yours."
+    )
     num_eval: int | None = Field(None, ge=1, description="Evaluation rows to use; default: all.")
     data_seed: int = Field(0, ge=0, description="Names the permutation that chooses rows.")
-    max_length: int | None = Field(None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them.")
+    max_length: int | None = Field(
+        None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them."
+    )
     per_device_eval_batch_size: int = Field(32, ge=1, description="Examples in one forward pass of an evaluation.")
 
     @model_validator(mode="after")
     def _one_source(self, info: ValidationInfo) -> Self:
         if not _is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
-            raise ValueError("give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none")
+            raise ValueError(
+                "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
+            )
         return self
 
 
@@ -93,9 +106,15 @@ class TrainConfig(ModelOptions, DataOptions):
         "stochastic", description="How updates enter half-precision weights."
     )
 
-    tuning: Literal["full", "lora"] = Field("full", description="What is tuned: the model's own weights, or a LoRA adapter.")
-    tuned_layers: int | None = Field(None, ge=1, description="Tune only in the last so many layers (full: and what lies above).")
-    tuned_parameters: str | None = Field(None, description="With full: tune only weights whose name this regular expression finds.")
+    tuning: Literal["full", "lora"] = Field(
+        "full", description="What is tuned: the model's own weights, or a LoRA adapter."
+    )
+    tuned_layers: int | None = Field(
+        None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
+    )
+    tuned_parameters: str | None = Field(
+        None, description="With full: tune only weights whose name this regular expression finds."
+    )
     lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
     lora_alpha: float = Field(16, gt=0, description="The adapter is scaled by lora_alpha / lora_r.")
     lora_target_modules: tuple[str, ...] = Field(
@@ -105,19 +124,25 @@ class TrainConfig(ModelOptions, DataOptions):
     max_steps: int = Field(1000, ge=1, description="Updates.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose objective is averaged for one update.")
-    gradient_checkpointing: bool = Field(False, description="First-order methods: recompute activations to save memory.")
+    gradient_checkpointing: bool = Field(
+        False, description="First-order methods: recompute activations to save memory."
+    )
     reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out rows; default: at the end.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between evaluations on the held-out rows; default: at the end."
+    )
 
     @model_validator(mode="after")
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if _is_partial(info):
             return self
         if self.tuning == "lora" and self.tuned_parameters is not None:
-            raise ValueError("tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules")
+            raise ValueError(
+                "tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules"
+            )
         if self.tuning == "full" and self.lora_target_modules:
             raise ValueError("lora_target_modules needs tuning: lora")
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
@@ -163,7 +188,9 @@ def find_recipe(name: str) -> Path:
         if path.is_file():
             return path
     shipped = [p.stem for p in RECIPES.glob("*.yaml")]
-    raise UsageError(f"there is no recipe file {name!r}, and no shipped recipe of that name.{did_you_mean(name, shipped)}")
+    raise UsageError(
+        f"there is no recipe file {name!r}, and no shipped recipe of that name.{did_you_mean(name, shipped)}"
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -90,9 +90,9 @@ class Task:
     def _rows(self, options: DataOptions, num_train: int, num_dev: int) -> tuple[list[Row], list[Row]]:
         if options.data_source == "sample":
             folder = _sample_folder() / self.name
-            return [
-                row for name in ("train", "heldout") for row in read_rows(folder / f"{name}.jsonl")
-            ], list(read_rows(folder / f"{self.test_split}.jsonl"))
+            return [row for name in ("train", "heldout") for row in read_rows(folder / f"{name}.jsonl")], list(
+                read_rows(folder / f"{self.test_split}.jsonl")
+            )
         if options.data_source == "hub":
             train, test = _hub_rows(self.hub, "train"), _hub_rows(self.hub, self.test_split)
         else:
@@ -138,14 +138,18 @@ def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, s
         for name in fields:
             _column(columns, name, path, number)
         if label not in words:
-            raise UsageError(f"{path}, row {number}: the label {label!r} is not in the verbalizer.{did_you_mean(label, labels)}")
+            raise UsageError(
+                f"{path}, row {number}: the label {label!r} is not in the verbalizer.{did_you_mean(label, labels)}"
+            )
         yield Example(options.template.format(**columns), candidates, labels.index(label))
 
 
 def _labels_as_words(rows: Sequence[Row], options: DataOptions, path: Path) -> dict[str, str]:
     labels = sorted({str(_column(row, options.label_column, path, i)) for i, row in enumerate(rows, start=1)})
     if len(labels) < 2:
-        raise UsageError(f"{path}: column {options.label_column!r} holds {len(labels)} different labels; at least two are needed.")
+        raise UsageError(
+            f"{path}: column {options.label_column!r} holds {len(labels)} different labels; at least two are needed."
+        )
     if len(labels) > 100:
         raise UsageError(
             f"{path}: column {options.label_column!r} holds {len(labels)} different labels, too many to choose among. "
@@ -170,7 +174,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise UsageError(f"there is no file {str(path)!r}.")
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".jsonl", ".json", ".csv"):
-        raise UsageError(f"{path}: files end in .jsonl, .json (a line an object) or .csv, each also with .gz; got {kind!r}.")
+        raise UsageError(
+            f"{path}: files end in .jsonl, .json (a line an object) or .csv, each also with .gz; got {kind!r}."
+        )
     try:
         with _open_text(path) as file:
             yield from csv.DictReader(file) if kind == ".csv" else _json_lines(file, path)
@@ -187,7 +193,9 @@ def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}).") from None
         if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: a row must be an object {{\"column\": value, …}}, got {line.strip()[:40]}")
+            raise UsageError(
+                f'{path}, line {number}: a row must be an object {{"column": value, …}}, got {line.strip()[:40]}'
+            )
         yield row
 
 

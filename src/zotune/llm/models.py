@@ -40,6 +40,7 @@ class LanguageModel:
 
     @property
     def config(self) -> Any:
+        """The configuration of transformers."""
         return self.base.config
 
     @property
@@ -50,6 +51,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(p.device for p in self.module.parameters())
 
     @property
@@ -133,7 +135,7 @@ def load(options: ModelOptions) -> LanguageModel:
 
 
 def quiet_libraries() -> None:
-    """transformers and its companions speak through zotune's own progress and messages."""
+    """Transformers and its companions speak through zotune's own progress and messages."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -42,6 +42,7 @@ class Encoded:
 
     @property
     def length(self) -> int:
+        """Tokens of the longest sequence."""
         return max(map(len, self.sequences))
 
 
@@ -106,7 +107,9 @@ class Encoder:
         ids, ends = text["input_ids"], [end for _, end in text["offset_mapping"]]
         option = [i for i, end in enumerate(ends) if end > len(example.prompt)]
         if not option or option[0] == 0:
-            raise UsageError(f"the candidate {candidate!r} after the prompt {example.prompt!r} leaves nothing to predict it from.")
+            raise UsageError(
+                f"the candidate {candidate!r} after the prompt {example.prompt!r} leaves nothing to predict it from."
+            )
         first, stop = option[0], option[-1] + 1
         # The last token is predicted but never read.
         read, cut = self._cut(tuple(ids[: stop - 1]), first)
@@ -116,12 +119,15 @@ class Encoder:
         words = self.tokenizer(candidate, add_special_tokens=False)["input_ids"]
         if len(words) != 1:
             raise UsageError(
-                f"a masked language model fills in one token, but {candidate!r} is {len(words)} of them; choose another word."
+                f"a masked language model fills in one token, but {candidate!r} is {len(words)} of them; "
+                "choose another word."
             )
         mask = self.tokenizer.mask_token_id
-        text = self.tokenizer(f"{example.prompt}{self.tokenizer.mask_token}{example.suffix}", verbose=False)["input_ids"]
+        sentence = f"{example.prompt}{self.tokenizer.mask_token}{example.suffix}"
+        text = self.tokenizer(sentence, verbose=False)["input_ids"]
         read, _ = self._cut(tuple(text), len(text) - 1)
-        return read, (read.index(mask),), (words[0],)
+        # The last one: the text itself may hold another.
+        return read, (max(i for i, token in enumerate(read) if token == mask),), (words[0],)
 
     def _cut(self, ids: tuple[int, ...], prompt_length: int) -> tuple[tuple[int, ...], int]:
         """At most `max_length` tokens: the first (where it begins the sequence) and the last ones."""
@@ -186,7 +192,7 @@ def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
 
 def _by_example(values: Tensor, batch: Batch) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
-        list(values.split(batch.counts)), batch_first=True, padding_value=float("-inf")
+        list(torch.split(values, list(batch.counts))), batch_first=True, padding_value=float("-inf")
     )
 
 

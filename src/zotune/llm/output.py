@@ -31,7 +31,9 @@ class OutputFolder:
         """
         self.path = config.output_dir
         if (self.path / "metrics.jsonl").exists() and not config.overwrite_output_dir:
-            raise UsageError(f"{self.path} holds an earlier run; choose another --output-dir, or give --overwrite-output-dir.")
+            raise UsageError(
+                f"{self.path} holds an earlier run; choose another --output-dir, or give --overwrite-output-dir."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in _OURS:
@@ -69,14 +71,15 @@ class OutputFolder:
             lm.tokenizer.save_pretrained(str(self.path))
         except (OSError, RuntimeError) as error:
             raise RunError(
-                f"the tuned model could not be saved to {self.path}: {error}. Metrics up to the last step are in metrics.jsonl."
+                f"the tuned model could not be saved to {self.path}: {error}. "
+                "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
-    def finish(self, results: dict[str, Any], config: TrainConfig) -> None:
+    def finish(self, results: dict[str, Any], config: TrainConfig, masked: bool) -> None:
         """Write results.json and the model card, and close the metrics."""
         self._metrics.close()
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config), encoding="utf-8")
+        (self.path / "README.md").write_text(_card(results, config, masked), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,22 +106,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def _card(results: dict[str, Any], config: TrainConfig) -> str:
+def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
     adapter = config.tuning == "lora"
-    load = (
-        "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
-        if adapter
-        else "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
-    )
+    library, loader = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
+    kind = "" if adapter and masked else "ForMaskedLM" if masked else "ForCausalLM"
     test = results["test"]
-    accuracy = (
-        "not evaluated"
-        if test is None
-        else f"{100 * test['accuracy']:.1f} % (95 % interval {100 * test['low']:.1f} to {100 * test['high']:.1f}, n = {test['num_examples']})"
-    )
+    accuracy = "not evaluated"
+    if test is not None:
+        low, high = 100 * test["low"], 100 * test["high"]
+        accuracy = f"{100 * test['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
     return f"""---
-library_name: {"peft" if adapter else "transformers"}
+library_name: {library}
 tags: [zotune, zeroth-order]
 ---
 
@@ -137,7 +136,9 @@ Made by [zotune](https://pypi.org/project/zotune/) {zotune.__version__} with `{c
 | peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
 
 ```python
-{load}
+from {library} import {loader}{kind}
+
+model = {loader}{kind}.from_pretrained(FOLDER)
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.

@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands: step of steps, smoothed loss, forward passes and seconds so far, peak bytes, last accuracy."""
+    """Where a run stands: step of steps, mean recent loss, forward passes, seconds, peak bytes, last accuracy."""
 
     step: int
     max_steps: int

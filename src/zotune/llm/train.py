@@ -129,7 +129,7 @@ def train(config: TrainConfig) -> Result:
         test=test,
         stopped_by=stop.signal,
     )
-    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config)
+    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm.masked)
     return result
 
 
@@ -141,7 +141,6 @@ class _Run:
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.optimizer = make_optimizer(lm.module, config)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(config))
         zeroth_order = isinstance(self.optimizer, ZerothOrder)
         self.update: _Update = _ZerothOrderStep(config.mu) if zeroth_order else _FirstOrderStep(lm)
         self.step = self.num_skipped = self.num_forwards = 0
@@ -153,9 +152,8 @@ class _Run:
         recent: list[float] = []
         for examples in _batches(self.rows.train, self.config):
             began, before = time.perf_counter(), self.lm.num_forwards
-            closures, weights = self._closures(examples)
-            loss = self.update(self.optimizer, closures, weights)
-            self.schedule.step()
+            learning_rate = self._set_learning_rate()
+            loss = self.update(self.optimizer, *self._closures(examples))
             self.step += 1
             self.num_skipped += not math.isfinite(loss)
             self.num_forwards += self.lm.num_forwards - before
@@ -164,12 +162,21 @@ class _Run:
             status = self._status(sum(recent) / len(recent))
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
-                self.output.log({**asdict(status), "learning_rate": self.schedule.get_last_lr()[0]})
+                self.output.log({**asdict(status), "learning_rate": learning_rate})
             if self.config.eval_steps and self.step % self.config.eval_steps == 0:
                 self._evaluate_on_the_way(display)
             if stop.signal is not None:
                 display.say(f"stopped at step {self.step}; saving what there is …")
                 return
+
+    def _set_learning_rate(self) -> float:
+        """η of the coming step."""
+        learning_rate = scheduled(
+            self.config.learning_rate, self.config.lr_scheduler_type, self.step / self.config.max_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        return learning_rate
 
     def evaluate(self, examples: Sequence[Encoded]) -> Evaluation | None:
         """Accuracy on some rows; None where there are none."""
@@ -195,9 +202,7 @@ class _Run:
 
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
-        return Status(
-            self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._accuracy
-        )
+        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._accuracy)
 
 
 def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -219,14 +224,14 @@ def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.
     )
 
 
-def _schedule(config: TrainConfig) -> Callable[[int], float]:
-    """The learning rate's factor at each step; the last step still moves."""
-    kinds: dict[str, Callable[[float], float]] = {
-        "constant": lambda done: 1.0,
-        "linear": lambda done: 1 - done,
-        "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    }
-    return lambda step: kinds[config.lr_scheduler_type](min(step / config.max_steps, 1.0))
+def scheduled(learning_rate: float, kind: str, done: float) -> float:
+    """η when a fraction `done` of the steps, in [0, 1), is behind.
+
+    >>> [scheduled(2.0, kind, 0.5) for kind in ("constant", "linear")], round(scheduled(2.0, "cosine", 0.5), 6)
+    ([2.0, 1.0], 1.0)
+    """
+    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return learning_rate * factors[kind]
 
 
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
@@ -289,7 +294,9 @@ class _FirstOrderStep:
             return total
         self._skipped += 1
         if self._skipped >= self._max_skipped:
-            raise NonFiniteLossError(f"the loss was NaN or infinite for {self._skipped} steps in a row. Lower the learning rate.")
+            raise NonFiniteLossError(
+                f"the loss was NaN or infinite for {self._skipped} steps in a row. Lower the learning rate."
+            )
         return total
 
 

@@ -68,7 +68,9 @@ def _add_lora(lm: LanguageModel, config: TrainConfig) -> None:
     targets = config.lora_target_modules or default
     unknown = [t for t in targets if t not in linear]
     if unknown:
-        raise UsageError(f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}")
+        raise UsageError(
+            f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
+        )
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,

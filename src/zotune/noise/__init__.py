@@ -40,9 +40,7 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) ->
     if out.device.type == "cpu":
         kernels = _cpu()
         array = out.numpy()
-        _parallel(
-            lambda lo, hi: kernels.fill(array, stream, np.uint64(seed), tensor_id, start, lo, hi), out.numel()
-        )
+        _parallel(lambda lo, hi: kernels.fill(array, stream, np.uint64(seed), tensor_id, start, lo, hi), out.numel())
         return
     for lo in range(0, out.numel(), _EAGER_ELEMENTS):
         eager.fill(out[lo : lo + _EAGER_ELEMENTS], stream, seed, tensor_id, start + lo)
@@ -58,7 +56,7 @@ def add(
     start: int = 0,
     rounding_seed: int | None = None,
 ) -> None:
-    """out = x + Σ scales[i] uᵢ in one pass; `out` may be `x`.
+    """Out = x + Σ scales[i] uᵢ in one pass; `out` may be `x`.
 
     The sum is taken in float32 (float64 for float64 weights) before it is added. Half-precision results
     are rounded to nearest even, or at random without bias if a `rounding_seed` is given.
@@ -98,7 +96,7 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
 
 
 def round_to(out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, start: int = 0) -> None:
-    """out = y in out's dtype: to nearest, or for half precision at random without bias if given a seed."""
+    """Out = y in out's dtype: to nearest, or for half precision at random without bias if given a seed."""
     half = _half_kind(out.dtype)
     if half == 0 or rounding_seed is None:
         out.copy_(y)

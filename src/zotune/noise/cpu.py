@@ -217,7 +217,7 @@ def _stochastic(y: Any, random: Any, kind: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _sum_terms(total: Any, tile: Any, stream: Any, seeds: Any, scales: Any, tensor_id: Any, start: Any) -> None:
-    """total = Σ scales[i] uᵢ for the elements from `start` on, in the order of the terms."""
+    """Total = Σ scales[i] uᵢ for the elements from `start` on, in the order of the terms."""
     m = total.size
     for i in range(seeds.size):
         first = _noise(tile, stream, seeds[i], tensor_id, start)
@@ -231,9 +231,7 @@ def _sum_terms(total: Any, tile: Any, stream: Any, seeds: Any, scales: Any, tens
 
 
 @njit(cache=True, nogil=True)
-def add(
-    out: Any, x: Any, stream: int, seeds: Any, scales: Any, tensor_id: int, start: int, lo: int, hi: int
-) -> None:
+def add(out: Any, x: Any, stream: int, seeds: Any, scales: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
     """out[lo:hi] = x[lo:hi] + Σ scales[i] uᵢ, float32 or float64, the sum taken before it is added."""
     tile = np.empty(TILE + 128, np.float32)
     total = np.empty(TILE, scales.dtype)
@@ -282,9 +280,7 @@ def add_rows(rows: Any, indices: Any, stream: int, seeds: Any, scales: Any, tens
 
 
 @njit(cache=True, nogil=True)
-def add_rows_half(
-    rows: Any, indices: Any, kind: int, stream: int, seeds: Any, scales: Any, tensor_id: int
-) -> None:
+def add_rows_half(rows: Any, indices: Any, kind: int, stream: int, seeds: Any, scales: Any, tensor_id: int) -> None:
     """As `add_rows` for 16-bit weights, rounded to nearest even."""
     width = rows.shape[1]
     for i in range(indices.size):
@@ -292,9 +288,7 @@ def add_rows_half(
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def round_half(
-    out: Any, y: Any, kind: int, rounding_seed: Any, tensor_id: int, start: int, lo: int, hi: int
-) -> None:
+def round_half(out: Any, y: Any, kind: int, rounding_seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
     """out[lo:hi] = y[lo:hi] (float32) as 16-bit patterns, rounded at random so that the mean is y."""
     random = np.empty(TILE + 8, np.uint32)
     for t in range(lo, hi, TILE):

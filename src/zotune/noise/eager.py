@@ -84,7 +84,7 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> Non
 
 
 def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
-    """out = y (flat, float32) rounded at random to out's 16-bit dtype, so that the mean is y."""
+    """Out = y (flat, float32) rounded at random to out's 16-bit dtype, so that the mean is y."""
     words, first = _stream(rounding_seed, tensor_id, ROUNDING, start, y.numel(), 8, out.device)
     random = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[first : first + y.numel()]
     magnitude = y.abs()

@@ -20,6 +20,8 @@ square root in the order written here, without fused multiply-add, so the bits a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,9 +63,9 @@ def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> 
 def words(seed: int, tensor_id: int, stream: int, first_block: int, num_blocks: int) -> Words:
     """The words of blocks first_block, first_block + 1, …: shape (num_blocks, 4)."""
     block = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)
-    fixed = [np.full(num_blocks, value, np.uint32) for value in (tensor_id, stream)]
     low, high = (block & _MASK).astype(np.uint32), (block >> np.uint64(32)).astype(np.uint32)
-    return np.stack(philox((low, high, *fixed), (seed & 0xFFFFFFFF, seed >> 32)), axis=1)
+    tensor, purpose = np.full(num_blocks, tensor_id, np.uint32), np.full(num_blocks, stream, np.uint32)
+    return np.stack(philox((low, high, tensor, purpose), (seed & 0xFFFFFFFF, seed >> 32)), axis=1)
 
 
 def _elements(seed: int, tensor_id: int, stream: int, start: int, stop: int, per_block: int) -> Words:
@@ -96,20 +98,21 @@ def log(x: Floats) -> Floats:
     m = (bits - (e << np.int32(23))).view(np.float32)
     s = (m - np.float32(1)) / (m + np.float32(1))
     z = s * s
-    p = np.float32(1 / 9)
+    p: Any = np.float32(1 / 9)
     for c in (1 / 7, 1 / 5, 1 / 3, 1.0):
         p = p * z + np.float32(c)
     return np.float32(2) * s * p + e.astype(np.float32) * np.float32(0.6931471805599453)
 
 
 def cosine_and_sine(w: Words) -> tuple[Floats, Floats]:
-    """cos and sin of 2π w / 2³²: a quarter turn from the top bits, Taylor polynomials on |y| ≤ π/4."""
+    """Cos and sin of 2π w / 2³²: a quarter turn from the top bits, Taylor polynomials on |y| ≤ π/4."""
     turned = w + np.uint32(1 << 29)
     quadrant = turned >> np.uint32(30)
     f = (turned & np.uint32(0x3FFFFFFF)).astype(np.int32) - np.int32(1 << 29)
     y = f.astype(np.float32) * np.float32(1.5707963267948966 / (1 << 30))
     z = y * y
-    s, c = np.float32(1 / 362880), np.float32(-1 / 3628800)
+    s: Any = np.float32(1 / 362880)
+    c: Any = np.float32(-1 / 3628800)
     for a in (-1 / 5040, 1 / 120, -1 / 6, 1.0):
         s = s * z + np.float32(a)
     for a in (1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0):

@@ -1,0 +1,162 @@
+"""What several test files share: tiny models of each family, the built-in model, rows, and ways to run the command line.
+
+The tiny models are made anew for each test, for tests change them; the built-in model is fetched once, by
+the package's own code, into the user's cache.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+# An odd number of rows of different lengths; two labels.
+TEXTS = (
+    "a gorgeous film",
+    "dull",
+    "it never quite comes alive , and then it ends",
+    "fine acting",
+    "one long yawn of a story",
+    "warm and funny",
+    "the plot is a mess that no actor could save",
+    "see it twice",
+    "bad",
+    "a small wonder",
+    "nothing works here",
+)
+ROWS = tuple({"text": text, "label": "yes" if i % 2 == 0 else "no"} for i, text in enumerate(TEXTS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    """At most two threads, unless the environment says otherwise; the tensors here are small."""
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["llama", "opt", "mistral", "roberta"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(params=["llama", "opt", "mistral"])
+def causal_family(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny():
+    """A function: family and precision to a tiny model with random weights."""
+    from zotune.llm.config import ModelOptions
+    from zotune.llm.models import load
+
+    return lambda family, dtype="float32": load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The built-in model. Session-wide: tests read it and leave it as it is."""
+    from zotune.llm.config import ModelOptions
+    from zotune.llm.models import load
+
+    lm = load(ModelOptions(model="smollm2-135m", device="cpu"))
+    for p in lm.module.parameters():
+        p.requires_grad_(False)
+    return lm
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """A user's file of eleven rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(rows_file, tmp_path):
+    """A function: options of a short run on the rows file to its validated config."""
+    from zotune.llm.config import TrainConfig
+
+    def make(**options):
+        plain = {
+            "model": "random:llama-tiny",
+            "device": "cpu",
+            "train_file": rows_file,
+            "output_dir": tmp_path / "out",
+            "num_dev": 3,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+        }
+        return TrainConfig.model_validate({**plain, **options})
+
+    return make
+
+
+@pytest.fixture
+def zotune(capsys):
+    """A function: run the command line in this process; its exit code, stdout and stderr."""
+    from zotune.cli import run
+
+    def call(*args):
+        capsys.readouterr()
+        try:
+            code = run([str(arg) for arg in args])
+        except SystemExit as leaving:
+            code = leaving.code
+        said = capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    return call
+
+
+@pytest.fixture
+def start():
+    """A function: start a Python process that finds this source tree; it is ended with the test."""
+    started = []
+
+    def begin(*args, **environment):
+        path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.Popen(
+            [sys.executable, *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **environment},
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.fixture
+def plain_score():
+    """A function: a candidate's score by its definition, one unpadded sequence in full, token by token, in float64."""
+
+    @torch.no_grad()
+    def score(lm, prompt, candidate):
+        alone, both = (lm.tokenizer(text)["input_ids"] for text in (prompt, prompt + candidate))
+        assert both[: len(alone)] == alone
+        logits = lm.module(torch.tensor([both]), use_cache=False).logits[0].double()
+        terms = [
+            float(logits[i - 1, both[i]]) - float(logits[i - 1].exp().sum().log()) for i in range(len(alone), len(both))
+        ]
+        return sum(terms) / len(terms)
+
+    return score
