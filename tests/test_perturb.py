@@ -231,6 +231,16 @@ def test_mixed_dtypes_share_the_scratch_without_mixing():
         assert torch.equal(out, layer(x.to(layer.weight.dtype)))
 
 
+def test_a_graph_through_a_perturbed_model_is_that_of_the_moved_copy():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    u, x = zo.Direction(5), torch.randn(2, 6, requires_grad=True)
+    with zo.perturbed(model, u, A):
+        out = model(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    (expected,) = torch.autograd.grad(moved_copy(model, u, A)(x).sum(), x)
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("name", ["linear", "tied embedding and head", "layer norm", "convolution in one dimension"])
 def test_perturbed_forward_under_autocast_equals_that_of_a_moved_copy(name):
     model, inputs = built(*MODELS[name], torch.float32)

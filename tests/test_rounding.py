@@ -3,6 +3,7 @@
 And an update needs no memory beyond the weights, however many directions it has and however a tensor lies.
 """
 
+import copy
 import math
 
 import pytest
@@ -170,3 +171,19 @@ def test_a_non_contiguous_parameter_is_updated_like_a_contiguous_one(options, dt
         opt.apply(GradientEstimate(1.0, tuple((0.5, u) for u in opt.directions()), 4))
     assert torch.equal(plain["w"], strided["w"])
     assert strided["w"].data_ptr() == address
+
+
+@each_sampler
+def test_the_fused_update_equals_the_general_one_within_one_ulp(sampler):
+    torch.manual_seed(0)
+    models = [nn.Linear(40, 30)]
+    models.append(copy.deepcopy(models[0]))
+    terms = tuple((c, zo.Direction(seed, sampler)) for seed, c in enumerate([0.3, -1.7, 2e-3]))
+    for model, transform in zip(models, (zo.optimizer.identity, copied_identity), strict=True):
+        zo.ZerothOrder(model, lr=1e-2, transform=transform).apply(GradientEstimate(1.0, terms, 3))
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        a, b = a.detach(), b.detach()
+        ulp = torch.nextafter(a.abs(), torch.tensor(math.inf)) - a.abs()
+        # Where x and the step cancel, the unit is that of the step.
+        assert ((a - b).abs() <= ulp.maximum(torch.tensor(2.0**-27))).all()
+        assert not torch.equal(a, torch.zeros_like(a))

@@ -119,6 +119,8 @@ class ZerothOrder(torch.optim.Optimizer):
                     tensor = self.tuned.find(p)
                     assert tensor is not None
                     self._update(tensor, estimate.terms, float(group["lr"]), rounding_seed)
+            # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
+            torch.clear_autocast_cache()
         self.num_steps += 1
         if not estimate.is_finite:
             self._skip()

@@ -46,8 +46,8 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
     if optimizer.rounding == Rounding.NEAREST and estimate.is_finite and not _moves(optimizer, estimate):
         raise UsageError(
             f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
-            "the first update is below half a rounding unit of every weight, so nothing would move. Use --rounding stochastic or master, "
-            "a larger learning rate, or float32."
+            "the first update is below half a rounding unit of every weight, so nothing would move. "
+            "Use --rounding stochastic or master, a larger learning rate, or float32."
         )
 
 

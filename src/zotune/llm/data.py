@@ -131,7 +131,7 @@ def user_splits(options: DataOptions) -> Splits:
 def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, str], path: Path) -> Iterator[Example]:
     labels = list(words)
     candidates = tuple(f" {words[label].strip()}" for label in labels)
-    fields = [name for _, name, _, _ in string.Formatter().parse(options.template) if name]
+    fields = _fields(options.template)
     for number, row in enumerate(rows, start=1):
         columns = {**row, "text": _column(row, options.text_column, path, number)}
         label = str(_column(row, options.label_column, path, number))
@@ -142,6 +142,19 @@ def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, s
                 f"{path}, row {number}: the label {label!r} is not in the verbalizer.{did_you_mean(label, labels)}"
             )
         yield Example(options.template.format(**columns), candidates, labels.index(label))
+
+
+def _fields(template: str) -> list[str]:
+    """The columns that a template names."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        template.format_map(dict.fromkeys(fields, ""))
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"the template {template!r} is not valid: {error}. {{column}} stands for a row's column; "
+            "for a brace itself write two: {{ or }}."
+        ) from None
+    return fields
 
 
 def _labels_as_words(rows: Sequence[Row], options: DataOptions, path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,6 +143,8 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     for name in ("huggingface_hub", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What peft asks of transformers concerns their developers.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def _device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, str]:
     """Versions and machine, as every result records them."""
-    import peft
-    import transformers
-
+    libraries = ("transformers", "peft", "numba")
     return {
         "zotune": zotune.__version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **{name: version(name) for name in libraries},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_threads": str(torch.get_num_threads()),
@@ -123,7 +121,7 @@ tags: [zotune, zeroth-order]
 
 # {config.model}, tuned on {config.task or config.train_file}
 
-Made by [zotune](https://pypi.org/project/zotune/) {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
+Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
 ({results["num_tuned"]:,} numbers tuned).
 
 | | |

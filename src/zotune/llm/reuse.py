@@ -38,7 +38,7 @@ def lowest_tuned_layer(model: nn.Module) -> int:
     """
     path, layers = layers_of(model)
     lowest = len(layers)
-    below = _parameters_below(model, path)
+    below = parameters_below(model, layers)
     for tensor in TunedTensors(model):
         places = [name for name, p in model.named_parameters(remove_duplicate=False) if p is tensor.parameter]
         for place in places:
@@ -49,17 +49,28 @@ def lowest_tuned_layer(model: nn.Module) -> int:
     return lowest
 
 
-def _parameters_below(model: nn.Module, path: str) -> set[int]:
-    """Parameters whose use precedes the stack: those of its siblings registered before it, embeddings above all."""
-    parent = model.get_submodule(path.rpartition(".")[0])
-    name = path.rpartition(".")[2]
+def parameters_below(model: nn.Module, layers: nn.ModuleList) -> set[int]:
+    """Identities of the parameters read before the stack: those of the modules that a forward pass calls before it.
+
+    The order of registration does not tell: OPT registers its final norm before its layers.
+    """
     below: set[int] = set()
-    for sibling, module in parent.named_children():
-        if sibling == name:
-            break
-        below |= {id(p) for p in module.parameters()}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return below | {id(p) for m in embeddings for p in m.parameters()}
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module is layers[0]:
+            raise _Reached
+        below.update(id(p) for p in module.parameters(recurse=False))
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return below
 
 
 class ReusedActivations:

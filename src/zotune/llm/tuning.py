@@ -9,7 +9,7 @@ import torch
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import TrainConfig
 from zotune.llm.models import LanguageModel
-from zotune.llm.reuse import layers_of
+from zotune.llm.reuse import layers_of, parameters_below
 
 
 def prepare(lm: LanguageModel, config: TrainConfig) -> None:
@@ -34,22 +34,17 @@ def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
     path, layers = layers_of(lm.module)
     first = _first_layer(len(layers), config.tuned_layers)
     names = [name for name, _ in lm.module.named_parameters()]
+    below = set() if config.tuned_layers is None else parameters_below(lm.module, layers)
     for name, p in lm.module.named_parameters():
-        if pattern.search(name) and (config.tuned_layers is None or _is_from(name, path, first, names)):
+        # What is neither a layer nor read before the layers comes after them.
+        lies_in = int(name[len(path) + 1 :].split(".")[0]) if name.startswith(f"{path}.") else len(layers)
+        if pattern.search(name) and lies_in >= first and id(p) not in below:
             p.requires_grad_(True)
     if not any(p.requires_grad for p in lm.module.parameters()):
         raise UsageError(
             f"nothing would be tuned: no weight of {lm.name} in the chosen layers has a name that "
             f"{config.tuned_parameters!r} finds. Its weights are called, for instance, {names[-2]!r} and {names[-1]!r}."
         )
-
-
-def _is_from(name: str, path: str, first: int, names: list[str]) -> bool:
-    """Whether a parameter belongs to layer `first` or later, or to what comes after the stack of layers."""
-    if name.startswith(f"{path}."):
-        return int(name[len(path) + 1 :].split(".")[0]) >= first
-    last_of_stack = max(i for i, other in enumerate(names) if other.startswith(f"{path}."))
-    return names.index(name) > last_of_stack
 
 
 def _first_layer(num_layers: int, tuned_layers: int | None) -> int:

@@ -101,7 +101,7 @@ def log(x: Floats) -> Floats:
     p: Any = np.float32(1 / 9)
     for c in (1 / 7, 1 / 5, 1 / 3, 1.0):
         p = p * z + np.float32(c)
-    return np.float32(2) * s * p + e.astype(np.float32) * np.float32(0.6931471805599453)
+    return np.asarray(np.float32(2) * s * p + e.astype(np.float32) * np.float32(0.6931471805599453), np.float32)
 
 
 def cosine_and_sine(w: Words) -> tuple[Floats, Floats]:

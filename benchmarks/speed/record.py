@@ -1,0 +1,34 @@
+"""Where benchmark results go: one JSON a benchmark, with what is needed to read and repeat it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from zotune.llm.output import environment
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_result(name: str, measured: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
+    record = {
+        **measured,
+        "environment": {**environment(), "processor": processor()},
+        "commit": commit.stdout.strip() or "unknown",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {path}")

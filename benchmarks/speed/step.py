@@ -1,0 +1,115 @@
+"""What a ZO-SGD step costs, as a multiple of its two forward passes.
+
+    python benchmarks/speed/step.py
+
+Sides, timed in turn within one process: two plain forward passes of the objective; one `zo_sgd` step
+(full tuning, Rademacher); and a loop as the older codes write it (move all weights by +μu, -2μu, +μu
+with `torch.normal` from a stored seed, then update), on the same objective and model. Figures are
+ratios of medians; the spread is the quartiles of the step's own times over the forwards' median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import zotune as zo
+from zotune.llm.config import EvalConfig
+from zotune.llm.models import LanguageModel, load
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import write_result
+
+LR, MU = 1e-6, 1e-3
+
+
+def objective(lm: LanguageModel, batch: int, length: int) -> Callable[[], torch.Tensor]:
+    """Cross-entropy of the last token of random sequences; the head at the last position only."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = lm.config.vocab_size
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
+    targets = torch.randint(0, vocabulary, (batch,), generator=generator)
+    return lambda: F.cross_entropy(
+        lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float(), targets
+    )
+
+
+def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None:
+    """A step as the older codes write it: the weights themselves walk to +μ, -μ, back, and down."""
+    generator = torch.Generator()
+    parameters = list(model.parameters())
+
+    def move(a: float) -> None:
+        generator.manual_seed(1)
+        for p in parameters:
+            u = torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, generator=generator)
+            p.data = p.data + a * u
+
+    with torch.no_grad():
+        move(MU)
+        plus = float(f())
+        move(-2 * MU)
+        minus = float(f())
+        move(MU)
+        move(-LR * (plus - minus) / (2 * MU))
+
+
+def measure(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each side, and their ratios."""
+    f = objective(lm, batch, length)
+    optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
+
+    def two_forwards() -> None:
+        with torch.no_grad():
+            f(), f()
+
+    sides: dict[str, Callable[[], object]] = {
+        "two_forwards": two_forwards,
+        "zo_sgd_step": lambda: optimizer.step(f),
+        "in_place_loop": lambda: in_place_loop(lm.module, f),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 2):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(seconds[2:]) for name, seconds in times.items()}
+    forwards = medians["two_forwards"]
+    low, _, high = statistics.quantiles(times["zo_sgd_step"][2:], n=4)
+    return {
+        **{f"{name}_seconds": seconds for name, seconds in medians.items()},
+        "zo_sgd_step_ratio": medians["zo_sgd_step"] / forwards,
+        "zo_sgd_step_ratio_quartiles": [low / forwards, high / forwards],
+        "in_place_loop_ratio": medians["in_place_loop"] / forwards,
+    }
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = parser.parse_args()
+    rows = {}
+    for dtype in options.dtypes:
+        for batch, length in ((4, 32), (16, 32), (16, 64)):
+            lm = load(EvalConfig(task="sst2", model="smollm2-135m", dtype=dtype))
+            found = rows[f"{dtype} {batch}x{length}"] = measure(lm, batch, length, options.rounds)
+            print(
+                f"{dtype:9} {batch:2} x {length}: two forwards {found['two_forwards_seconds']:.3f} s, "
+                f"zo_sgd {found['zo_sgd_step_ratio']:.2f} x, in-place loop {found['in_place_loop_ratio']:.2f} x",
+                flush=True,
+            )
+    write_result("speed-step", {"model": "smollm2-135m", "tuning": "full", "rounds": options.rounds, "sides": rows})
+
+
+if __name__ == "__main__":
+    main()
