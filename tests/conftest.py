@@ -1,4 +1,4 @@
-"""What several test files share: tiny models of each family, the built-in model, rows, and ways to run the command line.
+"""What several test files share: tiny models of each family, the built-in model, rows, the command line.
 
 The tiny models are made anew for each test, for tests change them; the built-in model is fetched once, by
 the package's own code, into the user's cache.
@@ -101,6 +101,17 @@ def config(rows_file, tmp_path):
         return TrainConfig.model_validate({**plain, **options})
 
     return make
+
+
+@pytest.fixture
+def short(rows_file, tmp_path):
+    """A function: arguments of a short run on the rows file."""
+
+    def arguments(*more, model="random:llama-tiny", out="out"):
+        plain = ["train", "--model", model, "--train-file", rows_file, "--output-dir", tmp_path / out]
+        return [*plain, "--max-steps", 2, "--num-dev", 3, "--device", "cpu", *more]
+
+    return arguments
 
 
 @pytest.fixture

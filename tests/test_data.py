@@ -78,11 +78,11 @@ def test_held_out_rows_are_no_training_rows(source, num_train, num_dev):
 
 
 def test_more_rows_than_there_are_are_refused_and_never_cut_silently(source):
-    with pytest.raises(UsageError, match="1900 training and 500 held-out rows.*has 2000.*Lower --num-train"):
+    with pytest.raises(UsageError, match=r"1900 training and 500 held-out rows.*has 2000.*Lower --num-train"):
         SST2.splits(DataOptions(task="sst2", data_source=str(source), num_train=1900), masked=False)
-    with pytest.raises(UsageError, match="1001 training and 500 held-out rows.*has 1500"):
+    with pytest.raises(UsageError, match=r"1001 training and 500 held-out rows.*has 1500"):
         SST2.splits(DataOptions(task="sst2", num_train=1001), masked=False)
-    with pytest.raises(UsageError, match="holds no validation.jsonl"):
+    with pytest.raises(UsageError, match=r"holds no validation.jsonl"):
         (source / "validation.jsonl").unlink()
         SST2.splits(DataOptions(task="sst2", data_source=str(source)), masked=False)
 
@@ -90,7 +90,7 @@ def test_more_rows_than_there_are_are_refused_and_never_cut_silently(source):
 def test_tasks_are_found_by_name_and_misspelt_ones_suggested():
     assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
     assert find_task("sst2") is SST2
-    with pytest.raises(UsageError, match="no task 'sts2'. Did you mean 'sst2'"):
+    with pytest.raises(UsageError, match=r"no task 'sts2'\. Did you mean 'sst2'"):
         find_task("sts2")
 
 
@@ -121,7 +121,10 @@ def test_templates_take_columns_and_verbalizers_words(tmp_path):
         verbalizer={"0": "bad", "1": " good "},
         num_dev=0,
     )
-    assert set(splits.train) == {Example("1: x (x) is", (" bad", " good"), 0), Example("2: y (y) is", (" bad", " good"), 1)}
+    assert set(splits.train) == {
+        Example("1: x (x) is", (" bad", " good"), 0),
+        Example("2: y (y) is", (" bad", " good"), 1),
+    }
 
 
 def test_user_rows_are_split_without_overlap(tmp_path):
@@ -136,9 +139,9 @@ def test_user_rows_are_split_without_overlap(tmp_path):
     assert not set(numbers(few.train)) & set(numbers(few.dev))
     assert [e.prompt for e in few.test] == [f"test {i}\nLabel:" for i in range(4)]
     assert splits_of(path, data_seed=1).train != splits.train
-    with pytest.raises(UsageError, match="has 23 rows, too few for 20 to train on and 4 held out"):
+    with pytest.raises(UsageError, match=r"has 23 rows, too few for 20 to train on and 4 held out"):
         splits_of(path, num_train=20, num_dev=4)
-    with pytest.raises(UsageError, match="has 23 rows, too few"):
+    with pytest.raises(UsageError, match=r"has 23 rows, too few"):
         splits_of(path, num_dev=23)
 
 
@@ -154,10 +157,26 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
     [
         ('{"text": "a", "label": 1}\n\n{"text": oops}\n', {}, r"rows.jsonl, line 3: broken JSON .*column 10"),
         ('{"text": "a", "label": 1}\n[1, 2]\n', {}, r"rows.jsonl, line 2: a row must be an object"),
-        ('{"txt": "a", "label": 1}\n{"txt": "b", "label": 0}\n', {}, r"row 1: there is no column 'text'. Did you mean 'txt'\?"),
-        ('{"text": "a", "label": 1}\n{"text": "b", "lable": 0}\n', {}, r"row 2: .*no column 'label'. Did you mean 'lable'\?"),
-        ('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', {"template": "{sentense}"}, r"no column 'sentense'. There is: label, text"),
-        ('{"text": "a", "label": 1}\n', {"verbalizer": {"yes": "Yes", "no": "No"}}, r"row 1: the label '1' is not in the verbalizer"),
+        (
+            '{"txt": "a", "label": 1}\n{"txt": "b", "label": 0}\n',
+            {},
+            r"row 1: there is no column 'text'. Did you mean 'txt'\?",
+        ),
+        (
+            '{"text": "a", "label": 1}\n{"text": "b", "lable": 0}\n',
+            {},
+            r"row 2: .*no column 'label'. Did you mean 'lable'\?",
+        ),
+        (
+            '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
+            {"template": "{sentense}"},
+            r"no column 'sentense'. There is: label, text",
+        ),
+        (
+            '{"text": "a", "label": 1}\n',
+            {"verbalizer": {"yes": "Yes", "no": "No"}},
+            r"row 1: the label '1' is not in the verbalizer",
+        ),
         ('{"text": "a", "label": "yess"}\n', {"verbalizer": {"yes": "Yes", "no": "No"}}, r"Did you mean 'yes'\?"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n', {}, r"holds 1 different labels; at least two"),
         ("", {}, r"holds 0 different labels"),
@@ -175,7 +194,7 @@ def test_unusable_rows_are_named(tmp_path, text, options, message):
 
 
 def test_unusable_files_are_named(tmp_path):
-    with pytest.raises(UsageError, match="there is no file .*nothing.jsonl"):
+    with pytest.raises(UsageError, match=r"there is no file .*nothing.jsonl"):
         splits_of(tmp_path / "nothing.jsonl")
     for name in ("rows.parquet", "rows.txt.gz", "rows"):
         (tmp_path / name).write_text("x", encoding="utf-8")
@@ -186,5 +205,5 @@ def test_unusable_files_are_named(tmp_path):
         with pytest.raises(UsageError, match=f"{name} is not UTF-8 text"):
             splits_of(tmp_path / name)
     (tmp_path / "rows.csv.gz").write_bytes(b"text,label\n")
-    with pytest.raises((UsageError, OSError), match="rows.csv.gz|gzip"):
+    with pytest.raises((UsageError, OSError), match=r"rows.csv.gz|gzip"):
         splits_of(tmp_path / "rows.csv.gz")

@@ -249,3 +249,14 @@ def test_a_loss_from_a_half_precision_model_has_many_distinct_coefficients():
     opt = zo.zo_sgd(model, lr=0.0, mu=1e-2, num_queries=300)
     estimate = opt.estimate(lambda: nn.functional.cross_entropy(model(x).float(), y))
     assert len({c for c, _ in estimate.terms}) > 290
+
+
+@pytest.mark.parametrize(("loss", "c"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, -math.inf)])
+def test_an_estimate_is_applied_only_if_all_its_numbers_are_finite(loss, c):
+    model = Vector()
+    opt, before = zo.zo_sgd(model, lr=0.1), position(model)
+    (u,) = opt.directions()
+    opt.apply(zo.GradientEstimate(loss, ((1.0, u), (c, u)), 2))
+    assert (position(model) == before).all()
+    opt.apply(zo.GradientEstimate(1.0, ((1.0, u), (1.0, u)), 2))
+    assert (position(model) != before).all()

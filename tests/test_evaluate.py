@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
+from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate, wilson
 from zotune.llm.objective import Encoder
-
-from zotune.llm.data import Example
 
 WORDS = (" terrible", " great")
 

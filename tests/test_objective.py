@@ -69,9 +69,7 @@ def test_single_tokens_need_no_vocabulary(tiny, causal_family, plain_score):
         n = len(expected)
         assert all_of_them[:n] == pytest.approx(expected, abs=2e-6)
         assert [x - few[0] for x in few[:n]] == pytest.approx([x - expected[0] for x in expected], abs=2e-6)
-    expected = [
-        cross_entropy([plain_score(lm, e.prompt, c) for c in e.candidates], e.label) for e in SINGLE
-    ]
+    expected = [cross_entropy([plain_score(lm, e.prompt, c) for c in e.candidates], e.label) for e in SINGLE]
     assert losses(short, batch).tolist() == pytest.approx(expected, abs=2e-6)
     assert losses(full, batch).tolist() == pytest.approx(expected, abs=2e-6)
 
@@ -90,7 +88,9 @@ def test_a_batch_is_its_examples_one_by_one(tiny, family, examples):
 def test_candidates_that_differ_in_their_last_token_share_one_sequence_and_one_pass(tiny, causal_family):
     lm = tiny(causal_family)
     seen = []
-    handle = lm.module.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    handle = lm.module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     scored(lm, SINGLE)
     scored(lm, [Example("It is", (" abc", " abd", " abe"), 0)])
     handle.remove()
@@ -107,8 +107,10 @@ def test_the_last_token_of_a_candidate_is_predicted_and_never_read(tiny):
     assert encoded.candidates[0].positions == tuple(range(len(ids) - 5, len(ids) - 1))
 
 
-# Text that means itself: no surrogates, no unassigned characters (whose bytes a vocabulary may lack), no special tokens.
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], exclude_characters="<>|"), min_size=1, max_size=20)
+# Text that means itself: no surrogates or special tokens, and no characters whose bytes a vocabulary may lack.
+TEXT = st.text(
+    st.characters(exclude_categories=["Cs", "Cc", "Cn", "Co"], exclude_characters="<>|"), min_size=1, max_size=20
+)
 
 
 def assert_option_is_what_follows_the_prompt(tokenizer, prompt, candidate):
@@ -222,7 +224,10 @@ def test_no_cache_of_keys_and_values_is_built(tiny, causal_family, monkeypatch):
 @torch.no_grad()
 def test_masked_models_are_scored_at_the_mask(tiny):
     lm = tiny("roberta")
-    examples = [Example("a gorgeous film It was", (" terrible", " great"), 1, "."), Example("dull It was", (" terrible", " great"), 0, ".")]
+    examples = [
+        Example("a gorgeous film It was", (" terrible", " great"), 1, "."),
+        Example("dull It was", (" terrible", " great"), 0, "."),
+    ]
     got = scored(lm, examples)
     for example, row in zip(examples, got, strict=True):
         ids = lm.tokenizer(f"{example.prompt}<mask>{example.suffix}")["input_ids"]
@@ -268,7 +273,7 @@ def test_masked_prompts_are_cut_from_the_left_and_keep_their_mask(tiny):
 
 def test_prompts_longer_than_the_model_reads_are_refused_with_the_remedy(tiny, family):
     lm = tiny(family)
-    limit = 254 if family == "roberta" else 256
+    limit = lm.config.max_position_embeddings - (2 if family == "roberta" else 0)
     special = 4 if family == "roberta" else 2  # its <s>, <mask>, "." and </s>; <s> and " " alone in the others
     words = (" great",)
     fits = Example("x" * (limit - special + (family != "roberta")), words, 0, "." if lm.masked else "")

@@ -168,9 +168,10 @@ def nested(model, u, depth):
         nested(model, u, depth - 1)
 
 
-def test_no_graph_and_no_gradient_is_made():
+@pytest.mark.parametrize("difference", [zo.central_difference, zo.forward_difference])
+def test_no_graph_and_no_gradient_is_made(difference):
     model, loss = everything()
-    opt = zo.zo_sgd(model, lr=0.1)
+    opt = zo.zo_sgd(model, lr=0.1, difference=difference)
 
     def closure():
         value = loss()

@@ -16,7 +16,9 @@ from zotune.llm.tuning import prepare
 WORDS = (" terrible", " great")
 EXAMPLES = tuple(
     Example(f"{text} It was", WORDS, i % 2, "")
-    for i, text in enumerate(["dull", "a gorgeous film", "it never comes alive", "warm", "see it in the dark, twice", "no"])
+    for i, text in enumerate(
+        ["dull", "a gorgeous film", "it never comes alive", "warm", "see it in the dark, twice", "no"]
+    )
 )
 LONG = (Example("It is", (" abc", " abd", " x"), 0), Example("so", (" it ended", " did it"), 1))
 
@@ -189,7 +191,10 @@ def test_gradients_of_what_is_tuned_are_the_same(tiny, causal_family):
     reused, batch = ReusedActivations(lm), batch_of(lm, EXAMPLES)
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
     for _ in range(2):
-        plain, kept = (torch.autograd.grad(score(batch).logsumexp(1).sum(), tuned, allow_unused=True) for score in (lm.score, reused.score))
+        plain, kept = (
+            torch.autograd.grad(score(batch).logsumexp(1).sum(), tuned, allow_unused=True)
+            for score in (lm.score, reused.score)
+        )
         assert any(g is not None for g in plain)
         for one, other in zip(plain, kept, strict=True):
             assert (one is None) == (other is None)

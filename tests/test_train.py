@@ -1,13 +1,12 @@
 """A run is what its config says: the update of its formula, the same bits each time, an output that others can load."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import zotune as zo
 from zotune.errors import RunError
@@ -41,20 +40,6 @@ def same_bits(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def plain_predictions(model, tokenizer, examples):
-    """The best candidate of each example, by whole unpadded sequences and full log-softmax."""
-    found = []
-    for e in examples:
-        values = []
-        for candidate in e.candidates:
-            start, ids = len(tokenizer(e.prompt)["input_ids"]), tokenizer(e.prompt + candidate)["input_ids"]
-            with torch.no_grad():
-                logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            values.append(sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids))) / (len(ids) - start))
-        found.append(values.index(max(values)))
-    return found
-
-
 def masked(options):
     """Options for a masked model, whose words are single tokens."""
     return {**options, "verbalizer": {"yes": "Yes", "no": "No"}}
@@ -81,7 +66,10 @@ def test_every_method_tunes_every_family_and_writes_every_file(config, family, m
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.parametrize("options", [{}, {"tuning": "lora", "sampler": "gaussian", "num_queries": 2}, {"method": "fo_adam"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tuning": "lora", "sampler": "gaussian", "num_queries": 2}, {"method": "fo_adam"}, {"dtype": "bfloat16"}],
+)
 def test_the_same_config_gives_the_same_bits_and_another_seed_others(config, tmp_path, options):
     plain = {"max_steps": 4, "learning_rate": 1e-2, **options}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -99,7 +87,9 @@ def test_the_same_config_gives_the_same_bits_and_another_seed_others(config, tmp
 def test_a_step_is_its_formula(config, tiny, tmp_path, difference, plain_score):
     """One step on all rows: c from plain losses at moved copies of the weights, then x - ηcu, in float64."""
     lr, mu = 0.01, 1e-2
-    made = config(max_steps=1, num_dev=0, per_device_train_batch_size=11, learning_rate=lr, mu=mu, difference=difference, seed=5)
+    made = config(
+        max_steps=1, num_dev=0, per_device_train_batch_size=11, learning_rate=lr, mu=mu, difference=difference, seed=5
+    )
     examples = user_splits(made).train
     lm = tiny("llama")
     (u,) = zo.zo_sgd(lm.module, lr, mu=mu, seed=5).directions()
@@ -129,14 +119,23 @@ def test_a_step_is_its_formula(config, tiny, tmp_path, difference, plain_score):
 def test_accumulated_batches_are_one_large_batch(config, tmp_path, method):
     options = {"method": method, "max_steps": 4, "learning_rate": 1e-3, "num_dev": 0}
     for k in (1, 2, 4):
-        train(config(**options, gradient_accumulation_steps=k, per_device_train_batch_size=8 // k, output_dir=tmp_path / str(k)))
+        train(
+            config(
+                **options,
+                gradient_accumulation_steps=k,
+                per_device_train_batch_size=8 // k,
+                output_dir=tmp_path / str(k),
+            )
+        )
     for k in (2, 4):
         assert losses_of(tmp_path / str(k)) == pytest.approx(losses_of(tmp_path / "1"), rel=1e-5)
     forwards = metrics_of(tmp_path / "4")[-1]["num_forwards"]
     assert forwards == 4 * metrics_of(tmp_path / "1")[-1]["num_forwards"]
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [("zo_sgd", zo.ZerothOrder), ("fo_sgd", torch.optim.SGD), ("fo_adam", torch.optim.Adam)])
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("zo_sgd", zo.ZerothOrder), ("fo_sgd", torch.optim.SGD), ("fo_adam", torch.optim.Adam)]
+)
 def test_there_are_exactly_max_steps_updates(config, monkeypatch, method, optimizer):
     name = "apply" if method == "zo_sgd" else "step"
     updates, real = [], getattr(optimizer, name)
@@ -158,7 +157,9 @@ def test_learning_rates_follow_their_schedule(config, tmp_path, monkeypatch, met
     used, name = [], "apply" if method == "zo_sgd" else "step"
     owner = zo.ZerothOrder if method == "zo_sgd" else torch.optim.SGD
     real = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda self, *args: (used.append(self.param_groups[0]["lr"]), real(self, *args))[1])
+    monkeypatch.setattr(
+        owner, name, lambda self, *args: (used.append(self.param_groups[0]["lr"]), real(self, *args))[1]
+    )
     train(config(method=method, max_steps=4, learning_rate=0.4, lr_scheduler_type=kind))
     assert used == pytest.approx(rates)
     assert [line["learning_rate"] for line in metrics_of(tmp_path / "out")] == pytest.approx(rates)
@@ -170,40 +171,18 @@ def test_a_config_runs_again_and_gives_the_same_bits(config, tmp_path):
     again = TrainConfig.model_validate({**read_recipe(recipe), "output_dir": tmp_path / "again"})
     train(again)
     assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "again"))
-    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "again", "seconds")
+    first, second = metrics_of(tmp_path / "out"), metrics_of(tmp_path / "again")
+    for line in (*first, *second):
+        line.get("dev", {}).pop("seconds", None)
+    assert first == second
+    assert [line["step"] for line in first] == [1, 2, 2, 3]
     assert yaml.safe_load(recipe.read_text(encoding="utf-8")).keys() == TrainConfig.model_fields.keys()
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_what_is_saved_loads_elsewhere_and_predicts_what_was_reported(config, tiny, causal_family, tuning, tmp_path):
-    base = tiny(causal_family)
-    base.module.save_pretrained(tmp_path / "base")
-    base.tokenizer.save_pretrained(tmp_path / "base")
-    made = config(model=str(tmp_path / "base"), tuning=tuning, learning_rate=0.05, max_steps=5)
-    result = train(made)
-    auto = AutoPeftModelForCausalLM if tuning == "lora" else AutoModelForCausalLM
-    model, tokenizer = auto.from_pretrained(tmp_path / "out").eval(), AutoTokenizer.from_pretrained(tmp_path / "out")
-    found = plain_predictions(model, tokenizer, user_splits(made).dev)
-    assert tuple(found) == result.dev.predictions
-    assert result.dev.loss != result.dev_before.loss
-
-
-def test_a_tuned_masked_model_loads_elsewhere(config, tmp_path):
-    made = config(**masked({"model": "random:roberta-tiny", "learning_rate": 0.05, "max_steps": 5}))
-    result = train(made)
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
-    tokenizer, found = AutoTokenizer.from_pretrained(tmp_path / "out"), []
-    for e in user_splits(made).dev:
-        ids = tokenizer(f"{e.prompt}{tokenizer.mask_token}{e.suffix}")["input_ids"]
-        with torch.no_grad():
-            row = model(torch.tensor([ids])).logits[0, ids.index(tokenizer.mask_token_id)]
-        words = [float(row[tokenizer.convert_tokens_to_ids(word)]) for word in e.candidates]
-        found.append(words.index(max(words)))
-    assert tuple(found) == result.dev.predictions
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_last_sound_weights(config, tmp_path, monkeypatch, method):
+def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_last_sound_weights(
+    config, tmp_path, monkeypatch, method
+):
     options = {"method": method, "num_dev": 0, "reuse_activations": False, "learning_rate": 1e-2}
     train(config(**options, max_steps=2, output_dir=tmp_path / "sound"))
     calls, sound, real = [], 4 if method == "zo_sgd" else 2, LanguageModel.score
@@ -213,12 +192,12 @@ def test_losses_that_are_no_numbers_stop_the_run_and_leave_the_last_sound_weight
         return real(self, batch) * (1.0 if len(calls) <= sound else math.nan)
 
     monkeypatch.setattr(LanguageModel, "score", break_down)
-    with pytest.raises(RunError, match="NaN or infinite for 10 steps in a row.*ower the learning rate"):
+    with pytest.raises(RunError, match=r"NaN or infinite for 10 steps in a row.*ower the learning rate"):
         train(config(**options, max_steps=50))
     assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "sound"))
-    kept, before = metrics_of(tmp_path / "out"), metrics_of(tmp_path / "sound")
-    assert kept[:2] == [{**line, "learning_rate": 1e-2} for line in before]
-    assert 2 <= len(kept) <= 12
+    kept, before = metrics_of(tmp_path / "out", "max_steps"), metrics_of(tmp_path / "sound", "max_steps")
+    assert kept[:2] == before
+    assert all(math.isnan(line["loss"]) for line in kept[2:])
 
 
 def test_single_losses_that_are_no_numbers_are_counted_and_left_out(config, monkeypatch):
@@ -244,9 +223,18 @@ def test_checkpointed_activations_give_the_same_losses(config, tmp_path, tuning)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_small_steps_on_one_batch_lower_its_loss(config, tmp_path, method):
-    train(config(method=method, num_dev=0, per_device_train_batch_size=11, max_steps=12, learning_rate=1e-3 if method == "zo_sgd" else 1e-2, num_queries=4))
+    train(
+        config(
+            method=method,
+            num_dev=0,
+            per_device_train_batch_size=11,
+            max_steps=12,
+            learning_rate=1e-2 if method == "fo_sgd" else 1e-3,
+            num_queries=4,
+        )
+    )
     smoothed = losses_of(tmp_path / "out")
-    assert all(later < earlier for earlier, later in zip(smoothed, smoothed[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(smoothed))
 
 
 @pytest.mark.parametrize("options", [{"tuned_layers": 1}, {"tuning": "lora", "tuned_layers": 1}])
@@ -254,26 +242,3 @@ def test_reusing_activations_changes_no_result(config, tmp_path, options):
     for on in (False, True):
         train(config(**options, max_steps=4, learning_rate=1e-2, reuse_activations=on, output_dir=tmp_path / str(on)))
     assert losses_of(tmp_path / "True") == pytest.approx(losses_of(tmp_path / "False"), abs=1e-5)
-
-
-def test_the_built_in_model_is_tuned_where_asked_and_saved_as_it_was_evaluated(config, smollm2, tmp_path):
-    made = config(
-        model="smollm2-135m",
-        tuned_parameters=r"layers\.29\..*norm|^model\.norm",
-        learning_rate=1e-3,
-        num_dev=4,
-        num_train=4,
-        max_steps=3,
-    )
-    result = train(made)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    before = dict(smollm2.module.named_parameters())
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {
-        "model.layers.29.input_layernorm.weight",
-        "model.layers.29.post_attention_layernorm.weight",
-        "model.norm.weight",
-    }
-    assert result.num_tuned == 3 * 576
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tuple(plain_predictions(model, tokenizer, user_splits(made).dev)) == result.dev.predictions

@@ -132,7 +132,7 @@ def test_an_adapters_first_weights_follow_the_seed_and_not_the_global_random_sta
 
 def test_what_does_not_exist_is_suggested_or_named(tiny):
     lm = tiny("llama")
-    with pytest.raises(UsageError, match="no linear layer 'q_porj'. Did you mean 'q_proj'"):
+    with pytest.raises(UsageError, match=r"no linear layer 'q_porj'\. Did you mean 'q_proj'"):
         prepared(lm, tuning="lora", lora_target_modules=("v_proj", "q_porj"))
     with pytest.raises(UsageError, match="tuned_layers is 3, but the model has 2 layers"):
         prepared(lm, tuned_layers=3)

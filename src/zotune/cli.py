@@ -6,11 +6,13 @@ Heavy libraries are imported by the commands that need them, so that help comes 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from zotune.errors import UsageError, ZotuneError, did_you_mean
 
@@ -116,7 +118,9 @@ def _eval(args: list[str], as_json: bool) -> int:
 
     lm = load(config)
     rows = load_rows(lm, config)
-    found = evaluate(lm, rows.test or rows.dev, config.per_device_eval_batch_size)
+    if not rows.test:
+        raise UsageError("there is no row to evaluate on: give --eval-file, or let --num-dev rows be held out.")
+    found = evaluate(lm, rows.test, config.per_device_eval_batch_size)
     results = {**found.summary(), "peak_memory": peak_memory(lm.device), "environment": environment()}
     results["config"] = config.model_dump(mode="json")
     if config.output_dir is not None:
@@ -135,9 +139,20 @@ def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], pr
 
     from zotune.llm.config import validate
 
-    default = validate(schema, recipe, source, partial=True)
+    recipe = validate(schema, recipe, source, partial=True).model_dump()
+    # tyro reads the options into a record without rules, so that every complaint about a value is worded in one place.
+    fields = [
+        (
+            name,
+            Annotated[info.annotation, tyro.conf.arg(help=info.description)],
+            dataclasses.field(default_factory=functools.partial(recipe.get, name)),
+        )
+        for name, info in schema.model_fields.items()
+    ]
+    options = dataclasses.make_dataclass(schema.__name__, fields, frozen=True)
     args = [a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args]
-    return tyro.cli(schema, args=args, default=default, prog=prog, description=schema.__doc__)
+    chosen: Any = tyro.cli(options, args=args, prog=prog, description=schema.__doc__)
+    return validate(schema, dataclasses.asdict(chosen), "command line")
 
 
 def _print_json(value: Any) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from zotune.directions import Direction, sum_terms
 from zotune.noise import compute_dtype
 from zotune.tuned import TunedTensors
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class GradientEstimate:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss and every coefficient are numbers that may reach the weights."""
-        return math.isfinite(self.loss) and all(math.isfinite(c) for c, _ in self.terms)
+        """Whether the loss and every coefficient are numbers that may reach the weights, in single precision."""
+        return math.isfinite(self.loss) and all(abs(c) <= _LARGEST for c, _ in self.terms)
 
     def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
         """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def evaluate(closure: Closure) -> float:
                 "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
             )
         return float(value.detach())
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real):
         return float(value)
     raise TypeError(
         f"the closure must return the loss, got {type(value).__name__}: "

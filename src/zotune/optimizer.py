@@ -155,7 +155,7 @@ class ZerothOrder(torch.optim.Optimizer):
         is_half = weights.dtype in (torch.bfloat16, torch.float16)
         x, random = weights.contiguous().view(-1), None
         if is_half and self.rounding == Rounding.MASTER:
-            x = state.setdefault("master", x.float())
+            x = state["master"] = state["master"] if "master" in state else x.float()
         elif is_half and self.rounding == Rounding.STOCHASTIC:
             random = rounding_seed
         if self.transform is identity:

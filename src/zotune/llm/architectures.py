@@ -50,7 +50,7 @@ def _roberta(width: int, layers: int, heads: int, **other: Any) -> Any:
     )
 
 
-_TINY = {"vocab_size": 320, "max_position_embeddings": 256}
+_TINY = {"vocab_size": 320, "max_position_embeddings": 512}
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "roberta-large": partial(_roberta, 1024, 24, 16),

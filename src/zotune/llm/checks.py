@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from zotune.directions import add_terms
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
 from zotune.optimizer import Rounding, ZerothOrder
-from zotune.tuned import TunedTensors
+from zotune.tuned import TunedTensor, TunedTensors
 
 # Elements of each tensor that are tried.
 _SAMPLE = 4096
+# Refuse where fewer of them than this fraction would change. Zeros do not count: anything changes them.
+_LEAST = 0.001
 
 
 def check_mu(tuned: TunedTensors, mu: float) -> None:
     """Refuse a μ that leaves every tuned number as it is once rounded to its precision.
 
     Raises:
-        UsageError: x + μu = x for every element tried.
+        UsageError: x + μ = x for (nearly) every non-zero element tried.
     """
-    for tensor in tuned:
-        x = tensor.storage().flatten()[:_SAMPLE]
-        # A step of either sign along every coordinate.
-        if bool((x + mu != x).any()) or bool((x - mu != x).any()):
-            return
+    samples = [_sample(tensor) for tensor in tuned]
+    if _changed((x, x + mu) for x in samples) >= _LEAST:
+        return
     dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
     raise UsageError(
         f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so "
@@ -52,18 +55,29 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
 
 
 def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
-    """Whether an update, rounded to nearest, changes any of the elements tried."""
+    """Whether an update, rounded to nearest, changes more than a trace of the elements tried."""
     lr = float(optimizer.param_groups[0]["lr"])
+    pairs = []
     for tensor in optimizer.tuned:
-        x = tensor.storage().flatten()[:_SAMPLE].clone()
+        x = _sample(tensor)
         after = torch.empty_like(x)
         add_terms(after, x, [(-lr * c, u) for c, u in estimate.terms], tensor.id)
-        if bool((after != x).any()):
-            return True
-    return False
+        pairs.append((x, after))
+    return _changed(pairs) >= _LEAST
+
+
+def _sample(tensor: TunedTensor) -> Tensor:
+    return tensor.storage().flatten()[:_SAMPLE].clone()
+
+
+def _changed(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The fraction of non-zero elements that differ between before and after; 1 where all are zero."""
+    counts = [(int((x != 0).sum()), int(((x != 0) & (after != x)).sum())) for x, after in pairs]
+    total = sum(n for n, _ in counts)
+    return sum(moved for _, moved in counts) / total if total else 1.0
 
 
 def _least_mu(tuned: TunedTensors) -> float:
     """A power of ten at which the median weight moves."""
-    sizes = [t.storage().flatten()[:_SAMPLE].float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
+    sizes = [_sample(t).float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
     return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())

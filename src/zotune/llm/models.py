@@ -19,6 +19,7 @@ from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
 from zotune.llm.objective import Batch, losses, scores, scores_of_single_tokens
+from zotune.llm.progress import say
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,7 +93,9 @@ class LanguageModel:
 def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[None]:
     """Let the head see the hidden states at `positions` alone, and make the logits of the tokens `only`."""
     output = model.get_output_embeddings()
-    head = next(child for child in model.children() if any(m is output for m in child.modules()))
+    # The output layer itself, or the part of the model that ends in it.
+    parts = list(model.children())
+    head = output if any(part is output for part in parts) else next(p for p in parts if output in set(p.modules()))
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = args
@@ -144,7 +147,7 @@ def quiet_libraries() -> None:
     for name in ("huggingface_hub", "datasets", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What peft asks of transformers concerns their developers.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
 
 
 def _device(name: str) -> torch.device:
@@ -170,6 +173,8 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
+    # An adapter's folder names its base by this.
+    module.name_or_path = options.model
     return LanguageModel(module, byte_tokenizer(config), options.model, masked)
 
 
@@ -177,6 +182,8 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
     import transformers
 
     source = str(fetch(options.model)) if options.model in BUILT_IN else options.model
+    if not Path(source).is_dir():
+        say(f"looking for {source} on the Hub …")
     try:
         if (Path(source) / "adapter_config.json").is_file():
             return _adapted(Path(source), options)

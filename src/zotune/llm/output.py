@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import zotune
 from zotune.errors import RunError, UsageError
 from zotune.llm.config import TrainConfig, write_yaml
 from zotune.llm.models import LanguageModel
 
-_OURS = ("config.yaml", "metrics.jsonl", "results.json", "README.md")
+# What a run writes, by pattern; the first four may be all that is left of one that failed.
+_WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors")
+_WRITTEN = (*_WORTH_KEEPING, "config.yaml", "config.json", "adapter_config.json", "*.safetensors.index.json")
 
 
 class OutputFolder:
@@ -31,16 +34,19 @@ class OutputFolder:
             UsageError: it holds a run already, or cannot be made.
         """
         self.path = config.output_dir
-        if (self.path / "metrics.jsonl").exists() and not config.overwrite_output_dir:
+        found = [p.name for pattern in _WORTH_KEEPING for p in self.path.glob(pattern) if p.stat().st_size]
+        if found and not config.overwrite_output_dir:
             raise UsageError(
-                f"{self.path} holds an earlier run; choose another --output-dir, or give --overwrite-output-dir."
+                f"{self.path} holds an earlier run or other files ({found[0]}); "
+                "choose another --output-dir, or give --overwrite-output-dir to replace them."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in _OURS:
-                (self.path / name).unlink(missing_ok=True)
+            # An adapter of an earlier run, left beside new weights, would be loaded in their place.
+            for path in [p for pattern in _WRITTEN for p in self.path.glob(pattern)]:
+                path.unlink()
             write_yaml(self.path / "config.yaml", config)
-            self._metrics = (self.path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+            (self.path / "metrics.jsonl").touch()
         except OSError as error:
             raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
 
@@ -59,7 +65,8 @@ class OutputFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl; it reaches the file at once."""
         try:
-            self._metrics.write(json.dumps(record) + "\n")
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+                metrics.write(json.dumps(record) + "\n")
         except OSError as error:
             raise RunError(f"metrics could not be written to {self.path}: {error.strerror}.") from None
 
@@ -70,15 +77,14 @@ class OutputFolder:
             extra = {"save_embedding_layers": False} if hasattr(lm.module, "peft_config") else {}
             lm.module.save_pretrained(str(self.path), **extra)  # type: ignore[operator]
             lm.tokenizer.save_pretrained(str(self.path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise RunError(
                 f"the tuned model could not be saved to {self.path}: {error}. "
                 "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
     def finish(self, results: dict[str, Any], config: TrainConfig, masked: bool) -> None:
-        """Write results.json and the model card, and close the metrics."""
-        self._metrics.close()
+        """Write results.json and the model card."""
         write_json(self.path / "results.json", results)
         (self.path / "README.md").write_text(_card(results, config, masked), encoding="utf-8")
 

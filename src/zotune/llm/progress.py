@@ -67,7 +67,8 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def update(self, status: Status) -> None:
         """Show a status: at once on a terminal, at most every ten seconds elsewhere, always the last."""

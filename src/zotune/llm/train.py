@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zotune.directions import SAMPLERS
-from zotune.errors import NonFiniteLossError, ZotuneError
+from zotune.errors import NonFiniteLossError, RunError
 from zotune.estimators import accumulate, central_difference, forward_difference
 from zotune.llm.checks import check_first_estimate, check_mu
 from zotune.llm.config import FIRST_ORDER, DataOptions, TrainConfig
@@ -109,7 +109,7 @@ def train(config: TrainConfig) -> Result:
     with Display(config.max_steps) as display, _stoppable() as stop:
         try:
             run.steps(display, stop)
-        except ZotuneError:
+        except RunError:
             # The weights are those of the last sound step.
             output.save_model(lm)
             raise

@@ -1,0 +1,60 @@
+"""The quickstart's claim, for three seeds: ZO-SGD's accuracy against zero-shot, same prompt, same rows.
+
+    make bench-quickstart
+
+Runs `zotune eval` once and `zotune train` with both shipped recipes for each seed, every command a
+process of its own, and records every result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+from record import write_result
+
+RECIPES = {"zo_sgd": "sst2-smollm2", "fo_adam": "sst2-smollm2-fo"}
+
+
+def zotune(*args: str) -> dict[str, Any]:
+    """A command's JSON result."""
+    done = subprocess.run(
+        [sys.executable, "-m", "zotune", *args, "--json"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    zero_shot = zotune("eval", "--task", "sst2", "--dtype", "bfloat16")
+    print(f"zero-shot {100 * zero_shot['accuracy']:.1f} %", flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RECIPES}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, recipe in RECIPES.items():
+            for seed in options.seeds:
+                output = ("--output-dir", f"{folder}/{name}-{seed}", "--seed", str(seed))
+                result = zotune("train", recipe, *output)
+                gain = 100 * (result["test"]["accuracy"] - zero_shot["accuracy"])
+                keys = ("test", "dev", "dev_before", "num_steps", "num_forwards", "seconds", "peak_memory", "num_tuned")
+                runs[name].append({"seed": seed, **{key: result[key] for key in keys}})
+                print(
+                    f"{name} seed {seed}: {100 * result['test']['accuracy']:.1f} % ({gain:+.1f} points), "
+                    f"{result['seconds']:.0f} s",
+                    flush=True,
+                )
+    kept = {key: zero_shot[key] for key in ("accuracy", "low", "high", "num_examples", "loss", "peak_memory")}
+    write_result("quickstart", {"task": "sst2", "recipes": RECIPES, "zero_shot": kept, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
