@@ -44,7 +44,9 @@ def run(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(argv)
-    except (ZotuneError, ImportError, OSError, MemoryError, KeyboardInterrupt) as error:
+    except (ZotuneError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not _is_out_of_memory(error):
+            raise
         message, code = _explain(error)
         print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
         return code
@@ -71,12 +73,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2 if isinstance(error, UsageError) else 1
     if isinstance(error, ImportError):
         return f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1
-    if isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     where = getattr(error, "filename", None)
     return f"{getattr(error, 'strerror', None) or error}{f': {where}' if where else ''}", 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's own error, or torch's, which for the CPU has no class of its own."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _train(args: list[str], as_json: bool) -> int:

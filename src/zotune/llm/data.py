@@ -89,6 +89,10 @@ class Task:
 
     def _rows(self, options: DataOptions, num_train: int, num_dev: int) -> tuple[list[Row], list[Row]]:
         if options.data_source == "sample":
+            if options.data_seed:
+                raise UsageError(
+                    "the sample's rows are fixed, so data_seed has no effect; use --data-source hub or a folder."
+                )
             folder = _sample_folder() / self.name
             return [row for name in ("train", "heldout") for row in read_rows(folder / f"{name}.jsonl")], list(
                 read_rows(folder / f"{self.test_split}.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -66,7 +67,7 @@ class OutputFolder:
         """Append a line to metrics.jsonl; it reaches the file at once."""
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(record) + "\n")
+                metrics.write(json.dumps(_plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise RunError(f"metrics could not be written to {self.path}: {error.strerror}.") from None
 
@@ -92,8 +93,15 @@ class OutputFolder:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """`value` with null for what JSON has no number for: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, str]:

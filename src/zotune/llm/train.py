@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.directions import SAMPLERS
-from zotune.errors import NonFiniteLossError, RunError
-from zotune.estimators import accumulate, central_difference, forward_difference
-from zotune.llm.checks import check_first_estimate, check_mu
+from zotune.errors import RunError
 from zotune.llm.config import FIRST_ORDER, DataOptions, TrainConfig
 from zotune.llm.data import Splits, user_splits
 from zotune.llm.evaluate import Evaluation, Scorer, evaluate
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.objective import Batch, Encoded, Encoder, collate, losses
 from zotune.llm.output import OutputFolder, environment
-from zotune.llm.progress import Display, Status, say
+from zotune.llm.progress import Display, Status
 from zotune.llm.reuse import ReusedActivations
+from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task
 from zotune.llm.tuning import prepare
+from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, make_optimizer, scheduled
 from zotune.memory import peak_memory
-from zotune.methods import METHODS
 from zotune.optimizer import ZerothOrder
-
-_DIFFERENCES = {"central": central_difference, "forward": forward_difference}
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def train(config: TrainConfig) -> Result:
     scorer: Scorer = ReusedActivations(lm).score if _may_reuse(lm, config) else lm.score
     run = _Run(lm, rows, config, scorer, output)
     before = run.evaluate(rows.dev)
-    with Display(config.max_steps) as display, _stoppable() as stop:
+    with Display(config.max_steps) as display, stoppable() as stop:
         try:
             run.steps(display, stop)
         except RunError:
@@ -114,8 +107,9 @@ def train(config: TrainConfig) -> Result:
             output.save_model(lm)
             raise
     output.save_model(lm)
-    dev = run.evaluate(rows.dev)
-    test = dev if rows.test == rows.dev else run.evaluate(rows.test)
+    # Who stops a run wants it to end, not to evaluate.
+    dev = run.evaluate(rows.dev) if stop.signal is None else None
+    test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
     result = Result(
         output_dir=config.output_dir,
         num_steps=run.step,
@@ -142,12 +136,12 @@ class _Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.optimizer = make_optimizer(lm.module, config)
         zeroth_order = isinstance(self.optimizer, ZerothOrder)
-        self.update: _Update = _ZerothOrderStep(config.mu) if zeroth_order else _FirstOrderStep(lm)
+        self.update: Update = ZerothOrderStep(config.mu) if zeroth_order else FirstOrderStep(lm)
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
         self._accuracy: float | None = None
 
-    def steps(self, display: Display, stop: _Stop) -> None:
+    def steps(self, display: Display, stop: Stop) -> None:
         """All steps, or those until a signal."""
         recent: list[float] = []
         for examples in _batches(self.rows.train, self.config):
@@ -205,35 +199,6 @@ class _Run:
         return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._accuracy)
 
 
-def make_optimizer(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The method by name, over the parameters that require a gradient."""
-    if config.method in FIRST_ORDER:
-        tuned = [p for p in module.parameters() if p.requires_grad]
-        kind: Any = torch.optim.SGD if config.method == "fo_sgd" else torch.optim.Adam
-        optimizer: torch.optim.Optimizer = kind(tuned, lr=config.learning_rate)
-        return optimizer
-    return METHODS[config.method](
-        module,
-        config.learning_rate,
-        mu=config.mu,
-        num_queries=config.num_queries,
-        sampler=SAMPLERS[config.sampler],
-        difference=_DIFFERENCES[config.difference],
-        rounding=config.rounding,
-        seed=config.seed,
-    )
-
-
-def scheduled(learning_rate: float, kind: str, done: float) -> float:
-    """η when a fraction `done` of the steps, in [0, 1), is behind.
-
-    >>> [scheduled(2.0, kind, 0.5) for kind in ("constant", "linear")], round(scheduled(2.0, "cosine", 0.5), 6)
-    ([2.0, 1.0], 1.0)
-    """
-    factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return learning_rate * factors[kind]
-
-
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
     """`max_steps` batches: passes over the rows, each in a new order that the seed names."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -250,83 +215,9 @@ def _mean_loss(scorer: Scorer, batch: Batch) -> Tensor:
     return losses(scorer(batch), batch).mean()
 
 
-_Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
-
-
-class _ZerothOrderStep:
-    """One step of forward passes only; the micro-batches add up to one objective. The first is looked at hard."""
-
-    def __init__(self, mu: float) -> None:
-        self._mu = mu
-
-    def __call__(
-        self, optimizer: ZerothOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
-    ) -> float:
-        is_first = optimizer.num_steps == 0
-        if is_first:
-            check_mu(optimizer.tuned, self._mu)
-        estimate = optimizer.estimate(accumulate(closures, weights))
-        if is_first:
-            check_first_estimate(optimizer, estimate, self._mu)
-        optimizer.apply(estimate)
-        return estimate.loss
-
-
-class _FirstOrderStep:
-    """One step by back-propagation, the micro-batches' gradients added up."""
-
-    def __init__(self, lm: LanguageModel, max_skipped: int = 10) -> None:
-        self._lm, self._max_skipped, self._skipped = lm, max_skipped, 0
-
-    def __call__(
-        self, optimizer: torch.optim.Optimizer, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
-    ) -> float:
-        self._lm.module.train()
-        optimizer.zero_grad()
-        total = 0.0
-        for closure, weight in zip(closures, weights, strict=True):
-            loss = closure() * (weight / sum(weights))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if math.isfinite(total):
-            self._skipped = 0
-            optimizer.step()
-            return total
-        self._skipped += 1
-        if self._skipped >= self._max_skipped:
-            raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {self._skipped} steps in a row. Lower the learning rate."
-            )
-        return total
-
-
 def _may_reuse(lm: LanguageModel, config: TrainConfig) -> bool:
     """Whether what lies below the tuned layers is the same in every pass: a first-order step leaves dropout on."""
     if config.method in FIRST_ORDER and config.gradient_checkpointing:
         lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     return config.reuse_activations and not (drops and config.method in FIRST_ORDER)
-
-
-@dataclass
-class _Stop:
-    signal: int | None = None
-
-
-@contextmanager
-def _stoppable() -> Iterator[_Stop]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step; a second one ends it at once."""
-    stop = _Stop()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if stop.signal is not None:
-            raise KeyboardInterrupt
-        stop.signal = number
-        say("stopping after this step (once more to stop at once) …")
-
-    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""Ending a run early and well: the first Ctrl-C or SIGTERM after the step in progress, a second one at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from zotune.llm.progress import say
+
+
+@dataclass
+class Stop:
+    """The signal that asked for the end, if one has."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Let the first Ctrl-C or SIGTERM end the run after its step; a second one ends it at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        # Python lets only the main thread listen to signals.
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+        say("stopping after this step (once more to stop at once) …")
+
+    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
