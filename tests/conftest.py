@@ -14,6 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from zotune import noise
+from zotune.noise import cpu, native
+
 SOURCE = Path(__file__).parents[1] / "src"
 
 # An odd number of rows of different lengths; two labels.
@@ -171,3 +174,14 @@ def plain_score():
         return sum(terms) / len(terms)
 
     return score
+
+
+@pytest.fixture(params=["native", "numba"], scope="module")
+def kernels(request):
+    """Run a module's tests with the C kernels, then with numba's."""
+    if request.param == "native" and native.library() is None:
+        pytest.skip("there is no C compiler here")
+    module = native if request.param == "native" else cpu
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "_cpu", lambda: module)
+        yield module

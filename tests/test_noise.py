@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from zotune import noise
 from zotune.noise import GAUSSIAN, RADEMACHER, cpu, eager, reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 SEED, TENSOR = 0x0123456789ABCDEF, 0xDEADBEEF
 STREAMS = {RADEMACHER: reference.rademacher, GAUSSIAN: reference.gaussian}
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

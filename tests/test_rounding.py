@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 import zotune as zo
 from zotune.estimate import GradientEstimate
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 N, SIGMAS = 4096, 5.0
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 each_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

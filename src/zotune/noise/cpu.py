@@ -5,11 +5,12 @@ scale and sum the terms, add them to the weights, round, store. It holds no lock
 share one tensor, each with its own range; the bits do not depend on how many there are.
 
 Half-precision tensors come as their raw 16-bit patterns, for numba has no such types on the CPU; the
-last argument says which of `FLOAT`, `BFLOAT16` and `FLOAT16` an array holds.
+argument `kind` says which of `FLOAT`, `BFLOAT16`, `FLOAT16` and `DOUBLE` an array holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from numba.extending import intrinsic
 
 from zotune.noise.reference import GAUSSIAN, RADEMACHER, ROUNDING
 
-FLOAT, BFLOAT16, FLOAT16 = 0, 1, 2
+FLOAT, BFLOAT16, FLOAT16, DOUBLE = 0, 1, 2, 3
 TILE = 1024
+
+# Does its work for elements lo … hi - 1.
+Kernel = Callable[[int, int], None]
 
 _u32, _f32, _u64 = np.uint32, np.float32, np.uint64
 _ONE, _MINUS_ONE = np.float32(1), np.float32(-1)
@@ -170,7 +174,7 @@ def _noise(tile: Any, stream: Any, seed: Any, tensor_id: Any, start: Any) -> Any
 
 
 @njit(cache=True, nogil=True)
-def fill(out: Any, stream: int, seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
+def _fill(out: Any, stream: int, seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
     """out[lo:hi] = elements start + lo … start + hi - 1 of a direction (float32)."""
     tile = np.empty(TILE + 128, np.float32)
     for t in range(lo, hi, TILE):
@@ -231,7 +235,7 @@ def _sum_terms(total: Any, tile: Any, stream: Any, seeds: Any, scales: Any, tens
 
 
 @njit(cache=True, nogil=True)
-def add(out: Any, x: Any, stream: int, seeds: Any, scales: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
+def _add(out: Any, x: Any, stream: int, seeds: Any, scales: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
     """out[lo:hi] = x[lo:hi] + Σ scales[i] uᵢ, float32 or float64, the sum taken before it is added."""
     tile = np.empty(TILE + 128, np.float32)
     total = np.empty(TILE, scales.dtype)
@@ -244,7 +248,7 @@ def add(out: Any, x: Any, stream: int, seeds: Any, scales: Any, tensor_id: int, 
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def add_half(
+def _add_half(
     out: Any,
     x: Any,
     kind: int,
@@ -256,7 +260,7 @@ def add_half(
     lo: int,
     hi: int,
 ) -> None:
-    """As `add` for 16-bit weights, in float32, rounded to nearest even."""
+    """As `_add` for 16-bit weights, in float32, rounded to nearest even."""
     tile = np.empty(TILE + 128, np.float32)
     total = np.empty(TILE, np.float32)
     for t in range(lo, hi, TILE):
@@ -272,23 +276,23 @@ def add_half(
 
 
 @njit(cache=True, nogil=True)
-def add_rows(rows: Any, indices: Any, stream: int, seeds: Any, scales: Any, tensor_id: int) -> None:
+def _add_rows(rows: Any, indices: Any, stream: int, seeds: Any, scales: Any, tensor_id: int) -> None:
     """rows[i] += Σ scales u, where rows[i] is row indices[i] of the whole tensor."""
     width = rows.shape[1]
     for i in range(indices.size):
-        add(rows[i], rows[i], stream, seeds, scales, tensor_id, indices[i] * width, 0, width)
+        _add(rows[i], rows[i], stream, seeds, scales, tensor_id, indices[i] * width, 0, width)
 
 
 @njit(cache=True, nogil=True)
-def add_rows_half(rows: Any, indices: Any, kind: int, stream: int, seeds: Any, scales: Any, tensor_id: int) -> None:
-    """As `add_rows` for 16-bit weights, rounded to nearest even."""
+def _add_rows_half(rows: Any, indices: Any, kind: int, stream: int, seeds: Any, scales: Any, tensor_id: int) -> None:
+    """As `_add_rows` for 16-bit weights, rounded to nearest even."""
     width = rows.shape[1]
     for i in range(indices.size):
-        add_half(rows[i], rows[i], kind, stream, seeds, scales, tensor_id, indices[i] * width, 0, width)
+        _add_half(rows[i], rows[i], kind, stream, seeds, scales, tensor_id, indices[i] * width, 0, width)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def round_half(out: Any, y: Any, kind: int, rounding_seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
+def _round_half(out: Any, y: Any, kind: int, rounding_seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
     """out[lo:hi] = y[lo:hi] (float32) as 16-bit patterns, rounded at random so that the mean is y."""
     random = np.empty(TILE + 8, np.uint32)
     for t in range(lo, hi, TILE):
@@ -304,7 +308,7 @@ def round_half(out: Any, y: Any, kind: int, rounding_seed: Any, tensor_id: int, 
 
 
 @njit(cache=True, nogil=True)
-def add_half_stochastic(
+def _add_half_stochastic(
     out: Any,
     x: Any,
     kind: int,
@@ -317,7 +321,7 @@ def add_half_stochastic(
     lo: int,
     hi: int,
 ) -> None:
-    """As `add_half`, rounded by the rounding stream instead of to nearest."""
+    """As `_add_half`, rounded by the rounding stream instead of to nearest."""
     tile = np.empty(TILE + 128, np.float32)
     total = np.empty(TILE, np.float32)
     for t in range(lo, hi, TILE):
@@ -330,4 +334,45 @@ def add_half_stochastic(
         else:
             for k in range(m):
                 total[k] += _load(of[k], FLOAT16)
-        round_half(out[t : t + m], total, kind, rounding_seed, tensor_id, start + t, 0, m)
+        _round_half(out[t : t + m], total, kind, rounding_seed, tensor_id, start + t, 0, m)
+
+
+def fill(out: Any, stream: int, seed: int, tensor_id: int, start: int) -> Kernel:
+    """A kernel that fills ranges of `out` (float32) with elements start, start + 1, … of a direction."""
+    return lambda lo, hi: _fill(out, stream, np.uint64(seed), tensor_id, start, lo, hi)
+
+
+def add(
+    out: Any,
+    x: Any,
+    kind: int,
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+) -> Kernel:
+    """A kernel for ranges of out = x + Σ scales[i] uᵢ; 16-bit results at random if given a seed, else to nearest."""
+    u, a = np.array(seeds, np.uint64), np.array(scales, np.float64 if kind == DOUBLE else np.float32)
+    if kind in (FLOAT, DOUBLE):
+        return lambda lo, hi: _add(out, x, stream, u, a, tensor_id, start, lo, hi)
+    if rounding_seed is None:
+        return lambda lo, hi: _add_half(out, x, kind, stream, u, a, tensor_id, start, lo, hi)
+    random = np.uint64(rounding_seed)
+    return lambda lo, hi: _add_half_stochastic(out, x, kind, stream, u, a, random, tensor_id, start, lo, hi)
+
+
+def add_rows(rows: Any, indices: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int) -> None:
+    """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor."""
+    u, a = np.array([seed], np.uint64), np.array([scale], np.float64 if kind == DOUBLE else np.float32)
+    if kind in (FLOAT, DOUBLE):
+        _add_rows(rows, indices, stream, u, a, tensor_id)
+    else:
+        _add_rows_half(rows, indices, kind, stream, u, a, tensor_id)
+
+
+def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, start: int) -> Kernel:
+    """A kernel that writes ranges of y (float32) into 16-bit `out`, at random so that the mean is y."""
+    random = np.uint64(rounding_seed)
+    return lambda lo, hi: _round_half(out, y, kind, random, tensor_id, start, lo, hi)
