@@ -136,7 +136,11 @@ class _Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.optimizer = make_optimizer(lm.module, config)
         zeroth_order = isinstance(self.optimizer, ZerothOrder)
-        self.update: Update = ZerothOrderStep(config.mu) if zeroth_order else FirstOrderStep(lm)
+        self.update: Update = (
+            ZerothOrderStep(config.mu)
+            if zeroth_order
+            else FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
+        )
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
         self._accuracy: float | None = None
@@ -217,7 +221,5 @@ def _mean_loss(scorer: Scorer, batch: Batch) -> Tensor:
 
 def _may_reuse(lm: LanguageModel, config: TrainConfig) -> bool:
     """Whether what lies below the tuned layers is the same in every pass: a first-order step leaves dropout on."""
-    if config.method in FIRST_ORDER and config.gradient_checkpointing:
-        lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     return config.reuse_activations and not (drops and config.method in FIRST_ORDER)

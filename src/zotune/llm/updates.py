@@ -77,8 +77,10 @@ class ZerothOrderStep:
 class FirstOrderStep:
     """One step by back-propagation, the micro-batches' gradients added up."""
 
-    def __init__(self, lm: LanguageModel, max_skipped: int = 10) -> None:
+    def __init__(self, lm: LanguageModel, *, checkpointing: bool, max_skipped: int = 10) -> None:
         self._lm, self._max_skipped, self._skipped = lm, max_skipped, 0
+        if checkpointing:
+            lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def __call__(
         self, optimizer: torch.optim.Optimizer, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
