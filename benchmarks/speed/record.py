@@ -22,13 +22,14 @@ def processor() -> str:
 
 def write_result(name: str, measured: dict[str, Any]) -> None:
     """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     record = {
         **measured,
         "environment": {**environment(), "processor": processor()},
         "commit": commit.stdout.strip() or "unknown",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {path}")
