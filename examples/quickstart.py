@@ -77,13 +77,16 @@ def main() -> None:
     for method, result in results.items():
         peak = result["peak_memory"]
         table.add_row(*row(method, result["test"], result["seconds"], result["num_forwards"], peak))
-    console = Console(width=100) if not sys.stdout.isatty() else Console()
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
     console.print()
     console.print(table)
     gained = 100 * (results["ZO-SGD"]["test"]["accuracy"] - zero_shot["accuracy"])
     console.print(f"ZO-SGD: {gained:+.1f} points over zero-shot, {time.perf_counter() - began:.0f} s in all.")
     console.print(f"The tuned models are in {options.output_dir}/. Try it on your own rows:\n")
-    console.print("    zotune train --train-file my.jsonl --text-column text --label-column label", highlight=False)
+    console.print("    source .venv/bin/activate")
+    console.print(
+        "    zotune train --train-file my.jsonl --text-column text --label-column label --tuning lora --mu 1e-2"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """README and docs tell the truth: their examples run, their file tree is the repository's, their commands parse."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -36,3 +37,12 @@ def test_the_file_tree_of_the_readme_lists_every_module_and_nothing_else():
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "step", "memory"])
+def test_every_table_of_the_readme_comes_from_a_result(name):
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.TABLES[name]() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,9 @@ def processor() -> str:
 
 def write_result(name: str, measured: dict[str, Any]) -> None:
     """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     record = {
         **measured,
         "environment": {**environment(), "processor": processor()},

@@ -1,0 +1,56 @@
+"""The tables of the README, made from benchmarks/results/*.json; a test holds the README against them.
+
+python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def quickstart() -> str:
+    """Accuracy before and after, seed by seed."""
+    found = _read("quickstart")
+    zero_shot = found["zero_shot"]["accuracy_percent"]
+    lines = ["| 872 validation rows | seed 0 | seed 1 | seed 2 |", "|---|--:|--:|--:|"]
+    lines.append("| zero-shot, same prompt |" + f" {zero_shot:.1f} % |" * 3)
+    names = {"zo_sgd": "ZO-SGD, forward passes only", "fo_adam": "Adam by back-propagation, same adapter"}
+    for method, name in names.items():
+        runs = sorted(found["runs"][method], key=lambda run: run["seed"])
+        lines.append(f"| {name} |" + "".join(f" {run['accuracy_percent']:.1f} % |" for run in runs))
+    return "\n".join(lines)
+
+
+def step() -> str:
+    """A step as a multiple of its two forward passes."""
+    lines = ["| batch × tokens | precision | `zo_sgd` | in-place loop |", "|---|---|--:|--:|"]
+    for side, found in _read("speed-step")["sides"].items():
+        dtype, size = side.split()
+        ratios = f"{found['zo_sgd_step_ratio']:.2f} × | {found['in_place_loop_ratio']:.1f} ×"
+        lines.append(f"| {size.replace('x', ' × ')} | {dtype} | {ratios} |")
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Peak memory of training against evaluation."""
+    lines = ["| precision, tuning | `zotune eval` | `zotune train` | ratio |", "|---|--:|--:|--:|"]
+    for side, found in _read("speed-memory")["peaks"].items():
+        mib = [f"{found[key] / 2**20:.0f} MiB" for key in ("eval_bytes", "train_bytes")]
+        lines.append(f"| {side.replace(' ', ', ')} | {mib[0]} | {mib[1]} | {found['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"quickstart": quickstart, "step": step, "memory": memory}
+
+if __name__ == "__main__":
+    for table in TABLES.values():
+        print(table(), end="\n\n")
