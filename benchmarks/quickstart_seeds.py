@@ -9,26 +9,15 @@ process of its own, and records every result.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
-from record import write_result
+from record import write_result, zotune
 
 RECIPES = {"zo_sgd": "sst2-smollm2", "fo_adam": "sst2-smollm2-fo"}
-
-
-def zotune(*args: str) -> dict[str, Any]:
-    """A command's JSON result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "zotune", *args, "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def main() -> None:

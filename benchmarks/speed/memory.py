@@ -9,26 +9,14 @@ and Python included.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import write_result
+from record import write_result, zotune
 
 BATCH = 16
-
-
-def zotune(*args: str) -> dict[str, Any]:
-    """A command's JSON result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "zotune", *args, "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def peaks(dtype: str, tuning: tuple[str, ...], folder: Path) -> dict[str, float]:

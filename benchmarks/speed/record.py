@@ -1,9 +1,10 @@
-"""Where benchmark results go: one JSON a benchmark, with what is needed to read and repeat it."""
+"""What benchmarks share: running a command, and one JSON a benchmark with what is needed to read and repeat it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from typing import Any
 from zotune.llm.output import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+
+def zotune(*args: str) -> dict[str, Any]:
+    """The JSON result of a zotune command, run in a process of its own."""
+    command = [sys.executable, "-m", "zotune", *args, "--json"]
+    result: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return result
 
 
 def processor() -> str:

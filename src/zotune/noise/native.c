@@ -1,4 +1,4 @@
-/* The noise of reference.py in C: the same bits as the numba kernels of cpu.py, in less memory and time.
+/* The noise of reference.py in C: the same bits as the numba kernels of kernels.py, in less memory and time.
  *
  * Compiled by native.py where there is a compiler, without fused multiply-add and without any of the
  * liberties of fast-math: the specification fixes every operation and its order. */

@@ -29,6 +29,7 @@ _SOURCE = Path(__file__).with_name("native.c")
 # No fused multiply-add and no fast-math: each would change bits. errno and traps nobody reads.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
+# Does its work for elements lo … hi - 1.
 Kernel = Callable[[int, int], None]
 
 _u64, _i64, _u32, _int, _p = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
