@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart test lint types check-examples bench-speed bench-quickstart clean
+.PHONY: quickstart test bench-speed bench-quickstart clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py

@@ -84,9 +84,7 @@ def main() -> None:
     console.print(f"ZO-SGD: {gained:+.1f} points over zero-shot, {time.perf_counter() - began:.0f} s in all.")
     console.print(f"The tuned models are in {options.output_dir}/. Try it on your own rows:\n")
     console.print("    source .venv/bin/activate")
-    console.print(
-        "    zotune train --train-file my.jsonl --text-column text --label-column label --tuning lora --mu 1e-2"
-    )
+    console.print("    zotune train sst2-smollm2 --train-file my.jsonl --text-column text --label-column label")
 
 
 if __name__ == "__main__":

@@ -289,3 +289,14 @@ def test_documented_commands_parse(line, tmp_path, monkeypatch):
         if named and not recipe:
             recipe = {"task": "sst2"}
         cli._parse(schema, recipe, "README", arguments[1:] if named else arguments, f"zotune {command}")
+
+
+def test_files_of_ones_own_take_the_place_of_a_recipes_task(zotune, short, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("task: sst2\nmu: 0.02\n", encoding="utf-8")
+    verb, *options = short()
+    assert zotune(verb, tmp_path / "recipe.yaml", *options).code == 0
+    resolved = yaml.safe_load((tmp_path / "out/config.yaml").read_text(encoding="utf-8"))
+    assert (resolved["task"], resolved["mu"]) == (None, 0.02)
+    said = zotune(verb, tmp_path / "recipe.yaml", *options, "--task", "sst2", "--overwrite-output-dir")
+    assert said.code == 2
+    assert "not both" in said.err

@@ -148,6 +148,9 @@ def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], pr
     from zotune.llm.config import validate
 
     recipe = validate(schema, recipe, source, partial=True).model_dump()
+    if any(a.replace("_", "-").startswith(("--train-file", "--eval-file")) for a in args):
+        # Files of one's own take the place of the recipe's task.
+        recipe["task"] = None
     # tyro reads the options into a record without rules, so that every complaint about a value is worded in one place.
     fields = [
         (
