@@ -20,13 +20,13 @@ def _read(name: str) -> dict[str, Any]:
 def quickstart() -> str:
     """Accuracy before and after, seed by seed."""
     found = _read("quickstart")
-    zero_shot = found["zero_shot"]["accuracy_percent"]
+    zero_shot = 100 * found["zero_shot"]["accuracy"]
     lines = ["| 872 validation rows | seed 0 | seed 1 | seed 2 |", "|---|--:|--:|--:|"]
     lines.append("| zero-shot, same prompt |" + f" {zero_shot:.1f} % |" * 3)
     names = {"zo_sgd": "ZO-SGD, forward passes only", "fo_adam": "Adam by back-propagation, same adapter"}
     for method, name in names.items():
         runs = sorted(found["runs"][method], key=lambda run: run["seed"])
-        lines.append(f"| {name} |" + "".join(f" {run['accuracy_percent']:.1f} % |" for run in runs))
+        lines.append(f"| {name} |" + "".join(f" {100 * run['test']['accuracy']:.1f} % |" for run in runs))
     return "\n".join(lines)
 
 
