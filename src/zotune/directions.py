@@ -36,6 +36,7 @@ class PhiloxSampler:
     stream: int
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
         noise.fill(out, self.stream, seed, tensor_id, start)
 
     def __repr__(self) -> str:
@@ -110,6 +111,14 @@ def add_terms(
         noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
 
 
+def combine(terms: Terms, tensor: TunedTensor) -> Tensor:
+    """Σ aᵢ uᵢ for one whole tensor: its shape, float32 (float64 for a float64 tensor)."""
+    p = tensor.parameter
+    total = torch.zeros(p.numel(), dtype=noise.compute_dtype(p.dtype), device=tensor.device)
+    add_terms(total, total, terms, tensor.id)
+    return total.view(p.shape)
+
+
 def sum_terms(terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Σ aᵢ uᵢ for elements start … start + size - 1 of one tensor, in the order of the terms."""
     u = torch.empty(size, dtype=torch.float32, device=device)
@@ -118,6 +127,3 @@ def sum_terms(terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.
         direction.sampler.fill(u, direction.seed, tensor_id, start)
         total += u.to(dtype) * torch.tensor(a, dtype=dtype, device=device)
     return total
-
-
-__all__ = ["SAMPLERS", "Direction", "Sampler", "TunedTensor", "add_terms", "gaussian", "rademacher", "sum_terms"]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import Direction, sum_terms
-from zotune.noise import compute_dtype
+from zotune.directions import Direction, combine
 from zotune.tuned import TunedTensors
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -42,6 +41,4 @@ class GradientEstimate:
 
     def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
         """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""
-        tensor = TunedTensors.of(model)[name]
-        p = tensor.parameter
-        return sum_terms(self.terms, tensor.id, 0, p.numel(), compute_dtype(p.dtype), tensor.device).view(p.shape)
+        return combine(self.terms, TunedTensors.of(model)[name])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import Direction, Sampler, Terms, add_terms, rademacher
+from zotune.directions import Direction, Sampler, Terms, add_terms, combine, rademacher
 from zotune.errors import NonFiniteLossError
 from zotune.estimate import GradientEstimate
 from zotune.estimators import Closure, Estimator, central_difference
@@ -162,7 +162,7 @@ class ZerothOrder(torch.optim.Optimizer):
             add_terms(x, x, [(-lr * c, u) for c, u in terms], tensor.id, rounding_seed=random)
         else:
             dtype = compute_dtype(weights.dtype)
-            gradient = _estimate_of(tensor, terms, dtype, weights)
+            gradient = combine(terms, tensor)
             step = self.transform(gradient, state).view(-1)
             round_to(x, x.to(dtype) - lr * step, random, tensor.id)
         if x.data_ptr() != weights.data_ptr():
@@ -185,12 +185,6 @@ class ZerothOrder(torch.optim.Optimizer):
 
 
 _COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
-
-
-def _estimate_of(tensor: TunedTensor, terms: Terms, dtype: torch.dtype, like: Tensor) -> Tensor:
-    zero = torch.zeros(like.numel(), dtype=dtype, device=like.device)
-    add_terms(zero, zero, terms, tensor.id)
-    return zero.view(like.shape)
 
 
 def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
