@@ -8,13 +8,14 @@ section 2.1). Which number belongs to which element is fixed by `zotune.noise.re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zotune import noise
+from zotune.blocks import Block
 from zotune.tuned import TunedTensor, TunedTensors
 
 # What a sampler without a fused kernel makes at a time: its scratch stays in the cache.
@@ -59,6 +60,7 @@ class Direction:
     Args:
         seed: 0 ≤ seed < 2⁶⁴.
         sampler: the distribution of the entries.
+        block: where u is not zero; everywhere by default.
 
     >>> model = nn.Linear(2, 3)
     >>> u = Direction(seed=7)
@@ -70,10 +72,24 @@ class Direction:
 
     seed: int
     sampler: Sampler = rademacher
+    block: Block | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"a direction's seed is an integer in [0, 2**64), got {self.seed}")
+
+    @property
+    def tensors(self) -> frozenset[int] | None:
+        """Ids of the tensors for which u is not zero; None for all."""
+        return None if self.block is None else self.block.ids
+
+    def within(self, block: Block | None) -> Direction:
+        """The same direction, zero outside `block`."""
+        return replace(self, block=block)
+
+    def moves(self, tensor_id: int) -> bool:
+        """Whether the part for a tensor is not zero."""
+        return self.block is None or tensor_id in self.block.ids
 
     def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
         """The part of u for the tensor called `name` (any of a tied tensor's names): its shape, float32.
@@ -83,6 +99,8 @@ class Direction:
         """
         tensor = TunedTensors.of(model)[name]
         out = torch.empty(tensor.parameter.shape, dtype=torch.float32, device=tensor.device)
+        if not self.moves(tensor.id):
+            return out.zero_()
         self.sampler.fill(out.view(-1), self.seed, tensor.id, 0)
         return out
 
@@ -98,6 +116,7 @@ def add_terms(
     One pass where all directions share a sampler with a kernel, else chunk by chunk with a small scratch.
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
     """
+    terms = [(a, u) for a, u in terms if u.moves(tensor_id)]
     samplers = {direction.sampler for _, direction in terms}
     (sampler,) = samplers if len(samplers) == 1 else (None,)
     if isinstance(sampler, PhiloxSampler):

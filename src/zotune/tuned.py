@@ -109,6 +109,8 @@ class TunedTensors:
                 f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
             )
         self.model = model
+        self.replaced: frozenset[int] = frozenset()
+        """Ids of the tensors in whose place something else is read just now."""
         self._tensors = [self._tensor(p) for p in places.values()]
         self._by_identity = {id(t.parameter): t for t in self._tensors}
         self._by_name = {
