@@ -14,6 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zotune.blocks import BLOCKS as BLOCKS
+    from zotune.blocks import Block as Block
+    from zotune.blocks import blocks_by_layer as blocks_by_layer
+    from zotune.blocks import blocks_by_linear as blocks_by_linear
+    from zotune.blocks import blocks_by_part as blocks_by_part
+    from zotune.blocks import blocks_by_size as blocks_by_size
     from zotune.directions import SAMPLERS as SAMPLERS
     from zotune.directions import Direction as Direction
     from zotune.directions import Sampler as Sampler
@@ -28,24 +34,35 @@ if TYPE_CHECKING:
     from zotune.estimators import accumulate as accumulate
     from zotune.estimators import central_difference as central_difference
     from zotune.estimators import forward_difference as forward_difference
+    from zotune.hybrid import Hybrid as Hybrid
+    from zotune.hybrid import split_at_layer as split_at_layer
     from zotune.methods import METHODS as METHODS
+    from zotune.methods import zo_adam as zo_adam
     from zotune.methods import zo_sgd as zo_sgd
-    from zotune.optimizer import Rounding as Rounding
+    from zotune.methods import zo_sgd_cons as zo_sgd_cons
+    from zotune.methods import zo_sgd_mmt as zo_sgd_mmt
+    from zotune.methods import zo_sgd_sign as zo_sgd_sign
     from zotune.optimizer import ZerothOrder as ZerothOrder
     from zotune.perturb import perturbed as perturbed
+    from zotune.sparsity import sparse as sparse
     from zotune.tuned import TunedTensors as TunedTensors
+    from zotune.update import Rounding as Rounding
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
     "directions": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate": ("GradientEstimate",),
     "estimators": ("accumulate", "central_difference", "forward_difference"),
-    "methods": ("METHODS", "zo_sgd"),
-    "optimizer": ("Rounding", "ZerothOrder"),
+    "hybrid": ("Hybrid", "split_at_layer"),
+    "methods": ("METHODS", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "optimizer": ("ZerothOrder",),
     "perturb": ("perturbed",),
+    "sparsity": ("sparse",),
     "tuned": ("TunedTensors",),
+    "update": ("Rounding",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.stack import stack_of
 from zotune.tuned import TunedTensor, TunedTensors, canonical_name, tensor_id
 
 
@@ -131,25 +132,6 @@ def check_partition(blocks: Sequence[Block], tuned: TunedTensors) -> None:
             f"{len(missing)} tuned tensors are in no block, so they would never move: {', '.join(missing[:5])}. "
             "Add a block for them, or freeze them with requires_grad_(False)."
         )
-
-
-def stack_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The model's stack of layers and its path: the longest `ModuleList` or `Sequential` that is inside no other.
-
-    A model without one has an empty stack.
-
-    >>> stack_of(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])}))[0]
-    'layers'
-    """
-    stacks = [
-        (path, list(m)) for path, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)
-    ]
-    outer = [(p, m) for p, m in stacks if not any(_is_inside(p, q) for q, _ in stacks)]
-    return max(outer, key=lambda found: len(found[1]), default=("", []))
-
-
-def _is_inside(path: str, other: str) -> bool:
-    return path != other and (not other or path.startswith(f"{other}."))
 
 
 def _by_layer(model: nn.Module) -> Callable[[str], str]:

@@ -1,7 +1,8 @@
 """Gradient estimates from forward passes: finite differences along random directions.
 
 Source: the paper's equation (RGE) in section 3. An estimator is a function of the objective, the tuned
-tensors and the directions; it draws nothing, keeps nothing and leaves the weights alone.
+tensors and the directions; it draws nothing, keeps nothing and leaves the weights alone. Directions may be
+confined to blocks: each block's part of ĝ is the mean over the q directions of that block.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.directions import Direction
-from zotune.estimate import GradientEstimate
+from zotune.estimate import GradientEstimate, averaged
 from zotune.perturb import perturbed
 from zotune.tuned import TunedTensors
 
@@ -40,7 +41,7 @@ def central_difference(
     q = len(directions)
     with probing(tuned.model):
         pairs = [[_at(closure, tuned, u, a) for a in (mu, -mu)] for u in directions]
-    terms = tuple(((plus - minus) / (2 * mu) / q, u) for (plus, minus), u in zip(pairs, directions, strict=True))
+    terms = averaged([(plus - minus) / (2 * mu) for plus, minus in pairs], directions)
     return GradientEstimate(sum(map(sum, pairs)) / (2 * q), terms, num_forwards=2 * q)
 
 
@@ -60,8 +61,8 @@ def forward_difference(
     with probing(tuned.model):
         base = evaluate(closure)
         values = [_at(closure, tuned, u, mu) for u in directions]
-    terms = tuple(((value - base) / mu / q, u) for value, u in zip(values, directions, strict=True))
-    return GradientEstimate(base, terms, num_forwards=q + 1)
+    terms = averaged([(value - base) / mu for value in values], directions)
+    return GradientEstimate(base, terms, num_forwards=q + 1, base=base)
 
 
 def evaluate(closure: Closure) -> float:

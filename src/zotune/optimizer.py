@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -11,27 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.directions import Direction, Sampler, Terms, add_terms, combine, rademacher
-from zotune.errors import NonFiniteLossError
-from zotune.estimate import GradientEstimate
+from zotune.blocks import Block, check_partition
+from zotune.directions import Direction, Sampler, Terms, rademacher
+from zotune.errors import NonFiniteLossError, UsageError
+from zotune.estimate import GradientEstimate, merged
 from zotune.estimators import Closure, Estimator, central_difference
-from zotune.noise import compute_dtype, derive_seed, round_to
-from zotune.transforms import Transform, identity
+from zotune.noise import derive_seed
+from zotune.prefix import PrefixReuse
+from zotune.sparsity import Masked, Sparse
+from zotune.steps import StepRule, fixed
+from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensor, TunedTensors
+from zotune.update import Rounding, TensorUpdate
 
 _DIRECTION, _ROUNDING = 0, 1
 
 
-class Rounding(StrEnum):
-    """How an update is written into bfloat16 or float16 weights. It concerns no other dtype.
+class BlockOrder(StrEnum):
+    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`)."""
 
-    `STOCHASTIC` rounds up or down at random so that the mean is exact and nothing is stored; `MASTER`
-    keeps a float32 copy (4 bytes a number); `NEAREST` loses every update below half a rounding unit.
-    """
-
-    STOCHASTIC = "stochastic"
-    MASTER = "master"
-    NEAREST = "nearest"
+    JOINT = "joint"
+    SEQUENTIAL = "sequential"
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -41,18 +42,33 @@ class ZerothOrder(torch.optim.Optimizer):
         model: any `nn.Module`; its parameters that require a gradient are tuned.
         lr: learning rate η ≥ 0.
         estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
-        transform: h; a function of one tensor's part of ĝ and its state.
-        sampler: the distribution of the directions.
-        num_queries: q ≥ 1, directions a step.
+        transform: h; a function of some elements of ĝ and their state, see `zotune.transforms`.
+        coefficient: what is done to each c before ĝ is put together, such as taking its sign.
+        step: how far to go along the step, see `zotune.steps`.
+        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one.
+        num_queries: q ≥ 1, directions a step (and block).
+        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.blocks`.
+        block_order: "joint" or "sequential", see `BlockOrder`.
+        reuse_prefix: with blocks, keep the activations that a block cannot change, see `zotune.prefix`.
+        window: rebuild the transform's state from the last so many steps' coefficients, in place of keeping it.
+            No memory, but each step makes the noise of `window` steps; the same bits while steps ≤ window.
+        weight_decay: λ ≥ 0, decoupled: x ← x - η (h(ĝ) + λ x). Tensors of fewer than two dimensions (biases, gains of
+            norms) are exempt.
+        max_coefficient: coefficients c (before the mean over queries) are cut to ± this.
         rounding: how half-precision weights are written; see `Rounding`.
         seed: names the run: the same seed, model and objective give the same bits.
-        params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr`.
+        params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr` and
+            `weight_decay`.
         max_skipped: after so many steps in a row with a NaN or infinite loss, `NonFiniteLossError` is raised.
 
     Attributes:
         num_steps: steps taken so far, skipped ones included.
-        num_skipped: steps whose loss was NaN or infinite; they left weights and state untouched.
+        num_skipped: steps with a loss that was NaN or infinite; it left weights and state untouched.
         num_forwards: evaluations of the objective so far.
+
+    Raises:
+        ValueError: a value is out of range.
+        UsageError: nothing can be tuned, the blocks are no partition, or two options exclude each other.
 
     >>> model = nn.Linear(3, 1)
     >>> x, y = torch.randn(8, 3), torch.zeros(8, 1)
@@ -62,46 +78,80 @@ class ZerothOrder(torch.optim.Optimizer):
     True
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - as torch's optimizers: every option by keyword, each with a default
         self,
         model: nn.Module,
         lr: float,
         *,
         estimator: Estimator | None = None,
         transform: Transform = identity,
-        sampler: Sampler = rademacher,
+        coefficient: Coefficient = unchanged,
+        step: StepRule = fixed,
+        sampler: Sampler | Sparse = rademacher,
         num_queries: int = 1,
+        blocks: Sequence[Block] | None = None,
+        block_order: BlockOrder | str = BlockOrder.JOINT,
+        reuse_prefix: bool = True,
+        window: int | None = None,
+        weight_decay: float = 0.0,
+        max_coefficient: float | None = None,
         rounding: Rounding | str = Rounding.STOCHASTIC,
         seed: int = 0,
         params: Iterable[Any] | None = None,
         max_skipped: int = 10,
     ) -> None:
-        if lr < 0:
-            raise ValueError(f"the learning rate must not be negative, got {lr=}")
-        if num_queries < 1:
-            raise ValueError(f"a step needs at least one direction, got {num_queries=}")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
+        _check(lr, num_queries, window, weight_decay, max_coefficient, seed)
+        if window is not None and isinstance(sampler, Sparse) and sampler.depends_on_weights:
+            raise UsageError(
+                "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
+                'that have moved since. Use mask="random", or keep the state (window=None).'
+            )
         groups = None if params is None else _groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = TunedTensors(model, chosen)
+        self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
+        if blocks is not None:
+            check_partition(blocks, self.tuned)
+        self.block_order = BlockOrder(block_order)
+        self._prefix = PrefixReuse(self.tuned) if blocks is not None and reuse_prefix else None
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
-        self.transform, self.sampler = transform, sampler
-        self.num_queries, self.rounding, self.seed = num_queries, Rounding(rounding), seed
+        self.transform, self.coefficient, self.step_rule = transform, coefficient, step
+        self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
+        self.rounding, self.seed = Rounding(rounding), seed
+        self._masked: Masked | None = None
+        self._history: deque[Terms] | None = None if window is None else deque(maxlen=window - 1)
+        self._present: Terms = []
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
-        super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], {"lr": lr})
+        super().__init__(
+            groups or [{"params": [t.parameter for t in self.tuned]}], {"lr": lr, "weight_decay": weight_decay}
+        )
 
-    def directions(self) -> list[Direction]:
-        """The directions of the coming step: a function of the seed and the number of steps taken."""
-        return [
-            Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), self.sampler)
+    def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
+        """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
+        where a sparse sampler masks by magnitude).
+        """
+        sampler = self.sampler
+        if isinstance(sampler, Sparse):
+            sampler = self._masked = sampler.at(self.tuned, self.seed, self.num_steps, self._masked)
+        queries = [
+            Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
             for query in range(self.num_queries)
         ]
+        return [u.within(block) for block in blocks or self.blocks for u in queries]
 
-    def estimate(self, closure: Closure) -> GradientEstimate:
-        """ĝ at the present weights, from forward passes only; the weights are untouched."""
-        estimate = self.estimator(closure, self.tuned, self.directions())
+    def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
+        """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
+        if self._prefix is not None:
+            self._prefix.forget()
+        return self._estimate(closure, blocks or self.blocks)
+
+    def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
+        directions = self.directions(blocks)
+        if self._prefix is not None:
+            self.num_forwards += self._prefix.record(closure)
+            closure = self._prefix.of(closure)
+        estimate = self.estimator(closure, self.tuned, directions)
         self.num_forwards += estimate.num_forwards
         return estimate
 
@@ -112,35 +162,101 @@ class ZerothOrder(torch.optim.Optimizer):
             NonFiniteLossError: `max_skipped` estimates in a row were not finite.
         """
         if estimate.is_finite:
-            self._skipped_in_a_row = 0
-            rounding_seed = derive_seed(self.seed, self.num_steps, 0, _ROUNDING)
-            for group in self.param_groups:
-                for p in group["params"]:
-                    tensor = self.tuned.find(p)
-                    assert tensor is not None
-                    self._update(tensor, estimate.terms, float(group["lr"]), rounding_seed)
-            # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
-            torch.clear_autocast_cache()
-        self.num_steps += 1
-        if not estimate.is_finite:
-            self._skip()
+            self._write(estimate, 1.0)
+        self._count(estimate.is_finite)
 
-    def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, inspect: Callable[[GradientEstimate], None] | None = None
+    ) -> float:
         """One step; returns the loss. `closure` returns the loss and never calls backward.
 
-        It is called `estimate.num_forwards` times, so it must be a function of the weights: the same
-        batch each time. Modules are in eval mode meanwhile (no dropout).
+        It is called several times (see `num_forwards`), so it must be a function of the weights: the same
+        batch each time. Modules are in eval mode meanwhile (no dropout). `inspect`, if given, is called with each
+        estimate before it is applied.
         """
         if closure is None:
             raise TypeError(
                 "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
                 "it must not call backward()."
             )
-        estimate = self.estimate(closure)
-        self.apply(estimate)
+        if self._prefix is not None:
+            self._prefix.forget()
+        sequential = self.block_order == BlockOrder.SEQUENTIAL
+        estimates = []
+        for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
+            estimate = self._estimate(closure, blocks)
+            if inspect is not None:
+                inspect(estimate)
+            if estimate.is_finite:
+                self._write(estimate, self.step_rule(self, closure, estimate))
+            estimates.append(estimate)
+        estimate = merged(estimates)
+        self._count(estimate.is_finite)
         return estimate.loss
 
-    def _skip(self) -> None:
+    def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
+        """By tensor id, what applying the estimate does to each tensor that it concerns."""
+        terms = self._terms(estimate)
+        rounding_seed = derive_seed(self.seed, self.num_steps, 0, _ROUNDING)
+        found = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                tensor = self.tuned.find(p)
+                assert tensor is not None
+                if own := _own(terms, tensor):
+                    found[tensor.id] = self._update(tensor, own, group, rounding_seed)
+        return found
+
+    def _update(self, tensor: TunedTensor, terms: Terms, group: dict[str, Any], rounding_seed: int) -> TensorUpdate:
+        weights, state = tensor.storage(), self.state[tensor.parameter]
+        is_half = weights.dtype in (torch.bfloat16, torch.float16)
+        if is_half and self.rounding == Rounding.MASTER and "master" not in state:
+            state["master"] = weights.float()
+        history = None if self._history is None else [_own(t, tensor) for t in self._history]
+        return TensorUpdate(
+            tensor,
+            terms,
+            self.transform,
+            {k: v for k, v in state.items() if k != "master"},
+            float(group["lr"]),
+            float(group["weight_decay"]) if weights.dim() > 1 else 0.0,
+            rounding_seed if is_half and self.rounding == Rounding.STOCHASTIC else None,
+            None if history is None else [t for t in history if t],
+            state.get("master"),
+        )
+
+    def _terms(self, estimate: GradientEstimate) -> Terms:
+        """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
+        if self.max_coefficient is None and self.coefficient is unchanged:
+            return estimate.terms
+        limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
+        q = self.num_queries
+        return [(self.coefficient(limit(c * q)) / q, u) for c, u in estimate.terms]
+
+    @torch.no_grad()
+    def _write(self, estimate: GradientEstimate, scale: float) -> None:
+        """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
+        updates = self.updates(estimate)
+        for update in updates.values():
+            self.state[update.tensor.parameter].update(update.write(scale))
+        if self._prefix is not None:
+            self._prefix.moved(frozenset(updates))
+        self._present = [*self._present, *self._terms(estimate)]
+        # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
+        torch.clear_autocast_cache()
+
+    def skip(self) -> None:
+        """Count a step that is left out, because something else about it is not finite."""
+        self._count(False)
+
+    def _count(self, finite: bool) -> None:
+        self.num_steps += 1
+        if self._history is not None and self._present:
+            self._history.append(self._present)
+        self._present = []
+        if finite:
+            self._skipped_in_a_row = 0
+            return
         self.num_skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.max_skipped:
@@ -149,28 +265,12 @@ class ZerothOrder(torch.optim.Optimizer):
                 "before them). Lower the learning rate or mu, or use bfloat16 or float32 in place of float16."
             )
 
-    @torch.no_grad()
-    def _update(self, tensor: TunedTensor, terms: Terms, lr: float, rounding_seed: int) -> None:
-        weights, state = tensor.storage(), self.state[tensor.parameter]
-        is_half = weights.dtype in (torch.bfloat16, torch.float16)
-        x, random = weights.contiguous().view(-1), None
-        if is_half and self.rounding == Rounding.MASTER:
-            x = state["master"] = state["master"] if "master" in state else x.float()
-        elif is_half and self.rounding == Rounding.STOCHASTIC:
-            random = rounding_seed
-        if self.transform is identity:
-            add_terms(x, x, [(-lr * c, u) for c, u in terms], tensor.id, rounding_seed=random)
-        else:
-            dtype = compute_dtype(weights.dtype)
-            gradient = combine(terms, tensor)
-            step = self.transform(gradient, state).view(-1)
-            round_to(x, x.to(dtype) - lr * step, random, tensor.id)
-        if x.data_ptr() != weights.data_ptr():
-            weights.copy_(x.view(weights.shape))
-
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and under "zeroth_order" what names the next step: seed and counters."""
-        return {**super().state_dict(), "zeroth_order": {name: getattr(self, name) for name in _COUNTERS}}
+        """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
+        own: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
+        own["sampler"] = None if self._masked is None else self._masked.state()
+        own["history"] = None if self._history is None else [_to_plain(terms) for terms in self._history]
+        return {**super().state_dict(), "zeroth_order": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; float32 state stays float32."""
@@ -180,8 +280,51 @@ class ZerothOrder(torch.optim.Optimizer):
         for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
                 self.state[p] = copy.deepcopy(state_dict["state"][index])
-        for name, value in state_dict["zeroth_order"].items():
-            setattr(self, name, value)
+        own = state_dict["zeroth_order"]
+        for name in _COUNTERS:
+            setattr(self, name, own[name])
+        if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
+            self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
+        if self._history is not None:
+            self._history.clear()
+            self._history.extend(self._from_plain(terms) for terms in own["history"] or [])
+
+    def _from_plain(self, terms: dict[str, Any]) -> Terms:
+        sampler = self.sampler
+        if isinstance(sampler, Sparse):
+            sampler = sampler.restored(self.tuned, self.seed, terms["sampler"])
+        blocks = {None if block is None else block.name: block for block in self.blocks}
+        return [(c, Direction(seed, sampler, blocks[block])) for c, seed, block in terms["terms"]]
+
+
+def _own(terms: Terms, tensor: TunedTensor) -> Terms:
+    """Those that are not zero for a tensor."""
+    return [(c, u) for c, u in terms if u.moves(tensor.id)]
+
+
+def _to_plain(terms: Terms) -> dict[str, Any]:
+    sampler = terms[0][1].sampler
+    return {
+        "terms": [(c, u.seed, None if u.block is None else u.block.name) for c, u in terms],
+        "sampler": sampler.state() if isinstance(sampler, Masked) else None,
+    }
+
+
+def _check(
+    lr: float, num_queries: int, window: int | None, weight_decay: float, max_coefficient: float | None, seed: int
+) -> None:
+    if lr < 0:
+        raise ValueError(f"the learning rate must not be negative, got {lr=}")
+    if num_queries < 1:
+        raise ValueError(f"a step needs at least one direction, got {num_queries=}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window holds at least the present step, got {window=}")
+    if weight_decay < 0:
+        raise ValueError(f"weight decay must not be negative, got {weight_decay=}")
+    if max_coefficient is not None and not max_coefficient > 0:
+        raise ValueError(f"the limit of coefficients must be positive, got {max_coefficient=}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
 
 
 _COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")

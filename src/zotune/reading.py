@@ -28,7 +28,7 @@ _METADATA_METHODS = """
     storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_
 """
 # Reading these of a tensor says nothing about its numbers, so they neither count as a read nor cost one.
-_METADATA: frozenset[Any] = frozenset(
+METADATA: frozenset[Any] = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in _METADATA_PROPERTIES.split()]
     + [getattr(torch.Tensor, name) for name in _METADATA_METHODS.split()]
     + [torch.is_floating_point, torch.is_complex, torch.numel]
@@ -79,7 +79,7 @@ class Reading(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _METADATA:
+        if func not in METADATA:
             special = self.special.get(func)
             if special is not None:
                 result = special(self, *args, **(kwargs or {}))

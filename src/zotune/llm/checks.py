@@ -10,8 +10,9 @@ from torch import Tensor
 from zotune.directions import add_terms
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
-from zotune.optimizer import Rounding, ZerothOrder
+from zotune.optimizer import ZerothOrder
 from zotune.tuned import TunedTensor, TunedTensors
+from zotune.update import Rounding
 
 # Elements of each tensor that are tried.
 _SAMPLE = 4096

@@ -48,6 +48,16 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) ->
         eager.fill(out[lo : lo + _EAGER_ELEMENTS], stream, seed, tensor_id, start + lo)
 
 
+def mask(out: Tensor, sparsity: float, seed: int, tensor_id: int, start: int = 0) -> None:
+    """Set elements start, start + 1, … of tensor `tensor_id` in `out` (float32) to zero with probability `sparsity`."""
+    threshold = round(sparsity * 2**32)
+    if out.device.type == "cpu":
+        _parallel(_cpu().mask(_array(out), threshold, seed, tensor_id, start), out.numel())
+        return
+    for lo in range(0, out.numel(), _EAGER_ELEMENTS):
+        eager.mask(out[lo : lo + _EAGER_ELEMENTS], threshold, seed, tensor_id, start + lo)
+
+
 def add(
     out: Tensor,
     x: Tensor,

@@ -53,3 +53,9 @@ def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, 
     """A kernel that writes ranges of y (float32) into 16-bit `out`, at random so that the mean is y."""
     random = np.uint64(rounding_seed)
     return lambda lo, hi: kernels.round_half(out, y, kind, random, tensor_id, start, lo, hi)
+
+
+def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> Kernel:
+    """A kernel that sets elements of `out` (float32) to zero where the mask stream says so."""
+    limit, key = np.uint64(threshold), np.uint64(seed)
+    return lambda lo, hi: kernels.mask(out, limit, key, tensor_id, start, lo, hi)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zotune.noise.reference import GAUSSIAN, RADEMACHER, ROUNDING
+from zotune.noise.reference import GAUSSIAN, MASK, RADEMACHER, ROUNDING
 
 _MASK = 0xFFFFFFFF
 
@@ -81,6 +81,12 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> Non
     radius = _sqrt(-2 * _log(uniform))
     cos, sin = _cosine_and_sine(pairs[:, 1])
     out.copy_(torch.stack((radius * cos, radius * sin), dim=1).flatten()[first : first + n])
+
+
+def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> None:
+    """Set elements of a flat tensor to zero where the mask stream's word is below `threshold`."""
+    words, first = _stream(seed, tensor_id, MASK, start, out.numel(), 4, out.device)
+    out.masked_fill_(words.flatten()[first : first + out.numel()] < threshold, 0.0)
 
 
 def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:

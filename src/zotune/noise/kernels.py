@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from zotune.noise.reference import GAUSSIAN, RADEMACHER, ROUNDING
+from zotune.noise.reference import GAUSSIAN, MASK, RADEMACHER, ROUNDING
 
 FLOAT, BFLOAT16, FLOAT16, DOUBLE = 0, 1, 2, 3
 TILE = 1024
@@ -177,6 +177,17 @@ def fill(out: Any, stream: int, seed: Any, tensor_id: int, start: int, lo: int, 
         m = min(TILE, hi - t)
         first = _noise(tile, stream, seed, tensor_id, start + t)
         out[t : t + m] = tile[first : first + m]
+
+
+@njit(cache=True, nogil=True)
+def mask(out: Any, threshold: Any, seed: Any, tensor_id: int, start: int, lo: int, hi: int) -> None:
+    """out[lo:hi] = 0 where the mask stream's word is below the threshold."""
+    for block in range((start + lo) // 4, (start + hi + 3) // 4):
+        words = _block(seed, tensor_id, MASK, block)
+        for j in range(4):
+            at = 4 * block + j - start
+            if lo <= at < hi and _u64(words[j]) < threshold:
+                out[at] = _f32(0)
 
 
 @njit(inline="always")

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { RADEMACHER = 1, GAUSSIAN = 2, ROUNDING = 3 };
+enum { RADEMACHER = 1, GAUSSIAN = 2, ROUNDING = 3, MASK = 4 };
 enum { FLOAT = 0, BFLOAT16 = 1, FLOAT16 = 2, DOUBLE = 3 };
 enum { TILE = 1024, MARGIN = 128 };
 
@@ -218,5 +218,17 @@ void zotune_round(uint16_t *out, const float *y, int kind, uint64_t rounding_see
     for (int64_t t = lo; t < hi; t += TILE) {
         const int m = hi - t < TILE ? (int)(hi - t) : TILE;
         round_tile(out + t, y + t, kind, rounding_seed, tensor, start + t, m);
+    }
+}
+
+/* out[lo:hi] = 0 where the mask stream's word is below `threshold`. */
+void zotune_mask(float *out, uint64_t threshold, uint64_t seed, uint32_t tensor, uint64_t start, int64_t lo,
+                 int64_t hi) {
+    uint32_t words[TILE + 8];
+    for (int64_t t = lo; t < hi; t += TILE) {
+        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
+        const int skip = (int)((start + t) % 4), blocks = (skip + m + 3) / 4;
+        for (int b = 0; b < blocks; b++) philox((start + t) / 4 + b, tensor, MASK, seed, words + 4 * b);
+        for (int k = 0; k < m; k++) out[t + k] = words[skip + k] < threshold ? 0.0f : out[t + k];
     }
 }

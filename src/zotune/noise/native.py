@@ -37,6 +37,7 @@ _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _i64),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _i64),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, ctypes.c_double, _u32),
+    "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _i64),
     "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _i64),
 }
 
@@ -81,7 +82,7 @@ def _processor() -> bytes:
 
 
 def _reproduces_the_specification(loaded: Any) -> bool:
-    """Both samplers and both kinds of rounding, on a sample that begins and ends within blocks."""
+    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks."""
     seed, tensor_id, start, n = 2**63 + 5, 7, 130, 1500
     samplers = ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian))
     for stream, specified in samplers:
@@ -89,6 +90,10 @@ def _reproduces_the_specification(loaded: Any) -> bool:
         loaded.zotune_fill(_at(out), stream, seed, tensor_id, start, 0, n)
         if not np.array_equal(out, specified(seed, tensor_id, start, start + n)):
             return False
+    expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
+    loaded.zotune_mask(_at(out), 1 << 30, seed, tensor_id, start, 0, n)
+    if not np.array_equal(out, expected):
+        return False
     random = reference.random16(seed, tensor_id, start, start + n)
     for kind, dtype in ((1, "bfloat16"), (2, "float16")):
         bits = np.empty(n, np.uint16)
@@ -141,3 +146,9 @@ def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, 
     """As `cpu.round_half`."""
     run, to, of = library().zotune_round, _at(out), _at(y)
     return lambda lo, hi: run(to, of, kind, rounding_seed, tensor_id, start, lo, hi)
+
+
+def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> Kernel:
+    """As `cpu.mask`."""
+    run, to = library().zotune_mask, _at(out)
+    return lambda lo, hi: run(to, threshold, seed, tensor_id, start, lo, hi)

@@ -13,6 +13,7 @@ and a block gives four 32-bit words. What a stream takes from a block:
     1 rademacher    128                +1 or -1 by bit (j % 32) of word (j % 128) // 32; a set bit is -1
     2 gaussian      4                  Box-Muller on the word pair (0, 1) or (2, 3): cosine, then sine
     3 rounding      8                  16 bits: the low, then the high half of word (j % 8) // 2
+    4 mask          4                  the word j % 4; the element is masked if it is below sparsity · 2³²
 
 Everything is integer arithmetic and IEEE-754 single precision addition, multiplication, division and
 square root in the order written here, without fused multiply-add, so the bits are portable.
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 NOISE_VERSION = 1
 
-SEEDS, RADEMACHER, GAUSSIAN, ROUNDING = 0, 1, 2, 3
+SEEDS, RADEMACHER, GAUSSIAN, ROUNDING, MASK = 0, 1, 2, 3, 4
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
@@ -145,6 +146,16 @@ def random16(seed: int, tensor_id: int, start: int, stop: int) -> Words:
     blocks = _elements(seed, tensor_id, ROUNDING, start, stop, 8)
     halves = np.stack((blocks & np.uint32(0xFFFF), blocks >> np.uint32(16)), axis=2)
     return halves.reshape(-1)[start % 8 :][: stop - start]
+
+
+def masked(seed: int, tensor_id: int, start: int, stop: int, threshold: int) -> NDArray[np.bool_]:
+    """Whether elements start … stop - 1 are masked: each with probability threshold / 2³², independently.
+
+    >>> round(float(masked(seed=7, tensor_id=1, start=0, stop=10**6, threshold=1 << 30).mean()), 2)
+    0.25
+    """
+    blocks = _elements(seed, tensor_id, MASK, start, stop, 4)
+    return np.asarray(blocks.reshape(-1)[start % 4 :][: stop - start] < np.uint64(threshold))
 
 
 def round_stochastically(x: Floats, random: Words, dtype: str) -> NDArray[np.uint16]:

@@ -1,0 +1,142 @@
+"""One tensor's update, x ← (1 - ηλ) x - a η h(ĝ), for any slice of it and without writing x unless told to.
+
+The same computation serves to apply a step and to look at it beforehand: a slice comes out with the
+same bits either way, rounding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from zotune.directions import Terms, add_terms
+from zotune.noise import compute_dtype, round_to
+from zotune.perturb import move_rows_one_by_one
+from zotune.transforms import State, Transform, identity
+from zotune.tuned import TunedTensor
+
+# Elements at a time where ĝ or its transform is made: the temporaries stay at some megabytes.
+_CHUNK = 1 << 18
+
+
+class Rounding(StrEnum):
+    """How an update is written into bfloat16 or float16 weights. It concerns no other dtype.
+
+    `STOCHASTIC` rounds up or down at random so that the mean is exact and nothing is stored; `MASTER`
+    keeps a float32 copy (4 bytes a number); `NEAREST` loses every update below half a rounding unit.
+    """
+
+    STOCHASTIC = "stochastic"
+    MASTER = "master"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """What a step does to one tensor.
+
+    Attributes:
+        terms: (cᵢ, uᵢ) of ĝ.
+        history: the terms of earlier steps, oldest first, from which the transform's state is made again;
+            None if it is kept in `state`.
+        state: the transform's state; tensors of the tensor's shape, and plain numbers.
+        lr, weight_decay: η, λ.
+        rounding_seed: names the stochastic rounding of half-precision weights; None for rounding to nearest.
+        master: float32 weights that take the update in place of the half-precision ones.
+    """
+
+    tensor: TunedTensor
+    terms: Terms
+    transform: Transform
+    state: State
+    lr: float
+    weight_decay: float
+    rounding_seed: int | None
+    history: Sequence[Terms] | None = None
+    master: Tensor | None = None
+
+    def move(self, out: Tensor, x: Tensor, start: int, scale: float) -> State:
+        """Write the updated x into `out`, flat slices from element `start` on; the slice's new state. `scale` is a."""
+        if self.transform is identity and not self.weight_decay:
+            moves = [(-scale * self.lr * c, u) for c, u in self.terms]
+            add_terms(out, x, moves, self.tensor.id, start, self.rounding_seed)
+            return {}
+        dtype = compute_dtype(x.dtype)
+        step, state = self.transform(self._gradient(self.terms, start, x), self._state(start, x))
+        y = x.to(dtype) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
+        round_to(out, y, self.rounding_seed, self.tensor.id, start)
+        return state
+
+    def write(self, scale: float) -> State:
+        """Update the weights; the tensor's new state. With a = 0 the weights stay, and the state advances."""
+        weights = self.tensor.storage()
+        x = (weights.contiguous() if self.master is None else self.master).view(-1)
+        fused = self.transform is identity and not self.weight_decay
+        if fused and not scale:
+            return self.state
+        after: State = {}
+        size = x.numel() if fused else _CHUNK
+        for lo in range(0, x.numel(), size):
+            part = x[lo : lo + size]
+            new = self.move(part if scale else torch.empty_like(part), part, lo, scale)
+            for key, value in new.items() if self.history is None else ():
+                if isinstance(value, Tensor):
+                    after.setdefault(key, self._room(key, value))
+                    after[key].view(-1)[lo : lo + size] = value
+                else:
+                    after[key] = value
+        if scale and x.data_ptr() != weights.data_ptr():
+            weights.copy_(x.view(weights.shape))
+        return after
+
+    def _room(self, key: str, like: Tensor) -> Tensor:
+        if key in self.state:
+            return self.state[key]  # type: ignore[no-any-return]
+        return torch.empty(self.tensor.parameter.shape, dtype=like.dtype, device=like.device)
+
+    def _gradient(self, terms: Terms, start: int, like: Tensor) -> Tensor:
+        total = torch.zeros(like.numel(), dtype=compute_dtype(like.dtype), device=like.device)
+        add_terms(total, total, terms, self.tensor.id, start)
+        return total
+
+    def _state(self, start: int, like: Tensor) -> State:
+        """The state of a slice."""
+        if self.history is None:
+            part = slice(start, start + like.numel())
+            return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        state: State = {}
+        for terms in self.history:
+            _, state = self.transform(self._gradient(terms, start, like), state)
+        return state
+
+
+@dataclass(frozen=True)
+class Updated:
+    """The model after a step that has not been taken: a displacement for `zotune.perturb.displaced`."""
+
+    updates: dict[int, TensorUpdate]
+    scale: float
+
+    @property
+    def tensors(self) -> frozenset[int]:
+        """As `Displacement.tensors`."""
+        return frozenset(self.updates)
+
+    def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
+        """As `Displacement.move`."""
+        update = self.updates[tensor.id]
+        if update.master is None:
+            update.move(out, x, start, self.scale)
+            return
+        master = update.master.view(-1)[start : start + x.numel()]
+        moved = torch.empty_like(master)
+        update.move(moved, master, start, self.scale)
+        out.copy_(moved)
+
+    def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+        """As `Displacement.move_rows`."""
+        move_rows_one_by_one(self, rows, indices, tensor)
