@@ -68,7 +68,7 @@ def test_the_path_of_zo_sgd_equals_the_plain_reference(sampler, q):
         u.append([vector_of(model, partial(d.of, model)) for d in opt.directions()])
         opt.step(lambda: f(nn.utils.parameters_to_vector(model.parameters())))
         path.append(vector_of(model, lambda name: model.get_parameter(name).detach()))
-    expected = reference.zo_sgd(lambda x: float(f(x)), weights.numpy(), 0.02, 0.01, u)
+    expected = reference.zo_sgd(lambda x, u: reference.rge(lambda y: float(f(y)), x, 0.01, u), weights.numpy(), 0.02, u)
     np.testing.assert_allclose(path, expected, rtol=0, atol=1e-12)
     assert len({v.tobytes() for step in u for v in step}) == 20 * q
 
