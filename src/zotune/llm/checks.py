@@ -41,7 +41,8 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
     Raises:
         UsageError: with what to change.
     """
-    if estimate.is_finite and mu is not None and all(c == 0 for c, _ in estimate.terms):
+    # A single block may well have no slope at first: that of an adapter's first factor, say, while the second is zero.
+    if estimate.is_finite and mu is not None and all(c == 0 and u.block is None for c, u in estimate.terms):
         raise UsageError(
             f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
             "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
