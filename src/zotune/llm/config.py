@@ -5,11 +5,21 @@ Names follow Hugging Face's where it has one. Unknown keys are refused with the 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from zotune.errors import UsageError, did_you_mean
 
@@ -82,6 +92,29 @@ class EvalConfig(ModelOptions, DataOptions):
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 
 
+def _as_json(value: Any) -> Any:
+    """A mapping, or text in YAML of one, as JSON in one line; the schema refuses what is neither."""
+    try:
+        plain = yaml.safe_load(value) if isinstance(value, str) else value
+        text = json.dumps(plain)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f'it must be a mapping, like {{"r": 4}} ({error})') from None
+    if not isinstance(plain, dict):
+        raise ValueError('it must be a mapping, like {"r": 4}')
+    return text
+
+
+# An option that chooses within some tuning schemes, those schemes, and what else there is.
+_OF_SCHEMES = (
+    ("tuned_parameters", ("full",), "it chooses among the model's own weights; with lora use lora_target_modules"),
+    ("tuned_layers", ("full", "lora"), "an adapter by name takes layers_to_transform in peft_config"),
+    ("lora_target_modules", ("lora",), "it names the linear layers that get an adapter"),
+    ("num_virtual_tokens", ("prefix", "prompt"), "an adapter by name takes it in peft_config"),
+    ("peft_type", ("peft",), "it names one of peft's schemes"),
+    ("peft_config", ("peft",), "it holds the keys of one of peft's schemes"),
+)
+
+
 class TrainConfig(ModelOptions, DataOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline)."""
 
@@ -106,8 +139,8 @@ class TrainConfig(ModelOptions, DataOptions):
         "stochastic", description="How updates enter half-precision weights."
     )
 
-    tuning: Literal["full", "lora"] = Field(
-        "full", description="What is tuned: the model's own weights, or a LoRA adapter."
+    tuning: Literal["full", "head", "lora", "prefix", "prompt", "peft"] = Field(
+        "full", description="What is tuned: the model's own weights, its head, or an adapter of peft."
     )
     tuned_layers: int | None = Field(
         None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
@@ -121,6 +154,12 @@ class TrainConfig(ModelOptions, DataOptions):
         (), description="Linear layers that get an adapter; default: q_proj and v_proj (query and value)."
     )
 
+    num_virtual_tokens: int | None = Field(None, ge=1, description="Length of a prefix or prompt; default: 5 and 10.")
+    peft_type: str | None = Field(None, description="With tuning: peft, the scheme by peft's name: ia3, vera, …")
+    peft_config: Annotated[str, BeforeValidator(_as_json)] = Field(
+        "{}", description="Keys of that scheme: a mapping in a recipe, '{\"r\": 4}' as an option."
+    )
+
     max_steps: int = Field(1000, ge=1, description="Updates.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose objective is averaged for one update.")
@@ -128,6 +167,8 @@ class TrainConfig(ModelOptions, DataOptions):
         False, description="First-order methods: recompute activations to save memory."
     )
     reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
+    reuse_memory: float = Field(1.0, ge=0, description="GiB of the model's device that this may take.")
+    reuse_file: float = Field(0.0, ge=0, description="GiB of a temporary file in output_dir for what is left.")
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
@@ -139,15 +180,22 @@ class TrainConfig(ModelOptions, DataOptions):
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if _is_partial(info):
             return self
-        if self.tuning == "lora" and self.tuned_parameters is not None:
-            raise ValueError(
-                "tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules"
-            )
-        if self.tuning == "full" and self.lora_target_modules:
-            raise ValueError("lora_target_modules needs tuning: lora")
+        for option, schemes, remedy in _OF_SCHEMES:
+            if self.tuning not in schemes and getattr(self, option) != type(self).model_fields[option].default:
+                raise ValueError(f"{option} needs tuning: {' or '.join(schemes)}, not {self.tuning}; {remedy}")
+        if self.tuning == "peft" and self.peft_type is None:
+            raise ValueError("tuning: peft needs the name of one of peft's schemes, for instance --peft-type ia3")
+        if self.reuse_file and not self.reuse_activations:
+            raise ValueError("reuse_file has no effect where activations are not reused")
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self
+
+    @property
+    def peft_options(self) -> dict[str, Any]:
+        """`peft_config` as a mapping."""
+        options: dict[str, Any] = json.loads(self.peft_config)
+        return options
 
 
 Config = TypeVar("Config", bound=BaseModel)
