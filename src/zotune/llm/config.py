@@ -43,6 +43,7 @@ class ModelOptions(_Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes the checkpoint's."
     )
+    accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 

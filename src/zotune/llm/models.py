@@ -196,7 +196,8 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
 def _pretrained(options: ModelOptions) -> LanguageModel:
     import transformers
 
-    source = str(fetch(options.model)) if options.model in BUILT_IN else options.model
+    built_in = options.model in BUILT_IN
+    source = str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     try:
