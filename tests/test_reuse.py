@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers
 
 from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example
@@ -272,3 +273,24 @@ def test_gradients_of_what_is_tuned_are_the_same(tiny, causal_family):
         for one, other in zip(plain, kept, strict=True):
             assert (one is None) == (other is None)
             assert one is None or torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_run_with_reuse_passes_far_fewer_tokens_through_the_lower_layers(config, tiny, monkeypatch, capsys):
+    """Work is counted, not timed: tokens that enter the first layer, over a run of three passes through the rows."""
+    tokens = []
+    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
+
+    def counted(self, hidden_states, *args, **kwargs):
+        tokens.append(hidden_states.shape[:-1].numel() if self.self_attn.layer_idx == 0 else 0)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaDecoderLayer, "forward", counted)
+    counts = []
+    for options in ({}, {"reuse_activations": False}):
+        tokens.clear()
+        train(config(tuned_layers=1, max_steps=6, overwrite_output_dir=True, **options))
+        counts.append(sum(tokens))
+        said = capsys.readouterr().err
+        assert ("reusing activations: layers 1 to 1 of 2" in said) == (not options)
+    # Rows are read once, where two probes a step and two evaluations would read them many times.
+    assert counts[1] > 8 * counts[0] > 0

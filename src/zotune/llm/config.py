@@ -193,6 +193,11 @@ class TrainConfig(ModelOptions, DataOptions):
         return self
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether what is tuned lies beside the model and is saved without it."""
+        return self.tuning not in ("full", "head")
+
+    @property
     def peft_options(self) -> dict[str, Any]:
         """`peft_config` as a mapping."""
         options: dict[str, Any] = json.loads(self.peft_config)
