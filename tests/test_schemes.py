@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import zotune as zo
 from zotune.errors import UsageError
 from zotune.llm import adapters
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
-from zotune.llm.config import ModelOptions, TrainConfig
+from zotune.llm.config import FIRST_ORDER, ModelOptions, TrainConfig
 from zotune.llm.data import Example
 from zotune.llm.models import LanguageModel, load, quiet_libraries
 from zotune.llm.objective import Encoder, collate
@@ -283,6 +284,7 @@ def test_unknown_schemes_keys_and_values_are_named_with_what_there_is(tiny):
         (("--tuning", "head", "--tuned-parameters", "x"), "tuned_parameters needs tuning: full, not head"),
         (("--tuning", "peft", "--peft-type", "ia3", "--peft-config", "[1]"), 'must be a mapping, like {"r": 4}'),
         (("--tuning", "peft", "--peft-type", "ia3", "--peft-config", "{"), 'must be a mapping, like {"r": 4}'),
+        (("--tuning", "prefix", "--method", "fo_sgd", "--gradient-checkpointing"), "drops the keys and values"),
         (("--no-reuse-activations", "--reuse-file", 1), "reuse_file has no effect"),
     ],
 )
@@ -290,6 +292,20 @@ def test_options_that_do_not_go_together_are_refused(zotune, short, options, sai
     answer = zotune(*short(*options))
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err
+
+
+@pytest.mark.parametrize("method", FIRST_ORDER)
+@each_adapter
+def test_first_order_baselines_tune_the_same_adapters(config, method, scheme, tmp_path):
+    words = {"yes": "Yes", "no": "No"}
+    options = {**SCHEMES[scheme], "method": method, "verbalizer": words, "learning_rate": 0.05, "max_steps": 1}
+    train(config(model="random:opt-tiny", **options))
+    after = load_file(tmp_path / "out/adapter_model.safetensors")
+    train(config(model="random:opt-tiny", **{**options, "learning_rate": 0.0}, overwrite_output_dir=True))
+    before = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    assert all(torch.isfinite(value).all() for value in after.values())
 
 
 # From the command line -------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ def add_by_name(lm: LanguageModel, config: TrainConfig) -> None:
         one = torch.ones(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
             lm.read(one, one)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

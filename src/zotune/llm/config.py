@@ -186,6 +186,9 @@ class TrainConfig(ModelOptions, DataOptions):
                 raise ValueError(f"{option} needs tuning: {' or '.join(schemes)}, not {self.tuning}; {remedy}")
         if self.tuning == "peft" and self.peft_type is None:
             raise ValueError("tuning: peft needs the name of one of peft's schemes, for instance --peft-type ia3")
+        is_prefix = self.tuning == "prefix" or (self.peft_type or "").lower() in ("prefix_tuning", "cartridge")
+        if self.gradient_checkpointing and is_prefix:
+            raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
         if self.reuse_file and not self.reuse_activations:
             raise ValueError("reuse_file has no effect where activations are not reused")
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
