@@ -197,6 +197,15 @@ def test_a_fresh_prefix_of_a_masked_model_holds_its_keys_and_values(tiny):
     torch.testing.assert_close(prefix, torch.cat(caught, 1), rtol=0, atol=1e-6)
 
 
+def test_virtual_tokens_are_made_of_ordinary_tokens_that_the_seed_draws_from_all_of_them(tiny):
+    lm = tiny("llama")
+    drawn = [adapters.real_tokens(lm, 500, seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    ordinary = set(range(len(lm.tokenizer))) - set(lm.tokenizer.all_special_ids)
+    assert set().union(*drawn) <= ordinary
+    assert len(set().union(*drawn)) > 0.9 * len(ordinary)
+
+
 @pytest.mark.parametrize("scheme", VIRTUAL)
 @torch.no_grad()
 def test_virtual_tokens_take_of_the_context(tiny, family, scheme):
