@@ -185,7 +185,7 @@ def _models(args: list[str], as_json: bool) -> int:
     from zotune.llm.architectures import ARCHITECTURES
     from zotune.llm.builtin import BUILT_IN
 
-    rows = dict(BUILT_IN)
+    rows = {name: model.description for name, model in BUILT_IN.items()}
     rows |= {f"random:{name}": "architecture with random weights, for memory and speed" for name in ARCHITECTURES}
     return _list({**rows, "HUB/ID or FOLDER": "any causal or masked language model of transformers"}, as_json)
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
 from zotune.llm.schema import Options, is_partial
+from zotune.llm.tuning_options import TuningOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,6 +28,7 @@ class ModelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes the checkpoint's."
     )
+    accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
@@ -76,26 +78,11 @@ class EvalConfig(ModelOptions, DataOptions):
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 
 
-class TrainConfig(ModelOptions, DataOptions, MethodOptions):
+class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline)."""
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
-
-    tuning: Literal["full", "lora"] = Field(
-        "full", description="What is tuned: the model's own weights, or a LoRA adapter."
-    )
-    tuned_layers: int | None = Field(
-        None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
-    )
-    tuned_parameters: str | None = Field(
-        None, description="With full: tune only weights whose name this regular expression finds."
-    )
-    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(16, gt=0, description="The adapter is scaled by lora_alpha / lora_r.")
-    lora_target_modules: tuple[str, ...] = Field(
-        (), description="Linear layers that get an adapter; default: q_proj and v_proj (query and value)."
-    )
 
     max_steps: int = Field(1000, ge=1, description="Updates.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
@@ -104,6 +91,8 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions):
         False, description="First-order methods: recompute activations to save memory."
     )
     reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
+    reuse_memory: float = Field(1.0, ge=0, description="GiB of the model's device that this may take.")
+    reuse_file: float = Field(0.0, ge=0, description="GiB of a temporary file in output_dir for what is left.")
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
@@ -115,12 +104,10 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions):
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
-        if self.tuning == "lora" and self.tuned_parameters is not None:
-            raise ValueError(
-                "tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules"
-            )
-        if self.tuning == "full" and self.lora_target_modules:
-            raise ValueError("lora_target_modules needs tuning: lora")
+        if self.gradient_checkpointing and self.is_prefix:
+            raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
+        if self.reuse_file and not self.reuse_activations:
+            raise ValueError("reuse_file has no effect where activations are not reused")
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self

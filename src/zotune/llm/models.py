@@ -59,9 +59,15 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """How many tokens the model reads at most."""
-        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30)) - self.num_virtual_tokens
         # RoBERTa's positions begin after its padding index.
         return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that a prefix or prompt takes before each sequence."""
+        adapter: Any = getattr(self.module, "active_peft_config", None)
+        return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0
 
     @property
     def pad_token_id(self) -> int:
@@ -71,11 +77,15 @@ class LanguageModel:
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
         """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given."""
         self.num_forwards += 1
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        with _head_at(self.base, batch, only):
+            return self.read(batch.input_ids, batch.attention_mask)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits of a forward pass of (S, L) tokens, padded on the right."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
         # Right padding is invisible to causal attention, and without a mask attention runs its fast kernel.
-        inputs |= {"attention_mask": batch.attention_mask} if self.masked else {"use_cache": False}
-        with _head_at(self.base, batch.positions, only):
-            out: Tensor = self.module(**inputs).logits
+        inputs |= {"attention_mask": attention_mask} if self.masked else {"use_cache": False}
+        out: Tensor = self.module(**inputs).logits
         return out
 
     def score(self, batch: Batch) -> Tensor:
@@ -89,17 +99,23 @@ class LanguageModel:
         return losses(self.score(batch), batch)
 
 
-@contextmanager
-def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[None]:
-    """Let the head see the hidden states at `positions` alone, and make the logits of the tokens `only`."""
+def head_of(model: Any) -> nn.Module:
+    """What makes logits of hidden states: the output layer itself, or the part of the model that ends in it."""
     output = model.get_output_embeddings()
-    # The output layer itself, or the part of the model that ends in it.
-    parts = list(model.children())
-    head = output if any(part is output for part in parts) else next(p for p in parts if output in set(p.modules()))
+    parts: list[nn.Module] = list(model.children())
+    return next(part for part in parts if part is output or output in set(part.modules()))
+
+
+@contextmanager
+def _head_at(model: Any, batch: Batch, only: Tensor | None) -> Iterator[None]:
+    """Let the head see the hidden states at the scored positions alone, and make the logits of the tokens `only`."""
+    output, head = model.get_output_embeddings(), head_of(model)
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = args
-        return (hidden.reshape(-1, hidden.shape[-1])[positions], *rest)
+        # Virtual tokens stand before the batch's own; positions count from the first of its own.
+        own = hidden[:, -batch.input_ids.shape[1] :]
+        return (own.reshape(-1, own.shape[-1])[batch.positions], *rest)
 
     def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
         assert only is not None
@@ -173,7 +189,6 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
-    # An adapter's folder names its base by this.
     module.name_or_path = options.model
     return LanguageModel(module, byte_tokenizer(config), options.model, masked)
 
@@ -181,7 +196,8 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
 def _pretrained(options: ModelOptions) -> LanguageModel:
     import transformers
 
-    source = str(fetch(options.model)) if options.model in BUILT_IN else options.model
+    built_in = options.model in BUILT_IN
+    source = str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     try:
@@ -191,6 +207,8 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
         masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
         auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
         module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"))
+        # An adapter's folder names its base by this: not by where this machine's cache is.
+        module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import zotune
 from zotune.errors import RunError, UsageError
+from zotune.llm.builtin import BUILT_IN
 from zotune.llm.config import TrainConfig, write_yaml
 from zotune.llm.models import LanguageModel
 
@@ -120,16 +121,13 @@ def environment() -> dict[str, str]:
 
 def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
-    adapter = config.tuning == "lora"
-    library, loader = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
-    kind = "" if adapter and masked else "ForMaskedLM" if masked else "ForCausalLM"
     test = results["test"]
     accuracy = "not evaluated"
     if test is not None:
         low, high = 100 * test["low"], 100 * test["high"]
         accuracy = f"{100 * test['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
     return f"""---
-library_name: {library}
+library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
 ---
 
@@ -148,10 +146,25 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
 
 ```python
-from {library} import {loader}{kind}
-
-model = {loader}{kind}.from_pretrained(FOLDER)
+{_loading(config, masked)}
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.
 """
+
+
+def _loading(config: TrainConfig, masked: bool) -> str:
+    """The lines of Python that load what was saved, on any machine."""
+    auto = f"AutoModelFor{'MaskedLM' if masked else 'CausalLM'}"
+    if not config.is_adapter:
+        return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(FOLDER)"
+    if config.model in BUILT_IN:
+        terms = ", accept_terms=True" if BUILT_IN[config.model].terms else ""
+        base = f"{auto}.from_pretrained(fetch({config.model!r}{terms}))"
+        imports = f"from transformers import {auto}\nfrom zotune.llm.builtin import fetch"
+    elif config.model.startswith("random:"):
+        base = f"load(ModelOptions(model={config.model!r})).module"
+        imports = "from zotune.llm.config import ModelOptions\nfrom zotune.llm.models import load"
+    else:
+        base, imports = f"{auto}.from_pretrained({config.model!r})", f"from transformers import {auto}"
+    return f"from peft import PeftModel\n{imports}\n\nmodel = PeftModel.from_pretrained({base}, FOLDER)"

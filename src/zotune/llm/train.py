@@ -18,12 +18,13 @@ from zotune.hybrid import Hybrid
 from zotune.llm.config import DataOptions, TrainConfig
 from zotune.llm.data import Splits, user_splits
 from zotune.llm.evaluate import Evaluation, Scorer, evaluate
+from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.objective import Batch, Encoded, Encoder, collate, losses
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
-from zotune.llm.progress import Display, Status
+from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task
@@ -95,11 +96,12 @@ def train(config: TrainConfig) -> Result:
         RunError: it failed on the way; metrics, and weights where there are sound ones, are kept.
     """
     lm = load(config)
-    rows = load_rows(lm, config)
+    # Virtual tokens take of the context that the rows must fit into.
     prepare(lm, config)
+    rows = load_rows(lm, config)
     output = OutputFolder(config)
     output.check_room(lm)
-    scorer: Scorer = ReusedActivations(lm).score if _may_reuse(lm, config) else lm.score
+    scorer = _scorer(lm, rows, config)
     run = _Run(lm, rows, config, scorer, output)
     before = run.evaluate(rows.dev)
     with Display(config.max_steps) as display, stoppable() as stop:
@@ -223,7 +225,26 @@ def _mean_loss(scorer: Scorer, batch: Batch) -> Tensor:
     return losses(scorer(batch), batch).mean()
 
 
-def _may_reuse(lm: LanguageModel, config: TrainConfig) -> bool:
-    """Whether what lies below the tuned layers is the same in every pass: a first-order step leaves dropout on."""
+def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
+    """How rows are scored: the layers below the tuned ones once a row, where they are the same in every pass."""
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
-    return config.reuse_activations and not (drops and config.method in FIRST_ORDER)
+    if drops and config.method in FIRST_ORDER:  # a step of back-propagation leaves dropout on
+        return lm.score
+    splits = [[s for e in split for s in e.sequences] for split in (rows.train, rows.dev, rows.test)]
+    reused = ReusedActivations(lm, _kept(config), splits)
+    if reused.depth and config.reuse_activations:
+        file = f" and {config.reuse_file:g} GiB of a file" if config.reuse_file else ""
+        say(
+            f"reusing activations: layers 1 to {reused.depth} of {reused.num_layers} lie below what is tuned and are "
+            f"computed once a row; that takes {reused.num_bytes / 2**30:.2g} GiB, of which at most "
+            f"{config.reuse_memory:g} GiB of memory{file}"
+        )
+    return reused.score
+
+
+def _kept(config: TrainConfig) -> Kept:
+    """Where the activations of those layers are kept."""
+    if not config.reuse_activations:
+        return Kept()
+    memory, file = (int(gib * 2**30) for gib in (config.reuse_memory, config.reuse_file))
+    return Kept([Memory(memory), *([File(file, config.output_dir)] if file else [])])
