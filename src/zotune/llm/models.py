@@ -6,22 +6,31 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
-from zotune.llm.objective import Batch, losses, scores, scores_of_single_tokens
+from zotune.llm.objective import Batch, log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.progress import say
 
+# Logits that are made at a time: 64 MiB in float32.
+MAX_LOGITS = 1 << 24
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
+    pass
 
 
 @dataclass
@@ -80,13 +89,74 @@ class LanguageModel:
 
     def score(self, batch: Batch) -> Tensor:
         """(examples, candidates) scores, float64: mean log-probabilities, or the same up to a constant an example."""
-        if batch.only_single_tokens and isinstance(self.base.get_output_embeddings(), nn.Linear):
+        if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
             return scores_of_single_tokens(self.logits(batch, torch.unique(batch.tokens)), batch)
-        return scores(self.logits(batch), batch)
+        return scores_of_tokens(self._log_probabilities(batch), batch)
+
+    def _log_probabilities(self, batch: Batch) -> Tensor:
+        """(M,) of the candidates' tokens. The body runs once, the head for a bounded number of positions at a time."""
+        at_once = max(1, MAX_LOGITS // self._vocabulary)
+        if len(batch.positions) <= at_once or self.base.base_model is self.base:
+            return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
+        body = self._body_output(batch)
+        parts, found = [], []
+        for lo in range(0, len(batch.positions), at_once):
+            here = ((batch.rows >= lo) & (batch.rows < lo + at_once)).nonzero()[:, 0]
+            part = partial(self._part, replace(batch, positions=batch.positions[lo : lo + at_once]), body)
+            rows, tokens = batch.rows[here] - lo, batch.tokens[here]
+            # Under autograd a part's logits are made again for its gradient, or all of them would be kept.
+            again = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
+            parts.append(again(rows, tokens))
+            found.append(here)
+        return torch.cat(parts)[torch.cat(found).argsort()]
+
+    @property
+    def _vocabulary(self) -> int:
+        """Rows of the output layer."""
+        output = self.base.get_output_embeddings()
+        return int(self.config.vocab_size if output is None else output.weight.shape[0])
+
+    def _body_output(self, batch: Batch) -> Any:
+        """What the model's body gives to its head."""
+        caught: list[Any] = []
+
+        def catch(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output)
+            raise _Reached
+
+        handle = self.base.base_model.register_forward_hook(catch)
+        try:
+            self.logits(batch)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return caught.pop()
+
+    def _part(self, batch: Batch, body: Any, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities at some of the positions, from what the body gave."""
+        with _giving(self.base.base_model, body):
+            logits = self.logits(batch)
+        self.num_forwards -= 1
+        return log_probabilities(logits, rows, tokens)
 
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
+
+
+@contextmanager
+def _giving(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within this context the module computes nothing and returns `output`."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextmanager

@@ -124,10 +124,12 @@ def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
     library, loader = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
     kind = "" if adapter and masked else "ForMaskedLM" if masked else "ForCausalLM"
     test = results["test"]
-    accuracy = "not evaluated"
+    # The first of an evaluation's entries is its metric.
+    metric, found = "accuracy", "not evaluated"
     if test is not None:
+        metric, value = next(iter(test.items()))
         low, high = 100 * test["low"], 100 * test["high"]
-        accuracy = f"{100 * test['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+        found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
     return f"""---
 library_name: {library}
 tags: [zotune, zeroth-order]
@@ -140,7 +142,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 | | |
 |---|---|
-| accuracy | {accuracy} |
+| {metric} | {found} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |

@@ -1,10 +1,28 @@
-"""The tasks by name, one file each."""
+"""The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.data import Task
+from zotune.llm.task import Task
+from zotune.llm.tasks.boolq import BOOLQ
+from zotune.llm.tasks.cb import CB
+from zotune.llm.tasks.copa import COPA
+from zotune.llm.tasks.drop import DROP
+from zotune.llm.tasks.mnli import MNLI
+from zotune.llm.tasks.multirc import MULTIRC
+from zotune.llm.tasks.record import RECORD
+from zotune.llm.tasks.rte import RTE
+from zotune.llm.tasks.snli import SNLI
+from zotune.llm.tasks.squad import SQUAD
 from zotune.llm.tasks.sst2 import SST2
+from zotune.llm.tasks.sst5 import SST5
+from zotune.llm.tasks.trec import TREC
+from zotune.llm.tasks.wic import WIC
+from zotune.llm.tasks.winogrande import WINOGRANDE
+from zotune.llm.tasks.wsc import WSC
 
-TASKS: dict[str, Task] = {task.name: task for task in (SST2,)}
+_PAPER = (SST2, RTE, COPA, WINOGRANDE, MULTIRC)
+_OTHERS = (SST5, SNLI, MNLI, TREC, CB, BOOLQ, WSC, WIC, RECORD, SQUAD, DROP)
+
+TASKS: dict[str, Task] = {task.name: task for task in (*_PAPER, *_OTHERS)}
 """Every task by name: feeds the command line, the docs and the tests."""
 
 
