@@ -120,10 +120,11 @@ def _eval(args: list[str], as_json: bool) -> int:
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
     from zotune.llm.models import load
     from zotune.llm.output import environment, write_json
+    from zotune.llm.tasks import head_labels
     from zotune.llm.train import load_rows
     from zotune.memory import peak_memory
 
-    lm = load(config)
+    lm = load(config, head_labels(config))
     rows = load_rows(lm, config)
     if not rows.test:
         raise UsageError("there is no row to evaluate on: give --eval-file, or let --num-dev rows be held out.")

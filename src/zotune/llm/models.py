@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
+from zotune.llm.heads import check_labels, with_head
 from zotune.llm.objective import Batch, log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.progress import say
 
@@ -39,7 +40,8 @@ class LanguageModel:
 
     Attributes:
         module: a causal or masked language model of transformers, possibly wrapped by peft.
-        masked: whether it fills in masks rather than continues text.
+        masked: whether it fills in masks, or reads whole sequences, rather than continues text.
+        classifies: whether it has a classification head in place of a vocabulary.
         num_forwards: forward passes so far.
     """
 
@@ -48,6 +50,7 @@ class LanguageModel:
     name: str
     masked: bool
     num_forwards: int = field(default=0)
+    classifies: bool = False
 
     @property
     def config(self) -> Any:
@@ -78,8 +81,14 @@ class LanguageModel:
         return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
 
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
-        """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given."""
+        """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given.
+
+        A classification head's labels are its vocabulary, and each sequence is scored at one position.
+        """
         self.num_forwards += 1
+        if self.classifies:
+            head: Tensor = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            return head
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
         # Right padding is invisible to causal attention, and without a mask attention runs its fast kernel.
         inputs |= {"attention_mask": batch.attention_mask} if self.masked else {"use_cache": False}
@@ -89,6 +98,8 @@ class LanguageModel:
 
     def score(self, batch: Batch) -> Tensor:
         """(examples, candidates) scores, float64: mean log-probabilities, or the same up to a constant an example."""
+        if self.classifies:
+            return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
         if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
             return scores_of_single_tokens(self.logits(batch, torch.unique(batch.tokens)), batch)
         return scores_of_tokens(self._log_probabilities(batch), batch)
@@ -96,13 +107,14 @@ class LanguageModel:
     def _log_probabilities(self, batch: Batch) -> Tensor:
         """(M,) of the candidates' tokens. The body runs once, the head for a bounded number of positions at a time."""
         at_once = max(1, MAX_LOGITS // self._vocabulary)
-        if len(batch.positions) <= at_once or self.base.base_model is self.base:
+        if len(batch.positions) <= at_once:
             return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
-        body = self._body_output(batch)
+        body = _body_of(self.base)
+        output = self._output_of(body, batch)
         parts, found = [], []
         for lo in range(0, len(batch.positions), at_once):
             here = ((batch.rows >= lo) & (batch.rows < lo + at_once)).nonzero()[:, 0]
-            part = partial(self._part, replace(batch, positions=batch.positions[lo : lo + at_once]), body)
+            part = partial(self._part, replace(batch, positions=batch.positions[lo : lo + at_once]), body, output)
             rows, tokens = batch.rows[here] - lo, batch.tokens[here]
             # Under autograd a part's logits are made again for its gradient, or all of them would be kept.
             again = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
@@ -116,7 +128,7 @@ class LanguageModel:
         output = self.base.get_output_embeddings()
         return int(self.config.vocab_size if output is None else output.weight.shape[0])
 
-    def _body_output(self, batch: Batch) -> Any:
+    def _output_of(self, body: nn.Module, batch: Batch) -> Any:
         """What the model's body gives to its head."""
         caught: list[Any] = []
 
@@ -124,7 +136,7 @@ class LanguageModel:
             caught.append(output)
             raise _Reached
 
-        handle = self.base.base_model.register_forward_hook(catch)
+        handle = body.register_forward_hook(catch)
         try:
             self.logits(batch)
         except _Reached:
@@ -133,9 +145,9 @@ class LanguageModel:
             handle.remove()
         return caught.pop()
 
-    def _part(self, batch: Batch, body: Any, rows: Tensor, tokens: Tensor) -> Tensor:
+    def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Log-probabilities at some of the positions, from what the body gave."""
-        with _giving(self.base.base_model, body):
+        with _giving(body, output):
             logits = self.logits(batch)
         self.num_forwards -= 1
         return log_probabilities(logits, rows, tokens)
@@ -143,6 +155,26 @@ class LanguageModel:
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
+
+
+def _body_of(model: Any) -> nn.Module:
+    """The part that a forward pass calls first: for OPT that is not `base_model` but the decoder within it."""
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        found.append(module)
+        raise _Reached
+
+    handles = [part.register_forward_pre_hook(note) for part in model.modules() if part is not model]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0]
 
 
 @contextmanager
@@ -191,8 +223,13 @@ def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[Non
             del output.forward
 
 
-def load(options: ModelOptions) -> LanguageModel:
+def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> LanguageModel:
     """The model that `options` name, in eval mode, on its device.
+
+    Args:
+        options: which model.
+        labels: where given, a masked language model gets a classification head for them.
+        seed: names the new head's weights.
 
     Raises:
         UsageError: it cannot be found, read, or run here; the message says which and what to do.
@@ -201,8 +238,14 @@ def load(options: ModelOptions) -> LanguageModel:
     device = _device(options.device)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
+    elif (adapter := _adapter_folder(options)) is not None:
+        lm = _adapted(adapter, options, labels)
     else:
         lm = _pretrained(options)
+    if labels and lm.classifies:
+        check_labels(lm.name, lm.config, labels)
+    elif labels and lm.masked:
+        lm.module, lm.classifies = with_head(lm.module, labels, seed), True
     lm.module.to(device)
     lm.module.eval()
     return lm
@@ -255,24 +298,34 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     try:
-        if (Path(source) / "adapter_config.json").is_file():
-            return _adapted(Path(source), options)
         config = transformers.AutoConfig.from_pretrained(source)
-        masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
-        auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        made = {name.rpartition("For")[2] for name in config.architectures or []}
+        masked, classifies = "MaskedLM" in made, "SequenceClassification" in made
+        auto = (
+            transformers.AutoModelForSequenceClassification
+            if classifies
+            else transformers.AutoModelForMaskedLM
+            if masked
+            else transformers.AutoModelForCausalLM
+        )
         module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"))
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None
-    return LanguageModel(module, tokenizer, options.model, masked)
+    return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
 
 
-def _adapted(folder: Path, options: ModelOptions) -> LanguageModel:
+def _adapter_folder(options: ModelOptions) -> Path | None:
+    folder = Path(options.model)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
     """A base model with the adapter of a folder, as peft loads it."""
     from peft import PeftConfig, PeftModel
 
     base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    lm = load(options.model_copy(update={"model": base}))
+    lm = load(options.model_copy(update={"model": base}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
     lm.name = options.model
     return lm

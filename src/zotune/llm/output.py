@@ -84,10 +84,10 @@ class OutputFolder:
                 "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
-    def finish(self, results: dict[str, Any], config: TrainConfig, masked: bool) -> None:
+    def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> None:
         """Write results.json and the model card."""
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config, masked), encoding="utf-8")
+        (self.path / "README.md").write_text(_card(results, config, lm), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,11 +118,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
+def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
     adapter = config.tuning == "lora"
     library, loader = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
-    kind = "" if adapter and masked else "ForMaskedLM" if masked else "ForCausalLM"
+    folder = "FOLDER"
+    if lm.classifies:
+        kind = "ForSequenceClassification"
+        # An adapter's base knows nothing of the labels.
+        folder += f", num_labels={lm.config.num_labels}" if adapter else ""
+    else:
+        kind = "" if adapter and lm.masked else "ForMaskedLM" if lm.masked else "ForCausalLM"
     test = results["test"]
     # The first of an evaluation's entries is its metric.
     metric, found = "accuracy", "not evaluated"
@@ -152,7 +158,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 ```python
 from {library} import {loader}{kind}
 
-model = {loader}{kind}.from_pretrained(FOLDER)
+model = {loader}{kind}.from_pretrained({folder})
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.

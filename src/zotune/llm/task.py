@@ -37,6 +37,7 @@ class Task:
         plain: the causal form without task alignment: inputs, separators and the label word, nothing else.
         head: the masked model's form without task alignment: the texts alone, for a classification head.
         objective, measure: what is minimised in training, and what is reported.
+        labels: the names of a classification head's labels.
         hub: data set and configuration on the Hugging Face Hub; hub_test_split: its split to report on.
         num_train, num_dev, num_eval: rows used by default, as in the paper; num_eval at most.
         size: rows of the public training and evaluation splits.
@@ -55,6 +56,7 @@ class Task:
     size: tuple[int, int]
     objective: Objective = CLASSIFICATION
     measure: Measure = evaluate
+    labels: tuple[str, ...] = ()
     hub_test_split: str = "validation"
     num_train: int = 1000
     num_dev: int = 500

@@ -23,7 +23,7 @@ from zotune.llm.output import OutputFolder, environment
 from zotune.llm.progress import Display, Status
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
-from zotune.llm.tasks import find_task
+from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, make_optimizer, scheduled
 from zotune.memory import peak_memory
@@ -78,9 +78,13 @@ class Rows:
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
+    if lm.classifies and options.prompt == "aligned":
+        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
     task = None if options.task is None else find_task(options.task)
     splits = user_splits(options) if task is None else task.splits(options, lm.masked)
-    encode = Encoder(lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length)
+    encode = Encoder(
+        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
+    )
 
     def encoded(name: str) -> tuple[Encoded, ...]:
         return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
@@ -98,7 +102,7 @@ def train(config: TrainConfig) -> Result:
         UsageError: the run cannot start as asked.
         RunError: it failed on the way; metrics, and weights where there are sound ones, are kept.
     """
-    lm = load(config)
+    lm = load(config, head_labels(config), config.seed)
     rows = load_rows(lm, config)
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
@@ -132,7 +136,7 @@ def train(config: TrainConfig) -> Result:
         test=test,
         stopped_by=stop.signal,
     )
-    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm.masked)
+    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm)
     return result
 
 

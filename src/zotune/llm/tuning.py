@@ -8,6 +8,7 @@ import torch
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import TrainConfig
+from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
 from zotune.llm.reuse import layers_of, parameters_below
 
@@ -73,7 +74,9 @@ def _add_lora(lm: LanguageModel, config: TrainConfig) -> None:
         target_modules=list(targets),
         layers_to_transform=None if config.tuned_layers is None else list(range(first, len(layers))),
         layers_pattern=None if config.tuned_layers is None else path.rpartition(".")[2],
-        task_type=None if lm.masked else "CAUSAL_LM",
+        # A new head is trained whole, and saved with the adapter.
+        modules_to_save=parts_of_head(lm.base) if lm.classifies else None,
+        task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     # peft draws an adapter's first weights from torch's global generator; leave that as it was.
     with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,7 @@
 """The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.config import DataOptions
 from zotune.llm.task import Task
 from zotune.llm.tasks.boolq import BOOLQ
 from zotune.llm.tasks.cb import CB
@@ -35,3 +36,8 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
     return TASKS[name]
+
+
+def head_labels(options: DataOptions) -> tuple[str, ...]:
+    """The labels that a masked model's new classification head is for; none where it keeps its own head."""
+    return () if options.task is None or options.prompt == "aligned" else find_task(options.task).labels

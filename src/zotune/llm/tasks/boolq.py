@@ -46,6 +46,7 @@ BOOLQ = Task(
     masked=MASKED_IS_NOT_DEFINED,
     plain=plain,
     head=head,
+    labels=_WORDS,
     hub=("google/boolq", None),
     source="BoolQ (Clark et al., 2019)",
     licence="CC BY-SA 3.0",

@@ -17,6 +17,7 @@ CB = Task(
     masked=MASKED_IS_NOT_DEFINED,
     plain=unaligned(_LABELS),
     head=pair(_LABELS),
+    labels=tuple(_LABELS),
     hub=("aps/super_glue", "cb"),
     source="SuperGLUE CB (de Marneffe et al., 2019)",
     licence="research use (SuperGLUE)",

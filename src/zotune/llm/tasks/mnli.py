@@ -18,6 +18,7 @@ MNLI = Task(
     masked=fill_in(_LABELS),
     plain=unaligned(_LABELS),
     head=pair(_LABELS),
+    labels=tuple(_LABELS),
     hub=("nyu-mll/glue", "mnli"),
     hub_test_split="validation_matched",
     source="GLUE MNLI (Williams et al., 2018), matched validation rows",

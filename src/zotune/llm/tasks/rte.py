@@ -31,6 +31,7 @@ RTE = Task(
     masked=fill_in(_LABELS),
     plain=unaligned(_LABELS),
     head=pair(_LABELS),
+    labels=tuple(_LABELS),
     hub=("aps/super_glue", "rte"),
     source="SuperGLUE RTE (Dagan et al., 2006, and later challenges)",
     licence="research use (SuperGLUE)",

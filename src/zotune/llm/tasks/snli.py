@@ -17,6 +17,7 @@ SNLI = Task(
     masked=fill_in(_LABELS),
     plain=unaligned(_LABELS),
     head=pair(_LABELS),
+    labels=tuple(_LABELS),
     hub=("stanfordnlp/snli", None),
     source="SNLI (Bowman et al., 2015)",
     licence="CC BY-SA 4.0",

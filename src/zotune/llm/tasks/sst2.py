@@ -10,7 +10,7 @@ from __future__ import annotations
 from zotune.llm.data import Example, Row
 from zotune.llm.task import Task
 
-_WORDS = (" terrible", " great")
+_WORDS, _LABELS = (" terrible", " great"), ("negative", "positive")
 
 
 def causal(row: Row) -> Example:
@@ -35,7 +35,7 @@ def plain(row: Row) -> Example:
 
 def head(row: Row) -> Example:
     """The sentence."""
-    return Example(row["sentence"].strip(), ("negative", "positive"), int(row["label"]))
+    return Example(row["sentence"].strip(), _LABELS, int(row["label"]))
 
 
 SST2 = Task(
@@ -45,6 +45,7 @@ SST2 = Task(
     masked=masked,
     plain=plain,
     head=head,
+    labels=_LABELS,
     hub=("nyu-mll/glue", "sst2"),
     source="GLUE SST-2, from the Stanford Sentiment Treebank (Socher et al., 2013)",
     licence="none stated (Stanford Sentiment Treebank)",

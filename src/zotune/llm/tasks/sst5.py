@@ -11,6 +11,7 @@ from zotune.llm.data import Example, Row
 from zotune.llm.task import Task
 
 _WORDS = (" terrible", " bad", " okay", " good", " great")
+_LABELS = ("very negative", "negative", "neutral", "positive", "very positive")
 
 
 def causal(row: Row) -> Example:
@@ -34,7 +35,7 @@ def plain(row: Row) -> Example:
 
 def head(row: Row) -> Example:
     """The text."""
-    return Example(row["text"].strip(), tuple(word.strip() for word in _WORDS), int(row["label"]))
+    return Example(row["text"].strip(), _LABELS, int(row["label"]))
 
 
 SST5 = Task(
@@ -44,6 +45,7 @@ SST5 = Task(
     masked=masked,
     plain=plain,
     head=head,
+    labels=_LABELS,
     hub=("SetFit/sst5", None),
     source="SST-5, from the Stanford Sentiment Treebank (Socher et al., 2013)",
     licence="none stated (Stanford Sentiment Treebank)",

@@ -71,6 +71,7 @@ TREC = Task(
     masked=masked,
     plain=plain,
     head=head,
+    labels=tuple(_KINDS),
     hub=("CogComp/trec", None),
     hub_test_split="test",
     source="TREC question classification (Li and Roth, 2002); evaluation rows are the official test rows",
