@@ -114,6 +114,7 @@ def test_generation_stops_at_a_newline_or_the_end_of_text(tiny, stop):
         return logits
 
     lm.module.get_output_embeddings().register_forward_hook(prefer)
+    lm.module.generation_config.eos_token_id = None
     assert generate(lm, [e.prompt for e in encode(lm)]) == ["xx"] * 3
     assert len(calls) == lm.num_forwards == 3
 

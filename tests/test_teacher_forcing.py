@@ -13,7 +13,7 @@ from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate
 from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, Encoder, collate, losses, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import _Run, load_rows, train
+from zotune.llm.train import Rows, _Run, load_rows, train
 
 EXAMPLES = (
     Example("The man broke his toe because", (" he got a hole in his sock", " he dropped a hammer"), 1),
@@ -119,6 +119,16 @@ def test_gradient_accumulation_is_one_batch_as_large(tiny, tmp_path):
         assert values == pytest.approx([expected(tiny("llama"), some).item()] * 2, abs=1e-6)
 
 
+def test_right_candidates_of_one_token_keep_their_normaliser_in_training(tiny, tmp_path):
+    lm, some = tiny("llama"), [Example(f"{text} was", (" great", " terrible"), 1) for text in ("It", "This")]
+    config = TrainConfig(model="random:llama-tiny", task="copa", device="cpu", output_dir=tmp_path)
+    rows = Rows(tuple(map(TEACHER_FORCING.reads, encode(lm, some))), (), (), TEACHER_FORCING)
+    (closure,), weights = _Run(lm, rows, config, lm.score, None)._closures(rows.train)
+    with torch.no_grad():
+        assert closure().item() == pytest.approx(expected(lm, some).item(), abs=1e-6)
+    assert weights == [2]
+
+
 @pytest.fixture
 def few_logits(monkeypatch):
     """A head that makes the logits of five positions at a time; counts them."""
@@ -138,7 +148,8 @@ def test_a_head_in_parts_is_the_whole_head(tiny, family, few_logits, monkeypatch
         examples = [Example(f"{'x' * n} It was", (" terrible", " great"), n % 2, ".") for n in range(1, 13)]
         encoded = encode(lm, examples)
     else:
-        encoded = encode(lm)
+        # The last one's candidates share positions, so that tokens are not in the positions' order.
+        encoded = encode(lm, (*EXAMPLES, Example("It is", (" abcdefgh", " abcdefgi"), 0)))
     batch = batch_of(lm, encoded)
     shapes, before = few_logits(lm), lm.num_forwards
     with torch.no_grad():
