@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import TrainConfig
+from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
 from zotune.llm.reuse import layers_of
 
@@ -48,7 +49,9 @@ def add_lora(lm: LanguageModel, config: TrainConfig) -> None:
         target_modules=list(targets),
         layers_to_transform=None if config.tuned_layers is None else list(range(first, len(layers))),
         layers_pattern=None if config.tuned_layers is None else path.rpartition(".")[2],
-        task_type=None if lm.masked else "CAUSAL_LM",
+        # A new head is trained whole, and saved with the adapter.
+        modules_to_save=parts_of_head(lm.base) if lm.classifies else None,
+        task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     _wrap(lm, lora, config.seed)
 
@@ -152,6 +155,8 @@ def _set_virtual_tokens(lm: LanguageModel, values: Tensor) -> None:
 
 
 def _task_type(lm: LanguageModel) -> str:
+    if lm.classifies:
+        return "SEQ_CLS"
     # peft has no class for masked language models; of its classes this one passes everything through.
     return "FEATURE_EXTRACTION" if lm.masked else "CAUSAL_LM"
 

@@ -112,7 +112,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Words of the tasks' verbalizers as single tokens, as real vocabularies have them.
-_WORDS = (" terrible", " great", " Yes", " No", " Maybe")
+_WORDS = (
+    *(" terrible", " great", " bad", " okay", " good", " Yes", " No", " Maybe"),
+    *(" Description", " Entity", " Expression", " Human", " Location", " Number"),
+)
 
 
 def byte_tokenizer(config: Any) -> Any:

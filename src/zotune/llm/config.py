@@ -40,6 +40,11 @@ class DataOptions(Options):
         "sample",
         description="For a task: sample (the rows shipped with the repository), hub, or a folder of its files.",
     )
+    prompt: Literal["aligned", "none"] = Field(
+        "aligned",
+        description="A task's prompt: aligned (words that make it a completion) or none (the texts and the label; "
+        "masked models: a classification head).",
+    )
     train_file: Path | None = Field(None, description="Your own rows to train on: JSON lines or CSV, also gzipped.")
     eval_file: Path | None = Field(
         None, description="Your own rows to evaluate on; default: rows held out of the training file."
@@ -51,12 +56,16 @@ class DataOptions(Options):
         default_factory=dict, description="Label to the word that the model should say; default: the labels themselves."
     )
     num_train: int | None = Field(
-        None, ge=1, description="Training rows to use; default: the task's 1000, or all of yours."
+        None, ge=1, description="Training rows to use; default: the task's (mostly 1000), or all of yours."
     )
     num_dev: int | None = Field(
-        None, ge=0, description="Rows held out of the training data; default: the task's 500, or a fifth of yours."
+        None,
+        ge=0,
+        description="Rows held out of the training data; default: the task's (mostly 500), or a fifth of yours.",
     )
-    num_eval: int | None = Field(None, ge=1, description="Evaluation rows to use; default: all.")
+    num_eval: int | None = Field(
+        None, ge=1, description="Evaluation rows to use; default: the task's (at most 1000), or all of yours."
+    )
     data_seed: int = Field(0, ge=0, description="Names the permutation that chooses rows.")
     max_length: int | None = Field(
         None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them."
@@ -69,11 +78,13 @@ class DataOptions(Options):
             raise ValueError(
                 "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
             )
+        if not is_partial(info) and self.task is None and self.prompt == "none":
+            raise ValueError("prompt: none is a task's; the prompt of your own rows is --template")
         return self
 
 
 class EvalConfig(ModelOptions, DataOptions):
-    """Evaluate a model on a task or on your own rows: accuracy with its 95 % interval."""
+    """Evaluate a model on a task or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
 
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 

@@ -85,10 +85,10 @@ class OutputFolder:
                 "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
-    def finish(self, results: dict[str, Any], config: TrainConfig, masked: bool) -> None:
+    def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> None:
         """Write results.json and the model card."""
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config, masked), encoding="utf-8")
+        (self.path / "README.md").write_text(_card(results, config, lm), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -119,13 +119,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
+def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
     test = results["test"]
-    accuracy = "not evaluated"
+    # The first of an evaluation's entries is its metric.
+    metric, found = "accuracy", "not evaluated"
     if test is not None:
+        metric, value = next(iter(test.items()))
         low, high = 100 * test["low"], 100 * test["high"]
-        accuracy = f"{100 * test['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+        found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
@@ -138,7 +140,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 | | |
 |---|---|
-| accuracy | {accuracy} |
+| {metric} | {found} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
@@ -146,16 +148,22 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
 
 ```python
-{_loading(config, masked)}
+{_loading(config, lm)}
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.
 """
 
 
-def _loading(config: TrainConfig, masked: bool) -> str:
+def _loading(config: TrainConfig, lm: LanguageModel) -> str:
     """The lines of Python that load what was saved, on any machine."""
-    auto = f"AutoModelFor{'MaskedLM' if masked else 'CausalLM'}"
+    kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
+    auto = f"AutoModelFor{kind}"
+    if config.is_adapter and lm.classifies:
+        # The base knows nothing of the labels; the head is saved with the adapter.
+        loader = f"AutoPeft{auto[4:]}"
+        labels = f"num_labels={lm.config.num_labels}"
+        return f"from peft import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER, {labels})"
     if not config.is_adapter:
         return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(FOLDER)"
     if config.model in BUILT_IN:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from zotune.errors import UsageError
 from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, first_layer
 from zotune.llm.config import TrainConfig
+from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel, head_of
 from zotune.llm.reuse import layers_of, parameters_below
 
@@ -45,7 +46,8 @@ def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
 
 
 def _choose_head(lm: LanguageModel, config: TrainConfig) -> None:
-    for p in head_of(lm.base).parameters():
+    parts = [lm.base.get_submodule(name) for name in parts_of_head(lm.base)] if lm.classifies else [head_of(lm.base)]
+    for p in (p for part in parts for p in part.parameters()):
         p.requires_grad_(True)
 
 
