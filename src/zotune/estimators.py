@@ -12,6 +12,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from zotune.directions import Direction
 from zotune.estimate import GradientEstimate
@@ -68,6 +69,15 @@ def evaluate(closure: Closure) -> float:
     """The objective's value as a double.
 
     Raises:
+        TypeError: as `objective`.
+    """
+    return float(objective(closure))
+
+
+def objective(closure: Closure) -> Tensor | float:
+    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent.
+
+    Raises:
         TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
     """
     value = closure()
@@ -79,6 +89,8 @@ def evaluate(closure: Closure) -> float:
                 f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
                 "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
             )
+        if forward_ad.unpack_dual(value).tangent is not None:
+            return value.cpu().double().reshape(())
         return float(value.detach())
     if isinstance(value, Real):
         return float(value)
@@ -105,7 +117,7 @@ def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = No
     if len(shares) != len(closures) or not closures:
         raise ValueError(f"one weight for each of at least one closure, got {len(closures)} and {len(shares)}")
     total = sum(shares)
-    return lambda: sum(w * evaluate(closure) for w, closure in zip(shares, closures, strict=True)) / total
+    return lambda: sum(w * objective(closure) for w, closure in zip(shares, closures, strict=True)) / total
 
 
 @contextmanager
