@@ -12,11 +12,11 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from zotune.directions import Direction
 from zotune.estimate import GradientEstimate
 from zotune.perturb import perturbed
+from zotune.tangents import tangent_of
 from zotune.tuned import TunedTensors
 
 Closure = Callable[[], "Tensor | float"]
@@ -89,7 +89,7 @@ def objective(closure: Closure) -> Tensor | float:
                 f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
                 "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
             )
-        if forward_ad.unpack_dual(value).tangent is not None:
+        if tangent_of(value) is not None:
             return value.cpu().double().reshape(())
         return float(value.detach())
     if isinstance(value, Real):

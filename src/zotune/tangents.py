@@ -8,6 +8,7 @@ vocabulary; and norms, whose rule overflows in float16.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from zotune.tuned import TunedTensor, TunedTensors
 
 
 class Tangents(Reading):
-    """Within this context each tuned tensor is read as a dual one: x with the tangent `scale` · u, made when it is read.
+    """Within this context each tuned tensor is read as a dual one: x with the tangent `scale` · u, made at that moment.
 
     It belongs into a `torch.autograd.forward_ad.dual_level()`.
     """
@@ -37,14 +38,16 @@ class Tangents(Reading):
         tangent = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
         flat = tangent.view(-1)
         self._u.move(flat, flat, tensor, 0)
-        return forward_ad.make_dual(value.detach(), tangent)
+        return dual(value.detach(), tangent)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Y = x Wᵀ + b and Ẏ = ẋ Wᵀ + x Uᵀ + ḃ, without products of what is zero and without a whole U."""
         tensor = self.find(weight)
         if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
             return None
-        if tensor is None and (tangent_of(weight) is not None or (tangent_of(input) is None and self.find(input) is None)):
+        if tensor is None and (
+            tangent_of(weight) is not None or (tangent_of(input) is None and self.find(input) is None)
+        ):
             return None
         (x, x_tangent), w = unpack(self.replace(input)), weight.detach()
         b, b_tangent = (None, None) if bias is None else unpack(self.replace(bias))
@@ -54,7 +57,7 @@ class Tangents(Reading):
             tangent += b_tangent
         if tensor is not None:
             self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
-        return forward_ad.make_dual(y, tangent)
+        return dual(y, tangent)
 
     def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
         """Out += x Uᵀ, with U made some rows at a time."""
@@ -86,7 +89,29 @@ class Tangents(Reading):
         rows = weight.detach()[looked_up]
         tangents = torch.zeros_like(rows)
         self._u.move_rows(tangents, looked_up, self.note(tensor))
-        return F.embedding(places, forward_ad.make_dual(rows, tangents))
+        return F.embedding(places, dual(rows, tangents))
+
+    def _cross_entropy(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """Some rows of a large vocabulary's logits at a time."""
+        unusual = weight is not None or size_average is not None or reduce is not None or target.is_floating_point()
+        if unusual or input.dim() != 2 or input.numel() <= SCRATCH_ELEMENTS or self.find(input) is not None:
+            return None
+        rows = max(1, SCRATCH_ELEMENTS // input.shape[1])
+        each = partial(F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+        losses = torch.cat(list(map(each, torch.split(input, rows), torch.split(target, rows))))
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
 
 
 def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
@@ -108,15 +133,22 @@ def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | 
 Tangents.special = {
     F.linear: Tangents._linear,
     F.embedding: Tangents._embedding,
+    F.cross_entropy: Tangents._cross_entropy,
     **{norm: _in_single_precision(norm) for norm in (F.layer_norm, F.group_norm, F.rms_norm)},
 }
 
 
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor with a tangent: its shape and dtype."""
+    return forward_ad.make_dual(primal, tangent)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def unpack(value: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent; None for a tangent that is absent, or known to be zero."""
-    primal, tangent = forward_ad.unpack_dual(value)
+    primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
 def tangent_of(value: Tensor) -> Tensor | None:
+    """The tangent; None if it is absent, or known to be zero."""
     return unpack(value)[1]
