@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from zotune.estimators import accumulate as accumulate
     from zotune.estimators import central_difference as central_difference
     from zotune.estimators import forward_difference as forward_difference
-    from zotune.forward_gradient import forward_gradient as forward_gradient
+    from zotune.forward_mode import forward_gradient as forward_gradient
     from zotune.gradient_check import CheckedForwardGradient as CheckedForwardGradient
     from zotune.methods import METHODS as METHODS
     from zotune.methods import zo_sgd as zo_sgd
@@ -44,7 +44,7 @@ _MODULES = {
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate": ("GradientEstimate",),
     "estimators": ("accumulate", "central_difference", "forward_difference"),
-    "forward_gradient": ("forward_gradient",),
+    "forward_mode": ("forward_gradient",),
     "gradient_check": ("CheckedForwardGradient",),
     "methods": ("METHODS", "zo_sgd"),
     "optimizer": ("Rounding", "ZerothOrder"),

@@ -20,7 +20,7 @@ from zotune.directions import Direction
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
 from zotune.estimators import Closure, central_difference
-from zotune.forward_gradient import forward_gradient
+from zotune.forward_mode import forward_gradient
 from zotune.tangents import tangent_of
 from zotune.tuned import TunedTensors
 
