@@ -62,8 +62,8 @@ def loss_of(model, ids=IDS):
 def gradient(model, loss):
     """By back-propagation, in eval mode: a tensor for each name."""
     model.eval()
-    found = torch.autograd.grad(loss(), list(model.parameters()))
-    return {name: g for (name, _), g in zip(model.named_parameters(), found, strict=True)}
+    tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(tuned, torch.autograd.grad(loss(), list(tuned.values())), strict=True))
 
 
 def product(model, g, u):
@@ -87,6 +87,16 @@ def test_coefficient_is_the_gradients_product_with_u(monkeypatch, sampler, piece
     for seed in range(5):
         u = zo.Direction(seed, sampler)
         assert coefficient(model, partial(loss_of, model), u) == pytest.approx(product(model, g, u), rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["bias", "weight", "norm", "embed", "fc"])
+def test_coefficient_over_a_part_of_the_tensors_is_the_product_with_their_gradient(kind):
+    model, u = network(), zo.Direction(2, zo.gaussian)
+    for name, p in model.named_parameters():
+        p.requires_grad_(kind in name)
+    g = gradient(model, partial(loss_of, model))
+    assert 0 < len(g) < 17
+    assert coefficient(model, partial(loss_of, model), u) == pytest.approx(product(model, g, u), rel=1e-10)
 
 
 @each_sampler

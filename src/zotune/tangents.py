@@ -45,9 +45,7 @@ class Tangents(Reading):
         tensor = self.find(weight)
         if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
             return None
-        if tensor is None and (
-            tangent_of(weight) is not None or (tangent_of(input) is None and self.find(input) is None)
-        ):
+        if tensor is None and (tangent_of(weight) is not None or not any(map(self._has_tangent, (input, bias)))):
             return None
         (x, x_tangent), w = unpack(self.replace(input)), weight.detach()
         b, b_tangent = (None, None) if bias is None else unpack(self.replace(bias))
@@ -58,6 +56,9 @@ class Tangents(Reading):
         if tensor is not None:
             self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
         return dual(y, tangent)
+
+    def _has_tangent(self, value: Tensor | None) -> bool:
+        return value is not None and (self.find(value) is not None or tangent_of(value) is not None)
 
     def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
         """Out += x Uᵀ, with U made some rows at a time."""
