@@ -11,16 +11,9 @@ import pytest
 import yaml
 
 from zotune import cli
-from zotune.llm.config import (
-    FIRST_ORDER,
-    RECIPES,
-    EvalConfig,
-    MethodName,
-    TrainConfig,
-    find_recipe,
-    read_recipe,
-    validate,
-)
+from zotune.llm.config import RECIPES, EvalConfig, TrainConfig, find_recipe, read_recipe
+from zotune.llm.method_options import FIRST_ORDER, MethodName
+from zotune.llm.schema import validate
 from zotune.methods import METHODS
 
 README = Path(__file__).parents[1] / "README.md"

@@ -9,7 +9,7 @@ independent, so blocks may share a seed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -38,12 +38,14 @@ class Block:
 
 
 Blocks = tuple[Block, ...]
+# The parameters to partition; by default those of the model that require a gradient.
+Params = Iterable[nn.Parameter] | None
 
 _NORM = re.compile("norm", re.IGNORECASE)
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
-def blocks_by_layer(model: nn.Module) -> Blocks:
+def blocks_by_layer(model: nn.Module, params: Params = None) -> Blocks:
     """One block a layer, and one for each module outside the layers (embedding, final norm, head).
 
     A layer is a member of the model's longest stack (`nn.ModuleList` or `nn.Sequential`); tensors outside it are
@@ -53,10 +55,10 @@ def blocks_by_layer(model: nn.Module) -> Blocks:
     >>> [(b.name, b.tensors) for b in blocks_by_layer(model)]
     [('0', ('0.weight', '0.bias')), ('2', ('2.weight', '2.bias'))]
     """
-    return _group(model, _by_layer(model))
+    return _group(model, _by_layer(model), params)
 
 
-def blocks_by_part(model: nn.Module) -> Blocks:
+def blocks_by_part(model: nn.Module, params: Params = None) -> Blocks:
     """As `blocks_by_layer`, each layer cut in two: its attention, and the rest (feed-forward network and norms).
 
     >>> class Layer(nn.Module):
@@ -67,19 +69,19 @@ def blocks_by_part(model: nn.Module) -> Blocks:
     >>> [b.name for b in blocks_by_part(model)]
     ['layers.0.attention', 'layers.0.mlp', 'layers.1.attention', 'layers.1.mlp']
     """
-    return _group(model, _by_part(model))
+    return _group(model, _by_part(model), params)
 
 
-def blocks_by_linear(model: nn.Module) -> Blocks:
+def blocks_by_linear(model: nn.Module, params: Params = None) -> Blocks:
     """One block for each module that holds tuned tensors of its own: linear layers, embeddings, norms.
 
     >>> [b.name for b in blocks_by_linear(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))]
     ['0', '1']
     """
-    return _group(model, lambda name: name.rpartition(".")[0] or name)
+    return _group(model, lambda name: name.rpartition(".")[0] or name, params)
 
 
-def blocks_by_size(model: nn.Module, max_elements: int) -> Blocks:
+def blocks_by_size(model: nn.Module, max_elements: int, params: Params = None) -> Blocks:
     """Neighbours together as long as they hold at most `max_elements` numbers; a larger tensor is a block alone.
 
     Raises:
@@ -92,7 +94,7 @@ def blocks_by_size(model: nn.Module, max_elements: int) -> Blocks:
         raise ValueError(f"a block holds at least one number, got {max_elements=}")
     groups: list[list[TunedTensor]] = []
     room = 0
-    for tensor in TunedTensors(model):
+    for tensor in TunedTensors(model, params):
         size = tensor.parameter.numel()
         if size > room or not groups:
             groups.append([])
@@ -102,7 +104,7 @@ def blocks_by_size(model: nn.Module, max_elements: int) -> Blocks:
     return tuple(Block(group[0].name, tuple(t.name for t in group)) for group in groups)
 
 
-BLOCKS: dict[str, Callable[[nn.Module], Blocks]] = {
+BLOCKS: dict[str, Callable[[nn.Module, Params], Blocks]] = {
     "layer": blocks_by_layer,
     "part": blocks_by_part,
     "linear": blocks_by_linear,
@@ -160,8 +162,8 @@ def _by_part(model: nn.Module) -> Callable[[str], str]:
     return block_of
 
 
-def _group(model: nn.Module, block_of: Callable[[str], str]) -> Blocks:
+def _group(model: nn.Module, block_of: Callable[[str], str], params: Params) -> Blocks:
     groups: dict[str, list[str]] = {}
-    for tensor in TunedTensors(model):
+    for tensor in TunedTensors(model, params):
         groups.setdefault(block_of(tensor.name), []).append(tensor.name)
     return tuple(Block(name, tuple(tensors)) for name, tensors in groups.items())

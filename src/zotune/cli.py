@@ -145,7 +145,7 @@ def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], pr
     """Options over a recipe over defaults, as one validated record."""
     import tyro
 
-    from zotune.llm.config import validate
+    from zotune.llm.schema import validate
 
     recipe = validate(schema, recipe, source, partial=True).model_dump()
     if any(a.replace("_", "-").startswith(("--train-file", "--eval-file")) for a in args):

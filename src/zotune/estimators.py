@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -89,7 +90,20 @@ def evaluate(closure: Closure) -> float:
     )
 
 
-def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Closure:
+@dataclass(frozen=True)
+class Accumulated:
+    """The objective of a batch in micro-batches: a closure that knows its parts; see `accumulate`."""
+
+    closures: tuple[Closure, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self) -> Tensor | float:
+        """The weighted mean of the parts."""
+        parts = zip(self.weights, self.closures, strict=True)
+        return sum(w * evaluate(closure) for w, closure in parts) / sum(self.weights)
+
+
+def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Accumulated:
     """The objective of a batch cut into micro-batches: the weighted mean of their objectives.
 
     Gradient accumulation for a zeroth-order method means to add up the *objective*, not updates: the
@@ -105,8 +119,7 @@ def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = No
     shares = [1.0] * len(closures) if weights is None else list(weights)
     if len(shares) != len(closures) or not closures:
         raise ValueError(f"one weight for each of at least one closure, got {len(closures)} and {len(shares)}")
-    total = sum(shares)
-    return lambda: sum(w * evaluate(closure) for w, closure in zip(shares, closures, strict=True)) / total
+    return Accumulated(tuple(closures), tuple(shares))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError
-from zotune.estimators import probing
+from zotune.estimators import Accumulated, Closure, accumulate, probing
 from zotune.optimizer import ZerothOrder
 from zotune.stack import Observer, stack_of
 from zotune.tuned import TunedTensors
@@ -61,8 +61,10 @@ class Hybrid:
         """The groups of both, zeroth order first; for learning-rate schedules."""
         return [*self.zeroth_order.param_groups, *self.first_order.param_groups]
 
-    def step(self, closure: Callable[[], Tensor]) -> float:
+    def step(self, closure: Closure) -> float:
         """One step of both; the loss at x. `closure` returns the loss as a tensor and never calls backward.
+
+        A closure made by `zotune.accumulate` is differentiated one micro-batch at a time.
 
         If a loss or a first-order gradient is not finite, neither moves and the step counts as skipped.
         """
@@ -77,19 +79,23 @@ class Hybrid:
         self.first_order.zero_grad()
         return loss
 
-    def _differentiate(self, closure: Callable[[], Tensor]) -> float:
-        """∇_D f into the gradients of the first-order parameters; f."""
+    def _differentiate(self, closure: Closure) -> float:
+        """∇_D f into the gradients of the first-order parameters; f. Of micro-batches, one after the other."""
         self.first_order.zero_grad()
+        micro = closure if isinstance(closure, Accumulated) else accumulate([closure])
+        total = 0.0
         with torch.enable_grad(), _frozen(t.parameter for t in self.zeroth_order.tuned):
-            loss = closure()
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise UsageError(
-                    "the closure's loss does not depend on the first-order parameters through torch's autograd; return "
-                    "it as a tensor, without .item() or torch.no_grad()."
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part, weight in zip(micro.closures, micro.weights, strict=True):
+                loss = part()
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise UsageError(
+                        "the closure's loss does not depend on the first-order parameters through torch's autograd; "
+                        "return it as a tensor, without .item() or torch.no_grad()."
+                    )
+                (loss * (weight / sum(micro.weights))).backward()  # type: ignore[no-untyped-call]
+                total += weight * float(loss.detach())
         self.zeroth_order.num_forwards += 1
-        return float(loss.detach())
+        return total / sum(micro.weights)
 
     def _finite_gradients(self) -> bool:
         gradients = (p.grad for group in self.first_order.param_groups for p in group["params"])

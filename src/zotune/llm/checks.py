@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zotune.directions import add_terms
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
 from zotune.optimizer import ZerothOrder
@@ -36,13 +35,14 @@ def check_mu(tuned: TunedTensors, mu: float) -> None:
     )
 
 
-def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu: float) -> None:
+def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu: float | None) -> None:
     """Refuse probes whose losses do not differ, and updates that would all be rounded away.
 
     Raises:
         UsageError: with what to change.
     """
-    if estimate.is_finite and all(c == 0 for c, _ in estimate.terms):
+    # A single block may well have no slope at first: that of an adapter's first factor, say, while the second is zero.
+    if estimate.is_finite and mu is not None and all(c == 0 and u.block is None for c, u in estimate.terms):
         raise UsageError(
             f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
             "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
@@ -57,12 +57,11 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
 
 def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
     """Whether an update, rounded to nearest, changes more than a trace of the elements tried."""
-    lr = float(optimizer.param_groups[0]["lr"])
     pairs = []
-    for tensor in optimizer.tuned:
-        x = _sample(tensor)
+    for update in optimizer.updates(estimate).values():
+        x = _sample(update.tensor)
         after = torch.empty_like(x)
-        add_terms(after, x, [(-lr * c, u) for c, u in estimate.terms], tensor.id)
+        update.move(after, x, start=0, scale=1.0)
         pairs.append((x, after))
     return _changed(pairs) >= _LEAST
 

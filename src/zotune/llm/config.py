@@ -6,25 +6,19 @@ Names follow Hugging Face's where it has one. Unknown keys are refused with the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.method_options import FIRST_ORDER, MethodOptions
+from zotune.llm.schema import Options, is_partial
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# Which methods there are, for help and validation without loading torch; a test holds it against the tables.
-MethodName = Literal["zo_sgd", "fo_sgd", "fo_adam"]
-FIRST_ORDER = ("fo_sgd", "fo_adam")
 
-
-class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
-
-
-class ModelOptions(_Options):
+class ModelOptions(Options):
     """Which model, and how it is loaded."""
 
     model: str = Field(
@@ -36,7 +30,7 @@ class ModelOptions(_Options):
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
-class DataOptions(_Options):
+class DataOptions(Options):
     """Which data: a task that zotune knows, or files of your own."""
 
     task: str | None = Field(None, description="A task by name (see `tasks`); or give --train-file.")
@@ -69,7 +63,7 @@ class DataOptions(_Options):
 
     @model_validator(mode="after")
     def _one_source(self, info: ValidationInfo) -> Self:
-        if not _is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
+        if not is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
             raise ValueError(
                 "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
             )
@@ -82,29 +76,11 @@ class EvalConfig(ModelOptions, DataOptions):
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 
 
-class TrainConfig(ModelOptions, DataOptions):
+class TrainConfig(ModelOptions, DataOptions, MethodOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline)."""
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
-
-    method: MethodName = Field("zo_sgd", description="See `methods`.")
-    learning_rate: float = Field(1e-3, ge=0, description="η, at the first step.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate goes from its first value: stays, or falls to 0."
-    )
-    mu: float = Field(
-        1e-3,
-        gt=0,
-        validation_alias=AliasChoices("mu", "zo_eps"),
-        description="μ, the distance moved along a direction, in units of the parameters (elsewhere: zo_eps).",
-    )
-    num_queries: int = Field(1, ge=1, description="q, directions a step.")
-    sampler: Literal["rademacher", "gaussian"] = Field("rademacher", description="Distribution of the directions.")
-    difference: Literal["central", "forward"] = Field("central", description="Two-sided or one-sided differences.")
-    rounding: Literal["stochastic", "master", "nearest"] = Field(
-        "stochastic", description="How updates enter half-precision weights."
-    )
 
     tuning: Literal["full", "lora"] = Field(
         "full", description="What is tuned: the model's own weights, or a LoRA adapter."
@@ -137,7 +113,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     @model_validator(mode="after")
     def _no_idle_option(self, info: ValidationInfo) -> Self:
-        if _is_partial(info):
+        if is_partial(info):
             return self
         if self.tuning == "lora" and self.tuned_parameters is not None:
             raise ValueError(
@@ -148,34 +124,6 @@ class TrainConfig(ModelOptions, DataOptions):
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self
-
-
-Config = TypeVar("Config", bound=BaseModel)
-
-
-def _is_partial(info: ValidationInfo) -> bool:
-    """Whether the record is a recipe that options may still complete: what keys say of each other waits."""
-    return bool(info.context and info.context.get("partial"))
-
-
-def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:
-    """A record of `schema` from plain values; the errors name `source`, the key, and the nearest known key."""
-    try:
-        return schema.model_validate(values, context={"partial": partial})
-    except ValidationError as error:
-        raise UsageError("\n".join(f"{source}: {_explain(schema, e)}" for e in error.errors())) from None
-
-
-def _explain(schema: type[BaseModel], error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}.{did_you_mean(key, schema.model_fields)}"
-    if error["type"] == "literal_error":
-        known = schema.model_fields[key].annotation
-        choices = getattr(known, "__args__", ())
-        return f"{key} is {error['input']!r}.{did_you_mean(str(error['input']), map(str, choices))}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key} is {error['input']!r}: {message}" if key else message
 
 
 def find_recipe(name: str) -> Path:

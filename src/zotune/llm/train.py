@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from zotune.errors import RunError
-from zotune.llm.config import FIRST_ORDER, DataOptions, TrainConfig
+from zotune.hybrid import Hybrid
+from zotune.llm.config import DataOptions, TrainConfig
 from zotune.llm.data import Splits, user_splits
 from zotune.llm.evaluate import Evaluation, Scorer, evaluate
+from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.objective import Batch, Encoded, Encoder, collate, losses
+from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
 from zotune.llm.progress import Display, Status
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task
 from zotune.llm.tuning import prepare
-from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, make_optimizer, scheduled
+from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
 from zotune.memory import peak_memory
 from zotune.optimizer import ZerothOrder
 
@@ -134,13 +137,8 @@ class _Run:
         self, lm: LanguageModel, rows: Rows, config: TrainConfig, scorer: Scorer, output: OutputFolder
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
-        self.optimizer = make_optimizer(lm.module, config)
-        zeroth_order = isinstance(self.optimizer, ZerothOrder)
-        self.update: Update = (
-            ZerothOrderStep(config.mu)
-            if zeroth_order
-            else FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
-        )
+        self.optimizer = make_optimizer(lm.module, config, config.seed, self._run_once)
+        self.update = _update(self.optimizer, lm, config)
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
         self._accuracy: float | None = None
@@ -150,7 +148,8 @@ class _Run:
         recent: list[float] = []
         for examples in _batches(self.rows.train, self.config):
             began, before = time.perf_counter(), self.lm.num_forwards
-            learning_rate = self._set_learning_rate()
+            done = self.step / self.config.max_steps
+            learning_rate = set_learning_rates(self.optimizer, self.config.lr_scheduler_type, done)
             loss = self.update(self.optimizer, *self._closures(examples))
             self.step += 1
             self.num_skipped += not math.isfinite(loss)
@@ -166,15 +165,6 @@ class _Run:
             if stop.signal is not None:
                 display.say(f"stopped at step {self.step}; saving what there is …")
                 return
-
-    def _set_learning_rate(self) -> float:
-        """η of the coming step."""
-        learning_rate = scheduled(
-            self.config.learning_rate, self.config.lr_scheduler_type, self.step / self.config.max_steps
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        return learning_rate
 
     def evaluate(self, examples: Sequence[Encoded]) -> Evaluation | None:
         """Accuracy on some rows; None where there are none."""
@@ -198,9 +188,23 @@ class _Run:
         batches = [collate(cut, self.lm.pad_token_id, self.lm.device) for cut in cuts]
         return [partial(_mean_loss, self.scorer, batch) for batch in batches], [len(cut) for cut in cuts]
 
+    def _run_once(self) -> None:
+        """One forward pass, by which it is seen where parameters are read."""
+        closures, _ = self._closures(self.rows.train[:1])
+        closures[0]()
+        self.lm.num_forwards -= 1
+
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
         return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._accuracy)
+
+
+def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
+    if isinstance(optimizer, Hybrid):
+        return hybrid_step
+    if isinstance(optimizer, ZerothOrder):
+        return ZerothOrderStep(None if config.method == "forward_grad" else config.mu)
+    return FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
 
 
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
