@@ -1,6 +1,7 @@
 """A neural network on real data, by every method that there is, each with the same number of forward passes.
 
-The data are film reviews with their sentiment (SST-2), as bags of words; back-propagation is beside them for scale.
+The data are film reviews with their sentiment (SST-2), as bags of words; back-propagation is beside them for scale. A
+pass that also carries a derivative, forward or backward, counts as one, though it takes longer.
 """
 
 import json

@@ -27,7 +27,7 @@ def said(tmp_path_factory):
             environment = {**kept, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             process = subprocess.run(
-                [sys.executable, "-W", "error", path],
+                [sys.executable, path],
                 cwd=tmp_path_factory.mktemp(path.stem),
                 env=environment,
                 capture_output=True,
