@@ -27,7 +27,7 @@ def objective() -> Tensor:
     return nn.functional.mse_loss(model(x), y)
 
 
-def measured(optimizer: zo.ZerothOrder, scale: float = 1.0, num_steps: int = 300) -> Tensor:
+def measured(optimizer: zo.ZerothOrder, scale: float = 1.0, num_steps: int = 250) -> Tensor:
     """‖scale ĝ - ∇f‖² / ‖∇f‖² of each of some steps, all at the same x for the learning rate is 0."""
     errors = []
 
