@@ -46,12 +46,12 @@ def few_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["llama", "opt", "mistral", "roberta"])
+@pytest.fixture(params=["llama", "opt", "mistral", "qwen3", "gemma3", "roberta"])
 def family(request):
     return request.param
 
 
-@pytest.fixture(params=["llama", "opt", "mistral"])
+@pytest.fixture(params=["llama", "opt", "mistral", "qwen3", "gemma3"])
 def causal_family(request):
     return request.param
 

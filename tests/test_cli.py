@@ -124,7 +124,10 @@ def test_options_override_the_recipe_and_numbers_mean_what_they_say(zotune, tmp_
         (["train"], r"give either a task .* or files of your own"),
         (["train", "--task", "sst2", "--train-file", "x.jsonl"], r"give either a task"),
         (["train", "--task", "sst2", "--gradient-checkpointing"], r"gradient_checkpointing has no effect on zo_sgd"),
-        (["train", "--task", "sst2", "--tuning", "lora", "--tuned-parameters", "x"], r"tuned_parameters chooses among"),
+        (
+            ["train", "--task", "sst2", "--tuning", "lora", "--tuned-parameters", "x"],
+            "tuned_parameters needs tuning: full",
+        ),
         (["train", "--task", "sst2", "--lora-target-modules", "x"], r"lora_target_modules needs tuning: lora"),
         (["train", "--task", "sts2", "--model", "random:opt-tiny"], r"no task 'sts2'. Did you mean 'sst2'\?"),
         (

@@ -11,7 +11,7 @@ from zotune.errors import UsageError
 from zotune.llm.config import DataOptions
 from zotune.llm.data import Example, user_splits
 from zotune.llm.tasks import TASKS, find_task
-from zotune.llm.tasks.sst2 import SST2, to_example
+from zotune.llm.tasks.sst2 import SST2, masked
 
 
 def write(path, rows):
@@ -43,10 +43,11 @@ def test_the_sample_of_sst2_has_the_papers_sizes_and_known_label_counts():
 
 
 def test_the_sample_of_sst2_is_the_first_permutation_of_the_public_split():
-    from zotune.llm.data import _sample_folder, read_rows
+    from zotune.llm.data import read_rows
+    from zotune.llm.task import _sample_folder
 
     chosen = np.random.RandomState(0).permutation(67_349)[:1500].tolist()
-    found = [r["idx"] for name in ("train", "heldout") for r in read_rows(_sample_folder() / "sst2" / f"{name}.jsonl")]
+    found = [r["idx"] for name in ("train", "heldout") for r in read_rows(_sample_folder("sst2") / f"{name}.jsonl")]
     assert found == chosen
 
 
@@ -55,7 +56,7 @@ def test_a_rendered_example_is_the_papers():
     assert splits.train[0] == Example("very pleasing at its best moments It was", (" terrible", " great"), 1)
     assert splits.test[1] == Example("unflinchingly bleak and desperate It was", (" terrible", " great"), 0)
     row = {"sentence": "dull ", "label": 0}
-    assert to_example(row, masked=True) == Example("dull It was", (" terrible", " great"), 0, suffix=".")
+    assert masked(row) == Example("dull It was", (" terrible", " great"), 0, suffix=".")
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -65,7 +66,7 @@ def test_rows_are_chosen_by_the_protocols_permutation(source, seed):
     order = np.random.RandomState(seed).permutation(2000)[:1500].tolist()
     assert numbers(splits.train) == order[:1000]
     assert numbers(splits.dev) == order[1000:]
-    assert numbers(splits.test) == list(range(10))
+    assert numbers(splits.test) == np.random.RandomState(seed).permutation(30)[:10].tolist()
 
 
 @pytest.mark.parametrize(("num_train", "num_dev"), [(1500, 500), (2000, 0), (1, 1), (10, 20)])

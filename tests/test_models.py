@@ -1,5 +1,6 @@
 """Models by name: the sizes published for them, the same weights each time, and clear words where there is none."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 import transformers
 
 from zotune.errors import UsageError
+from zotune.llm import builtin
 from zotune.llm.architectures import ARCHITECTURES
 from zotune.llm.config import ModelOptions
+from zotune.llm.data import Example
 from zotune.llm.models import load
+from zotune.llm.objective import Encoder, collate
 
 # Millions of parameters of the published checkpoints, tied embeddings counted once; roberta-large with its LM head.
 SIZES = {
@@ -24,6 +28,8 @@ SIZES = {
     "llama2-13b": 13015.9,
     "vicuna-7b": 6738.4,
     "mistral-7b": 7241.7,
+    "qwen3-0.6b": 596.05,
+    "gemma3-270m": 268.10,
     "roberta-large": 355.4,
 }
 
@@ -44,7 +50,7 @@ def test_architectures_have_the_published_number_of_parameters(name):
 def test_tiny_models_of_every_family_build_and_read(tiny, family):
     lm = tiny(family)
     assert lm.masked == (family == "roberta")
-    assert lm.config.model_type == family
+    assert lm.config.model_type == {"gemma3": "gemma3_text"}.get(family, family)
     assert not lm.module.training
     assert {p.dtype for p in lm.module.parameters()} == {torch.float32}
     assert lm.context == lm.config.max_position_embeddings - (2 if lm.masked else 0)
@@ -122,3 +128,69 @@ def test_a_hub_id_without_a_network_is_named_with_the_way_around(start):
     assert "the model 'nobody/nothing-7b' is neither built in nor a local folder" in err
     assert "hf download nobody/nothing-7b" in err
     assert "Traceback" not in err
+
+
+def fake_index(monkeypatch, tmp_path, content):
+    """A built-in model with terms, in two parts of packages that are installed; its conversion writes a config."""
+    parts = []
+    for i, piece in enumerate(content):
+        folder = tmp_path / "site" / f"part_of_a_model_{i}" / "data"
+        folder.mkdir(parents=True)
+        (folder / "x.part").write_bytes(piece)
+        parts.append(builtin.Part(f"part-of-a-model-{i}==1", f"part_of_a_model_{i}/data/x.part"))
+    digest = hashlib.sha256(b"onetwo").hexdigest()
+    model = builtin.BuiltIn("a model", "x.gguf", digest, tuple(parts), 1, terms="Be kind.")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(builtin.BUILT_IN, "kind-model", model)
+    converted = []
+
+    def convert(gguf, folder):
+        converted.append(gguf.read_bytes())
+        folder.mkdir()
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    monkeypatch.setattr(builtin, "_convert_apart", convert)
+    return converted
+
+
+def test_terms_of_a_model_are_shown_once_and_must_be_accepted(monkeypatch, tmp_path, capsys):
+    converted = fake_index(monkeypatch, tmp_path, (b"one", b"two"))
+    with pytest.raises(UsageError, match=r"terms of its own\. Be kind\.\nIf you accept them, give --accept-terms"):
+        load_cpu("kind-model")
+    assert converted == []
+    folder = builtin.fetch("kind-model", accept_terms=True)
+    assert capsys.readouterr().err.count("Be kind.") == 1
+    # The parts, in their order.
+    assert converted == [b"onetwo"]
+    assert builtin.fetch("kind-model", accept_terms=True) == folder
+    assert capsys.readouterr().err == ""
+    assert len(converted) == 1
+    with pytest.raises(UsageError, match="accept-terms"):
+        builtin.fetch("kind-model")
+
+
+def test_a_file_that_is_not_the_expected_one_is_refused(monkeypatch, tmp_path):
+    converted = fake_index(monkeypatch, tmp_path, (b"two", b"one"))
+    with pytest.raises(UsageError, match=r"x\.gguf of part-of-a-model-0==1, part-of-a-model-1==1 is not the expected"):
+        builtin.fetch("kind-model", accept_terms=True)
+    assert converted == []
+
+
+def test_only_models_with_terms_ask_for_them():
+    assert {name for name, model in builtin.BUILT_IN.items() if model.terms} == {"gemma3-270m"}
+    assert builtin.BUILT_IN[ModelOptions().model].terms is None
+
+
+def test_any_token_may_pad(tiny):
+    """LLaMA's tokenizer has no padding token, Vicuna's pads with <unk>: neither touches a score."""
+    examples = [Example(f"{text} It was", (" terrible", " great"), 0, "") for text in ("dull", "a gorgeous film", "no")]
+    found = []
+    for pad in ("<pad>", "<unk>", None):
+        lm = tiny("llama")
+        lm.tokenizer.pad_token = pad
+        encoder = Encoder(lm.tokenizer, masked=False, context=lm.context, max_length=None)
+        batch = collate([encoder(e) for e in examples], lm.pad_token_id, lm.device)
+        found.append((lm.pad_token_id, lm.score(batch)))
+    assert len({pad for pad, _ in found}) == 3
+    assert all(torch.equal(score, found[0][1]) for _, score in found)

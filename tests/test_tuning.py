@@ -18,10 +18,12 @@ EMBEDDINGS = {
         "roberta.embeddings.LayerNorm.bias",
     },
 }
-EMBEDDINGS["mistral"] = EMBEDDINGS["llama"]
+EMBEDDINGS |= dict.fromkeys(("mistral", "qwen3", "gemma3"), EMBEDDINGS["llama"])
 LAYERS = {
     "llama": "model.layers.",
     "mistral": "model.layers.",
+    "qwen3": "model.layers.",
+    "gemma3": "model.layers.",
     "opt": "model.decoder.layers.",
     "roberta": "roberta.encoder.layer.",
 }
@@ -29,6 +31,8 @@ LAYERS = {
 ABOVE = {
     "llama": {"model.norm.weight", "lm_head.weight"},
     "mistral": {"model.norm.weight", "lm_head.weight"},
+    "qwen3": {"model.norm.weight"},
+    "gemma3": {"model.norm.weight"},
     "opt": {"model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"},
     "roberta": {
         "lm_head.bias",

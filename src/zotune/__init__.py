@@ -34,9 +34,12 @@ if TYPE_CHECKING:
     from zotune.estimators import accumulate as accumulate
     from zotune.estimators import central_difference as central_difference
     from zotune.estimators import forward_difference as forward_difference
+    from zotune.forward_mode import forward_gradient as forward_gradient
+    from zotune.gradient_check import CheckedForwardGradient as CheckedForwardGradient
     from zotune.hybrid import Hybrid as Hybrid
     from zotune.hybrid import split_at_layer as split_at_layer
     from zotune.methods import METHODS as METHODS
+    from zotune.methods import forward_grad as forward_grad
     from zotune.methods import zo_adam as zo_adam
     from zotune.methods import zo_sgd as zo_sgd
     from zotune.methods import zo_sgd_cons as zo_sgd_cons
@@ -56,8 +59,10 @@ _MODULES = {
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate": ("GradientEstimate",),
     "estimators": ("accumulate", "central_difference", "forward_difference"),
+    "forward_mode": ("forward_gradient",),
+    "gradient_check": ("CheckedForwardGradient",),
     "hybrid": ("Hybrid", "split_at_layer"),
-    "methods": ("METHODS", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "methods": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optimizer": ("ZerothOrder",),
     "perturb": ("perturbed",),
     "sparsity": ("sparse",),

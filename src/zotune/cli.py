@@ -22,7 +22,7 @@ Fine-tune language models with forward passes only, at the memory of inference.
 
 commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
-  eval --model M --task T     accuracy with its 95 % interval
+  eval --model M --task T     accuracy, or F1 of generated answers, with its 95 % interval
   models                      the models there are by name
   tasks                       the tasks there are by name
   methods                     the methods there are by name
@@ -118,17 +118,17 @@ def _eval(args: list[str], as_json: bool) -> int:
     from zotune.llm.config import EvalConfig
 
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
-    from zotune.llm.evaluate import evaluate
     from zotune.llm.models import load
     from zotune.llm.output import environment, write_json
+    from zotune.llm.tasks import head_labels
     from zotune.llm.train import load_rows
     from zotune.memory import peak_memory
 
-    lm = load(config)
+    lm = load(config, head_labels(config))
     rows = load_rows(lm, config)
     if not rows.test:
         raise UsageError("there is no row to evaluate on: give --eval-file, or let --num-dev rows be held out.")
-    found = evaluate(lm, rows.test, config.per_device_eval_batch_size)
+    found = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
     results = {**found.summary(), "peak_memory": peak_memory(lm.device), "environment": environment()}
     results["config"] = config.model_dump(mode="json")
     if config.output_dir is not None:
@@ -137,7 +137,7 @@ def _eval(args: list[str], as_json: bool) -> int:
     if as_json:
         _print_json(results)
     else:
-        print(f"accuracy {found}, loss {found.loss:.4f}, {found.seconds:.1f} s")  # noqa: T201
+        print(f"{found.metric} {found}, loss {found.loss:.4f}, {found.seconds:.1f} s")  # noqa: T201
     return 0
 
 
@@ -185,7 +185,7 @@ def _models(args: list[str], as_json: bool) -> int:
     from zotune.llm.architectures import ARCHITECTURES
     from zotune.llm.builtin import BUILT_IN
 
-    rows = dict(BUILT_IN)
+    rows = {name: model.description for name, model in BUILT_IN.items()}
     rows |= {f"random:{name}": "architecture with random weights, for memory and speed" for name in ARCHITECTURES}
     return _list({**rows, "HUB/ID or FOLDER": "any causal or masked language model of transformers"}, as_json)
 

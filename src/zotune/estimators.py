@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zotune.directions import Direction
 from zotune.estimate import GradientEstimate, averaged
 from zotune.perturb import perturbed
+from zotune.tangents import tangent_of
 from zotune.tuned import TunedTensors
 
 Closure = Callable[[], "Tensor | float"]
@@ -70,6 +71,15 @@ def evaluate(closure: Closure) -> float:
     """The objective's value as a double.
 
     Raises:
+        TypeError: as `objective`.
+    """
+    return float(objective(closure))
+
+
+def objective(closure: Closure) -> Tensor | float:
+    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent.
+
+    Raises:
         TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
     """
     value = closure()
@@ -81,6 +91,8 @@ def evaluate(closure: Closure) -> float:
                 f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
                 "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
             )
+        if tangent_of(value) is not None:
+            return value.cpu().double().reshape(())
         return float(value.detach())
     if isinstance(value, Real):
         return float(value)
@@ -100,7 +112,7 @@ class Accumulated:
     def __call__(self) -> Tensor | float:
         """The weighted mean of the parts."""
         parts = zip(self.weights, self.closures, strict=True)
-        return sum(w * evaluate(closure) for w, closure in parts) / sum(self.weights)
+        return sum(w * objective(closure) for w, closure in parts) / sum(self.weights)
 
 
 def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Accumulated:

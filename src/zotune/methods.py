@@ -20,6 +20,7 @@ from torch import nn
 from zotune.blocks import Block
 from zotune.directions import Sampler
 from zotune.estimators import Estimator, central_difference
+from zotune.gradient_check import CheckedForwardGradient
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.sparsity import Sparse
 from zotune.steps import conservative
@@ -258,6 +259,40 @@ def zo_adam(
     return ZerothOrder(model, lr, estimator=_estimator(difference, mu), transform=transform, **options)
 
 
+def forward_grad(model: nn.Module, lr: float, **options: Unpack[Options]) -> ZerothOrder:
+    r"""Forward-Grad: descent along a few random directions, with the exact slope along each.
+
+        cᵢ = ∇f(x)ᵀuᵢ        by forward-mode differentiation, in the forward pass itself
+        x  ← x - η (1/q) Σ cᵢ uᵢ
+
+    There is no μ, so neither rounding of loss differences nor a bias. The first coefficient is compared with central
+    differences, for an operation without a derivative may drop tangents without a word.
+
+    Args:
+        model: its parameters that require a gradient are tuned.
+        lr: η ≥ 0, as for `zo_sgd`.
+        options: those of `ZerothOrder`.
+
+    Forward passes a step: q, each with tangents, which takes about as long as two. Memory: activations with their
+    tangents of the operation in progress; no graph, no u, no state.
+
+    Source: the paper, section 3 and appendix A; Baydin et al., 2022; Ren et al., 2022. That it can be had at the
+    memory of inference the paper leaves open (appendix C.1): see `zotune.forward_gradient`.
+
+    Raises, at the first step:
+        UsageError: the objective has an operation without a forward-mode derivative.
+
+    >>> import torch
+    >>> model = nn.Linear(3, 1)
+    >>> x, y = torch.randn(8, 3), torch.zeros(8, 1)
+    >>> opt = forward_grad(model, lr=0.05)
+    >>> losses = [opt.step(lambda: nn.functional.mse_loss(model(x), y)) for _ in range(100)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+    return ZerothOrder(model, lr, estimator=CheckedForwardGradient(), **options)
+
+
 def _estimator(difference: Difference, mu: float) -> Estimator:
     if not mu > 0:
         raise ValueError(f"mu is the distance moved along a direction and must be positive, got {mu=}")
@@ -275,5 +310,6 @@ METHODS: dict[str, Callable[..., ZerothOrder]] = {
     "zo_sgd_mmt": zo_sgd_mmt,
     "zo_sgd_cons": zo_sgd_cons,
     "zo_adam": zo_adam,
+    "forward_grad": forward_grad,
 }
 """Every zeroth-order method by name: feeds the command line, the docs and the tests."""

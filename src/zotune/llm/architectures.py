@@ -41,6 +41,35 @@ def _mistral(width: int, inner: int, layers: int, heads: int, kv_heads: int, **o
     )
 
 
+def _qwen3(width: int, inner: int, layers: int, heads: int, kv_heads: int, **other: Any) -> Any:
+    from transformers import Qwen3Config
+
+    sizes = {"head_dim": 128, "max_position_embeddings": 40960, "tie_word_embeddings": True, **other}
+    return Qwen3Config(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **sizes,
+    )
+
+
+def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, **other: Any) -> Any:
+    from transformers import Gemma3TextConfig
+
+    sizes = {"head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32768, **other}
+    return Gemma3TextConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        query_pre_attn_scalar=sizes["head_dim"],
+        **sizes,
+    )
+
+
 def _roberta(width: int, layers: int, heads: int, **other: Any) -> Any:
     from transformers import RobertaConfig
 
@@ -50,6 +79,8 @@ def _roberta(width: int, layers: int, heads: int, **other: Any) -> Any:
     )
 
 
+# Windows and head sizes of their own, so that what is special about these families is there in small too.
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _TINY = {"vocab_size": 320, "max_position_embeddings": 512}
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
@@ -66,16 +97,25 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "llama2-13b": partial(_llama, 5120, 13824, 40, 40),
     "vicuna-7b": partial(_llama, 4096, 11008, 32, 32),
     "mistral-7b": partial(_mistral, 4096, 14336, 32, 32, 8),
+    "qwen3-0.6b": partial(_qwen3, 1024, 3072, 28, 16, 8),
+    "gemma3-270m": partial(_gemma3, 640, 2048, 18, 4, 1, vocab_size=262144),
     "roberta-tiny": partial(_roberta, 32, 2, 4, **_TINY),
     "opt-tiny": partial(_opt, 32, 2, 4, **_TINY),
     "llama-tiny": partial(_llama, 32, 64, 2, 4, **_TINY),
-    "mistral-tiny": partial(_mistral, 32, 64, 2, 4, 2, **_TINY),
+    "mistral-tiny": partial(_mistral, 32, 64, 2, 4, 2, sliding_window=16, **_TINY),
+    "qwen3-tiny": partial(_qwen3, 32, 64, 2, 4, 2, head_dim=16, **_TINY),
+    "gemma3-tiny": partial(
+        _gemma3, 32, 64, 2, 4, 1, head_dim=16, sliding_window=16, layer_types=_SLIDING_AND_FULL, **_TINY
+    ),
 }
 """Every architecture by name: a function that makes its configuration."""
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 # Words of the tasks' verbalizers as single tokens, as real vocabularies have them.
-_WORDS = (" terrible", " great", " Yes", " No", " Maybe")
+_WORDS = (
+    *(" terrible", " great", " bad", " okay", " good", " Yes", " No", " Maybe"),
+    *(" Description", " Entity", " Expression", " Human", " Location", " Number"),
+)
 
 
 def byte_tokenizer(config: Any) -> Any:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
 from zotune.llm.schema import Options, is_partial
+from zotune.llm.tuning_options import TuningOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -27,6 +28,7 @@ class ModelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes the checkpoint's."
     )
+    accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
@@ -37,6 +39,11 @@ class DataOptions(Options):
     data_source: str = Field(
         "sample",
         description="For a task: sample (the rows shipped with the repository), hub, or a folder of its files.",
+    )
+    prompt: Literal["aligned", "none"] = Field(
+        "aligned",
+        description="A task's prompt: aligned (words that make it a completion) or none (the texts and the label; "
+        "masked models: a classification head).",
     )
     train_file: Path | None = Field(None, description="Your own rows to train on: JSON lines or CSV, also gzipped.")
     eval_file: Path | None = Field(
@@ -49,12 +56,16 @@ class DataOptions(Options):
         default_factory=dict, description="Label to the word that the model should say; default: the labels themselves."
     )
     num_train: int | None = Field(
-        None, ge=1, description="Training rows to use; default: the task's 1000, or all of yours."
+        None, ge=1, description="Training rows to use; default: the task's (mostly 1000), or all of yours."
     )
     num_dev: int | None = Field(
-        None, ge=0, description="Rows held out of the training data; default: the task's 500, or a fifth of yours."
+        None,
+        ge=0,
+        description="Rows held out of the training data; default: the task's (mostly 500), or a fifth of yours.",
     )
-    num_eval: int | None = Field(None, ge=1, description="Evaluation rows to use; default: all.")
+    num_eval: int | None = Field(
+        None, ge=1, description="Evaluation rows to use; default: the task's (at most 1000), or all of yours."
+    )
     data_seed: int = Field(0, ge=0, description="Names the permutation that chooses rows.")
     max_length: int | None = Field(
         None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them."
@@ -67,35 +78,22 @@ class DataOptions(Options):
             raise ValueError(
                 "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
             )
+        if not is_partial(info) and self.task is None and self.prompt == "none":
+            raise ValueError("prompt: none is a task's; the prompt of your own rows is --template")
         return self
 
 
 class EvalConfig(ModelOptions, DataOptions):
-    """Evaluate a model on a task or on your own rows: accuracy with its 95 % interval."""
+    """Evaluate a model on a task or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
 
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 
 
-class TrainConfig(ModelOptions, DataOptions, MethodOptions):
+class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline)."""
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
-
-    tuning: Literal["full", "lora"] = Field(
-        "full", description="What is tuned: the model's own weights, or a LoRA adapter."
-    )
-    tuned_layers: int | None = Field(
-        None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
-    )
-    tuned_parameters: str | None = Field(
-        None, description="With full: tune only weights whose name this regular expression finds."
-    )
-    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(16, gt=0, description="The adapter is scaled by lora_alpha / lora_r.")
-    lora_target_modules: tuple[str, ...] = Field(
-        (), description="Linear layers that get an adapter; default: q_proj and v_proj (query and value)."
-    )
 
     max_steps: int = Field(1000, ge=1, description="Updates.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
@@ -104,6 +102,8 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions):
         False, description="First-order methods: recompute activations to save memory."
     )
     reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
+    reuse_memory: float = Field(1.0, ge=0, description="GiB of the model's device that this may take.")
+    reuse_file: float = Field(0.0, ge=0, description="GiB of a temporary file in output_dir for what is left.")
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
@@ -115,12 +115,10 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions):
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
-        if self.tuning == "lora" and self.tuned_parameters is not None:
-            raise ValueError(
-                "tuned_parameters chooses among the model's own weights; with tuning: lora use lora_target_modules"
-            )
-        if self.tuning == "full" and self.lora_target_modules:
-            raise ValueError("lora_target_modules needs tuning: lora")
+        if self.gradient_checkpointing and self.is_prefix:
+            raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
+        if self.reuse_file and not self.reuse_activations:
+            raise ValueError("reuse_file has no effect where activations are not reused")
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self

@@ -1,4 +1,4 @@
-"""Rows to examples: a prompt, the candidates that may follow it, and the right one.
+"""Examples: a prompt, the candidates that may follow it, and the right one; and a user's own rows made into them.
 
 Reads JSON lines and CSV (also gzipped); an unusable row is named by file and line.
 """
@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One example of a classification or multiple-choice task.
+    """One example of a task.
 
     Attributes:
         prompt: what the model reads.
-        candidates: texts that may follow it, with their leading space.
-        label: index of the right candidate.
+        candidates: texts that may follow it, with their leading space; the labels' names for a classification head.
+        label: index of the right candidate; of the one that is trained on, where several are right.
         suffix: what follows the candidate in a masked language model's sentence; causal models never see it.
+        also_right: indices of other candidates that count as right.
+        answers: where the answer is generated rather than chosen, every accepted one; the one candidate is the first.
+        text_limit: (n, k): of the prompt's first n characters a masked language model reads at most k tokens.
+        second: the second text of a classification head's pair, read as `<s> prompt </s></s> second </s>`.
     """
 
     prompt: str
     candidates: tuple[str, ...]
     label: int
     suffix: str = ""
+    also_right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    text_limit: tuple[int, int] | None = None
+    second: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,63 +55,6 @@ class Splits:
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A public task: where its rows come from and how a row becomes an example.
-
-    Attributes:
-        to_example: row and whether the model is a masked language model → example.
-        hub: data set and configuration on the Hugging Face Hub.
-        test_split: the public split that is reported on.
-        num_train, num_dev: rows used by default, as in the paper.
-    """
-
-    name: str
-    description: str
-    to_example: Callable[[Row, bool], Example]
-    hub: tuple[str, str]
-    licence: str
-    test_split: str = "validation"
-    num_train: int = 1000
-    num_dev: int = 500
-
-    def splits(self, options: DataOptions, masked: bool) -> Splits:
-        """The task's rows as examples, chosen by `data_seed` as in the paper's protocol."""
-        num_train = options.num_train or self.num_train
-        num_dev = self.num_dev if options.num_dev is None else options.num_dev
-        rows, test_rows = self._rows(options, num_train, num_dev)
-        if num_train + num_dev > len(rows):
-            raise UsageError(
-                f"{self.name}: {num_train} training and {num_dev} held-out rows were asked for, but the source "
-                f"{options.data_source!r} has {len(rows)}. Lower --num-train or --num-dev, or use --data-source hub."
-            )
-        test_rows = test_rows[: options.num_eval]
-        examples = [self.to_example(row, masked) for row in rows]
-        return Splits(
-            tuple(examples[:num_train]),
-            tuple(examples[len(examples) - num_dev :]),
-            tuple(self.to_example(row, masked) for row in test_rows),
-        )
-
-    def _rows(self, options: DataOptions, num_train: int, num_dev: int) -> tuple[list[Row], list[Row]]:
-        if options.data_source == "sample":
-            if options.data_seed:
-                raise UsageError(
-                    "the sample's rows are fixed, so data_seed has no effect; use --data-source hub or a folder."
-                )
-            folder = _sample_folder() / self.name
-            return [row for name in ("train", "heldout") for row in read_rows(folder / f"{name}.jsonl")], list(
-                read_rows(folder / f"{self.test_split}.jsonl")
-            )
-        if options.data_source == "hub":
-            train, test = _hub_rows(self.hub, "train"), _hub_rows(self.hub, self.test_split)
-        else:
-            folder = Path(options.data_source)
-            train, test = (list(read_rows(_any_file(folder, name))) for name in ("train", self.test_split))
-        chosen = np.random.RandomState(options.data_seed).permutation(len(train))[: num_train + num_dev]
-        return [train[i] for i in chosen], test
 
 
 def user_splits(options: DataOptions) -> Splits:
@@ -220,34 +171,3 @@ def _open_text(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")
-
-
-def _any_file(folder: Path, name: str) -> Path:
-    known = [folder / f"{name}{ending}" for ending in (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".json")]
-    found = next((path for path in known if path.is_file()), None)
-    if found is None:
-        raise UsageError(f"the folder {str(folder)!r} holds no {name}.jsonl or {name}.csv (also with .gz).")
-    return found
-
-
-def _sample_folder() -> Path:
-    """The repository's `data/`: not part of an installed wheel."""
-    folder = Path(__file__).parents[3] / "data"
-    if not folder.is_dir():
-        raise UsageError(
-            "the sample rows are part of zotune's repository, not of the installed package. "
-            "Use --data-source hub, or --data-source FOLDER with the task's files."
-        )
-    return folder
-
-
-def _hub_rows(hub: tuple[str, str], split: str) -> list[Row]:
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(*hub, split=split))
-    except (OSError, ValueError, ConnectionError) as error:
-        raise UsageError(
-            f"the data set {hub[0]}/{hub[1]} could not be loaded from the Hub: {str(error).splitlines()[0]} "
-            "Without a network use --data-source sample, or a folder of the task's files."
-        ) from None

@@ -1,49 +1,87 @@
-"""Accuracy with its 95 % interval, in batches of examples of similar length."""
+"""How good a model is on some examples: accuracy with its 95 % interval, in batches of similar length."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import Batch, Encoded, collate, losses
+from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Objective, collate
 
 Scorer = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How a model did on some examples.
+class Measured:
+    """What an evaluation found; each metric is a subclass with its own first field.
 
     Attributes:
-        accuracy: fraction of examples whose best-scored candidate is the right one.
-        low, high: its 95 % interval (Wilson).
+        low, high: the metric's 95 % interval.
         num_examples: how many.
-        loss: mean softmax cross-entropy over the candidates.
-        predictions: the best-scored candidate of each example, in their order.
+        loss: mean of the objective.
+        predictions: of each example, in their order.
         seconds: how long it took; num_forwards: forward passes it took.
     """
 
-    accuracy: float
+    metric: ClassVar[str]
+
     low: float
     high: float
     num_examples: int
     loss: float
-    predictions: tuple[int, ...]
+    predictions: tuple[Any, ...]
     seconds: float
     num_forwards: int
 
+    @property
+    def value(self) -> float:
+        """The metric, in [0, 1]."""
+        raise NotImplementedError
+
     def summary(self) -> dict[str, Any]:
-        """Everything but the single predictions."""
-        return {k: v for k, v in asdict(self).items() if k != "predictions"}
+        """Everything but the single predictions, the metric first."""
+        rest = {k: v for k, v in asdict(self).items() if k != "predictions"}
+        return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
-        return f"{100 * self.accuracy:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
+
+
+@dataclass(frozen=True)
+class Evaluation(Measured):
+    """How often the best-scored candidate is a right one.
+
+    Attributes:
+        accuracy: that fraction, with Wilson's interval; predictions are indices of candidates.
+    """
+
+    metric = "accuracy"
+
+    accuracy: float
+
+    @property
+    def value(self) -> float:
+        """The accuracy."""
+        return self.accuracy
+
+
+class Measure(Protocol):
+    """A way to evaluate: `evaluate` for accuracy, `evaluate_answers` for F1."""
+
+    def __call__(
+        self,
+        lm: LanguageModel,
+        examples: Sequence[Encoded],
+        batch_size: int,
+        scorer: Scorer | None = None,
+        objective: Objective = CLASSIFICATION,
+    ) -> Measured:
+        """Evaluate all examples."""
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -58,29 +96,41 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Indices of the examples in batches, longest first."""
+    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
+    for lo in range(0, len(order), batch_size):
+        yield order[lo : lo + batch_size]
+
+
 def evaluate(
-    lm: LanguageModel, examples: Sequence[Encoded], batch_size: int, scorer: Scorer | None = None
+    lm: LanguageModel,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    scorer: Scorer | None = None,
+    objective: Objective = CLASSIFICATION,
 ) -> Evaluation:
-    """Score all examples, longest first within equal batches; the same as scoring them one by one."""
+    """Score all candidates, in batches of examples of similar length; the same as scoring them one by one."""
     began, forwards_before = time.perf_counter(), lm.num_forwards
     score_of = scorer or lm.score
-    order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
     predictions, total = [0] * len(examples), 0.0
     with torch.no_grad():
-        for lo in range(0, len(order), batch_size):
-            chosen = order[lo : lo + batch_size]
-            batch = collate([examples[i] for i in chosen], lm.pad_token_id, lm.device)
+        for chosen in by_length(examples, batch_size):
+            some = [examples[i] for i in chosen]
+            batch = collate(some, lm.pad_token_id, lm.device, exact=objective.exact)
             score = score_of(batch)
-            total += float(losses(score, batch).sum())
+            weights = torch.tensor([objective.weight(e) for e in some], dtype=torch.float64, device=score.device)
+            total += float((objective.losses(score, batch) * weights).sum())
             for i, best in zip(chosen, score.argmax(dim=1).tolist(), strict=True):
                 predictions[i] = best
-    hits = sum(p == e.label for p, e in zip(predictions, examples, strict=True))
-    n = len(examples)
+    hits = sum(e.is_right(p) for p, e in zip(predictions, examples, strict=True))
+    low, high = wilson(hits, len(examples))
     return Evaluation(
-        hits / n,
-        *wilson(hits, n),
-        num_examples=n,
-        loss=total / n,
+        accuracy=hits / len(examples),
+        low=low,
+        high=high,
+        num_examples=len(examples),
+        loss=total / sum(map(objective.weight, examples)),
         predictions=tuple(predictions),
         seconds=time.perf_counter() - began,
         num_forwards=lm.num_forwards - forwards_before,

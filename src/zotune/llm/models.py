@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
-from zotune.llm.objective import Batch, losses, scores, scores_of_single_tokens
+from zotune.llm.heads import check_labels, with_head
+from zotune.llm.objective import Batch, log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.progress import say
 
+# Logits that are made at a time: 64 MiB in float32.
+MAX_LOGITS = 1 << 24
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
+    pass
 
 
 @dataclass
@@ -30,7 +40,8 @@ class LanguageModel:
 
     Attributes:
         module: a causal or masked language model of transformers, possibly wrapped by peft.
-        masked: whether it fills in masks rather than continues text.
+        masked: whether it fills in masks, or reads whole sequences, rather than continues text.
+        classifies: whether it has a classification head in place of a vocabulary.
         num_forwards: forward passes so far.
     """
 
@@ -39,6 +50,7 @@ class LanguageModel:
     name: str
     masked: bool
     num_forwards: int = field(default=0)
+    classifies: bool = False
 
     @property
     def config(self) -> Any:
@@ -59,9 +71,15 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """How many tokens the model reads at most."""
-        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30)) - self.num_virtual_tokens
         # RoBERTa's positions begin after its padding index.
         return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that a prefix or prompt takes before each sequence."""
+        adapter: Any = getattr(self.module, "active_peft_config", None)
+        return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0
 
     @property
     def pad_token_id(self) -> int:
@@ -69,37 +87,137 @@ class LanguageModel:
         return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
 
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
-        """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given."""
+        """(N, V) logits at the batch's scored positions; (N, K) of the tokens `only`, where given.
+
+        A classification head's labels are its vocabulary, and each sequence is scored at one position.
+        """
         self.num_forwards += 1
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+        if self.classifies:
+            return self.read(batch.input_ids, batch.attention_mask)
+        with _head_at(self.base, batch, only):
+            return self.read(batch.input_ids, batch.attention_mask)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The logits of a forward pass of (S, L) tokens, padded on the right."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
         # Right padding is invisible to causal attention, and without a mask attention runs its fast kernel.
-        inputs |= {"attention_mask": batch.attention_mask} if self.masked else {"use_cache": False}
-        with _head_at(self.base, batch.positions, only):
-            out: Tensor = self.module(**inputs).logits
+        whole = self.masked or self.classifies
+        inputs |= {"attention_mask": attention_mask} if whole else {"use_cache": False}
+        out: Tensor = self.module(**inputs).logits
         return out
 
     def score(self, batch: Batch) -> Tensor:
         """(examples, candidates) scores, float64: mean log-probabilities, or the same up to a constant an example."""
-        if batch.only_single_tokens and isinstance(self.base.get_output_embeddings(), nn.Linear):
+        if self.classifies:
+            return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
+        if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
             return scores_of_single_tokens(self.logits(batch, torch.unique(batch.tokens)), batch)
-        return scores(self.logits(batch), batch)
+        return scores_of_tokens(self._log_probabilities(batch), batch)
+
+    def _log_probabilities(self, batch: Batch) -> Tensor:
+        """(M,) of the candidates' tokens. The body runs once, the head for a bounded number of positions at a time."""
+        at_once = max(1, MAX_LOGITS // self._vocabulary)
+        if len(batch.positions) <= at_once:
+            return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
+        body = _body_of(self.base)
+        output = self._output_of(body, batch)
+        parts, found = [], []
+        for lo in range(0, len(batch.positions), at_once):
+            here = ((batch.rows >= lo) & (batch.rows < lo + at_once)).nonzero()[:, 0]
+            part = partial(self._part, replace(batch, positions=batch.positions[lo : lo + at_once]), body, output)
+            rows, tokens = batch.rows[here] - lo, batch.tokens[here]
+            # Under autograd a part's logits are made again for its gradient, or all of them would be kept.
+            again = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
+            parts.append(again(rows, tokens))
+            found.append(here)
+        return torch.cat(parts)[torch.cat(found).argsort()]
+
+    @property
+    def _vocabulary(self) -> int:
+        """Rows of the output layer."""
+        output = self.base.get_output_embeddings()
+        return int(self.config.vocab_size if output is None else output.weight.shape[0])
+
+    def _output_of(self, body: nn.Module, batch: Batch) -> Any:
+        """What the model's body gives to its head."""
+        caught: list[Any] = []
+
+        def catch(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output)
+            raise _Reached
+
+        handle = body.register_forward_hook(catch)
+        try:
+            self.logits(batch)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return caught.pop()
+
+    def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probabilities at some of the positions, from what the body gave."""
+        with _giving(body, output):
+            logits = self.logits(batch)
+        self.num_forwards -= 1
+        return log_probabilities(logits, rows, tokens)
 
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
 
 
+def _body_of(model: Any) -> nn.Module:
+    """The part that a forward pass calls first: for OPT that is not `base_model` but the decoder within it."""
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        found.append(module)
+        raise _Reached
+
+    handles = [part.register_forward_pre_hook(note) for part in model.modules() if part is not model]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0]
+
+
 @contextmanager
-def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[None]:
-    """Let the head see the hidden states at `positions` alone, and make the logits of the tokens `only`."""
+def _giving(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within this context the module computes nothing and returns `output`."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def head_of(model: Any) -> nn.Module:
+    """What makes logits of hidden states: the output layer itself, or the part of the model that ends in it."""
     output = model.get_output_embeddings()
-    # The output layer itself, or the part of the model that ends in it.
-    parts = list(model.children())
-    head = output if any(part is output for part in parts) else next(p for p in parts if output in set(p.modules()))
+    parts: list[nn.Module] = list(model.children())
+    return next(part for part in parts if part is output or output in set(part.modules()))
+
+
+@contextmanager
+def _head_at(model: Any, batch: Batch, only: Tensor | None) -> Iterator[None]:
+    """Let the head see the hidden states at the scored positions alone, and make the logits of the tokens `only`."""
+    output, head = model.get_output_embeddings(), head_of(model)
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = args
-        return (hidden.reshape(-1, hidden.shape[-1])[positions], *rest)
+        # Virtual tokens stand before the batch's own; positions count from the first of its own.
+        own = hidden[:, -batch.input_ids.shape[1] :]
+        return (own.reshape(-1, own.shape[-1])[batch.positions], *rest)
 
     def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
         assert only is not None
@@ -121,8 +239,13 @@ def _head_at(model: Any, positions: Tensor, only: Tensor | None) -> Iterator[Non
             del output.forward
 
 
-def load(options: ModelOptions) -> LanguageModel:
+def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> LanguageModel:
     """The model that `options` name, in eval mode, on its device.
+
+    Args:
+        options: which model.
+        labels: where given, a masked language model gets a classification head for them.
+        seed: names the new head's weights.
 
     Raises:
         UsageError: it cannot be found, read, or run here; the message says which and what to do.
@@ -131,8 +254,14 @@ def load(options: ModelOptions) -> LanguageModel:
     device = _device(options.device)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
+    elif (adapter := _adapter_folder(options)) is not None:
+        lm = _adapted(adapter, options, labels)
     else:
         lm = _pretrained(options)
+    if labels and lm.classifies:
+        check_labels(lm.name, lm.config, labels)
+    elif labels and lm.masked:
+        lm.module, lm.classifies = with_head(lm.module, labels, seed), True
     lm.module.to(device)
     lm.module.eval()
     return lm
@@ -173,7 +302,6 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
-    # An adapter's folder names its base by this.
     module.name_or_path = options.model
     return LanguageModel(module, byte_tokenizer(config), options.model, masked)
 
@@ -181,28 +309,41 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
 def _pretrained(options: ModelOptions) -> LanguageModel:
     import transformers
 
-    source = str(fetch(options.model)) if options.model in BUILT_IN else options.model
+    built_in = options.model in BUILT_IN
+    source = str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     try:
-        if (Path(source) / "adapter_config.json").is_file():
-            return _adapted(Path(source), options)
         config = transformers.AutoConfig.from_pretrained(source)
-        masked = any(name.endswith("ForMaskedLM") for name in config.architectures or [])
-        auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+        made = {name.rpartition("For")[2] for name in config.architectures or []}
+        masked, classifies = "MaskedLM" in made, "SequenceClassification" in made
+        auto = (
+            transformers.AutoModelForSequenceClassification
+            if classifies
+            else transformers.AutoModelForMaskedLM
+            if masked
+            else transformers.AutoModelForCausalLM
+        )
         module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"))
+        # An adapter's folder names its base by this: not by where this machine's cache is.
+        module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None
-    return LanguageModel(module, tokenizer, options.model, masked)
+    return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
 
 
-def _adapted(folder: Path, options: ModelOptions) -> LanguageModel:
+def _adapter_folder(options: ModelOptions) -> Path | None:
+    folder = Path(options.model)
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
     """A base model with the adapter of a folder, as peft loads it."""
     from peft import PeftConfig, PeftModel
 
     base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    lm = load(options.model_copy(update={"model": base}))
+    lm = load(options.model_copy(update={"model": base}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
     lm.name = options.model
     return lm

@@ -1,8 +1,9 @@
-"""The objective of classification and multiple choice: score each candidate by its log-probability.
+"""The objectives: candidates are scored by their log-probability, and the scores make the loss.
 
-A candidate's score is the mean log-probability of its tokens after the prompt; the loss is the softmax
-cross-entropy over the candidates' scores, the prediction the best score (Malladi et al., 2023, appendix
-E; the paper, section 4.1). All of it in float32 or better, whatever the model's precision.
+A candidate's score is the mean log-probability of its tokens after the prompt, the prediction the best
+score (Malladi et al., 2023, appendix E; the paper, section 4.1). The loss is the softmax cross-entropy
+over the candidates' scores, or teacher forcing: the cross-entropy of the right candidate's own tokens.
+All of it in float32 or better, whatever the model's precision.
 
 What costs time and changes nothing is left out: candidates that share the tokens the model must read
 share one forward pass, the head is computed only at the positions that are scored, and only for the
@@ -12,8 +13,8 @@ candidates' own tokens where each candidate is a single token, for then the norm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +35,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as tokens: the distinct sequences the model must read, and its candidates within them."""
+    """An example as tokens: the distinct sequences the model must read, and its candidates within them.
+
+    Attributes:
+        label, also_right, answers: as the example's.
+        prompt: where the answer is generated, the tokens to generate it from.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     candidates: tuple[Candidate, ...]
     label: int
+    also_right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    prompt: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return max(map(len, self.sequences))
+
+    def is_right(self, prediction: int) -> bool:
+        """Whether a candidate is one of the right ones."""
+        return prediction == self.label or prediction in self.also_right
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Batch:
             predicted, its id, and its candidate (index into C).
         lengths: (C,) tokens of each candidate.
         counts: candidates of each example; labels: (examples,) the right ones.
+        exact: whether scores must be log-probabilities; else a constant an example may be missing from them.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -70,18 +84,41 @@ class Batch:
     lengths: Tensor
     counts: tuple[int, ...]
     labels: Tensor
+    exact: bool = False
 
     @property
     def only_single_tokens(self) -> bool:
         """Whether each candidate is one token, and the candidates of an example are scored at one position."""
         return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
 
+    @property
+    def needs_only_candidates(self) -> bool:
+        """Whether logits of the candidates' own tokens are enough: the normaliser cancels."""
+        return not self.exact and self.only_single_tokens
+
 
 class Encoder:
-    """Examples to tokens with one tokenizer, once an example."""
+    """Examples to tokens with one tokenizer, once an example.
 
-    def __init__(self, tokenizer: Any, *, masked: bool, context: int, max_length: int | None) -> None:
-        self.tokenizer, self.masked, self.context, self.max_length = tokenizer, masked, context, max_length
+    Args:
+        masked, classifies: what the model does: fill in masks, or classify whole sequences by a head.
+        context: how many tokens the model reads at most.
+        max_length: where to cut longer prompts, from the left (a classification head's texts from the right).
+        new_tokens: room to leave behind a prompt that an answer is generated from.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        masked: bool,
+        context: int,
+        max_length: int | None,
+        classifies: bool = False,
+        new_tokens: int = 50,
+    ) -> None:
+        self.tokenizer, self.context, self.max_length, self.new_tokens = tokenizer, context, max_length, new_tokens
+        self._encode = self._pair if classifies else self._masked if masked else self._causal
 
     def __call__(self, example: Example, where: str = "an example") -> Encoded:
         """Encode one example; `where` names it in errors.
@@ -89,17 +126,22 @@ class Encoder:
         Raises:
             UsageError: it is longer than the model's context, or a masked model's word is not one token.
         """
-        encode = self._masked if self.masked else self._causal
-        found = [encode(example, candidate) for candidate in example.candidates]
+        found = [self._encode(example, candidate) for candidate in example.candidates]
         sequences = tuple(dict.fromkeys(sequence for sequence, _, _ in found))
-        longest = max(map(len, sequences))
+        prompt = self._prompt(example) if example.answers else ()
+        longest = max(*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0)
         if longest > self.context:
             raise UsageError(
                 f"{where} has {longest} tokens, but the model reads at most {self.context}. "
                 f"Cut long prompts from the left with --max-length {self.context}."
             )
         candidates = tuple(Candidate(sequences.index(s), positions, tokens) for s, positions, tokens in found)
-        return Encoded(sequences, candidates, example.label)
+        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt)
+
+    def _prompt(self, example: Example) -> tuple[int, ...]:
+        """What an answer is generated from, with room left for it."""
+        ids = tuple(self.tokenizer(example.prompt, verbose=False)["input_ids"])
+        return self._cut(ids, len(ids), self.new_tokens)[0]
 
     def _causal(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Tokenised once with its prompt: the option's tokens are those that end after the prompt does."""
@@ -122,16 +164,35 @@ class Encoder:
                 f"a masked language model fills in one token, but {candidate!r} is {len(words)} of them; "
                 "choose another word."
             )
-        mask = self.tokenizer.mask_token_id
-        sentence = f"{example.prompt}{self.tokenizer.mask_token}{example.suffix}"
-        text = self.tokenizer(sentence, verbose=False)["input_ids"]
-        read, _ = self._cut(tuple(text), len(text) - 1)
-        # The last one: the text itself may hold another.
-        return read, (max(i for i, token in enumerate(read) if token == mask),), (words[0],)
+        prompt = self._limited(example)
+        mask = self.tokenizer.mask_token
+        text = self.tokenizer(f"{prompt}{mask}{example.suffix}", return_offsets_mapping=True, verbose=False)
+        # The texts themselves may hold another mask.
+        ends = [end for _, end in text["offset_mapping"]]
+        place = ends.index(len(prompt) + len(mask))
+        read, cut = self._cut(tuple(text["input_ids"]), place)
+        return read, (place - cut,), (words[0],)
 
-    def _cut(self, ids: tuple[int, ...], prompt_length: int) -> tuple[tuple[int, ...], int]:
-        """At most `max_length` tokens: the first (where it begins the sequence) and the last ones."""
-        over = 0 if self.max_length is None else len(ids) - self.max_length
+    def _limited(self, example: Example) -> str:
+        """The prompt with its first text cut at the right to the tokens it may have."""
+        if example.text_limit is None:
+            return example.prompt
+        end, limit = example.text_limit
+        text = self.tokenizer(
+            example.prompt[:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        kept = [stop for _, stop in text["offset_mapping"]][:limit]
+        return example.prompt[: kept[-1] if len(kept) == limit else end] + example.prompt[end:]
+
+    def _pair(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """For a classification head: it sees the first token, and its outputs are numbered as the candidates are."""
+        cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
+        ids = self.tokenizer(example.prompt, example.second, verbose=False, **cut)["input_ids"]
+        return tuple(ids), (0,), (example.candidates.index(candidate),)
+
+    def _cut(self, ids: tuple[int, ...], prompt_length: int, room: int = 0) -> tuple[tuple[int, ...], int]:
+        """At most `max_length` tokens less `room`: the first (where it begins the sequence) and the last ones."""
+        over = 0 if self.max_length is None else len(ids) + room - self.max_length
         if over <= 0:
             return ids, 0
         if over >= prompt_length:
@@ -140,7 +201,7 @@ class Encoder:
         return ids[:keep] + ids[keep + over :], over
 
 
-def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device) -> Batch:
+def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
     """Tensors for some examples; padding is on the right, where no causal position sees it."""
     sequences = [s for e in examples for s in e.sequences]
     length = max(map(len, sequences))
@@ -173,13 +234,23 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
         lengths=tensor(lengths),
         counts=tuple(len(e.candidates) for e in examples),
         labels=tensor([e.label for e in examples]),
+        exact=exact,
     )
 
 
 def scores(logits: Tensor, batch: Batch) -> Tensor:
     """(examples, most candidates) mean log-probabilities from (N, V) logits; absent candidates are -inf."""
+    return scores_of_tokens(log_probabilities(logits, batch.rows, batch.tokens), batch)
+
+
+def log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """(M,) log-probabilities in float32 of the `tokens` (M,) at the `rows` (M,) of (N, V) logits."""
     logits = logits.float()
-    picked = logits[batch.rows, batch.tokens] - torch.logsumexp(logits, dim=1)[batch.rows]
+    return logits[rows, tokens] - torch.logsumexp(logits, dim=1)[rows]
+
+
+def scores_of_tokens(picked: Tensor, batch: Batch) -> Tensor:
+    """(examples, most candidates) means of (M,) log-probabilities of the candidates' tokens."""
     total = torch.zeros(len(batch.lengths), dtype=torch.float64, device=picked.device)
     return _by_example(total.index_add(0, batch.owners, picked.double()) / batch.lengths, batch)
 
@@ -199,3 +270,70 @@ def _by_example(values: Tensor, batch: Batch) -> Tensor:
 def losses(score: Tensor, batch: Batch) -> Tensor:
     """(examples,) softmax cross-entropy over the candidates, in double precision."""
     return F.cross_entropy(score, batch.labels, reduction="none")
+
+
+class Objective(Protocol):
+    """What is minimised: a mean over examples, made of their candidates' scores."""
+
+    name: str
+    exact: bool
+    """Whether scores must be log-probabilities, not only up to a constant an example."""
+
+    def reads(self, example: Encoded) -> Encoded:
+        """The part of an example that its loss depends on: all that training has to compute."""
+
+    def weight(self, example: Encoded) -> int:
+        """The example's share in a mean."""
+
+    def losses(self, score: Tensor, batch: Batch) -> Tensor:
+        """(examples,) losses, float64, from (examples, candidates) scores."""
+
+
+class Classification:
+    """Softmax cross-entropy over the candidates' scores; each example counts once."""
+
+    name, exact = "classification", False
+
+    def reads(self, example: Encoded) -> Encoded:
+        """All candidates."""
+        return example
+
+    def weight(self, example: Encoded) -> int:
+        """One."""
+        return 1
+
+    def losses(self, score: Tensor, batch: Batch) -> Tensor:
+        """As `losses`."""
+        return losses(score, batch)
+
+
+class TeacherForcing:
+    """Token cross-entropy of the right candidate alone; each of its tokens counts once, so that long ones weigh more.
+
+    Over a batch it is the sum over all of these tokens by their number (Malladi et al., 2023, appendix E).
+    """
+
+    name, exact = "teacher forcing", True
+
+    def reads(self, example: Encoded) -> Encoded:
+        """The right candidate."""
+        right = example.candidates[example.label]
+        alone = Candidate(0, right.positions, right.tokens)
+        return replace(example, sequences=(example.sequences[right.sequence],), candidates=(alone,), label=0)
+
+    def weight(self, example: Encoded) -> int:
+        """The right candidate's tokens."""
+        return len(example.candidates[example.label].tokens)
+
+    def losses(self, score: Tensor, batch: Batch) -> Tensor:
+        """The right candidate's score, negated."""
+        return -score.gather(1, batch.labels[:, None])[:, 0]
+
+
+CLASSIFICATION, TEACHER_FORCING = Classification(), TeacherForcing()
+
+
+def mean_loss(objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
+    """The mean of a batch's losses by the examples' weights: the objective's value."""
+    weights = torch.tensor([objective.weight(e) for e in examples], dtype=torch.float64, device=score.device)
+    return (objective.losses(score, batch) * weights).sum() / weights.sum()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import zotune
 from zotune.errors import RunError, UsageError
+from zotune.llm.builtin import BUILT_IN
 from zotune.llm.config import TrainConfig, write_yaml
 from zotune.llm.models import LanguageModel
 
@@ -84,10 +85,10 @@ class OutputFolder:
                 "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
-    def finish(self, results: dict[str, Any], config: TrainConfig, masked: bool) -> None:
+    def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> None:
         """Write results.json and the model card."""
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config, masked), encoding="utf-8")
+        (self.path / "README.md").write_text(_card(results, config, lm), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,18 +119,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def _card(results: dict[str, Any], config: TrainConfig, masked: bool) -> str:
+def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
-    adapter = config.tuning == "lora"
-    library, loader = ("peft", "AutoPeftModel") if adapter else ("transformers", "AutoModel")
-    kind = "" if adapter and masked else "ForMaskedLM" if masked else "ForCausalLM"
     test = results["test"]
-    accuracy = "not evaluated"
+    # The first of an evaluation's entries is its metric.
+    metric, found = "accuracy", "not evaluated"
     if test is not None:
+        metric, value = next(iter(test.items()))
         low, high = 100 * test["low"], 100 * test["high"]
-        accuracy = f"{100 * test['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+        found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
     return f"""---
-library_name: {library}
+library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
 ---
 
@@ -140,7 +140,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 | | |
 |---|---|
-| accuracy | {accuracy} |
+| {metric} | {found} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
@@ -148,10 +148,31 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
 
 ```python
-from {library} import {loader}{kind}
-
-model = {loader}{kind}.from_pretrained(FOLDER)
+{_loading(config, lm)}
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.
 """
+
+
+def _loading(config: TrainConfig, lm: LanguageModel) -> str:
+    """The lines of Python that load what was saved, on any machine."""
+    kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
+    auto = f"AutoModelFor{kind}"
+    if config.is_adapter and lm.classifies:
+        # The base knows nothing of the labels; the head is saved with the adapter.
+        loader = f"AutoPeft{auto[4:]}"
+        labels = f"num_labels={lm.config.num_labels}"
+        return f"from peft import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER, {labels})"
+    if not config.is_adapter:
+        return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(FOLDER)"
+    if config.model in BUILT_IN:
+        terms = ", accept_terms=True" if BUILT_IN[config.model].terms else ""
+        base = f"{auto}.from_pretrained(fetch({config.model!r}{terms}))"
+        imports = f"from transformers import {auto}\nfrom zotune.llm.builtin import fetch"
+    elif config.model.startswith("random:"):
+        base = f"load(ModelOptions(model={config.model!r})).module"
+        imports = "from zotune.llm.config import ModelOptions\nfrom zotune.llm.models import load"
+    else:
+        base, imports = f"{auto}.from_pretrained({config.model!r})", f"from transformers import {auto}"
+    return f"from peft import PeftModel\n{imports}\n\nmodel = PeftModel.from_pretrained({base}, FOLDER)"

@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands: step of steps, mean recent loss, forward passes, seconds, peak bytes, last accuracy."""
+    """Where a run stands: step of steps, recent mean loss, forward passes, seconds, peak bytes, held-out metric."""
 
     step: int
     max_steps: int
@@ -24,12 +24,12 @@ class Status:
     num_forwards: int
     seconds: float
     peak_memory: int
-    accuracy: float | None = None
+    held_out: float | None = None
 
     def __str__(self) -> str:
         rate = self.num_forwards / max(self.seconds, 1e-9)
         left = self.seconds / max(self.step, 1) * (self.max_steps - self.step)
-        held_out = "" if self.accuracy is None else f" · held-out {100 * self.accuracy:.1f} %"
+        held_out = "" if self.held_out is None else f" · held-out {100 * self.held_out:.1f} %"
         return (
             f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {rate:.1f} forwards/s · "
             f"{clock(left)} left · peak {self.peak_memory / 2**20:.0f} MiB{held_out}"

@@ -4,20 +4,31 @@ Where all tuned parameters lie in the last layers of a stack, what enters those 
 every forward pass of a sequence. It is computed at the first one and kept; later passes give it to the
 lowest tuned layer and let the layers below pass their input on. No model code is involved: the layers
 are found in the model, and their `forward` is replaced for the duration of a call.
+
+A matrix product may sum in another order for another shape, so a sequence's activations depend in their
+last bits on the batch that they are computed in. Here that batch is always the same one, the sequence's
+group: a few neighbours when a split's sequences are sorted by length. It is so whether the outcome is kept
+or not, so a score is the same to the bit with and without reuse, and whatever has found room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zotune.llm.kept import Kept
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import Batch
 from zotune.tuned import TunedTensors
+
+Tokens = tuple[int, ...]
+
+# So many that a matrix product is efficient, so few that a group costs little where it must be computed again.
+GROUP_TOKENS = 256
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
@@ -73,69 +84,94 @@ def parameters_below(model: nn.Module, layers: nn.ModuleList) -> set[int]:
     return below
 
 
+def groups_of(sequences: Iterable[Tokens]) -> list[tuple[Tokens, ...]]:
+    """The sequences, each once, by length and in groups of at most `GROUP_TOKENS` padded tokens or of one sequence.
+
+    >>> [[len(s) for s in group] for group in groups_of([(1,) * 100, (2,) * 90, (3,) * 300, (4,) * 10])]
+    [[10, 90], [100], [300]]
+    """
+    groups: list[list[Tokens]] = []
+    for s in sorted(set(sequences), key=lambda s: (len(s), s)):
+        if groups and (len(groups[-1]) + 1) * len(s) <= GROUP_TOKENS:
+            groups[-1].append(s)
+        else:
+            groups.append([s])
+    return [tuple(group) for group in groups]
+
+
 class ReusedActivations:
-    """A language model's scores with the activations below its lowest tuned layer kept between calls.
+    """A language model's scores, its lower layers computed once a sequence as far as there is room to keep them.
 
     Args:
         lm: the model; what it tunes must not change afterwards.
-        max_bytes: how much is kept at most; sequences beyond it are computed each time.
+        kept: where activations are kept; without a tier they are computed each time, with the same bits.
+        splits: the sequences to come, split by split: no split's groups depend on the splits after it. A
+            sequence of none is its own group.
+
+    Attributes:
+        depth: how many layers lie below everything that is tuned; where it is 0, scores are the model's own.
+        num_layers: how many there are in all.
     """
 
-    def __init__(self, lm: LanguageModel, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, lm: LanguageModel, kept: Kept, splits: Sequence[Iterable[Tokens]] = ()) -> None:
         _, layers = layers_of(lm.base)
-        self.depth = lowest_tuned_layer(lm.base)
-        self._lm, self._layers = lm, list(layers[: self.depth])
-        self._kept: dict[tuple[int, ...], Tensor] = {}
-        self._room = max_bytes
+        self.num_layers = len(layers)
+        self.depth = 0 if _tunes_outside(lm) else lowest_tuned_layer(lm.base)
+        self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
         self._returns_tuple = False
+        self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}
+        for split in splits:
+            new = [s for s in split if s not in self._group_of]
+            self._group_of |= {s: group for group in groups_of(new) for s in group}
 
     def score(self, batch: Batch) -> Tensor:
-        """As `LanguageModel.score`."""
+        """As `LanguageModel.score`, up to the last bits of the lower layers' activations."""
         if self.depth == 0:
             return self._lm.score(batch)
-        entering = self._entering(batch)
-        with self._starting_from(entering):
+        with self._starting_from(self._entering(batch)):
             return self._lm.score(batch)
 
+    @property
+    def num_bytes(self) -> int:
+        """What keeping all of the splits takes, about."""
+        size: int = next(p.element_size() for p in self._lm.base.parameters()) * self._lm.config.hidden_size
+        return size * sum(map(len, self._group_of))
+
     def _entering(self, batch: Batch) -> Tensor:
-        """(S, L, width): what enters the lowest tuned layer; zeros at padding."""
-        found = [self._kept.get(s) for s in batch.sequences]
-        if any(one is None for one in found):
-            fresh = self._compute(batch)
-            for i, sequence in enumerate(batch.sequences):
-                if found[i] is None:
-                    found[i] = fresh[i, : len(sequence)].clone()
-                    self._keep(sequence, found[i])
-        return torch.nn.utils.rnn.pad_sequence([one for one in found if one is not None], batch_first=True)
+        """(S, L, width): what enters the lowest tuned layer; zeros at padding, which no scored position sees."""
+        found: dict[Tokens, Tensor] = {}
+        for s in batch.sequences:
+            kept = found.get(s)
+            kept = self._kept.get(s) if kept is None else kept
+            if kept is not None:
+                found[s] = kept
+                continue
+            fresh = self._compute(self._group_of.get(s, (s,)))
+            for one, activation in fresh.items():
+                self._kept.put(one, activation)
+            found |= fresh
+        return torch.nn.utils.rnn.pad_sequence([found[s] for s in batch.sequences], batch_first=True)
 
-    def _keep(self, sequence: tuple[int, ...], activation: Any) -> None:
-        size = activation.numel() * activation.element_size()
-        if size <= self._room and sequence not in self._kept:
-            self._room -= size
-            self._kept[sequence] = activation
-
-    def _compute(self, batch: Batch) -> Tensor:
-        """A forward pass through the lower layers alone."""
-        top = self._layers[-1]
+    def _compute(self, group: Sequence[Tokens]) -> dict[Tokens, Tensor]:
+        """(L, width) for each sequence of a group: one forward pass of it through the lower layers alone."""
         caught: list[Any] = []
 
         def catch(module: nn.Module, args: Any, output: Any) -> None:
             caught.append(output)
             raise _Reached
 
-        handle = top.register_forward_hook(catch)
+        handle = self._layers[-1].register_forward_hook(catch)
         try:
             with torch.no_grad():
-                self._lm.logits(batch)
+                self._lm.read(*padded(group, self._lm.pad_token_id, self._lm.device))
         except _Reached:
             pass
         finally:
             handle.remove()
-        self._lm.num_forwards -= 1
         (output,) = caught
         self._returns_tuple = isinstance(output, tuple)
-        activation: Tensor = output[0] if self._returns_tuple else output
-        return activation
+        activations: Tensor = output[0] if self._returns_tuple else output
+        return {s: activation[: len(s)] for s, activation in zip(group, activations, strict=True)}
 
     @contextmanager
     def _starting_from(self, entering: Tensor) -> Iterator[None]:
@@ -152,6 +188,26 @@ class ReusedActivations:
             yield
         finally:
             _restore(self._layers, own)
+
+
+def padded(sequences: Sequence[Tokens], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(S, L) token ids, padded on the right, and the mask of what is no padding.
+
+    >>> padded([(5, 6), (7,)], 0, torch.device("cpu"))
+    (tensor([[5, 6],
+            [7, 0]]), tensor([[1, 1],
+            [1, 0]]))
+    """
+    length = max(map(len, sequences))
+    ids = [[*s, *[pad_token_id] * (length - len(s))] for s in sequences]
+    mask = [[1] * len(s) + [0] * (length - len(s)) for s in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _tunes_outside(lm: LanguageModel) -> bool:
+    """Whether something is tuned that is no part of the model itself: virtual tokens reach all its layers."""
+    inside = {id(p) for p in lm.base.parameters()}
+    return any(p.requires_grad and id(p) not in inside for p in lm.module.parameters())
 
 
 def _restore(layers: Sequence[nn.Module], own: Sequence[Any]) -> None:

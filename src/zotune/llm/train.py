@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import RunError
+from zotune.errors import RunError, UsageError
 from zotune.hybrid import Hybrid
 from zotune.llm.config import DataOptions, TrainConfig
-from zotune.llm.data import Splits, user_splits
-from zotune.llm.evaluate import Evaluation, Scorer, evaluate
+from zotune.llm.data import user_splits
+from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
+from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.objective import Batch, Encoded, Encoder, collate, losses
+from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, collate, mean_loss
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
-from zotune.llm.progress import Display, Status
+from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
-from zotune.llm.tasks import find_task
+from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
 from zotune.memory import peak_memory
@@ -44,7 +45,8 @@ class Result:
         num_tuned: how many numbers were tuned.
         seconds: the training's, evaluations not counted.
         peak_memory: the process's, in bytes.
-        dev_before, dev, test: accuracy on the held-out rows before and after, and on the evaluation rows.
+        dev_before, dev, test: accuracy (F1 of generated answers) on the held-out rows before and after, and on the
+            evaluation rows.
         stopped_by: the signal that ended the run early, or None.
     """
 
@@ -55,36 +57,46 @@ class Result:
     num_tuned: int
     seconds: float
     peak_memory: int
-    dev_before: Evaluation | None
-    dev: Evaluation | None
-    test: Evaluation | None
+    dev_before: Measured | None
+    dev: Measured | None
+    test: Measured | None
     stopped_by: int | None
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it, versions and machine included."""
-        plain = {k: v for k, v in asdict(self).items() if not isinstance(getattr(self, k), Evaluation)}
-        found = {k: v.summary() for k in ("dev_before", "dev", "test") if isinstance(v := getattr(self, k), Evaluation)}
+        plain = {k: v for k, v in asdict(self).items() if not isinstance(getattr(self, k), Measured)}
+        found = {k: v.summary() for k in ("dev_before", "dev", "test") if isinstance(v := getattr(self, k), Measured)}
         return {**plain, "output_dir": str(self.output_dir), **found, "environment": environment()}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The splits as tokens."""
+    """The splits as tokens, what is minimised on them, and what is reported."""
 
     train: tuple[Encoded, ...]
     dev: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
+    objective: Objective = CLASSIFICATION
+    measure: Measure = evaluate
 
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
-    splits = user_splits(options) if options.task is None else find_task(options.task).splits(options, lm.masked)
-    encode = Encoder(lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length)
+    if lm.classifies and options.prompt == "aligned":
+        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
+    task = None if options.task is None else find_task(options.task)
+    splits = user_splits(options) if task is None else task.splits(options, lm.masked)
+    encode = Encoder(
+        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
+    )
 
-    def encoded(name: str, splits: Splits) -> tuple[Encoded, ...]:
+    def encoded(name: str) -> tuple[Encoded, ...]:
         return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
 
-    return Rows(*(encoded(name, splits) for name in ("train", "dev", "test")))
+    train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
+    if task is None:
+        return Rows(train, dev, test)
+    return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
 
 
 def train(config: TrainConfig) -> Result:
@@ -94,12 +106,15 @@ def train(config: TrainConfig) -> Result:
         UsageError: the run cannot start as asked.
         RunError: it failed on the way; metrics, and weights where there are sound ones, are kept.
     """
-    lm = load(config)
-    rows = load_rows(lm, config)
+    lm = load(config, head_labels(config), config.seed)
+    # Virtual tokens take of the context that the rows must fit into.
     prepare(lm, config)
+    rows = load_rows(lm, config)
+    if not rows.train:
+        raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
     output = OutputFolder(config)
     output.check_room(lm)
-    scorer: Scorer = ReusedActivations(lm).score if _may_reuse(lm, config) else lm.score
+    scorer = _scorer(lm, rows, config)
     run = _Run(lm, rows, config, scorer, output)
     before = run.evaluate(rows.dev)
     with Display(config.max_steps) as display, stoppable() as stop:
@@ -126,7 +141,7 @@ def train(config: TrainConfig) -> Result:
         test=test,
         stopped_by=stop.signal,
     )
-    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm.masked)
+    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm)
     return result
 
 
@@ -141,7 +156,7 @@ class _Run:
         self.update = _update(self.optimizer, lm, config)
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
-        self._accuracy: float | None = None
+        self._held_out: float | None = None
 
     def steps(self, display: Display, stop: Stop) -> None:
         """All steps, or those until a signal."""
@@ -166,27 +181,35 @@ class _Run:
                 display.say(f"stopped at step {self.step}; saving what there is …")
                 return
 
-    def evaluate(self, examples: Sequence[Encoded]) -> Evaluation | None:
-        """Accuracy on some rows; None where there are none."""
+    def evaluate(self, examples: Sequence[Encoded]) -> Measured | None:
+        """The task's metric on some rows; None where there are none."""
         if not examples:
             return None
         self.lm.module.eval()
-        return evaluate(self.lm, examples, self.config.per_device_eval_batch_size, self.scorer)
+        size = self.config.per_device_eval_batch_size
+        return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
 
     def _evaluate_on_the_way(self, display: Display) -> None:
         found = self.evaluate(self.rows.dev)
         if found is not None:
-            self._accuracy = found.accuracy
+            self._held_out = found.value
             self.output.log({"step": self.step, "dev": found.summary()})
-            display.say(f"step {self.step}: held-out accuracy {found}, loss {found.loss:.4f}")
+            display.say(f"step {self.step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
 
     def _closures(self, examples: Sequence[Encoded]) -> tuple[list[Callable[[], Tensor]], list[int]]:
-        """The batch cut into forward passes of at most the configured size, examples of one length together."""
+        """The batch cut into forward passes of at most the configured size, examples of one length together.
+
+        With each, its share in the mean.
+        """
+        objective = self.rows.objective
         size = self.config.per_device_train_batch_size
         ordered = sorted(examples, key=lambda e: e.length)
         cuts = [ordered[lo : lo + size] for lo in range(0, len(ordered), size)]
-        batches = [collate(cut, self.lm.pad_token_id, self.lm.device) for cut in cuts]
-        return [partial(_mean_loss, self.scorer, batch) for batch in batches], [len(cut) for cut in cuts]
+        batches = [collate(cut, self.lm.pad_token_id, self.lm.device, exact=objective.exact) for cut in cuts]
+        closures: list[Callable[[], Tensor]] = [
+            partial(_loss, objective, self.scorer, *both) for both in zip(batches, cuts, strict=True)
+        ]
+        return closures, [sum(map(objective.weight, cut)) for cut in cuts]
 
     def _run_once(self) -> None:
         """One forward pass, by which it is seen where parameters are read."""
@@ -196,7 +219,7 @@ class _Run:
 
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
-        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._accuracy)
+        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._held_out)
 
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
@@ -219,11 +242,30 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
         waiting = waiting[size:]
 
 
-def _mean_loss(scorer: Scorer, batch: Batch) -> Tensor:
-    return losses(scorer(batch), batch).mean()
+def _loss(objective: Objective, scorer: Scorer, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
+    return mean_loss(objective, scorer(batch), batch, examples)
 
 
-def _may_reuse(lm: LanguageModel, config: TrainConfig) -> bool:
-    """Whether what lies below the tuned layers is the same in every pass: a first-order step leaves dropout on."""
+def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
+    """How rows are scored: the layers below the tuned ones once a row, where they are the same in every pass."""
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
-    return config.reuse_activations and not (drops and config.method in FIRST_ORDER)
+    if drops and config.method in FIRST_ORDER:  # a step of back-propagation leaves dropout on
+        return lm.score
+    splits = [[s for e in split for s in e.sequences] for split in (rows.train, rows.dev, rows.test)]
+    reused = ReusedActivations(lm, _kept(config), splits)
+    if reused.depth and config.reuse_activations:
+        file = f" and {config.reuse_file:g} GiB of a file" if config.reuse_file else ""
+        say(
+            f"reusing activations: layers 1 to {reused.depth} of {reused.num_layers} lie below what is tuned and are "
+            f"computed once a row; that takes {reused.num_bytes / 2**30:.2g} GiB, of which at most "
+            f"{config.reuse_memory:g} GiB of memory{file}"
+        )
+    return reused.score
+
+
+def _kept(config: TrainConfig) -> Kept:
+    """Where the activations of those layers are kept."""
+    if not config.reuse_activations:
+        return Kept()
+    memory, file = (int(gib * 2**30) for gib in (config.reuse_memory, config.reuse_file))
+    return Kept([Memory(memory), *([File(file, config.output_dir)] if file else [])])

@@ -1,10 +1,29 @@
-"""The tasks by name, one file each."""
+"""The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.data import Task
+from zotune.llm.config import DataOptions
+from zotune.llm.task import Task
+from zotune.llm.tasks.boolq import BOOLQ
+from zotune.llm.tasks.cb import CB
+from zotune.llm.tasks.copa import COPA
+from zotune.llm.tasks.drop import DROP
+from zotune.llm.tasks.mnli import MNLI
+from zotune.llm.tasks.multirc import MULTIRC
+from zotune.llm.tasks.record import RECORD
+from zotune.llm.tasks.rte import RTE
+from zotune.llm.tasks.snli import SNLI
+from zotune.llm.tasks.squad import SQUAD
 from zotune.llm.tasks.sst2 import SST2
+from zotune.llm.tasks.sst5 import SST5
+from zotune.llm.tasks.trec import TREC
+from zotune.llm.tasks.wic import WIC
+from zotune.llm.tasks.winogrande import WINOGRANDE
+from zotune.llm.tasks.wsc import WSC
 
-TASKS: dict[str, Task] = {task.name: task for task in (SST2,)}
+_PAPER = (SST2, RTE, COPA, WINOGRANDE, MULTIRC)
+_OTHERS = (SST5, SNLI, MNLI, TREC, CB, BOOLQ, WSC, WIC, RECORD, SQUAD, DROP)
+
+TASKS: dict[str, Task] = {task.name: task for task in (*_PAPER, *_OTHERS)}
 """Every task by name: feeds the command line, the docs and the tests."""
 
 
@@ -17,3 +36,8 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
     return TASKS[name]
+
+
+def head_labels(options: DataOptions) -> tuple[str, ...]:
+    """The labels that a masked model's new classification head is for; none where it keeps its own head."""
+    return () if options.task is None or options.prompt == "aligned" else find_task(options.task).labels

@@ -7,24 +7,47 @@ Source: Socher et al., 2013; GLUE's card states no explicit licence.
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row, Task
+from zotune.llm.data import Example, Row
+from zotune.llm.task import Task
 
-_WORDS = (" terrible", " great")
+_WORDS, _LABELS = (" terrible", " great"), ("negative", "positive")
 
 
-def to_example(row: Row, masked: bool) -> Example:
-    """`{sentence} It was` → ` terrible` or ` great`; a masked model reads `{sentence} It was<mask>.`
+def causal(row: Row) -> Example:
+    """`{sentence} It was` → ` terrible` | ` great`.
 
-    >>> to_example({"sentence": "a gorgeous film ", "label": 1}, masked=False)
-    Example(prompt='a gorgeous film It was', candidates=(' terrible', ' great'), label=1, suffix='')
+    >>> example = causal({"sentence": "a gorgeous film ", "label": 1})
+    >>> example.prompt, example.candidates, example.label
+    ('a gorgeous film It was', (' terrible', ' great'), 1)
     """
-    return Example(f"{row['sentence'].strip()} It was", _WORDS, int(row["label"]), "." if masked else "")
+    return Example(f"{row['sentence'].strip()} It was", _WORDS, int(row["label"]))
+
+
+def masked(row: Row) -> Example:
+    """`{sentence} It was[M].`, the same words."""
+    return Example(f"{row['sentence'].strip()} It was", _WORDS, int(row["label"]), suffix=".")
+
+
+def plain(row: Row) -> Example:
+    """`{sentence}` → ` terrible` | ` great`."""
+    return Example(row["sentence"].strip(), _WORDS, int(row["label"]))
+
+
+def head(row: Row) -> Example:
+    """The sentence."""
+    return Example(row["sentence"].strip(), _LABELS, int(row["label"]))
 
 
 SST2 = Task(
     name="sst2",
     description="sentiment of film reviews, two labels",
-    to_example=to_example,
+    causal=causal,
+    masked=masked,
+    plain=plain,
+    head=head,
+    labels=_LABELS,
     hub=("nyu-mll/glue", "sst2"),
+    source="GLUE SST-2, from the Stanford Sentiment Treebank (Socher et al., 2013)",
     licence="none stated (Stanford Sentiment Treebank)",
+    size=(67_349, 872),
 )

@@ -1,0 +1,155 @@
+"""What a forward gradient costs: peak memory against a plain forward pass, and time against two of them.
+
+    python benchmarks/speed/forward_gradient.py
+
+Memory: an OPT-350M with random weights (full tuning, loss over every token of 2 x 128, float32), each way a process of
+its own; the peak is the process's high-water mark of resident memory, loading included. The ways: one plain forward
+pass; one step of the forward gradient; `torch.func.jvp`, which holds the whole direction. Time: medians of one
+evaluation of the forward gradient and of two plain forward passes, in turn within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import zotune as zo
+from zotune import noise
+from zotune.llm.config import ModelOptions
+from zotune.llm.models import load
+from zotune.memory import peak_memory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import write_result
+from step import median_seconds
+
+MEMORY_MODEL, MEMORY_SHAPE = "random:opt-350m", (2, 128)
+TIME_MODELS, TIME_SHAPE = ("random:opt-125m", "smollm2-135m"), (16, 32)
+SEED, LR = 7, 1e-6
+
+
+def objective(name: str, batch: int, length: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model in float32 and the causal language-modelling loss of random sequences under it."""
+    model = load(ModelOptions(model=name, dtype="float32", device="cpu")).module
+    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    return model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def forward(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """One plain forward pass."""
+    with torch.no_grad():
+        return float(loss())
+
+
+def streamed(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """One step of gradient descent along the forward gradient; its coefficient."""
+    optimizer = zo.ZerothOrder(model, LR, estimator=zo.forward_gradient, seed=SEED)
+    estimate = optimizer.estimate(loss)
+    optimizer.apply(estimate)
+    return estimate.terms[0][0]
+
+
+def all_tangents(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """The coefficient along the same direction by `torch.func.jvp`."""
+    (u,) = zo.ZerothOrder(model, LR, seed=SEED).directions()
+    x = {name: p.detach() for name, p in model.named_parameters()}
+
+    def f(x: dict[str, Tensor]) -> Tensor:
+        by_place = {id(p): x[name] for name, p in model.named_parameters()}
+        with _Replaced(by_place):
+            return loss()
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        return float(torch.func.jvp(f, (x,), ({name: u.of(model, name) for name in x},))[1])
+
+
+class _Replaced(torch.overrides.TorchFunctionMode):
+    """Parameters are read from a table; a functional call that leaves closures as they are."""
+
+    def __init__(self, by_id: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._by_id = by_id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def swap(t: Tensor) -> Tensor:
+            return self._by_id.get(id(t), t)
+
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, swap, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+WAYS = {"forward": forward, "forward_gradient": streamed, "jvp": all_tangents}
+
+
+def measure_peak(way: str) -> dict[str, float]:
+    """In this process: peak bytes of loading, then of everything, and the way's result."""
+    model, loss = objective(MEMORY_MODEL, *MEMORY_SHAPE)
+    loaded = peak_memory()
+    result = WAYS[way](model, loss)
+    return {"bytes": peak_memory(), "loaded_bytes": loaded, "result": result}
+
+
+def peaks() -> dict[str, Any]:
+    """Peaks of the three ways, each in a fresh process."""
+    found: dict[str, Any] = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--peak", way]
+        found[way] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        ratio = found[way]["ratio"] = found[way]["bytes"] / found["forward"]["bytes"]
+        print(f"{way:17} {found[way]['bytes'] / 2**20:6.0f} MiB: {ratio:.3f} x a forward pass", flush=True)
+    return found
+
+
+def times(name: str, rounds: int) -> dict[str, Any]:
+    """Median seconds of two forward passes and of one forward gradient, and their ratio."""
+    model, loss = objective(name, *TIME_SHAPE)
+    rows = {}
+    for sampler in zo.SAMPLERS.values():
+        optimizer = zo.ZerothOrder(model, LR, estimator=zo.forward_gradient, sampler=sampler, seed=SEED)
+        sides = {
+            "two_forwards": lambda: (forward(model, loss), forward(model, loss)),
+            "forward_gradient": partial(optimizer.estimate, loss),
+        }
+        seconds = median_seconds(sides, rounds)
+        plain = statistics.median(seconds["two_forwards"])
+        low, middle, high = statistics.quantiles(seconds["forward_gradient"], n=4)
+        rows[repr(sampler)] = {
+            "two_forwards_seconds": plain,
+            "forward_gradient_seconds": middle,
+            "ratio": middle / plain,
+            "ratio_quartiles": [low / plain, high / plain],
+        }
+        print(f"{name:17} {sampler!r:10} forward gradient {middle / plain:.2f} x two forwards", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak is not None:
+        print(json.dumps(measure_peak(options.peak)))
+        return
+    memory = {"model": MEMORY_MODEL, "batch_and_length": MEMORY_SHAPE, "peaks": peaks()}
+    time = {name: times(name, options.rounds) for name in TIME_MODELS}
+    common = {"dtype": "float32", "tuning": "full", "seed": SEED, "threads": torch.get_num_threads()}
+    speed = {"batch_and_length": TIME_SHAPE, "rounds": options.rounds, "models": time}
+    kernels = noise._cpu().__name__
+    write_result("memory-forward-gradient", {**common, "kernels": kernels, "memory": memory, "time": speed})
+
+
+if __name__ == "__main__":
+    main()

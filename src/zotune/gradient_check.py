@@ -1,0 +1,174 @@
+"""The forward gradient, compared with differences of losses before it is trusted.
+
+An operation that torch does not know how to differentiate (a kernel for quantised weights, a custom operator, a
+`detach`) may drop tangents without a word: the loss is right and its derivative is wrong, often zero. So the first
+coefficient is held against central differences along the same direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+from zotune.directions import Direction
+from zotune.errors import UsageError
+from zotune.estimate import GradientEstimate
+from zotune.estimators import Closure, central_difference
+from zotune.forward_mode import forward_gradient
+from zotune.tangents import tangent_of
+from zotune.tuned import TunedTensors
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How differences are made and read in one precision.
+
+    Attributes:
+        first: μ of the difference that mostly settles it.
+        others: further μ, around the first; each the half or the quarter of the one before.
+        rounding: what the loss may be off by, relative to it.
+        tolerance: what a coefficient may be off by, relative to it, in any case.
+    """
+
+    first: float
+    others: tuple[float, ...]
+    rounding: float
+    tolerance: float
+
+
+_TRIALS = {
+    torch.float64: Trial(1e-4, (1.6e-3, 4e-4, 2.5e-5, 6.25e-6), 1e-14, 0.01),
+    torch.float32: Trial(1e-3, (1.6e-2, 4e-3, 2.5e-4, 6.25e-5), 2e-7, 0.03),
+    torch.float16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 1e-4, 0.2),
+    torch.bfloat16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 5e-4, 0.25),
+}
+
+
+class CheckedForwardGradient:
+    """`forward_gradient`, whose first estimate is compared with central differences along its first direction.
+
+    That takes two further forward passes, once; eight more where they leave a doubt. They are no part of the
+    estimate, whose `num_forwards` does not count them. A mismatch must exceed what rounding and curvature explain,
+    which is judged by how far differences with several μ agree with one another.
+
+    Raises:
+        UsageError: as `forward_gradient`, and if the coefficient is not the derivative of the loss; the operations
+            that lost tangents are named.
+
+    >>> model, estimator = nn.Linear(2, 1, bias=False), CheckedForwardGradient()
+    >>> tuned, u = TunedTensors(model), Direction(seed=7)
+    >>> estimator(lambda: model.weight.square().sum(), tuned, [u]).num_forwards
+    1
+    >>> wrong = CheckedForwardGradient()
+    >>> wrong(lambda: (model.weight * model.weight.detach()).sum(), tuned, [u])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    zotune.errors.UsageError: the forward gradient's coefficient is ..., but differences of the loss ...
+    """
+
+    def __init__(self) -> None:
+        self._is_checked = False
+
+    def __call__(self, closure: Closure, tuned: TunedTensors, directions: Sequence[Direction]) -> GradientEstimate:
+        """As `forward_gradient`."""
+        estimate = forward_gradient(closure, tuned, directions)
+        if not self._is_checked and estimate.is_finite:
+            _check(closure, tuned, estimate)
+            self._is_checked = True
+        return estimate
+
+
+def _check(closure: Closure, tuned: TunedTensors, estimate: GradientEstimate) -> None:
+    share, u = estimate.terms[0]
+    c = share * sum(other.block == u.block for _, other in estimate.terms)
+
+    def slope(mu: float) -> float:
+        return central_difference(closure, tuned, [u], mu=mu).terms[0][0]
+
+    trial = _TRIALS[_precision(tuned.model)]
+    found = contradiction(c, slope, abs(estimate.loss), trial)
+    if found is not None:
+        with _Losing() as lost:
+            forward_gradient(closure, tuned, [u])
+        where = f" Tangents end in: {', '.join(sorted(lost.names))}." if lost.names else ""
+        raise UsageError(
+            f"the forward gradient's coefficient is {c:.4g}, but differences of the loss say {found:.4g}: the loss "
+            f"depends on the weights in ways that forward-mode differentiation does not see.{where} Usual reasons are "
+            "weights that are quantised, operators without a derivative, .detach(), and losses that are not a "
+            "function of the weights alone. Use central_difference, or a model in float32, bfloat16 or float16."
+        )
+
+
+def contradiction(c: float, slope: Callable[[float], float], loss: float, trial: Trial) -> float | None:
+    """What differences of the loss say in place of c, if they clearly do; else None.
+
+    Args:
+        c: the derivative in question.
+        slope: the central difference for a given μ.
+        loss: |f(x)|.
+        trial: how to go about it.
+
+    Three differences with neighbouring μ bound each other's error: one of O(μ²) falls by 4 or 16 from one to the
+    next, one of rounding rises by 2 or 4. The three that agree best are believed, to three times their spread.
+
+    >>> trial = _TRIALS[torch.float32]
+    >>> contradiction(1.0, lambda mu: 1 + 1e5 * mu**2, 1.0, trial) is None
+    True
+    >>> contradiction(0.0, lambda mu: 1 + mu**2, 1.0, trial) is None
+    False
+    """
+    slopes = {trial.first: slope(trial.first)}
+    if _near(c, slopes[trial.first], trial.tolerance):
+        return None
+    slopes |= {mu: slope(mu) for mu in trial.others}
+    mus = sorted(slopes)
+
+    def doubt(three: Sequence[float]) -> float:
+        values = [slopes[mu] for mu in three]
+        return 3 * (max(values) - min(values)) + trial.rounding * loss / three[0]
+
+    best = min(zip(mus, mus[1:], mus[2:], strict=False), key=doubt)
+    said = sorted(slopes[mu] for mu in best)[1]
+    return None if _near(c, said, trial.tolerance, doubt(best)) else said
+
+
+def _near(a: float, b: float, relative: float, absolute: float = 0.0) -> bool:
+    # Written so that a difference that is not a number settles nothing, and contradicts nothing.
+    return not abs(a - b) > relative * max(abs(a), abs(b)) + absolute
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """The coarsest precision that a model may compute in; for integer weights that is unknown, and taken as coarse."""
+    tensors = list(model.parameters())
+    devices = {t.device.type for t in tensors} - {"meta"}
+    autocast = {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    used = {t.dtype for t in tensors} | autocast
+    finer: set[torch.dtype] = set()
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        finer = finer | {dtype}
+        if used <= finer:
+            return dtype
+    return torch.bfloat16
+
+
+class _Losing(TorchFunctionMode):
+    """Names the torch functions that are given tangents and return floating-point numbers without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        if made and all(tangent_of(t) is None for t in made) and any(tangent_of(t) is not None for t in given):
+            self.names.add(resolve_name(func) or str(func))
+        return result

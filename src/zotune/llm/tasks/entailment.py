@@ -1,0 +1,62 @@
+"""What the entailment tasks share: SNLI, MNLI, RTE, CB ask whether a premise implies a hypothesis.
+
+The masked form is that of Malladi et al. (2023), after Gao et al. (2021), "Making pre-trained language models
+better few-shot learners"; the causal one, by Malladi et al., is CB's (RTE has its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zotune.llm.data import Example, Row
+
+Labels = dict[str, str]
+"""The labels' names in the order of their numbers, each with its word."""
+
+
+def suppose(labels: Labels) -> Callable[[Row], Example]:
+    """The causal form of CB."""
+
+    def causal(row: Row) -> Example:
+        """`Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?⏎` → `Yes` | `No` | `Maybe`."""
+        question = f'Suppose {row["premise"]} Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n'
+        return Example(question, tuple(labels.values()), int(row["label"]))
+
+    return causal
+
+
+def fill_in(labels: Labels) -> Callable[[Row], Example]:
+    """The masked form; of the premise at most 240 tokens are read."""
+
+    def masked(row: Row) -> Example:
+        """`{premise without its last character}?[M], {hypothesis, first letter lower-cased}`."""
+        premise, hypothesis = row["premise"][:-1], row["hypothesis"]
+        return Example(
+            f"{premise}?",
+            tuple(f" {word}" for word in labels.values()),
+            int(row["label"]),
+            suffix=f", {hypothesis[:1].lower()}{hypothesis[1:]}",
+            text_limit=(len(premise), 240),
+        )
+
+    return masked
+
+
+def unaligned(labels: Labels) -> Callable[[Row], Example]:
+    """The causal form without task alignment."""
+
+    def plain(row: Row) -> Example:
+        """`{premise}⏎"{hypothesis}"⏎` → the same words."""
+        return Example(f'{row["premise"]}\n"{row["hypothesis"]}"\n', tuple(labels.values()), int(row["label"]))
+
+    return plain
+
+
+def pair(labels: Labels) -> Callable[[Row], Example]:
+    """The form of a classification head."""
+
+    def head(row: Row) -> Example:
+        """Premise and hypothesis."""
+        return Example(row["premise"], tuple(labels), int(row["label"]), second=row["hypothesis"])
+
+    return head

@@ -1,0 +1,155 @@
+"""The model with tangents: each tuned tensor is dual, x with the tangent u, while a torch function reads it.
+
+The derivative rules of torch want the whole of u for a tensor, and multiply by tangents that are zero. Those that
+matter for a language model's time and memory are written out here: linear layers, embeddings, the loss over a
+vocabulary; and norms, whose rule overflows in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
+
+from zotune.directions import Direction
+from zotune.perturb import SCRATCH_ELEMENTS, Along
+from zotune.reading import Reading
+from zotune.tuned import TunedTensor, TunedTensors
+
+
+class Tangents(Reading):
+    """Within this context each tuned tensor is read as a dual one: x with the tangent `scale` · u, made at that moment.
+
+    It belongs into a `torch.autograd.forward_ad.dual_level()`.
+    """
+
+    def __init__(self, tuned: TunedTensors, direction: Direction, scale: float = 1.0) -> None:
+        super().__init__(tuned, direction.tensors)
+        self._u = Along(direction, scale)
+
+    def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+        """The whole tensor with its tangent."""
+        tangent = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        flat = tangent.view(-1)
+        self._u.move(flat, flat, tensor, 0)
+        return dual(value.detach(), tangent)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """Y = x Wᵀ + b and Ẏ = ẋ Wᵀ + x Uᵀ + ḃ, without products of what is zero and without a whole U."""
+        tensor = self.find(weight)
+        if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
+            return None
+        if tensor is None and (tangent_of(weight) is not None or not any(map(self._has_tangent, (input, bias)))):
+            return None
+        (x, x_tangent), w = unpack(self.replace(input)), weight.detach()
+        b, b_tangent = (None, None) if bias is None else unpack(self.replace(bias))
+        y = F.linear(x, w, b)
+        tangent = torch.zeros_like(y) if x_tangent is None else F.linear(x_tangent, w)
+        if b_tangent is not None:
+            tangent += b_tangent
+        if tensor is not None:
+            self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
+        return dual(y, tangent)
+
+    def _has_tangent(self, value: Tensor | None) -> bool:
+        return value is not None and (self.find(value) is not None or tangent_of(value) is not None)
+
+    def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
+        """Out += x Uᵀ, with U made some rows at a time."""
+        width = x.shape[1]
+        rows = SCRATCH_ELEMENTS // width
+        scratch = torch.empty(min(rows, out.shape[1]) * width, dtype=out.dtype, device=out.device)
+        for lo in range(0, out.shape[1], rows):
+            hi = min(lo + rows, out.shape[1])
+            piece = scratch[: (hi - lo) * width].zero_()
+            self._u.move(piece, piece, tensor, lo * width)
+            out[:, lo:hi].addmm_(x, piece.view(hi - lo, width).t())
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """As an embedding of the distinct rows that are looked up."""
+        tensor = self.find(weight)
+        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        looked_up, places = torch.unique(input, return_inverse=True)
+        if looked_up.numel() and looked_up[0] < 0:  # an error of the caller's, which the embedding itself reports
+            return None
+        rows = weight.detach()[looked_up]
+        tangents = torch.zeros_like(rows)
+        self._u.move_rows(tangents, looked_up, self.note(tensor))
+        return F.embedding(places, dual(rows, tangents))
+
+    def _cross_entropy(
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """Some rows of a large vocabulary's logits at a time."""
+        unusual = weight is not None or size_average is not None or reduce is not None or target.is_floating_point()
+        if unusual or input.dim() != 2 or input.numel() <= SCRATCH_ELEMENTS or self.find(input) is not None:
+            return None
+        rows = max(1, SCRATCH_ELEMENTS // input.shape[1])
+        each = partial(F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+        losses = torch.cat(list(map(each, torch.split(input, rows), torch.split(target, rows))))
+        if reduction == "none":
+            return losses
+        return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
+
+
+def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+    """A norm's rule for half precision, where its derivative has a factor 1/σ³ that float16 cannot hold."""
+
+    def special(reading: Tangents, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        device = input.device.type
+        if input.dtype not in (torch.float16, torch.bfloat16) or (
+            device == "cuda" and torch.is_autocast_enabled(device)  # which computes it in single precision itself
+        ):
+            return None
+        given = reading.replace((input, *args)), reading.replace(kwargs)
+        wide_args, wide = tree_map_only(Tensor, Tensor.float, given)
+        return norm(*wide_args, **wide).to(input.dtype)
+
+    return special
+
+
+Tangents.special = {
+    F.linear: Tangents._linear,
+    F.embedding: Tangents._embedding,
+    F.cross_entropy: Tangents._cross_entropy,
+    **{norm: _in_single_precision(norm) for norm in (F.layer_norm, F.group_norm, F.rms_norm)},
+}
+
+
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor with a tangent: its shape and dtype."""
+    return forward_ad.make_dual(primal, tangent)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def unpack(value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent; None for a tangent that is absent, or known to be zero."""
+    primal, tangent = forward_ad.unpack_dual(value)  # type: ignore[no-untyped-call]
+    return primal, None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def tangent_of(value: Tensor) -> Tensor | None:
+    """The tangent; None if it is absent, or known to be zero."""
+    return unpack(value)[1]

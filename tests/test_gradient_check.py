@@ -1,0 +1,137 @@
+"""The check of the first forward gradient refuses what is wrong, and nothing that is right."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import zotune as zo
+from zotune.gradient_check import _TRIALS, contradiction
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@torch.library.custom_op("zotune_test::without_derivative", mutates_args=())
+def without_derivative(x: torch.Tensor) -> torch.Tensor:
+    """An operator as quantised kernels are: torch knows nothing of its derivative."""
+    return x.clone()
+
+
+class Detaching(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+class Opaque(nn.Module):
+    def forward(self, x):
+        return torch.ops.zotune_test.without_derivative(x)
+
+
+def network(middle, dtype, std=0.3):
+    torch.manual_seed(0)
+    layers = [nn.Embedding(50, 16), nn.Linear(16, 32), nn.LayerNorm(32), middle, nn.Linear(32, 32), nn.Tanh()]
+    model = nn.Sequential(*layers, nn.Linear(32, 50))
+    for p in model.parameters():
+        p.data += std * torch.randn_like(p) - (0 if p.dim() == 1 else p.data)
+    return model.to(dtype)
+
+
+def loss_of(model):
+    ids = torch.arange(24) % 50
+    logits = model(ids)
+    return F.cross_entropy(logits.double() if logits.dtype == torch.float64 else logits.float(), (7 * ids) % 50)
+
+
+def estimated(model, seed=0, estimator=None):
+    estimator = estimator or zo.CheckedForwardGradient()
+    return estimator(lambda: loss_of(model), zo.TunedTensors(model), [zo.Direction(seed)])
+
+
+@each_dtype
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_a_right_coefficient_is_never_refused(dtype, std):
+    for seed in range(30):
+        model = network(nn.Tanh(), dtype, std)
+        assert estimated(model, seed) == zo.forward_gradient(
+            lambda model=model: loss_of(model), zo.TunedTensors(model), [zo.Direction(seed)]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("middle", "named"), [(Detaching(), "detach"), (Opaque(), "without_derivative")])
+def test_an_operation_that_drops_tangents_is_refused_and_named(dtype, middle, named):
+    with pytest.raises(zo.UsageError, match=rf"Tangents end in: .*{named}.*central_difference"):
+        estimated(network(middle, dtype))
+
+
+@each_dtype
+def test_a_loss_whose_tangents_nearly_all_vanish_is_refused_in_every_precision(dtype):
+    class LastLayerAlone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.below, self.head = nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.below(x)).detach())
+
+    torch.manual_seed(0)
+    model, x = LastLayerAlone().to(dtype), torch.randn(16, 64).to(dtype)
+    model.head.requires_grad_(False)
+
+    def loss():
+        return (
+            10 * model(x).float().square().mean()
+            + 1e-6 * model.below.weight.float().sum()
+            + 1e-6 * (model.below.bias.float().sum())
+        )
+
+    with pytest.raises(zo.UsageError, match="differences of the loss say"):
+        zo.CheckedForwardGradient()(loss, zo.TunedTensors(model), [zo.Direction(0)])
+
+
+def test_only_the_first_finite_estimate_is_checked():
+    model, estimator, calls = network(nn.Tanh(), torch.float32), zo.CheckedForwardGradient(), []
+
+    def loss():
+        calls.append(len(calls))
+        return loss_of(model) * (math.nan if len(calls) == 1 else 1)
+
+    counts = []
+    for _ in range(4):
+        found = estimator(loss, zo.TunedTensors(model), [zo.Direction(0), zo.Direction(1)])
+        assert found.num_forwards == 2
+        counts.append(len(calls))
+    assert counts == [2, 6, 8, 10]
+
+
+def test_a_refused_model_is_refused_again():
+    model, estimator = network(Detaching(), torch.float32), zo.CheckedForwardGradient()
+    for _ in range(2):
+        with pytest.raises(zo.UsageError, match="detach"):
+            estimated(model, estimator=estimator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounding_of_the_loss_is_never_taken_for_a_contradiction(dtype):
+    trial, generator = _TRIALS[dtype], torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(2000):
+        c = 10 ** float(torch.empty(()).uniform_(-6, 1, generator=generator))
+        curvature = 10 ** float(torch.empty(()).uniform_(-2, 3, generator=generator))
+
+        def slope(mu, c=c, curvature=curvature):
+            noise = 2.0 * trial.rounding * float(torch.randn((), generator=generator))
+            return c * (1 + curvature * mu**2) + noise / (2 * mu)
+
+        wrong += contradiction(c, slope, 2.0, trial) is not None
+    assert wrong == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 1.5])
+def test_a_wrong_coefficient_is_a_contradiction(dtype, factor):
+    said = contradiction(0.4 * factor, lambda mu: 0.4 + 3 * mu**2, 2.0, _TRIALS[dtype])
+    assert said == pytest.approx(0.4, rel=0.05)
