@@ -153,6 +153,8 @@ class ZerothOrder(torch.optim.Optimizer):
             closure = self._prefix.of(closure)
         estimate = self.estimator(closure, self.tuned, directions)
         self.num_forwards += estimate.num_forwards
+        if self._prefix is not None and self._prefix.knows_value and estimate.base is not None:
+            self.num_forwards -= 1  # f(x) was recorded, not evaluated again
         return estimate
 
     def apply(self, estimate: GradientEstimate) -> None:
@@ -211,7 +213,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weights, state = tensor.storage(), self.state[tensor.parameter]
         is_half = weights.dtype in (torch.bfloat16, torch.float16)
         if is_half and self.rounding == Rounding.MASTER and "master" not in state:
-            state["master"] = weights.float()
+            state["master"] = weights.float().contiguous()
         history = None if self._history is None else [_own(t, tensor) for t in self._history]
         return TensorUpdate(
             tensor,
@@ -283,6 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
         own = state_dict["zeroth_order"]
         for name in _COUNTERS:
             setattr(self, name, own[name])
+        self._masked = None
         if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
             self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
         if self._history is not None:

@@ -39,6 +39,11 @@ class PrefixReuse:
         self._valid = 0
         self._value: float | None = None
 
+    @property
+    def knows_value(self) -> bool:
+        """Whether f(x) is answered without a pass."""
+        return self._value is not None
+
     def moved(self, tensors: frozenset[int]) -> None:
         """The weights of these tensors have changed: what comes after them is no longer what was recorded."""
         self._valid = min([self._valid, *(self._depth.get(i, 0) for i in tensors)])

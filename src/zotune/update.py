@@ -79,7 +79,7 @@ class TensorUpdate:
         if fused and not scale:
             return self.state
         after: State = {}
-        size = x.numel() if fused else _CHUNK
+        size = max(x.numel(), 1) if fused else _CHUNK
         for lo in range(0, x.numel(), size):
             part = x[lo : lo + size]
             new = self.move(part if scale else torch.empty_like(part), part, lo, scale)
