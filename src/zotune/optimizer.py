@@ -149,12 +149,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
         if self._prefix is not None:
-            self.num_forwards += self._prefix.record(closure)
+            self._prefix.num_passes = 0
+            self._prefix.record(closure)
             closure = self._prefix.of(closure)
         estimate = self.estimator(closure, self.tuned, directions)
-        self.num_forwards += estimate.num_forwards
-        if self._prefix is not None and self._prefix.knows_value and estimate.base is not None:
-            self.num_forwards -= 1  # f(x) was recorded, not evaluated again
+        self.num_forwards += estimate.num_forwards + (0 if self._prefix is None else self._prefix.num_passes)
         return estimate
 
     def apply(self, estimate: GradientEstimate) -> None:
