@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -142,9 +143,12 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
-        if self._prefix is not None:
-            self._prefix.forget()
-        return self._estimate(closure, blocks or self.blocks)
+        with self._recording():
+            return self._estimate(closure, blocks or self.blocks)
+
+    def _recording(self) -> AbstractContextManager[object]:
+        """Within this context the objective stays the same, so that its activations may be reused; none are kept."""
+        return nullcontext() if self._prefix is None else self._prefix
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
@@ -180,17 +184,16 @@ class ZerothOrder(torch.optim.Optimizer):
                 "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
                 "it must not call backward()."
             )
-        if self._prefix is not None:
-            self._prefix.forget()
         sequential = self.block_order == BlockOrder.SEQUENTIAL
         estimates = []
-        for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
-            estimate = self._estimate(closure, blocks)
-            if inspect is not None:
-                inspect(estimate)
-            if estimate.is_finite:
-                self._write(estimate, self.step_rule(self, closure, estimate))
-            estimates.append(estimate)
+        with self._recording():
+            for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
+                estimate = self._estimate(closure, blocks)
+                if inspect is not None:
+                    inspect(estimate)
+                if estimate.is_finite:
+                    self._write(estimate, self.step_rule(self, closure, estimate))
+                estimates.append(estimate)
         estimate = merged(estimates)
         self._count(estimate.is_finite)
         return estimate.loss

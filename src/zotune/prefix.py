@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Diverged(BaseException):
 
 
 class PrefixReuse:
-    """Closures that skip the layers which the present perturbation cannot reach.
+    """Closures that skip the layers which the present perturbation cannot reach; a context of one objective.
 
     An objective may call the stack several times (micro-batches). Where a later call's input follows from an earlier
     call's output, as in generation, the perturbation reaches it: that is noticed, and the objective is run in full.
@@ -44,8 +44,14 @@ class PrefixReuse:
         self.num_passes = 0
         self.forget()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.forget()
+
     def forget(self) -> None:
-        """The objective is another one now."""
+        """The objective is another one from now on."""
         self._depth: dict[int, int] = {}
         self._outputs: list[list[Any]] = [[] for _ in self._layers]
         self._inputs: list[list[Any]] = []
