@@ -3,9 +3,9 @@
     python benchmarks/speed/forward_gradient.py
 
 Memory: an OPT-350M with random weights (full tuning, loss over every token of 2 x 128, float32), each way a process of
-its own; the peak is the process's high-water mark of resident memory, with and without loading. The ways: one plain forward
-pass; one step of the forward gradient; `torch.func.jvp`, which holds the whole direction. Time: medians of one
-evaluation of the forward gradient and of two plain forward passes, in turn within one process.
+its own; the peak is the process's high-water mark of resident memory, with and without that of loading. The ways: one
+plain forward pass; one step of the forward gradient; `torch.func.jvp`, which holds the whole direction. Time: medians
+of one evaluation of the forward gradient and of two plain forward passes, in turn within one process.
 """
 
 from __future__ import annotations
