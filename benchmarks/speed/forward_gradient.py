@@ -145,18 +145,18 @@ def times(name: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak is not None:
         print(json.dumps(measure_peak(options.peak)))
         return
     memory = {"model": MEMORY_MODEL, "batch_and_length": MEMORY_SHAPE, "peaks": peaks()}
-    time = {name: times(name, options.rounds) for name in TIME_MODELS}
+    models = {name: times(name, options.rounds) for name in TIME_MODELS}
     common = {"dtype": "float32", "tuning": "full", "seed": SEED, "threads": torch.get_num_threads()}
-    speed = {"batch_and_length": TIME_SHAPE, "rounds": options.rounds, "models": time}
+    speed = {"batch_and_length": TIME_SHAPE, "rounds": options.rounds, "models": models}
     kernels = noise._cpu().__name__
-    write_result("memory-forward-gradient", {**common, "kernels": kernels, "memory": memory, "time": speed})
+    write_result("memory-forward-gradient", {**common, "kernels": kernels, "memory": memory, "speed": speed})
 
 
 if __name__ == "__main__":
