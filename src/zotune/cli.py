@@ -115,17 +115,23 @@ def _train(args: list[str], as_json: bool) -> int:
 
 
 def _eval(args: list[str], as_json: bool) -> int:
-    from zotune.llm.config import EvalConfig
+    from zotune.llm.config import EvalConfig, saved_reading
 
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
+    inherited, source = saved_reading(config)
+    if inherited:
+        config = _parse(EvalConfig, inherited, source, args, "zotune eval")
     from zotune.llm.models import load
     from zotune.llm.output import environment, write_json
+    from zotune.llm.progress import say
     from zotune.llm.tasks import head_labels
     from zotune.llm.train import load_rows
     from zotune.memory import peak_memory
 
     lm = load(config, head_labels(config))
     rows = load_rows(lm, config)
+    for note in rows.notes:
+        say(note)
     if not rows.test:
         raise UsageError("there is no row to evaluate on: give --eval-file, or let --num-dev rows be held out.")
     found = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
