@@ -185,7 +185,10 @@ def test_bad_recipes_are_named_by_file_and_key(zotune, tmp_path, text, message):
             ["--template", "{text}" + 5000 * "x"],
             r"rows.jsonl, line \d+ has \d+ tokens, but the model reads at most (\d+)\..*--max-length \1",
         ),
-        (["--verbalizer", "yes", "Yes", "nope", "No"], r"rows.jsonl, line 2: the label 'no' is not in the verbalizer. Did you mean"),
+        (
+            ["--verbalizer", "yes", "Yes", "nope", "No"],
+            r"line 2: the label 'no' is not in the verbalizer. Did you mean",
+        ),
         (["--text-column", "txt"], r"rows.jsonl: there is no column 'txt'. Did you mean 'text'"),
         (["--num-train", "100"], r"has 11 rows, too few for 100 to train on and 3 held out"),
     ],

@@ -116,7 +116,10 @@ class EvalConfig(ModelOptions, DataOptions):
 
 
 class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
-    """Fine-tune a model with forward passes only (or with a first-order baseline)."""
+    """Fine-tune a model with forward passes only (or with a first-order baseline).
+
+    With --dry-run: show what would be read, tuned and taken; start nothing, write nothing.
+    """
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
