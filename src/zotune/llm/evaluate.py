@@ -40,8 +40,13 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """The metric, in [0, 1]."""
+        """The metric: in [0, 1], but for a log-loss."""
         raise NotImplementedError
+
+    @property
+    def short(self) -> str:
+        """The metric in a word."""
+        return f"{100 * self.value:.1f} %"
 
     def summary(self) -> dict[str, Any]:
         """Everything but the single predictions, the metric first."""
@@ -49,7 +54,7 @@ class Measured:
         return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
+        return f"{self.short} ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
 
 
 @dataclass(frozen=True)
