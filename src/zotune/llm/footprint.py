@@ -181,7 +181,8 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
         return 0
     _, layers = layers_of(lm.base)
     width = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
-    return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
+    recorded: int = len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
+    return recorded
 
 
 def _score(lm: LanguageModel, batch: Batch) -> Tensor:
