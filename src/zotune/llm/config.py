@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
+from zotune.llm.objective_options import OF_ANSWERS, ObjectiveOptions
 from zotune.llm.schema import Options, is_partial
 from zotune.llm.tuning_options import TuningOptions
 
@@ -32,7 +33,7 @@ class ModelOptions(Options):
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
-class DataOptions(Options):
+class DataOptions(ObjectiveOptions):
     """Which data: a task that zotune knows, or files of your own."""
 
     task: str | None = Field(None, description="A task by name (see `tasks`); or give --train-file.")
@@ -80,6 +81,11 @@ class DataOptions(Options):
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none is a task's; the prompt of your own rows is --template")
+        if not is_partial(info) and self.task is None and self.objective in OF_ANSWERS:
+            raise ValueError(
+                f"objective: {self.objective} needs a task of generated answers (squad, drop); for rows of your own, "
+                "whose references are the label column, write it as a function: module:function"
+            )
         return self
 
 
@@ -115,6 +121,13 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
+        needs_gradient = self.method in (*FIRST_ORDER, "forward_grad") or self.hybrid_layers is not None
+        if needs_gradient and not self.has_gradient:
+            which = self.method if self.hybrid_layers is None else "a hybrid's first-order part"
+            raise ValueError(
+                f"objective: {self.objective} has no gradient, which {which} needs; use a method of finite differences "
+                "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
+            )
         if self.gradient_checkpointing and self.is_prefix:
             raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
         if self.reuse_file and not self.reuse_activations:

@@ -29,7 +29,8 @@ class Example:
 
     Attributes:
         prompt: what the model reads.
-        candidates: texts that may follow it, with their leading space; the labels' names for a classification head.
+        candidates: texts that may follow it, with their leading space; the labels' names for a classification head;
+            none where text is generated for a function to judge.
         label: index of the right candidate; of the one that is trained on, where several are right.
         suffix: what follows the candidate in a masked language model's sentence; causal models never see it.
         also_right: indices of other candidates that count as right.
@@ -62,10 +63,10 @@ def user_splits(options: DataOptions) -> Splits:
     if options.train_file is None:
         assert options.eval_file is not None
         rows = list(read_rows(options.eval_file))[: options.num_eval]
-        words = options.verbalizer or _labels_as_words(rows, options, options.eval_file)
+        words = _words(rows, options, options.eval_file)
         return Splits((), (), tuple(_user_examples(rows, options, words, options.eval_file)))
     rows = list(read_rows(options.train_file))
-    words = options.verbalizer or _labels_as_words(rows, options, options.train_file)
+    words = _words(rows, options, options.train_file)
     examples = list(_user_examples(rows, options, words, options.train_file))
     order = np.random.RandomState(options.data_seed).permutation(len(examples))
     num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
@@ -84,6 +85,9 @@ def user_splits(options: DataOptions) -> Splits:
 
 
 def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, str], path: Path) -> Iterator[Example]:
+    if options.is_function:
+        yield from _prompts(rows, options, path)
+        return
     labels = list(words)
     candidates = tuple(f" {words[label].strip()}" for label in labels)
     fields = _fields(options.template)
@@ -97,6 +101,23 @@ def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, s
                 f"{path}, row {number}: the label {label!r} is not in the verbalizer.{did_you_mean(label, labels)}"
             )
         yield Example(options.template.format(**columns), candidates, labels.index(label))
+
+
+def _prompts(rows: Sequence[Row], options: DataOptions, path: Path) -> Iterator[Example]:
+    """Rows that text is generated from; a label, where there is one, is the reference (or a list of them)."""
+    fields = _fields(options.template)
+    for number, row in enumerate(rows, start=1):
+        columns = {**row, **({"text": _column(row, options.text_column, path, number)} if "text" in fields else {})}
+        for name in fields:
+            _column(columns, name, path, number)
+        label = row.get(options.label_column)
+        references = label if isinstance(label, list) else [] if label is None else [label]
+        yield Example(options.template.format(**columns), (), 0, answers=tuple(map(str, references)))
+
+
+def _words(rows: Sequence[Row], options: DataOptions, path: Path) -> dict[str, str]:
+    """The word of each label; none where text is generated."""
+    return {} if options.is_function else options.verbalizer or _labels_as_words(rows, options, path)
 
 
 def _fields(template: str) -> list[str]:

@@ -43,6 +43,11 @@ class Measured:
         """The metric, in [0, 1]."""
         raise NotImplementedError
 
+    @property
+    def short(self) -> str:
+        """The metric as people read it."""
+        return f"{100 * self.value:.1f} %"
+
     def summary(self) -> dict[str, Any]:
         """Everything but the single predictions, the metric first."""
         rest = {k: v for k, v in asdict(self).items() if k != "predictions"}

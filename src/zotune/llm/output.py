@@ -126,8 +126,8 @@ def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> st
     metric, found = "accuracy", "not evaluated"
     if test is not None:
         metric, value = next(iter(test.items()))
-        low, high = 100 * test["low"], 100 * test["high"]
-        found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+        value, low, high = (_in_percent(metric, number) for number in (value, test["low"], test["high"]))
+        found = f"{value} (95 % interval {low} to {high}, n = {test['num_examples']})"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
@@ -142,6 +142,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 |---|---|
 | {metric} | {found} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
+| objective | {config.objective or "the task's own"} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
 | training time | {results["seconds"]:.0f} s |
@@ -153,6 +154,11 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.
 """
+
+
+def _in_percent(metric: str, value: float) -> str:
+    """A fraction in percent; a reward is no fraction."""
+    return f"{value:.4g}" if metric == "reward" else f"{100 * value:.1f} %"
 
 
 def _loading(config: TrainConfig, lm: LanguageModel) -> str:

@@ -21,11 +21,12 @@ from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, collate, mean_loss
+from zotune.llm.objective import CLASSIFICATION, OBJECTIVES, Encoded, Encoder, Objective, collate, mean_loss
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
+from zotune.llm.rewards import Generated, check_examples, check_kind, find_generated, open_ended
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
@@ -69,6 +70,10 @@ class Result:
         return {**plain, "output_dir": str(self.output_dir), **found, "environment": environment()}
 
 
+# Some examples, the step's number, and their places in the step's batch → their mean loss as a closure.
+MakeClosure = Callable[[Sequence[Encoded], int, Sequence[int]], Callable[[], Tensor]]
+
+
 @dataclass(frozen=True)
 class Rows:
     """The splits as tokens, what is minimised on them, and what is reported."""
@@ -78,25 +83,42 @@ class Rows:
     test: tuple[Encoded, ...]
     objective: Objective = CLASSIFICATION
     measure: Measure = evaluate
+    generated: Generated | None = None
+    """What is minimised in place of `objective`, where each evaluation generates text."""
 
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
-    """The data that `options` name, as tokens of the model."""
+    """The data that `options` name, as tokens of the model, and what is minimised on them.
+
+    Raises:
+        UsageError: the data cannot be read, or the objective makes no sense for them or for the model.
+    """
     if lm.classifies and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
     task = None if options.task is None else find_task(options.task)
+    check_kind(lm, options)
     splits = user_splits(options) if task is None else task.splits(options, lm.masked)
     encode = Encoder(
-        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
+        lm.tokenizer,
+        masked=lm.masked,
+        context=lm.context,
+        max_length=options.max_length,
+        classifies=lm.classifies,
+        new_tokens=options.max_new_tokens,
     )
 
     def encoded(name: str) -> tuple[Encoded, ...]:
-        return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
+        examples = getattr(splits, name)
+        examples = map(open_ended, examples) if options.is_function else examples
+        return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(examples, start=1))
 
     train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    if task is None:
-        return Rows(train, dev, test)
-    return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
+    check_examples((*train, *dev, *test), options)
+    if (generated := find_generated(options, getattr(options, "seed", 0))) is not None:
+        return Rows(train, dev, test, measure=generated.measure, generated=generated)
+    own = (CLASSIFICATION, evaluate) if task is None else (task.objective, task.measure)
+    objective = own[0] if options.objective is None else OBJECTIVES[options.objective]
+    return Rows(tuple(map(objective.reads, train)), dev, test, objective, own[1])
 
 
 def train(config: TrainConfig) -> Result:
@@ -152,11 +174,18 @@ class _Run:
         self, lm: LanguageModel, rows: Rows, config: TrainConfig, scorer: Scorer, output: OutputFolder
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
-        self.optimizer = make_optimizer(lm.module, config, config.seed, self._run_once)
-        self.update = _update(self.optimizer, lm, config)
         self.step = self.num_skipped = self.num_forwards = 0
+        self._closure: MakeClosure = (
+            partial(_scored, lm, rows.objective, scorer)
+            if rows.generated is None
+            else partial(rows.generated.closure, lm)
+        )
+        self.optimizer = make_optimizer(
+            lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None
+        )
+        self.update = _update(self.optimizer, lm, config)
         self.seconds = 0.0
-        self._held_out: float | None = None
+        self._held_out: Measured | None = None
 
     def steps(self, display: Display, stop: Stop) -> None:
         """All steps, or those until a signal."""
@@ -174,7 +203,7 @@ class _Run:
             status = self._status(sum(recent) / len(recent))
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
-                self.output.log({**asdict(status), "learning_rate": learning_rate})
+                self.output.log({**status.to_log(), "learning_rate": learning_rate})
             if self.config.eval_steps and self.step % self.config.eval_steps == 0:
                 self._evaluate_on_the_way(display)
             if stop.signal is not None:
@@ -192,7 +221,7 @@ class _Run:
     def _evaluate_on_the_way(self, display: Display) -> None:
         found = self.evaluate(self.rows.dev)
         if found is not None:
-            self._held_out = found.value
+            self._held_out = found
             self.output.log({"step": self.step, "dev": found.summary()})
             display.say(f"step {self.step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
 
@@ -201,15 +230,12 @@ class _Run:
 
         With each, its share in the mean.
         """
-        objective = self.rows.objective
         size = self.config.per_device_train_batch_size
-        ordered = sorted(examples, key=lambda e: e.length)
-        cuts = [ordered[lo : lo + size] for lo in range(0, len(ordered), size)]
-        batches = [collate(cut, self.lm.pad_token_id, self.lm.device, exact=objective.exact) for cut in cuts]
-        closures: list[Callable[[], Tensor]] = [
-            partial(_loss, objective, self.scorer, *both) for both in zip(batches, cuts, strict=True)
-        ]
-        return closures, [sum(map(objective.weight, cut)) for cut in cuts]
+        order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+        places = [order[lo : lo + size] for lo in range(0, len(order), size)]
+        cuts = [[examples[i] for i in here] for here in places]
+        closures = [self._closure(cut, self.step, here) for cut, here in zip(cuts, places, strict=True)]
+        return closures, [sum(map(self.rows.objective.weight, cut)) for cut in cuts]
 
     def _run_once(self) -> None:
         """One forward pass, by which it is seen where parameters are read."""
@@ -219,14 +245,24 @@ class _Run:
 
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
-        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._held_out)
+        return Status(
+            step=self.step,
+            max_steps=self.config.max_steps,
+            loss=loss,
+            num_forwards=self.num_forwards,
+            seconds=self.seconds,
+            peak_memory=peak,
+            held_out=self._held_out,
+            num_flat=self.update.num_flat if isinstance(self.update, ZerothOrderStep) else 0,
+        )
 
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
     if isinstance(optimizer, Hybrid):
         return hybrid_step
     if isinstance(optimizer, ZerothOrder):
-        return ZerothOrderStep(None if config.method == "forward_grad" else config.mu)
+        mu = None if config.method == "forward_grad" else config.mu
+        return ZerothOrderStep(mu, has_steps=not config.has_gradient)
     return FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
 
 
@@ -242,12 +278,24 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
         waiting = waiting[size:]
 
 
-def _loss(objective: Objective, scorer: Scorer, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
-    return mean_loss(objective, scorer(batch), batch, examples)
+def _scored(
+    lm: LanguageModel,
+    objective: Objective,
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    step: int,
+    places: Sequence[int],
+) -> Callable[[], Tensor]:
+    """The mean loss of candidates' scores, as a function to call with each probe."""
+    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
+    return lambda: mean_loss(objective, scorer(batch), batch, examples)
 
 
 def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
     """How rows are scored: the layers below the tuned ones once a row, where they are the same in every pass."""
+    if rows.generated is not None:
+        say("generating text in each forward pass: nothing is kept of the layers below what is tuned")
+        return lm.score
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # a step of back-propagation leaves dropout on
         return lm.score
