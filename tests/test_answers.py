@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.llm.answers import evaluate_answers, exact_match, f1, generate, mean_interval, normalised
+from zotune.llm.answers import evaluate_answers, exact_match, f1, mean_interval, normalised
 from zotune.llm.data import Example
+from zotune.llm.generation import generate
 from zotune.llm.objective import Encoder
 
 EXAMPLES = (

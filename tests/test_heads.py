@@ -5,10 +5,11 @@ import torch
 
 from zotune.llm import models
 from zotune.llm.config import DataOptions, ModelOptions, TrainConfig
+from zotune.llm.loading import load_rows
 from zotune.llm.models import load
 from zotune.llm.objective import CLASSIFICATION, collate, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import load_rows, train
+from zotune.llm.train import train
 
 OPTIONS = {"num_train": 6, "num_dev": 4, "num_eval": 5, "max_length": 300, "prompt": "none"}
 

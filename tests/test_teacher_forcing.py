@@ -11,9 +11,10 @@ from zotune.llm import models
 from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate
+from zotune.llm.loading import Rows, load_rows
 from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, Encoder, collate, losses, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import Rows, _Run, load_rows, train
+from zotune.llm.train import _Run, train
 
 EXAMPLES = (
     Example("The man broke his toe because", (" he got a hole in his sock", " he dropped a hammer"), 1),

@@ -137,11 +137,11 @@ def _eval(args: list[str], as_json: bool) -> int:
     inherited, source = saved_reading(config)
     if inherited:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
+    from zotune.llm.loading import load_rows
     from zotune.llm.models import load
     from zotune.llm.output import environment, write_json
     from zotune.llm.progress import say
     from zotune.llm.tasks import head_labels
-    from zotune.llm.train import load_rows
     from zotune.memory import peak_memory
 
     lm = load(config, head_labels(config))

@@ -5,11 +5,14 @@ them moved. Here they are only read: while `perturbed` is active, every torch fu
 tuned tensor gets x + a·u instead (see `zotune.reading`).
 
 Two reads need no whole perturbed tensor: a linear layer takes its rows in pieces that stay in the
-cache, an embedding only the rows that are looked up.
+cache, an embedding only the rows that are looked up. And where all that is displaced is small, as an
+adapter is, a tensor that is read again is made whole and kept until the context is left: an objective that
+generates text, or one in micro-batches, reads it many times.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,6 +28,9 @@ from zotune.tuned import TunedTensor, TunedTensors
 
 # Elements of a perturbed piece of a linear layer: 4 MiB in single precision, within a processor's caches.
 SCRATCH_ELEMENTS = 1 << 20
+
+# Displaced tensors are kept for the context's duration where all together take no more bytes than this.
+KEPT_BYTES = 16 << 20
 
 
 class Displacement(Protocol):
@@ -75,26 +81,50 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all.
+    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all; 16 MiB where
+    all displaced tensors together are that small.
     """
 
     def __init__(self, tuned: TunedTensors, displacement: Displacement) -> None:
         super().__init__(tuned, displacement.tensors)
         self._displacement = displacement
         self._scratch: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}
+        self._keeps = self._takes() <= KEPT_BYTES
+        self._reads: Counter[int] = Counter()
+
+    def _takes(self) -> int:
+        """Bytes of all tensors that are displaced."""
+        displaced = (t.parameter for t in self.tuned if t.id in self.chosen)
+        return sum(p.numel() * p.element_size() for p in displaced)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._scratch = None
+        self._kept.clear()
+        self._reads.clear()
         super().__exit__(kind, error, trace)
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor, displaced."""
+        if tensor.id in self._kept:
+            return self._kept[tensor.id]
         source = value.detach().contiguous()
         out = torch.empty_like(source)
         self._displacement.move(out.view(-1), source.view(-1), tensor, 0)
+        if self._keeps and self._reads[tensor.id] > 1:
+            self._kept[tensor.id] = out
         return out
+
+    def note(self, tensor: TunedTensor) -> TunedTensor:
+        """As `Reading.note`; how often it was read is counted."""
+        self._reads[tensor.id] += 1
+        return super().note(tensor)
+
+    def _is_read_again(self, tensor: TunedTensor) -> bool:
+        """Whether it is worth making whole, to be kept."""
+        return self._keeps and self._reads[tensor.id] > 0
 
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
@@ -108,7 +138,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         tensor = self.find(weight)
         # Under autograd a scratch that is used again would corrupt the graph.
-        if tensor is None or torch.is_grad_enabled():
+        if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
             return None
         if weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
             return None
@@ -135,7 +165,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         **kwargs: Any,
     ) -> Tensor | None:
         tensor = self.find(weight)
-        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+        if tensor is None or self._is_read_again(tensor) or max_norm is not None or input.numel() > weight.shape[0]:
             return None
         looked_up, places = torch.unique(input, return_inverse=True)
         if looked_up.numel() and looked_up[0] < 0:  # an error of the caller's, which the embedding itself reports

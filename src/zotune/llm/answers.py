@@ -13,17 +13,15 @@ import string
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from zotune.llm.evaluate import Measured, Scorer, by_length
+from zotune.llm.generation import generate
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import TEACHER_FORCING, Encoded, Objective, collate, mean_loss
 
-MAX_NEW_TOKENS = 50
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -119,6 +117,14 @@ def evaluate_answers(
             weight += share
             for i, answer in zip(chosen, generate(lm, [e.prompt for e in some]), strict=True):
                 predictions[i] = answer
+    seconds, forwards = time.perf_counter() - began, lm.num_forwards - forwards_before
+    return answers_found(tuple(predictions), examples, total / weight, seconds, forwards)
+
+
+def answers_found(
+    predictions: tuple[str, ...], examples: Sequence[Encoded], loss: float, seconds: float, num_forwards: int
+) -> AnswerEvaluation:
+    """How much of an accepted answer the predictions have."""
     found = [f1(p, e.answers) for p, e in zip(predictions, examples, strict=True)]
     exact = [exact_match(p, e.answers) for p, e in zip(predictions, examples, strict=True)]
     low, high = mean_interval(found)
@@ -128,59 +134,8 @@ def evaluate_answers(
         low=low,
         high=high,
         num_examples=len(examples),
-        loss=total / weight,
-        predictions=tuple(predictions),
-        seconds=time.perf_counter() - began,
-        num_forwards=lm.num_forwards - forwards_before,
+        loss=loss,
+        predictions=predictions,
+        seconds=seconds,
+        num_forwards=num_forwards,
     )
-
-
-def generate(lm: LanguageModel, prompts: Sequence[tuple[int, ...]], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
-    """The text that the model continues each prompt with, greedily, up to a newline or the end of text.
-
-    One call of the model a new token, with its keys and values kept; `lm.num_forwards` counts them.
-    """
-    from transformers import GenerationConfig, StoppingCriteriaList
-
-    length = max(map(len, prompts))
-    padded = [[lm.pad_token_id] * (length - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
-    line_end = _LineEnd(lm.tokenizer, length)
-    module: Any = lm.module
-    out: Tensor = module.generate(
-        input_ids=torch.tensor(padded, device=lm.device),
-        attention_mask=torch.tensor(mask, device=lm.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            # Plainly greedy: what the checkpoint's own configuration says of sampling must not enter.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            pad_token_id=lm.pad_token_id,
-            eos_token_id=lm.tokenizer.eos_token_id,
-        ),
-        stopping_criteria=StoppingCriteriaList([line_end]),
-    )
-    lm.num_forwards += out.shape[1] - length
-    texts = (lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist())
-    return [text.split("\n")[0].strip() for text in texts]
-
-
-@dataclass
-class _LineEnd:
-    """Which sequences have a newline among their new tokens: any token whose text holds one."""
-
-    tokenizer: Any
-    prompt_length: int
-    _known: dict[int, bool] = field(default_factory=dict)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        last = input_ids[:, -1].tolist()
-        return torch.tensor([self._ends(token) for token in last], dtype=torch.bool, device=input_ids.device)
-
-    def _ends(self, token: int) -> bool:
-        if token not in self._known:
-            self._known[token] = "\n" in self.tokenizer.decode([token])
-        return self._known[token]

@@ -30,11 +30,7 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], *, only_last: b
     Raises:
         UsageError: there is no template, it does not take these messages, or a turn's place cannot be told.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise UsageError(
-            "the model's tokenizer has no chat template. Use a model that was made for chats, or rows of prompt and "
-            "completion."
-        )
+    _check_template(tokenizer)
     text, marked = _rendered(tokenizer, messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if marked is not None:
@@ -44,6 +40,16 @@ def assistant_spans(tokenizer: Any, messages: Sequence[Message], *, only_last: b
     else:
         spans = [_turn(tokenizer, messages, i, text) for i in (turns[-1:] if only_last else turns)]
     return text, tuple(spans[-1:] if only_last else spans)
+
+
+def opening(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """The chat up to where the assistant's next turn begins.
+
+    Raises:
+        UsageError: there is no template, or it does not take these messages.
+    """
+    _check_template(tokenizer)
+    return _rendered(tokenizer, messages, opens_answer=True)[0]
 
 
 def _turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> Span:
@@ -61,6 +67,14 @@ def _turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str) ->
     bare = turn.rstrip()
     ends = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
     return len(before), len(before) + len(bare if any(bare.endswith(end) for end in ends) else turn)
+
+
+def _check_template(tokenizer: Any) -> None:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise UsageError(
+            "the model's tokenizer has no chat template. Use a model that was made for chats, or rows of prompt and "
+            "completion."
+        )
 
 
 def _rendered(

@@ -38,6 +38,8 @@ def check_mu(tuned: TunedTensors, mu: float) -> None:
 def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu: float | None) -> None:
     """Refuse probes whose losses do not differ, and updates that would all be rounded away.
 
+    `mu` is None where equal losses are no fault: without probes, or where the objective is a staircase.
+
     Raises:
         UsageError: with what to change.
     """
@@ -47,7 +49,8 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
             f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
             "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
         )
-    if optimizer.rounding == Rounding.NEAREST and estimate.is_finite and not _moves(optimizer, estimate):
+    has_slope = estimate.is_finite and any(c != 0 for c, _ in estimate.terms)
+    if optimizer.rounding == Rounding.NEAREST and has_slope and not _moves(optimizer, estimate):
         raise UsageError(
             f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
             "the first update is below half a rounding unit of every weight, so nothing would move. "

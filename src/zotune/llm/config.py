@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
+from zotune.llm.objective_options import OF_ANSWERS, ObjectiveOptions
 from zotune.llm.schema import Options, is_partial
 from zotune.llm.tuning_options import TuningOptions
 
@@ -35,7 +36,7 @@ class ModelOptions(Options):
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
-class DataOptions(Options):
+class DataOptions(ObjectiveOptions):
     """Which data: a task that zotune knows, or files of your own."""
 
     task: str | None = Field(None, description="A task by name (see `tasks`); or give --train-file.")
@@ -55,7 +56,7 @@ class DataOptions(Options):
     eval_file: Path | None = Field(
         None, description="Your own rows to evaluate on; default: rows held out of the training file."
     )
-    data_format: Literal["classification", "completion", "chat", "choice"] | None = Field(
+    data_format: Literal["classification", "completion", "chat", "choice", "prompt"] | None = Field(
         None, description="Shape of your rows; default: told from their columns."
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
@@ -94,6 +95,11 @@ class DataOptions(Options):
         None, ge=8, description="Cut longer prompts from the left to so many tokens; default: refuse them."
     )
     per_device_eval_batch_size: int = Field(32, ge=1, description="Examples in one forward pass of an evaluation.")
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether completions are what generated text is compared with."""
+        return self.exact_match or self.objective in OF_ANSWERS
 
     @model_validator(mode="after")
     def _one_source(self, info: ValidationInfo) -> Self:
@@ -144,6 +150,13 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
     def _no_idle_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
+        needs_gradient = self.method in (*FIRST_ORDER, "forward_grad") or self.hybrid_layers is not None
+        if needs_gradient and not self.has_gradient:
+            which = self.method if self.hybrid_layers is None else "a hybrid's first-order part"
+            raise ValueError(
+                f"objective: {self.objective} has no gradient, which {which} needs; use a method of finite differences "
+                "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
+            )
         if self.gradient_checkpointing and self.is_prefix:
             raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
         if self.reuse_file and not self.reuse_activations:
@@ -153,10 +166,11 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
         return self
 
 
-# How rows were read in training, which an evaluation of the tuned model takes over.
+# How rows were read and judged in training, which an evaluation of the tuned model takes over.
 _READING = (
     *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),
     *("scored_turns", "exact_match", "max_length"),
+    *("objective", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
 )
 
 

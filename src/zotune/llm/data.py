@@ -13,7 +13,8 @@ class Example:
 
     Attributes:
         prompt: what the model reads.
-        candidates: texts that may follow it, with their leading space; the labels' names for a classification head.
+        candidates: texts that may follow it, with their leading space; the labels' names for a classification head;
+            none where text is generated for a function to judge.
         label: index of the right candidate; of the one that is trained on, where several are right.
         suffix: what follows the candidate in a masked language model's sentence; causal models never see it.
         also_right: indices of other candidates that count as right.
@@ -21,7 +22,8 @@ class Example:
         text_limit: (n, k): of the prompt's first n characters a masked language model reads at most k tokens.
         second: the second text of a classification head's pair, read as `<s> prompt </s></s> second </s>`.
         spans: of a chat, whose prompt is the whole of it as its template writes it, special tokens and all: the
-            (start, end) of the characters that are scored. The one candidate has no text of its own.
+            (start, end) of the characters that are scored. The one candidate has no text of its own. Where an answer
+            is to be generated, its place at the end.
         place: where the row stands, for messages.
     """
 

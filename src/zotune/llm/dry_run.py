@@ -17,7 +17,9 @@ from zotune.llm.data import Example
 from zotune.llm.footprint import (
     Memory,
     activation_bytes,
+    cache_bytes,
     forwards_a_step,
+    generated,
     largest_batch,
     recorded_bytes,
     scratch_bytes,
@@ -25,6 +27,7 @@ from zotune.llm.footprint import (
 )
 from zotune.llm.kept import Kept
 from zotune.llm.live_memory import Assumed
+from zotune.llm.loading import encoder_of, load_examples
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import Encoded, Encoder, check_distinct
 from zotune.llm.optimizers import make_optimizer
@@ -32,7 +35,6 @@ from zotune.llm.own import RESOLVED, Data
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.skeleton import skeleton
 from zotune.llm.tasks import head_labels
-from zotune.llm.train import encoder_of, load_examples
 from zotune.llm.tuning import prepare
 from zotune.memory import peak_memory
 
@@ -116,7 +118,9 @@ def dry_run(config: TrainConfig) -> DryRun:
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED})
         read = _Reading(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        optimizer = make_optimizer(lm.module, config, config.seed, lambda: lm.read(ids, ids))
+        optimizer = make_optimizer(
+            lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
+        )
         step = forwards_a_step(optimizer, config)
         return DryRun(
             config=config,
@@ -181,6 +185,8 @@ def _memory(
     measured = [*read.encoded["dev"], *read.encoded["test"]]
     if not trained:
         raise UsageError("\n".join(read.refused[:SHOWN_REFUSED]))
+    if data.generated is not None:
+        trained, measured = ([generated(e, config.max_new_tokens) for e in some] for some in (trained, measured))
     batch = largest_batch(lm, trained, config.per_device_train_batch_size, data.objective)
     eval_size = min(config.per_device_eval_batch_size, len(measured))
     evaluated = largest_batch(lm, measured, eval_size, data.objective) if measured else None
@@ -189,7 +195,8 @@ def _memory(
         weights=sum(p.numel() * p.element_size() for p in {id(p): p for p in lm.module.parameters()}.values()),
         loading=sum(p.numel() for p in base) * stored.itemsize if is_other else 0,
         state=state_bytes(optimizer, config),
-        activations=activation_bytes(lm, optimizer, config, batch, evaluated),
+        activations=activation_bytes(lm, optimizer, config, batch, evaluated)
+        + max(cache_bytes(lm, b) for b in (batch, evaluated) if b is not None) * config.is_generated,
         scratch=scratch_bytes(optimizer, lm, batch.input_ids.numel()),
         reused=_reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
         + recorded_bytes(lm, batch, config),
@@ -200,7 +207,7 @@ def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[En
     """Bytes of activations below the tuned layers that are kept in memory."""
     sequences = [[s for e in split for s in e.sequences] for split in splits]
     reused = ReusedActivations(lm, Kept(), sequences)
-    if not reused.depth or not config.reuse_activations:
+    if not reused.depth or not config.reuse_activations or config.is_generated:
         return 0
     return min(reused.num_bytes, int(config.reuse_memory * 2**30))
 
@@ -208,8 +215,12 @@ def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[En
 def shown(lm: LanguageModel, example: Example, encoded: Encoded) -> str:
     """An example as the model reads it, decoded from its tokens, with what is scored in ⟦ ⟧.
 
-    The right candidate in its place; the others behind it, each after a bar.
+    The right candidate in its place; the others behind it, each after a bar. Of a prompt that text is generated from,
+    an empty place, and behind it what the text is compared with.
     """
+    if not encoded.candidates:
+        prompt = _shortened(lm.tokenizer.decode(list(encoded.prompt)))
+        return f"{prompt}⟦⟧" + "".join(f" | {answer}" for answer in example.answers)
     if lm.classifies:
         texts = [example.prompt, *([example.second] if example.second else [])]
         return f"{_shortened(' / '.join(texts))} ⟦{example.candidates[example.label]}⟧"

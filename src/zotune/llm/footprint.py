@@ -19,7 +19,7 @@ from zotune.llm.evaluate import by_length
 from zotune.llm.live_memory import peak_of
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
-from zotune.llm.objective import Batch, Encoded, Objective, collate
+from zotune.llm.objective import Batch, Candidate, Encoded, Objective, collate
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.llm.reuse import layers_of
 from zotune.optimizer import BlockOrder, ZerothOrder
@@ -60,7 +60,10 @@ class Memory:
 
 
 def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
-    """Forward passes of one update: for each micro-batch those of the probes, of what is recorded and compared."""
+    """Forward passes of one update: for each micro-batch those of the probes, of what is recorded and compared.
+
+    Where text is generated, a pass for each new token; as many as there may be.
+    """
     if isinstance(optimizer, Hybrid):
         return config.gradient_accumulation_steps + forwards_a_step(optimizer.zeroth_order, config)
     if not isinstance(optimizer, ZerothOrder):
@@ -75,10 +78,11 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
         passes = directions + 1
     else:
         # With blocks, one more pass at x records what the probes reuse; one-sided differences have it anyway.
-        passes = 2 * directions + (config.blocks is not None)
+        passes = 2 * directions + (config.blocks is not None and not config.is_generated)
     if config.method == "zo_sgd_cons":
         passes += 2 if one_sided else 3
-    return config.gradient_accumulation_steps * estimates * passes
+    tokens = config.max_new_tokens if config.is_generated else 1
+    return config.gradient_accumulation_steps * estimates * passes * tokens
 
 
 def state_bytes(optimizer: AnyOptimizer, config: TrainConfig) -> int:
@@ -123,6 +127,21 @@ def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, obj
     # A batch of more rows than there are takes some of them again.
     largest = (largest * size)[:size] if len(examples) < size else largest
     return collate(largest, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
+
+
+def generated(example: Encoded, new_tokens: int) -> Encoded:
+    """An example whose one sequence is its prompt with all text that may be generated, read for the last token."""
+    read = (*example.prompt, *[0] * new_tokens)
+    return replace(example, sequences=(read,), candidates=(Candidate(0, (len(read) - 1,), (0,)),), label=0)
+
+
+def cache_bytes(lm: LanguageModel, batch: Batch) -> int:
+    """Bytes of the keys and values of all layers that generating keeps."""
+    text = lm.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = next(lm.base.parameters()).element_size()
+    return int(2 * text.num_hidden_layers * heads * width * size * batch.input_ids.numel())
 
 
 def forward_bytes(lm: LanguageModel, batch: Batch) -> int:
@@ -177,7 +196,7 @@ def activation_bytes(
 
 def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     """Bytes of the layers' outputs that block-wise estimation reuses."""
-    if config.blocks is None:
+    if config.blocks is None or config.is_generated:
         return 0
     _, layers = layers_of(lm.base)
     width = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)

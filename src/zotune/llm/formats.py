@@ -1,4 +1,4 @@
-"""The shapes of a user's own rows: text and label, prompt and completion, chats, multiple choice.
+"""The shapes of a user's own rows: text and label, prompt and completion, chats, multiple choice, a prompt alone.
 
 Each shape is a pure function from a row to an example. What is wrong with a row is said with its place.
 """
@@ -14,8 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.answers import MAX_NEW_TOKENS, evaluate_answers
-from zotune.llm.chat import assistant_spans
+from zotune.llm.answers import evaluate_answers
+from zotune.llm.chat import assistant_spans, opening
 from zotune.llm.config import DataOptions
 from zotune.llm.data import Example
 from zotune.llm.evaluate import Measure, evaluate
@@ -25,6 +25,9 @@ from zotune.llm.rows import Located
 
 # A row, the options and the model's tokenizer → the example.
 ToExample = Callable[[Located, DataOptions, Any], Example]
+
+# The shape of rows that only a function can judge.
+PROMPT_ALONE = "prompt"
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ def completion(row: Located, options: DataOptions, tokenizer: Any) -> Example:
     """The template, and the completion exactly as it is written, with the end of text behind it."""
     text = _not_empty(row, column_of("completion", options))
     answers: tuple[str, ...] = ()
-    if options.exact_match:
-        _check_can_be_generated(text, row, tokenizer)
+    if options.compares_answers:
+        _check_can_be_generated(text, row, options, tokenizer)
+    if options.compares_answers or options.is_function:
         answers = (text.strip(),)
     return Example(_prompt(row, options), (text + (tokenizer.eos_token or ""),), 0, answers=answers, place=row.place)
 
@@ -94,6 +98,8 @@ def chat(row: Located, options: DataOptions, tokenizer: Any) -> Example:
                 f"{_short(message)}."
             )
         _check_characters(message["content"], row, column)
+    if options.is_function and messages:
+        return _opened(row, messages, tokenizer)
     if not messages or messages[-1]["role"] != "assistant":
         last = repr(messages[-1]["role"]) if messages else "nobody"
         raise UsageError(f"{row.place}: the last message is the assistant's, which is learnt; here it is {last}'s.")
@@ -102,6 +108,17 @@ def chat(row: Located, options: DataOptions, tokenizer: Any) -> Example:
     except UsageError as error:
         raise UsageError(f"{row.place}: {error}") from None
     return Example(text, ("",), 0, spans=spans, place=row.place)
+
+
+def _opened(row: Located, messages: list[dict[str, str]], tokenizer: Any) -> Example:
+    """The chat up to the answer that is to be generated; an answer that the row has is what to compare with."""
+    is_answered = messages[-1]["role"] == "assistant"
+    try:
+        text = opening(tokenizer, messages[: len(messages) - is_answered])
+    except UsageError as error:
+        raise UsageError(f"{row.place}: {error}") from None
+    answers = (messages[-1]["content"].strip(),) if is_answered else ()
+    return Example(text, (), 0, answers=answers, spans=((len(text), len(text)),), place=row.place)
 
 
 def choice(row: Located, options: DataOptions, tokenizer: Any) -> Example:
@@ -116,6 +133,20 @@ def choice(row: Located, options: DataOptions, tokenizer: Any) -> Example:
         raise UsageError(f"{row.place}: the choice {twice!r} is there twice, so neither can be right alone.")
     prompt = _prompt(row, options)
     return Example(prompt, tuple(_continuing(prompt, c) for c in choices), _right(row, options, given), place=row.place)
+
+
+def prompt_alone(row: Located, options: DataOptions, tokenizer: Any) -> Example:
+    """The template, from which text is generated; the label or the completion, if any, is what to compare with.
+
+    Either may be a list of what is accepted.
+    """
+    answers: list[Any] = []
+    for column in (options.label_column, column_of("completion", options)):
+        value = row.columns.get(column)
+        if value is not None and not answers:
+            given = value if isinstance(value, list) else [value]
+            answers = [text_of(Located(row.place, {column: one}), column).strip() for one in given]
+    return Example(_prompt(row, options), (), 0, answers=tuple(answers), place=row.place)
 
 
 FORMATS: dict[str, Format] = {
@@ -152,6 +183,15 @@ FORMATS: dict[str, Format] = {
         ("choices", "label"),
         choice,
         TEACHER_FORCING,
+        evaluate,
+        frozenset({"template"}),
+    ),
+    PROMPT_ALONE: Format(
+        "a prompt alone",
+        "{prompt}",
+        (),
+        prompt_alone,
+        CLASSIFICATION,
         evaluate,
         frozenset({"template"}),
     ),
@@ -234,12 +274,15 @@ def _check_characters(text: str, row: Located, column: str) -> None:
         ) from None
 
 
-def _check_can_be_generated(text: str, row: Located, tokenizer: Any) -> None:
+def _check_can_be_generated(text: str, row: Located, options: DataOptions, tokenizer: Any) -> None:
     tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if "\n" in text.strip() or tokens > MAX_NEW_TOKENS:
+    one_line = options.stop_at == "newline"
+    if (one_line and "\n" in text.strip()) or tokens > options.max_new_tokens:
+        lines = "one generated line" if one_line else "generated text"
+        instead = "Raise max_new_tokens, or stop_at: end" if options.is_generated else "Leave exact_match out"
         raise UsageError(
-            f"{row.place}: exact_match compares one generated line of at most {MAX_NEW_TOKENS} tokens, but this "
-            f"completion has {len(text.strip().splitlines())} lines and {tokens} tokens. Leave exact_match out."
+            f"{row.place}: {options.objective or 'exact_match'} compares {lines} of at most {options.max_new_tokens} "
+            f"tokens, but this completion has {len(text.strip().splitlines())} lines and {tokens} tokens. {instead}."
         )
 
 

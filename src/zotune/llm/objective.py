@@ -39,7 +39,7 @@ class Encoded:
 
     Attributes:
         label, also_right, answers: as the example's.
-        prompt: where the answer is generated, the tokens to generate it from.
+        prompt: where the answer is generated, the tokens to generate it from; text: the whole prompt in words.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -48,11 +48,12 @@ class Encoded:
     also_right: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
+    text: str = ""
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(map(len, self.sequences))
+        """Tokens of the longest sequence, or of a prompt without candidates."""
+        return max(map(len, self.sequences or (self.prompt,)))
 
     def is_right(self, prediction: int) -> bool:
         """Whether a candidate is one of the right ones."""
@@ -71,6 +72,7 @@ class Batch:
             predicted, its id, and its candidate (index into C).
         lengths: (C,) tokens of each candidate.
         counts: candidates of each example; labels: (examples,) the right ones.
+        right: (examples, most candidates) which ones count as right.
         exact: whether scores must be log-probabilities; else a constant an example may be missing from them.
     """
 
@@ -84,6 +86,7 @@ class Batch:
     lengths: Tensor
     counts: tuple[int, ...]
     labels: Tensor
+    right: Tensor
     exact: bool = False
 
     @property
@@ -132,19 +135,21 @@ class Encoder:
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
         sequences = tuple(dict.fromkeys(sequence for sequence, _, _ in found))
-        prompt = self._prompt(example) if example.answers else ()
-        longest = max(*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0)
+        prompt = self._prompt(example) if example.answers or not example.candidates else ()
+        longest = max([*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0])
         if longest > self.context:
             raise UsageError(
                 f"{where} has {longest} tokens, but the model reads at most {self.context}. "
                 f"Cut long prompts from the left with --max-length {self.context}."
             )
         candidates = tuple(Candidate(sequences.index(s), positions, tokens) for s, positions, tokens in found)
-        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt)
+        text = example.prompt if prompt else ""
+        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
         """What an answer is generated from, with room left for it."""
-        ids = tuple(self.tokenizer(example.prompt, verbose=False)["input_ids"])
+        # A chat's template has put the special tokens.
+        ids = tuple(self.tokenizer(example.prompt, add_special_tokens=not example.spans, verbose=False)["input_ids"])
         return self._cut(ids, len(ids), self.new_tokens)[0]
 
     def _causal(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -239,6 +244,7 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
     """Tensors for some examples; padding is on the right, where no causal position sees it."""
     sequences = [s for e in examples for s in e.sequences]
     length = max(map(len, sequences))
+    most = max(len(e.candidates) for e in examples)
     first_sequence = 0
     slots: dict[int, int] = {}
     rows: list[int] = []
@@ -268,6 +274,7 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
         lengths=tensor(lengths),
         counts=tuple(len(e.candidates) for e in examples),
         labels=tensor([e.label for e in examples]),
+        right=tensor([[e.is_right(i) for i in range(most)] for e in examples]),
         exact=exact,
     )
 
@@ -364,7 +371,32 @@ class TeacherForcing:
         return -score.gather(1, batch.labels[:, None])[:, 0]
 
 
-CLASSIFICATION, TEACHER_FORCING = Classification(), TeacherForcing()
+class Accuracy:
+    """Minus 1 where the best candidate is a right one, else 0: their mean is minus the accuracy. Without a gradient."""
+
+    name, exact = "accuracy", False
+
+    def reads(self, example: Encoded) -> Encoded:
+        """All candidates."""
+        return example
+
+    def weight(self, example: Encoded) -> int:
+        """One."""
+        return 1
+
+    def losses(self, score: Tensor, batch: Batch) -> Tensor:
+        """Of equal scores the first is the best."""
+        return -batch.right.gather(1, score.argmax(dim=1, keepdim=True))[:, 0].double()
+
+
+CLASSIFICATION, TEACHER_FORCING, ACCURACY = Classification(), TeacherForcing(), Accuracy()
+
+OBJECTIVES: dict[str, Objective] = {
+    "classification": CLASSIFICATION,
+    "teacher_forcing": TEACHER_FORCING,
+    "accuracy": ACCURACY,
+}
+"""The objectives made of candidates' scores, by the name of the option."""
 
 
 def mean_loss(objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded]) -> Tensor:

@@ -24,17 +24,23 @@ AnyOptimizer = ZerothOrder | Hybrid | torch.optim.Optimizer
 
 
 def make_optimizer(
-    module: nn.Module, options: MethodOptions, seed: int, run_once: Callable[[], Any] | None = None
+    module: nn.Module,
+    options: MethodOptions,
+    seed: int,
+    run_once: Callable[[], Any] | None = None,
+    *,
+    reuse_prefix: bool = True,
 ) -> AnyOptimizer:
     """The method by name, over the parameters that require a gradient.
 
-    `run_once` runs the model, which a hybrid needs to see in which layers parameters are read.
+    `run_once` runs the model, which a hybrid needs to see in which layers parameters are read. `reuse_prefix` is for
+    blocks: whether all evaluations of a step run the same passes, so that one's activations serve the others.
     """
     tuned = [p for p in module.parameters() if p.requires_grad]
     if options.method in FIRST_ORDER:
         return first_order(options.method, tuned, options.learning_rate, options)
     if options.hybrid_layers is None:
-        return _zeroth_order(module, options, seed, None)
+        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix)
     assert run_once is not None
     shallow, deep = split_at_layer(module, options.hybrid_layers, run_once, tied=options.hybrid_tied)
     if not shallow:
@@ -65,7 +71,12 @@ def first_order(
 
 
 def _zeroth_order(
-    module: nn.Module, options: MethodOptions, seed: int, params: list[nn.Parameter] | None
+    module: nn.Module,
+    options: MethodOptions,
+    seed: int,
+    params: list[nn.Parameter] | None,
+    *,
+    reuse_prefix: bool = True,
 ) -> ZerothOrder:
     own: dict[str, dict[str, Any]] = {
         "zo_sgd_sign": {"sign": options.sign},
@@ -88,6 +99,7 @@ def _zeroth_order(
         sampler=_sampler(options),
         blocks=_blocks(module, options, params),
         block_order=options.block_order,
+        reuse_prefix=reuse_prefix,
         window=options.window,
         weight_decay=options.weight_decay,
         max_coefficient=options.max_coefficient,

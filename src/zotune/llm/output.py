@@ -139,6 +139,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 |---|---|
 | {metric} | {found} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
+| objective | {config.objective or "the task's own"} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
 | training time | {results["seconds"]:.0f} s |

@@ -18,8 +18,9 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import DataOptions
 from zotune.llm.data import Example, Splits
 from zotune.llm.evaluate import Measure
-from zotune.llm.formats import FORMATS, Format, measure_of, text_of
+from zotune.llm.formats import FORMATS, PROMPT_ALONE, Format, column_of, measure_of, text_of
 from zotune.llm.objective import Objective
+from zotune.llm.rewards import Generated
 from zotune.llm.rows import Located, located_rows
 
 # Options that the rows fill in.
@@ -31,11 +32,13 @@ _OF_SHAPES = ("template", "verbalizer", "exact_match", "scored_turns")
 
 @dataclass(frozen=True)
 class Data:
-    """What came of a user's files.
+    """Examples, what is minimised on them, and what is reported.
 
     Attributes:
-        options: with the shape, the template and the verbalizer that were taken, so that they can be saved.
+        options: of one's own files with the shape, the template and the verbalizer that were taken, so that they can
+            be saved.
         notes: what was taken for what, and what looks odd; a line each.
+        generated: what is minimised in place of `objective`, where each evaluation generates text.
     """
 
     splits: Splits
@@ -43,6 +46,7 @@ class Data:
     measure: Measure
     options: DataOptions
     notes: tuple[str, ...]
+    generated: Generated | None = None
 
 
 def own_data(options: DataOptions, tokenizer: Any, *, masked: bool = False) -> Data:
@@ -87,26 +91,46 @@ def resolved(options: DataOptions, rows: Sequence[Located], source: Path, *, mas
         ):
             users = " or ".join(other for other, f in FORMATS.items() if option in f.uses)
             raise UsageError(f"{option} has no effect on rows of {form.description} ({name}); it is for {users}.")
+    if name == PROMPT_ALONE and not options.is_function:
+        raise UsageError(
+            f"rows of {form.description} ({name}) say nothing of what is right: give --objective MODULE:FUNCTION, "
+            "a function that judges what is generated, or another --data-format."
+        )
     if masked and name != "classification":
         raise UsageError(
             f"a masked language model fills in one word, so it cannot learn from {form.description} ({name}). "
             "Use a causal language model, or rows of a text and a label."
         )
-    filled = {"data_format": name, "template": options.template or form.template}
+    filled = {"data_format": name, "template": options.template or _own_template(name, rows, options)}
     if name == "classification":
         filled["verbalizer"] = options.verbalizer or _labels_as_words(rows, options, source)  # type: ignore[assignment]
         _check_words(filled["verbalizer"])
     return options.model_copy(update=filled)
 
 
+def _own_template(name: str, rows: Sequence[Located], options: DataOptions) -> str | None:
+    """The template of a shape; text is generated from the prompt, or from the text as it is."""
+    if name == PROMPT_ALONE and column_of("prompt", options) not in _present(rows):
+        return "{text}"
+    return FORMATS[name].template
+
+
+def _present(rows: Sequence[Located]) -> set[str]:
+    """The columns that hold anything."""
+    return {name for row in rows for name, value in row.columns.items() if value is not None}
+
+
 def _told(rows: Sequence[Located], options: DataOptions, source: Path) -> str:
-    """The shape that the columns make, where they make one."""
-    present = {name for row in rows for name, value in row.columns.items() if value is not None}
-    missing = {name: [c for c in f.columns(options) if c not in present] for name, f in FORMATS.items()}
+    """The shape that the columns make, where they make one; a function judges what is generated from any of them."""
+    present = _present(rows)
+    if options.is_function:
+        return "chat" if column_of("messages", options) in present else PROMPT_ALONE
+    forms = {name: f for name, f in FORMATS.items() if name != PROMPT_ALONE}
+    missing = {name: [c for c in f.columns(options) if c not in present] for name, f in forms.items()}
     found = [name for name, columns in missing.items() if not columns]
     if len(found) == 1:
         return found[0]
-    shapes = "; ".join(f"{name} ({', '.join(f.columns(options))})" for name, f in FORMATS.items())
+    shapes = "; ".join(f"{name} ({', '.join(f.columns(options))})" for name, f in forms.items())
     if found:
         raise UsageError(
             f"{source}: the columns {', '.join(sorted(present))} make rows of several shapes: {', '.join(found)}. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from zotune.errors import RunError, UsageError
 from zotune.hybrid import Hybrid
-from zotune.llm.config import DataOptions, TrainConfig
-from zotune.llm.data import Example
-from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
+from zotune.llm.config import TrainConfig
+from zotune.llm.evaluate import Measured, Scorer
 from zotune.llm.kept import File, Kept, Memory
+from zotune.llm.loading import Rows, load_rows
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, check_distinct, collate, mean_loss
+from zotune.llm.objective import Encoded, Objective, collate, mean_loss
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
-from zotune.llm.own import RESOLVED, Data, own_data
+from zotune.llm.own import RESOLVED
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
-from zotune.llm.tasks import find_task, head_labels
+from zotune.llm.tasks import head_labels
 from zotune.llm.tuning import prepare
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
 from zotune.memory import peak_memory
@@ -70,58 +70,8 @@ class Result:
         return {**plain, "output_dir": str(self.output_dir), **found, "environment": environment()}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The splits as tokens, what is minimised on them, and what is reported.
-
-    Attributes:
-        options: of one's own rows, what was taken: their shape, template and verbalizer.
-        notes: what there is to say of them, a line each.
-    """
-
-    train: tuple[Encoded, ...]
-    dev: tuple[Encoded, ...]
-    test: tuple[Encoded, ...]
-    objective: Objective = CLASSIFICATION
-    measure: Measure = evaluate
-    options: DataOptions = field(default_factory=DataOptions.model_construct)
-    notes: tuple[str, ...] = ()
-
-
-def load_examples(lm: LanguageModel, options: DataOptions) -> Data:
-    """The data that `options` name, as examples."""
-    if lm.classifies and options.prompt == "aligned":
-        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
-    if options.task is None:
-        return own_data(options, lm.tokenizer, masked=lm.masked)
-    task = find_task(options.task)
-    return Data(task.splits(options, lm.masked), task.objective, task.measure, options, ())
-
-
-def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
-    """The data that `options` name, as tokens of the model."""
-    found = load_examples(lm, options)
-    encode = encoder_of(lm, options)
-
-    def encoded(name: str) -> tuple[Encoded, ...]:
-        examples: tuple[Example, ...] = getattr(found.splits, name)
-        tokens = tuple(encode(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1))
-        # The shipped tasks' own prompts and labels are what they are.
-        if options.task is None:
-            for both in zip(tokens, examples, strict=True):
-                check_distinct(*both)
-        return tokens
-
-    train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    train = tuple(map(found.objective.reads, train))
-    return Rows(train, dev, test, found.objective, found.measure, found.options, found.notes)
-
-
-def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
-    """How a model's examples become tokens."""
-    return Encoder(
-        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
-    )
+# Some examples, the step's number, and their places in the step's batch → their mean loss as a closure.
+MakeClosure = Callable[[Sequence[Encoded], int, Sequence[int]], Callable[[], Tensor]]
 
 
 def train(config: TrainConfig) -> Result:
@@ -181,9 +131,16 @@ class _Run:
         self, lm: LanguageModel, rows: Rows, config: TrainConfig, scorer: Scorer, output: OutputFolder
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
-        self.optimizer = make_optimizer(lm.module, config, config.seed, self._run_once)
-        self.update = _update(self.optimizer, lm, config)
         self.step = self.num_skipped = self.num_forwards = 0
+        self._closure: MakeClosure = (
+            partial(_scored, lm, rows.objective, scorer)
+            if rows.generated is None
+            else partial(rows.generated.closure, lm)
+        )
+        self.optimizer = make_optimizer(
+            lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None
+        )
+        self.update = _update(self.optimizer, lm, config)
         self.seconds = 0.0
         self._held_out: Measured | None = None
 
@@ -203,13 +160,7 @@ class _Run:
             status = self._status(sum(recent) / len(recent))
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
-                self.output.log(
-                    {
-                        **asdict(status),
-                        "held_out": self._held_out and self._held_out.value,
-                        "learning_rate": learning_rate,
-                    }
-                )
+                self.output.log({**status.to_log(), "learning_rate": learning_rate})
             if self.config.eval_steps and self.step % self.config.eval_steps == 0:
                 self._evaluate_on_the_way(display)
             if stop.signal is not None:
@@ -236,15 +187,12 @@ class _Run:
 
         With each, its share in the mean.
         """
-        objective = self.rows.objective
         size = self.config.per_device_train_batch_size
-        ordered = sorted(examples, key=lambda e: e.length)
-        cuts = [ordered[lo : lo + size] for lo in range(0, len(ordered), size)]
-        batches = [collate(cut, self.lm.pad_token_id, self.lm.device, exact=objective.exact) for cut in cuts]
-        closures: list[Callable[[], Tensor]] = [
-            partial(_loss, objective, self.scorer, *both) for both in zip(batches, cuts, strict=True)
-        ]
-        return closures, [sum(map(objective.weight, cut)) for cut in cuts]
+        order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+        places = [order[lo : lo + size] for lo in range(0, len(order), size)]
+        cuts = [[examples[i] for i in here] for here in places]
+        closures = [self._closure(cut, self.step, here) for cut, here in zip(cuts, places, strict=True)]
+        return closures, [sum(map(self.rows.objective.weight, cut)) for cut in cuts]
 
     def _run_once(self) -> None:
         """One forward pass, by which it is seen where parameters are read."""
@@ -254,15 +202,24 @@ class _Run:
 
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
-        held_out = None if self._held_out is None else self._held_out.short
-        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, held_out)
+        return Status(
+            step=self.step,
+            max_steps=self.config.max_steps,
+            loss=loss,
+            num_forwards=self.num_forwards,
+            seconds=self.seconds,
+            peak_memory=peak,
+            held_out=self._held_out,
+            num_flat=self.update.num_flat if isinstance(self.update, ZerothOrderStep) else 0,
+        )
 
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
     if isinstance(optimizer, Hybrid):
         return hybrid_step
     if isinstance(optimizer, ZerothOrder):
-        return ZerothOrderStep(None if config.method == "forward_grad" else config.mu)
+        mu = None if config.method == "forward_grad" else config.mu
+        return ZerothOrderStep(mu, has_steps=not config.has_gradient)
     return FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
 
 
@@ -278,12 +235,24 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
         waiting = waiting[size:]
 
 
-def _loss(objective: Objective, scorer: Scorer, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
-    return mean_loss(objective, scorer(batch), batch, examples)
+def _scored(
+    lm: LanguageModel,
+    objective: Objective,
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    step: int,
+    places: Sequence[int],
+) -> Callable[[], Tensor]:
+    """The mean loss of candidates' scores, as a function to call with each probe."""
+    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
+    return lambda: mean_loss(objective, scorer(batch), batch, examples)
 
 
 def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
     """How rows are scored: the layers below the tuned ones once a row, where they are the same in every pass."""
+    if rows.generated is not None:
+        say("generating text in each forward pass: nothing is kept of the layers below what is tuned")
+        return lm.score
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # a step of back-propagation leaves dropout on
         return lm.score

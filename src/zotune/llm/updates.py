@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.errors import NonFiniteLossError
+from zotune.estimate import GradientEstimate
 from zotune.estimators import accumulate
 from zotune.hybrid import Hybrid
 from zotune.llm.checks import check_first_estimate, check_mu
@@ -24,22 +24,34 @@ Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
 class ZerothOrderStep:
     """One step of forward passes only; the micro-batches add up to one objective. The first is looked at hard.
 
-    `mu` is that of probes, None where there are none.
+    Args:
+        mu: that of probes, None where there are none.
+        has_steps: whether the objective is a staircase, as accuracy is: equal values of all probes are then no fault.
+
+    Attributes:
+        num_flat: steps of such an objective in which all probes had the same value.
     """
 
-    def __init__(self, mu: float | None) -> None:
-        self._mu = mu
+    def __init__(self, mu: float | None, *, has_steps: bool = False) -> None:
+        self._mu, self._has_steps, self.num_flat = mu, has_steps, 0
 
     def __call__(
         self, optimizer: ZerothOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
     ) -> float:
         """One update; the loss before it."""
-        if optimizer.num_steps:
-            return optimizer.step(accumulate(closures, weights))
-        if self._mu is not None:
+        differs: list[bool] = []
+        is_first = not optimizer.num_steps
+        if is_first and self._mu is not None:
             check_mu(optimizer.tuned, self._mu)
-        inspect = partial(check_first_estimate, optimizer, mu=self._mu)
-        return optimizer.step(accumulate(closures, weights), inspect=inspect)
+
+        def inspect(estimate: GradientEstimate) -> None:
+            differs.append(any(c != 0 for c, _ in estimate.terms))
+            if is_first:
+                check_first_estimate(optimizer, estimate, mu=None if self._has_steps else self._mu)
+
+        loss = optimizer.step(accumulate(closures, weights), inspect=inspect)
+        self.num_flat += self._has_steps and not any(differs)
+        return loss
 
 
 def hybrid_step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> float:

@@ -1,0 +1,76 @@
+"""Tune a language model on a reward of the text that it generates: no loss, no gradient, no labels' words.
+
+    make reward
+
+SmolLM2-135M-Instruct is asked for one word and mostly answers in sentences. The reward is a Python function
+(`examples/rewards.py`), the settings are `examples/one_word.yaml`. What is reported is the mean reward of
+prompts that the tuning has not seen, before and after, with the paired 95 % interval of the gain: each prompt
+is answered with the same drawn numbers both times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from zotune.llm.config import TrainConfig, read_recipe
+from zotune.llm.loading import load_rows
+from zotune.llm.models import load
+from zotune.llm.rewards import RewardEvaluation
+from zotune.llm.train import train
+
+RECIPE = Path(__file__).parent / "one_word.yaml"
+
+
+def tune(seed: int, output_dir: Path) -> dict[str, Any]:
+    """Rewards before and after, the gain with its interval, and what it took."""
+    recipe = {**read_recipe(RECIPE), "seed": seed, "output_dir": output_dir, "overwrite_output_dir": True}
+    began, cpu = time.perf_counter(), time.process_time()
+    config = TrainConfig.model_validate(recipe)
+    lm = load(config)
+    rows = load_rows(lm, config)
+    before = rows.measure(lm, rows.test, config.per_device_eval_batch_size)
+    result = train(config)
+    after = result.test
+    assert isinstance(before, RewardEvaluation) and isinstance(after, RewardEvaluation)
+    gains = [b - a for a, b in zip(before.rewards, after.rewards, strict=True)]
+    return {
+        "seed": seed,
+        "before": before.reward,
+        "after": after.reward,
+        "gain": statistics.fmean(gains),
+        "half_width": 1.96 * statistics.stdev(gains) / math.sqrt(len(gains)),
+        "num_prompts": len(gains),
+        "num_forwards": result.num_forwards,
+        "num_tuned": result.num_tuned,
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "answers_before": before.predictions[:5],
+        "answers_after": after.predictions[:5],
+    }
+
+
+def main() -> None:
+    """Tune and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="names directions, batches and draws")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/reward"))
+    parser.add_argument("--json", action="store_true", help="one JSON object in place of text")
+    options = parser.parse_args()
+    found = tune(options.seed, options.output_dir)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"mean reward of {found['num_prompts']} held-out prompts: {found['before']:.3f} → {found['after']:.3f}")
+    print(f"gain {found['gain']:+.3f} ± {found['half_width']:.3f} (95 %, paired), {found['seconds']:.0f} s")
+    for name in ("before", "after"):
+        print(f"{name}: " + " | ".join(found[f"answers_{name}"]))
+
+
+if __name__ == "__main__":
+    main()
