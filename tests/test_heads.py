@@ -85,3 +85,30 @@ def test_heads_for_other_labels_or_prompts_are_refused(tmp_path, zotune):
     assert aligned.code == 2 and "--prompt none" in aligned.err
     none = zotune("eval", "--model", "random:roberta-tiny", "--task", "copa", "--prompt", "none", "--device", "cpu")
     assert none.code == 2 and "choices of its own" in none.err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tuning", ["prefix", "prompt"])
+def test_virtual_tokens_before_a_head_score_as_plain_peft_and_train(tmp_path, tuning):
+    config = TrainConfig(
+        model="random:roberta-tiny",
+        device="cpu",
+        task="rte",
+        tuning=tuning,
+        learning_rate=1e-2,
+        mu=1e-2,
+        max_steps=2,
+        output_dir=tmp_path / "out",
+        **OPTIONS,
+    )
+    result = train(config)
+    lm = load(ModelOptions(model=str(tmp_path / "out"), device="cpu"), TASKS["rte"].labels)
+    rows = load_rows(lm, config)
+    assert rows.measure(lm, rows.test, 32, objective=rows.objective).loss == pytest.approx(result.test.loss, abs=1e-6)
+    score = lm.score(collate(rows.test, lm.pad_token_id, lm.device))
+    bare = loaded("rte")
+    for e, found in zip(rows.test, score, strict=True):
+        ids = torch.tensor([e.sequences[0]])
+        logits = lm.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+        torch.testing.assert_close(found, logits.log_softmax(0), rtol=0, atol=1e-5)
+        assert not torch.allclose(logits, bare.module(input_ids=ids).logits[0].double(), atol=1e-5)

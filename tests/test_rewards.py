@@ -227,19 +227,51 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
     with torch.no_grad():
         for t in tuned:
             t.parameter.add_(0.05)
-    sampling = Sampling(1.0, 1.0, (1, 2, 3, 4, 5))
+    # Virtual tokens of models with random weights say little until they are far away, and little even then.
+    sampling, a = Sampling(0.1, 1.0, (1, 2, 3, 4, 5)), 5.0 if lm.num_virtual_tokens else 0.2
     prompts = [e.prompt for e in encode(lm)]
 
     def texts():
-        return generate(lm, prompts, 12, stops_at_newline=False, sampling=sampling)
+        return generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling)
 
     with probing(lm.module):
         at_x = texts()
-        with zo.perturbed(tuned, u, 1.0):
+        with zo.perturbed(tuned, u, a):
             found = texts()
         for t in tuned:
-            t.parameter.add_(u.of(tuned, t.name))
+            t.parameter.add_(a * u.of(tuned, t.name))
         assert found == texts() != at_x
+
+
+@pytest.mark.parametrize("scheme", ["prefix", "prompt"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_text_behind_virtual_tokens_is_that_of_plain_peft_whatever_the_batch(tiny, causal_family, scheme, drawn):
+    """Each prompt alone, without a cache, through peft's own forward; and by peft's own `generate`."""
+    lm = tiny(causal_family)
+    prepare(lm, TrainConfig.model_validate({"task": "squad", "tuning": scheme}))
+    generator = torch.Generator().manual_seed(1)
+    for p in lm.module.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=generator))
+    encoded, seeds = encode(lm), (1, 2, 3, 4, 5)
+    prompts = [e.prompt for e in encoded]
+    if drawn:
+        expected = [sampled(lm, p, s, 6) for p, s in zip(prompts, seeds, strict=True)]
+    else:
+        eos = lm.tokenizer.eos_token_id
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": eos}
+        expected = []
+        for p in prompts:
+            out = lm.module.generate(input_ids=torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0]
+            expected.append(lm.tokenizer.decode(out[len(p) :], skip_special_tokens=True).strip())
+    for cut in (1, 5):
+        found = []
+        for lo in range(0, 5, cut):
+            sampling = Sampling(1.0, 1.0, seeds[lo : lo + cut]) if drawn else None
+            found += generate(lm, prompts[lo : lo + cut], 6, stops_at_newline=False, sampling=sampling)
+        assert found == expected
+    objective = Generated("f1", REWARDS["f1"], ObjectiveOptions(objective="f1"))
+    assert objective.measure(lm, encoded, 5).predictions == objective.measure(lm, encoded, 1).predictions
 
 
 def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny, monkeypatch):

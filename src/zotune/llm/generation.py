@@ -9,7 +9,7 @@ and no global generator is touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,8 +47,29 @@ def generate(
     """The text that the model continues each prompt with, up to a newline (where it stops there) or the end of text.
 
     Greedily, unless `sampling` is given. One call of the model a new token, with its keys and values kept;
-    `lm.num_forwards` counts them.
+    `lm.num_forwards` counts them. Behind virtual tokens only prompts of one length go together: peft puts padding
+    between the two, where it takes up positions and sliding windows.
     """
+    if not lm.num_virtual_tokens:
+        return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
+    texts = [""] * len(prompts)
+    for length in sorted(set(map(len, prompts))):
+        here = [i for i, p in enumerate(prompts) if len(p) == length]
+        own = None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in here))
+        found = _generate(lm, [prompts[i] for i in here], max_new_tokens, stops_at_newline, own)
+        for i, text in zip(here, found, strict=True):
+            texts[i] = text
+    return texts
+
+
+def _generate(
+    lm: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    stops_at_newline: bool,
+    sampling: Sampling | None,
+) -> list[str]:
+    """Of prompts that are padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     length = max(map(len, prompts))

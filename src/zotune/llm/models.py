@@ -277,6 +277,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # What peft asks of transformers concerns their developers.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    # With a prompt peft leaves positions to the model, which counts them as it should: nothing is padded.
+    warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 
 def _device(name: str) -> torch.device:
