@@ -169,3 +169,17 @@ def test_rows_that_are_cut_or_refused_are_counted_and_named(config, tmp_path, zo
 def test_quantiles_by_hand():
     assert quantiles(list(range(1, 101))) == {"min": 1, "median": 50.5, "p95": 96, "max": 100}
     assert quantiles([]) == {}
+
+
+@pytest.mark.parametrize("method", ["zo_sgd", "zo_adam"])
+def test_the_memory_of_a_process_is_what_was_foretold(start, tmp_path, smollm2, method):
+    """Within an eighth: allocators add to it."""
+    del smollm2  # fetched by then
+    run = ["train", "--task", "sst2", "--model", "smollm2-135m", "--dtype", "float32", "--method", method]
+    run += ["--num-train", 32, "--num-dev", 8, "--num-eval", 8, "--max-steps", 2, "--device", "cpu", "--json"]
+    out = []
+    for more in (["--dry-run"], ["--output-dir", tmp_path / "out"]):
+        process = start("-m", "zotune", *run, *more)
+        out.append(json.loads(process.communicate(timeout=300)[0]))
+        assert process.returncode == 0
+    assert out[0]["memory"]["total"] == pytest.approx(out[1]["peak_memory"], rel=1 / 8)
