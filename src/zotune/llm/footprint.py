@@ -179,10 +179,16 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     """Bytes of the layers' outputs that block-wise estimation reuses."""
     if config.blocks is None:
         return 0
+<<<<<<< HEAD
     _, layers = stack_of(lm.base)
     width = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
     recorded: int = len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
     return recorded
+=======
+    _, layers = layers_of(lm.base)
+    width: int = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
+    return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
+>>>>>>> owndata
 
 
 def _score(lm: LanguageModel, batch: Batch) -> Tensor:
