@@ -9,10 +9,13 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart test bench-speed bench-quickstart clean
+.PHONY: quickstart reward test bench-speed bench-quickstart bench-reward clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
+
+reward: $(VENV)/llm
+	$(BIN)/python examples/reward.py
 
 test: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -26,6 +29,9 @@ bench-speed: $(VENV)/llm
 
 bench-quickstart: $(VENV)/llm
 	$(BIN)/python benchmarks/quickstart_seeds.py
+
+bench-reward: $(VENV)/llm
+	$(BIN)/python benchmarks/reward_seeds.py
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'

@@ -17,13 +17,16 @@ from zotune.llm.config import DataOptions, TrainConfig, read_recipe
 from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate
 from zotune.llm.generation import Sampling, generate, uniform
+from zotune.llm.kept import Kept, Memory
 from zotune.llm.loading import load_rows
 from zotune.llm.objective import ACCURACY, OBJECTIVES, Encoder, collate, mean_loss
 from zotune.llm.objective_options import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
+from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.rewards import Completion, Generated, checked, find_reward, open_ended
 from zotune.llm.train import train
 from zotune.llm.tuning import prepare
+from zotune.stack import stack_of
 from zotune.tuned import TunedTensors
 
 ZEROTH_ORDER = [name for name in zo.METHODS if name != "forward_grad"]
@@ -240,7 +243,40 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
             found = texts()
         for t in tuned:
             t.parameter.add_(a * u.of(tuned, t.name))
-        assert found == texts() != at_x
+        assert found == texts()
+        # OPT's norms leave nothing of a prompt's size.
+        assert found != at_x or (lm.config.model_type, scheme) == ("opt", "prompt")
+
+
+@pytest.mark.parametrize("room", [0, 1 << 24])
+@pytest.mark.parametrize("options", [{"tuning": "lora"}, {"tuning": "full"}], ids=lambda o: o["tuning"])
+def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, options, room):
+    """At x and in a probe; the lower layers see a prompt once if there is room, and new tokens always."""
+    lm = tiny(causal_family)
+    prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuned_layers": 1, **options}))
+    tuned, prompts = TunedTensors(lm.module), [e.prompt for e in encode(lm)]
+    sampling = Sampling(1.0, 1.0, (1, 2, 3, 4, 5))
+    reused = ReusedPrompts(lm, Kept([Memory(room)]))
+    slides = causal_family in ("mistral", "gemma3")
+    assert (reused.depth, reused.num_layers) == (0 if slides else 1, 2)
+    seen = []
+    stack_of(lm.base)[1][0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+    )
+    generator = torch.Generator().manual_seed(1)
+    with probing(lm.module):
+        for t in tuned:
+            t.parameter.add_(0.1 * torch.randn(t.parameter.shape, generator=generator))
+        for a in (0.0, 0.1, -0.1):
+            with zo.perturbed(tuned, zo.Direction(1), a):
+                expected = generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling)
+                seen.clear()
+                found = generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling, starting=reused.starting)
+            assert found == expected
+            # Two of the five prompts are the same.
+            computed = 5 if not room else 4 if a == 0 else 0
+            assert slides or sum(n > 1 for n in seen) == computed
+    assert all("forward" not in vars(m) for m in lm.module.modules())
 
 
 @pytest.mark.parametrize("scheme", ["prefix", "prompt"])

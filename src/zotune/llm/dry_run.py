@@ -32,6 +32,7 @@ from zotune.llm.models import LanguageModel
 from zotune.llm.objective import Encoded, Encoder, check_distinct
 from zotune.llm.optimizers import make_optimizer
 from zotune.llm.own import RESOLVED, Data
+from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.skeleton import skeleton
 from zotune.llm.tasks import head_labels
@@ -196,9 +197,11 @@ def _memory(
         loading=sum(p.numel() for p in base) * stored.itemsize if is_other else 0,
         state=state_bytes(optimizer, config),
         activations=activation_bytes(lm, optimizer, config, batch, evaluated)
-        + max(cache_bytes(lm, b) for b in (batch, evaluated) if b is not None) * config.is_generated,
+        + max(cache_bytes(lm, b.input_ids.numel()) for b in (batch, evaluated) if b is not None) * config.is_generated,
         scratch=scratch_bytes(optimizer, lm, batch.input_ids.numel()),
-        reused=_reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
+        reused=_prompts_reused(lm, config, read)
+        if config.is_generated
+        else _reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
         + recorded_bytes(lm, batch, config),
     )
 
@@ -207,9 +210,19 @@ def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[En
     """Bytes of activations below the tuned layers that are kept in memory."""
     sequences = [[s for e in split for s in e.sequences] for split in splits]
     reused = ReusedActivations(lm, Kept(), sequences)
-    if not reused.depth or not config.reuse_activations or config.is_generated:
+    if not reused.depth or not config.reuse_activations:
         return 0
     return min(reused.num_bytes, int(config.reuse_memory * 2**30))
+
+
+def _prompts_reused(lm: LanguageModel, config: TrainConfig, read: _Reading) -> int:
+    """Bytes of what prompts leave below the tuned layers: keys, values, and what enters the first of these."""
+    depth = ReusedPrompts(lm, Kept()).depth
+    if not depth or not config.reuse_activations:
+        return 0
+    num_tokens = sum(map(len, {e.prompt for encoded in read.encoded.values() for e in encoded}))
+    entering: int = num_tokens * int(lm.config.hidden_size) * next(lm.base.parameters()).element_size()
+    return min(entering + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
 
 
 def shown(lm: LanguageModel, example: Example, encoded: Encoded) -> str:

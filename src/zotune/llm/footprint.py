@@ -135,13 +135,14 @@ def generated(example: Encoded, new_tokens: int) -> Encoded:
     return replace(example, sequences=(read,), candidates=(Candidate(0, (len(read) - 1,), (0,)),), label=0)
 
 
-def cache_bytes(lm: LanguageModel, batch: Batch) -> int:
-    """Bytes of the keys and values of all layers that generating keeps."""
+def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = None) -> int:
+    """Bytes of the keys and values that so many tokens leave in some layers, or in all of them."""
     text = lm.config.get_text_config()
+    layers = text.num_hidden_layers if num_layers is None else num_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = next(lm.base.parameters()).element_size()
-    return int(2 * text.num_hidden_layers * heads * width * size * batch.input_ids.numel())
+    return int(2 * layers * heads * width * size * num_tokens)
 
 
 def forward_bytes(lm: LanguageModel, batch: Batch) -> int:
@@ -196,7 +197,7 @@ def activation_bytes(
 
 def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     """Bytes of the layers' outputs that block-wise estimation reuses."""
-    if config.blocks is None or config.is_generated:
+    if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
     width: int = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)

@@ -8,7 +8,8 @@ and no global generator is touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from zotune.llm.models import LanguageModel
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50
+
+Starting = Callable[[Sequence[tuple[int, ...]]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ def generate(
     *,
     stops_at_newline: bool = True,
     sampling: Sampling | None = None,
+    starting: Starting = lambda prompts: nullcontext(),
 ) -> list[str]:
     """The text that the model continues each prompt with, up to a newline (where it stops there) or the end of text.
 
     Greedily, unless `sampling` is given. One call of the model a new token, with its keys and values kept;
     `lm.num_forwards` counts them. Behind virtual tokens only prompts of one length go together: peft puts padding
-    between the two, where it takes up positions and sliding windows.
+    between the two, where it takes up positions and sliding windows. `starting` gives a context in which the first pass
+    of some prompts is made cheaper (`zotune.llm.prompts`).
     """
     if not lm.num_virtual_tokens:
-        return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
+        with starting(prompts):
+            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
     texts = [""] * len(prompts)
     for length in sorted(set(map(len, prompts))):
         here = [i for i, p in enumerate(prompts) if len(p) == length]

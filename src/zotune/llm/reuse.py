@@ -89,7 +89,7 @@ class ReusedActivations:
     def __init__(self, lm: LanguageModel, kept: Kept, splits: Sequence[Iterable[Tokens]] = ()) -> None:
         _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
-        self.depth = 0 if _tunes_outside(lm) else lowest_tuned_layer(lm.base)
+        self.depth = 0 if tunes_outside(lm) else lowest_tuned_layer(lm.base)
         self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
         self._returns_tuple = False
         self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}
@@ -165,7 +165,7 @@ def padded(sequences: Sequence[Tokens], pad_token_id: int, device: torch.device)
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _tunes_outside(lm: LanguageModel) -> bool:
+def tunes_outside(lm: LanguageModel) -> bool:
     """Whether something is tuned that is no part of the model itself: virtual tokens reach all its layers."""
     inside = {id(p) for p in lm.base.parameters()}
     return any(p.requires_grad and id(p) not in inside for p in lm.module.parameters())

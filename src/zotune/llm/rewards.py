@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Real
@@ -26,7 +27,7 @@ from zotune.errors import RunError, UsageError, did_you_mean
 from zotune.llm.answers import answers_found, exact_match, f1
 from zotune.llm.data import Example
 from zotune.llm.evaluate import Measured, Scorer, by_length
-from zotune.llm.generation import Sampling, generate
+from zotune.llm.generation import Sampling, Starting, generate
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import CLASSIFICATION, Encoded, Objective
 from zotune.llm.objective_options import ObjectiveOptions
@@ -190,12 +191,14 @@ class Generated:
     Attributes:
         name: of the option; reward: the higher, the better; options: how to generate.
         seed: the run's; with a step's number and a row's place in its batch it names what is drawn for the row.
+        starting: as `generate` takes it.
     """
 
     name: str
     reward: Reward
     options: ObjectiveOptions
     seed: int = 0
+    starting: Starting = lambda prompts: nullcontext()
 
     def closure(
         self, lm: LanguageModel, examples: Sequence[Encoded], step: int, places: Sequence[int]
@@ -220,6 +223,7 @@ class Generated:
             o.max_new_tokens,
             stops_at_newline=o.stop_at == "newline",
             sampling=Sampling(o.temperature, o.top_p, tuple(seeds)) if o.generation == "sample" else None,
+            starting=self.starting,
         )
         return [Completion(e.text, text, e.answers) for e, text in zip(examples, texts, strict=True)]
 

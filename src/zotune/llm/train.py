@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rat
 from zotune.llm.output import OutputFolder, environment
 from zotune.llm.own import RESOLVED
 from zotune.llm.progress import Display, Status, say
+from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import head_labels
@@ -93,7 +94,7 @@ def train(config: TrainConfig) -> Result:
         say(note)
     output = OutputFolder(config)
     output.check_room(lm)
-    scorer = _scorer(lm, rows, config)
+    scorer, rows = _scorer(lm, rows, config), _prompts_reused(lm, rows, config)
     run = _Run(lm, rows, config, scorer, output)
     before = run.evaluate(rows.dev)
     with Display(config.max_steps) as display, stoppable() as stop:
@@ -251,8 +252,7 @@ def _scored(
 def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
     """How rows are scored: the layers below the tuned ones once a row, where they are the same in every pass."""
     if rows.generated is not None:
-        say("generating text in each forward pass: nothing is kept of the layers below what is tuned")
-        return lm.score
+        return lm.score  # which nothing asks for
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # a step of back-propagation leaves dropout on
         return lm.score
@@ -266,6 +266,20 @@ def _scorer(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Scorer:
             f"{config.reuse_memory:g} GiB of memory{file}"
         )
     return reused.score
+
+
+def _prompts_reused(lm: LanguageModel, rows: Rows, config: TrainConfig) -> Rows:
+    """The rows, their prompts' part below the tuned layers computed once where text is generated from them."""
+    if rows.generated is None:
+        return rows
+    reused = ReusedPrompts(lm, _kept(config))
+    if reused.depth and config.reuse_activations:
+        say(
+            f"reusing prompts: what they leave in layers 1 to {reused.depth} of {reused.num_layers}, below what is "
+            f"tuned, is computed once and kept in at most {config.reuse_memory:g} GiB of memory"
+        )
+    generated = replace(rows.generated, starting=reused.starting)
+    return replace(rows, generated=generated, measure=generated.measure)
 
 
 def _kept(config: TrainConfig) -> Kept:
