@@ -128,6 +128,7 @@ def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> st
         metric, value = next(iter(test.items()))
         low, high = 100 * test["low"], 100 * test["high"]
         found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+    best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
@@ -141,7 +142,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | | |
 |---|---|
 | {metric} | {found} |
-| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
+| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |{best}
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
 | training time | {results["seconds"]:.0f} s |
