@@ -85,9 +85,30 @@ class DataOptions(Options):
 
 
 class EvalConfig(ModelOptions, DataOptions):
-    """Evaluate a model on a task or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
+    """Evaluate a model on tasks or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
 
+    task: str | None = Field(
+        None, description="Tasks by name (see `tasks`): one, or several as sst2 rte or sst2,rte; or give --eval-file."
+    )
+    num_demonstrations: int = Field(
+        0, ge=0, description="Training rows with their answers that each prompt begins with, chosen by data_seed."
+    )
+    baselines: bool = Field(
+        False, description="Also the majority class, and of a tuned model its base, with the difference to it."
+    )
+    predictions: Path | None = Field(
+        None, description="Where to write each row's prompt, scores and prediction as JSON lines; default: nowhere."
+    )
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
+
+    @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """The tasks, each once; None stands for your own rows."""
+        return (None,) if self.task is None else tuple(dict.fromkeys(self.task.replace(",", " ").split()))
+
+    def of(self, task: str | None) -> Self:
+        """The same evaluation of one of the tasks."""
+        return self.model_copy(update={"task": task})
 
 
 class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, SelectionOptions):

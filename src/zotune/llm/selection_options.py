@@ -1,4 +1,4 @@
-"""The options of a run that say which of its weights are the result: those of the best step on held-out rows, or the last.
+"""The options of a run that say which of its weights are the result: the last ones, or the best on held-out rows.
 
 Names are Hugging Face's.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 from zotune.errors import RunError, UsageError
 from zotune.hybrid import Hybrid
 from zotune.llm.config import DataOptions, TrainConfig
-from zotune.llm.data import user_splits
+from zotune.llm.data import Splits, user_splits
 from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
@@ -87,10 +87,18 @@ class Rows:
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
+    return encode_splits(lm, options, load_splits(lm, options))
+
+
+def load_splits(lm: LanguageModel, options: DataOptions) -> Splits:
+    """The data that `options` name, as examples of the form that suits the model."""
     if lm.classifies and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
-    task = None if options.task is None else find_task(options.task)
-    splits = user_splits(options) if task is None else task.splits(options, lm.masked)
+    return user_splits(options) if options.task is None else find_task(options.task).splits(options, lm.masked)
+
+
+def encode_splits(lm: LanguageModel, options: DataOptions, splits: Splits) -> Rows:
+    """Examples as tokens of the model."""
     encode = Encoder(
         lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
     )
@@ -99,8 +107,9 @@ def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
         return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
 
     train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    if task is None:
+    if options.task is None:
         return Rows(train, dev, test)
+    task = find_task(options.task)
     return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
 
 
