@@ -120,6 +120,8 @@ def _check(config: EvalConfig) -> None:
         raise UsageError("--prompt none may put a head of one task on the model; evaluate one task at a time.")
     if config.predictions is not None and not config.predictions.parent.is_dir():
         raise UsageError(f"--predictions: there is no folder {str(config.predictions.parent)!r}; make it first.")
+    if config.predictions is not None and config.predictions.exists():
+        raise UsageError(f"--predictions: {str(config.predictions)!r} is there already; remove it or name another.")
 
 
 def _one(lm: LanguageModel, config: EvalConfig) -> Found:
