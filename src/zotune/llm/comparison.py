@@ -50,7 +50,7 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
     right. It is meant for right and wrong; without a row that tells the two apart it still has a width.
 
     >>> print(paired_difference([1, 1, 1, 0] * 25, [1, 0, 1, 0] * 25))
-    +25.0 points (+15.8 to +33.2)
+    +25.0 points (+15.7 to +33.3)
     """
     differences = [one - other for one, other in zip(ones, others, strict=True)]
     more = [*differences, 1.0, -1.0]
