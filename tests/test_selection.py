@@ -12,6 +12,7 @@ from torch import nn
 from zotune.errors import RunError, UsageError
 from zotune.llm import selection as selection_module
 from zotune.llm.evaluate import Evaluation, evaluate
+from zotune.llm.log_loss import LogLossEvaluation
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.selection import Selection
 from zotune.llm.selection_options import SelectionOptions
@@ -51,6 +52,16 @@ def test_the_best_is_restored_and_of_equals_the_earlier(tmp_path, by, evaluation
     chosen, weight = seen(tmp_path, evaluations, load_best_model_at_end=True, metric_for_best_model=by)
     assert (chosen.step, weight) == (best, best)
     assert chosen.best.loss == evaluations[best][0]
+
+
+@pytest.mark.parametrize("by", ["loss", "metric"])
+def test_of_log_losses_the_lower_is_better(tmp_path, by):
+    chosen = Selection(
+        SelectionOptions(eval_steps=1, early_stopping_patience=9, metric_for_best_model=by), [], tmp_path
+    )
+    for step, value in enumerate((3.0, 1.0, 2.0)):
+        chosen.see(step, LogLossEvaluation(0.0, 9.0, 5, value, (), 0.0, 1, value, math.exp(value)))
+    assert chosen.step == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -142,17 +143,21 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
-        if self._prefix is not None:
-            self._prefix.forget()
-        return self._estimate(closure, blocks or self.blocks)
+        with self._recording():
+            return self._estimate(closure, blocks or self.blocks)
+
+    def _recording(self) -> AbstractContextManager[object]:
+        """Within this context the objective stays the same, so that its activations may be reused; none are kept."""
+        return nullcontext() if self._prefix is None else self._prefix
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
         if self._prefix is not None:
-            self.num_forwards += self._prefix.record(closure)
+            self._prefix.num_passes = 0
+            self._prefix.record(closure)
             closure = self._prefix.of(closure)
         estimate = self.estimator(closure, self.tuned, directions)
-        self.num_forwards += estimate.num_forwards
+        self.num_forwards += estimate.num_forwards + (0 if self._prefix is None else self._prefix.num_passes)
         return estimate
 
     def apply(self, estimate: GradientEstimate) -> None:
@@ -179,17 +184,16 @@ class ZerothOrder(torch.optim.Optimizer):
                 "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
                 "it must not call backward()."
             )
-        if self._prefix is not None:
-            self._prefix.forget()
         sequential = self.block_order == BlockOrder.SEQUENTIAL
         estimates = []
-        for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
-            estimate = self._estimate(closure, blocks)
-            if inspect is not None:
-                inspect(estimate)
-            if estimate.is_finite:
-                self._write(estimate, self.step_rule(self, closure, estimate))
-            estimates.append(estimate)
+        with self._recording():
+            for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
+                estimate = self._estimate(closure, blocks)
+                if inspect is not None:
+                    inspect(estimate)
+                if estimate.is_finite:
+                    self._write(estimate, self.step_rule(self, closure, estimate))
+                estimates.append(estimate)
         estimate = merged(estimates)
         self._count(estimate.is_finite)
         return estimate.loss
@@ -211,7 +215,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weights, state = tensor.storage(), self.state[tensor.parameter]
         is_half = weights.dtype in (torch.bfloat16, torch.float16)
         if is_half and self.rounding == Rounding.MASTER and "master" not in state:
-            state["master"] = weights.float()
+            state["master"] = weights.float().contiguous()
         history = None if self._history is None else [_own(t, tensor) for t in self._history]
         return TensorUpdate(
             tensor,
@@ -283,6 +287,7 @@ class ZerothOrder(torch.optim.Optimizer):
         own = state_dict["zeroth_order"]
         for name in _COUNTERS:
             setattr(self, name, own[name])
+        self._masked = None
         if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
             self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
         if self._history is not None:

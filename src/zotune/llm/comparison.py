@@ -62,13 +62,14 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
 def majority(train: Sequence[Example], test: Sequence[Example]) -> Majority | None:
     """The most frequent label of the training rows (without them, of the evaluation rows), on the evaluation rows.
 
-    None where a label's index means nothing: answers that are generated, and candidates that vary in number.
+    None where a label's index means nothing: texts and answers to be written, and candidates that vary in number.
 
     >>> rows = [Example("p", ("no", "yes"), label) for label in (1, 1, 0)]
     >>> majority(rows, rows[1:]).accuracy
     0.5
     """
-    if any(e.answers for e in test) or len({len(e.candidates) for e in test}) != 1:
+    sizes = {len(e.candidates) for e in test}
+    if any(e.answers for e in test) or len(sizes) != 1 or sizes == {1}:
         return None
     rows, chosen_on = (train, "training") if train else (test, "evaluation")
     counts = Counter(e.label for e in rows)

@@ -24,9 +24,15 @@ MAX_MEMORY = 256 * 2**20
 
 def is_better(found: Measured, best: Measured | None, by: Literal["loss", "metric"]) -> bool:
     """Whether an evaluation beats the best one before it: of equals the earlier stays, and NaN beats nothing."""
-    value, than = (None if m is None else -m.loss if by == "loss" else m.value for m in (found, best))
-    assert value is not None
-    return not math.isnan(value) and (than is None or value > than)
+    value = _merit(found, by)
+    return not math.isnan(value) and (best is None or value > _merit(best, by))
+
+
+def _merit(found: Measured, by: Literal["loss", "metric"]) -> float:
+    """What is to be as high as it can."""
+    if by == "loss":
+        return -found.loss
+    return found.value if found.higher_is_better else -found.value
 
 
 class Selection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torch import Tensor
 from zotune.errors import RunError, UsageError
 from zotune.hybrid import Hybrid
 from zotune.llm.config import DataOptions, TrainConfig
-from zotune.llm.data import Splits, user_splits
+from zotune.llm.data import Example
 from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, collate, mean_loss
+from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, check_distinct, collate, mean_loss
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
+from zotune.llm.own import RESOLVED, Data, own_data
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.selection import Selection
@@ -76,41 +77,60 @@ class Result:
 
 @dataclass(frozen=True)
 class Rows:
-    """The splits as tokens, what is minimised on them, and what is reported."""
+    """The splits as tokens, what is minimised on them, and what is reported.
+
+    Attributes:
+        options: of one's own rows, what was taken: their shape, template and verbalizer.
+        notes: what there is to say of them, a line each.
+    """
 
     train: tuple[Encoded, ...]
     dev: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     objective: Objective = CLASSIFICATION
     measure: Measure = evaluate
+    options: DataOptions = field(default_factory=DataOptions.model_construct)
+    notes: tuple[str, ...] = ()
+
+
+def load_examples(lm: LanguageModel, options: DataOptions) -> Data:
+    """The data that `options` name, as examples."""
+    if lm.classifies and options.prompt == "aligned":
+        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
+    if options.task is None:
+        return own_data(options, lm.tokenizer, masked=lm.masked)
+    task = find_task(options.task)
+    return Data(task.splits(options, lm.masked), task.objective, task.measure, options, ())
 
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
-    return encode_splits(lm, options, load_splits(lm, options))
+    return encode_rows(lm, options, load_examples(lm, options))
 
 
-def load_splits(lm: LanguageModel, options: DataOptions) -> Splits:
-    """The data that `options` name, as examples of the form that suits the model."""
-    if lm.classifies and options.prompt == "aligned":
-        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
-    return user_splits(options) if options.task is None else find_task(options.task).splits(options, lm.masked)
-
-
-def encode_splits(lm: LanguageModel, options: DataOptions, splits: Splits) -> Rows:
+def encode_rows(lm: LanguageModel, options: DataOptions, found: Data) -> Rows:
     """Examples as tokens of the model."""
-    encode = Encoder(
-        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
-    )
+    encode = encoder_of(lm, options)
 
     def encoded(name: str) -> tuple[Encoded, ...]:
-        return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
+        examples: tuple[Example, ...] = getattr(found.splits, name)
+        tokens = tuple(encode(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1))
+        # The shipped tasks' own prompts and labels are what they are.
+        if options.task is None:
+            for both in zip(tokens, examples, strict=True):
+                check_distinct(*both)
+        return tokens
 
     train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    if options.task is None:
-        return Rows(train, dev, test)
-    task = find_task(options.task)
-    return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
+    train = tuple(map(found.objective.reads, train))
+    return Rows(train, dev, test, found.objective, found.measure, found.options, found.notes)
+
+
+def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
+    """How a model's examples become tokens."""
+    return Encoder(
+        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
+    )
 
 
 def train(config: TrainConfig) -> Result:
@@ -127,6 +147,10 @@ def train(config: TrainConfig) -> Result:
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
     _check_selection(rows, config)
+    # What was told from the rows is saved with the rest, so that an evaluation need not be told again.
+    config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED})
+    for note in rows.notes:
+        say(note)
     output = OutputFolder(config)
     output.check_room(lm)
     scorer = _scorer(lm, rows, config)
@@ -160,7 +184,7 @@ def train(config: TrainConfig) -> Result:
         best_step=run.selection.step,
         stopped_early=run.selection.is_over,
     )
-    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm)
+    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)
     return result
 
 
@@ -189,7 +213,7 @@ class _Run:
         self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
-        self._held_out: float | None = None
+        self._held_out: Measured | None = None
 
     def steps(self, display: Display, stop: Stop) -> None:
         """All steps, or those until a signal."""
@@ -207,7 +231,13 @@ class _Run:
             status = self._status(sum(recent) / len(recent))
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
-                self.output.log({**asdict(status), "learning_rate": learning_rate})
+                self.output.log(
+                    {
+                        **asdict(status),
+                        "held_out": self._held_out and self._held_out.value,
+                        "learning_rate": learning_rate,
+                    }
+                )
             if self._is_evaluated():
                 self._evaluate_on_the_way(display)
             if self.selection.is_over:
@@ -244,7 +274,7 @@ class _Run:
     def _evaluate_on_the_way(self, display: Display) -> None:
         found = self.evaluate(self.rows.dev)
         if found is not None:
-            self._held_out = found.value
+            self._held_out = found
             self.selection.see(self.step, found)
             best = {"best_step": self.selection.step} if self.config.selects else {}
             self.output.log({"step": self.step, "dev": found.summary(), **best})
@@ -273,7 +303,8 @@ class _Run:
 
     def _status(self, loss: float) -> Status:
         peak = peak_memory(self.lm.device)
-        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, self._held_out)
+        held_out = None if self._held_out is None else self._held_out.short
+        return Status(self.step, self.config.max_steps, loss, self.num_forwards, self.seconds, peak, held_out)
 
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
