@@ -194,6 +194,21 @@ def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, t
     assert f"zero-shot (random:llama-tiny): {one.zero_shot}; difference" in "\n".join(one.lines())
 
 
+def test_zero_shot_reads_the_same_prompts_where_virtual_tokens_leave_less_room(config, own, tmp_path, monkeypatch):
+    """The base has room for more demonstrations; it is asked what the tuned model was asked."""
+    from zotune.llm.models import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "context", property(lambda self: 160 - self.num_virtual_tokens))
+    train(config(tuning="prompt", num_virtual_tokens=40, template="{text} is", num_dev=6))
+    asked = {"baselines": True, "num_demonstrations": 5}
+    tuned, _ = evaluate_tasks(own(model=str(tmp_path / "out"), **asked))
+    alone, _ = evaluate_tasks(own(**asked))
+    assert sum(tuned["rows"].counts) < sum(alone["rows"].counts)
+    monkeypatch.setattr(LanguageModel, "context", 120)
+    as_short, _ = evaluate_tasks(own(**asked))
+    assert tuned["rows"].zero_shot.loss == as_short["rows"].measured.loss != alone["rows"].measured.loss
+
+
 def test_zero_shot_has_the_precision_of_what_was_tuned(config, own, tmp_path):
     train(config(dtype="bfloat16", template="{text} is", num_dev=6))
     found, _ = evaluate_tasks(own(model=str(tmp_path / "out"), baselines=True))

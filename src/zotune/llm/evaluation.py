@@ -20,6 +20,7 @@ from zotune.llm.demonstrations import choose, prepend
 from zotune.llm.evaluate import Measured
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.output import environment, plain
+from zotune.llm.own import Data
 from zotune.llm.progress import say
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.train import encode_rows, load_examples
@@ -32,19 +33,24 @@ class Found:
 
     Attributes:
         measured: the metric.
-        examples: the evaluation rows as they were asked, demonstrations included.
+        data: the evaluation rows as they were asked, demonstrations included.
         counts: demonstrations before each.
         majority: how often the most frequent label is right.
         base, zero_shot, difference: of a tuned model the name of its base, how that does, and how much better this is.
     """
 
     measured: Measured
-    examples: tuple[Example, ...]
+    data: Data
     counts: tuple[int, ...] = ()
     majority: Majority | None = None
     base: str | None = None
     zero_shot: Measured | None = None
     difference: Difference | None = None
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The rows."""
+        return self.data.splits.test
 
     def summary(self, config: EvalConfig) -> dict[str, Any]:
         """As JSON holds it."""
@@ -135,10 +141,14 @@ def _one(lm: LanguageModel, config: EvalConfig) -> Found:
             "there is no row to evaluate on: give --eval-file, let --num-dev rows be held out, and --num-eval above 0."
         )
     examples, counts = _demonstrated(lm, data.splits, config)
-    rows = encode_rows(lm, config, replace(data, splits=Splits((), (), examples)))
-    measured = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
     known = majority(data.splits.train, data.splits.test) if config.baselines else None
-    return Found(measured, examples, counts, known)
+    asked = replace(data, splits=Splits((), (), examples))
+    return Found(_measured(lm, config, asked), asked, counts, known)
+
+
+def _measured(lm: LanguageModel, config: EvalConfig, data: Data) -> Measured:
+    rows = encode_rows(lm, config, data)
+    return rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
 
 
 def _rows_of_sample(config: EvalConfig) -> dict[str, int]:
@@ -172,7 +182,7 @@ def _against(found: dict[str, Found], base: LanguageModel, config: EvalConfig, n
     """The same with what the base model does on the same prompts."""
     compared = {}
     for task, one in zip(config.tasks, found.values(), strict=True):
-        zero_shot = _one(base, config.of(task)).measured
+        zero_shot = _measured(base, config.of(task), one.data)
         # A log-loss is no mean over rows.
         both = one.measured.values, zero_shot.values
         difference = paired_difference(*both) if all(both) else None

@@ -27,7 +27,7 @@ from zotune.llm.output import OutputFolder, environment
 from zotune.llm.own import RESOLVED, Data, own_data
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
-from zotune.llm.selection import Selection
+from zotune.llm.selection import Selection, check_rows
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
@@ -146,7 +146,7 @@ def train(config: TrainConfig) -> Result:
     rows = load_rows(lm, config)
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
-    _check_selection(rows, config)
+    check_rows(config, rows.dev, rows.test)
     # What was told from the rows is saved with the rest, so that an evaluation need not be told again.
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED})
     for note in rows.notes:
@@ -169,36 +169,9 @@ def train(config: TrainConfig) -> Result:
     # Who stops a run wants it to end, not to evaluate.
     dev = run.after() if stop.signal is None else None
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
-    result = Result(
-        output_dir=config.output_dir,
-        num_steps=run.step,
-        num_skipped=run.num_skipped,
-        num_forwards=run.num_forwards,
-        num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
-        seconds=run.seconds,
-        peak_memory=peak_memory(lm.device),
-        dev_before=before,
-        dev=dev,
-        test=test,
-        stopped_by=stop.signal,
-        best_step=run.selection.step,
-        stopped_early=run.selection.is_over,
-    )
+    result = run.result(before, dev, test, stop)
     output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)
     return result
-
-
-def _check_selection(rows: Rows, config: TrainConfig) -> None:
-    """Refuse to choose a step without rows to choose by; say where the rows that choose are those that are reported."""
-    if not config.selects:
-        return
-    if not rows.dev:
-        raise UsageError("there is no held-out row to choose the best step by: give --num-dev above 0.")
-    if rows.test and set(rows.test) <= set(rows.dev):
-        say(
-            "the rows that choose the best step are also those that are reported on, which makes the report "
-            "optimistic; give --eval-file for rows that chose nothing"
-        )
 
 
 class _Run:
@@ -257,6 +230,24 @@ class _Run:
     def after(self) -> Measured | None:
         """The held-out rows with the weights that are saved: what was found when these were kept, if they were."""
         return self.selection.best if self.config.load_best_model_at_end else self.evaluate(self.rows.dev)
+
+    def result(self, before: Measured | None, dev: Measured | None, test: Measured | None, stop: Stop) -> Result:
+        """What came of the run."""
+        return Result(
+            output_dir=self.config.output_dir,
+            num_steps=self.step,
+            num_skipped=self.num_skipped,
+            num_forwards=self.num_forwards,
+            num_tuned=sum(p.numel() for p in self.lm.module.parameters() if p.requires_grad),
+            seconds=self.seconds,
+            peak_memory=peak_memory(self.lm.device),
+            dev_before=before,
+            dev=dev,
+            test=test,
+            stopped_by=stop.signal,
+            best_step=self.selection.step,
+            stopped_early=self.selection.is_over,
+        )
 
     def evaluate(self, examples: Sequence[Encoded]) -> Measured | None:
         """The task's metric on some rows; None where there are none."""
