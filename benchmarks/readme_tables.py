@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/evaluation.md, made from benchmarks/results/*.json; a test holds the pages against them.
+"""The tables of README.md and docs/evaluation.md, made from benchmarks/results/*.json; a test holds the pages to them.
 
 python benchmarks/readme_tables.py
 """
