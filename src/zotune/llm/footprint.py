@@ -21,9 +21,9 @@ from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
 from zotune.llm.objective import Batch, Encoded, Objective, collate
 from zotune.llm.optimizers import AnyOptimizer
-from zotune.llm.reuse import layers_of
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.perturb import SCRATCH_ELEMENTS
+from zotune.stack import stack_of
 from zotune.update import Rounding
 
 # Tensors of as many numbers as the tuned ones that a method keeps in float32; with a window it makes them anew.
@@ -179,9 +179,10 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     """Bytes of the layers' outputs that block-wise estimation reuses."""
     if config.blocks is None:
         return 0
-    _, layers = layers_of(lm.base)
+    _, layers = stack_of(lm.base)
     width = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
-    return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
+    recorded: int = len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
+    return recorded
 
 
 def _score(lm: LanguageModel, batch: Batch) -> Tensor:
