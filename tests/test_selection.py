@@ -182,6 +182,31 @@ def test_a_run_that_only_gets_worse_gives_back_the_untuned_model(config, tmp_pat
     assert all(torch.equal(found[name], weights[0][name]) for name in found)
 
 
+def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_path, monkeypatch):
+    from zotune.llm import train as train_module
+
+    weights = scripted(monkeypatch, [3.0, 1.0, 2.0])
+    real = train_module._update
+
+    def breaking(*args):
+        update, left = real(*args), [2]
+
+        def step(*more):
+            if not left[0]:
+                raise RunError("the loss was NaN")
+            left[0] -= 1
+            return update(*more)
+
+        return step
+
+    monkeypatch.setattr(train_module, "_update", breaking)
+    with pytest.raises(RunError):
+        train(config(**KEEPING, max_steps=9, learning_rate=1e-2))
+    found = saved(tmp_path / "out")
+    assert all(torch.equal(found[name], weights[1][name]) for name in found)
+    assert not all(torch.equal(found[name], weights[2][name]) for name in found)
+
+
 def test_without_the_option_the_last_weights_are_the_result(config, tmp_path, monkeypatch):
     weights = scripted(monkeypatch, [3.0, 1.0, 2.0, 2.5, 2.6])
     result = train(config(eval_steps=1, early_stopping_patience=2, max_steps=9, learning_rate=1e-2))
