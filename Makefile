@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test bench-speed bench-quickstart bench-reward clean
+.PHONY: quickstart reward test test-lm-eval bench-speed bench-quickstart bench-reward bench-tasks clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,9 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+test-lm-eval: $(VENV)/lm-eval
+	$(BIN)/python benchmarks/lm_eval_agreement.py
+
 bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
@@ -32,6 +35,9 @@ bench-quickstart: $(VENV)/llm
 
 bench-reward: $(VENV)/llm
 	$(BIN)/python benchmarks/reward_seeds.py
+
+bench-tasks: $(VENV)/llm
+	$(BIN)/python benchmarks/tasks.py
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -45,6 +51,10 @@ $(VENV)/llm: $(VENV)/torch pyproject.toml
 
 $(VENV)/dev: $(VENV)/llm pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[llm,dev]'
+	touch $@
+
+$(VENV)/lm-eval: $(VENV)/llm
+	$(BIN)/python -m pip install --quiet 'lm-eval>=0.4.9,<0.5'
 	touch $@
 
 clean:

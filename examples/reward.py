@@ -38,7 +38,7 @@ def tune(seed: int, output_dir: Path) -> dict[str, Any]:
     result = train(config)
     after = result.test
     assert isinstance(before, RewardEvaluation) and isinstance(after, RewardEvaluation)
-    gains = [b - a for a, b in zip(before.rewards, after.rewards, strict=True)]
+    gains = [b - a for a, b in zip(before.values, after.values, strict=True)]
     return {
         "seed": seed,
         "before": before.reward,

@@ -7,9 +7,9 @@ import pytest
 from zotune.errors import UsageError
 from zotune.llm.config import DataOptions
 from zotune.llm.data import Example
-from zotune.llm.formats import FORMATS
+from zotune.llm.formats import FORMATS, PROMPT_ALONE
+from zotune.llm.loading import load_rows
 from zotune.llm.own import own_data
-from zotune.llm.train import load_rows
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].strip() }}</s>\n{% endfor %}"
@@ -51,7 +51,7 @@ def test_the_shape_is_told_from_the_columns(own):
         "chat": [{"prompt": "a", "messages": chat}],
         "choice": [{"prompt": "a", "choices": ["b", "c"], "label": 0, "messages": None}],
     }
-    assert set(rows) == set(FORMATS)
+    assert {*rows, PROMPT_ALONE} == set(FORMATS)
     for name, some in rows.items():
         found = own(some, CHATML)
         assert found.options.data_format == name

@@ -13,11 +13,11 @@ import pytest
 import torch
 import yaml
 
-from zotune.llm.answers import generate
 from zotune.llm.config import DataOptions
 from zotune.llm.evaluate import evaluate
+from zotune.llm.generation import generate
+from zotune.llm.loading import load_rows
 from zotune.llm.log_loss import evaluate_log_loss, ratio_interval
-from zotune.llm.train import load_rows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"

@@ -138,4 +138,5 @@ def answers_found(
         predictions=predictions,
         seconds=seconds,
         num_forwards=num_forwards,
+        values=tuple(found),
     )

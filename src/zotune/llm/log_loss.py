@@ -25,6 +25,8 @@ class LogLossEvaluation(Measured):
     """
 
     metric = "log_loss"
+    higher_is_better = False
+    is_fraction = False
 
     log_loss: float
     perplexity: float

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -156,14 +156,14 @@ class RewardEvaluation(Measured):
     """What a function says of generated text.
 
     Attributes:
-        reward: the mean, with the interval of its normal distribution; predictions are the completions' texts.
-        rewards: of each example, in their order.
+        reward: the mean, with the interval of its normal distribution; predictions are the completions' texts, values
+            their rewards.
     """
 
     metric = "reward"
+    is_fraction = False
 
     reward: float
-    rewards: tuple[float, ...]
 
     @property
     def value(self) -> float:
@@ -174,11 +174,6 @@ class RewardEvaluation(Measured):
     def short(self) -> str:
         """The mean reward as people read it."""
         return f"{self.reward:.4g}"
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but single rows, the metric first."""
-        rest = {k: v for k, v in asdict(self).items() if k not in ("predictions", "rewards")}
-        return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
         return f"{self.reward:.4g} ({self.low:.4g} to {self.high:.4g}, n = {self.num_examples})"
@@ -253,7 +248,7 @@ class Generated:
             return answers_found(texts, examples, -mean, seconds, forwards)
         half = 1.959963984540054 * _standard_error(rewards)
         return RewardEvaluation(
-            mean - half, mean + half, len(found), -mean, texts, seconds, forwards, mean, tuple(rewards)
+            mean - half, mean + half, len(found), -mean, texts, seconds, forwards, mean, values=tuple(rewards)
         )
 
 

@@ -28,6 +28,7 @@ from zotune.llm.own import RESOLVED
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.reuse import ReusedActivations
+from zotune.llm.selection import Selection, check_rows
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import head_labels
 from zotune.llm.tuning import prepare
@@ -43,12 +44,14 @@ class Result:
     Attributes:
         output_dir: where model, config, metrics and results are.
         num_steps, num_skipped: updates, and steps left out for a loss that was not a number.
+        best_step: the step that was best on the held-out rows, where that was asked for; 0 is the untuned model.
+        stopped_early: whether the run ended for want of a better one.
         num_forwards: forward passes of the training, evaluations not counted.
         num_tuned: how many numbers were tuned.
         seconds: the training's, evaluations not counted.
         peak_memory: the process's, in bytes.
         dev_before, dev, test: accuracy (F1 of generated answers) on the held-out rows before and after, and on the
-            evaluation rows.
+            evaluation rows; the last two of the model that is saved.
         stopped_by: the signal that ended the run early, or None.
     """
 
@@ -63,6 +66,8 @@ class Result:
     dev: Measured | None
     test: Measured | None
     stopped_by: int | None
+    best_step: int | None
+    stopped_early: bool
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it, versions and machine included."""
@@ -88,6 +93,7 @@ def train(config: TrainConfig) -> Result:
     rows = load_rows(lm, config)
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
+    check_rows(config, rows.dev, rows.test)
     # What was told from the rows is saved with the rest, so that an evaluation need not be told again.
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED})
     for note in rows.notes:
@@ -96,31 +102,21 @@ def train(config: TrainConfig) -> Result:
     output.check_room(lm)
     scorer, rows = _scorer(lm, rows, config), _prompts_reused(lm, rows, config)
     run = _Run(lm, rows, config, scorer, output)
-    before = run.evaluate(rows.dev)
+    before = run.before()
     with Display(config.max_steps) as display, stoppable() as stop:
         try:
             run.steps(display, stop)
         except RunError:
-            # The weights are those of the last sound step.
+            # The weights are those of the last sound step, or of the best.
+            run.selection.restore()
             output.save_model(lm)
             raise
+    run.selection.restore()
     output.save_model(lm)
     # Who stops a run wants it to end, not to evaluate.
-    dev = run.evaluate(rows.dev) if stop.signal is None else None
+    dev = run.after() if stop.signal is None else None
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
-    result = Result(
-        output_dir=config.output_dir,
-        num_steps=run.step,
-        num_skipped=run.num_skipped,
-        num_forwards=run.num_forwards,
-        num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
-        seconds=run.seconds,
-        peak_memory=peak_memory(lm.device),
-        dev_before=before,
-        dev=dev,
-        test=test,
-        stopped_by=stop.signal,
-    )
+    result = run.result(before, dev, test, stop)
     output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)
     return result
 
@@ -132,6 +128,7 @@ class _Run:
         self, lm: LanguageModel, rows: Rows, config: TrainConfig, scorer: Scorer, output: OutputFolder
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
+        self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.step = self.num_skipped = self.num_forwards = 0
         self._closure: MakeClosure = (
             partial(_scored, lm, rows.objective, scorer)
@@ -162,11 +159,43 @@ class _Run:
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
                 self.output.log({**status.to_log(), "learning_rate": learning_rate})
-            if self.config.eval_steps and self.step % self.config.eval_steps == 0:
+            if self._is_evaluated():
                 self._evaluate_on_the_way(display)
+            if self.selection.is_over:
+                display.say(f"stopped early at step {self.step}: the best was step {self.selection.step}")
+                return
             if stop.signal is not None:
                 display.say(f"stopped at step {self.step}; saving what there is …")
                 return
+
+    def before(self) -> Measured | None:
+        """The held-out rows before the first step, which the best step must beat."""
+        found = self.evaluate(self.rows.dev)
+        if found is not None:
+            self.selection.see(0, found)
+        return found
+
+    def after(self) -> Measured | None:
+        """The held-out rows with the weights that are saved: what was found when these were kept, if they were."""
+        return self.selection.best if self.config.load_best_model_at_end else self.evaluate(self.rows.dev)
+
+    def result(self, before: Measured | None, dev: Measured | None, test: Measured | None, stop: Stop) -> Result:
+        """What came of the run."""
+        return Result(
+            output_dir=self.config.output_dir,
+            num_steps=self.step,
+            num_skipped=self.num_skipped,
+            num_forwards=self.num_forwards,
+            num_tuned=sum(p.numel() for p in self.lm.module.parameters() if p.requires_grad),
+            seconds=self.seconds,
+            peak_memory=peak_memory(self.lm.device),
+            dev_before=before,
+            dev=dev,
+            test=test,
+            stopped_by=stop.signal,
+            best_step=self.selection.step,
+            stopped_early=self.selection.is_over,
+        )
 
     def evaluate(self, examples: Sequence[Encoded]) -> Measured | None:
         """The task's metric on some rows; None where there are none."""
@@ -176,11 +205,18 @@ class _Run:
         size = self.config.per_device_eval_batch_size
         return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
 
+    def _is_evaluated(self) -> bool:
+        """Every so many steps; also the last one, where it may be the best."""
+        last = self.step == self.config.max_steps and self.config.selects
+        return self.config.eval_steps is not None and (last or self.step % self.config.eval_steps == 0)
+
     def _evaluate_on_the_way(self, display: Display) -> None:
         found = self.evaluate(self.rows.dev)
         if found is not None:
             self._held_out = found
-            self.output.log({"step": self.step, "dev": found.summary()})
+            self.selection.see(self.step, found)
+            best = {"best_step": self.selection.step} if self.config.selects else {}
+            self.output.log({"step": self.step, "dev": found.summary(), **best})
             display.say(f"step {self.step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
 
     def _closures(self, examples: Sequence[Encoded]) -> tuple[list[Callable[[], Tensor]], list[int]]:
