@@ -216,3 +216,52 @@ def test_round_to_without_a_seed_rounds_to_nearest(dtype):
     out = torch.empty(1001, dtype=dtype)
     noise.round_to(out, y, None, TENSOR)
     assert torch.equal(out, y.to(dtype))
+
+
+def plain_mask(x, threshold, seed, tensor, start):
+    return torch.where(torch.from_numpy(reference.masked(seed, tensor, start, start + len(x), threshold)), 0.0, x)
+
+
+@quick
+@given(
+    u64,
+    u32,
+    st.sampled_from(STARTS) | st.integers(0, 2**42),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**32]) | u32,
+)
+def test_masks_are_the_references_bit_for_bit_however_a_tensor_is_cut(seed, tensor, start, first, second, threshold):
+    x = torch.linspace(1, 2, first + second)
+    expected = plain_mask(x, threshold, seed, tensor, start)
+    whole, cut, made = x.clone(), x.clone(), x.clone()
+    noise.mask(whole, threshold / 2**32, seed, tensor, start)
+    noise.mask(cut[first:], threshold / 2**32, seed, tensor, start + first)
+    noise.mask(cut[:first], threshold / 2**32, seed, tensor, start)
+    eager.mask(made, threshold, seed, tensor, start)
+    for masked in (whole, cut, made):
+        assert torch.equal(bits(masked), bits(expected))
+
+
+def test_masks_do_not_depend_on_the_number_of_threads():
+    n, threads, results = (1 << 20) + 4321, torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out = torch.ones(n)
+            noise.mask(out, 0.3, SEED, TENSOR, 3)
+            results.append(out)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+    assert torch.equal(results[0], plain_mask(torch.ones(n), round(0.3 * 2**32), SEED, TENSOR, 3))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_masked_share_is_the_sparsity_within_four_sigma(sparsity):
+    n = 200_000
+    out = torch.ones(n)
+    noise.mask(out, sparsity, SEED, TENSOR)
+    assert abs(float((out == 0).double().mean()) - sparsity) <= 4 * np.sqrt(sparsity * (1 - sparsity) / n)
+    neighbours = torch.corrcoef(torch.stack([out[:-1], out[1:]]))[0, 1] if 0 < sparsity < 1 else torch.tensor(0.0)
+    assert abs(neighbours) < 5 / np.sqrt(n)

@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import zotune as zo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +34,41 @@ def test_the_file_tree_of_the_readme_lists_every_module_and_nothing_else():
     assert not missing, f"the README's file tree lacks {sorted(missing)}"
     gone = {name for name in named if not (ROOT / name).exists()}
     assert not gone, f"the README's file tree lists {sorted(gone)}, which do not exist"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda p: p.name)
+def test_the_examples_of_a_page_run_in_order(page, capsys):
+    names = {}
+    for number, example in enumerate(blocks(page, "python")):
+        exec(compile(example, f"{page.name}, example {number + 1}", "exec"), names)
+
+
+def test_each_method_has_a_section_and_a_row_and_nothing_else_has():
+    documented = set(re.findall(r"^## `(\w+)`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.M))
+    assert documented == set(method_table()) == set(zo.METHODS)
+
+
+def method_table():
+    """The README's methods: forward passes a step (a function of q) and bytes of state a tuned number."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d?)q(?: dual)?(?: \+ (\d))? \| (\d+) \|$", readme, re.M)
+    return {name: (int(each or 1), int(more or 0), int(size)) for name, each, more, size in rows}
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("name", zo.METHODS)
+def test_a_method_costs_what_the_readme_says(name, q):
+    each, more, size = method_table()[name]
+    model = torch.nn.Linear(3, 5).bfloat16()
+    x = torch.ones(2, 3).bfloat16()
+    optimizer = zo.METHODS[name](model, lr=1e-3, num_queries=q)
+    # The first step may take a few passes more to see that all is well.
+    optimizer.step(lambda: model(x).float().square().mean())
+    before = optimizer.num_forwards
+    optimizer.step(lambda: model(x).float().square().mean())
+    assert optimizer.num_forwards - before == each * q + more
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert sum(v.nbytes for v in kept) == size * (3 * 5 + 5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

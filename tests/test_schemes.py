@@ -103,11 +103,16 @@ def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, famil
     tuned = {id(p): p.detach().clone() for p in tuned_of(lm)}
     batch = batch_of(lm, EXAMPLES)
     optimizer = zo.METHODS[method](lm.module, 1e-2)
-    loss = float(optimizer.step(lambda: lm.losses(batch).mean()))
-    assert loss == loss
+    for _ in range(4):  # the conservative method stays where the step is too long
+        loss = float(optimizer.step(lambda: lm.losses(batch).mean()))
+        assert loss == loss
+        if any(not torch.equal(p, tuned[id(p)]) for p in tuned_of(lm)):
+            break
+        optimizer.param_groups[0]["lr"] /= 10
+    else:
+        pytest.fail("nothing that is tuned has moved")
     for name, p in base.items():
         assert id(p) in tuned or torch.equal(p, before[name]), name
-    assert any(not torch.equal(p, tuned[id(p)]) for p in tuned_of(lm))
     if scheme in ADAPTERS:
         assert not tuned.keys() & {id(p) for p in base.values()}
 

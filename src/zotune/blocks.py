@@ -9,6 +9,7 @@ independent, so blocks may share a seed.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,8 +117,11 @@ def check_partition(blocks: Sequence[Block], tuned: TunedTensors) -> None:
     """See that every tuned tensor is in exactly one block.
 
     Raises:
-        UsageError: one is in none or in several, or a block names a tensor that is not tuned.
+        UsageError: one is in none or in several, a block names a tensor that is not tuned, or two have one name.
     """
+    twice = [name for name, count in Counter(block.name for block in blocks).items() if count > 1]
+    if twice:
+        raise UsageError(f"two blocks are called {twice[0]!r}; give each its own name, by which a saved run finds it.")
     owner: dict[int, str] = {}
     for block in blocks:
         for name in block.tensors:

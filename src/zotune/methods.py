@@ -181,7 +181,7 @@ def zo_sgd_cons(
         x ← argmin f over { x, x - ηĝ, x + ηĝ }
 
     The batch's loss never rises. Staying is exact to the bit: x is not moved to look at the other points. Ties keep x;
-    a point whose loss is not a number is never chosen.
+    a point whose loss is NaN or infinite is never chosen.
 
     Args:
         model: its parameters that require a gradient are tuned.

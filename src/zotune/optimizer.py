@@ -7,6 +7,7 @@ import ctypes
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from functools import cached_property, partial
@@ -153,17 +154,21 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
-        if self._prefix is not None:
-            self._prefix.forget()
-        return self._estimate(closure, blocks or self.blocks)
+        with self._recording():
+            return self._estimate(closure, blocks or self.blocks)
+
+    def _recording(self) -> AbstractContextManager[object]:
+        """Within this context the objective stays the same, so that its activations may be reused; none are kept."""
+        return nullcontext() if self._prefix is None else self._prefix
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
         if self._prefix is not None:
-            self.num_forwards += self._prefix.record(closure)
+            self._prefix.num_passes = 0
+            self._prefix.record(closure)
             closure = self._prefix.of(closure)
         estimate = self.estimator(closure, self.tuned, directions)
-        self.num_forwards += estimate.num_forwards
+        self.num_forwards += estimate.num_forwards + (0 if self._prefix is None else self._prefix.num_passes)
         return self._as_recorded(estimate)
 
     def apply(self, estimate: GradientEstimate) -> None:
@@ -194,14 +199,13 @@ class ZerothOrder(torch.optim.Optimizer):
                 "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
                 "it must not call backward()."
             )
-        if self._prefix is not None:
-            self._prefix.forget()
         self._taken = []
-        for blocks in self._rounds():
-            estimate = self._estimate(closure, blocks)
-            if inspect is not None:
-                inspect(estimate)
-            self._take(estimate, self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan)
+        with self._recording():
+            for blocks in self._rounds():
+                estimate = self._estimate(closure, blocks)
+                if inspect is not None:
+                    inspect(estimate)
+                self._take(estimate, self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan)
         loss = self._count()
         self.stop_if_skipping()
         return loss
@@ -274,7 +278,7 @@ class ZerothOrder(torch.optim.Optimizer):
         weights, state = tensor.storage(), self.state[tensor.parameter]
         is_half = weights.dtype in (torch.bfloat16, torch.float16)
         if is_half and self.rounding == Rounding.MASTER and "master" not in state:
-            state["master"] = weights.float()
+            state["master"] = weights.float().contiguous()
         history = None if self._history is None else [_own(t, tensor) for t in self._history]
         return TensorUpdate(
             tensor,
@@ -368,6 +372,7 @@ class ZerothOrder(torch.optim.Optimizer):
         for name in _COUNTERS:
             setattr(self, name, own[name])
         self._forwards_before = self.num_forwards
+        self._masked = None
         if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
             self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
         if self._history is not None:

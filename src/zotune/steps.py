@@ -29,7 +29,7 @@ def conservative(optimizer: ZerothOrder, closure: Closure, estimate: GradientEst
     """Argmin of f over {x, x - η h(ĝ), x + η h(ĝ)}, on the batch that ĝ comes from.
 
     The points are looked at with the bits that the weights would have; x itself does not move, so staying
-    is exact. Ties keep x; a point whose f is not a number is never chosen. Two forward passes more than
+    is exact. Ties keep x; a point whose f is NaN or infinite is never chosen. Two forward passes more than
     the estimate's, and a third for f(x) if the estimate did not need it.
 
     Source: the paper, appendix A (ZO-SGD-Cons), after Kim et al., 2021.
@@ -42,4 +42,4 @@ def conservative(optimizer: ZerothOrder, closure: Closure, estimate: GradientEst
                 values[scale] = evaluate(closure)
     optimizer.num_forwards += 3 if estimate.base is None else 2
     # `min` takes the first of equals.
-    return min(values, key=lambda scale: values[scale] if not math.isnan(values[scale]) else math.inf)
+    return min(values, key=lambda scale: values[scale] if math.isfinite(values[scale]) else math.inf)

@@ -59,6 +59,9 @@ def _gemma3(width: int, inner: int, layers: int, heads: int, kv_heads: int, **ot
     from transformers import Gemma3TextConfig
 
     sizes = {"head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32768, **other}
+    # The byte tokenizer's ids. By default padding is 0, there the first of each text: its row of zeros has no slope
+    # that a norm after norm could be followed by.
+    sizes |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     return Gemma3TextConfig(
         hidden_size=width,
         intermediate_size=inner,
