@@ -22,7 +22,7 @@ Fine-tune language models with forward passes only, at the memory of inference.
 
 commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
-  eval --model M --task T     accuracy, or F1 of generated answers, with its 95 % interval
+  eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
   models                      the models there are by name
   tasks                       the tasks there are by name
   methods                     the methods there are by name
@@ -118,27 +118,28 @@ def _eval(args: list[str], as_json: bool) -> int:
     from zotune.llm.config import EvalConfig
 
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
-    from zotune.llm.models import load
-    from zotune.llm.output import environment, write_json
-    from zotune.llm.tasks import head_labels
-    from zotune.llm.train import load_rows
-    from zotune.memory import peak_memory
+    from zotune.llm.evaluation import evaluate_tasks
+    from zotune.llm.output import write_json
 
-    lm = load(config, head_labels(config))
-    rows = load_rows(lm, config)
-    if not rows.test:
-        raise UsageError("there is no row to evaluate on: give --eval-file, or let --num-dev rows be held out.")
-    found = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
-    results = {**found.summary(), "peak_memory": peak_memory(lm.device), "environment": environment()}
-    results["config"] = config.model_dump(mode="json")
+    found, results = evaluate_tasks(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "results.json", results)
     if as_json:
         _print_json(results)
     else:
-        print(f"{found.metric} {found}, loss {found.loss:.4f}, {found.seconds:.1f} s")  # noqa: T201
+        for task, one in found.items():
+            print("\n".join([f"{task}:"] * (len(found) > 1) + one.lines()))  # noqa: T201
     return 0
+
+
+def _joined(args: list[str], option: str) -> list[str]:
+    """`--task a b` as `--task a,b`."""
+    if option not in args:
+        return args
+    start = args.index(option) + 1
+    stop = next((i for i in range(start, len(args)) if args[i].startswith("-")), len(args))
+    return [*args[:start], ",".join(args[start:stop]), *args[stop:]] if stop > start else args
 
 
 def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], prog: str) -> Any:
@@ -161,7 +162,7 @@ def _parse(schema: Any, recipe: dict[str, Any], source: str, args: list[str], pr
         for name, info in schema.model_fields.items()
     ]
     options = dataclasses.make_dataclass(schema.__name__, fields, frozen=True)
-    args = [a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args]
+    args = _joined([a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args], "--task")
     chosen: Any = tyro.cli(options, args=args, prog=prog, description=schema.__doc__)
     return validate(schema, dataclasses.asdict(chosen), "command line")
 

@@ -129,6 +129,7 @@ def evaluate_answers(
         predictions=tuple(predictions),
         seconds=time.perf_counter() - began,
         num_forwards=lm.num_forwards - forwards_before,
+        values=tuple(found),
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
 from zotune.llm.schema import Options, is_partial
+from zotune.llm.selection_options import SelectionOptions
 from zotune.llm.tuning_options import TuningOptions
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,7 +65,7 @@ class DataOptions(Options):
         description="Rows held out of the training data; default: the task's (mostly 500), or a fifth of yours.",
     )
     num_eval: int | None = Field(
-        None, ge=1, description="Evaluation rows to use; default: the task's (at most 1000), or all of yours."
+        None, ge=0, description="Evaluation rows to use; default: the task's (at most 1000), or all of yours."
     )
     data_seed: int = Field(0, ge=0, description="Names the permutation that chooses rows.")
     max_length: int | None = Field(
@@ -84,12 +85,33 @@ class DataOptions(Options):
 
 
 class EvalConfig(ModelOptions, DataOptions):
-    """Evaluate a model on a task or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
+    """Evaluate a model on tasks or on your own rows: accuracy, or F1 of generated answers, with its 95 % interval."""
 
+    task: str | None = Field(
+        None, description="Tasks by name (see `tasks`): one, or several as sst2 rte or sst2,rte; or give --eval-file."
+    )
+    num_demonstrations: int = Field(
+        0, ge=0, description="Training rows with their answers that each prompt begins with, chosen by data_seed."
+    )
+    baselines: bool = Field(
+        False, description="Also the majority class, and of a tuned model its base, with the difference to it."
+    )
+    predictions: Path | None = Field(
+        None, description="Where to write each row's prompt, scores and prediction as JSON lines; default: nowhere."
+    )
     output_dir: Path | None = Field(None, description="Where to write results.json; default: nowhere.")
 
+    @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """The tasks, each once; None stands for your own rows."""
+        return (None,) if self.task is None else tuple(dict.fromkeys(self.task.replace(",", " ").split()))
 
-class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
+    def of(self, task: str | None) -> Self:
+        """The same evaluation of one of the tasks."""
+        return self.model_copy(update={"task": task})
+
+
+class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, SelectionOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline)."""
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
@@ -107,9 +129,6 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions):
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations on the held-out rows; default: at the end."
-    )
 
     @model_validator(mode="after")
     def _no_idle_option(self, info: ValidationInfo) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,9 +26,11 @@ class Measured:
         loss: mean of the objective.
         predictions: of each example, in their order.
         seconds: how long it took; num_forwards: forward passes it took.
+        values: each example's part in the metric, of which the metric is the mean.
     """
 
     metric: ClassVar[str]
+    _of_each_example: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores")
 
     low: float
     high: float
@@ -37,6 +39,7 @@ class Measured:
     predictions: tuple[Any, ...]
     seconds: float
     num_forwards: int
+    values: tuple[float, ...] = field(default=(), kw_only=True)
 
     @property
     def value(self) -> float:
@@ -44,8 +47,8 @@ class Measured:
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the single predictions, the metric first."""
-        rest = {k: v for k, v in asdict(self).items() if k != "predictions"}
+        """Everything but what there is of each example, the metric first."""
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._of_each_example}
         return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
@@ -58,11 +61,14 @@ class Evaluation(Measured):
 
     Attributes:
         accuracy: that fraction, with Wilson's interval; predictions are indices of candidates.
+        scores: of each example's candidates, as log-probabilities among them: up to a constant an example, the mean
+            log-probability of a candidate's tokens.
     """
 
     metric = "accuracy"
 
     accuracy: float
+    scores: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
 
     @property
     def value(self) -> float:
@@ -114,6 +120,7 @@ def evaluate(
     began, forwards_before = time.perf_counter(), lm.num_forwards
     score_of = scorer or lm.score
     predictions, total = [0] * len(examples), 0.0
+    scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
         for chosen in by_length(examples, batch_size):
             some = [examples[i] for i in chosen]
@@ -121,9 +128,11 @@ def evaluate(
             score = score_of(batch)
             weights = torch.tensor([objective.weight(e) for e in some], dtype=torch.float64, device=score.device)
             total += float((objective.losses(score, batch) * weights).sum())
-            for i, best in zip(chosen, score.argmax(dim=1).tolist(), strict=True):
-                predictions[i] = best
-    hits = sum(e.is_right(p) for p, e in zip(predictions, examples, strict=True))
+            found = zip(score.argmax(dim=1).tolist(), score.log_softmax(dim=1).tolist(), batch.counts, strict=True)
+            for i, (best, row, count) in zip(chosen, found, strict=True):
+                predictions[i], scores[i] = best, tuple(row[:count])
+    right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
+    hits = int(sum(right))
     low, high = wilson(hits, len(examples))
     return Evaluation(
         accuracy=hits / len(examples),
@@ -134,4 +143,6 @@ def evaluate(
         predictions=tuple(predictions),
         seconds=time.perf_counter() - began,
         num_forwards=lm.num_forwards - forwards_before,
+        values=right,
+        scores=tuple(scores),
     )

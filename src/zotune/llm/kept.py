@@ -88,7 +88,10 @@ class File:
         numbers: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
             # Written, not mapped: on a full disk a write fails, a mapped store would kill the process.
-            written = os.pwrite(self._file.fileno(), numbers.data, self._end)
+            written, more = 0, -1
+            while more and written < value.nbytes:  # Linux writes at most 2 GiB at a time
+                more = os.pwrite(self._file.fileno(), numbers.data[written:], self._end + written)
+                written += more
         except OSError:
             written = 0
         if written < value.nbytes:

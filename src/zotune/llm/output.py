@@ -68,7 +68,7 @@ class OutputFolder:
         """Append a line to metrics.jsonl; it reaches the file at once."""
         try:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+                metrics.write(json.dumps(plain(record), allow_nan=False) + "\n")
         except OSError as error:
             raise RunError(f"metrics could not be written to {self.path}: {error.strerror}.") from None
 
@@ -94,14 +94,16 @@ class OutputFolder:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     aside.replace(path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` with null for what JSON has no number for: NaN and the infinities."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -128,6 +130,7 @@ def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> st
         metric, value = next(iter(test.items()))
         low, high = 100 * test["low"], 100 * test["high"]
         found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+    best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
@@ -141,7 +144,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | | |
 |---|---|
 | {metric} | {found} |
-| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |
+| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |{best}
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
 | training time | {results["seconds"]:.0f} s |

@@ -16,7 +16,7 @@ from torch import Tensor
 from zotune.errors import RunError, UsageError
 from zotune.hybrid import Hybrid
 from zotune.llm.config import DataOptions, TrainConfig
-from zotune.llm.data import user_splits
+from zotune.llm.data import Splits, user_splits
 from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
@@ -26,6 +26,7 @@ from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rat
 from zotune.llm.output import OutputFolder, environment
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
+from zotune.llm.selection import Selection
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
@@ -41,12 +42,14 @@ class Result:
     Attributes:
         output_dir: where model, config, metrics and results are.
         num_steps, num_skipped: updates, and steps left out for a loss that was not a number.
+        best_step: the step that was best on the held-out rows, where that was asked for; 0 is the untuned model.
+        stopped_early: whether the run ended for want of a better one.
         num_forwards: forward passes of the training, evaluations not counted.
         num_tuned: how many numbers were tuned.
         seconds: the training's, evaluations not counted.
         peak_memory: the process's, in bytes.
         dev_before, dev, test: accuracy (F1 of generated answers) on the held-out rows before and after, and on the
-            evaluation rows.
+            evaluation rows; the last two of the model that is saved.
         stopped_by: the signal that ended the run early, or None.
     """
 
@@ -61,6 +64,8 @@ class Result:
     dev: Measured | None
     test: Measured | None
     stopped_by: int | None
+    best_step: int | None
+    stopped_early: bool
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it, versions and machine included."""
@@ -82,10 +87,18 @@ class Rows:
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
+    return encode_splits(lm, options, load_splits(lm, options))
+
+
+def load_splits(lm: LanguageModel, options: DataOptions) -> Splits:
+    """The data that `options` name, as examples of the form that suits the model."""
     if lm.classifies and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
-    task = None if options.task is None else find_task(options.task)
-    splits = user_splits(options) if task is None else task.splits(options, lm.masked)
+    return user_splits(options) if options.task is None else find_task(options.task).splits(options, lm.masked)
+
+
+def encode_splits(lm: LanguageModel, options: DataOptions, splits: Splits) -> Rows:
+    """Examples as tokens of the model."""
     encode = Encoder(
         lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
     )
@@ -94,8 +107,9 @@ def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
         return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
 
     train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    if task is None:
+    if options.task is None:
         return Rows(train, dev, test)
+    task = find_task(options.task)
     return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
 
 
@@ -112,21 +126,24 @@ def train(config: TrainConfig) -> Result:
     rows = load_rows(lm, config)
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
+    _check_selection(rows, config)
     output = OutputFolder(config)
     output.check_room(lm)
     scorer = _scorer(lm, rows, config)
     run = _Run(lm, rows, config, scorer, output)
-    before = run.evaluate(rows.dev)
+    before = run.before()
     with Display(config.max_steps) as display, stoppable() as stop:
         try:
             run.steps(display, stop)
         except RunError:
-            # The weights are those of the last sound step.
+            # The weights are those of the last sound step, or of the best.
+            run.selection.restore()
             output.save_model(lm)
             raise
+    run.selection.restore()
     output.save_model(lm)
     # Who stops a run wants it to end, not to evaluate.
-    dev = run.evaluate(rows.dev) if stop.signal is None else None
+    dev = run.after() if stop.signal is None else None
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
     result = Result(
         output_dir=config.output_dir,
@@ -140,9 +157,24 @@ def train(config: TrainConfig) -> Result:
         dev=dev,
         test=test,
         stopped_by=stop.signal,
+        best_step=run.selection.step,
+        stopped_early=run.selection.is_over,
     )
     output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm)
     return result
+
+
+def _check_selection(rows: Rows, config: TrainConfig) -> None:
+    """Refuse to choose a step without rows to choose by; say where the rows that choose are those that are reported."""
+    if not config.selects:
+        return
+    if not rows.dev:
+        raise UsageError("there is no held-out row to choose the best step by: give --num-dev above 0.")
+    if rows.test and set(rows.test) <= set(rows.dev):
+        say(
+            "the rows that choose the best step are also those that are reported on, which makes the report "
+            "optimistic; give --eval-file for rows that chose nothing"
+        )
 
 
 class _Run:
@@ -154,6 +186,7 @@ class _Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.optimizer = make_optimizer(lm.module, config, config.seed, self._run_once)
         self.update = _update(self.optimizer, lm, config)
+        self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.step = self.num_skipped = self.num_forwards = 0
         self.seconds = 0.0
         self._held_out: float | None = None
@@ -175,11 +208,25 @@ class _Run:
             display.update(status)
             if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
                 self.output.log({**asdict(status), "learning_rate": learning_rate})
-            if self.config.eval_steps and self.step % self.config.eval_steps == 0:
+            if self._is_evaluated():
                 self._evaluate_on_the_way(display)
+            if self.selection.is_over:
+                display.say(f"stopped early at step {self.step}: the best was step {self.selection.step}")
+                return
             if stop.signal is not None:
                 display.say(f"stopped at step {self.step}; saving what there is …")
                 return
+
+    def before(self) -> Measured | None:
+        """The held-out rows before the first step, which the best step must beat."""
+        found = self.evaluate(self.rows.dev)
+        if found is not None:
+            self.selection.see(0, found)
+        return found
+
+    def after(self) -> Measured | None:
+        """The held-out rows with the weights that are saved: what was found when these were kept, if they were."""
+        return self.selection.best if self.config.load_best_model_at_end else self.evaluate(self.rows.dev)
 
     def evaluate(self, examples: Sequence[Encoded]) -> Measured | None:
         """The task's metric on some rows; None where there are none."""
@@ -189,11 +236,18 @@ class _Run:
         size = self.config.per_device_eval_batch_size
         return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
 
+    def _is_evaluated(self) -> bool:
+        """Every so many steps; also the last one, where it may be the best."""
+        last = self.step == self.config.max_steps and self.config.selects
+        return self.config.eval_steps is not None and (last or self.step % self.config.eval_steps == 0)
+
     def _evaluate_on_the_way(self, display: Display) -> None:
         found = self.evaluate(self.rows.dev)
         if found is not None:
             self._held_out = found.value
-            self.output.log({"step": self.step, "dev": found.summary()})
+            self.selection.see(self.step, found)
+            best = {"best_step": self.selection.step} if self.config.selects else {}
+            self.output.log({"step": self.step, "dev": found.summary(), **best})
             display.say(f"step {self.step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
 
     def _closures(self, examples: Sequence[Encoded]) -> tuple[list[Callable[[], Tensor]], list[int]]:
