@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from zotune.errors import RunError
+from zotune.errors import NotWrittenError
 from zotune.ledger.format import Header, LedgerError, StepRecord, checksum, parse_header
 
 _SECONDS_BETWEEN_SYNCS = 1.0
@@ -168,7 +168,7 @@ class LedgerWriter:
 
         Raises:
             LedgerError: it is not the next step, or does not fit the header.
-            RunError: the disk is full or gone. The file ends with the last whole record.
+            NotWrittenError: the disk is full or gone. The file ends with the last whole record.
         """
         if record.step != self.num_steps:
             raise LedgerError(f"the ledger's next step is number {self.num_steps}, got number {record.step}.")
@@ -181,7 +181,7 @@ class LedgerWriter:
         except OSError as error:
             os.ftruncate(self._file, self._end)
             os.lseek(self._file, self._end, os.SEEK_SET)
-            raise RunError(
+            raise NotWrittenError(
                 f"step {record.step + 1} could not be written to {self.path}: {error.strerror}. The ledger holds the "
                 f"{self.num_steps} steps before it."
             ) from None

@@ -14,11 +14,16 @@ from zotune.errors import NonFiniteLossError
 from zotune.estimators import accumulate
 from zotune.hybrid import Hybrid
 from zotune.llm.checks import check_first_estimate, check_mu
+from zotune.llm.counters import Counters
 from zotune.llm.models import LanguageModel
+from zotune.noise import derive_seed
 from zotune.optimizer import ZerothOrder
 
 # The optimizer, the mean loss of each micro-batch, and how many examples each has → the loss.
 Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
+
+# Steps in a row without a finite loss after which a first-order run gives up.
+MAX_SKIPPED = 10
 
 
 class ZerothOrderStep:
@@ -50,8 +55,9 @@ def hybrid_step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], wei
 class FirstOrderStep:
     """One step by back-propagation, the micro-batches' gradients added up."""
 
-    def __init__(self, lm: LanguageModel, *, checkpointing: bool, max_skipped: int = 10) -> None:
-        self._lm, self._max_skipped, self._skipped = lm, max_skipped, 0
+    def __init__(self, lm: LanguageModel, counters: Counters, *, checkpointing: bool, seed: int) -> None:
+        """`seed` names the dropout of each step; `counters` are the run's."""
+        self._lm, self._counters, self._seed = lm, counters, seed
         if checkpointing:
             lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -62,17 +68,17 @@ class FirstOrderStep:
         self._lm.module.train()
         optimizer.zero_grad()
         total = 0.0
-        for closure, weight in zip(closures, weights, strict=True):
-            loss = closure() * (weight / sum(weights))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        # Dropout is a function of seed and step, so that a run that was stopped goes on as if it had not been.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(derive_seed(self._seed, self._counters.step))
+            for closure, weight in zip(closures, weights, strict=True):
+                loss = closure() * (weight / sum(weights))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
         if math.isfinite(total):
-            self._skipped = 0
             optimizer.step()
-            return total
-        self._skipped += 1
-        if self._skipped >= self._max_skipped:
+        elif self._counters.skipped_in_a_row + 1 >= MAX_SKIPPED:
             raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {self._skipped} steps in a row. Lower the learning rate."
+                f"the loss was NaN or infinite for {MAX_SKIPPED} steps in a row. Lower the learning rate."
             )
         return total
