@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def export(rebuilt: Rebuilt, folder: Path, *, merged: bool = False) -> None:
         merge: Any = getattr(lm.module, "merge_and_unload", None)
         if not rebuilt.config.is_adapter or merge is None or rebuilt.config.tuning in ("prefix", "prompt"):
             raise UsageError(
-                f"tuning: {rebuilt.config.tuning} leaves nothing that could be put into the weights; leave out --merged."
+                f"tuning: {rebuilt.config.tuning} leaves nothing to put into the weights; leave out --merged."
             )
         lm.module = merge()
     save_whole(lm, folder)
@@ -130,8 +131,8 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
         LedgerError: the ledger is damaged, or the base another.
     """
     ledger = find_ledger(path)
-    rebuilt = rebuild(ledger, base, device)
     folder = path if path.is_dir() else path.parent
+    rebuilt = rebuild(ledger.first(_best_step(folder, ledger)), base, device)
     saved = _saved(folder)
     ours = _state(rebuilt.lm)
     both = sorted(ours.keys() & saved.keys())
@@ -139,6 +140,15 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
         raise LedgerError(f"the weights in {folder} are not of the ledger's model: no tensor has the same name.")
     different = [name for name in both if not _same_bits(ours[name], saved[name])]
     return Verified(len(ledger), ledger.cut_bytes, len(both), tuple(different))
+
+
+def _best_step(folder: Path, ledger: Ledger) -> int | None:
+    """Which step's weights were saved, where that is not the last."""
+    results = folder / "results.json"
+    if not config_of(ledger).load_best_model_at_end or not results.is_file():
+        return None
+    found = json.loads(results.read_text(encoding="utf-8")).get("best_step")
+    return found if isinstance(found, int) else None
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:

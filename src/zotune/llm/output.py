@@ -64,7 +64,7 @@ class OutputFolder:
         if found and not config.overwrite_output_dir and not self.is_resumed:
             raise UsageError(
                 f"{self.path} holds an earlier run or other files ({found[0]}); "
-                "choose another --output-dir, go on with the run (--resume), or give --overwrite-output-dir to replace it."
+                "choose another --output-dir, go on with it (--resume), or give --overwrite-output-dir to replace it."
             )
 
     def _begin(self, config: TrainConfig) -> None:
