@@ -22,13 +22,18 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import peft
+import scipy.stats
 import torch
+import yaml
+from transformers import LlamaForCausalLM
 
-import zotune.llm.train  # so that children need not import it
 from zotune import cli, update
 from zotune.ledger import files, read
 from zotune.llm import checkpoint, metrics, output
-from zotune.llm.models import LanguageModel
+from zotune.llm.config import ModelOptions
+from zotune.llm.models import LanguageModel, load
+from zotune.llm.train import train
 
 ROWS = [
     {"text": f"{a} {b}", "label": "yes" if a in ("warm", "fine") else "no"}
@@ -47,6 +52,8 @@ RUNS = {
     ],
 }
 STEPS = 16
+# What children use, imported before they are forked.
+_PRELOADED = (peft.LoraConfig, scipy.stats.norm, yaml.safe_load, LlamaForCausalLM, train)
 PASSING = {"seconds", "peak_memory"}
 
 
@@ -134,13 +141,15 @@ class Trial:
 
     def __init__(self, folder, name, chance, whole):
         self.folder, self.name, self.chance, self.whole = folder, name, chance, whole
-        self.out, self.log = folder / "out", folder / "log"
+        self.out, self.log, self.kills = folder / "out", folder / "log", 0
         shutil.rmtree(self.out, ignore_errors=True)
         self.args = arguments(folder, self.out, name)
 
     def run(self, *more, prepare=lambda: None):
         """The command line to its end; its exit code."""
-        return end(begin([*self.args, *more], self.log, prepare))
+        code = end(begin([*self.args, *more], self.log, prepare))
+        self.note(code)
+        return code
 
     def said(self):
         return self.log.read_text(encoding="utf-8", errors="replace")
@@ -156,7 +165,11 @@ class Trial:
         pid = begin([*self.args, "--resume"], self.log)
         time.sleep(self.chance.uniform(0, 1.2))
         os.kill(pid, signal.SIGKILL)
-        end(pid)
+        self.note(end(pid))
+
+    def note(self, code):
+        """Count an exit code that is a kill."""
+        self.kills += code == -signal.SIGKILL
 
 
 def snapshot(out):
@@ -192,7 +205,9 @@ def killed_at(point):
 
 def power_cut(trial):
     """Killed, and what was not synced is gone: any number of bytes at the end of the files that grow."""
-    trial.run(prepare=lambda: POINTS[trial.chance.choice(["killed in a probe", "killed in a ledger write"])](trial.chance))
+    trial.run(
+        prepare=lambda: POINTS[trial.chance.choice(["killed in a probe", "killed in a ledger write"])](trial.chance)
+    )
     for name, least in (("ledger.zol", None), ("metrics.jsonl", 0)):
         path = trial.out / name
         if not path.exists():
@@ -253,7 +268,7 @@ def full_disk(trial):
         ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", trial.out], capture_output=True, check=False
     ).returncode
     try:
-        limit = lambda: None if mounted else resource.setrlimit(resource.RLIMIT_FSIZE, (size << 10, size << 10))  # noqa: E731
+        limit = lambda: None if mounted else resource.setrlimit(resource.RLIMIT_FSIZE, (size << 10, size << 10))
         code = trial.run(prepare=limit)
         text = trial.said()
         assert code in (0, 1, 2), (code, text)
@@ -282,9 +297,7 @@ def interrupted(trial):
     """SIGTERM or SIGINT: the run saves, says so with its exit code, and goes on later."""
     number = trial.chance.choice([signal.SIGTERM, signal.SIGINT])
     when = trial.chance.randrange(2, 30)
-    code = trial.run(
-        prepare=lambda: dying(LanguageModel, "score", 8 + when, lambda *_: os.kill(os.getpid(), number))
-    )
+    code = trial.run(prepare=lambda: dying(LanguageModel, "score", 8 + when, lambda *_: os.kill(os.getpid(), number)))
     assert code in (0, 128 + number, -number), (code, trial.said())
     trial.resume_is_whole()
 
@@ -314,27 +327,32 @@ FAULTS = {
     "folder removed": removed_folder,
 }
 # In full, kills are the most: 200 and more of them.
-WEIGHTS = {"killed at a random moment": 6, "power cut": 3, "bits flipped": 3}
+WEIGHTS = {**dict.fromkeys(POINTS, 3), "killed at a random moment": 10, "power cut": 3, "bits flipped": 3}
 
 
 def inject(count, seed, folder):
-    """`count` faults, at least one of each kind where there is room; how many of each were survived, and what failed."""
+    """`count` faults, one of each kind first; how many of each were survived, and what failed."""
     chance = random.Random(seed)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     plan = [kind for kind in FAULTS for _ in range(WEIGHTS.get(kind, 1))]
     plan = [*FAULTS, *(chance.choice(plan) for _ in range(count))][:count]
-    wholes, tried, survived, failed = {}, Counter(), Counter(), []
+    wholes, tried, survived, kills, failed = {}, Counter(), Counter(), 0, []
     for number, kind in enumerate(plan):
         name = chance.choice(list(RUNS))
         if name not in wholes:
-            assert end(begin(arguments(folder, folder / "whole", name), folder / "log")) == 0, (folder / "log").read_text()
+            assert end(begin(arguments(folder, folder / "whole", name), folder / "log")) == 0, (
+                folder / "log"
+            ).read_text()
             wholes[name] = snapshot(folder / "whole")
             shutil.rmtree(folder / "whole")
         trial = Trial(folder, name, random.Random(f"{seed} {number}"), wholes[name])
         tried[kind] += 1
+        began = time.monotonic()
         try:
             FAULTS[kind](trial)
             survived[kind] += 1
+            print(f"fault {number}, {kind}, {name}: survived, {time.monotonic() - began:.1f} s", file=sys.stderr)
+            kills += trial.kills
         except AssertionError as error:
             failed.append({"number": number, "fault": kind, "run": name, "error": str(error)[:2000]})
             print(f"fault {number}, {kind}, {name}: {error}"[:3000], file=sys.stderr)
@@ -342,6 +360,7 @@ def inject(count, seed, folder):
         "config": {"count": count, "seed": seed, "runs": list(RUNS), "steps": STEPS},
         "tried": dict(tried),
         "survived": dict(survived),
+        "processes_killed": kills,
         "total_tried": sum(tried.values()),
         "total_survived": sum(survived.values()),
         "failed": failed,
@@ -355,6 +374,7 @@ def main():
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    load(ModelOptions(model="random:llama-tiny", device="cpu"))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zotune-faults-") as folder:
         found = inject(args.count, args.seed, Path(folder))
