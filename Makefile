@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart test bench-speed bench-quickstart clean
+.PHONY: quickstart test test-faults bench-speed bench-quickstart clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -20,9 +20,15 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# What `make test` does in a short form; some twenty minutes.
+test-faults: $(VENV)/dev
+	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
+	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py
+
 bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
+	$(BIN)/python benchmarks/speed/ledger.py
 
 bench-quickstart: $(VENV)/llm
 	$(BIN)/python benchmarks/quickstart_seeds.py

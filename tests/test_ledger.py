@@ -1,20 +1,27 @@
 """Weights are a function of (base model, ledger): every run is rebuilt to the bit, and nothing damaged is believed."""
 
 import copy
+import json
 import math
 import os
 import random
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import zotune as zo
 from zotune import directions, noise, update
 from zotune.errors import RunError, UsageError
-from zotune.ledger import Layout, LedgerError, LedgerWriter, StepRecord, read
+from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, read
+from zotune.ledger.files import parse
+from zotune.ledger.format import checksum
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.noise import cpu
 
@@ -327,3 +334,99 @@ def test_a_file_that_is_gone_or_full_ends_the_run_with_whole_records(tmp_path, m
         monkeypatch.setattr("zotune.ledger.files._SECONDS_BETWEEN_SYNCS", 0)
         with pytest.raises(RunError, match="removed"):
             writer.append(StepRecord(3, 0.0, (0.1,), (1.0,), (1.0,), 2))
+
+
+def blocks_of_the_page():
+    page = (Path(__file__).parents[1] / "docs/ledger.md").read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+
+
+def test_the_example_of_the_page_runs():
+    exec(compile(blocks_of_the_page()[0], "ledger.md", "exec"), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
+@pytest.mark.parametrize("method", ["sgd", "sgd, two queries, one-sided", "conservative"])
+def test_the_reader_of_the_page_rebuilds_weights_from_the_specification_alone(dtype, sampler, method, tmp_path):
+    opt, base = run(METHODS[method], tmp_path / "a.zol", 8, dtype, bad=(3,), sampler=sampler)
+    names: dict = {}
+    exec(compile(blocks_of_the_page()[1], "ledger.md", "exec"), names)
+    header, records = names["read_ledger"]((tmp_path / "a.zol").read_bytes())
+    assert len(records) == 8
+
+    def numbers(p):
+        return (p.detach().view(torch.uint16) if dtype == torch.bfloat16 else p.detach()).numpy().copy()
+
+    weights = {name: numbers(p) for name, p in base.named_parameters()}
+    names["rebuild"](weights, header, records)
+    for name, p in opt.tuned.model.named_parameters():
+        assert (weights[name] == numbers(p)).all(), name
+
+
+headers = st.builds(
+    Layout,
+    num_estimates=st.integers(1, 6),
+    num_groups=st.integers(1, 3),
+    num_coefficients=st.integers(1, 9),
+    precision=st.sampled_from(["f4", "f8"]),
+)
+numbers = st.floats(width=32)
+
+
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "300")), deadline=None)
+@given(headers, st.data())
+def test_whatever_is_written_is_read_and_whatever_is_damaged_is_cut_or_refused(layout, data):
+    records = [
+        StepRecord(
+            step,
+            data.draw(numbers),
+            tuple(data.draw(st.lists(numbers, min_size=layout.num_groups, max_size=layout.num_groups))),
+            tuple(data.draw(st.sampled_from([1.0, 0.0, -1.0, math.nan])) for _ in range(layout.num_estimates)),
+            tuple(data.draw(st.lists(numbers, min_size=layout.num_coefficients, max_size=layout.num_coefficients))),
+            data.draw(st.integers(0, 2**24 - 1)),
+        )
+        for step in range(data.draw(st.integers(0, 4)))
+    ]
+    header = Header(
+        layout, {"seed": data.draw(st.integers(0, 2**64 - 1))}, [], {"text": data.draw(st.text(max_size=9))}
+    )
+    content = bytearray(header.to_bytes())
+    crc = int.from_bytes(content[16:20], "little")
+    for record in records:
+        row = layout.to_row(record)
+        row["crc"] = checksum(row.tobytes(), record.step, crc)
+        content += row.tobytes()
+    ledger = parse(bytes(content), "x")
+    assert ledger.header == header
+    assert list(map(repr, ledger)) == list(map(repr, records))
+    for _ in range(data.draw(st.integers(1, 3))):
+        kind = data.draw(st.sampled_from(["flip", "cut", "add", "overwrite"]))
+        at = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        if kind == "cut":
+            del content[at:]
+        elif kind == "add":
+            content += data.draw(st.binary(max_size=60))
+        elif content:
+            content[at] = (
+                content[at] ^ 1 << data.draw(st.integers(0, 7)) if kind == "flip" else data.draw(st.integers(0, 255))
+            )
+    try:
+        found = parse(bytes(content), "x")
+    except LedgerError as error:
+        assert str(error)
+        return
+    assert found.header == header
+    assert list(map(repr, found)) == list(map(repr, records))[: len(found)]
+
+
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "300")), deadline=None)
+@given(st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.floats() | st.text(), st.lists)))
+def test_bytes_that_are_no_ledger_are_refused_with_a_message(value):
+    """Also those with a good checksum around a body that means nothing."""
+    body = value if isinstance(value, bytes) else zlib.compress(json.dumps(value).encode())
+    start = b"ZOLEDGER" + struct.pack("<2I", 1, len(body))
+    whole = start + struct.pack("<I", zlib.crc32(body, zlib.crc32(start))) + body
+    for content in (body, whole):
+        with pytest.raises(LedgerError, match=r"no ledger|cannot be understood|ends within|version"):
+            parse(content, "x")

@@ -181,6 +181,7 @@ def _from_body(body: bytes, name: str) -> Header:
         if layout.precision not in ("f4", "f8") or not all(type(n) is int and 0 < n < 1 << 24 for n in counts):
             raise ValueError(f"its records would be {layout}")
         header = Header(layout, **fields)
+        _check_types(header)
     except (zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LedgerError(f"the header of {name} cannot be understood: {error}") from None
     if header.noise_version != NOISE_VERSION:
@@ -189,6 +190,17 @@ def _from_body(body: bytes, name: str) -> Header:
             f"version {NOISE_VERSION}, which are other directions. Use the zotune that wrote it."
         )
     return header
+
+
+def _check_types(header: Header) -> None:
+    """A checksum says that nothing was changed, not that a header means something."""
+    if not (isinstance(header.method, dict) and isinstance(header.about, dict) and isinstance(header.tensors, list)):
+        raise ValueError("method and about are no objects, or tensors no list")
+    if type(header.method.get("seed")) is not int:
+        raise ValueError("method has no seed")
+    for tensor in header.tensors:
+        if not isinstance(tensor, dict) or not {"name", "id", "dtype", "shape", "digest"} <= tensor.keys():
+            raise ValueError(f"{str(tensor)[:80]} is no tensor")
 
 
 def checksum(row: bytes, index: int, header_crc: int) -> int:
