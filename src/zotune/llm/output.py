@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 import zotune
 from zotune.errors import RunError, UsageError
+from zotune.ledger import LedgerError, read
 from zotune.llm.builtin import BUILT_IN
 from zotune.llm.config import TrainConfig, read_recipe, write_yaml
 from zotune.llm.metrics import MetricsLog, plain
@@ -60,7 +61,7 @@ class OutputFolder:
 
     def _check_free(self, config: TrainConfig) -> None:
         self.is_resumed = config.resume and (self.path / "config.yaml").is_file()
-        found = [p.name for pattern in _WORTH_KEEPING for p in self.path.glob(pattern) if p.stat().st_size]
+        found = [p.name for pattern in _WORTH_KEEPING for p in self.path.glob(pattern) if _is_worth_keeping(p)]
         if found and not config.overwrite_output_dir and not self.is_resumed:
             raise UsageError(
                 f"{self.path} holds an earlier run or other files ({found[0]}); "
@@ -121,6 +122,16 @@ class OutputFolder:
         """Write results.json and the model card."""
         write_json(self.path / "results.json", results)
         (self.path / "README.md").write_text(_card(results, config, lm), encoding="utf-8")
+
+
+def _is_worth_keeping(path: Path) -> bool:
+    """Not an empty file, nor a ledger without a step."""
+    if path.name != "ledger.zol":
+        return path.stat().st_size > 0
+    try:
+        return len(read(path)) > 0
+    except LedgerError:
+        return True
 
 
 def save_whole(lm: LanguageModel, folder: Path) -> None:
