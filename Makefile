@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart test test-faults bench-speed bench-quickstart clean
+.PHONY: quickstart test test-faults test-lm-eval bench-speed bench-quickstart bench-tasks clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -25,6 +25,9 @@ test-faults: $(VENV)/dev
 	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
 	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py
 
+test-lm-eval: $(VENV)/lm-eval
+	$(BIN)/python benchmarks/lm_eval_agreement.py
+
 bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
@@ -32,6 +35,9 @@ bench-speed: $(VENV)/llm
 
 bench-quickstart: $(VENV)/llm
 	$(BIN)/python benchmarks/quickstart_seeds.py
+
+bench-tasks: $(VENV)/llm
+	$(BIN)/python benchmarks/tasks.py
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -45,6 +51,10 @@ $(VENV)/llm: $(VENV)/torch pyproject.toml
 
 $(VENV)/dev: $(VENV)/llm pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[llm,dev]'
+	touch $@
+
+$(VENV)/lm-eval: $(VENV)/llm
+	$(BIN)/python -m pip install --quiet 'lm-eval>=0.4.9,<0.5'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""The tables of the README, made from benchmarks/results/*.json; a test holds the README against them.
+"""The tables of README.md and docs/evaluation.md, made from benchmarks/results/*.json; a test holds the pages to them.
 
 python benchmarks/readme_tables.py
 """
@@ -49,7 +49,19 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart, "step": step, "memory": memory}
+def zero_shot() -> str:
+    """The built-in model as it is."""
+    lines = ["| task | rows | accuracy (95 % interval) | majority class |", "|---|--:|--:|--:|"]
+    for task, found in _read("tasks")["zero_shot"].items():
+        accuracy, low, high = (100 * found[key] for key in ("accuracy", "low", "high"))
+        majority = 100 * found["majority"]["accuracy"]
+        lines.append(
+            f"| {task} | {found['num_examples']} | {accuracy:.1f} % ({low:.1f} to {high:.1f}) | {majority:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"quickstart": quickstart, "step": step, "memory": memory, "zero_shot": zero_shot}
 
 if __name__ == "__main__":
     for table in TABLES.values():

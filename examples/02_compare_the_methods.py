@@ -39,7 +39,7 @@ def network() -> nn.Module:
 
 texts, y = reviews("train")
 other_texts, other_y = reviews("validation")
-words = [word for word, _ in Counter(word for text in texts for word in set(text)).most_common(NUM_WORDS)]
+words = [word for word, _ in Counter(word for text in texts for word in dict.fromkeys(text)).most_common(NUM_WORDS)]
 x, other_x = bags(texts, words), bags(other_texts, words)
 print(f"{len(x)} reviews to train on, {len(other_x)} to validate, {NUM_WORDS} words\n")
 print(f"{'method':14} steps   passes   loss   accuracy, in training and on validation rows")

@@ -39,7 +39,8 @@ def test_json_is_one_object_on_stdout(zotune, short, tmp_path, rows_file):
     result = json.loads(said.out)
     assert (said.code, result["num_steps"], result["output_dir"]) == (0, 2, str(tmp_path / "out"))
     said = zotune("eval", "--json", "--model", tmp_path / "out", "--eval-file", rows_file)
-    assert (said.code, said.err) == (0, "")
+    assert (said.code, said.err.count("\n")) == (0, 1)
+    assert "rows.jsonl: rows of a text and its label" in said.err
     assert json.loads(said.out)["num_examples"] == 11
     for command in ("models", "tasks", "methods", "env"):
         said = zotune(command, "--json")
@@ -182,10 +183,13 @@ def test_bad_recipes_are_named_by_file_and_key(zotune, tmp_path, text, message):
         (["--tuned-parameters", "nothing"], r"nothing would be tuned"),
         (
             ["--template", "{text}" + 5000 * "x"],
-            r"row 1 has \d+ tokens, but the model reads at most (\d+)\..*--max-length \1",
+            r"rows.jsonl, line \d+ has \d+ tokens, but the model reads at most (\d+)\..*--max-length \1",
         ),
-        (["--verbalizer", "yes", "Yes", "nope", "No"], r"row 2: the label 'no' is not in the verbalizer. Did you mean"),
-        (["--text-column", "txt"], r"row 1: there is no column 'txt'. Did you mean 'text'"),
+        (
+            ["--verbalizer", "yes", "Yes", "nope", "No"],
+            r"line 2: the label 'no' is not in the verbalizer. Did you mean",
+        ),
+        (["--text-column", "txt"], r"rows.jsonl: there is no column 'txt'. Did you mean 'text'"),
         (["--num-train", "100"], r"has 11 rows, too few for 100 to train on and 3 held out"),
     ],
 )

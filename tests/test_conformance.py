@@ -71,7 +71,18 @@ each_difference = pytest.mark.parametrize("difference", DIFFERENCES)
 
 def test_the_table_holds_every_method():
     methods = {getattr(method, "func", method) for method, _ in CASES.values()}
-    assert methods >= {m for m in zo.METHODS.values() if m.__module__ == "zotune.methods"}
+    assert methods | {zo.forward_grad} == set(zo.METHODS.values()) | {CASES["elementwise"][0].func}
+
+
+@each_problem
+@pytest.mark.parametrize(("q", "sampler"), [(1, zo.rademacher), (3, zo.gaussian)], ids=str)
+def test_the_path_of_the_forward_gradient_in_double_precision_is_that_of_the_reference(name, q, sampler):
+    p = problem(name)
+    _, gradient = p.plain()
+    start = p.position()
+    path, directions, _ = walk(p, zo.forward_grad(p.model, ETA, num_queries=q, sampler=sampler))
+    expected = plain_sgd(partial(reference.forward_gradient, gradient), None, start, directions)
+    np.testing.assert_allclose(path, expected, rtol=1e-9, atol=1e-9)
 
 
 def walk(p, opt, steps=STEPS):
@@ -174,8 +185,9 @@ def test_master_weights_take_the_single_precision_path_of_the_same_estimates(cas
 
 
 @each_case
-@each_problem
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in PROBLEMS), ("quadratic", torch.float32)], ids=str
+)
 def test_every_method_improves_every_problem(case, name, dtype):
     method, _ = CASES[case]
     p = problem(name, dtype)

@@ -9,7 +9,8 @@ import pytest
 
 from zotune.errors import UsageError
 from zotune.llm.config import DataOptions
-from zotune.llm.data import Example, user_splits
+from zotune.llm.data import Example
+from zotune.llm.own import own_data
 from zotune.llm.tasks import TASKS, find_task
 from zotune.llm.tasks.sst2 import SST2, masked
 
@@ -20,7 +21,7 @@ def write(path, rows):
 
 
 def splits_of(path, **options):
-    return user_splits(DataOptions(train_file=path, **options))
+    return own_data(DataOptions(train_file=path, **options), None).splits
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_the_sample_of_sst2_has_the_papers_sizes_and_known_label_counts():
 
 
 def test_the_sample_of_sst2_is_the_first_permutation_of_the_public_split():
-    from zotune.llm.data import read_rows
+    from zotune.llm.rows import read_rows
     from zotune.llm.task import _sample_folder
 
     chosen = np.random.RandomState(0).permutation(67_349)[:1500].tolist()
@@ -148,7 +149,7 @@ def test_user_rows_are_split_without_overlap(tmp_path):
 
 def test_evaluation_rows_alone_are_enough(tmp_path):
     path = write(tmp_path / "test.jsonl", [{"text": f"test {i}", "label": i % 2} for i in range(5)])
-    splits = user_splits(DataOptions(eval_file=path, num_eval=3))
+    splits = own_data(DataOptions(eval_file=path, num_eval=3), None).splits
     assert (splits.train, splits.dev) == ((), ())
     assert numbers(splits.test) == [0, 1, 2]
 
@@ -161,12 +162,12 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
         (
             '{"txt": "a", "label": 1}\n{"txt": "b", "label": 0}\n',
             {},
-            r"row 1: there is no column 'text'. Did you mean 'txt'\?",
+            r"rows.jsonl: there is no column 'text'. Did you mean 'txt'\?",
         ),
         (
             '{"text": "a", "label": 1}\n{"text": "b", "lable": 0}\n',
             {},
-            r"row 2: .*no column 'label'. Did you mean 'lable'\?",
+            r"rows.jsonl, line 2: there is no column 'label'. Did you mean 'lable'\?",
         ),
         (
             '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
@@ -176,11 +177,11 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
         (
             '{"text": "a", "label": 1}\n',
             {"verbalizer": {"yes": "Yes", "no": "No"}},
-            r"row 1: the label '1' is not in the verbalizer",
+            r"line 1: the label '1' is not in the verbalizer",
         ),
         ('{"text": "a", "label": "yess"}\n', {"verbalizer": {"yes": "Yes", "no": "No"}}, r"Did you mean 'yes'\?"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n', {}, r"holds 1 different labels; at least two"),
-        ("", {}, r"holds 0 different labels"),
+        ("", {}, r"holds no row"),
         ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(101)), {}, r"101 different labels, too many"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', {"template": "{text"}, r"template"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', {"template": "{}"}, r"template"),
@@ -197,14 +198,14 @@ def test_unusable_rows_are_named(tmp_path, text, options, message):
 def test_unusable_files_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"there is no file .*nothing.jsonl"):
         splits_of(tmp_path / "nothing.jsonl")
-    for name in ("rows.parquet", "rows.txt.gz", "rows"):
+    for name in ("rows.parquet.gz", "rows.txt.gz", "rows"):
         (tmp_path / name).write_text("x", encoding="utf-8")
         with pytest.raises(UsageError, match=r"files end in \.jsonl"):
             splits_of(tmp_path / name)
     for name in ("rows.jsonl", "rows.csv"):
         (tmp_path / name).write_bytes("text,label\ngröße,1\n".encode("latin-1"))
-        with pytest.raises(UsageError, match=f"{name} is not UTF-8 text"):
+        with pytest.raises(UsageError, match=f"{name}, line 2: not UTF-8 text"):
             splits_of(tmp_path / name)
     (tmp_path / "rows.csv.gz").write_bytes(b"text,label\n")
-    with pytest.raises((UsageError, OSError), match=r"rows.csv.gz|gzip"):
+    with pytest.raises(UsageError, match=r"rows.csv.gz is not a whole gzip file"):
         splits_of(tmp_path / "rows.csv.gz")

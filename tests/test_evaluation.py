@@ -11,10 +11,11 @@ import pytest
 from zotune.errors import UsageError
 from zotune.llm.comparison import majority, paired_difference
 from zotune.llm.config import EvalConfig
-from zotune.llm.data import Example, read_rows, user_splits
+from zotune.llm.data import Example
 from zotune.llm.demonstrations import choose, prepend
 from zotune.llm.evaluation import base_of, evaluate_tasks
 from zotune.llm.models import load
+from zotune.llm.own import own_data
 from zotune.llm.train import train
 
 Z = 1.959963984540054
@@ -86,7 +87,7 @@ def test_demonstrations_are_training_rows_with_their_answers_between_blank_lines
     """Prompts and scores against a plain reading of the file and the model run on one whole sequence at a time."""
     config = own(num_demonstrations=3, data_seed=4)
     (found,) = evaluate_tasks(config)[0].values()
-    splits, lm = user_splits(config), load(config)
+    splits, lm = own_data(config, None).splits, load(config)
     order = np.random.RandomState(4).permutation(5)[:3]
     shown = [f"{splits.train[i].prompt}{splits.train[i].candidates[splits.train[i].label]}" for i in order]
     for e, asked, prediction in zip(splits.test, found.examples, found.measured.predictions, strict=True):
@@ -150,6 +151,15 @@ def test_demonstrations_come_from_no_other_rows_than_there_are():
         choose(rows, 10, 0)
 
 
+def test_a_chat_has_no_demonstrations(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    path.write_text("".join(json.dumps({"messages": turns, "n": i}) + "\n" for i in range(6)), encoding="utf-8")
+    config = EvalConfig(model="smollm2-135m", device="cpu", train_file=path, num_dev=2, num_demonstrations=1)
+    with pytest.raises(UsageError, match="no form for chats"):
+        evaluate_tasks(config)
+
+
 # Whole evaluations -----------------------------------------------------------------------------------------
 
 
@@ -178,11 +188,25 @@ def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, t
     assert (zero_shot["accuracy"], zero_shot["loss"]) == (base.accuracy, base.loss)
     assert one.measured.loss != base.loss
     assert zero_shot["difference"]["value"] == pytest.approx(one.measured.accuracy - base.accuracy)
-    labels = [row["label"] for row in read_rows(made.train_file)]
-    assert results["baselines"]["majority"]["accuracy"] in {
-        sum(e.label == k for e in one.examples) / 6 for k in range(len(set(labels)))
-    }
+    labels = [e.label for e in own_data(made, None).splits.train]
+    most = max((0, 1), key=labels.count)
+    assert results["baselines"]["majority"]["accuracy"] == sum(e.label == most for e in one.examples) / 6
     assert f"zero-shot (random:llama-tiny): {one.zero_shot}; difference" in "\n".join(one.lines())
+
+
+def test_zero_shot_reads_the_same_prompts_where_virtual_tokens_leave_less_room(config, own, tmp_path, monkeypatch):
+    """The base has room for more demonstrations; it is asked what the tuned model was asked."""
+    from zotune.llm.models import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "context", property(lambda self: 160 - self.num_virtual_tokens))
+    train(config(tuning="prompt", num_virtual_tokens=40, template="{text} is", num_dev=6))
+    asked = {"baselines": True, "num_demonstrations": 5}
+    tuned, _ = evaluate_tasks(own(model=str(tmp_path / "out"), **asked))
+    alone, _ = evaluate_tasks(own(**asked))
+    assert sum(tuned["rows"].counts) < sum(alone["rows"].counts)
+    monkeypatch.setattr(LanguageModel, "context", 120)
+    as_short, _ = evaluate_tasks(own(**asked))
+    assert tuned["rows"].zero_shot.loss == as_short["rows"].measured.loss != alone["rows"].measured.loss
 
 
 def test_zero_shot_has_the_precision_of_what_was_tuned(config, own, tmp_path):
@@ -209,7 +233,7 @@ def test_predictions_are_rows_in_order_with_the_scores_by_definition(own, tmp_pa
     config = own(predictions=tmp_path / "said.jsonl")
     _, results = evaluate_tasks(config)
     lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
-    examples, lm = user_splits(config).test, load(config)
+    examples, lm = own_data(config, None).splits.test, load(config)
     assert len(lines) == len(examples)
     for line, e in zip(lines, examples, strict=True):
         values = [plain_score(lm, e.prompt, c) for c in e.candidates]
@@ -231,6 +255,21 @@ def test_predictions_of_generated_answers_are_texts_with_their_f1(tmp_path):
     assert [tuple(line["answers"]) for line in lines] == [e.answers for e in found["squad"].examples]
     assert sum(line["f1"] for line in lines) / 2 == results["f1"]
     assert all("candidates" not in line for line in lines)
+
+
+def test_a_log_loss_is_written_row_by_row_and_has_no_paired_difference(config, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [{"prompt": f"say {word}:", "completion": f" {word}"} for word in ("one", "two", "three", "four", "five")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    train(config(train_file=path, num_dev=2))
+    asked = {**TINY, "model": str(tmp_path / "out"), "train_file": path, "num_dev": 2, "baselines": True}
+    found, results = evaluate_tasks(EvalConfig(**asked, predictions=tmp_path / "said.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["log_loss"] for line in lines] == list(found["rows"].measured.predictions)
+    assert all("prediction" not in line and "label" not in line for line in lines)
+    assert results["baselines"]["majority"] is None
+    assert results["baselines"]["zero_shot"]["difference"] is None
+    assert results["baselines"]["zero_shot"]["log_loss"] > 0
 
 
 def test_predictions_take_the_place_of_no_file(own, rows_file):

@@ -225,6 +225,16 @@ def test_what_cannot_be_split_is_refused_with_a_reason():
     p = Problem(Transformer(2))
     with pytest.raises(zo.UsageError, match="'final_norm' is tuned by both"):
         zo.Hybrid(zo.zo_sgd(p.model, 0.1), torch.optim.SGD([p.model.final_norm], lr=0.1))
+    blocks = zo.blocks_by_linear(p.model, [p.model.embed, *p.model.layers.parameters()])
+    in_turn = zo.zo_sgd(
+        p.model,
+        0.1,
+        params=[p.model.embed, *p.model.layers.parameters()],
+        blocks=blocks,
+        block_order="sequential",
+    )
+    with pytest.raises(zo.UsageError, match="sequential blocks"):
+        zo.Hybrid(in_turn, torch.optim.SGD([p.model.final_norm], lr=0.1))
     with pytest.raises(zo.UsageError, match=r"2 layers; the first 3 of them"):
         zo.split_at_layer(p.model, 3, p.closure)
     p.model.unread = nn.Parameter(torch.ones(2))

@@ -74,3 +74,14 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not file.put((3,), made(3))
     assert torch.equal(file.get((1,)), made(3))
+
+
+def test_what_the_system_writes_piece_by_piece_comes_back_whole(tmp_path, monkeypatch):
+    """Linux writes at most 2 GiB at a time; here it is seven bytes."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, bytes(data[:7]), offset))
+    file = File(max_bytes=400, folder=tmp_path)
+    values = [torch.randn(5, 9), torch.arange(20).bfloat16()]
+    for i, value in enumerate(values):
+        assert file.put((i,), value)
+    assert all(torch.equal(file.get((i,)), value) for i, value in enumerate(values))

@@ -11,10 +11,9 @@ from problems import Problem, Transformer, assert_same_bits
 METHODS = {
     "sgd": zo.zo_sgd,
     "sign": zo.zo_sgd_sign,
-    "elementwise": partial(zo.zo_sgd_sign, sign="elementwise"),
     "cons": zo.zo_sgd_cons,
     "mmt": zo.zo_sgd_mmt,
-    **{adam: partial(zo.zo_adam, adam=adam) for adam in ("torch", "adamm", "amsgrad")},
+    **{adam: partial(zo.zo_adam, adam=adam) for adam in ("torch", "amsgrad")},
     "mmt window": partial(zo.zo_sgd_mmt, window=3),
     "adam window": partial(zo.zo_adam, window=3),
 }

@@ -15,9 +15,10 @@ from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.objective import Encoder, collate
-from zotune.llm.reuse import GROUP_TOKENS, ReusedActivations, groups_of, layers_of, lowest_tuned_layer
+from zotune.llm.reuse import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
 from zotune.llm.train import train
 from zotune.llm.tuning import prepare
+from zotune.stack import stack_of
 
 WORDS = (" terrible", " great")
 EXAMPLES = tuple(
@@ -55,7 +56,7 @@ def batch_of(lm, examples):
 def count_runs(lm):
     """A list that grows by a layer's number each time it really computes."""
     runs = []
-    for i, layer in enumerate(layers_of(lm.base)[1]):
+    for i, layer in enumerate(stack_of(lm.base)[1]):
         inner = next(m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm) or "RMSNorm" in type(m).__name__)
         inner.register_forward_hook(lambda *_, i=i: runs.append(i))
     return runs
@@ -247,7 +248,7 @@ def test_a_failing_call_leaves_every_forward_as_it_was(tiny, family):
     def fail(*_):
         raise RuntimeError("no")
 
-    layers = layers_of(lm.base)[1]
+    layers = stack_of(lm.base)[1]
     before = state()
     for failing in (0, 1, 1):  # while the lower layers are computed, before anything is kept, and when all is kept
         handle = next(layers[failing].children()).register_forward_pre_hook(fail)

@@ -12,6 +12,7 @@ from torch import nn
 from zotune.errors import RunError, UsageError
 from zotune.llm import selection as selection_module
 from zotune.llm.evaluate import Evaluation, evaluate
+from zotune.llm.log_loss import LogLossEvaluation
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.selection import Selection
 from zotune.llm.selection_options import SelectionOptions
@@ -51,6 +52,16 @@ def test_the_best_is_restored_and_of_equals_the_earlier(tmp_path, by, evaluation
     chosen, weight = seen(tmp_path, evaluations, load_best_model_at_end=True, metric_for_best_model=by)
     assert (chosen.step, weight) == (best, best)
     assert chosen.best.loss == evaluations[best][0]
+
+
+@pytest.mark.parametrize("by", ["loss", "metric"])
+def test_of_log_losses_the_lower_is_better(tmp_path, by):
+    chosen = Selection(
+        SelectionOptions(eval_steps=1, early_stopping_patience=9, metric_for_best_model=by), [], tmp_path
+    )
+    for step, value in enumerate((3.0, 1.0, 2.0)):
+        chosen.see(step, LogLossEvaluation(0.0, 9.0, 5, value, (), 0.0, 1, value, math.exp(value)))
+    assert chosen.step == 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +180,31 @@ def test_a_run_that_only_gets_worse_gives_back_the_untuned_model(config, tmp_pat
     assert (result.best_step, result.num_steps, result.stopped_early) == (0, 2, True)
     found = saved(tmp_path / "out")
     assert all(torch.equal(found[name], weights[0][name]) for name in found)
+
+
+def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_path, monkeypatch):
+    from zotune.llm import train as train_module
+
+    weights = scripted(monkeypatch, [3.0, 1.0, 2.0])
+    real = train_module._update
+
+    def breaking(*args):
+        update, left = real(*args), [2]
+
+        def step(*more):
+            if not left[0]:
+                raise RunError("the loss was NaN")
+            left[0] -= 1
+            return update(*more)
+
+        return step
+
+    monkeypatch.setattr(train_module, "_update", breaking)
+    with pytest.raises(RunError):
+        train(config(**KEEPING, max_steps=9, learning_rate=1e-2))
+    found = saved(tmp_path / "out")
+    assert all(torch.equal(found[name], weights[1][name]) for name in found)
+    assert not all(torch.equal(found[name], weights[2][name]) for name in found)
 
 
 def test_without_the_option_the_last_weights_are_the_result(config, tmp_path, monkeypatch):

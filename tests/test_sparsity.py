@@ -93,11 +93,10 @@ def test_tensors_that_are_all_zero_are_masked_at_the_given_share(mask, group):
 
 @each_mask
 @each_group
-@pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
 @each_dtype
-def test_sparsity_zero_is_the_plain_method_to_the_bit(mask, group, sampler, dtype):
+def test_sparsity_zero_is_the_plain_method_to_the_bit(mask, group, dtype):
     ends = []
-    for chosen in (sampler, zo.sparse(sampler, 0.0, mask=mask, group=group)):
+    for chosen in (zo.gaussian, zo.sparse(zo.gaussian, 0.0, mask=mask, group=group)):
         p = problem("transformer", dtype)
         opt = zo.zo_sgd_cons(p.model, 0.02, sampler=chosen, num_queries=2)
         ends.append(([opt.step(p.closure) for _ in range(4)], p.model))

@@ -10,7 +10,7 @@ import zotune as zo
 from problems import DIMENSION, Problem, Vector, problem, quadratic
 
 SIGMAS = 5.0
-RUNS = 600
+RUNS = 400
 each_sampler = pytest.mark.parametrize(("sampler", "extra"), [(zo.rademacher, -1), (zo.gaussian, 1)], ids=str)
 
 

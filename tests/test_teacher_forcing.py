@@ -221,4 +221,4 @@ def test_tasks_of_teacher_forcing_train_end_to_end(tmp_path, task, method):
     )
     metric = "f1" if task == "squad" else "accuracy"
     assert result.num_steps == 3 and result.test.metric == metric and math.isfinite(result.test.loss)
-    assert f"| {metric} | " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| {metric} (95 % interval) | " in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ import yaml
 import zotune as zo
 from zotune.errors import RunError
 from zotune.llm.config import TrainConfig, read_recipe
-from zotune.llm.data import user_splits
 from zotune.llm.models import LanguageModel
+from zotune.llm.own import own_data
 from zotune.llm.train import train
 
 PASSING = {"seconds", "peak_memory"}
@@ -90,7 +90,7 @@ def test_a_step_is_its_formula(config, tiny, tmp_path, difference, plain_score):
     made = config(
         max_steps=1, num_dev=0, per_device_train_batch_size=11, learning_rate=lr, mu=mu, difference=difference, seed=5
     )
-    examples = user_splits(made).train
+    examples = own_data(made, None).splits.train
     lm = tiny("llama")
     (u,) = zo.zo_sgd(lm.module, lr, mu=mu, seed=5).directions()
     x = {name: p.detach().clone() for name, p in lm.module.named_parameters()}

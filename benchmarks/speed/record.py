@@ -28,18 +28,21 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def write_result(name: str, measured: dict[str, Any]) -> None:
-    """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
+def provenance() -> dict[str, Any]:
+    """What one must know of a measurement: versions, processor, commit, time."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
-    record = {
-        **measured,
+    return {
         "environment": {**environment(), "processor": processor()},
         "commit": commit.stdout.strip() or "unknown",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def write_result(name: str, measured: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps({**measured, **provenance()}, indent=2) + "\n")
     print(f"written to {path}")

@@ -22,6 +22,7 @@ Fine-tune language models with forward passes only, at the memory of inference.
 
 commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
+  train … --dry-run           what that would read, tune and take; starts nothing, writes nothing
   eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
   ledger COMMAND RUN          show, verify, replay, undo, export or merge fine-tunes as kilobytes
   models                      the models there are by name
@@ -93,10 +94,14 @@ def _train(args: list[str], as_json: bool) -> int:
 
     recipe: dict[str, Any] = {}
     source = "command line"
+    is_dry = "--dry-run" in args
+    args = [a for a in args if a != "--dry-run"]
     if args and not args[0].startswith("-"):
         path = find_recipe(args[0])
         recipe, source, args = read_recipe(path), str(path), args[1:]
     config = _parse(TrainConfig, recipe, source, args, "zotune train")
+    if is_dry:
+        return _dry_run(config, as_json)
     from zotune.llm.train import train
 
     result = train(config)
@@ -115,10 +120,24 @@ def _train(args: list[str], as_json: bool) -> int:
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 
+def _dry_run(config: Any, as_json: bool) -> int:
+    from zotune.llm.dry_run import dry_run
+
+    found = dry_run(config)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found)  # noqa: T201
+    return 2 if found.refused else 0
+
+
 def _eval(args: list[str], as_json: bool) -> int:
-    from zotune.llm.config import EvalConfig
+    from zotune.llm.config import EvalConfig, saved_reading
 
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
+    inherited, source = saved_reading(config)
+    if inherited:
+        config = _parse(EvalConfig, inherited, source, args, "zotune eval")
     from zotune.llm.evaluation import evaluate_tasks
     from zotune.llm.output import write_json
 

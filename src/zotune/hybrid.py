@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError
 from zotune.estimators import Accumulated, Closure, accumulate, probing
-from zotune.optimizer import ZerothOrder
+from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.stack import Observer, stack_of
 from zotune.tuned import TunedTensors
 
@@ -36,7 +36,7 @@ class Hybrid:
     zeroth-order optimizer's model are in eval mode during probes; the first-order pass leaves modes as they are.
 
     Raises:
-        UsageError: a parameter is in both.
+        UsageError: a parameter is in both, or the zeroth-order optimizer updates block after block.
 
     >>> lower, upper = nn.Linear(3, 4), nn.Linear(4, 1)
     >>> model, x = nn.Sequential(lower, nn.Tanh(), upper), torch.randn(8, 3)
@@ -48,6 +48,11 @@ class Hybrid:
     """
 
     def __init__(self, zeroth_order: ZerothOrder, first_order: torch.optim.Optimizer) -> None:
+        if zeroth_order.block_order == BlockOrder.SEQUENTIAL and len(zeroth_order.blocks) > 1:
+            raise UsageError(
+                "a hybrid takes both gradients at the same weights, but sequential blocks move some before others are "
+                'estimated. Use block_order="joint".'
+            )
         self.zeroth_order, self.first_order = zeroth_order, first_order
         deep = {id(p) for group in first_order.param_groups for p in group["params"]}
         both = [t.name for t in zeroth_order.tuned if id(t.parameter) in deep]

@@ -134,14 +134,12 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        tensor = self.find(weight)
-        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+        found = self.looked_up(input, weight, max_norm)
+        if found is None:
             return None
-        looked_up, places = torch.unique(input, return_inverse=True)
-        if looked_up.numel() and looked_up[0] < 0:  # an error of the caller's, which the embedding itself reports
-            return None
-        rows = weight.detach()[looked_up]
-        self._displacement.move_rows(rows, looked_up, self.note(tensor))
+        tensor, indices, places = found
+        rows = weight.detach()[indices]
+        self._displacement.move_rows(rows, indices, tensor)
         return F.embedding(places, rows)
 
 

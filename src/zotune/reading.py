@@ -109,6 +109,21 @@ class Reading(TorchFunctionMode):
             return next((t for t in self._offloaded if t.is_loaded_as(value)), None)
         return found if found is not None and found.id in self.chosen else None
 
+    def looked_up(
+        self, input: Tensor, weight: Tensor, max_norm: float | None
+    ) -> tuple[TunedTensor, Tensor, Tensor] | None:
+        """Of an embedding: the chosen tensor, the distinct rows that are looked up, and each input's place among them.
+
+        None where the weights are not chosen, or where there is nothing to gain by reading rows alone.
+        """
+        tensor = self.find(weight)
+        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        rows, places = torch.unique(input, return_inverse=True)
+        if rows.numel() and rows[0] < 0:  # an error of the caller's, which the embedding itself reports
+            return None
+        return self.note(tensor), rows, places
+
     def note(self, tensor: TunedTensor) -> TunedTensor:
         """Take note that the tensor was read; the tensor itself."""
         self._unread.pop(tensor.id, None)

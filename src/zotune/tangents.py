@@ -81,15 +81,13 @@ class Tangents(Reading):
         **kwargs: Any,
     ) -> Tensor | None:
         """As an embedding of the distinct rows that are looked up."""
-        tensor = self.find(weight)
-        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+        found = self.looked_up(input, weight, max_norm)
+        if found is None:
             return None
-        looked_up, places = torch.unique(input, return_inverse=True)
-        if looked_up.numel() and looked_up[0] < 0:  # an error of the caller's, which the embedding itself reports
-            return None
-        rows = weight.detach()[looked_up]
+        tensor, indices, places = found
+        rows = weight.detach()[indices]
         tangents = torch.zeros_like(rows)
-        self._u.move_rows(tangents, looked_up, self.note(tensor))
+        self._u.move_rows(tangents, indices, tensor)
         return F.embedding(places, dual(rows, tangents))
 
     def _cross_entropy(

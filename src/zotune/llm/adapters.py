@@ -16,7 +16,7 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
-from zotune.llm.reuse import layers_of
+from zotune.stack import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 
@@ -32,7 +32,7 @@ def add_lora(lm: LanguageModel, config: TrainConfig) -> None:
     """
     from peft import LoraConfig
 
-    path, layers = layers_of(lm.base)
+    path, layers = stack_of(lm.base)
     first = first_layer(len(layers), config.tuned_layers)
     linear = {n.rpartition(".")[2] for n, m in lm.module.named_modules() if isinstance(m, nn.Linear)}
     default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")

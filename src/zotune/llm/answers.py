@@ -96,6 +96,9 @@ class AnswerEvaluation(Measured):
         """The mean F1."""
         return self.f1
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}, exact match {100 * self.exact_match:.1f} %"
+
 
 def evaluate_answers(
     lm: LanguageModel,

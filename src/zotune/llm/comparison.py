@@ -50,7 +50,7 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
     right. It is meant for right and wrong; without a row that tells the two apart it still has a width.
 
     >>> print(paired_difference([1, 1, 1, 0] * 25, [1, 0, 1, 0] * 25))
-    +25.0 points (+15.8 to +33.2)
+    +25.0 points (+15.7 to +33.3)
     """
     differences = [one - other for one, other in zip(ones, others, strict=True)]
     more = [*differences, 1.0, -1.0]
@@ -62,13 +62,14 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
 def majority(train: Sequence[Example], test: Sequence[Example]) -> Majority | None:
     """The most frequent label of the training rows (without them, of the evaluation rows), on the evaluation rows.
 
-    None where a label's index means nothing: answers that are generated, and candidates that vary in number.
+    None where a label's index means nothing: texts and answers to be written, and candidates that vary in number.
 
     >>> rows = [Example("p", ("no", "yes"), label) for label in (1, 1, 0)]
     >>> majority(rows, rows[1:]).accuracy
     0.5
     """
-    if any(e.answers for e in test) or len({len(e.candidates) for e in test}) != 1:
+    sizes = {len(e.candidates) for e in test}
+    if any(e.answers for e in test) or len(sizes) != 1 or sizes == {1}:
         return None
     rows, chosen_on = (train, "training") if train else (test, "evaluation")
     counts = Counter(e.label for e in rows)

@@ -20,6 +20,9 @@ from zotune.llm.tuning_options import TuningOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What columns of one's own rows hold; text and label have options of their own.
+ROLES = ("prompt", "completion", "messages", "choices")
+
 
 class ModelOptions(Options):
     """Which model, and how it is loaded."""
@@ -47,15 +50,35 @@ class DataOptions(Options):
         description="A task's prompt: aligned (words that make it a completion) or none (the texts and the label; "
         "masked models: a classification head).",
     )
-    train_file: Path | None = Field(None, description="Your own rows to train on: JSON lines or CSV, also gzipped.")
+    train_file: Path | None = Field(
+        None,
+        description="Your own rows to train on: JSON lines or CSV (also gzipped), Parquet, or hub:ORG/NAME[:SPLIT].",
+    )
     eval_file: Path | None = Field(
         None, description="Your own rows to evaluate on; default: rows held out of the training file."
     )
+    data_format: Literal["classification", "completion", "chat", "choice"] | None = Field(
+        None, description="Shape of your rows; default: told from their columns."
+    )
     text_column: str = Field("text", description="Column of your files that holds the text.")
-    label_column: str = Field("label", description="Column of your files that holds the label.")
-    template: str = Field("{text}\nLabel:", description="Prompt of your rows; {column} stands for the row's column.")
+    label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Names of your other columns, where they differ: prompt, completion, messages, choices.",
+    )
+    template: str | None = Field(
+        None,
+        description="Prompt of your rows; {column} stands for the row's column. "
+        "Default: the prompt as it is, or the text and a line 'Label:'.",
+    )
     verbalizer: dict[str, str] = Field(
         default_factory=dict, description="Label to the word that the model should say; default: the labels themselves."
+    )
+    scored_turns: Literal["last", "all"] = Field(
+        "last", description="Of a chat: the assistant's last turn is learnt, or all of its turns."
+    )
+    exact_match: bool = Field(
+        False, description="Evaluate completions by generating them (F1 and exact match), not by their log-loss."
     )
     num_train: int | None = Field(
         None, ge=1, description="Training rows to use; default: the task's (mostly 1000), or all of yours."
@@ -82,6 +105,9 @@ class DataOptions(Options):
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none is a task's; the prompt of your own rows is --template")
+        unknown = [role for role in self.columns if role not in ROLES]
+        if unknown:
+            raise ValueError(f"columns: there is no {unknown[0]!r} to name.{did_you_mean(unknown[0], ROLES)}")
         return self
 
 
@@ -113,7 +139,10 @@ class EvalConfig(ModelOptions, DataOptions):
 
 
 class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, SelectionOptions):
-    """Fine-tune a model with forward passes only (or with a first-order baseline)."""
+    """Fine-tune a model with forward passes only (or with a first-order baseline).
+
+    With --dry-run: show what would be read, tuned and taken; start nothing, write nothing.
+    """
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
@@ -148,6 +177,28 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, Selec
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self
+
+
+# How rows were read in training, which an evaluation of the tuned model takes over.
+_READING = (
+    *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),
+    *("scored_turns", "exact_match", "max_length"),
+)
+
+
+def saved_reading(config: EvalConfig) -> tuple[dict[str, Any], str]:
+    """How the rows of one's own were read that a model was tuned on, and the file that says so.
+
+    Nothing where it was not tuned by zotune, or on a task, or now reads a task or rows of another shape.
+    """
+    path = Path(config.model) / "config.yaml"
+    if config.task is not None or not path.is_file():
+        return {}, ""
+    saved = read_recipe(path)
+    same_shape = config.data_format in (None, saved.get("data_format"))
+    if saved.get("train_file") is None or not same_shape:
+        return {}, ""
+    return {name: saved[name] for name in _READING if name in saved}, str(path)
 
 
 def find_recipe(name: str) -> Path:

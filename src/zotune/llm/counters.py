@@ -10,7 +10,7 @@ class Counters:
     """What a run has counted; see `Result`.
 
     Attributes:
-        held_out: the metric of the last evaluation on the way.
+        held_out, held_out_short: the metric of the last evaluation on the way, and as people read it.
         recent: the losses of the last steps, in single precision as the ledger holds them.
     """
 
@@ -20,4 +20,5 @@ class Counters:
     num_forwards: int = 0
     seconds: float = 0.0
     held_out: float | None = None
+    held_out_short: str | None = None
     recent: list[float] = field(default_factory=list)

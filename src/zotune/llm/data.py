@@ -1,26 +1,10 @@
-"""Examples: a prompt, the candidates that may follow it, and the right one; and a user's own rows made into them.
-
-Reads JSON lines and CSV (also gzipped); an unusable row is named by file and line.
-"""
+"""Examples: a prompt, the candidates that may follow it, and the right one; and the splits that a run reads."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import string
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config import DataOptions
-
-Row = dict[str, Any]
+from zotune.llm.rows import Row as Row
 
 
 @dataclass(frozen=True)
@@ -36,6 +20,9 @@ class Example:
         answers: where the answer is generated rather than chosen, every accepted one; the one candidate is the first.
         text_limit: (n, k): of the prompt's first n characters a masked language model reads at most k tokens.
         second: the second text of a classification head's pair, read as `<s> prompt </s></s> second </s>`.
+        spans: of a chat, whose prompt is the whole of it as its template writes it, special tokens and all: the
+            (start, end) of the characters that are scored. The one candidate has no text of its own.
+        place: where the row stands, for messages.
     """
 
     prompt: str
@@ -46,6 +33,8 @@ class Example:
     answers: tuple[str, ...] = ()
     text_limit: tuple[int, int] | None = None
     second: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -55,119 +44,3 @@ class Splits:
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
-
-
-def user_splits(options: DataOptions) -> Splits:
-    """Examples from a user's own files of texts and labels."""
-    if options.train_file is None:
-        assert options.eval_file is not None
-        rows = list(read_rows(options.eval_file))[: options.num_eval]
-        words = options.verbalizer or _labels_as_words(rows, options, options.eval_file)
-        return Splits((), (), tuple(_user_examples(rows, options, words, options.eval_file)))
-    rows = list(read_rows(options.train_file))
-    words = options.verbalizer or _labels_as_words(rows, options, options.train_file)
-    examples = list(_user_examples(rows, options, words, options.train_file))
-    order = np.random.RandomState(options.data_seed).permutation(len(examples))
-    num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
-    num_train = options.num_train or len(examples) - num_dev
-    if num_train < 1 or num_train + num_dev > len(examples):
-        raise UsageError(
-            f"{options.train_file} has {len(examples)} rows, too few for {max(num_train, 1)} to train on and {num_dev} "
-            "held out. Lower --num-train or --num-dev."
-        )
-    train = tuple(examples[i] for i in order[:num_train])
-    dev = tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
-    if options.eval_file is None:
-        return Splits(train, dev, dev[: options.num_eval])
-    test_rows = list(read_rows(options.eval_file))[: options.num_eval]
-    return Splits(train, dev, tuple(_user_examples(test_rows, options, words, options.eval_file)))
-
-
-def _user_examples(rows: Sequence[Row], options: DataOptions, words: dict[str, str], path: Path) -> Iterator[Example]:
-    labels = list(words)
-    candidates = tuple(f" {words[label].strip()}" for label in labels)
-    fields = _fields(options.template)
-    for number, row in enumerate(rows, start=1):
-        columns = {**row, "text": _column(row, options.text_column, path, number)}
-        label = str(_column(row, options.label_column, path, number))
-        for name in fields:
-            _column(columns, name, path, number)
-        if label not in words:
-            raise UsageError(
-                f"{path}, row {number}: the label {label!r} is not in the verbalizer.{did_you_mean(label, labels)}"
-            )
-        yield Example(options.template.format(**columns), candidates, labels.index(label))
-
-
-def _fields(template: str) -> list[str]:
-    """The columns that a template names."""
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        template.format_map(dict.fromkeys(fields, ""))
-    except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"the template {template!r} is not valid: {error}. {{column}} stands for a row's column; "
-            "for a brace itself write two: {{ or }}."
-        ) from None
-    return fields
-
-
-def _labels_as_words(rows: Sequence[Row], options: DataOptions, path: Path) -> dict[str, str]:
-    labels = sorted({str(_column(row, options.label_column, path, i)) for i, row in enumerate(rows, start=1)})
-    if len(labels) < 2:
-        raise UsageError(
-            f"{path}: column {options.label_column!r} holds {len(labels)} different labels; at least two are needed."
-        )
-    if len(labels) > 100:
-        raise UsageError(
-            f"{path}: column {options.label_column!r} holds {len(labels)} different labels, too many to choose among. "
-            "Is it the label's column?"
-        )
-    return {label: label for label in labels}
-
-
-def _column(row: Row, name: str, path: Path, number: int) -> Any:
-    if row.get(name) is None:
-        raise UsageError(f"{path}, row {number}: there is no column {name!r}.{did_you_mean(name, row)}")
-    return row[name]
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON lines or CSV file, gzipped or not, as dicts.
-
-    Raises:
-        UsageError: no such file, an ending that is not known, or a broken line, named by its number.
-    """
-    if not path.is_file():
-        raise UsageError(f"there is no file {str(path)!r}.")
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".jsonl", ".json", ".csv"):
-        raise UsageError(
-            f"{path}: files end in .jsonl, .json (a line an object) or .csv, each also with .gz; got {kind!r}."
-        )
-    try:
-        with _open_text(path) as file:
-            yield from csv.DictReader(file) if kind == ".csv" else _json_lines(file, path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-
-
-def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}).") from None
-        if not isinstance(row, dict):
-            raise UsageError(
-                f'{path}, line {number}: a row must be an object {{"column": value, …}}, got {line.strip()[:40]}'
-            )
-        yield row
-
-
-def _open_text(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")

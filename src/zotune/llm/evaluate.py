@@ -26,10 +26,11 @@ class Measured:
         loss: mean of the objective.
         predictions: of each example, in their order.
         seconds: how long it took; num_forwards: forward passes it took.
-        values: each example's part in the metric, of which the metric is the mean.
+        values: each example's part in the metric, where that is their mean.
     """
 
     metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
     _of_each_example: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores")
 
     low: float
@@ -43,8 +44,13 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """The metric, in [0, 1]."""
+        """The metric: in [0, 1], but for a log-loss."""
         raise NotImplementedError
+
+    @property
+    def short(self) -> str:
+        """The metric in a word."""
+        return f"{100 * self.value:.1f} %"
 
     def summary(self) -> dict[str, Any]:
         """Everything but what there is of each example, the metric first."""
@@ -52,7 +58,7 @@ class Measured:
         return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
+        return f"{self.short} ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
 
 
 @dataclass(frozen=True)

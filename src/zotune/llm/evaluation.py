@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from zotune.llm.evaluate import Measured
 from zotune.llm.metrics import plain
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.output import environment
+from zotune.llm.own import Data
 from zotune.llm.progress import say
 from zotune.llm.tasks import find_task, head_labels
-from zotune.llm.train import encode_splits, load_splits
+from zotune.llm.train import encode_rows, load_examples
 from zotune.memory import peak_memory
 
 
@@ -33,19 +34,24 @@ class Found:
 
     Attributes:
         measured: the metric.
-        examples: the evaluation rows as they were asked, demonstrations included.
+        data: the evaluation rows as they were asked, demonstrations included.
         counts: demonstrations before each.
         majority: how often the most frequent label is right.
         base, zero_shot, difference: of a tuned model the name of its base, how that does, and how much better this is.
     """
 
     measured: Measured
-    examples: tuple[Example, ...]
+    data: Data
     counts: tuple[int, ...] = ()
     majority: Majority | None = None
     base: str | None = None
     zero_shot: Measured | None = None
     difference: Difference | None = None
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The rows."""
+        return self.data.splits.test
 
     def summary(self, config: EvalConfig) -> dict[str, Any]:
         """As JSON holds it."""
@@ -59,8 +65,8 @@ class Found:
             }
         if config.baselines:
             zero_shot = None
-            if self.zero_shot is not None and self.difference is not None:
-                difference = asdict(self.difference)
+            if self.zero_shot is not None:
+                difference = None if self.difference is None else asdict(self.difference)
                 zero_shot = {"model": self.base, **self.zero_shot.summary(), "difference": difference}
             majority = None if self.majority is None else asdict(self.majority)
             more["baselines"] = {"majority": majority, "zero_shot": zero_shot}
@@ -73,7 +79,8 @@ class Found:
         if self.majority is not None:
             lines.append(f"  always label {self.majority.label}: {100 * self.majority.accuracy:.1f} %")
         if self.zero_shot is not None:
-            lines.append(f"  zero-shot ({self.base}): {self.zero_shot}; difference {self.difference}")
+            difference = "" if self.difference is None else f"; difference {self.difference}"
+            lines.append(f"  zero-shot ({self.base}): {self.zero_shot}{difference}")
         return lines
 
 
@@ -127,16 +134,22 @@ def _check(config: EvalConfig) -> None:
 
 def _one(lm: LanguageModel, config: EvalConfig) -> Found:
     """One task."""
-    splits = load_splits(lm, config.model_copy(update=_rows_of_sample(config)))
-    if not splits.test:
+    data = load_examples(lm, config.model_copy(update=_rows_of_sample(config)))
+    for note in data.notes:
+        say(note)
+    if not data.splits.test:
         raise UsageError(
             "there is no row to evaluate on: give --eval-file, let --num-dev rows be held out, and --num-eval above 0."
         )
-    examples, counts = _demonstrated(lm, splits, config)
-    rows = encode_splits(lm, config, Splits((), (), examples))
-    measured = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
-    known = majority(splits.train, splits.test) if config.baselines else None
-    return Found(measured, examples, counts, known)
+    examples, counts = _demonstrated(lm, data.splits, config)
+    known = majority(data.splits.train, data.splits.test) if config.baselines else None
+    asked = replace(data, splits=Splits((), (), examples))
+    return Found(_measured(lm, config, asked), asked, counts, known)
+
+
+def _measured(lm: LanguageModel, config: EvalConfig, data: Data) -> Measured:
+    rows = encode_rows(lm, config, data)
+    return rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
 
 
 def _rows_of_sample(config: EvalConfig) -> dict[str, int]:
@@ -151,6 +164,8 @@ def _demonstrated(lm: LanguageModel, splits: Splits, config: EvalConfig) -> tupl
         return splits.test, ()
     if lm.masked:
         raise UsageError("--num-demonstrations needs a causal language model, which goes on as the examples do.")
+    if any(e.spans for e in splits.test):
+        raise UsageError("--num-demonstrations has no form for chats, whose templates begin a text of their own.")
     limit = min(lm.context, config.max_length or lm.context)
     room = limit - (MAX_NEW_TOKENS if splits.test[0].answers else 0)
     chosen = choose(splits.train, number, config.data_seed)
@@ -168,11 +183,11 @@ def _against(found: dict[str, Found], base: LanguageModel, config: EvalConfig, n
     """The same with what the base model does on the same prompts."""
     compared = {}
     for task, one in zip(config.tasks, found.values(), strict=True):
-        zero_shot = _one(base, config.of(task)).measured
-        difference = paired_difference(one.measured.values, zero_shot.values)
-        compared[task or "rows"] = Found(
-            one.measured, one.examples, one.counts, one.majority, name, zero_shot, difference
-        )
+        zero_shot = _measured(base, config.of(task), one.data)
+        # A log-loss is no mean over rows.
+        both = one.measured.values, zero_shot.values
+        difference = paired_difference(*both) if all(both) else None
+        compared[task or "rows"] = replace(one, base=name, zero_shot=zero_shot, difference=difference)
     return compared
 
 
@@ -194,15 +209,21 @@ def _records(task: str, found: Found) -> Sequence[dict[str, Any]]:
             "task": task,
             "prompt": e.prompt,
             **({"suffix": e.suffix} if e.suffix else {}),
-            **(
-                {"answers": e.answers}
-                if e.answers
-                else {"candidates": e.candidates, "scores": score, "label": e.label, "also_right": e.also_right}
-            ),
-            "prediction": prediction,
+            **_asked(e, score),
+            # A log-loss predicts nothing: what there is of each row is its part in the metric.
+            **({"prediction": prediction} if measured.values else {}),
             measured.metric: value,
         }
         for e, score, prediction, value in zip(
-            found.examples, scores, measured.predictions, measured.values, strict=True
+            found.examples, scores, measured.predictions, measured.values or measured.predictions, strict=True
         )
     ]
+
+
+def _asked(e: Example, score: Sequence[float] | None) -> dict[str, Any]:
+    """What was right, and what there was to choose among."""
+    if e.answers:
+        return {"answers": e.answers}
+    if score is None:
+        return {"candidates": e.candidates}
+    return {"candidates": e.candidates, "scores": score, "label": e.label, "also_right": e.also_right}

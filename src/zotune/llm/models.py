@@ -22,16 +22,13 @@ from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
 from zotune.llm.heads import check_labels, with_head
 from zotune.llm.objective import Batch, log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
+from zotune.llm.partway import entered, output_of
 from zotune.llm.progress import say
 
 # Logits that are made at a time: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
-    pass
 
 
 @dataclass
@@ -119,8 +116,9 @@ class LanguageModel:
         at_once = max(1, MAX_LOGITS // self._vocabulary)
         if len(batch.positions) <= at_once:
             return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
-        body = _body_of(self.base)
-        output = self._output_of(body, batch)
+        # The part that is entered first: for OPT that is not `base_model` but the decoder within it.
+        body = entered(self.base, lambda module: module is not self.base)[-1]
+        output = output_of(body, lambda: self.logits(batch))
         parts, found = [], []
         for lo in range(0, len(batch.positions), at_once):
             here = ((batch.rows >= lo) & (batch.rows < lo + at_once)).nonzero()[:, 0]
@@ -138,23 +136,6 @@ class LanguageModel:
         output = self.base.get_output_embeddings()
         return int(self.config.vocab_size if output is None else output.weight.shape[0])
 
-    def _output_of(self, body: nn.Module, batch: Batch) -> Any:
-        """What the model's body gives to its head."""
-        caught: list[Any] = []
-
-        def catch(module: nn.Module, args: Any, output: Any) -> None:
-            caught.append(output)
-            raise _Reached
-
-        handle = body.register_forward_hook(catch)
-        try:
-            self.logits(batch)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return caught.pop()
-
     def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Log-probabilities at some of the positions, from what the body gave."""
         with _giving(body, output):
@@ -165,26 +146,6 @@ class LanguageModel:
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
-
-
-def _body_of(model: Any) -> nn.Module:
-    """The part that a forward pass calls first: for OPT that is not `base_model` but the decoder within it."""
-    found: list[nn.Module] = []
-
-    def note(module: nn.Module, args: Any) -> None:
-        found.append(module)
-        raise _Reached
-
-    handles = [part.register_forward_pre_hook(note) for part in model.modules() if part is not model]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0]
 
 
 @contextmanager

@@ -126,7 +126,11 @@ class Encoder:
         Raises:
             UsageError: it is longer than the model's context, or a masked model's word is not one token.
         """
-        found = [self._encode(example, candidate) for candidate in example.candidates]
+        encode = self._spans if example.spans else self._encode
+        try:
+            found = [encode(example, candidate) for candidate in example.candidates]
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
         sequences = tuple(dict.fromkeys(sequence for sequence, _, _ in found))
         prompt = self._prompt(example) if example.answers else ()
         longest = max(*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0)
@@ -148,7 +152,9 @@ class Encoder:
         text = self.tokenizer(example.prompt + candidate, return_offsets_mapping=True, verbose=False)
         ids, ends = text["input_ids"], [end for _, end in text["offset_mapping"]]
         option = [i for i, end in enumerate(ends) if end > len(example.prompt)]
-        if not option or option[0] == 0:
+        if not option:
+            raise UsageError(f"the candidate {candidate!r} is no token to this tokenizer; choose other words.")
+        if option[0] == 0:
             raise UsageError(
                 f"the candidate {candidate!r} after the prompt {example.prompt!r} leaves nothing to predict it from."
             )
@@ -156,6 +162,18 @@ class Encoder:
         # The last token is predicted but never read.
         read, cut = self._cut(tuple(ids[: stop - 1]), first)
         return read, tuple(range(first - 1 - cut, stop - 1 - cut)), tuple(ids[first:stop])
+
+    def _spans(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """A chat, whose template has put the special tokens: the scored tokens are those that reach into a span."""
+        text = self.tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = tuple(text["input_ids"]), text["offset_mapping"]
+        scored = [
+            i for i, (start, end) in enumerate(offsets) if any(start < hi and end > lo for lo, hi in example.spans)
+        ]
+        if not scored or scored[0] == 0:
+            raise UsageError("the scored turns leave nothing to predict them from, or are no token to this tokenizer.")
+        read, cut = self._cut(ids[: scored[-1]], scored[0])
+        return read, tuple(i - 1 - cut for i in scored), tuple(ids[i] for i in scored)
 
     def _masked(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         words = self.tokenizer(candidate, add_special_tokens=False)["input_ids"]
@@ -199,6 +217,22 @@ class Encoder:
             raise UsageError(f"--max-length {self.max_length} leaves no token of the prompt beside the candidate.")
         keep = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
         return ids[:keep] + ids[keep + over :], over
+
+
+def check_distinct(encoded: Encoded, example: Example) -> None:
+    """Refuse an example with two candidates that are the same tokens, and so always score the same.
+
+    Raises:
+        UsageError: with the two and their row's place.
+    """
+    seen: dict[object, str] = {}
+    for candidate, text in zip(encoded.candidates, example.candidates, strict=True):
+        other = seen.setdefault((encoded.sequences[candidate.sequence], candidate.positions, candidate.tokens), text)
+        if other is not text:
+            raise UsageError(
+                f"{example.place}: the candidates {other!r} and {text!r} are the same tokens to the model; "
+                "choose other words."
+            )
 
 
 def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:

@@ -19,6 +19,7 @@ from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.builtin import BUILT_IN
 from zotune.llm.config import TrainConfig, read_recipe, write_yaml
+from zotune.llm.evaluate import Measured
 from zotune.llm.metrics import MetricsLog, plain
 from zotune.llm.models import LanguageModel
 from zotune.llm.schema import validate
@@ -118,10 +119,10 @@ class OutputFolder:
                 "Metrics up to the last step are in metrics.jsonl."
             ) from None
 
-    def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> None:
-        """Write results.json and the model card."""
+    def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Measured | None) -> None:
+        """Write results.json and the model card, which shows what was found on the evaluation rows."""
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config, lm), encoding="utf-8")
+        (self.path / "README.md").write_text(_card(results, config, lm, test), encoding="utf-8")
 
 
 def _is_worth_keeping(path: Path) -> bool:
@@ -169,15 +170,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel) -> str:
+def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Measured | None) -> str:
     """The model card: what this is, how it was made, how well it does, how to load it."""
-    test = results["test"]
-    # The first of an evaluation's entries is its metric.
     metric, found = "accuracy", "not evaluated"
     if test is not None:
-        metric, value = next(iter(test.items()))
-        low, high = 100 * test["low"], 100 * test["high"]
-        found = f"{100 * value:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {test['num_examples']})"
+        metric, found = f"{test.metric} (95 % interval)", str(test)
     best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}

@@ -24,12 +24,12 @@ class Status:
     num_forwards: int
     seconds: float
     peak_memory: int
-    held_out: float | None = None
+    held_out: str | None = None
 
     def __str__(self) -> str:
         rate = self.num_forwards / max(self.seconds, 1e-9)
         left = self.seconds / max(self.step, 1) * (self.max_steps - self.step)
-        held_out = "" if self.held_out is None else f" · held-out {100 * self.held_out:.1f} %"
+        held_out = "" if self.held_out is None else f" · held-out {self.held_out}"
         return (
             f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {rate:.1f} forwards/s · "
             f"{clock(left)} left · peak {self.peak_memory / 2**20:.0f} MiB{held_out}"

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from zotune.llm.kept import Kept
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import Batch
+from zotune.llm.partway import entered, output_of
+from zotune.stack import stack_of
 from zotune.tuned import TunedTensors
 
 Tokens = tuple[int, ...]
@@ -31,23 +33,12 @@ Tokens = tuple[int, ...]
 GROUP_TOKENS = 256
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
-    pass
-
-
-def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of layers of a language model, and its path: the longest `ModuleList` that is not inside another."""
-    stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    outer = [(p, m) for p, m in stacks if not any(p.startswith(f"{q}.") for q, _ in stacks)]
-    return max(outer, key=lambda found: len(found[1]))
-
-
 def lowest_tuned_layer(model: nn.Module) -> int:
     """How many layers lie below everything that is tuned; 0 where something else below the stack is tuned.
 
     What comes after the stack (final norm, an untied head) counts as above it.
     """
-    path, layers = layers_of(model)
+    path, layers = stack_of(model)
     lowest = len(layers)
     below = parameters_below(model, layers)
     for tensor in TunedTensors(model):
@@ -60,28 +51,10 @@ def lowest_tuned_layer(model: nn.Module) -> int:
     return lowest
 
 
-def parameters_below(model: nn.Module, layers: nn.ModuleList) -> set[int]:
-    """Identities of the parameters read before the stack: those of the modules that a forward pass calls before it.
-
-    The order of registration does not tell: OPT registers its final norm before its layers.
-    """
-    below: set[int] = set()
-
-    def note(module: nn.Module, args: Any) -> None:
-        if module is layers[0]:
-            raise _Reached
-        below.update(id(p) for p in module.parameters(recurse=False))
-
-    handles = [m.register_forward_pre_hook(note) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return below
+def parameters_below(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:
+    """Identities of the parameters read before the stack: those of the modules that a forward pass enters before it."""
+    before = [m for m in entered(model, lambda module: module is layers[0]) if m is not layers[0]]
+    return {id(p) for module in before for p in module.parameters(recurse=False)}
 
 
 def groups_of(sequences: Iterable[Tokens]) -> list[tuple[Tokens, ...]]:
@@ -114,7 +87,7 @@ class ReusedActivations:
     """
 
     def __init__(self, lm: LanguageModel, kept: Kept, splits: Sequence[Iterable[Tokens]] = ()) -> None:
-        _, layers = layers_of(lm.base)
+        _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
         self.depth = 0 if _tunes_outside(lm) else lowest_tuned_layer(lm.base)
         self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
@@ -154,21 +127,9 @@ class ReusedActivations:
 
     def _compute(self, group: Sequence[Tokens]) -> dict[Tokens, Tensor]:
         """(L, width) for each sequence of a group: one forward pass of it through the lower layers alone."""
-        caught: list[Any] = []
-
-        def catch(module: nn.Module, args: Any, output: Any) -> None:
-            caught.append(output)
-            raise _Reached
-
-        handle = self._layers[-1].register_forward_hook(catch)
-        try:
-            with torch.no_grad():
-                self._lm.read(*padded(group, self._lm.pad_token_id, self._lm.device))
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        (output,) = caught
+        with torch.no_grad():
+            inputs = padded(group, self._lm.pad_token_id, self._lm.device)
+            output = output_of(self._layers[-1], lambda: self._lm.read(*inputs))
         self._returns_tuple = isinstance(output, tuple)
         activations: Tensor = output[0] if self._returns_tuple else output
         return {s: activation[: len(s)] for s, activation in zip(group, activations, strict=True)}

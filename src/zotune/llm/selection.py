@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from zotune.errors import RunError
+from zotune.errors import RunError, UsageError
 from zotune.llm.evaluate import Measured
 from zotune.llm.kept import File, Kept, Memory
+from zotune.llm.objective import Encoded
+from zotune.llm.progress import say
 from zotune.llm.selection_options import SelectionOptions
 
 # Tuned numbers up to so many bytes are kept in memory, more of them in a file of the output folder.
@@ -24,9 +26,15 @@ MAX_MEMORY = 256 * 2**20
 
 def is_better(found: Measured, best: Measured | None, by: Literal["loss", "metric"]) -> bool:
     """Whether an evaluation beats the best one before it: of equals the earlier stays, and NaN beats nothing."""
-    value, than = (None if m is None else -m.loss if by == "loss" else m.value for m in (found, best))
-    assert value is not None
-    return not math.isnan(value) and (than is None or value > than)
+    value = _merit(found, by)
+    return not math.isnan(value) and (best is None or value > _merit(best, by))
+
+
+def _merit(found: Measured, by: Literal["loss", "metric"]) -> float:
+    """What is to be as high as it can."""
+    if by == "loss":
+        return -found.loss
+    return found.value if found.higher_is_better else -found.value
 
 
 class Selection:
@@ -91,3 +99,20 @@ class Selection:
                     "Make room, choose another --output-dir, or leave out --load-best-model-at-end."
                 )
         return kept
+
+
+def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence[Encoded]) -> None:
+    """Say where the rows that choose the best step are those that are reported on.
+
+    Raises:
+        UsageError: there are none to choose by.
+    """
+    if not options.selects:
+        return
+    if not dev:
+        raise UsageError("there is no held-out row to choose the best step by: give --num-dev above 0.")
+    if test and set(test) <= set(dev):
+        say(
+            "the rows that choose the best step are also those that are reported on, which makes the report "
+            "optimistic; give --eval-file for rows that chose nothing"
+        )

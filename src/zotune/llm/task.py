@@ -15,9 +15,10 @@ import numpy as np
 
 from zotune.errors import UsageError
 from zotune.llm.config import DataOptions
-from zotune.llm.data import Example, Row, Splits, read_rows
+from zotune.llm.data import Example, Splits
 from zotune.llm.evaluate import Measure, evaluate
 from zotune.llm.objective import CLASSIFICATION, Objective
+from zotune.llm.rows import Row, hub_rows, read_rows
 
 # A row to an example, or the reason why there is no such form.
 Form = Callable[[Row], Example] | str
@@ -95,7 +96,7 @@ class Task:
     def _drawn(self, options: DataOptions) -> tuple[list[Row], list[Row], list[Row]]:
         """Training, held-out and evaluation rows of the whole splits, from the Hub or a folder."""
         if options.data_source == "hub":
-            train, test = _hub_rows(self.hub, "train"), _hub_rows(self.hub, self.hub_test_split)
+            train, test = (_hub_rows(self.hub, split) for split in ("train", self.hub_test_split))
         else:
             folder = Path(options.data_source)
             train, test = (_gold(read_rows(_any_file(folder, name))) for name in ("train", "validation"))
@@ -168,23 +169,9 @@ def _any_file(folder: Path, name: str) -> Path:
 
 
 def _hub_rows(hub: tuple[str, str | None], split: str) -> list[Row]:
-    """The rows of a split; beside each class number, `COLUMN_name` is its name, for numbers differ between releases."""
-    from datasets import ClassLabel, load_dataset
-
-    name = "/".join(part for part in hub if part)
     try:
-        data = load_dataset(*hub, split=split)
-    except (OSError, ValueError, ConnectionError, RuntimeError) as error:
+        return _gold(hub_rows(*hub, split))
+    except UsageError as error:
         raise UsageError(
-            f"the data set {name} could not be loaded from the Hub: {str(error).splitlines()[0]} "
-            "Without a network use --data-source sample, or a folder of the task's files."
+            f"{error} Without a network use --data-source sample, or a folder of the task's files."
         ) from None
-    classes = {column: feature for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
-    return [
-        {**row, **{f"{column}_name": _class_name(feature, row[column]) for column, feature in classes.items()}}
-        for row in _gold(data)
-    ]
-
-
-def _class_name(feature: object, number: int | None) -> str | None:
-    return None if number is None or number < 0 else feature.int2str(number)  # type: ignore[attr-defined]

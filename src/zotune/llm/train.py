@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from ctypes import c_float
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,18 +21,19 @@ from zotune.hybrid import Hybrid
 from zotune.ledger import StepRecord
 from zotune.llm.config import DataOptions, TrainConfig
 from zotune.llm.counters import Counters
-from zotune.llm.data import Splits, user_splits
+from zotune.llm.data import Example
 from zotune.llm.evaluate import Measure, Measured, Scorer, evaluate
 from zotune.llm.journal import Journal, check_same_run
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, collate, mean_loss
+from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Encoder, Objective, check_distinct, collate, mean_loss
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder, environment
+from zotune.llm.own import RESOLVED, Data, own_data
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.reuse import ReusedActivations
-from zotune.llm.selection import Selection
+from zotune.llm.selection import Selection, check_rows
 from zotune.llm.stopping import Stop, stoppable
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tuning import prepare
@@ -82,41 +83,60 @@ class Result:
 
 @dataclass(frozen=True)
 class Rows:
-    """The splits as tokens, what is minimised on them, and what is reported."""
+    """The splits as tokens, what is minimised on them, and what is reported.
+
+    Attributes:
+        options: of one's own rows, what was taken: their shape, template and verbalizer.
+        notes: what there is to say of them, a line each.
+    """
 
     train: tuple[Encoded, ...]
     dev: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     objective: Objective = CLASSIFICATION
     measure: Measure = evaluate
+    options: DataOptions = field(default_factory=DataOptions.model_construct)
+    notes: tuple[str, ...] = ()
+
+
+def load_examples(lm: LanguageModel, options: DataOptions) -> Data:
+    """The data that `options` name, as examples."""
+    if lm.classifies and options.prompt == "aligned":
+        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
+    if options.task is None:
+        return own_data(options, lm.tokenizer, masked=lm.masked)
+    task = find_task(options.task)
+    return Data(task.splits(options, lm.masked), task.objective, task.measure, options, ())
 
 
 def load_rows(lm: LanguageModel, options: DataOptions) -> Rows:
     """The data that `options` name, as tokens of the model."""
-    return encode_splits(lm, options, load_splits(lm, options))
+    return encode_rows(lm, options, load_examples(lm, options))
 
 
-def load_splits(lm: LanguageModel, options: DataOptions) -> Splits:
-    """The data that `options` name, as examples of the form that suits the model."""
-    if lm.classifies and options.prompt == "aligned":
-        raise UsageError(f"{lm.name} has a classification head and reads no prompt: give a task and --prompt none.")
-    return user_splits(options) if options.task is None else find_task(options.task).splits(options, lm.masked)
-
-
-def encode_splits(lm: LanguageModel, options: DataOptions, splits: Splits) -> Rows:
+def encode_rows(lm: LanguageModel, options: DataOptions, found: Data) -> Rows:
     """Examples as tokens of the model."""
-    encode = Encoder(
-        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
-    )
+    encode = encoder_of(lm, options)
 
     def encoded(name: str) -> tuple[Encoded, ...]:
-        return tuple(encode(e, f"{name} row {i}") for i, e in enumerate(getattr(splits, name), start=1))
+        examples: tuple[Example, ...] = getattr(found.splits, name)
+        tokens = tuple(encode(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1))
+        # The shipped tasks' own prompts and labels are what they are.
+        if options.task is None:
+            for both in zip(tokens, examples, strict=True):
+                check_distinct(*both)
+        return tokens
 
     train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    if options.task is None:
-        return Rows(train, dev, test)
-    task = find_task(options.task)
-    return Rows(tuple(map(task.objective.reads, train)), dev, test, task.objective, task.measure)
+    train = tuple(map(found.objective.reads, train))
+    return Rows(train, dev, test, found.objective, found.measure, found.options, found.notes)
+
+
+def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
+    """How a model's examples become tokens."""
+    return Encoder(
+        lm.tokenizer, masked=lm.masked, context=lm.context, max_length=options.max_length, classifies=lm.classifies
+    )
 
 
 def train(config: TrainConfig) -> Result:
@@ -132,7 +152,11 @@ def train(config: TrainConfig) -> Result:
     rows = load_rows(lm, config)
     if not rows.train:
         raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
-    _check_selection(rows, config)
+    check_rows(config, rows.dev, rows.test)
+    # What was told from the rows is saved with the rest, so that an evaluation need not be told again.
+    config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED})
+    for note in rows.notes:
+        say(note)
     with closing(OutputFolder(config)) as output:
         if output.is_resumed:
             check_same_run(output.before, config)
@@ -161,36 +185,9 @@ def _train(run: _Run, config: TrainConfig) -> Result:
     # Who stops a run wants it to end, not to evaluate.
     dev = run.after() if stop.signal is None else None
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
-    result = Result(
-        output_dir=config.output_dir,
-        num_steps=run.counters.step,
-        num_skipped=run.counters.num_skipped,
-        num_forwards=run.counters.num_forwards,
-        num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
-        seconds=run.counters.seconds,
-        peak_memory=peak_memory(lm.device),
-        dev_before=before,
-        dev=dev,
-        test=test,
-        stopped_by=stop.signal,
-        best_step=run.selection.step,
-        stopped_early=run.selection.is_over,
-    )
-    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm)
+    result = run.result(before, dev, test, stop)
+    output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)
     return result
-
-
-def _check_selection(rows: Rows, config: TrainConfig) -> None:
-    """Refuse to choose a step without rows to choose by; say where the rows that choose are those that are reported."""
-    if not config.selects:
-        return
-    if not rows.dev:
-        raise UsageError("there is no held-out row to choose the best step by: give --num-dev above 0.")
-    if rows.test and set(rows.test) <= set(rows.dev):
-        say(
-            "the rows that choose the best step are also those that are reported on, which makes the report "
-            "optimistic; give --eval-file for rows that chose nothing"
-        )
 
 
 class _Run:
@@ -254,7 +251,8 @@ class _Run:
         status = self._status(sum(now.recent) / len(now.recent))
         display.update(status)
         if now.step % config.logging_steps == 0 or now.step == config.max_steps:
-            self.output.metrics.append({**asdict(status), "learning_rate": learning_rate})
+            line = {**asdict(status), "held_out": now.held_out, "learning_rate": learning_rate}
+            self.output.metrics.append(line)
         if self._is_evaluated():
             self._evaluate_on_the_way(display)
 
@@ -276,6 +274,24 @@ class _Run:
         """The held-out rows with the weights that are saved: what was found when these were kept, if they were."""
         return self.selection.best if self.config.load_best_model_at_end else self.evaluate(self.rows.dev)
 
+    def result(self, before: Measured | None, dev: Measured | None, test: Measured | None, stop: Stop) -> Result:
+        """What came of the run."""
+        return Result(
+            output_dir=self.config.output_dir,
+            num_steps=self.counters.step,
+            num_skipped=self.counters.num_skipped,
+            num_forwards=self.counters.num_forwards,
+            num_tuned=sum(p.numel() for p in self.lm.module.parameters() if p.requires_grad),
+            seconds=self.counters.seconds,
+            peak_memory=peak_memory(self.lm.device),
+            dev_before=before,
+            dev=dev,
+            test=test,
+            stopped_by=stop.signal,
+            best_step=self.selection.step,
+            stopped_early=self.selection.is_over,
+        )
+
     def evaluate(self, examples: Sequence[Encoded]) -> Measured | None:
         """The task's metric on some rows; None where there are none."""
         if not examples:
@@ -294,10 +310,11 @@ class _Run:
         known = self.output.metrics.evaluation(step)
         if known is not None and not self.config.selects:
             self.counters.held_out = next(iter(known.values()))
+            self.counters.held_out_short = f"{self.counters.held_out:.4g}"
             return
         found = self.evaluate(self.rows.dev)
         if found is not None:
-            self.counters.held_out = found.value
+            self.counters.held_out, self.counters.held_out_short = found.value, found.short
             self.selection.see(step, found)
             best = {"best_step": self.selection.step} if self.config.selects else {}
             self.output.metrics.append({"step": step, "dev": found.summary(), **best})
@@ -327,7 +344,7 @@ class _Run:
     def _status(self, loss: float) -> Status:
         now = self.counters
         peak = peak_memory(self.lm.device)
-        return Status(now.step, self.config.max_steps, loss, now.num_forwards, now.seconds, peak, now.held_out)
+        return Status(now.step, self.config.max_steps, loss, now.num_forwards, now.seconds, peak, now.held_out_short)
 
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:

@@ -10,7 +10,8 @@ from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, f
 from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel, head_of
-from zotune.llm.reuse import layers_of, parameters_below
+from zotune.llm.reuse import parameters_below
+from zotune.stack import stack_of
 
 
 def prepare(lm: LanguageModel, config: TrainConfig) -> None:
@@ -29,7 +30,7 @@ def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
         pattern = re.compile(config.tuned_parameters or "")
     except re.error as error:
         raise UsageError(f"tuned_parameters is no regular expression: {config.tuned_parameters!r} ({error}).") from None
-    path, layers = layers_of(lm.module)
+    path, layers = stack_of(lm.module)
     first = first_layer(len(layers), config.tuned_layers)
     names = [name for name, _ in lm.module.named_parameters()]
     below = set() if config.tuned_layers is None else parameters_below(lm.module, layers)

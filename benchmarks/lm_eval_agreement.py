@@ -1,0 +1,125 @@
+"""Another evaluator on the same rows: EleutherAI's lm-eval finds the predictions and scores that `zotune eval` finds.
+
+    make test-lm-eval
+
+Trains an adapter on SST-2 for a minute, then asks `zotune eval` for its predictions on SST-2 and for the base model's
+on RTE, COPA and WinoGrande, defines a local task of lm-eval from the prompts and candidates it wrote, and compares row
+by row. lm-eval reports sums of log-probabilities; candidates of several tokens are compared by the sum over their
+number of tokens, which is the score here. Ends with 1 where a row's prediction differs for another reason than a tie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "speed"))
+from record import write_result, zotune
+
+from zotune.llm.builtin import fetch
+
+# Scores are log-probabilities in float32 on either side; sums over a model's 135 M numbers differ by so much.
+TOLERANCE = 1e-3
+
+
+def by_lm_eval(
+    name: str, rows: list[dict[str, Any]], folder: Path, adapter: str | None
+) -> tuple[float, list[list[float]]]:
+    """lm-eval's accuracy by sums of log-probabilities, and these sums of each row's candidates."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps({"id": i, **row}) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
+    task = {
+        "task": f"zotune_{name}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "candidates",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    model = HFLM(
+        pretrained=str(fetch("smollm2-135m")),
+        peft=adapter,
+        dtype="float32",
+        device="cpu",
+        batch_size=16,
+        max_length=2048,
+    )
+    found = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0, log_samples=True)
+    assert found is not None
+    samples = sorted(found["samples"][f"zotune_{name}"], key=lambda sample: sample["doc"]["id"])
+    assert [sample["doc"]["prompt"] for sample in samples] == [row["prompt"] for row in rows]
+    sums = [[float(resp[0]) for resp in sample["filtered_resps"]] for sample in samples]
+    return float(found["results"][f"zotune_{name}"]["acc,none"]), sums
+
+
+def compared(rows: list[dict[str, Any]], acc: float, sums: list[list[float]], tokenizer: Any) -> dict[str, Any]:
+    """How far the two sides agree; `acc` is comparable as it is where candidates are single tokens."""
+    single, same, worst, theirs, unexplained = True, 0, 0.0, [], 0
+    for row, candidates in zip(rows, sums, strict=True):
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        lengths = [len(tokenizer(row["prompt"] + c)["input_ids"]) - start for c in row["candidates"]]
+        single &= set(lengths) == {1}
+        scores = [total / n for total, n in zip(candidates, lengths, strict=True)]
+        gap = max(abs((s - scores[0]) - (o - row["scores"][0])) for s, o in zip(scores, row["scores"], strict=True))
+        worst = max(worst, gap)
+        best = scores.index(max(scores))
+        theirs.append(float(best == row["label"]))
+        same += best == row["prediction"]
+        unexplained += best != row["prediction"] and gap > TOLERANCE
+    n = len(rows)
+    return {
+        "num_examples": n,
+        "accuracy_zotune": sum(row["accuracy"] for row in rows) / n,
+        "accuracy_lm_eval": sum(theirs) / n,
+        "acc_as_lm_eval_reports_it": acc if single else None,
+        "same_predictions": same,
+        "differing_beyond_a_tie": unexplained,
+        "largest_difference_of_scores": worst,
+    }
+
+
+def main() -> None:
+    """Train, evaluate twice, compare, record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=100, help="evaluation rows of each task")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of the adapter")
+    options = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(fetch("smollm2-135m")))
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        adapter = str(folder / "adapter")
+        recipe = ("train", "sst2-smollm2-fo", "--dtype", "float32", "--num-eval", "1", "--num-dev", "1")
+        zotune(*recipe, "--max-steps", str(options.steps), "--output-dir", adapter)
+        for task in ("sst2", "rte", "copa", "winogrande"):
+            model = ("--model", adapter) if task == "sst2" else ()
+            said = folder / f"{task}-predictions.jsonl"
+            rows_of = ("--num-eval", str(options.rows), "--predictions", str(said))
+            zotune("eval", "--task", task, "--dtype", "float32", "--device", "cpu", *model, *rows_of)
+            rows = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()]
+            both = by_lm_eval(task, rows, folder, adapter if model else None)
+            found[task] = {"model": "adapter" if model else "smollm2-135m", **compared(rows, *both, tokenizer)}
+            print(task, found[task], flush=True)
+    write_result("lm-eval", {"lm_eval": version("lm-eval"), "train_steps": options.steps, "tasks": found})
+    if any(
+        entry["differing_beyond_a_tie"] or entry["largest_difference_of_scores"] > TOLERANCE for entry in found.values()
+    ):
+        sys.exit("lm-eval and zotune disagree")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A model without its numbers: every shape of it on the `meta` device, for what can be known before a run."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zotune.errors import UsageError
+from zotune.llm.architectures import ARCHITECTURES
+from zotune.llm.builtin import BUILT_IN, fetch
+from zotune.llm.config import ModelOptions
+from zotune.llm.heads import with_head
+from zotune.llm.models import LanguageModel, load, quiet_libraries
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def skeleton(options: ModelOptions, labels: tuple[str, ...] = ()) -> tuple[LanguageModel, torch.dtype]:
+    """The model that `options` name, with its tokenizer but with no weight in memory, and its checkpoint's precision.
+
+    The configuration and the tokenizer are read as `load` reads them (a model of the package index is fetched if it
+    never was); the weights are not.
+
+    Raises:
+        UsageError: it cannot be found or read; the message is that of `load`.
+    """
+    quiet_libraries()
+    folder = Path(options.model)
+    if (folder / "adapter_config.json").is_file():
+        return _adapted(folder, options, labels)
+    lm, stored = _base(options)
+    if labels and lm.masked and not lm.classifies:
+        with torch.device("meta"):
+            lm.module, lm.classifies = with_head(lm.module, labels, 0), True
+    lm.module.eval()
+    return lm, stored
+
+
+def _base(options: ModelOptions) -> tuple[LanguageModel, torch.dtype]:
+    import transformers
+
+    name = options.model.removeprefix("random:")
+    if name != options.model and name in ARCHITECTURES:
+        from zotune.llm.architectures import byte_tokenizer
+
+        config: Any = ARCHITECTURES[name]()
+        tokenizer, stored = byte_tokenizer(config), _DTYPES.get(options.dtype, torch.float32)
+    else:
+        source = options.model
+        if source in BUILT_IN:
+            source = str(fetch(source, accept_terms=options.accept_terms))
+        with suppress(OSError, ValueError, KeyError):
+            config = transformers.AutoConfig.from_pretrained(source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            stored = config.dtype or torch.float32
+            return _shaped(options, config, tokenizer, stored), stored
+        load(options)  # which says what is wrong
+        raise UsageError(f"the model {options.model!r} cannot be read.")
+    return _shaped(options, config, tokenizer, stored), stored
+
+
+def _shaped(options: ModelOptions, config: Any, tokenizer: Any, stored: torch.dtype) -> LanguageModel:
+    import transformers
+
+    made = {name.rpartition("For")[2] for name in config.architectures or []}
+    classifies = "SequenceClassification" in made
+    masked = "MaskedLM" in made or (not made and config.model_type == "roberta")
+    auto: Any = transformers.AutoModelForCausalLM
+    if classifies or masked:
+        auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForMaskedLM
+    with torch.device("meta"):
+        module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, stored))
+    module.name_or_path = options.model
+    return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
+
+
+def _adapted(folder: Path, options: ModelOptions, labels: tuple[str, ...]) -> tuple[LanguageModel, torch.dtype]:
+    from peft import PeftConfig, get_peft_model
+
+    adapter = PeftConfig.from_pretrained(str(folder))
+    base = options.model_copy(update={"model": str(adapter.base_model_name_or_path)})
+    lm, stored = skeleton(base, labels)
+    with torch.device("meta"):
+        lm.module = get_peft_model(lm.module, adapter)
+    lm.name = options.model
+    return lm, stored
