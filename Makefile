@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test test-lm-eval bench-speed bench-quickstart bench-reward bench-tasks clean
+.PHONY: quickstart reward test test-faults test-lm-eval bench-speed bench-quickstart bench-reward bench-tasks clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -23,12 +23,18 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# What `make test` does in a short form; some twenty minutes.
+test-faults: $(VENV)/dev
+	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
+	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py
+
 test-lm-eval: $(VENV)/lm-eval
 	$(BIN)/python benchmarks/lm_eval_agreement.py
 
 bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
+	$(BIN)/python benchmarks/speed/ledger.py
 
 bench-quickstart: $(VENV)/llm
 	$(BIN)/python benchmarks/quickstart_seeds.py

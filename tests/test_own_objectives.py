@@ -145,3 +145,23 @@ def test_what_was_tuned_on_a_reward_is_evaluated_by_it_with_demonstrations_and_p
         assert record["reward"] == len(record["prompt"]) + len(record["prediction"]) + 100
     assert found["rows"].majority is None and found["rows"].difference is None
     assert found["rows"].zero_shot is not None
+
+
+@pytest.mark.parametrize("method", ["zo_sgd", "zo_adam"])
+def test_a_run_on_a_reward_goes_on_to_the_same_bits_and_counts(tmp_path, config, reward, method):
+    from safetensors.torch import load_file
+
+    options = {"objective": reward, "method": method, "max_new_tokens": 3, "generation": "sample", "mu": 0.1}
+    whole = config(**options, max_steps=4, learning_rate=1e-2, output_dir=tmp_path / "whole")
+    train(whole)
+    parts = whole.model_copy(update={"output_dir": tmp_path / "parts", "max_steps": 2})
+    train(parts)
+    train(parts.model_copy(update={"max_steps": 4, "resume": True}))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("whole", "parts")
+    ]
+    kept = ("step", "loss", "num_forwards", "num_flat", "held_out")
+    assert [[line[k] for k in kept] for line in lines[0]] == [[line[k] for k in kept] for line in lines[1]]

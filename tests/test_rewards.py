@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -21,10 +22,11 @@ from zotune.llm.kept import Kept, Memory
 from zotune.llm.loading import load_rows
 from zotune.llm.objective import ACCURACY, OBJECTIVES, Encoder, collate, mean_loss
 from zotune.llm.objective_options import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
+from zotune.llm.output import OutputFolder
 from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.rewards import Completion, Generated, checked, find_reward, open_ended
-from zotune.llm.train import train
+from zotune.llm.train import _Run, train
 from zotune.llm.tuning import prepare
 from zotune.stack import stack_of
 from zotune.tuned import TunedTensors
@@ -186,18 +188,22 @@ def test_draws_differ_between_steps_seeds_and_rows_and_repeat_otherwise(tiny):
 
 
 @torch.no_grad()
-def test_micro_batches_draw_what_the_whole_batch_draws(tiny, config, module):
+def test_micro_batches_draw_what_the_whole_batch_draws(tiny, config, module, tmp_path):
     name = module("def r(batch):\n    return [sum(map(ord, c.text)) for c in batch]\n")
     values = []
     for k in (1, 2, 4):
         made = config(
-            objective=f"{name}:r", **DRAWN, per_device_train_batch_size=8 // k, gradient_accumulation_steps=k, num_dev=0
+            objective=f"{name}:r",
+            **DRAWN,
+            per_device_train_batch_size=8 // k,
+            gradient_accumulation_steps=k,
+            num_dev=0,
+            output_dir=tmp_path / str(k),
         )
         lm = tiny("llama")
-        from zotune.llm.train import _Run
-
         rows = load_rows(lm, made)
-        closures, weights = _Run(lm, rows, made, lm.score, None)._closures(rows.train[:8])
+        with closing(OutputFolder(made)) as output:
+            closures, weights = _Run(lm, rows, made, lm.score, output)._closures(rows.train[:8])
         assert len(closures) == k
         values.append(float(zo.accumulate(closures, weights)()))
     assert values == pytest.approx([values[0]] * 3)

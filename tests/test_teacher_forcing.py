@@ -1,6 +1,7 @@
 """Teacher forcing is the cross-entropy of the right candidate's tokens, however batched, however the head is cut."""
 
 import math
+from contextlib import closing
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate
 from zotune.llm.loading import Rows, load_rows
 from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, Encoder, collate, losses, mean_loss
+from zotune.llm.output import OutputFolder
 from zotune.llm.tasks import TASKS
 from zotune.llm.train import _Run, train
 
@@ -111,7 +113,8 @@ def test_gradient_accumulation_is_one_batch_as_large(tiny, tmp_path):
     for config in (whole, parts):
         lm = tiny("llama")
         rows = load_rows(lm, config)
-        closures, weights = _Run(lm, rows, config, lm.score, None)._closures(rows.train)
+        with closing(OutputFolder(config)) as output:
+            closures, weights = _Run(lm, rows, config, lm.score, output)._closures(rows.train)
         with torch.no_grad():
             values.append(float(accumulate(closures, weights)()))
         assert len(closures) == config.gradient_accumulation_steps
@@ -124,7 +127,8 @@ def test_right_candidates_of_one_token_keep_their_normaliser_in_training(tiny, t
     lm, some = tiny("llama"), [Example(f"{text} was", (" great", " terrible"), 1) for text in ("It", "This")]
     config = TrainConfig(model="random:llama-tiny", task="copa", device="cpu", output_dir=tmp_path)
     rows = Rows(tuple(map(TEACHER_FORCING.reads, encode(lm, some))), (), (), TEACHER_FORCING)
-    (closure,), weights = _Run(lm, rows, config, lm.score, None)._closures(rows.train)
+    with closing(OutputFolder(config)) as output:
+        (closure,), weights = _Run(lm, rows, config, lm.score, output)._closures(rows.train)
     with torch.no_grad():
         assert closure().item() == pytest.approx(expected(lm, some).item(), abs=1e-6)
     assert weights == [2]

@@ -24,6 +24,7 @@ commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
   train … --dry-run           what that would read, tune and take; starts nothing, writes nothing
   eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
+  ledger COMMAND RUN          show, verify, replay, undo, export or merge fine-tunes as kilobytes
   models                      the models there are by name
   tasks                       the tasks there are by name
   methods                     the methods there are by name
@@ -200,6 +201,12 @@ def _list(rows: dict[str, str], as_json: bool) -> int:
     return 0
 
 
+def _ledger(args: list[str], as_json: bool) -> int:
+    from zotune.ledger_commands import run
+
+    return run(args, as_json)
+
+
 def _models(args: list[str], as_json: bool) -> int:
     _no_options("models", args)
     from zotune.llm.architectures import ARCHITECTURES
@@ -248,6 +255,7 @@ def _no_options(verb: str, args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str], bool], int]] = {
     "train": _train,
     "eval": _eval,
+    "ledger": _ledger,
     "models": _models,
     "tasks": _tasks,
     "methods": _methods,

@@ -22,6 +22,10 @@ class RunError(ZotuneError, RuntimeError):
     """A run that was well asked for failed on the way; what it had computed is kept."""
 
 
+class NotWrittenError(RunError):
+    """The disk is full or gone. What was written before is whole, and the run can go on from there."""
+
+
 class UnreadTensorError(ZotuneError, RuntimeError):
     """A tuned tensor was not read by a forward pass, so its gradient estimate would be a silent zero."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from zotune.directions import Direction, Sampler, Terms, rademacher
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate import GradientEstimate, merged
 from zotune.estimators import Closure, Estimator, central_difference
+from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import PrefixReuse
 from zotune.sparsity import Masked, Sparse
@@ -66,6 +70,10 @@ class ZerothOrder(torch.optim.Optimizer):
         num_steps: steps taken so far, skipped ones included.
         num_skipped: steps with a loss that was NaN or infinite; it left weights and state untouched.
         num_forwards: evaluations of the objective so far.
+        on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`.
+
+    Coefficients and learning rates are rounded to float32 before they are used (not where float64 weights are tuned),
+    so that a record holds exactly what was applied.
 
     Raises:
         ValueError: a value is out of range.
@@ -124,6 +132,9 @@ class ZerothOrder(torch.optim.Optimizer):
         self._present: Terms = []
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
+        self.on_step: Callable[[StepRecord], None] | None = None
+        self._taken: list[tuple[GradientEstimate, float]] = []
+        self._forwards_before = 0
         super().__init__(
             groups or [{"params": [t.parameter for t in self.tuned]}], {"lr": lr, "weight_decay": weight_decay}
         )
@@ -158,17 +169,21 @@ class ZerothOrder(torch.optim.Optimizer):
             closure = self._prefix.of(closure)
         estimate = self.estimator(closure, self.tuned, directions)
         self.num_forwards += estimate.num_forwards + (0 if self._prefix is None else self._prefix.num_passes)
-        return estimate
+        return self._as_recorded(estimate)
 
     def apply(self, estimate: GradientEstimate) -> None:
         """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
 
         Raises:
             NonFiniteLossError: `max_skipped` estimates in a row were not finite.
+            UsageError: it is to be recorded, and is not of this step's directions.
         """
-        if estimate.is_finite:
-            self._write(estimate, 1.0)
-        self._count(estimate.is_finite)
+        if self.on_step is not None:
+            self._check_own(estimate)
+        estimate = self._as_recorded(estimate)
+        self._take(estimate, 1.0 if estimate.is_finite else math.nan)
+        self._count()
+        self.stop_if_skipping()
 
     def step(  # type: ignore[override]
         self, closure: Closure | None = None, *, inspect: Callable[[GradientEstimate], None] | None = None
@@ -184,19 +199,67 @@ class ZerothOrder(torch.optim.Optimizer):
                 "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
                 "it must not call backward()."
             )
-        sequential = self.block_order == BlockOrder.SEQUENTIAL
-        estimates = []
+        self._taken = []
         with self._recording():
-            for blocks in [(block,) for block in self.blocks] if sequential else [self.blocks]:
+            for blocks in self._rounds():
                 estimate = self._estimate(closure, blocks)
                 if inspect is not None:
                     inspect(estimate)
-                if estimate.is_finite:
-                    self._write(estimate, self.step_rule(self, closure, estimate))
-                estimates.append(estimate)
-        estimate = merged(estimates)
-        self._count(estimate.is_finite)
-        return estimate.loss
+                self._take(estimate, self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan)
+        loss = self._count()
+        self.stop_if_skipping()
+        return loss
+
+    def retake(self, record: StepRecord) -> None:
+        """Take the step of a record: the same bits, without data or a forward pass.
+
+        The optimizer must be as that which took it: made alike, over the same weights, after the same steps.
+
+        Raises:
+            UsageError: it is not the next step.
+        """
+        if record.step != self.num_steps:
+            raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
+        rates = [group["lr"] for group in self.param_groups]
+        coefficients = iter(record.coefficients)
+        try:
+            for group, rate in zip(self.param_groups, record.learning_rates, strict=True):
+                group["lr"] = rate
+            for blocks, scale in zip(self._rounds(), record.scales, strict=True):
+                terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
+                self._take(GradientEstimate(record.loss, terms, 0), scale)
+            self.num_forwards += record.num_forwards
+            self._count()
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _rounds(self) -> list[tuple[Block | None, ...]]:
+        """The blocks that are estimated at the same weights, in the order of a step."""
+        return [(b,) for b in self.blocks] if self.block_order == BlockOrder.SEQUENTIAL else [self.blocks]
+
+    def _take(self, estimate: GradientEstimate, scale: float) -> None:
+        """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
+        if not math.isnan(scale):
+            self._write(estimate, scale)
+        self._taken.append((estimate, scale))
+
+    def _as_recorded(self, estimate: GradientEstimate) -> GradientEstimate:
+        """The estimate with coefficients that a record holds exactly."""
+        return replace(estimate, terms=tuple((self.recorded(c), u) for c, u in estimate.terms))
+
+    @cached_property
+    def recorded(self) -> Coefficient:
+        """A number as a record holds it: in single precision, but for float64 weights."""
+        double = any(t.parameter.dtype == torch.float64 for t in self.tuned)
+        return unchanged if double else lambda x: ctypes.c_float(x).value
+
+    def _check_own(self, estimate: GradientEstimate) -> None:
+        if len(self._rounds()) > 1 or [u for _, u in estimate.terms] != self.directions():
+            raise UsageError(
+                "a ledger holds steps along the optimizer's own directions; this estimate is of other ones, or of some "
+                "blocks only. Use step(closure), or set on_step to None."
+            )
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """By tensor id, what applying the estimate does to each tensor that it concerns."""
@@ -222,7 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
             terms,
             self.transform,
             {k: v for k, v in state.items() if k != "master"},
-            float(group["lr"]),
+            self.recorded(float(group["lr"])),
             float(group["weight_decay"]) if weights.dim() > 1 else 0.0,
             rounding_seed if is_half and self.rounding == Rounding.STOCHASTIC else None,
             None if history is None else [t for t in history if t],
@@ -251,18 +314,39 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def skip(self) -> None:
         """Count a step that is left out, because something else about it is not finite."""
-        self._count(False)
+        self._taken = [(GradientEstimate(math.nan, (), 0), math.nan)]
+        self._count()
+        self.stop_if_skipping()
 
-    def _count(self, finite: bool) -> None:
+    def _count(self) -> float:
+        """The step is over: count it, report it, and return its loss."""
+        taken, self._taken = self._taken, []
+        estimate = merged([e for e, _ in taken])
+        record = StepRecord(
+            self.num_steps,
+            estimate.loss,
+            tuple(self.recorded(float(group["lr"])) for group in self.param_groups),
+            tuple(scale for _, scale in taken),
+            tuple(c for c, _ in estimate.terms),
+            self.num_forwards - self._forwards_before,
+        )
+        self._forwards_before = self.num_forwards
         self.num_steps += 1
         if self._history is not None and self._present:
             self._history.append(self._present)
         self._present = []
-        if finite:
-            self._skipped_in_a_row = 0
-            return
-        self.num_skipped += 1
-        self._skipped_in_a_row += 1
+        self.num_skipped += record.is_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.is_skipped else 0
+        if self.on_step is not None:
+            self.on_step(record)
+        return estimate.loss
+
+    def stop_if_skipping(self) -> None:
+        """See that not all of the last steps were left out.
+
+        Raises:
+            NonFiniteLossError: the last `max_skipped` were.
+        """
         if self._skipped_in_a_row >= self.max_skipped:
             raise NonFiniteLossError(
                 f"the loss was NaN or infinite for {self._skipped_in_a_row} steps in a row (the weights are those "
@@ -287,6 +371,7 @@ class ZerothOrder(torch.optim.Optimizer):
         own = state_dict["zeroth_order"]
         for name in _COUNTERS:
             setattr(self, name, own[name])
+        self._forwards_before = self.num_forwards
         self._masked = None
         if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
             self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])

@@ -5,6 +5,7 @@ Names follow Hugging Face's where it has one. Unknown keys are refused with the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -151,6 +152,10 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, Selec
 
     output_dir: Path = Field(Path("runs/latest"), description="Where model, config, metrics and results go.")
     overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir.")
+    resume: bool = Field(False, description="Go on with the run in output_dir, however it ended; begin it if none is.")
+    save_steps: int | None = Field(
+        None, ge=1, description="Steps between full checkpoints; default: none, which the ledger makes up for."
+    )
 
     max_steps: int = Field(1000, ge=1, description="Updates.")
     per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
@@ -176,6 +181,8 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, Selec
                 f"objective: {self.objective} has no gradient, which {which} needs; use a method of finite differences "
                 "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
             )
+        if self.resume and self.overwrite_output_dir:
+            raise ValueError("resume goes on with the run that overwrite_output_dir would delete; give one of them")
         if self.gradient_checkpointing and self.is_prefix:
             raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
         if self.reuse_file and not self.reuse_activations:
@@ -235,5 +242,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, config: BaseModel) -> None:
-    """Write a resolved config so that `zotune train PATH` runs it again."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write a resolved config, whole or not at all, so that `zotune train PATH` runs it again."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    aside.replace(path)

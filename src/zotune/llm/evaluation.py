@@ -18,8 +18,9 @@ from zotune.llm.data import Example, Splits
 from zotune.llm.demonstrations import choose, prepend
 from zotune.llm.evaluate import Measured
 from zotune.llm.loading import encode_rows, load_examples
+from zotune.llm.metrics import plain
 from zotune.llm.models import LanguageModel, load
-from zotune.llm.output import environment, plain
+from zotune.llm.output import environment
 from zotune.llm.own import Data
 from zotune.llm.progress import say
 from zotune.llm.tasks import find_task, head_labels

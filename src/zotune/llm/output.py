@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import math
 import os
 import platform
 import shutil
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,41 +16,83 @@ from safetensors import SafetensorError
 
 import zotune
 from zotune.errors import RunError, UsageError
+from zotune.ledger import LedgerError, read
 from zotune.llm.builtin import BUILT_IN
-from zotune.llm.config import TrainConfig, write_yaml
+from zotune.llm.config import TrainConfig, read_recipe, write_yaml
 from zotune.llm.evaluate import Measured
+from zotune.llm.metrics import MetricsLog, plain
 from zotune.llm.models import LanguageModel
+from zotune.llm.schema import validate
 
 # What a run writes, by pattern; the first four may be all that is left of one that failed.
-_WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors")
+_WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
 _WRITTEN = (*_WORTH_KEEPING, "config.yaml", "config.json", "adapter_config.json", "*.safetensors.index.json")
+# Where a model is written before it is whole.
+_ASIDE = ".saving"
 
 
 class OutputFolder:
-    """The folder of one run. Made at the start, so that a run that fails leaves its metrics."""
+    """The folder of one run. Made at the start, so that a run that fails leaves its metrics; locked until `close`.
+
+    Attributes:
+        path: where it is.
+        is_resumed: whether it holds a run that is to go on.
+        before: that run's options.
+        metrics: its metrics.jsonl.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
-        """Make the folder.
+        """Make the folder, or find the run that is to go on; see `begin`.
 
         Raises:
-            UsageError: it holds a run already, or cannot be made.
+            UsageError: it holds a run already, cannot be made, or another process writes it.
         """
         self.path = config.output_dir
-        found = [p.name for pattern in _WORTH_KEEPING for p in self.path.glob(pattern) if p.stat().st_size]
-        if found and not config.overwrite_output_dir:
-            raise UsageError(
-                f"{self.path} holds an earlier run or other files ({found[0]}); "
-                "choose another --output-dir, or give --overwrite-output-dir to replace them."
-            )
+        self._check_free(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
+        try:
+            self._begin(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_free(self, config: TrainConfig) -> None:
+        self.is_resumed = config.resume and (self.path / "config.yaml").is_file()
+        found = [p.name for pattern in _WORTH_KEEPING for p in self.path.glob(pattern) if _is_worth_keeping(p)]
+        if found and not config.overwrite_output_dir and not self.is_resumed:
+            raise UsageError(
+                f"{self.path} holds an earlier run or other files ({found[0]}); "
+                "choose another --output-dir, go on with it (--resume), or give --overwrite-output-dir to replace it."
+            )
+
+    def _begin(self, config: TrainConfig) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another run is writing to {str(self.path)!r}; wait for its end, or choose another --output-dir."
+            ) from None
+        recipe = self.path / "config.yaml"
+        self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
+        try:
+            shutil.rmtree(self.path / _ASIDE, ignore_errors=True)
             # An adapter of an earlier run, left beside new weights, would be loaded in their place.
-            for path in [p for pattern in _WRITTEN for p in self.path.glob(pattern)]:
+            for path in [p for pattern in _WRITTEN for p in self.path.glob(pattern) if not self.is_resumed]:
                 path.unlink()
-            write_yaml(self.path / "config.yaml", config)
+            if not self.is_resumed:
+                write_yaml(recipe, config.model_copy(update={"resume": False}))
             (self.path / "metrics.jsonl").touch()
         except OSError as error:
             raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
+        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        os.close(self._lock)
 
     def check_room(self, lm: LanguageModel) -> None:
         """Refuse to start what could not be saved."""
@@ -65,21 +106,13 @@ class OutputFolder:
                 "Make room, choose another --output-dir, or tune an adapter (--tuning lora)."
             )
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl; it reaches the file at once."""
-        try:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-                metrics.write(json.dumps(plain(record), allow_nan=False) + "\n")
-        except OSError as error:
-            raise RunError(f"metrics could not be written to {self.path}: {error.strerror}.") from None
-
     def save_model(self, lm: LanguageModel) -> None:
-        """Write what transformers or peft load as it is: weights or adapter, config, tokenizer."""
+        """Write what transformers or peft load as it is: weights or adapter, config, tokenizer.
+
+        The files are written aside first; what was there before stays until they are whole.
+        """
         try:
-            # peft asks the Hub for the base model's vocabulary when it saves an adapter, unless told not to look.
-            extra = {"save_embedding_layers": False} if hasattr(lm.module, "peft_config") else {}
-            lm.module.save_pretrained(str(self.path), **extra)  # type: ignore[operator]
-            lm.tokenizer.save_pretrained(str(self.path))
+            save_whole(lm, self.path)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise RunError(
                 f"the tuned model could not be saved to {self.path}: {error}. "
@@ -92,20 +125,35 @@ class OutputFolder:
         (self.path / "README.md").write_text(_card(results, config, lm, test), encoding="utf-8")
 
 
+def _is_worth_keeping(path: Path) -> bool:
+    """Not an empty file, nor a ledger without a step."""
+    if path.name != "ledger.zol":
+        return path.stat().st_size > 0
+    try:
+        return len(read(path)) > 0
+    except LedgerError:
+        return True
+
+
+def save_whole(lm: LanguageModel, folder: Path) -> None:
+    """Write weights or adapter, config and tokenizer aside, and put them in place once they are whole."""
+    aside = folder / _ASIDE
+    # peft asks the Hub for the base model's vocabulary when it saves an adapter, unless told not to look.
+    extra = {"save_embedding_layers": False} if hasattr(lm.module, "peft_config") else {}
+    try:
+        lm.module.save_pretrained(str(aside), **extra)  # type: ignore[operator]
+        lm.tokenizer.save_pretrained(str(aside))
+        for file in aside.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     aside.replace(path)
-
-
-def plain(value: Any) -> Any:
-    """`value` with null for what JSON has no number for: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, str]:

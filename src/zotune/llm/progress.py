@@ -6,13 +6,10 @@ import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-
-if TYPE_CHECKING:
-    from zotune.llm.evaluate import Measured
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,23 +27,18 @@ class Status:
     num_forwards: int
     seconds: float
     peak_memory: int
-    held_out: Measured | None = None
+    held_out: str | None = None
     num_flat: int = 0
 
     def __str__(self) -> str:
         rate = self.num_forwards / max(self.seconds, 1e-9)
         left = self.seconds / max(self.step, 1) * (self.max_steps - self.step)
-        held_out = "" if self.held_out is None else f" · held-out {self.held_out.short}"
+        held_out = "" if self.held_out is None else f" · held-out {self.held_out}"
         flat = f" · {self.num_flat} steps without a difference" if self.num_flat else ""
         return (
             f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {rate:.1f} forwards/s · "
             f"{clock(left)} left · peak {self.peak_memory / 2**20:.0f} MiB{held_out}{flat}"
         )
-
-    def to_log(self) -> dict[str, Any]:
-        """As metrics.jsonl holds it."""
-        plain = {name: value for name, value in vars(self).items() if name != "held_out"}
-        return {**plain, "held_out": None if self.held_out is None else self.held_out.value}
 
 
 def clock(seconds: float) -> str:

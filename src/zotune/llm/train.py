@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from ctypes import c_float
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.errors import RunError, UsageError
+from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.hybrid import Hybrid
+from zotune.ledger import StepRecord
 from zotune.llm.config import TrainConfig
+from zotune.llm.counters import Counters
 from zotune.llm.evaluate import Measured, Scorer
+from zotune.llm.journal import Journal, check_same_run
 from zotune.llm.kept import File, Kept, Memory
 from zotune.llm.loading import Rows, load_rows
 from zotune.llm.method_options import FIRST_ORDER
@@ -98,14 +104,25 @@ def train(config: TrainConfig) -> Result:
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED})
     for note in rows.notes:
         say(note)
-    output = OutputFolder(config)
-    output.check_room(lm)
-    scorer, rows = _scorer(lm, rows, config), _prompts_reused(lm, rows, config)
-    run = _Run(lm, rows, config, scorer, output)
+    with closing(OutputFolder(config)) as output:
+        if output.is_resumed:
+            check_same_run(output.before, config)
+        output.check_room(lm)
+        scorer, rows = _scorer(lm, rows, config), _prompts_reused(lm, rows, config)
+        with closing(_Run(lm, rows, config, scorer, output)) as run:
+            return _train(run, config.model_copy(update={"resume": False}))
+
+
+def _train(run: _Run, config: TrainConfig) -> Result:
+    """The steps, then what is saved and reported."""
+    lm, rows, output = run.lm, run.rows, run.output
     before = run.before()
     with Display(config.max_steps) as display, stoppable() as stop:
         try:
             run.steps(display, stop)
+        except NotWrittenError:
+            # Weights that no ledger knows of are not the run's.
+            raise
         except RunError:
             # The weights are those of the last sound step, or of the best.
             run.selection.restore()
@@ -128,8 +145,7 @@ class _Run:
         self, lm: LanguageModel, rows: Rows, config: TrainConfig, scorer: Scorer, output: OutputFolder
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
-        self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
-        self.step = self.num_skipped = self.num_forwards = 0
+        self.counters = Counters()
         self._closure: MakeClosure = (
             partial(_scored, lm, rows.objective, scorer)
             if rows.generated is None
@@ -138,35 +154,72 @@ class _Run:
         self.optimizer = make_optimizer(
             lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None
         )
-        self.update = _update(self.optimizer, lm, config)
-        self.seconds = 0.0
-        self._held_out: Measured | None = None
+        self.update = _update(self.optimizer, lm, config, self.counters)
+        self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
+        self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes)
+        self._forwards_before = 0
 
     def steps(self, display: Display, stop: Stop) -> None:
-        """All steps, or those until a signal."""
-        recent: list[float] = []
-        for examples in _batches(self.rows.train, self.config):
-            began, before = time.perf_counter(), self.lm.num_forwards
-            done = self.step / self.config.max_steps
-            learning_rate = set_learning_rates(self.optimizer, self.config.lr_scheduler_type, done)
-            loss = self.update(self.optimizer, *self._closures(examples))
-            self.step += 1
-            self.num_skipped += not math.isfinite(loss)
-            self.num_forwards += self.lm.num_forwards - before
-            self.seconds += time.perf_counter() - began
-            recent = [*recent, loss][-max(self.config.logging_steps, 20) :]
-            status = self._status(sum(recent) / len(recent))
-            display.update(status)
-            if self.step % self.config.logging_steps == 0 or self.step == self.config.max_steps:
-                self.output.log({**status.to_log(), "learning_rate": learning_rate})
-            if self._is_evaluated():
-                self._evaluate_on_the_way(display)
+        """All steps, or those until a signal; of a run that is resumed, those that are left."""
+        self.journal.restore(self.counters, partial(self._retaken, display))
+        for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
             if self.selection.is_over:
-                display.say(f"stopped early at step {self.step}: the best was step {self.selection.step}")
+                display.say(f"stopped early at step {self.counters.step}: the best was step {self.selection.step}")
                 return
+            began, self._forwards_before = time.perf_counter(), self.lm.num_forwards
+            self._set_learning_rates()
+            loss = self.update(self.optimizer, *self._closures(examples))
+            passes = self._passes()
+            self.counters.seconds += time.perf_counter() - began
+            is_flat = isinstance(self.update, ZerothOrderStep) and self.update.is_flat
+            self._count(loss, passes, display, is_flat=is_flat)
+            self._save_on_the_way(stopped=stop.signal is not None)
             if stop.signal is not None:
-                display.say(f"stopped at step {self.step}; saving what there is …")
+                display.say(f"stopped at step {self.counters.step}; saving what there is …")
                 return
+
+    def close(self) -> None:
+        """Let others write the run's ledger."""
+        self.journal.close()
+
+    def _passes(self) -> int:
+        """Forward passes of the step in progress."""
+        return self.lm.num_forwards - self._forwards_before
+
+    def _set_learning_rates(self) -> float:
+        done = self.counters.step / self.config.max_steps
+        return set_learning_rates(self.optimizer, self.config.lr_scheduler_type, done)
+
+    def _retaken(self, display: Display, record: StepRecord) -> None:
+        """A step of an earlier part of the run was taken again from its record."""
+        is_flat = not self.config.has_gradient and not any(record.coefficients)
+        self._count(record.loss, record.num_forwards, display, is_flat=is_flat)
+
+    def _count(self, loss: float, passes: int, display: Display, *, is_flat: bool) -> None:
+        """A step is over: count, show and log it, and look at the held-out rows if it is time."""
+        now, config = self.counters, self.config
+        learning_rate = self._set_learning_rates()
+        now.step += 1
+        now.num_skipped += not math.isfinite(loss)
+        now.skipped_in_a_row = 0 if math.isfinite(loss) else now.skipped_in_a_row + 1
+        now.num_forwards += passes
+        now.num_flat += is_flat
+        # In single precision, as the ledger holds it: a run that is resumed logs the same.
+        now.recent = [*now.recent, c_float(loss).value][-max(config.logging_steps, 20) :]
+        status = self._status(sum(now.recent) / len(now.recent))
+        display.update(status)
+        if now.step % config.logging_steps == 0 or now.step == config.max_steps:
+            line = {**asdict(status), "held_out": now.held_out, "learning_rate": learning_rate}
+            self.output.metrics.append(line)
+        if self._is_evaluated():
+            self._evaluate_on_the_way(display)
+
+    def _save_on_the_way(self, *, stopped: bool) -> None:
+        """A full checkpoint every so many steps; without a ledger, also where the run is stopped."""
+        every = self.config.save_steps
+        last = self.counters.step == self.config.max_steps
+        if (every and (last or self.counters.step % every == 0)) or (stopped and not self.journal.has_ledger):
+            self.journal.save(self.counters)
 
     def before(self) -> Measured | None:
         """The held-out rows before the first step, which the best step must beat."""
@@ -183,11 +236,11 @@ class _Run:
         """What came of the run."""
         return Result(
             output_dir=self.config.output_dir,
-            num_steps=self.step,
-            num_skipped=self.num_skipped,
-            num_forwards=self.num_forwards,
+            num_steps=self.counters.step,
+            num_skipped=self.counters.num_skipped,
+            num_forwards=self.counters.num_forwards,
             num_tuned=sum(p.numel() for p in self.lm.module.parameters() if p.requires_grad),
-            seconds=self.seconds,
+            seconds=self.counters.seconds,
             peak_memory=peak_memory(self.lm.device),
             dev_before=before,
             dev=dev,
@@ -207,17 +260,23 @@ class _Run:
 
     def _is_evaluated(self) -> bool:
         """Every so many steps; also the last one, where it may be the best."""
-        last = self.step == self.config.max_steps and self.config.selects
-        return self.config.eval_steps is not None and (last or self.step % self.config.eval_steps == 0)
+        last = self.counters.step == self.config.max_steps and self.config.selects
+        return self.config.eval_steps is not None and (last or self.counters.step % self.config.eval_steps == 0)
 
     def _evaluate_on_the_way(self, display: Display) -> None:
+        step = self.counters.step
+        known = self.output.metrics.evaluation(step)
+        if known is not None and not self.config.selects:
+            self.counters.held_out = next(iter(known.values()))
+            self.counters.held_out_short = f"{self.counters.held_out:.4g}"
+            return
         found = self.evaluate(self.rows.dev)
         if found is not None:
-            self._held_out = found
-            self.selection.see(self.step, found)
+            self.counters.held_out, self.counters.held_out_short = found.value, found.short
+            self.selection.see(step, found)
             best = {"best_step": self.selection.step} if self.config.selects else {}
-            self.output.log({"step": self.step, "dev": found.summary(), **best})
-            display.say(f"step {self.step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
+            self.output.metrics.append({"step": step, "dev": found.summary(), **best})
+            display.say(f"step {step}: held-out {found.metric} {found}, loss {found.loss:.4f}")
 
     def _closures(self, examples: Sequence[Encoded]) -> tuple[list[Callable[[], Tensor]], list[int]]:
         """The batch cut into forward passes of at most the configured size, examples of one length together.
@@ -228,7 +287,7 @@ class _Run:
         order = sorted(range(len(examples)), key=lambda i: examples[i].length)
         places = [order[lo : lo + size] for lo in range(0, len(order), size)]
         cuts = [[examples[i] for i in here] for here in places]
-        closures = [self._closure(cut, self.step, here) for cut, here in zip(cuts, places, strict=True)]
+        closures = [self._closure(cut, self.counters.step, here) for cut, here in zip(cuts, places, strict=True)]
         return closures, [sum(map(self.rows.objective.weight, cut)) for cut in cuts]
 
     def _run_once(self) -> None:
@@ -238,26 +297,27 @@ class _Run:
         self.lm.num_forwards -= 1
 
     def _status(self, loss: float) -> Status:
+        now = self.counters
         peak = peak_memory(self.lm.device)
         return Status(
-            step=self.step,
+            step=now.step,
             max_steps=self.config.max_steps,
             loss=loss,
-            num_forwards=self.num_forwards,
-            seconds=self.seconds,
+            num_forwards=now.num_forwards,
+            seconds=now.seconds,
             peak_memory=peak,
-            held_out=self._held_out,
-            num_flat=self.update.num_flat if isinstance(self.update, ZerothOrderStep) else 0,
+            held_out=now.held_out_short,
+            num_flat=now.num_flat,
         )
 
 
-def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig) -> Update:
+def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:
     if isinstance(optimizer, Hybrid):
         return hybrid_step
     if isinstance(optimizer, ZerothOrder):
         mu = None if config.method == "forward_grad" else config.mu
         return ZerothOrderStep(mu, has_steps=not config.has_gradient)
-    return FirstOrderStep(lm, checkpointing=config.gradient_checkpointing)
+    return FirstOrderStep(lm, counters, checkpointing=config.gradient_checkpointing, seed=config.seed)
 
 
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:

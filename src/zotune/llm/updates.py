@@ -14,11 +14,16 @@ from zotune.estimate import GradientEstimate
 from zotune.estimators import accumulate
 from zotune.hybrid import Hybrid
 from zotune.llm.checks import check_first_estimate, check_mu
+from zotune.llm.counters import Counters
 from zotune.llm.models import LanguageModel
+from zotune.noise import derive_seed
 from zotune.optimizer import ZerothOrder
 
 # The optimizer, the mean loss of each micro-batch, and how many examples each has → the loss.
 Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
+
+# Steps in a row without a finite loss after which a first-order run gives up.
+MAX_SKIPPED = 10
 
 
 class ZerothOrderStep:
@@ -29,11 +34,11 @@ class ZerothOrderStep:
         has_steps: whether the objective is a staircase, as accuracy is: equal values of all probes are then no fault.
 
     Attributes:
-        num_flat: steps of such an objective in which all probes had the same value.
+        is_flat: whether in the last step all probes of such an objective had the same value.
     """
 
     def __init__(self, mu: float | None, *, has_steps: bool = False) -> None:
-        self._mu, self._has_steps, self.num_flat = mu, has_steps, 0
+        self._mu, self._has_steps, self.is_flat = mu, has_steps, False
 
     def __call__(
         self, optimizer: ZerothOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
@@ -50,7 +55,7 @@ class ZerothOrderStep:
                 check_first_estimate(optimizer, estimate, mu=None if self._has_steps else self._mu)
 
         loss = optimizer.step(accumulate(closures, weights), inspect=inspect)
-        self.num_flat += self._has_steps and not any(differs)
+        self.is_flat = self._has_steps and not any(differs)
         return loss
 
 
@@ -62,8 +67,9 @@ def hybrid_step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], wei
 class FirstOrderStep:
     """One step by back-propagation, the micro-batches' gradients added up."""
 
-    def __init__(self, lm: LanguageModel, *, checkpointing: bool, max_skipped: int = 10) -> None:
-        self._lm, self._max_skipped, self._skipped = lm, max_skipped, 0
+    def __init__(self, lm: LanguageModel, counters: Counters, *, checkpointing: bool, seed: int) -> None:
+        """`seed` names the dropout of each step; `counters` are the run's."""
+        self._lm, self._counters, self._seed = lm, counters, seed
         if checkpointing:
             lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
@@ -74,17 +80,17 @@ class FirstOrderStep:
         self._lm.module.train()
         optimizer.zero_grad()
         total = 0.0
-        for closure, weight in zip(closures, weights, strict=True):
-            loss = closure() * (weight / sum(weights))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        # Dropout is a function of seed and step, so that a run that was stopped goes on as if it had not been.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(derive_seed(self._seed, self._counters.step))
+            for closure, weight in zip(closures, weights, strict=True):
+                loss = closure() * (weight / sum(weights))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
         if math.isfinite(total):
-            self._skipped = 0
             optimizer.step()
-            return total
-        self._skipped += 1
-        if self._skipped >= self._max_skipped:
+        elif self._counters.skipped_in_a_row + 1 >= MAX_SKIPPED:
             raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {self._skipped} steps in a row. Lower the learning rate."
+                f"the loss was NaN or infinite for {MAX_SKIPPED} steps in a row. Lower the learning rate."
             )
         return total

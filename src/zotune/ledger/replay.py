@@ -1,0 +1,198 @@
+"""From an optimizer to a header, and from a ledger back to weights: neither data nor a forward pass is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.directions import PhiloxSampler
+from zotune.ledger.files import Ledger, LedgerWriter
+from zotune.ledger.format import Header, Layout, LedgerError, StepRecord
+from zotune.optimizer import BlockOrder, ZerothOrder
+from zotune.sparsity import Sparse
+
+
+def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> Header:
+    """The header of a run that begins with the present weights.
+
+    Args:
+        optimizer: what takes the steps; none has been taken yet.
+        about: whatever else is to be known of the run, in plain values.
+
+    Raises:
+        LedgerError: steps have been taken.
+    """
+    if optimizer.num_steps:
+        raise LedgerError(f"a ledger begins with the first step, but {optimizer.num_steps} have been taken.")
+    num_blocks, q = len(optimizer.blocks), optimizer.num_queries
+    layout = Layout(
+        num_estimates=num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1,
+        num_groups=len(optimizer.param_groups),
+        num_coefficients=num_blocks * q,
+        precision="f8" if _tunes_doubles(optimizer) else "f4",
+    )
+    return Header(layout, describe(optimizer), describe_tensors(optimizer), about or {})
+
+
+def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
+    """Write each step that the optimizer takes from now on.
+
+    >>> import tempfile, zotune as zo
+    >>> from torch import nn
+    >>> from zotune.ledger import read
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> model = nn.Linear(2, 1)
+    >>> opt = zo.zo_sgd(model, lr=0.1)
+    >>> with LedgerWriter.create(f"{folder.name}/run.zol", header_of(opt)) as writer:
+    ...     record_to(writer, opt)
+    ...     losses = [opt.step(lambda: model.weight.square().sum() + model.bias.square().sum()) for _ in range(3)]
+    >>> len(read(f"{folder.name}/run.zol"))
+    3
+    >>> folder.cleanup()
+    """
+    optimizer.on_step = writer.append
+
+
+def replay(
+    optimizer: ZerothOrder, ledger: Ledger, each: Callable[[StepRecord], None] = lambda record: None
+) -> ZerothOrder:
+    """Take all steps of a ledger that the optimizer has not taken; the weights and state are then those of its run.
+
+    Args:
+        optimizer: made as the run's was, over the base model's weights (or those after its first steps).
+        ledger: of the run; `Ledger.first` gives a shorter one.
+        each: called after each step.
+
+    Raises:
+        LedgerError: the optimizer, its tensors or the base's numbers are not those of the header; nothing was changed.
+    """
+    check(optimizer, ledger)
+    for step in range(optimizer.num_steps, len(ledger)):
+        record = ledger[step]
+        optimizer.retake(record)
+        each(record)
+    return optimizer
+
+
+def check(optimizer: ZerothOrder, ledger: Ledger) -> None:
+    """See that the ledger's records mean what they mean to this optimizer, over these weights.
+
+    Raises:
+        LedgerError: what differs, both values.
+    """
+    header = ledger.header
+    ours, theirs = describe(optimizer), header.method
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise LedgerError(f"{ledger.name} is of a run with {key}: {theirs.get(key)}, not {ours.get(key)}.")
+    with_numbers = optimizer.num_steps == 0
+    found = {t["name"]: t for t in describe_tensors(optimizer, digests=with_numbers)}
+    for tensor in header.tensors:
+        mine = found.pop(tensor["name"], None)
+        if mine is None:
+            raise LedgerError(f"{ledger.name} moves {tensor['name']!r}, which is not tuned here: another base model.")
+        for key in ("id", "dtype", "shape", "digest") if with_numbers else ("id", "dtype", "shape"):
+            if tensor[key] != mine[key]:
+                raise LedgerError(
+                    f"{ledger.name} belongs to another base model: the {key} of {tensor['name']!r} was "
+                    f"{tensor[key]}, here it is {mine[key]}. Replay it on the model that the run began with."
+                )
+    if found:
+        raise LedgerError(f"{ledger.name} does not move {min(found)!r}, which is tuned here: another base model.")
+
+
+def describe(optimizer: ZerothOrder) -> dict[str, Any]:
+    """Every constant that an update depends on, in plain values (and the estimator's, for people).
+
+    Tensors are named by their place in the header's list.
+    """
+    place = {t.id: i for i, t in enumerate(optimizer.tuned)}
+    own = {
+        "seed": optimizer.seed,
+        "sampler": _sampler(optimizer.sampler),
+        "num_queries": optimizer.num_queries,
+        "blocks": [b and {"name": b.name, "tensors": sorted(place[i] for i in b.ids)} for b in optimizer.blocks],
+        "block_order": str(optimizer.block_order),
+        "estimator": _function(optimizer.estimator),
+        "coefficient": _function(optimizer.coefficient),
+        "max_coefficient": optimizer.max_coefficient,
+        "transform": _function(optimizer.transform),
+        "step": _function(optimizer.step_rule),
+        "window": None if optimizer._history is None else (optimizer._history.maxlen or 0) + 1,
+        "rounding": str(optimizer.rounding),
+        "groups": [
+            {"weight_decay": group["weight_decay"], "tensors": [place[_id(optimizer, p)] for p in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(own, default=repr))
+    return plain
+
+
+def describe_tensors(optimizer: ZerothOrder, *, digests: bool = True) -> list[dict[str, Any]]:
+    """Name, id, dtype, shape of each tuned tensor, and a digest of its numbers."""
+    tensors = list(optimizer.tuned)
+    found = digests_of(t.storage() for t in tensors) if digests else [""] * len(tensors)
+    return [
+        {
+            "name": t.name,
+            "id": t.id,
+            "dtype": str(t.parameter.dtype).removeprefix("torch."),
+            "shape": list(t.parameter.shape),
+            "digest": digest,
+        }
+        for t, digest in zip(tensors, found, strict=True)
+    ]
+
+
+def digests_of(tensors: Iterable[Tensor]) -> list[str]:
+    """A 64-bit BLAKE2b digest of each tensor's bytes, in hexadecimal."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(_digest, tensors))
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in _bytes(tensor):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Iterator[Any]:
+    """The tensor's bytes, some megabytes at a time."""
+    flat = tensor.detach().contiguous().view(-1)
+    for lo in range(0, flat.numel(), 1 << 22):
+        yield flat[lo : lo + (1 << 22)].cpu().view(torch.uint8).numpy()
+
+
+def _sampler(sampler: Any) -> Any:
+    if isinstance(sampler, Sparse):
+        own = {"sparsity": sampler.sparsity, "mask": str(sampler.mask), "group": str(sampler.group)}
+        return {"base": _sampler(sampler.base), **own, "interval": sampler.interval}
+    return sampler.name if isinstance(sampler, PhiloxSampler) else repr(sampler)
+
+
+def _function(function: Any) -> dict[str, Any]:
+    """A function by name, with the arguments that are bound to it."""
+    if isinstance(function, partial):
+        bound = {k: _function(v) if callable(v) else v for k, v in function.keywords.items()}
+        return {**_function(function.func), **bound}
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return {"name": f"{getattr(function, '__module__', '')}.{name}"}
+
+
+def _id(optimizer: ZerothOrder, parameter: Any) -> int:
+    tensor = optimizer.tuned.find(parameter)
+    assert tensor is not None
+    return tensor.id
+
+
+def _tunes_doubles(optimizer: ZerothOrder) -> bool:
+    return any(t.parameter.dtype == torch.float64 for t in optimizer.tuned)

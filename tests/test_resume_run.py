@@ -1,0 +1,224 @@
+"""A run that ended in any way goes on with `--resume` and ends as if nothing had happened."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from zotune.errors import NonFiniteLossError, UsageError
+from zotune.ledger import LedgerError, read
+from zotune.llm.models import LanguageModel
+from zotune.llm.train import train
+
+PASSING = {"seconds", "peak_memory"}
+
+RUNS = {
+    "lora": {"tuning": "lora"},
+    "full, bfloat16, linear": {"dtype": "bfloat16", "lr_scheduler_type": "linear", "learning_rate": 1e-2},
+    "float16, master, queries": {"dtype": "float16", "rounding": "master", "num_queries": 2, "sampler": "gaussian"},
+    "cosine, evaluations": {"lr_scheduler_type": "cosine", "eval_steps": 2, "logging_steps": 3},
+    "momentum": {"method": "zo_sgd_mmt"},
+    "adam": {"method": "zo_adam", "tuning": "lora", "weight_decay": 0.1},
+    "adam, window": {"method": "zo_adam", "window": 3, "tuned_layers": 1},
+    "conservative": {"method": "zo_sgd_cons", "learning_rate": 0.1},
+    "blocks one by one": {"blocks": "layer", "block_order": "sequential"},
+    "random masks": {"sparsity": 0.3, "mask_interval": 2},
+    "masks by magnitude": {"sparsity": 0.3, "mask": "magnitude", "mask_interval": 2},
+    "forward gradient": {"method": "forward_grad", "tuning": "lora"},
+    "best model": {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.05},
+    "early stopping": {"eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3},
+    "micro-batches": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+}
+WITHOUT_LEDGER = {
+    "fo_adam": {"method": "fo_adam", "eval_steps": 2},
+    "fo_adam, dropout": {"method": "fo_adam", "model": "random:opt-tiny", "tuning": "lora"},
+    "fo_sgd": {"method": "fo_sgd", "lr_scheduler_type": "linear", "dtype": "bfloat16"},
+    "hybrid": {"hybrid_layers": 1, "hybrid_method": "fo_adam", "sparsity": 0.2, "hybrid_tied": "zeroth_order"},
+}
+
+
+def lines_of(folder):
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        line.get("dev", {}).pop("seconds", None)
+    return [{k: v for k, v in line.items() if k not in PASSING} for line in lines]
+
+
+def results_of(folder):
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    for key in ("dev_before", "dev", "test"):
+        (found[key] or {}).pop("seconds", None)
+    config = {k: v for k, v in found["config"].items() if k not in ("output_dir", "resume", "save_steps")}
+    return {**{k: v for k, v in found.items() if k not in {*PASSING, "output_dir"}}, "config": config}
+
+
+def assert_same_run(one, other):
+    (weights,) = one.glob("*model.safetensors")
+    assert weights.read_bytes() == (other / weights.name).read_bytes()
+    assert lines_of(one) == lines_of(other)
+    assert results_of(one) == results_of(other)
+    if (one / "ledger.zol").exists():
+        ours, theirs = read(one / "ledger.zol"), read(other / "ledger.zol")
+        assert ours.rows.tobytes()[4:] and [repr(r) for r in ours] == [repr(r) for r in theirs]
+
+
+def cut_short(folder, into, num_records, num_bytes, metrics_bytes):
+    """What a power cut may leave of a run: any number of bytes at the end of each file is gone."""
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    shutil.copy(folder / "config.yaml", into)
+    ledger = read(folder / "ledger.zol")
+    end = len(ledger.first(num_records).to_bytes())
+    (into / "ledger.zol").write_bytes((folder / "ledger.zol").read_bytes()[: end + num_bytes])
+    (into / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:metrics_bytes])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name):
+    options = {"max_steps": 7, "learning_rate": 1e-2, **RUNS[name]}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(config(**options, output_dir=whole))
+    size = (whole / "metrics.jsonl").stat().st_size
+    for num_records, num_bytes, metrics_bytes in ((0, 0, 0), (1, 7, size), (3, 19, size // 2 + 3), (7, 0, 40)):
+        cut_short(whole, part, min(num_records, len(read(whole / "ledger.zol"))), num_bytes, metrics_bytes)
+        train(config(**options, output_dir=part, resume=True))
+        assert_same_run(whole, part)
+
+
+@pytest.mark.parametrize("save_steps", [2, 3])
+@pytest.mark.parametrize(
+    "name", ["full, bfloat16, linear", "adam", "adam, window", "masks by magnitude", "random masks"]
+)
+def test_a_checkpoint_and_the_rest_of_the_ledger_give_the_same_end(config, tmp_path, name, save_steps, capsys):
+    options = {"max_steps": 7, "learning_rate": 1e-2, **RUNS[name]}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(config(**options, output_dir=whole))
+    stop_after(config, {**options, "output_dir": part, "save_steps": save_steps}, 5)
+    capsys.readouterr()
+    train(config(**options, output_dir=part, resume=True, save_steps=save_steps))
+    assert f"from the checkpoint of step {5 - 5 % save_steps}" in capsys.readouterr().err
+    assert_same_run(whole, part)
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process."""
+
+
+def stop_after(config, options, num_steps):
+    """A run whose process is gone in the middle of a step."""
+    from zotune.llm import train as module
+
+    real = module._Run._closures
+
+    def closures(self, examples):
+        if self.counters.step == num_steps:
+            raise Killed
+        return real(self, examples)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Run, "_closures", closures)
+        with pytest.raises(Killed):
+            train(config(**options))
+
+
+@pytest.mark.parametrize("save_steps", [None, 2])
+@pytest.mark.parametrize("name", WITHOUT_LEDGER)
+def test_first_order_and_hybrid_runs_go_on_from_their_checkpoint(config, tmp_path, name, save_steps):
+    options = {"max_steps": 6, "learning_rate": 1e-2, **WITHOUT_LEDGER[name]}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(config(**options, output_dir=whole))
+    options |= {"output_dir": part, "save_steps": save_steps}
+    for steps in (3, 5):
+        torch.manual_seed(steps)
+        stop_after(config, {**options, "resume": True}, steps)
+    train(config(**options, resume=True))
+    assert_same_run(whole, part)
+    assert not (part / "ledger.zol").exists()
+
+
+def test_a_damaged_checkpoint_is_done_without(config, tmp_path, capsys):
+    options = {"max_steps": 5, "tuning": "lora", "learning_rate": 1e-2}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(config(**options, output_dir=whole))
+    stop_after(config, {**options, "output_dir": part, "save_steps": 2}, 4)
+    content = bytearray((part / "checkpoint.safetensors").read_bytes())
+    content[-5] ^= 1
+    (part / "checkpoint.safetensors").write_bytes(content)
+    train(config(**options, output_dir=part, resume=True))
+    assert "checkpoint.safetensors is damaged" in capsys.readouterr().err
+    assert_same_run(whole, part)
+
+
+def test_a_complete_run_resumed_is_the_same_run(config, tmp_path):
+    options = {"max_steps": 3, "tuning": "lora", "output_dir": tmp_path / "out"}
+    train(config(**options))
+    shutil.copytree(tmp_path / "out", tmp_path / "kept")
+    train(config(**options, resume=True))
+    assert_same_run(tmp_path / "out", tmp_path / "kept")
+
+
+def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
+    train(config(max_steps=7, output_dir=tmp_path / "whole"))
+    train(config(max_steps=4, output_dir=tmp_path / "part"))
+    train(config(max_steps=7, output_dir=tmp_path / "part", resume=True))
+    (whole,), (part,) = ([*f.glob("*model.safetensors")] for f in (tmp_path / "whole", tmp_path / "part"))
+    assert whole.read_bytes() == part.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 0.5}, "with learning_rate: 0.01, so it cannot go on with 0.5"),
+        ({"seed": 1}, "with seed: 0"),
+        ({"lr_scheduler_type": "linear"}, "with lr_scheduler_type: constant"),
+        ({"overwrite_output_dir": True}, "give one of them"),
+    ],
+)
+def test_a_run_asked_for_differently_is_not_resumed(config, tmp_path, changed, said):
+    options = {"max_steps": 3, "learning_rate": 0.01, "output_dir": tmp_path / "out"}
+    train(config(**options))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match=said):
+        train(config(**{**options, **changed}, resume=True))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_other_rows_are_noticed(config, tmp_path, rows_file):
+    train(config(max_steps=3))
+    text = rows_file.read_text(encoding="utf-8")
+    rows_file.write_text(text.replace("i", "y"), encoding="utf-8")
+    with pytest.raises(LedgerError, match="other training rows"):
+        train(config(max_steps=3, resume=True))
+
+
+def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
+    from zotune.llm.output import OutputFolder
+
+    made = config(tuning="lora")
+    folder = OutputFolder(made)
+    with pytest.raises(UsageError, match="another run is writing to"):
+        train(made)
+    folder.close()
+    train(made)
+
+
+def test_a_run_that_failed_for_losses_fails_again_at_once(config, tmp_path, monkeypatch):
+    calls, real = [], LanguageModel.score
+
+    def break_down(self, batch):
+        calls.append(1)
+        return real(self, batch) * (1.0 if len(calls) <= 4 else math.nan)
+
+    monkeypatch.setattr(LanguageModel, "score", break_down)
+    options = {"num_dev": 0, "reuse_activations": False, "max_steps": 50}
+    with pytest.raises(NonFiniteLossError):
+        train(config(**options))
+    assert len(read(tmp_path / "out/ledger.zol")) == 12
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(NonFiniteLossError, match="10 steps in a row"):
+        train(config(**options, resume=True))
+    assert len(read(tmp_path / "out/ledger.zol")) == 12
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
