@@ -43,7 +43,9 @@ def name_of(options):
 def test_a_run_takes_the_forward_passes_and_tunes_the_numbers_that_were_foretold(config, options):
     made = config(**options)
     foretold, found = dry_run(made), train(made)
-    assert foretold.forward_passes["training"] == found.num_forwards
+    # The forward gradient's first estimate is compared with two passes more; as many again and more if in doubt.
+    checked = 2 if options.get("method") == "forward_grad" else 0
+    assert foretold.forward_passes["training"] + checked == found.num_forwards
     assert foretold.num_tuned == found.num_tuned
 
 
@@ -64,8 +66,8 @@ def test_the_state_after_a_step_has_the_size_that_was_foretold(config, options, 
     made = config(**options)
     optimizers = []
 
-    def remembering(*args):
-        optimizers.append(make_optimizer(*args))
+    def remembering(*args, **kwargs):
+        optimizers.append(make_optimizer(*args, **kwargs))
         return optimizers[-1]
 
     monkeypatch.setattr("zotune.llm.train.make_optimizer", remembering)
