@@ -180,9 +180,8 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
-    width = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
-    recorded: int = len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
-    return recorded
+    width: int = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
+    return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
 
 
 def _score(lm: LanguageModel, batch: Batch) -> Tensor:

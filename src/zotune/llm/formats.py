@@ -95,8 +95,8 @@ def chat(row: Located, options: DataOptions, tokenizer: Any) -> Example:
             )
         _check_characters(message["content"], row, column)
     if not messages or messages[-1]["role"] != "assistant":
-        last = repr(messages[-1]["role"]) if messages else "nobody"
-        raise UsageError(f"{row.place}: the last message is the assistant's, which is learnt; here it is {last}'s.")
+        last = repr(messages[-1]["role"]) if messages else "missing"
+        raise UsageError(f"{row.place}: the last message is the assistant's, which is learnt; here its role is {last}.")
     try:
         text, spans = assistant_spans(tokenizer, messages, only_last=options.scored_turns == "last")
     except UsageError as error:

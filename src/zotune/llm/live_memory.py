@@ -7,13 +7,13 @@ fused attention kernel keeps to itself is left out, as the kernel leaves it out.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,7 +30,7 @@ def peak_of(compute: Callable[[], object]) -> int:
     12000
     """
     live = _Live()
-    with Assumed(), live, _FusedAttention():
+    with Assumed(), live, _fused_attention():
         compute()
     return live.peak
 
@@ -103,13 +103,19 @@ class _Attention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Within this context scaled dot-product attention makes its output and no matrix of scores."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within this context scaled dot-product attention makes its output and no matrix of scores.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Attention.apply(*(named[name] for name in ("query", "key", "value")))  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
+    The function itself is replaced: a mode would not be there when checkpointed layers run again.
+    """
+    own = F.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own

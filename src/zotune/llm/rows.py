@@ -65,10 +65,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 def _text(path: Path, lines: Any) -> Iterator[Located]:
     """The rows of a text file; what is wrong with its bytes is said here."""
     try:
-        with _open(path) as file:
-            yield from lines(file, path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}).") from None
+        try:
+            with _open(path) as file:
+                yield from lines(file, path)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}).") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{path} is not a whole gzip file: {error}") from None
 
