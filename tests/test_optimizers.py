@@ -133,7 +133,7 @@ def test_hybrid_runs_split_the_model_at_the_layer(config, monkeypatch, layers, k
     from zotune.llm import train as module
 
     real = module.make_optimizer
-    monkeypatch.setattr(module, "make_optimizer", lambda *args: made.append(real(*args)) or made[-1])
+    monkeypatch.setattr(module, "make_optimizer", lambda *args, **kw: made.append(real(*args, **kw)) or made[-1])
     result = train(config(hybrid_layers=layers, max_steps=2, gradient_accumulation_steps=2))
     assert isinstance(made[0], kind)
     assert result.num_steps == 2

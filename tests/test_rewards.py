@@ -12,12 +12,13 @@ import zotune as zo
 from zotune.errors import RunError, UsageError
 from zotune.estimate import GradientEstimate
 from zotune.estimators import central_difference, probing
+from zotune.llm import generation
 from zotune.llm.answers import exact_match, f1
 from zotune.llm.checks import check_first_estimate
 from zotune.llm.config import DataOptions, TrainConfig, read_recipe
 from zotune.llm.data import Example
 from zotune.llm.evaluate import evaluate
-from zotune.llm.generation import Sampling, generate, uniform
+from zotune.llm.generation import Sampling, generate
 from zotune.llm.kept import Kept, Memory
 from zotune.llm.loading import load_rows
 from zotune.llm.objective import ACCURACY, OBJECTIVES, Encoder, collate, mean_loss
@@ -28,6 +29,7 @@ from zotune.llm.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.rewards import Completion, Generated, checked, find_reward, open_ended
 from zotune.llm.train import _Run, train
 from zotune.llm.tuning import prepare
+from zotune.noise import derive_seed
 from zotune.stack import stack_of
 from zotune.tuned import TunedTensors
 
@@ -123,7 +125,7 @@ def sampled(lm, ids, seed, n, temperature=1.0, top_p=1.0):
             kept.add(i)
             total += float(p[i])
         weights = [float(p[i]) if i in kept else 0.0 for i in range(len(p))]
-        left = uniform(seed, position) * sum(weights)
+        left = (derive_seed(seed, position) >> 12) / 2**52 * sum(weights)
         token = next(i for i in range(len(p)) if left < sum(weights[: i + 1]))
         ids.append(token)
         if token == lm.tokenizer.eos_token_id:
@@ -159,6 +161,14 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(tiny):
     assert max(likely.values()) < 0.9
     for text, value in likely.items():
         assert abs(texts.count(text) / n - value) < 5 * math.sqrt(value * (1 - value) / n) + 1e-3
+
+
+def test_a_token_without_probability_is_never_drawn_whatever_the_number(monkeypatch):
+    scores = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
+    for number, token in ((0.0, 1), (1 - 2**-52, 3)):
+        monkeypatch.setattr(generation, "uniform", lambda seed, position, number=number: number)
+        left = generation._Draw((1,), 2)(torch.zeros(1, 2), scores)
+        assert left.argmax().item() == token and torch.isfinite(left).sum() == 1
 
 
 def test_drawing_leaves_the_global_random_state_alone(tiny):
