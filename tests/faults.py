@@ -331,7 +331,7 @@ WEIGHTS = {**dict.fromkeys(POINTS, 3), "killed at a random moment": 10, "power c
 
 
 def inject(count, seed, folder):
-    """`count` faults, one of each kind first; how many of each were survived, and what failed."""
+    """`count` faults, one of each kind first; after each, how many of each kind were survived, and what failed."""
     chance = random.Random(seed)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     plan = [kind for kind in FAULTS for _ in range(WEIGHTS.get(kind, 1))]
@@ -356,15 +356,15 @@ def inject(count, seed, folder):
         except AssertionError as error:
             failed.append({"number": number, "fault": kind, "run": name, "error": str(error)[:2000]})
             print(f"fault {number}, {kind}, {name}: {error}"[:3000], file=sys.stderr)
-    return {
-        "config": {"count": count, "seed": seed, "runs": list(RUNS), "steps": STEPS},
-        "tried": dict(tried),
-        "survived": dict(survived),
-        "processes_killed": kills,
-        "total_tried": sum(tried.values()),
-        "total_survived": sum(survived.values()),
-        "failed": failed,
-    }
+        yield {
+            "config": {"count": count, "seed": seed, "runs": list(RUNS), "steps": STEPS},
+            "tried": dict(tried),
+            "survived": dict(survived),
+            "processes_killed": kills,
+            "total_tried": sum(tried.values()),
+            "total_survived": sum(survived.values()),
+            "failed": failed,
+        }
 
 
 def main():
@@ -377,13 +377,12 @@ def main():
     load(ModelOptions(model="random:llama-tiny", device="cpu"))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zotune-faults-") as folder:
-        found = inject(args.count, args.seed, Path(folder))
-    found["seconds"] = round(time.monotonic() - began)
-    found["environment"] = output.environment()
-    text = json.dumps(found, indent=2) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    print(text)
+        for found in inject(args.count, args.seed, Path(folder)):
+            found["seconds"] = round(time.monotonic() - began)
+            found["environment"] = output.environment()
+            if args.output:
+                output.write_json(args.output, found)
+    print(json.dumps(found, indent=2))
     sys.exit(1 if found["failed"] else 0)
 
 
