@@ -66,8 +66,8 @@ def test_the_state_after_a_step_has_the_size_that_was_foretold(config, options, 
     made = config(**options)
     optimizers = []
 
-    def remembering(*args, **kwargs):
-        optimizers.append(make_optimizer(*args, **kwargs))
+    def remembering(*args, **more):
+        optimizers.append(make_optimizer(*args, **more))
         return optimizers[-1]
 
     monkeypatch.setattr("zotune.llm.train.make_optimizer", remembering)

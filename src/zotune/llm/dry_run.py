@@ -19,6 +19,7 @@ from zotune.llm.footprint import (
     activation_bytes,
     cache_bytes,
     forwards_a_step,
+    forwards_of_training,
     generated,
     largest_batch,
     recorded_bytes,
@@ -133,7 +134,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             refused=tuple(read.refused),
             num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
             num_parameters=num_parameters,
-            forward_passes={"step": step, "training": step * config.max_steps},
+            forward_passes={"step": step, "training": forwards_of_training(step, config)},
             memory=_memory(lm, optimizer, config, read, data, stored),
         )
 

@@ -85,6 +85,12 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     return config.gradient_accumulation_steps * estimates * passes * tokens
 
 
+def forwards_of_training(step: int, config: TrainConfig) -> int:
+    """Forward passes of a run whose steps take `step` of them; the first forward gradient is checked by two more."""
+    checks = 2 * config.gradient_accumulation_steps * (config.method == "forward_grad")
+    return step * config.max_steps + checks
+
+
 def state_bytes(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     """Bytes of the optimizer's state after a step: moments, and master weights."""
     if isinstance(optimizer, Hybrid):
