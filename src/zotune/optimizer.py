@@ -28,7 +28,7 @@ from zotune.sparsity import Masked, Sparse
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensor, TunedTensors
-from zotune.update import Rounding, TensorUpdate
+from zotune.update import Rounding, Step, TensorUpdate
 
 _DIRECTION, _ROUNDING = 0, 1
 
@@ -181,7 +181,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.on_step is not None:
             self._check_own(estimate)
         estimate = self._as_recorded(estimate)
-        self._take(estimate, 1.0 if estimate.is_finite else math.nan)
+        self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
         self._count()
         self.stop_if_skipping()
 
@@ -205,7 +205,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 estimate = self._estimate(closure, blocks)
                 if inspect is not None:
                     inspect(estimate)
-                self._take(estimate, self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan)
+                scale = self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan
+                self._take(estimate, scale, self._write)
         loss = self._count()
         self.stop_if_skipping()
         return loss
@@ -218,6 +219,21 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             UsageError: it is not the next step.
         """
+        self._retake(record, self._write)
+
+    def trace(self, record: StepRecord) -> list[tuple[Step, float]]:
+        """The step of a record, and how far to go along it; several where blocks go one after the other.
+
+        It counts as taken, but no weight is read or written: that is the caller's, see `zotune.ledger.stream`.
+
+        Raises:
+            UsageError: it is not the next step.
+        """
+        steps: list[tuple[Step, float]] = []
+        self._retake(record, lambda estimate, scale: steps.append((self._step_along(estimate), scale)))
+        return steps
+
+    def _retake(self, record: StepRecord, write: Callable[[GradientEstimate, float], None]) -> None:
         if record.step != self.num_steps:
             raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
         rates = [group["lr"] for group in self.param_groups]
@@ -227,7 +243,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 group["lr"] = rate
             for blocks, scale in zip(self._rounds(), record.scales, strict=True):
                 terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
-                self._take(GradientEstimate(record.loss, terms, 0), scale)
+                self._take(GradientEstimate(record.loss, terms, 0), scale, write)
             self.num_forwards += record.num_forwards
             self._count()
         finally:
@@ -238,10 +254,11 @@ class ZerothOrder(torch.optim.Optimizer):
         """The blocks that are estimated at the same weights, in the order of a step."""
         return [(b,) for b in self.blocks] if self.block_order == BlockOrder.SEQUENTIAL else [self.blocks]
 
-    def _take(self, estimate: GradientEstimate, scale: float) -> None:
+    def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
         """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
         if not math.isnan(scale):
-            self._write(estimate, scale)
+            write(estimate, scale)
+            self._present = [*self._present, *self._terms(estimate)]
         self._taken.append((estimate, scale))
 
     def _as_recorded(self, estimate: GradientEstimate) -> GradientEstimate:
@@ -263,34 +280,36 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """By tensor id, what applying the estimate does to each tensor that it concerns."""
-        terms = self._terms(estimate)
-        rounding_seed = derive_seed(self.seed, self.num_steps, 0, _ROUNDING)
-        found = {}
-        for group in self.param_groups:
+        step, found = self._step_along(estimate), {}
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 tensor = self.tuned.find(p)
                 assert tensor is not None
-                if own := _own(terms, tensor):
-                    found[tensor.id] = self._update(tensor, own, group, rounding_seed)
+                if step.moves(tensor):
+                    state = {k: v for k, v in self.state[p].items() if k != "master"}
+                    found[tensor.id] = step.on(tensor, number, state, self._master(tensor))
         return found
 
-    def _update(self, tensor: TunedTensor, terms: Terms, group: dict[str, Any], rounding_seed: int) -> TensorUpdate:
-        weights, state = tensor.storage(), self.state[tensor.parameter]
-        is_half = weights.dtype in (torch.bfloat16, torch.float16)
-        if is_half and self.rounding == Rounding.MASTER and "master" not in state:
-            state["master"] = weights.float().contiguous()
-        history = None if self._history is None else [_own(t, tensor) for t in self._history]
-        return TensorUpdate(
-            tensor,
-            terms,
+    def _step_along(self, estimate: GradientEstimate) -> Step:
+        """What applying the estimate does, whatever the weights."""
+        return Step(
+            self._terms(estimate),
             self.transform,
-            {k: v for k, v in state.items() if k != "master"},
-            self.recorded(float(group["lr"])),
-            float(group["weight_decay"]) if weights.dim() > 1 else 0.0,
-            rounding_seed if is_half and self.rounding == Rounding.STOCHASTIC else None,
-            None if history is None else [t for t in history if t],
-            state.get("master"),
+            tuple(self.recorded(float(group["lr"])) for group in self.param_groups),
+            tuple(float(group["weight_decay"]) for group in self.param_groups),
+            derive_seed(self.seed, self.num_steps, 0, _ROUNDING) if self.rounding == Rounding.STOCHASTIC else None,
+            None if self._history is None else tuple(self._history),
         )
+
+    def _master(self, tensor: TunedTensor) -> Tensor | None:
+        """The float32 weights of a half-precision tensor, where such are kept."""
+        if self.rounding != Rounding.MASTER or tensor.parameter.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        state = self.state[tensor.parameter]
+        if "master" not in state:
+            state["master"] = tensor.storage().float().contiguous()
+        master: Tensor = state["master"]
+        return master
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
         """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
@@ -308,7 +327,6 @@ class ZerothOrder(torch.optim.Optimizer):
             self.state[update.tensor.parameter].update(update.write(scale))
         if self._prefix is not None:
             self._prefix.moved(frozenset(updates))
-        self._present = [*self._present, *self._terms(estimate)]
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()
 
@@ -385,11 +403,6 @@ class ZerothOrder(torch.optim.Optimizer):
             sampler = sampler.restored(self.tuned, self.seed, terms["sampler"])
         blocks = {None if block is None else block.name: block for block in self.blocks}
         return [(c, Direction(seed, sampler, blocks[block])) for c, seed, block in terms["terms"]]
-
-
-def _own(terms: Terms, tensor: TunedTensor) -> Terms:
-    """Those that are not zero for a tensor."""
-    return [(c, u) for c, u in terms if u.moves(tensor.id)]
 
 
 def _to_plain(terms: Terms) -> dict[str, Any]:

@@ -80,8 +80,13 @@ class Sparse:
         """Whether a direction can be made again only with the weights as they were."""
         return self.mask == Mask.MAGNITUDE
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether masks depend on weights at all: on those of the moment, or on those that a run begins with."""
+        return self.mask == Mask.MAGNITUDE or self.group == Group.GLOBAL
+
     def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level]) -> Masked:
-        weights = {t.id: t for t in tuned}
+        weights = {t.id: t for t in tuned} if self.depends_on_weights else {}
         return Masked(self.base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
 
     def _levels(self, tuned: TunedTensors) -> dict[int, Level]:
@@ -89,10 +94,12 @@ class Sparse:
         return {i: level for tensors in groups for i, level in self._levels_of(tensors).items()}
 
     def _levels_of(self, tensors: Sequence[TunedTensor]) -> dict[int, Level]:
+        levels = {t.id: Level(self.sparsity) for t in tensors}
+        if not self.reads_weights:
+            return levels
         # A threshold would mask the whole of a tensor that is zero now (a bias, an adapter's second factor), for ever.
         graded = [t for t in tensors if any(bool(chunk.any()) for chunk in _magnitudes(t))]
-        levels = {t.id: Level(self.sparsity) for t in tensors}
-        if not graded or (self.mask == Mask.RANDOM and self.group == Group.LAYER):
+        if not graded:
             return levels
         counts, threshold = _quantile(graded, self.sparsity)
         below, equal = (sum(c[i] for c in counts.values()) for i in (0, 1))

@@ -61,28 +61,49 @@ class TensorUpdate:
 
     def move(self, out: Tensor, x: Tensor, start: int, scale: float) -> State:
         """Write the updated x into `out`, flat slices from element `start` on; the slice's new state. `scale` is a."""
-        if self.transform is identity and not self.weight_decay:
-            moves = [(-scale * self.lr * c, u) for c, u in self.terms]
-            add_terms(out, x, moves, self.tensor.id, start, self.rounding_seed)
+        if self.is_fused:
+            self._add(out, x, start, scale)
             return {}
-        dtype = compute_dtype(x.dtype)
-        step, state = self.transform(self._gradient(self.terms, start, x), self._state(start, x))
-        y = x.to(dtype) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
+        return self._step(out, x, self._state(start, x), start, scale)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the terms are added to the weights in one pass, with no ĝ and no state."""
+        return self.transform is identity and not self.weight_decay
+
+    def _add(self, out: Tensor, x: Tensor, start: int, scale: float) -> None:
+        moves = [(-scale * self.lr * c, u) for c, u in self.terms]
+        add_terms(out, x, moves, self.tensor.id, start, self.rounding_seed)
+
+    def _step(self, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
+        before = state if self.history is None else self._rebuilt(start, x)
+        step, after = self.transform(self._gradient(self.terms, start, x), before)
+        y = x.to(compute_dtype(x.dtype)) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
         round_to(out, y, self.rounding_seed, self.tensor.id, start)
-        return state
+        return after
+
+    def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
+        """Update a flat slice in place, given the state of just its elements; the slice's new state.
+
+        With a = 0 the slice stays, and the state advances.
+        """
+        if self.is_fused:
+            if scale:
+                self._add(x, x, start, scale)
+            return {}
+        return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
 
     def write(self, scale: float) -> State:
         """Update the weights; the tensor's new state. With a = 0 the weights stay, and the state advances."""
         weights = self.tensor.storage()
         x = (weights.contiguous() if self.master is None else self.master).view(-1)
-        fused = self.transform is identity and not self.weight_decay
-        if fused and not scale:
+        if self.is_fused and not scale:
             return self.state
         after: State = {}
-        size = max(1, x.numel()) if fused else _CHUNK
+        size = max(1, x.numel()) if self.is_fused else _CHUNK
         for lo in range(0, x.numel(), size):
             part = x[lo : lo + size]
-            new = self.move(part if scale else torch.empty_like(part), part, lo, scale)
+            new = self.take(part, self._state(lo, part), lo, scale)
             for key, value in new.items() if self.history is None else ():
                 if isinstance(value, Tensor):
                     after.setdefault(key, self._room(key, value))
@@ -104,14 +125,59 @@ class TensorUpdate:
         return total
 
     def _state(self, start: int, like: Tensor) -> State:
-        """The state of a slice."""
-        if self.history is None:
-            part = slice(start, start + like.numel())
-            return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        """The state of a slice, as it is kept."""
+        part = slice(start, start + like.numel())
+        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+
+    def _rebuilt(self, start: int, like: Tensor) -> State:
+        """The state of a slice, made again from the terms of earlier steps."""
         state: State = {}
-        for terms in self.history:
+        for terms in self.history or ():
             _, state = self.transform(self._gradient(terms, start, like), state)
         return state
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step does, whatever the weights: from it each tensor's update is made.
+
+    Attributes:
+        terms: (cᵢ, uᵢ) of ĝ over all tensors, with coefficients as they are applied.
+        rates, decays: η and λ of each parameter group.
+        rounding_seed: as in `TensorUpdate`, for half-precision tensors.
+        history: the terms of earlier steps, oldest first, where states are made again from them; else None.
+    """
+
+    terms: Terms
+    transform: Transform
+    rates: Sequence[float]
+    decays: Sequence[float]
+    rounding_seed: int | None
+    history: Sequence[Terms] | None
+
+    def moves(self, tensor: TunedTensor) -> bool:
+        """Whether the step concerns a tensor."""
+        return any(u.moves(tensor.id) for _, u in self.terms)
+
+    def on(self, tensor: TunedTensor, group: int, state: State, master: Tensor | None = None) -> TensorUpdate:
+        """The update of a tensor in parameter group number `group`."""
+        p = tensor.parameter
+        return TensorUpdate(
+            tensor,
+            _own(self.terms, tensor),
+            self.transform,
+            state,
+            self.rates[group],
+            self.decays[group] if p.dim() > 1 else 0.0,
+            self.rounding_seed if p.dtype in (torch.bfloat16, torch.float16) else None,
+            None if self.history is None else [own for t in self.history if (own := _own(t, tensor))],
+            master,
+        )
+
+
+def _own(terms: Terms, tensor: TunedTensor) -> Terms:
+    """Those that are not zero for a tensor."""
+    return [(c, u) for c, u in terms if u.moves(tensor.id)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""Weights from a ledger one tensor at a time: x after all steps is a function of that tensor's own numbers.
+
+Noise is a function of an element's place, a transform works element by element, and how far a step went is in the
+record. So a slice that fits into a processor's cache goes through all steps before the next one is begun, and no more
+of the model than one tensor is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zotune.directions import PhiloxSampler
+from zotune.ledger.format import StepRecord
+from zotune.noise import compute_dtype
+from zotune.optimizer import ZerothOrder
+from zotune.sparsity import Sparse
+from zotune.transforms import State
+from zotune.tuned import TunedTensor
+from zotune.update import Rounding, Step, TensorUpdate
+
+# Elements that go through all steps together: half a megabyte in single precision, a share of a core's own cache.
+SLICE = 1 << 17
+# Elsewhere a launch costs more than a trip to memory.
+_SLICE_OF_A_DEVICE = 1 << 24
+
+
+class Trace:
+    """The steps of a ledger as they concern any one tensor.
+
+    Args:
+        optimizer: made as the run's was; of its weights only shape and dtype are looked at, so they may be on `meta`.
+        records: of all its steps. They are held at some hundred bytes a step (and query and block).
+
+    Raises:
+        UsageError: masks depend on the weights of all tensors; see `is_possible`.
+
+    >>> import zotune as zo
+    >>> from torch import nn
+    >>> model = nn.Linear(3, 2, bias=False)
+    >>> x, records = model.weight.detach().clone().view(-1), []
+    >>> opt = zo.zo_adam(model, lr=0.1, seed=5)
+    >>> opt.on_step = records.append
+    >>> losses = [opt.step(lambda: model.weight.square().sum()) for _ in range(4)]
+    >>> Trace(zo.zo_adam(nn.Linear(3, 2, bias=False, device="meta"), lr=0.1, seed=5), records).apply("weight", x)
+    >>> torch.equal(x.view(2, 3), model.weight)
+    True
+    """
+
+    def __init__(self, optimizer: ZerothOrder, records: Iterable[StepRecord]) -> None:
+        self._tuned = optimizer.tuned
+        self._keeps_master = optimizer.rounding == Rounding.MASTER
+        self._groups = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        self._has_kernel = isinstance(optimizer.sampler, PhiloxSampler)
+        self._steps: list[tuple[Step, float]] = [step for record in records for step in optimizer.trace(record)]
+
+    @staticmethod
+    def is_possible(optimizer: ZerothOrder) -> bool:
+        """Whether each tensor can be moved without the others: not if masks depend on the weights."""
+        return not (isinstance(optimizer.sampler, Sparse) and optimizer.sampler.reads_weights)
+
+    def apply(self, name: str, x: Tensor, size: int | None = None) -> None:
+        """Move x, all numbers of the tensor called `name` as one flat, contiguous tensor, through all steps, in place.
+
+        Args:
+            name: any name of a tuned tensor.
+            x: in the run's dtype.
+            size: elements that go through the steps together; the result does not depend on it.
+        """
+        tensor = self._tuned[name]
+        updates = [(self._update(step, tensor), scale) for step, scale in self._steps if step.moves(tensor)]
+        if not updates:
+            return
+        on_cpu = x.device.type == "cpu"
+        size = size or (SLICE if on_cpu else _SLICE_OF_A_DEVICE)
+        kept = compute_dtype(x.dtype) if self._keeps_master else x.dtype
+        move = partial(_move, x, size, updates, kept)
+        # One kernel a step, without the interpreter's lock, keeps a core busy; other operations have their own threads.
+        if on_cpu and self._has_kernel and updates[0][0].is_fused:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(move, range(0, x.numel(), size)))
+        else:
+            list(map(move, range(0, x.numel(), size)))
+
+    def _update(self, step: Step, tensor: TunedTensor) -> TensorUpdate:
+        return step.on(tensor, self._groups[id(tensor.parameter)], {})
+
+
+@torch.no_grad()
+def _move(
+    x: Tensor, size: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype, start: int
+) -> None:
+    """Take all steps with the slice of x that begins at `start`; its state begins empty, as that of a run."""
+    part, state = x[start : start + size], State()
+    y = part.to(kept)
+    for update, scale in updates:
+        state = update.take(y, state, start, scale)
+    part.copy_(y)
