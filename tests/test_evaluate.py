@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder
 from zotune.llm.evaluate import evaluate, wilson
-from zotune.llm.objective import Encoder
 
 WORDS = (" terrible", " great")
 

@@ -5,9 +5,10 @@ import torch
 
 from zotune.llm import models
 from zotune.llm.config import DataOptions, ModelOptions, TrainConfig
+from zotune.llm.encoding import collate
 from zotune.llm.loading import load_rows
 from zotune.llm.models import load
-from zotune.llm.objective import CLASSIFICATION, collate, mean_loss
+from zotune.llm.objective import CLASSIFICATION, mean_loss
 from zotune.llm.tasks import TASKS
 from zotune.llm.train import train
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zotune.llm.encoding import Encoded, collate
 from zotune.llm.evaluate import Measured, Scorer, by_length
 from zotune.llm.generation import generate
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import TEACHER_FORCING, Encoded, Objective, collate, mean_loss
+from zotune.llm.objective import TEACHER_FORCING, Objective, mean_loss
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from zotune.llm.encoding import Batch, Encoded, collate
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Objective, collate
+from zotune.llm.objective import CLASSIFICATION, Objective
 
 Scorer = Callable[[Batch], Tensor]
 

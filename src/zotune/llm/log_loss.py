@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from zotune.llm.encoding import Encoded, collate
 from zotune.llm.evaluate import Measured, Scorer, by_length
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import TEACHER_FORCING, Encoded, Objective, collate
+from zotune.llm.objective import TEACHER_FORCING, Objective
 
 
 @dataclass(frozen=True)

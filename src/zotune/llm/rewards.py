@@ -26,10 +26,11 @@ from torch import Tensor
 from zotune.errors import RunError, UsageError, did_you_mean
 from zotune.llm.answers import answers_found, exact_match, f1
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoded
 from zotune.llm.evaluate import Measured, Scorer, by_length
 from zotune.llm.generation import Sampling, Starting, generate
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import CLASSIFICATION, Encoded, Objective
+from zotune.llm.objective import CLASSIFICATION, Objective
 from zotune.llm.objective_options import ObjectiveOptions
 from zotune.noise import derive_seed
 
