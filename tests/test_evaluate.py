@@ -7,7 +7,8 @@ import torch
 
 from zotune.llm.data import Example
 from zotune.llm.encoding import Encoder
-from zotune.llm.evaluate import evaluate, wilson
+from zotune.llm.evaluate import evaluate
+from zotune.llm.intervals import wilson
 
 WORDS = (" terrible", " great")
 
