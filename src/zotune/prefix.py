@@ -130,6 +130,28 @@ class PrefixReuse:
                     layer.forward = forward
 
 
+class NoReuse:
+    """The same contract where nothing is reused: every pass is a whole one."""
+
+    num_passes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was kept."""
+
+    def moved(self, tensors: frozenset[int]) -> None:
+        """As `PrefixReuse.moved`."""
+
+    def record(self, closure: Closure) -> None:
+        """As `PrefixReuse.record`."""
+
+    def of(self, closure: Closure) -> Closure:
+        """As `PrefixReuse.of`."""
+        return closure
+
+
 def _recorded(outputs: list[Any]) -> Callable[..., Any]:
     """A forward that returns copies of the recorded outputs in turn: what uses them may write into them."""
     calls = iter(outputs)

@@ -13,7 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from zotune.directions import Terms, add_terms
+from zotune.directions import Terms, add_terms, moving
 from zotune.noise import compute_dtype, round_to
 from zotune.perturb import move_rows_one_by_one
 from zotune.transforms import State, Transform, identity
@@ -21,6 +21,7 @@ from zotune.tuned import TunedTensor
 
 # Elements at a time where ĝ or its transform is made: the temporaries stay at some megabytes.
 _CHUNK = 1 << 18
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Rounding(StrEnum):
@@ -143,41 +144,49 @@ class Step:
 
     Attributes:
         terms: (cᵢ, uᵢ) of ĝ over all tensors, with coefficients as they are applied.
-        rates, decays: η and λ of each parameter group.
-        rounding_seed: as in `TensorUpdate`, for half-precision tensors.
-        history: the terms of earlier steps, oldest first, where states are made again from them; else None.
+        rates: (η, λ) of each parameter group.
+        rounding_seed: names the stochastic rounding, where `rounding` is that.
+        history: as in `TensorUpdate`, over all tensors.
     """
 
     terms: Terms
     transform: Transform
-    rates: Sequence[float]
-    decays: Sequence[float]
-    rounding_seed: int | None
+    rates: Sequence[tuple[float, float]]
+    rounding: Rounding
+    rounding_seed: int
     history: Sequence[Terms] | None
 
     def moves(self, tensor: TunedTensor) -> bool:
         """Whether the step concerns a tensor."""
         return any(u.moves(tensor.id) for _, u in self.terms)
 
-    def on(self, tensor: TunedTensor, group: int, state: State, master: Tensor | None = None) -> TensorUpdate:
-        """The update of a tensor in parameter group number `group`."""
+    def on(self, tensor: TunedTensor, group: int, state: State) -> TensorUpdate:
+        """The update of a tensor in parameter group number `group`, as its dtype and shape have it.
+
+        `state` is the transform's, with the tensor's `master`, where there is one. Of the tensor no number is read.
+        """
         p = tensor.parameter
+        lr, weight_decay = self.rates[group]
+        is_stochastic = p.dtype in _HALF and self.rounding == Rounding.STOCHASTIC
         return TensorUpdate(
             tensor,
-            _own(self.terms, tensor),
+            moving(self.terms, tensor.id),
             self.transform,
-            state,
-            self.rates[group],
-            self.decays[group] if p.dim() > 1 else 0.0,
-            self.rounding_seed if p.dtype in (torch.bfloat16, torch.float16) else None,
-            None if self.history is None else [own for t in self.history if (own := _own(t, tensor))],
-            master,
+            {k: v for k, v in state.items() if k != "master"},
+            lr,
+            weight_decay if p.dim() > 1 else 0.0,
+            self.rounding_seed if is_stochastic else None,
+            None if self.history is None else [own for t in self.history if (own := moving(t, tensor.id))],
+            state.get("master"),
         )
 
 
-def _own(terms: Terms, tensor: TunedTensor) -> Terms:
-    """Those that are not zero for a tensor."""
-    return [(c, u) for c, u in terms if u.moves(tensor.id)]
+def keep_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
+    """A tensor's state, with its master weights where `rounding` wants them and they are not there yet."""
+    weights = tensor.storage()
+    if weights.dtype in _HALF and rounding == Rounding.MASTER and "master" not in state:
+        state["master"] = weights.float().contiguous()
+    return state
 
 
 @dataclass(frozen=True)

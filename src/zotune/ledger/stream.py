@@ -91,9 +91,7 @@ class Trace:
 
 
 @torch.no_grad()
-def _move(
-    x: Tensor, size: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype, start: int
-) -> None:
+def _move(x: Tensor, size: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype, start: int) -> None:
     """Take all steps with the slice of x that begins at `start`; its state begins empty, as that of a run."""
     part, state = x[start : start + size], State()
     y = part.to(kept)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from zotune.hybrid import Hybrid
 from zotune.llm.config import TrainConfig
+from zotune.llm.encoding import Batch, Candidate, Encoded, collate
 from zotune.llm.evaluate import by_length
 from zotune.llm.live_memory import peak_of
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
-from zotune.llm.objective import Batch, Candidate, Encoded, Objective, collate
+from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.perturb import SCRATCH_ELEMENTS
