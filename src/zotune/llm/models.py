@@ -213,7 +213,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         UsageError: it cannot be found, read, or run here; the message says which and what to do.
     """
     quiet_libraries()
-    device = _device(options.device)
+    device = find_device(options.device)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
     elif (adapter := _adapter_folder(options)) is not None:
@@ -243,7 +243,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """A device by name; `auto` is a GPU where there is one.
+
+    Raises:
+        UsageError: it cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
