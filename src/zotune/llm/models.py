@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -297,7 +298,7 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
         # An adapter's folder names its base by this: not by where this machine's cache is.
         module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None
     return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
 

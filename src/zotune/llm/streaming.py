@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,15 @@ def base_of(ledger: Ledger, config: TrainConfig) -> Streamed:
     """
     if config.is_adapter:
         raise NotStreamedError("an adapter begins with random numbers that its library draws")
-    checkpoint = _checkpoint(config)
+    source = _source(config)
+    checkpoint = _checkpoint(source)
     lm, _ = skeleton(config)
     if lm.masked and not lm.classifies and head_labels(config):
         raise NotStreamedError("its classification head begins with random numbers that its library draws")
     prepare(lm, config)
     module: Any = lm.module
+    if module.can_generate():
+        _read_generation(module, source)
     state, sources = module.state_dict(), _sources(module, checkpoint)
     for name, key in sources.items():
         if checkpoint.shape(key) != tuple(state[name].shape):
@@ -147,14 +151,17 @@ def mean(streams: Iterable[Streamed]) -> Streamed:
     return replace(first, tensor=tensor)
 
 
-def _checkpoint(options: ModelOptions) -> Checkpoint:
-    """The base model's safetensors files: a folder's, or those of the Hub's cache."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-
+def _source(options: ModelOptions) -> str:
+    """The folder of the base model, or its name on the Hub."""
     name = options.model
     if name.startswith("random:") or (Path(name) / "adapter_config.json").is_file():
         raise NotStreamedError(f"{name} is no folder of weights")
-    source = str(fetch(name, accept_terms=options.accept_terms)) if name in BUILT_IN else name
+    return str(fetch(name, accept_terms=options.accept_terms)) if name in BUILT_IN else name
+
+
+def _checkpoint(source: str) -> Checkpoint:
+    """The base model's safetensors files: a folder's, or those of the Hub's cache."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     def find(file: str) -> str | None:
         found: str | None = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
@@ -168,7 +175,15 @@ def _checkpoint(options: ModelOptions) -> Checkpoint:
             return Checkpoint([Path(found) for shard in sorted(shards) if (found := find(shard)) is not None])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise NotStreamedError(f"its files cannot be found one by one ({error})") from None
-    raise NotStreamedError(f"{name} has no safetensors files")
+    raise NotStreamedError(f"{source} has no safetensors files")
+
+
+def _read_generation(module: Any, source: str) -> None:
+    """Let the model know what its folder says of generation, which is saved with it; it has no say in weights."""
+    from transformers import GenerationConfig
+
+    with suppress(OSError):  # there is no such file: what the model's configuration says holds
+        module.generation_config = GenerationConfig.from_pretrained(source)
 
 
 def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
