@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,36 @@ class TensorUpdate:
         for terms in self.history:
             _, state = self.transform(self._gradient(terms, start, like), state)
         return state
+
+
+def make_update(
+    tensor: TunedTensor,
+    terms: Terms,
+    transform: Transform,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: Rounding,
+    rounding_seed: int,
+    history: Sequence[Terms] | None,
+) -> TensorUpdate:
+    """What a step does to one tensor, as its dtype and shape have it. Master weights are kept in its `state`."""
+    weights = tensor.storage()
+    is_half = weights.dtype in (torch.bfloat16, torch.float16)
+    if is_half and rounding == Rounding.MASTER and "master" not in state:
+        state["master"] = weights.float().contiguous()
+    return TensorUpdate(
+        tensor,
+        terms,
+        transform,
+        {k: v for k, v in state.items() if k != "master"},
+        lr,
+        weight_decay if weights.dim() > 1 else 0.0,
+        rounding_seed if is_half and rounding == Rounding.STOCHASTIC else None,
+        history,
+        state.get("master"),
+    )
 
 
 @dataclass(frozen=True)
