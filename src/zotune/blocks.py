@@ -40,7 +40,11 @@ class Block:
 
 
 class BlockOrder(StrEnum):
-    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`)."""
+    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`).
+
+    A joint step whose loss is NaN or infinite moves nothing. Of a sequential one the blocks are left out whose own
+    losses are; those before and after them have moved.
+    """
 
     JOINT = "joint"
     SEQUENTIAL = "sequential"

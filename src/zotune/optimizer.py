@@ -23,7 +23,7 @@ from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import NoReuse, PrefixReuse
-from zotune.sparsity import Masked, Sparse
+from zotune.sparsity import Sparse, StepSampler
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensors
@@ -57,11 +57,12 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: names the run: the same seed, model and objective give the same bits.
         params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr` and
             `weight_decay`.
-        max_skipped: after so many steps in a row with a NaN or infinite loss, `NonFiniteLossError` is raised.
+        max_skipped: after so many steps in a row with such an estimate, `NonFiniteLossError` is raised.
 
     Attributes:
         num_steps: steps taken so far, skipped ones included.
-        num_skipped: steps with a loss that was NaN or infinite; it left weights and state untouched.
+        num_skipped: steps with an estimate that was NaN or infinite, which left weights and state untouched. Of
+            sequential blocks the others were written; the record's scale is NaN for each that was left out.
         num_forwards: evaluations of the objective so far.
         on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`.
 
@@ -116,7 +117,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.transform, self.coefficient, self.step_rule = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
         self.rounding, self.seed = Rounding(rounding), seed
-        self._masked: Masked | None = None
+        self._sampling = StepSampler(self.tuned, sampler)
         self._history = None if window is None else History(window - 1)
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
@@ -131,9 +132,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
         where a sparse sampler masks by magnitude).
         """
-        sampler = self.sampler
-        if isinstance(sampler, Sparse):
-            sampler = self._masked = sampler.at(self.tuned, self.seed, self.num_steps, self._masked)
+        sampler = self._sampling.at(self.seed, self.num_steps)
         queries = [
             Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
             for query in range(self.num_queries)
@@ -147,11 +146,19 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
-        self._prefix.num_passes = 0
         self._prefix.record(closure)
-        estimate = self.estimator(self._prefix.of(closure), self.tuned, directions)
-        self.num_forwards += estimate.num_forwards + self._prefix.num_passes
+        estimate = self.estimator(self.reusing(closure), self.tuned, directions)
+        self.count_forwards(estimate.num_forwards)
         return estimate.mapped(self.recorded)
+
+    def reusing(self, closure: Closure) -> Closure:
+        """The same objective, within a step without the layers that the present perturbation cannot reach."""
+        return self._prefix.of(closure)
+
+    def count_forwards(self, num_forwards: int) -> None:
+        """So many evaluations were asked of `reusing`: count them, what was recorded, not what was known from it."""
+        self.num_forwards += num_forwards + self._prefix.num_passes
+        self._prefix.num_passes = 0
 
     def apply(self, estimate: GradientEstimate) -> None:
         """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
@@ -293,7 +300,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.stop_if_skipping()
 
     def _count(self) -> float:
-        """The step is over: count it, report it, and return its loss."""
+        """The step is over: count it, report it, and return its loss: the mean over the blocks' estimates."""
         taken, self._taken = self._taken, []
         estimate = merged([e for e, _ in taken])
         record = StepRecord(
@@ -325,7 +332,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
         own: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
-        own["sampler"] = None if self._masked is None else self._masked.state()
+        own["sampler"] = self._sampling.state()
         own["history"] = None if self._history is None else self._history.state()
         return {**super().state_dict(), "zeroth_order": own}
 
@@ -341,13 +348,6 @@ class ZerothOrder(torch.optim.Optimizer):
         for name in _COUNTERS:
             setattr(self, name, own[name])
         self._forwards_before = self.num_forwards
-        self._masked = None
-        if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
-            self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
+        self._sampling.load(self.seed, own["sampler"])
         if self._history is not None:
-            self._history.load(own["history"] or [], self._restored_sampler, self.blocks)
-
-    def _restored_sampler(self, state: Any) -> Sampler:
-        """That of an earlier step."""
-        sampler = self.sampler
-        return sampler.restored(self.tuned, self.seed, state) if isinstance(sampler, Sparse) else sampler
+            self._history.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)

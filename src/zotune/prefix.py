@@ -35,13 +35,12 @@ class PrefixReuse:
     Memory: the outputs of all layers of the stack for one evaluation of the objective, and the first layer's inputs.
 
     Attributes:
-        num_passes: evaluations of the objective made here, less those whose value was known.
+        num_passes: evaluations of the objective made here, less those whose value was known, since it was last counted.
     """
 
     def __init__(self, tuned: TunedTensors) -> None:
         self._tuned = tuned
         _, self._layers = stack_of(tuned.model)
-        self.num_passes = 0
         self.forget()
 
     def __enter__(self) -> Self:
@@ -52,6 +51,7 @@ class PrefixReuse:
 
     def forget(self) -> None:
         """The objective is another one from now on."""
+        self.num_passes = 0
         self._depth: dict[int, int] = {}
         self._outputs: list[list[Any]] = [[] for _ in self._layers]
         self._inputs: list[list[Any]] = []

@@ -73,15 +73,16 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     estimates = blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
     directions = optimizer.num_queries * blocks // estimates
     one_sided = config.difference == "forward"
+    records = config.blocks is not None and not config.is_generated
     if config.method == "forward_grad":
         passes = directions
     elif one_sided:
         passes = directions + 1
     else:
         # With blocks, one more pass at x records what the probes reuse; one-sided differences have it anyway.
-        passes = 2 * directions + (config.blocks is not None and not config.is_generated)
+        passes = 2 * directions + records
     if config.method == "zo_sgd_cons":
-        passes += 2 if one_sided else 3
+        passes += 2 if one_sided or records else 3
     tokens = config.max_new_tokens if config.is_generated else 1
     return config.gradient_accumulation_steps * estimates * passes * tokens
 
