@@ -8,13 +8,10 @@ of the model than one tensor is ever held.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from zotune.directions import PhiloxSampler
 from zotune.ledger.format import StepRecord
 from zotune.noise import compute_dtype
 from zotune.optimizer import ZerothOrder
@@ -23,8 +20,8 @@ from zotune.transforms import State
 from zotune.tuned import TunedTensor
 from zotune.update import Rounding, Step, TensorUpdate
 
-# Elements that go through all steps together: half a megabyte in single precision, a share of a core's own cache.
-SLICE = 1 << 17
+# Elements a thread that go through all steps together: a megabyte in single precision, as a core's own cache has.
+SLICE = 1 << 18
 # Elsewhere a launch costs more than a trip to memory.
 _SLICE_OF_A_DEVICE = 1 << 24
 
@@ -55,7 +52,6 @@ class Trace:
         self._tuned = optimizer.tuned
         self._keeps_master = optimizer.rounding == Rounding.MASTER
         self._groups = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        self._has_kernel = isinstance(optimizer.sampler, PhiloxSampler)
         self._steps: list[tuple[Step, float]] = [step for record in records for step in optimizer.trace(record)]
 
     @staticmethod
@@ -75,26 +71,20 @@ class Trace:
         updates = [(self._update(step, tensor), scale) for step, scale in self._steps if step.moves(tensor)]
         if not updates:
             return
-        on_cpu = x.device.type == "cpu"
-        size = size or (SLICE if on_cpu else _SLICE_OF_A_DEVICE)
+        if size is None:
+            size = SLICE * torch.get_num_threads() if x.device.type == "cpu" else _SLICE_OF_A_DEVICE
         kept = compute_dtype(x.dtype) if self._keeps_master else x.dtype
-        move = partial(_move, x, size, updates, kept)
-        # One kernel a step, without the interpreter's lock, keeps a core busy; other operations have their own threads.
-        if on_cpu and self._has_kernel and updates[0][0].is_fused:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(move, range(0, x.numel(), size)))
-        else:
-            list(map(move, range(0, x.numel(), size)))
+        for start in range(0, x.numel(), size):
+            _move(x[start : start + size], start, updates, kept)
 
     def _update(self, step: Step, tensor: TunedTensor) -> TensorUpdate:
         return step.on(tensor, self._groups[id(tensor.parameter)], {})
 
 
 @torch.no_grad()
-def _move(x: Tensor, size: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype, start: int) -> None:
-    """Take all steps with the slice of x that begins at `start`; its state begins empty, as that of a run."""
-    part, state = x[start : start + size], State()
-    y = part.to(kept)
+def _move(x: Tensor, start: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype) -> None:
+    """Take all steps with the slice x, which begins at `start`; its state begins empty, as that of a run."""
+    y, state = x.to(kept), State()
     for update, scale in updates:
         state = update.take(y, state, start, scale)
-    part.copy_(y)
+    x.copy_(y)
