@@ -152,4 +152,8 @@ def _shard_size(given: str | None) -> str:
 
 
 def _saved(folder: Path, num_steps: int) -> Answer:
-    return {"output_dir": str(folder), "num_steps": num_steps}, f"{num_steps} steps replayed; saved in {folder}", 0
+    from zotune.memory import peak_memory
+
+    peak = peak_memory()
+    found = {"output_dir": str(folder), "num_steps": num_steps, "peak_memory": peak}
+    return found, f"{num_steps} steps replayed, peak memory {peak / 2**20:.0f} MiB; saved in {folder}", 0
