@@ -12,6 +12,7 @@ from torch import nn
 
 import zotune as zo
 from test_ledger import METHODS, bits_of, network, run
+from zotune.errors import UsageError
 from zotune.ledger import read
 from zotune.ledger.replay import replay
 from zotune.ledger.stream import Trace
@@ -57,13 +58,26 @@ def test_a_shorter_ledger_and_none_at_all_are_traced(tmp_path):
             assert torch.equal(x, again.tuned[name].parameter)
 
 
-def test_masks_that_depend_on_weights_are_not_traced():
+@pytest.mark.parametrize("interval", [1, 3])
+def test_shares_of_masks_are_those_of_the_weights_that_the_run_began_with(interval, tmp_path):
+    options = {"sampler": zo.sparse(zo.gaussian, 0.4, group="global", interval=interval)}
+    opt, base = run(METHODS["momentum"], tmp_path / "a.zol", 8, bad=(0,), **options)
+    shaped = METHODS["momentum"](network().to("meta"), seed=3, **options)
+    weights = dict(base.named_parameters())
+    trace = Trace(shaped, read(tmp_path / "a.zol"), lambda t: weights[t.name].detach())
+    for name, p in opt.tuned.model.named_parameters():
+        x = weights[name].detach().clone()
+        trace.apply(name, x.view(-1))
+        assert torch.equal(x, p)
+
+
+def test_masks_that_follow_the_weights_are_not_traced():
     model = nn.Linear(3, 3)
-    for mask, group in (("magnitude", "layer"), ("magnitude", "global"), ("random", "global")):
-        assert not Trace.is_possible(
-            zo.zo_sgd(model, lr=0.1, sampler=zo.sparse(zo.gaussian, 0.5, mask=mask, group=group))
-        )
-    assert Trace.is_possible(zo.zo_sgd(model, lr=0.1, sampler=zo.sparse(zo.gaussian, 0.5, group="layer")))
+    for group in ("layer", "global"):
+        opt = zo.zo_sgd(model, lr=0.1, sampler=zo.sparse(zo.gaussian, 0.5, mask="magnitude", group=group))
+        assert not Trace.is_possible(opt)
+        with pytest.raises(UsageError, match="follow the weights"):
+            Trace(opt, [])
 
 
 @pytest.fixture
@@ -132,7 +146,8 @@ OPTIONS = {
     "some weights": {"tuned_parameters": "q_proj|norm"},
     "head": {"tuning": "head"},
     "blocks": {"blocks": "layer", "block_order": "sequential", "num_queries": 2},
-    "random masks": {"sparsity": 0.3, "mask_group": "layer"},
+    "random masks": {"sparsity": 0.3},
+    "random masks, the same share everywhere": {"sparsity": 0.3, "mask_group": "layer"},
     "decay": {"weight_decay": 0.1, "lr_scheduler_type": "cosine"},
 }
 
@@ -150,7 +165,7 @@ def test_where_tensors_depend_on_each_other_that_is_said(config, zotune, folder,
     train(config(model=str(folder("llama")), learning_rate=1e-2, sparsity=0.3, mask="magnitude"))
     said = zotune("ledger", "replay", tmp_path / "out", "--output-dir", tmp_path / "again")
     assert said.code == 0
-    assert "is held in memory: which weights its masks spare depends on all of them" in said.err
+    assert "is held in memory: its masks follow the weights of all tensors as they move" in said.err
     assert contents(tmp_path / "again") == contents(tmp_path / "out", but=OF_A_RUN)
 
 
@@ -309,6 +324,17 @@ def test_merges_are_the_same_either_way_and_follow_from_their_ledgers(
     same = load_file(tmp_path / "again/model.safetensors")
     assert all(torch.equal(same[name], merged[name]) for name in merged)
     assert "bit for bit" in zotune("ledger", "verify", tmp_path / "m").out
+
+
+@pytest.mark.parametrize("options", [{}, {"sparsity": 0.3}], ids=["dense", "masks"])
+def test_a_run_begun_on_the_end_of_another_comes_out_of_both_ledgers(config, zotune, folder, tmp_path, options):
+    train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=3, output_dir=tmp_path / "a", **options))
+    train(
+        config(model=str(tmp_path / "a"), learning_rate=1e-2, max_steps=3, output_dir=tmp_path / "b", seed=1, **options)
+    )
+    assert zotune("ledger", "merge", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "ab").code == 0
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ab", "b"))
+    assert ours == theirs
 
 
 def ledgers_refuse(*args):

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from zotune.errors import UsageError
 from zotune.ledger.format import StepRecord
 from zotune.noise import compute_dtype
 from zotune.optimizer import ZerothOrder
-from zotune.sparsity import Sparse
+from zotune.sparsity import Sparse, Weights
 from zotune.transforms import State
 from zotune.tuned import TunedTensor
 from zotune.update import Rounding, Step, TensorUpdate
@@ -32,9 +33,11 @@ class Trace:
     Args:
         optimizer: made as the run's was; of its weights only shape and dtype are looked at, so they may be on `meta`.
         records: of all its steps. They are held at some hundred bytes a step (and query and block).
+        weights: gives the numbers that a tensor had before the first step; asked for only where the shares of random
+            masks depend on them, and then a few times.
 
     Raises:
-        UsageError: masks depend on the weights of all tensors; see `is_possible`.
+        UsageError: masks follow the weights; see `is_possible`.
 
     >>> import zotune as zo
     >>> from torch import nn
@@ -48,7 +51,12 @@ class Trace:
     True
     """
 
-    def __init__(self, optimizer: ZerothOrder, records: Iterable[StepRecord]) -> None:
+    def __init__(
+        self, optimizer: ZerothOrder, records: Iterable[StepRecord], weights: Weights = TunedTensor.storage
+    ) -> None:
+        if not self.is_possible(optimizer):
+            raise UsageError("masks by magnitude follow the weights of all steps; replay the whole model at once.")
+        optimizer.begin_masks(weights)
         self._tuned = optimizer.tuned
         self._keeps_master = optimizer.rounding == Rounding.MASTER
         self._groups = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
@@ -56,8 +64,8 @@ class Trace:
 
     @staticmethod
     def is_possible(optimizer: ZerothOrder) -> bool:
-        """Whether each tensor can be moved without the others: not if masks depend on the weights."""
-        return not (isinstance(optimizer.sampler, Sparse) and optimizer.sampler.reads_weights)
+        """Whether each tensor can be moved without the others: not if masks follow the weights as they move."""
+        return not (isinstance(optimizer.sampler, Sparse) and optimizer.sampler.depends_on_weights)
 
     def apply(self, name: str, x: Tensor, size: int | None = None) -> None:
         """Move x, all numbers of the tensor called `name` as one flat, contiguous tensor, through all steps, in place.

@@ -78,15 +78,15 @@ class Streamed:
         optimizer = make_optimizer(self.lm.module, config, config.seed, reuse_prefix=False)
         assert isinstance(optimizer, ZerothOrder)
         if not Trace.is_possible(optimizer):
-            raise NotStreamedError("which weights its masks spare depends on all of them")
+            raise NotStreamedError("its masks follow the weights of all tensors as they move")
         known = {t.name: (str(t.parameter.dtype), list(t.parameter.shape)) for t in optimizer.tuned}
         if known != {t["name"]: (f"torch.{t['dtype']}", t["shape"]) for t in ledger.header.tensors}:
             raise NotStreamedError("the shapes of its tensors are not known before they are read")
         if from_base:
             check(optimizer, ledger, digests=False)
-        trace = Trace(optimizer, ledger)
-        digests = {t["name"]: t["digest"] for t in ledger.header.tensors} if from_base else {}
         device, before = find_device(config.device), self.tensor
+        trace = Trace(optimizer, ledger, lambda t: before(t.name))
+        digests = {t["name"]: t["digest"] for t in ledger.header.tensors} if from_base else {}
 
         def tensor(name: str) -> Tensor:
             x, tuned = before(name), optimizer.tuned.named(name)
