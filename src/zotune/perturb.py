@@ -26,8 +26,9 @@ from zotune.directions import Direction, PhiloxSampler, add_terms
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a perturbed piece of a linear layer: 4 MiB in single precision, within a processor's caches.
-SCRATCH_ELEMENTS = 1 << 20
+# Elements of a perturbed piece of a linear layer, 16 MiB in single precision: the layers of most models are one piece,
+# and products of few rows are slow.
+SCRATCH_ELEMENTS = 1 << 22
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
@@ -81,7 +82,7 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all; 16 MiB where
+    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all; 16 MiB where
     all displaced tensors together are that small.
     """
 
@@ -130,7 +131,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
         if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
-            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=value.dtype, device=value.device)
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen))
         piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
@@ -177,6 +178,11 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
 displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedding}
 
 
+def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:
+    """Elements of the largest piece in which a matrix of these tensors is taken."""
+    return min(SCRATCH_ELEMENTS, max((t.parameter.numel() for t in tuned if t.id in ids), default=0))
+
+
 class perturbed(displaced):  # noqa: N801
     """Within this context the model computes with x + a·u; x itself is never written.
 
@@ -188,7 +194,7 @@ class perturbed(displaced):  # noqa: N801
     Raises:
         UnreadTensorError: on leaving, if a tuned tensor was not read: its part of u had no effect.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all.
+    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> u = Direction(seed=7)
