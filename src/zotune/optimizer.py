@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zotune.blocks import Block, check_partition
 from zotune.blocks import BlockOrder as BlockOrder
@@ -24,10 +24,10 @@ from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import NoReuse, PrefixReuse
-from zotune.sparsity import Sparse, StepSampler
+from zotune.sparsity import Sparse, StepSampler, Weights
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
-from zotune.tuned import TunedTensor, TunedTensors
+from zotune.tuned import TunedTensors
 from zotune.update import Rounding, Step, TensorUpdate, keep_master
 
 _DIRECTION, _ROUNDING = 0, 1
@@ -207,13 +207,12 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         self._retake(record, self._write)
 
-    def begin_masks(self, weights: Callable[[TunedTensor], Tensor]) -> None:
-        """Let sparse directions take their first masks from the tensors that `weights` gives, one after the other.
+    def begin_masks(self, weights: Weights) -> None:
+        """Before the first step: sparse directions take their masks' shares from the tensors that `weights` gives.
 
         For replays over a model that does not hold its numbers; otherwise the first step does it.
         """
-        if isinstance(self.sampler, Sparse):
-            self._masked = self.sampler.at(self.tuned, self.seed, self.num_steps, None, weights)
+        self._sampling.begin(self.seed, weights)
 
     def trace(self, record: StepRecord) -> list[tuple[Step, float]]:
         """The step of a record, and how far to go along it; several where blocks go one after the other.

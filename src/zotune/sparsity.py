@@ -126,6 +126,11 @@ class StepSampler:
         self._tuned, self._sampler = tuned, sampler
         self._last: Masked | None = None
 
+    def begin(self, seed: int, weights: Weights) -> None:
+        """Make the first step's mask with the numbers that `weights` gives, where the model does not hold them."""
+        if isinstance(self._sampler, Sparse):
+            self._last = self._sampler.at(self._tuned, seed, 0, None, weights)
+
     def at(self, seed: int, step: int) -> Sampler:
         """The sampler of a step of the run that `seed` names."""
         if not isinstance(self._sampler, Sparse):
