@@ -26,7 +26,7 @@ test: $(VENV)/dev
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev
 	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
-	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py
+	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py tests/test_fuzzed_inputs.py tests/test_rows.py
 
 test-lm-eval: $(VENV)/lm-eval
 	$(BIN)/python benchmarks/lm_eval_agreement.py

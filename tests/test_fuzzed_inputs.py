@@ -111,6 +111,9 @@ HARD = [
     + b"".join(b"b%d: &a%d [*a%d, *a%d], " % (i, i, i - 1, i - 1) for i in range(1, 9))
     + b"}",
     b"? [a]\n: b",
+    b"task: sst2\ntuning: peft\npeft_type: ia3\npeft_config: {a: &a0 [x, x]"
+    + b"".join(b", b%d: &a%d [*a%d, *a%d]" % (i, i, i - 1, i - 1) for i in range(1, 18))
+    + b"}",
     b"task: !!python/object/apply:os.system [ls]",
     b"task: !!binary x",
     b"task: !!float x",

@@ -17,6 +17,7 @@ from zotune.ledger import read
 from zotune.ledger.replay import replay
 from zotune.ledger.stream import Trace
 from zotune.llm import ledgers, merging
+from zotune.llm.output import saving
 from zotune.llm.shards import Checkpoint
 from zotune.llm.train import train
 
@@ -360,3 +361,20 @@ def test_a_merge_whose_ledgers_are_not_its_own_is_refused(config, zotune, tmp_pa
         said = zotune("ledger", "verify", tmp_path / "m")
         assert said.code == 2
         assert "merge.json" in said.err
+
+
+def test_files_of_another_cut_do_not_stay_beside_what_is_saved(tmp_path):
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "notes.txt",
+        "adapter.safetensors",
+    ):
+        (tmp_path / name).write_text("old", encoding="utf-8")
+    with saving(tmp_path) as aside:
+        (aside / "model.safetensors").write_text("new", encoding="utf-8")
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "notes.txt", "adapter.safetensors"}
+    with pytest.raises(OSError, match="full"), saving(tmp_path) as aside:
+        (aside / "model.safetensors").write_text("half", encoding="utf-8")
+        raise OSError("full")
+    assert (tmp_path / "model.safetensors").read_text(encoding="utf-8") == "new"
