@@ -28,7 +28,7 @@ from zotune.sparsity import Masked, Sparse
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensor, TunedTensors
-from zotune.update import Rounding, TensorUpdate
+from zotune.update import Rounding, TensorUpdate, write_all
 
 _DIRECTION, _ROUNDING = 0, 1
 
@@ -304,8 +304,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
         updates = self.updates(estimate)
-        for update in updates.values():
-            self.state[update.tensor.parameter].update(update.write(scale))
+        for update, state in write_all(updates.values(), scale):
+            self.state[update.tensor.parameter].update(state)
         if self._prefix is not None:
             self._prefix.moved(frozenset(updates))
         self._present = [*self._present, *self._terms(estimate)]

@@ -28,6 +28,8 @@ from zotune.tuned import TunedTensor, TunedTensors
 
 # Elements of a perturbed piece of a linear layer: 4 MiB in single precision, within a processor's caches.
 SCRATCH_ELEMENTS = 1 << 20
+# Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
+_DEVICE_ELEMENTS = 1 << 26
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
@@ -66,7 +68,7 @@ class Along:
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `Displacement.move_rows`."""
         sampler = self.direction.sampler
-        if isinstance(sampler, PhiloxSampler) and rows.device.type == "cpu":
+        if isinstance(sampler, PhiloxSampler):
             noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
         else:
             move_rows_one_by_one(self, rows, indices, tensor)
@@ -81,8 +83,8 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all; 16 MiB where
-    all displaced tensors together are that small.
+    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all (on a GPU the
+    largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
     def __init__(self, tuned: TunedTensors, displacement: Displacement) -> None:
@@ -129,9 +131,12 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
-        if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
-            self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=value.dtype, device=value.device)
-        piece = self._scratch[: rows.numel()]
+        if value.device.type != "cpu":  # whose allocator hands the same memory out again
+            piece = torch.empty(rows.numel(), dtype=value.dtype, device=value.device)
+        else:
+            if self._scratch is None or self._scratch.dtype != value.dtype:
+                self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=value.dtype)
+            piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
 
@@ -140,11 +145,12 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         # Under autograd a scratch that is used again would corrupt the graph.
         if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
             return None
-        if weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
+        largest = SCRATCH_ELEMENTS if weight.device.type == "cpu" else _DEVICE_ELEMENTS
+        if weight.dim() != 2 or not 0 < weight.shape[1] <= largest:
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
-        rows = SCRATCH_ELEMENTS // value.shape[1]
+        rows = largest // value.shape[1]
         out: Tensor | None = None
         for lo in range(0, value.shape[0], rows):
             hi = min(lo + rows, value.shape[0])
@@ -169,7 +175,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         if found is None:
             return None
         tensor, indices, places = found
-        rows = weight.detach()[indices]
+        rows = F.embedding(indices, weight.detach())
         self._displacement.move_rows(rows, indices, tensor)
         return F.embedding(places, rows)
 

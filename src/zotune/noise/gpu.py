@@ -7,14 +7,16 @@ there, so the table of a fixed set of tensors is made once, and the terms of a p
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.noise import eager
+from zotune.noise import eager, reference
 from zotune.noise import triton_kernels as kernels
 
 # Elements of a tile, of a tile of an embedding's row, and of what one program takes from a table.
@@ -69,21 +71,17 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: one launch for all tensors of a device and dtype."""
-    terms: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, int]]] = {}
-    for x, tensor_id in zip(xs, tensor_ids, strict=True):
-        terms.setdefault((x.device, x.dtype), []).append((x, tensor_id))
-    for (device, dtype), group in terms.items():
-        if dtype not in _KINDS:
-            for x, tensor_id in group:
-                eager.add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
-            continue
-        spans = tuple((x.data_ptr(), x.numel(), tensor_id) for x, tensor_id in group)
-        table = _chunks_on(device, spans, dtype.itemsize)
-        arguments = table, _terms_on(device, tuple(seeds), tuple(scales), rounding_seed), len(seeds)
-        aligned = all(address % 16 == 0 for address, _, _ in spans)
-        options = _rounding(dtype, rounding_seed)
-        _launch(kernels.add_many, table, (len(table),), *arguments, STREAM=stream, ALIGNED=aligned, **options)
+    """As `noise.add_many`: one launch."""
+    device, dtype = xs[0].device, xs[0].dtype
+    if dtype not in _KINDS:
+        eager.add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed)
+        return
+    spans = tuple((x.data_ptr(), x.numel(), tensor_id) for x, tensor_id in zip(xs, tensor_ids, strict=True))
+    table = _chunks_on(device, spans, dtype.itemsize)
+    arguments = table, _terms_on(device, tuple(seeds), tuple(scales), rounding_seed), len(seeds)
+    aligned = all(address % 16 == 0 for address, _, _ in spans)
+    options = _rounding(dtype, rounding_seed)
+    _launch(kernels.add_many, table, (len(table),), *arguments, STREAM=stream, ALIGNED=aligned, **options)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
@@ -99,11 +97,13 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
     _launch(kernels.add_rows, rows, grid, *arguments, STREAM=stream, KIND=_KINDS[rows.dtype], TILE=_ROW_TILE)
 
 
-def _launch(kernel: Any, on: Tensor, grid: tuple[int, ...], *arguments: Any, TILE: int = _TILE, **constants: Any) -> None:
+def _launch(
+    kernel: Any, on: Tensor, grid: tuple[int, ...], *arguments: Any, TILE: int = _TILE, **constants: Any
+) -> None:
     if 0 in grid:
         return
     with torch.cuda.device_of(on):
-        kernel[grid](*arguments, TILE=TILE, enable_fp_fusion=False, **constants)
+        kernel[grid](*arguments, TILE=TILE, num_warps=8, enable_fp_fusion=False, **constants)
 
 
 def _tiles(x: Tensor, start: int) -> tuple[int]:
@@ -147,9 +147,7 @@ def _chunks_on(device: torch.device, spans: tuple[tuple[int, int, int], ...], it
 
 
 @lru_cache(maxsize=64)
-def _cached_chunks(
-    device: torch.device, stream: int, spans: tuple[tuple[int, int, int], ...], itemsize: int
-) -> Tensor:
+def _cached_chunks(device: torch.device, stream: int, spans: tuple[tuple[int, int, int], ...], itemsize: int) -> Tensor:
     """The chunks of tensors given as (address, size, id): address, size, id and first element: int64, shape (n, 4)."""
     parts = []
     for address, numel, tensor_id in spans:
@@ -167,3 +165,37 @@ def _stream(device: torch.device) -> int:
 def _sent(table: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, for which the host does not wait."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+@cache
+def is_usable(device: torch.device) -> bool:
+    """Whether the kernels can be built for a device and reproduce the specification there; it is warned if not."""
+    try:
+        right = _reproduces_the_specification(device)
+    except Exception as error:  # whatever a compiler or a driver may raise: torch operations do the work as well
+        warnings.warn(f"Triton's kernels cannot be used on {device}, so the noise is slower: {error!r}", stacklevel=4)
+        return False
+    if not right:
+        warnings.warn(f"Triton's kernels give other bits on {device}; torch operations are used", stacklevel=4)
+    return right
+
+
+def _reproduces_the_specification(device: torch.device) -> bool:
+    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks."""
+    seed, tensor_id, start, n = 2**63 + 5, 2**31 + 7, 130, 1500
+    out = torch.empty(n, device=device)
+    for stream, specified in ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian)):
+        fill(out, stream, seed, tensor_id, start)
+        if not np.array_equal(out.cpu().numpy(), specified(seed, tensor_id, start, start + n)):
+            return False
+    y = out.cpu().numpy()
+    random = reference.random16(seed, tensor_id, start, start + n)
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        half = torch.empty(n, dtype=dtype, device=device)
+        round_half(half, out, seed, tensor_id, start)
+        expected = reference.round_stochastically(y, random, name)
+        if not np.array_equal(half.view(torch.int16).cpu().numpy().view(np.uint16), expected):
+            return False
+    mask(out, 1 << 30, seed, tensor_id, start)
+    masked = reference.masked(seed, tensor_id, start, start + n, 1 << 30)
+    return np.array_equal(out.cpu().numpy(), np.where(masked, np.float32(0), y))

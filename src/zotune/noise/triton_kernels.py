@@ -10,8 +10,6 @@ The kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -23,7 +21,7 @@ _ROUNDING, _MASK = tl.constexpr(reference.ROUNDING), tl.constexpr(reference.MASK
 
 
 @triton.jit
-def _words(seed: Any, tensor: Any, stream: Any, first: Any, N: tl.constexpr) -> Any:
+def _words(seed, tensor, stream, first, N: tl.constexpr):
     """The four words of each of N blocks from `first` on; each word apart, shape (N,)."""
     block = first + tl.arange(0, N)
     low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
@@ -33,20 +31,20 @@ def _words(seed: Any, tensor: Any, stream: Any, first: Any, N: tl.constexpr) -> 
 
 
 @triton.jit
-def _in_order(a: Any, b: Any, c: Any, d: Any) -> Any:
+def _in_order(a, b, c, d):
     """a₀ b₀ c₀ d₀ a₁ b₁ …"""
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
 
 @triton.jit
-def _signs(seed: Any, tensor: Any, tile: Any, TILE: tl.constexpr) -> Any:
+def _signs(seed, tensor, tile, TILE: tl.constexpr):
     w0, w1, w2, w3 = _words(seed, tensor, _RADEMACHER, tile * (TILE // 128), TILE // 128)
     bits = _in_order(w0, w1, w2, w3)[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)
     return tl.reshape(((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True), [TILE])
 
 
 @triton.jit
-def _normal_pair(word_r: Any, word_a: Any) -> Any:
+def _normal_pair(word_r, word_a):
     x = (word_r.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2⁻³²
     bits = x.to(tl.int32, bitcast=True)
     e = (bits - 0x3F3504F3) >> 23
@@ -78,13 +76,13 @@ def _normal_pair(word_r: Any, word_a: Any) -> Any:
 
 
 @triton.jit
-def _flipped(x: Any, quadrant: Any) -> Any:
+def _flipped(x, quadrant):
     """-x where bit 1 of the quadrant is set."""
     return (x.to(tl.uint32, bitcast=True) ^ ((quadrant & 2) << 30)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _normals(seed: Any, tensor: Any, tile: Any, TILE: tl.constexpr) -> Any:
+def _normals(seed, tensor, tile, TILE: tl.constexpr):
     w0, w1, w2, w3 = _words(seed, tensor, _GAUSSIAN, tile * (TILE // 4), TILE // 4)
     a, b = _normal_pair(w0, w1)
     c, d = _normal_pair(w2, w3)
@@ -92,7 +90,7 @@ def _normals(seed: Any, tensor: Any, tile: Any, TILE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _direction(seed: Any, tensor: Any, tile: Any, STREAM: tl.constexpr, TILE: tl.constexpr) -> Any:
+def _direction(seed, tensor, tile, STREAM: tl.constexpr, TILE: tl.constexpr):
     """The elements of u in a tile."""
     if STREAM == _RADEMACHER:
         u = _signs(seed, tensor, tile, TILE)
@@ -102,14 +100,14 @@ def _direction(seed: Any, tensor: Any, tile: Any, STREAM: tl.constexpr, TILE: tl
 
 
 @triton.jit
-def _random16(seed: Any, tensor: Any, tile: Any, TILE: tl.constexpr) -> Any:
+def _random16(seed, tensor, tile, TILE: tl.constexpr):
     w0, w1, w2, w3 = _words(seed, tensor, _ROUNDING, tile * (TILE // 8), TILE // 8)
     words = _in_order(w0, w1, w2, w3)
     return tl.interleave(words & 0xFFFF, words >> 16)
 
 
 @triton.jit
-def _sum(terms: Any, q: Any, tensor: Any, tile: Any, STREAM: tl.constexpr, TILE: tl.constexpr) -> Any:
+def _sum(terms, q, tensor, tile, STREAM: tl.constexpr, TILE: tl.constexpr):
     """Σ scales[i] uᵢ in a tile, in the order of the terms."""
     # -0 is what leaves the first term as it is, its sign included; 0 + -0 would be 0.
     total = tl.full([TILE], 0x80000000, tl.uint32).to(tl.float32, bitcast=True)
@@ -120,13 +118,13 @@ def _sum(terms: Any, q: Any, tensor: Any, tile: Any, STREAM: tl.constexpr, TILE:
 
 
 @triton.jit
-def _from_half(bits: Any) -> Any:
+def _from_half(bits):
     """Float16 patterns in any integer type as float32."""
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _widened(x: Any, KIND: tl.constexpr) -> Any:
+def _widened(x, KIND: tl.constexpr):
     if KIND == FLOAT:
         y = x
     elif KIND == BFLOAT16:
@@ -137,7 +135,7 @@ def _widened(x: Any, KIND: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _nearest(y: Any, KIND: tl.constexpr) -> Any:
+def _nearest(y, KIND: tl.constexpr):
     if KIND == FLOAT:
         rounded = y
     elif KIND == BFLOAT16:
@@ -149,7 +147,7 @@ def _nearest(y: Any, KIND: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _at_random(y: Any, random: Any, KIND: tl.constexpr) -> Any:
+def _at_random(y, random, KIND: tl.constexpr):
     """The rule of `reference.round_stochastically`, without branches on the data."""
     bits = y.to(tl.uint32, bitcast=True)
     if KIND == BFLOAT16:
@@ -161,13 +159,15 @@ def _at_random(y: Any, random: Any, KIND: tl.constexpr) -> Any:
         nearest = magnitude.to(tl.float16)
         lower = nearest.to(tl.uint16, bitcast=True).to(tl.uint32) - (nearest.to(tl.float32) > magnitude).to(tl.uint32)
         below = _from_half(lower)
-        share = tl.div_rn(magnitude - below, _from_half(lower + 1) - below)
-        up = (tl.where(lower < 0x7BFF, share * 65536.0, 0.0).to(tl.uint32) + random) >> 16
+        gap = (_from_half(lower + 1) - below).to(tl.uint32, bitcast=True)
+        # The gap is a power of two, so 2¹⁶ over it is exact, and is made in its exponent; so is the product.
+        share = (magnitude - below) * (0x87000000 - gap).to(tl.float32, bitcast=True)
+        up = (tl.where(lower < 0x7BFF, share, 0.0).to(tl.uint32) + random) >> 16
     return ((lower + up) | ((bits >> 16) & 0x8000)).to(tl.uint16)
 
 
 @triton.jit
-def _load(x: Any, first: Any, n: Any, TILE: tl.constexpr) -> Any:
+def _load(x, first, n, TILE: tl.constexpr):
     """Elements first … first + TILE - 1 of x, which has n; those that it lacks are anything."""
     lane = tl.arange(0, TILE)
     if (first >= 0) & (first + TILE <= n):  # without a mask, loads are as wide as they can be
@@ -178,7 +178,7 @@ def _load(x: Any, first: Any, n: Any, TILE: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _store(out: Any, first: Any, n: Any, values: Any, TILE: tl.constexpr) -> None:
+def _store(out, first, n, values, TILE: tl.constexpr):
     """As `_load`."""
     lane = tl.arange(0, TILE)
     if (first >= 0) & (first + TILE <= n):
@@ -188,7 +188,7 @@ def _store(out: Any, first: Any, n: Any, values: Any, TILE: tl.constexpr) -> Non
 
 
 @triton.jit
-def _rounded(y: Any, terms: Any, tensor: Any, tile: Any, KIND: tl.constexpr, RANDOM: tl.constexpr, TILE: tl.constexpr) -> Any:
+def _rounded(y, terms, tensor, tile, KIND: tl.constexpr, RANDOM: tl.constexpr, TILE: tl.constexpr):
     if RANDOM:
         bits = _at_random(y, _random16(tl.load(terms), tensor, tile, TILE), KIND)
     else:
@@ -198,37 +198,33 @@ def _rounded(y: Any, terms: Any, tensor: Any, tile: Any, KIND: tl.constexpr, RAN
 
 @triton.jit
 def _add_tile(
-    out: Any,
-    x: Any,
-    first: Any,
-    n: Any,
-    tile: Any,
-    terms: Any,
-    q: Any,
-    tensor: Any,
+    out,
+    x,
+    first,
+    n,
+    tile,
+    terms,
+    q,
+    tensor,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
     RANDOM: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     """Out = x + Σ scales[i] uᵢ for the tile that begins at element `first` of out and x, which have n."""
     y = _widened(_load(x, first, n, TILE), KIND) + _sum(terms, q, tensor, tile, STREAM, TILE)
     _store(out, first, n, _rounded(y, terms, tensor, tile, KIND, RANDOM, TILE), TILE)
 
 
 @triton.jit(do_not_specialize=["tensor"])
-def fill(
-    out: Any, start: Any, n: Any, terms: Any, tensor: Any, STREAM: tl.constexpr, TILE: tl.constexpr
-) -> None:
+def fill(out, start, n, terms, tensor, STREAM: tl.constexpr, TILE: tl.constexpr):
     """Out = u, from element `start` on."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     _store(out, tile * TILE - start, n, _direction(tl.load(terms + 1), tensor, tile, STREAM, TILE), TILE)
 
 
 @triton.jit(do_not_specialize=["tensor", "threshold"])
-def mask(
-    out: Any, start: Any, n: Any, threshold: Any, terms: Any, tensor: Any, TILE: tl.constexpr
-) -> None:
+def mask(out, start, n, threshold, terms, tensor, TILE: tl.constexpr):
     """Out = 0 where the mask stream's word is below the threshold."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     w0, w1, w2, w3 = _words(tl.load(terms + 1), tensor, _MASK, tile * (TILE // 4), TILE // 4)
@@ -238,9 +234,7 @@ def mask(
 
 
 @triton.jit(do_not_specialize=["tensor"])
-def round_half(
-    out: Any, y: Any, start: Any, n: Any, terms: Any, tensor: Any, KIND: tl.constexpr, TILE: tl.constexpr
-) -> None:
+def round_half(out, y, start, n, terms, tensor, KIND: tl.constexpr, TILE: tl.constexpr):
     """Out = y, rounded at random."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     first = tile * TILE - start
@@ -249,18 +243,18 @@ def round_half(
 
 @triton.jit(do_not_specialize=["tensor"])
 def add(
-    out: Any,
-    x: Any,
-    start: Any,
-    n: Any,
-    terms: Any,
-    q: Any,
-    tensor: Any,
+    out,
+    x,
+    start,
+    n,
+    terms,
+    q,
+    tensor,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
     RANDOM: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     """Out = x + Σ scales[i] uᵢ, from element `start` on."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     _add_tile(out, x, tile * TILE - start, n, tile, terms, q, tensor, STREAM, KIND, RANDOM, TILE)
@@ -268,15 +262,15 @@ def add(
 
 @triton.jit
 def add_many(
-    table: Any,
-    terms: Any,
-    q: Any,
+    table,
+    terms,
+    q,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
     RANDOM: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     """x += Σ scales[i] uᵢ for many tensors: a program a chunk, a row of the table a chunk (see `gpu.chunks_on`)."""
     row = table + 4 * tl.program_id(0).to(tl.int64)
     address, n, tensor, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -292,15 +286,15 @@ def add_many(
 
 @triton.jit(do_not_specialize=["tensor"])
 def add_rows(
-    rows: Any,
-    indices: Any,
-    width: Any,
-    terms: Any,
-    tensor: Any,
+    rows,
+    indices,
+    width,
+    terms,
+    tensor,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor; a program a row and tile."""
     i = tl.program_id(0).to(tl.int64)
     start = tl.load(indices + i) * width
