@@ -202,12 +202,13 @@ def test_round_to_equals_the_reference_bit_for_bit(dtype):
     y[::7] *= torch.finfo(dtype).max
     y[::11] = 0.0
     y.clamp_(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
-    random = reference.random16(SEED, TENSOR, 13, 13 + len(y))
-    expected = torch.from_numpy(reference.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
-    for round_to in (noise.round_to, eager.round_half):
-        out = torch.empty(len(y), dtype=dtype)
-        round_to(out, y, SEED, TENSOR, 13)
-        assert torch.equal(bits(out), bits(expected))
+    for start in (13, 2**41 + 77):
+        random = reference.random16(SEED, TENSOR, start, start + len(y))
+        expected = torch.from_numpy(reference.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
+        for round_to in (noise.round_to, eager.round_half):
+            out = torch.empty(len(y), dtype=dtype)
+            round_to(out, y, SEED, TENSOR, start)
+            assert torch.equal(bits(out), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)

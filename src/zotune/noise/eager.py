@@ -159,7 +159,7 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """x += Σ scales[i] uᵢ for each of some whole tensors."""
+    """As `noise.add_many`: x += Σ scales[i] uᵢ for each of some whole tensors."""
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 

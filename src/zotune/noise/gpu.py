@@ -102,7 +102,7 @@ def _launch(
 ) -> None:
     if 0 in grid:
         return
-    with torch.cuda.device_of(on):
+    with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
         kernel[grid](*arguments, TILE=TILE, num_warps=8, enable_fp_fusion=False, **constants)
 
 
@@ -128,27 +128,25 @@ def _signed(word: int, bits: int = 32) -> int:
 def _terms_on(
     device: torch.device, seeds: tuple[int, ...], scales: tuple[float, ...], rounding_seed: int | None
 ) -> Tensor:
-    return _cached_terms(device, _stream(device), seeds, scales, rounding_seed)
-
-
-@lru_cache(maxsize=16)
-def _cached_terms(
-    device: torch.device, stream: int, seeds: tuple[int, ...], scales: tuple[float, ...], rounding_seed: int | None
-) -> Tensor:
     """The rounding seed, then seed and scale (the bits of a float32) of each term: int64, shape (1 + 2q,)."""
     words = [rounding_seed or 0]
     for seed, scale in zip(seeds, scales, strict=True):
-        words += [seed, struct.unpack("<I", struct.pack("<f", scale))[0]]
-    return _sent(torch.tensor([_signed(word, 64) for word in words]), device)
+        words += [seed, *struct.unpack("<I", struct.pack("<f", scale))]
+    return _cached_words(device, _stream(device), tuple(_signed(word, 64) for word in words))
+
+
+@lru_cache(maxsize=16)
+def _cached_words(device: torch.device, stream: int, words: tuple[int, ...]) -> Tensor:
+    return _sent(torch.tensor(words), device)
 
 
 def _chunks_on(device: torch.device, spans: tuple[tuple[int, int, int], ...], itemsize: int) -> Tensor:
+    """The chunks of tensors given as (address, size, id): address, size, id and first element: int64, shape (n, 4)."""
     return _cached_chunks(device, _stream(device), spans, itemsize)
 
 
 @lru_cache(maxsize=64)
 def _cached_chunks(device: torch.device, stream: int, spans: tuple[tuple[int, int, int], ...], itemsize: int) -> Tensor:
-    """The chunks of tensors given as (address, size, id): address, size, id and first element: int64, shape (n, 4)."""
     parts = []
     for address, numel, tensor_id in spans:
         start = torch.arange(0, numel, _CHUNK)

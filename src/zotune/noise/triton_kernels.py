@@ -3,7 +3,7 @@
 A program works on a tile: the elements [TILE k, TILE (k + 1)) of a tensor, so that each block of noise is
 made once, by one program, whatever slice of the tensor is asked for. 16-bit weights come as their bit
 patterns; `KIND` says which of `FLOAT`, `BFLOAT16` and `FLOAT16` they are. The seeds and scales are read from
-the device's memory (see `gpu.terms_on`): a step's launches differ from the last step's in data alone.
+the device's memory (see `gpu._terms_on`): a step's launches differ from the last step's in data alone.
 
 The kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add would change bits.
 """
@@ -271,7 +271,7 @@ def add_many(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """x += Σ scales[i] uᵢ for many tensors: a program a chunk, a row of the table a chunk (see `gpu.chunks_on`)."""
+    """X += Σ scales[i] uᵢ for many tensors: a program and a row of the table a chunk (see `gpu._chunks_on`)."""
     row = table + 4 * tl.program_id(0).to(tl.int64)
     address, n, tensor, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     if KIND == FLOAT:
