@@ -97,13 +97,12 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
     _launch(kernels.add_rows, rows, grid, *arguments, STREAM=stream, KIND=_KINDS[rows.dtype], TILE=_ROW_TILE)
 
 
-def _launch(
-    kernel: Any, on: Tensor, grid: tuple[int, ...], *arguments: Any, TILE: int = _TILE, **constants: Any
-) -> None:
+def _launch(kernel: Any, on: Tensor, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     if 0 in grid:
         return
+    options = {"TILE": _TILE, **constants, "num_warps": 8, "enable_fp_fusion": False}
     with torch.cuda.device_of(on):  # type: ignore[no-untyped-call]
-        kernel[grid](*arguments, TILE=TILE, num_warps=8, enable_fp_fusion=False, **constants)
+        kernel[grid](*arguments, **options)
 
 
 def _tiles(x: Tensor, start: int) -> tuple[int]:
