@@ -42,7 +42,8 @@ def central_difference(
     """
     q = len(directions)
     with probing(tuned.model):
-        pairs = [[_at(closure, tuned, u, a) for a in (mu, -mu)] for u in directions]
+        values = read([_at(closure, tuned, u, a) for u in directions for a in (mu, -mu)])
+    pairs = list(zip(values[::2], values[1::2], strict=True))
     terms = averaged([(plus - minus) / (2 * mu) for plus, minus in pairs], directions)
     return GradientEstimate(sum(map(sum, pairs)) / (2 * q), terms, num_forwards=2 * q)
 
@@ -61,8 +62,7 @@ def forward_difference(
     """
     q = len(directions)
     with probing(tuned.model):
-        base = evaluate(closure)
-        values = [_at(closure, tuned, u, mu) for u in directions]
+        base, *values = read([objective(closure), *(_at(closure, tuned, u, mu) for u in directions)])
     terms = averaged([(value - base) / mu for value in values], directions)
     return GradientEstimate(base, terms, num_forwards=q + 1, base=base)
 
@@ -76,8 +76,16 @@ def evaluate(closure: Closure) -> float:
     return float(objective(closure))
 
 
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """What `objective` gave as numbers; the host waits for a GPU once, not once a value."""
+    waiting = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else ())
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
 def objective(closure: Closure) -> Tensor | float:
-    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent.
+    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent, or
+    is on a GPU, for which the host would have to wait.
 
     Raises:
         TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
@@ -93,6 +101,8 @@ def objective(closure: Closure) -> Tensor | float:
             )
         if tangent_of(value) is not None:
             return value.cpu().double().reshape(())
+        if value.is_cuda:
+            return value.detach().to(torch.float64, copy=True).reshape(())
         return float(value.detach())
     if isinstance(value, Real):
         return float(value)
@@ -148,6 +158,6 @@ def probing(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _at(closure: Closure, tuned: TunedTensors, direction: Direction, a: float) -> float:
+def _at(closure: Closure, tuned: TunedTensors, direction: Direction, a: float) -> Tensor | float:
     with perturbed(tuned, direction, a):
-        return evaluate(closure)
+        return objective(closure)
