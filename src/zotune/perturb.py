@@ -35,6 +35,11 @@ _DEVICE_ELEMENTS = 1 << 26
 KEPT_BYTES = 16 << 20
 
 
+def piece_elements(device_type: str) -> int:
+    """The most elements of a linear layer that are perturbed at a time."""
+    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+
+
 class Displacement(Protocol):
     """Where the tuned tensors are taken to be: computed for any slice of any tensor, whenever it is read."""
 
@@ -145,7 +150,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         # Under autograd a scratch that is used again would corrupt the graph.
         if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
             return None
-        largest = SCRATCH_ELEMENTS if weight.device.type == "cpu" else _DEVICE_ELEMENTS
+        largest = piece_elements(weight.device.type)
         if weight.dim() != 2 or not 0 < weight.shape[1] <= largest:
             return None
         self.note(tensor)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -89,7 +90,14 @@ class Batch:
     right: Tensor
     exact: bool = False
 
-    @property
+    @cached_property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """The ids among the candidates' tokens, (K,), and which of them each token is, (M,)."""
+        ids, places = torch.unique(self.tokens, return_inverse=True)
+        return ids, places
+
+    # Kept, as the distinct tokens are: a GPU would have to be waited for in each forward pass.
+    @cached_property
     def only_single_tokens(self) -> bool:
         """Whether each candidate is one token, and the candidates of an example are scored at one position."""
         return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
@@ -261,7 +269,8 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
         first_sequence += len(e.sequences)
 
     def tensor(values: Any) -> Tensor:
-        return torch.tensor(values, device=device)
+        # From pinned memory, so that the host does not wait for what a GPU is doing.
+        return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     return Batch(
         sequences=tuple(sequences),
@@ -298,8 +307,7 @@ def scores_of_tokens(picked: Tensor, batch: Batch) -> Tensor:
 
 def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
     """The same up to a constant an example, from (N, K) logits of the candidates' distinct tokens alone."""
-    columns = torch.unique(batch.tokens, return_inverse=True)[1]
-    return _by_example(logits.float()[batch.rows, columns].double(), batch)
+    return _by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
 
 
 def _by_example(values: Tensor, batch: Batch) -> Tensor:
