@@ -1,0 +1,103 @@
+"""On a real GPU, end to end: `make test-gpu` runs this, with `test_triton.py`; without one it is left out."""
+
+import math
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import zotune as zo
+from zotune import noise
+from zotune.ledger import LedgerWriter, read
+from zotune.ledger.replay import header_of, record_to, replay
+
+pytestmark = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] != "0" or not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"
+)
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+class Small(nn.Module):
+    """An embedding, two linear layers with biases, and data that lie on the device beforehand."""
+
+    def __init__(self, device, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.up, self.down = nn.Embedding(300, 64), nn.Linear(64, 200), nn.Linear(200, 5)
+        self.register_buffer("x", torch.randint(0, 300, (8, 16)))
+        self.register_buffer("y", torch.randint(0, 5, (8,)))
+        self.to(device, dtype)
+
+    def loss(self):
+        scores = self.down(torch.tanh(self.up(self.tokens(self.x).mean(1))))
+        return nn.functional.cross_entropy(scores.float(), self.y)
+
+
+def bits(model):
+    return [p.detach().cpu().view({2: torch.int16, 4: torch.int32}[p.element_size()]) for p in model.parameters()]
+
+
+def test_a_gpu_gets_the_triton_kernels():
+    assert noise._accelerator(torch.device("cuda", 0)).__name__ == "zotune.noise.gpu"
+
+
+@each_dtype
+@pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
+def test_a_ledger_written_on_a_gpu_replays_on_a_cpu_to_the_same_bits(dtype, sampler, tmp_path):
+    there = Small("cuda", dtype)
+    opt = zo.zo_sgd(there, lr=0.05, sampler=sampler)
+    with LedgerWriter.create(tmp_path / "run.zol", header_of(opt)) as writer:
+        record_to(writer, opt)
+        losses = [opt.step(there.loss) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    here = Small("cpu", dtype)
+    replay(zo.zo_sgd(here, lr=0.05, sampler=sampler), read(tmp_path / "run.zol"))
+    assert all(map(torch.equal, bits(here), bits(there)))
+
+
+@each_dtype
+def test_probes_leave_the_weights_as_they_were(dtype):
+    model = Small("cuda", dtype)
+    before = bits(model)
+    zo.zo_sgd(model, lr=0.1).estimate(model.loss)
+    assert all(map(torch.equal, before, bits(model)))
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+def test_the_host_waits_for_a_step_once(num_queries):
+    model = Small("cuda")
+    opt = zo.zo_sgd(model, lr=0.05, num_queries=num_queries)
+    opt.step(model.loss)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            opt.step(model.loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
+
+
+def test_later_steps_compile_nothing(monkeypatch):
+    import triton
+
+    model = Small("cuda")
+    opt = zo.zo_sgd(model, lr=0.05)
+    opt.step(model.loss)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.compiler, "compile", lambda *_, **__: pytest.fail("something was compiled"))
+        for _ in range(20):
+            opt.param_groups[0]["lr"] *= 0.9
+            opt.step(model.loss)
+
+
+@each_dtype
+def test_a_run_by_the_command_line_learns_on_a_gpu(dtype, zotune, short):
+    name = str(dtype).removeprefix("torch.")
+    said = zotune(*short("--device", "cuda", "--dtype", name, "--max-steps", 5, "--json"))
+    assert said.code == 0, said.err
+    assert math.isfinite(torch.cuda.max_memory_allocated())
