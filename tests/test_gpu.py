@@ -1,6 +1,5 @@
 """On a real GPU, end to end: `make test-gpu` runs this, with `test_triton.py`; without one it is left out."""
 
-import math
 import os
 import warnings
 
@@ -85,19 +84,24 @@ def test_the_host_waits_for_a_step_once(num_queries):
 def test_later_steps_compile_nothing(monkeypatch):
     import triton
 
-    model = Small("cuda")
+    model, compiled = Small("cuda"), []
     opt = zo.zo_sgd(model, lr=0.05)
     opt.step(model.loss)
-    with monkeypatch.context() as patch:
-        patch.setattr(triton.compiler, "compile", lambda *_, **__: pytest.fail("something was compiled"))
-        for _ in range(20):
-            opt.param_groups[0]["lr"] *= 0.9
-            opt.step(model.loss)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **about: compiled.append(about["repr"]))
+    for _ in range(20):
+        opt.param_groups[0]["lr"] *= 0.9
+        opt.step(model.loss)
+    assert compiled == []
 
 
 @each_dtype
-def test_a_run_by_the_command_line_learns_on_a_gpu(dtype, zotune, short):
-    name = str(dtype).removeprefix("torch.")
-    said = zotune(*short("--device", "cuda", "--dtype", name, "--max-steps", 5, "--json"))
+def test_a_run_by_the_command_line_finishes_on_a_gpu(dtype, zotune, rows_file, tmp_path):
+    precision = str(dtype).removeprefix("torch.")
+    options = ["--device", "cuda", "--dtype", precision, "--max-steps", 3, "--num-dev", 3, "--tuning", "full"]
+    said = zotune(
+        *("train", "--model", "random:llama-tiny", "--train-file", rows_file, "--output-dir", tmp_path / "out"),
+        *options,
+    )
     assert said.code == 0, said.err
-    assert math.isfinite(torch.cuda.max_memory_allocated())
+    verified = zotune("ledger", "verify", tmp_path / "out", "--device", "cpu")
+    assert verified.code == 0, verified.err
