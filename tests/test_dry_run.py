@@ -68,7 +68,7 @@ def test_the_state_after_a_step_has_the_size_that_was_foretold(config, options, 
         optimizers.append(make_optimizer(*args, **more))
         return optimizers[-1]
 
-    monkeypatch.setattr("zotune.llm.train.make_optimizer", remembering)
+    monkeypatch.setattr("zotune.llm.run.make_optimizer", remembering)
     foretold = dry_run(made).memory.state
     train(made)
     (optimizer,) = optimizers

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from zotune.llm.data import Example
-from zotune.llm.evaluate import evaluate, wilson
-from zotune.llm.objective import Encoder
+from zotune.llm.encoding import Encoder
+from zotune.llm.evaluate import evaluate
+from zotune.llm.intervals import wilson
 
 WORDS = (" terrible", " great")
 

@@ -5,9 +5,10 @@ import torch
 
 from zotune.llm import models
 from zotune.llm.config import DataOptions, ModelOptions, TrainConfig
+from zotune.llm.encoding import collate
 from zotune.llm.loading import load_rows
 from zotune.llm.models import load
-from zotune.llm.objective import CLASSIFICATION, collate, mean_loss
+from zotune.llm.objective import CLASSIFICATION, mean_loss
 from zotune.llm.tasks import TASKS
 from zotune.llm.train import train
 
@@ -16,6 +17,11 @@ OPTIONS = {"num_train": 6, "num_dev": 4, "num_eval": 5, "max_length": 300, "prom
 
 def loaded(name, seed=0, model="random:roberta-tiny"):
     return load(ModelOptions(model=model, device="cpu"), TASKS[name].labels, seed)
+
+
+def tuning_of(out, **options):
+    plain = {"model": "random:roberta-tiny", "device": "cpu", "learning_rate": 1e-2, "mu": 1e-2, "output_dir": out}
+    return TrainConfig(**plain, **options, **OPTIONS)
 
 
 @torch.no_grad()
@@ -51,18 +57,7 @@ def test_the_body_is_the_pretrained_one_and_the_head_the_seeds(tiny):
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("method", ["zo_sgd", "fo_sgd"])
 def test_a_tuned_head_evaluates_as_it_did(tmp_path, zotune, tuning, method):
-    config = TrainConfig(
-        model="random:roberta-tiny",
-        device="cpu",
-        task="snli",
-        method=method,
-        tuning=tuning,
-        learning_rate=1e-2,
-        mu=1e-2,
-        max_steps=3,
-        output_dir=tmp_path / "out",
-        **OPTIONS,
-    )
+    config = tuning_of(tmp_path / "out", task="snli", method=method, tuning=tuning, max_steps=3)
     result = train(config)
     fresh = loaded("snli").base.classifier.state_dict()
     lm = load(ModelOptions(model=str(tmp_path / "out"), device="cpu"), TASKS["snli"].labels)
@@ -90,17 +85,7 @@ def test_heads_for_other_labels_or_prompts_are_refused(tmp_path, zotune):
 @torch.no_grad()
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
 def test_virtual_tokens_before_a_head_score_as_plain_peft_and_train(tmp_path, tuning):
-    config = TrainConfig(
-        model="random:roberta-tiny",
-        device="cpu",
-        task="rte",
-        tuning=tuning,
-        learning_rate=1e-2,
-        mu=1e-2,
-        max_steps=2,
-        output_dir=tmp_path / "out",
-        **OPTIONS,
-    )
+    config = tuning_of(tmp_path / "out", task="rte", tuning=tuning, max_steps=2)
     result = train(config)
     lm = load(ModelOptions(model=str(tmp_path / "out"), device="cpu"), TASKS["rte"].labels)
     rows = load_rows(lm, config)

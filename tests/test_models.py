@@ -13,8 +13,8 @@ from zotune.llm import builtin
 from zotune.llm.architectures import ARCHITECTURES
 from zotune.llm.config import ModelOptions
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.models import load
-from zotune.llm.objective import Encoder, collate
 
 # Millions of parameters of the published checkpoints, tied embeddings counted once; roberta-large with its LM head.
 SIZES = {

@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from zotune.errors import UsageError
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.data import Example
-from zotune.llm.objective import Encoder, collate, losses, scores
+from zotune.llm.encoding import Encoder, collate
+from zotune.llm.objective import losses, scores
 
 SINGLE = (
     Example("a gorgeous film It was", (" terrible", " great"), 1),

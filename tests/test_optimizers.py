@@ -130,7 +130,7 @@ def test_every_first_learning_rate_is_scheduled_from_its_own_value():
 @pytest.mark.parametrize(("layers", "kind"), [(0, torch.optim.SGD), (1, zo.Hybrid), (2, zo.ZerothOrder)])
 def test_hybrid_runs_split_the_model_at_the_layer(config, monkeypatch, layers, kind):
     made = []
-    from zotune.llm import train as module
+    from zotune.llm import run as module
 
     real = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *args, **kw: made.append(real(*args, **kw)) or made[-1])

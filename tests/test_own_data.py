@@ -16,8 +16,9 @@ import yaml
 from zotune.llm.config import DataOptions
 from zotune.llm.evaluate import evaluate
 from zotune.llm.generation import generate
+from zotune.llm.intervals import ratio_interval
 from zotune.llm.loading import load_rows
-from zotune.llm.log_loss import evaluate_log_loss, ratio_interval
+from zotune.llm.log_loss import evaluate_log_loss
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"

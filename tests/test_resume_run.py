@@ -109,9 +109,9 @@ class Killed(BaseException):
 
 def stop_after(config, options, num_steps):
     """A run whose process is gone in the middle of a step."""
-    from zotune.llm import train as module
+    from zotune.llm import run as module
 
-    real = module._Run._closures
+    real = module.Run._closures
 
     def closures(self, examples):
         if self.counters.step == num_steps:
@@ -119,7 +119,7 @@ def stop_after(config, options, num_steps):
         return real(self, examples)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._Run, "_closures", closures)
+        patch.setattr(module.Run, "_closures", closures)
         with pytest.raises(Killed):
             train(config(**options))
 

@@ -13,8 +13,8 @@ import transformers
 
 from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.kept import File, Kept, Memory
-from zotune.llm.objective import Encoder, collate
 from zotune.llm.reuse import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
 from zotune.llm.train import train
 from zotune.llm.tuning import prepare

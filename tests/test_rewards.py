@@ -17,17 +17,19 @@ from zotune.llm.answers import exact_match, f1
 from zotune.llm.checks import check_first_estimate
 from zotune.llm.config import DataOptions, TrainConfig, read_recipe
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.evaluate import evaluate
 from zotune.llm.generation import Sampling, generate
 from zotune.llm.kept import Kept, Memory
 from zotune.llm.loading import load_rows
-from zotune.llm.objective import ACCURACY, OBJECTIVES, Encoder, collate, mean_loss
+from zotune.llm.objective import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.objective_options import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
 from zotune.llm.output import OutputFolder
 from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.rewards import Completion, Generated, checked, find_reward, open_ended
-from zotune.llm.train import _Run, train
+from zotune.llm.run import Run
+from zotune.llm.train import train
 from zotune.llm.tuning import prepare
 from zotune.noise import derive_seed
 from zotune.stack import stack_of
@@ -213,7 +215,7 @@ def test_micro_batches_draw_what_the_whole_batch_draws(tiny, config, module, tmp
         lm = tiny("llama")
         rows = load_rows(lm, made)
         with closing(OutputFolder(made)) as output:
-            closures, weights = _Run(lm, rows, made, lm.score, output)._closures(rows.train[:8])
+            closures, weights = Run(lm, rows, made, lm.score, output)._closures(rows.train[:8])
         assert len(closures) == k
         values.append(float(zo.accumulate(closures, weights)()))
     assert values == pytest.approx([values[0]] * 3)

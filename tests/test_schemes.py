@@ -18,8 +18,8 @@ from zotune.llm import adapters
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.config import FIRST_ORDER, ModelOptions, TrainConfig
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.models import LanguageModel, load, quiet_libraries
-from zotune.llm.objective import Encoder, collate
 from zotune.llm.train import train
 from zotune.llm.tuning import prepare
 

@@ -118,9 +118,9 @@ def test_too_little_room_for_the_best_model_is_reported_as_such(tmp_path, monkey
 
 def scripted(monkeypatch, values):
     """Let evaluations of the held-out rows find these losses, in turn; and keep the weights of each moment."""
-    from zotune.llm import train as train_module
+    from zotune.llm import run as run_module
 
-    waiting, weights, real = list(values), [], train_module._Run.evaluate
+    waiting, weights, real = list(values), [], run_module.Run.evaluate
 
     def evaluate(self, examples):
         found = real(self, examples)
@@ -129,7 +129,7 @@ def scripted(monkeypatch, values):
         weights.append({name: p.detach().clone() for name, p in self.lm.module.named_parameters()})
         return replace(found, loss=waiting.pop(0))
 
-    monkeypatch.setattr(train_module._Run, "evaluate", evaluate)
+    monkeypatch.setattr(run_module.Run, "evaluate", evaluate)
     return weights
 
 
@@ -184,10 +184,10 @@ def test_a_run_that_only_gets_worse_gives_back_the_untuned_model(config, tmp_pat
 
 
 def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_path, monkeypatch):
-    from zotune.llm import train as train_module
+    from zotune.llm import run as run_module
 
     weights = scripted(monkeypatch, [3.0, 1.0, 2.0])
-    real = train_module._update
+    real = run_module._update
 
     def breaking(*args):
         update, left = real(*args), [2]
@@ -200,7 +200,7 @@ def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_p
 
         return step
 
-    monkeypatch.setattr(train_module, "_update", breaking)
+    monkeypatch.setattr(run_module, "_update", breaking)
     with pytest.raises(RunError):
         train(config(**KEEPING, max_steps=9, learning_rate=1e-2))
     found = saved(tmp_path / "out")

@@ -30,6 +30,13 @@ def assert_mean(samples, expected):
     assert (np.abs(samples.mean(0) - expected) <= SIGMAS * error + 1e-12).all()
 
 
+def quadratic_problem():
+    """A quadratic, and its gradient at x."""
+    p = problem("quadratic")
+    _, gradient_at = p.plain()
+    return p, gradient_at(p.position())
+
+
 def squared_error(g, gradient):
     return ((g - gradient) ** 2).sum(1)
 
@@ -37,9 +44,7 @@ def squared_error(g, gradient):
 @each_sampler
 @pytest.mark.parametrize("q", [1, 4])
 def test_variance_falls_as_one_over_q(sampler, extra, q):
-    p = problem("quadratic")
-    _, gradient_at = p.plain()
-    gradient = gradient_at(p.position())
+    p, gradient = quadratic_problem()
     g = estimates(p, sampler=sampler, num_queries=q)
     assert_mean(g, gradient)
     assert_mean(squared_error(g, gradient), (DIMENSION + extra) / q * (gradient @ gradient))
@@ -49,9 +54,7 @@ def test_variance_falls_as_one_over_q(sampler, extra, q):
 @pytest.mark.parametrize("q", [1, 2])
 def test_variance_of_blocks_is_the_sum_of_the_blocks_variances(sampler, extra, q):
     """Σ_b (d_b ± 1) |∇_b f|² / q, whatever the other blocks' slopes are."""
-    p = problem("quadratic")
-    _, gradient_at = p.plain()
-    gradient = gradient_at(p.position())
+    p, gradient = quadratic_problem()
     blocks = zo.blocks_by_size(p.model, 4)
     assert [b.tensors for b in blocks] == [("first",), ("second",)]
     g = estimates(p, sampler=sampler, blocks=blocks, num_queries=q, reuse_prefix=False)
@@ -65,9 +68,7 @@ def test_variance_of_blocks_is_the_sum_of_the_blocks_variances(sampler, extra, q
 @pytest.mark.parametrize("group", ["global", "layer"])
 def test_expectation_over_random_masks_is_the_unmasked_share_of_the_gradient(sampler, group):
     """E[ĝ] = (1 - s_l) ∇f."""
-    p = problem("quadratic")
-    _, gradient_at = p.plain()
-    gradient = gradient_at(p.position())
+    p, gradient = quadratic_problem()
     sampler = zo.sparse(sampler, sparsity=3 / 7, group=group)
     g = estimates(p, sampler=sampler, num_queries=2)
     # The three smallest of |x| are the third to fifth: two entries of the first tensor, one of the second.

@@ -15,8 +15,9 @@ from zotune.errors import UsageError
 from zotune.llm import task as task_module
 from zotune.llm.answers import evaluate_answers
 from zotune.llm.config import DataOptions
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.loading import load_rows
-from zotune.llm.objective import TEACHER_FORCING, Encoder, collate
+from zotune.llm.objective import TEACHER_FORCING
 from zotune.llm.rows import read_rows
 from zotune.llm.task import _hub_rows, _sample_folder, _sample_rows
 from zotune.llm.tasks import TASKS

@@ -11,12 +11,14 @@ from zotune.estimators import accumulate
 from zotune.llm import models
 from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoder, collate
 from zotune.llm.evaluate import evaluate
 from zotune.llm.loading import Rows, load_rows
-from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, Encoder, collate, losses, mean_loss
+from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, losses, mean_loss
 from zotune.llm.output import OutputFolder
+from zotune.llm.run import Run
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import _Run, train
+from zotune.llm.train import train
 
 EXAMPLES = (
     Example("The man broke his toe because", (" he got a hole in his sock", " he dropped a hammer"), 1),
@@ -114,7 +116,7 @@ def test_gradient_accumulation_is_one_batch_as_large(tiny, tmp_path):
         lm = tiny("llama")
         rows = load_rows(lm, config)
         with closing(OutputFolder(config)) as output:
-            closures, weights = _Run(lm, rows, config, lm.score, output)._closures(rows.train)
+            closures, weights = Run(lm, rows, config, lm.score, output)._closures(rows.train)
         with torch.no_grad():
             values.append(float(accumulate(closures, weights)()))
         assert len(closures) == config.gradient_accumulation_steps
@@ -128,7 +130,7 @@ def test_right_candidates_of_one_token_keep_their_normaliser_in_training(tiny, t
     config = TrainConfig(model="random:llama-tiny", task="copa", device="cpu", output_dir=tmp_path)
     rows = Rows(tuple(map(TEACHER_FORCING.reads, encode(lm, some))), (), (), TEACHER_FORCING)
     with closing(OutputFolder(config)) as output:
-        (closure,), weights = _Run(lm, rows, config, lm.score, output)._closures(rows.train)
+        (closure,), weights = Run(lm, rows, config, lm.score, output)._closures(rows.train)
     with torch.no_grad():
         assert closure().item() == pytest.approx(expected(lm, some).item(), abs=1e-6)
     assert weights == [2]

@@ -146,6 +146,20 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
     assert torch.equal(bits(x), bits(expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@each_stream
+@pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])
+def test_add_both_gives_the_bits_of_two_adds(dtype, stream, start, scale):
+    x = numbers(4500, dtype)
+    x[::9], x[1::9] = 0.0, -0.0
+    for add_both, add in ((noise.add_both, noise.add), (eager.add_both, lambda *given: eager.add(*given, None))):
+        plus, minus, expected = (torch.full_like(x, torch.nan) for _ in range(3))
+        add_both(plus, minus, x, stream, SEED, scale, TENSOR, start)
+        for out, a in ((plus, scale), (minus, -scale)):
+            add(expected, x, stream, [SEED], [a], TENSOR, start)
+            assert torch.equal(bits(out), bits(expected))
+
+
 @each_dtype
 @each_rounding
 def test_add_keeps_the_sign_of_zero_and_takes_scales_of_any_size(dtype, rounding_seed):
@@ -358,6 +372,7 @@ jit.JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: found.append(
 def step(seed, scale, tensor):
     half, single = torch.zeros(8192, dtype=torch.float16), torch.zeros(8192)
     gpu.add(half, half, 1, [seed], [scale], tensor, 0, None)
+    gpu.add_both(half, half, half, 1, seed, scale, tensor, 0)
     gpu.add_rows(half.view(8, 1024), torch.arange(8), 2, seed, scale, tensor)
     gpu.add_many([half, half[16:]], [tensor, 1], 2, [seed] * 3, [scale] * 3, seed)
     gpu.add_many([single, single[16:]], [tensor, 1], 1, [seed], [scale], None)
@@ -395,7 +410,7 @@ def compiled(tmp_path_factory):
 
 def test_other_seeds_scales_and_tensors_compile_nothing(compiled):
     first, all_five, _ = compiled
-    assert first == all_five == 7
+    assert first == all_five == 8
 
 
 def test_the_compiled_kernels_round_every_operation_as_ieee_754_wants_it(compiled):
@@ -410,6 +425,6 @@ def test_the_compiled_kernels_round_every_operation_as_ieee_754_wants_it(compile
 def test_the_compiled_kernels_read_and_write_whole_tiles_in_the_widest_pieces(compiled):
     *_, code = compiled
     kernels = code.split(".visible .entry ")[1:]
-    assert len(kernels) == 7
+    assert len(kernels) == 8
     widest = {kernel.partition("(")[0]: set(re.findall(r"st\.global\S*", kernel)) for kernel in kernels}
     assert all("st.global.v4.b32" in stores for name, stores in widest.items() if name != "add_rows"), widest

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 from torch import nn
@@ -36,6 +37,21 @@ class Block:
     def ids(self) -> frozenset[int]:
         """The ids of its tensors."""
         return frozenset(map(tensor_id, self.tensors))
+
+
+class BlockOrder(StrEnum):
+    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`).
+
+    A joint step whose loss is NaN or infinite moves nothing. Of a sequential one the blocks are left out whose own
+    losses are; those before and after them have moved.
+    """
+
+    JOINT = "joint"
+    SEQUENTIAL = "sequential"
+
+    def rounds(self, blocks: tuple[Block | None, ...]) -> list[tuple[Block | None, ...]]:
+        """The blocks that are estimated at the same weights, in the order of a step."""
+        return [(block,) for block in blocks] if self == BlockOrder.SEQUENTIAL else [blocks]
 
 
 Blocks = tuple[Block, ...]

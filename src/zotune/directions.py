@@ -108,6 +108,11 @@ class Direction:
 Terms = Sequence[tuple[float, Direction]]
 
 
+def moving(terms: Terms, tensor_id: int) -> Terms:
+    """Those that are not zero for a tensor."""
+    return [(a, u) for a, u in terms if u.moves(tensor_id)]
+
+
 def add_terms(
     out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
 ) -> None:
@@ -116,7 +121,7 @@ def add_terms(
     One pass where all directions share a sampler with a kernel, else chunk by chunk with a small scratch.
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
     """
-    terms = [(a, u) for a, u in terms if u.moves(tensor_id)]
+    terms = moving(terms, tensor_id)
     if (fused := one_pass(terms)) is not None:
         noise.add(out, x, *fused, tensor_id, start, rounding_seed)
         return

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class GradientEstimate:
     def is_finite(self) -> bool:
         """Whether the loss and every coefficient are numbers that may reach the weights, in single precision."""
         return math.isfinite(self.loss) and all(abs(c) <= _LARGEST for c, _ in self.terms)
+
+    def mapped(self, f: Callable[[float], float]) -> GradientEstimate:
+        """The estimate with f(c) in place of each c."""
+        return replace(self, terms=tuple((f(c), u) for c, u in self.terms))
 
     def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
         """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""

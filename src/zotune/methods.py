@@ -17,11 +17,11 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
-from zotune.blocks import Block
+from zotune.blocks import Block, BlockOrder
 from zotune.directions import Sampler
 from zotune.estimators import Estimator, central_difference
 from zotune.gradient_check import CheckedForwardGradient
-from zotune.optimizer import BlockOrder, ZerothOrder
+from zotune.optimizer import ZerothOrder
 from zotune.sparsity import Sparse
 from zotune.steps import conservative
 from zotune.transforms import ADAMS, elementwise_sign, momentum

@@ -5,39 +5,32 @@ from __future__ import annotations
 import copy
 import ctypes
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from enum import StrEnum
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zotune.blocks import Block, check_partition
-from zotune.directions import Direction, Sampler, Terms, rademacher
-from zotune.errors import NonFiniteLossError, UsageError
+from zotune.blocks import BlockOrder as BlockOrder
+from zotune.checks import as_groups, check_closure, check_own, check_skipped, check_values, check_window
+from zotune.directions import Direction, Sampler, Terms, moving, rademacher
+from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate, merged
 from zotune.estimators import Closure, Estimator, central_difference
+from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
-from zotune.prefix import PrefixReuse
-from zotune.sparsity import Masked, Sparse
+from zotune.prefix import NoReuse, PrefixReuse
+from zotune.sparsity import Sparse, StepSampler
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
-from zotune.tuned import TunedTensor, TunedTensors
-from zotune.update import Rounding, TensorUpdate, write_all
+from zotune.tuned import TunedTensors
+from zotune.update import Rounding, TensorUpdate, make_update, write_all
 
 _DIRECTION, _ROUNDING = 0, 1
-
-
-class BlockOrder(StrEnum):
-    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`)."""
-
-    JOINT = "joint"
-    SEQUENTIAL = "sequential"
+_COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
 
 
 class ZerothOrder(torch.optim.Optimizer):
@@ -64,11 +57,12 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: names the run: the same seed, model and objective give the same bits.
         params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr` and
             `weight_decay`.
-        max_skipped: after so many steps in a row with a NaN or infinite loss, `NonFiniteLossError` is raised.
+        max_skipped: after so many steps in a row with such an estimate, `NonFiniteLossError` is raised.
 
     Attributes:
         num_steps: steps taken so far, skipped ones included.
-        num_skipped: steps with a loss that was NaN or infinite; it left weights and state untouched.
+        num_skipped: steps with an estimate that was NaN or infinite, which left weights and state untouched. Of
+            sequential blocks the others were written; the record's scale is NaN for each that was left out.
         num_forwards: evaluations of the objective so far.
         on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`.
 
@@ -109,27 +103,22 @@ class ZerothOrder(torch.optim.Optimizer):
         params: Iterable[Any] | None = None,
         max_skipped: int = 10,
     ) -> None:
-        _check(lr, num_queries, window, weight_decay, max_coefficient, seed)
-        if window is not None and isinstance(sampler, Sparse) and sampler.depends_on_weights:
-            raise UsageError(
-                "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
-                'that have moved since. Use mask="random", or keep the state (window=None).'
-            )
-        groups = None if params is None else _groups(params)
+        check_values(lr, num_queries, window, weight_decay, max_coefficient, seed)
+        check_window(window, sampler)
+        groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = TunedTensors(model, chosen)
         self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
         if blocks is not None:
             check_partition(blocks, self.tuned)
         self.block_order = BlockOrder(block_order)
-        self._prefix = PrefixReuse(self.tuned) if blocks is not None and reuse_prefix else None
+        self._prefix = PrefixReuse(self.tuned) if blocks is not None and reuse_prefix else NoReuse()
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
         self.transform, self.coefficient, self.step_rule = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
         self.rounding, self.seed = Rounding(rounding), seed
-        self._masked: Masked | None = None
-        self._history: deque[Terms] | None = None if window is None else deque(maxlen=window - 1)
-        self._present: Terms = []
+        self._sampling = StepSampler(self.tuned, sampler)
+        self._history = None if window is None else History(window - 1)
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
         self.on_step: Callable[[StepRecord], None] | None = None
@@ -143,9 +132,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
         where a sparse sampler masks by magnitude).
         """
-        sampler = self.sampler
-        if isinstance(sampler, Sparse):
-            sampler = self._masked = sampler.at(self.tuned, self.seed, self.num_steps, self._masked)
+        sampler = self._sampling.at(self.seed, self.num_steps)
         queries = [
             Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
             for query in range(self.num_queries)
@@ -154,22 +141,24 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
-        with self._recording():
+        with self._prefix:
             return self._estimate(closure, blocks or self.blocks)
-
-    def _recording(self) -> AbstractContextManager[object]:
-        """Within this context the objective stays the same, so that its activations may be reused; none are kept."""
-        return nullcontext() if self._prefix is None else self._prefix
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
-        if self._prefix is not None:
-            self._prefix.num_passes = 0
-            self._prefix.record(closure)
-            closure = self._prefix.of(closure)
-        estimate = self.estimator(closure, self.tuned, directions)
-        self.num_forwards += estimate.num_forwards + (0 if self._prefix is None else self._prefix.num_passes)
-        return self._as_recorded(estimate)
+        self._prefix.record(closure)
+        estimate = self.estimator(self.reusing(closure), self.tuned, directions)
+        self.count_forwards(estimate.num_forwards)
+        return estimate.mapped(self.recorded)
+
+    def reusing(self, closure: Closure) -> Closure:
+        """The same objective, within a step without the layers that the present perturbation cannot reach."""
+        return self._prefix.of(closure)
+
+    def count_forwards(self, num_forwards: int) -> None:
+        """So many evaluations were asked of `reusing`: count them, what was recorded, not what was known from it."""
+        self.num_forwards += num_forwards + self._prefix.num_passes
+        self._prefix.num_passes = 0
 
     def apply(self, estimate: GradientEstimate) -> None:
         """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
@@ -179,8 +168,8 @@ class ZerothOrder(torch.optim.Optimizer):
             UsageError: it is to be recorded, and is not of this step's directions.
         """
         if self.on_step is not None:
-            self._check_own(estimate)
-        estimate = self._as_recorded(estimate)
+            check_own(estimate, self.directions() if len(self._rounds) == 1 else None)
+        estimate = estimate.mapped(self.recorded)
         self._take(estimate, 1.0 if estimate.is_finite else math.nan)
         self._count()
         self.stop_if_skipping()
@@ -194,14 +183,10 @@ class ZerothOrder(torch.optim.Optimizer):
         batch each time. Modules are in eval mode meanwhile (no dropout). `inspect`, if given, is called with each
         estimate before it is applied.
         """
-        if closure is None:
-            raise TypeError(
-                "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
-                "it must not call backward()."
-            )
+        closure = check_closure(closure)
         self._taken = []
-        with self._recording():
-            for blocks in self._rounds():
+        with self._prefix:
+            for blocks in self._rounds:
                 estimate = self._estimate(closure, blocks)
                 if inspect is not None:
                     inspect(estimate)
@@ -225,7 +210,7 @@ class ZerothOrder(torch.optim.Optimizer):
         try:
             for group, rate in zip(self.param_groups, record.learning_rates, strict=True):
                 group["lr"] = rate
-            for blocks, scale in zip(self._rounds(), record.scales, strict=True):
+            for blocks, scale in zip(self._rounds, record.scales, strict=True):
                 terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
                 self._take(GradientEstimate(record.loss, terms, 0), scale)
             self.num_forwards += record.num_forwards
@@ -234,9 +219,9 @@ class ZerothOrder(torch.optim.Optimizer):
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
 
+    @property
     def _rounds(self) -> list[tuple[Block | None, ...]]:
-        """The blocks that are estimated at the same weights, in the order of a step."""
-        return [(b,) for b in self.blocks] if self.block_order == BlockOrder.SEQUENTIAL else [self.blocks]
+        return self.block_order.rounds(self.blocks)
 
     def _take(self, estimate: GradientEstimate, scale: float) -> None:
         """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
@@ -244,22 +229,11 @@ class ZerothOrder(torch.optim.Optimizer):
             self._write(estimate, scale)
         self._taken.append((estimate, scale))
 
-    def _as_recorded(self, estimate: GradientEstimate) -> GradientEstimate:
-        """The estimate with coefficients that a record holds exactly."""
-        return replace(estimate, terms=tuple((self.recorded(c), u) for c, u in estimate.terms))
-
     @cached_property
     def recorded(self) -> Coefficient:
         """A number as a record holds it: in single precision, but for float64 weights."""
         double = any(t.parameter.dtype == torch.float64 for t in self.tuned)
         return unchanged if double else lambda x: ctypes.c_float(x).value
-
-    def _check_own(self, estimate: GradientEstimate) -> None:
-        if len(self._rounds()) > 1 or [u for _, u in estimate.terms] != self.directions():
-            raise UsageError(
-                "a ledger holds steps along the optimizer's own directions; this estimate is of other ones, or of some "
-                "blocks only. Use step(closure), or set on_step to None."
-            )
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """By tensor id, what applying the estimate does to each tensor that it concerns."""
@@ -270,27 +244,19 @@ class ZerothOrder(torch.optim.Optimizer):
             for p in group["params"]:
                 tensor = self.tuned.find(p)
                 assert tensor is not None
-                if own := _own(terms, tensor):
-                    found[tensor.id] = self._update(tensor, own, group, rounding_seed)
+                if own := moving(terms, tensor.id):
+                    found[tensor.id] = make_update(
+                        tensor,
+                        own,
+                        self.transform,
+                        self.state[p],
+                        lr=self.recorded(float(group["lr"])),
+                        weight_decay=float(group["weight_decay"]),
+                        rounding=self.rounding,
+                        rounding_seed=rounding_seed,
+                        history=None if self._history is None else self._history.of(tensor.id),
+                    )
         return found
-
-    def _update(self, tensor: TunedTensor, terms: Terms, group: dict[str, Any], rounding_seed: int) -> TensorUpdate:
-        weights, state = tensor.storage(), self.state[tensor.parameter]
-        is_half = weights.dtype in (torch.bfloat16, torch.float16)
-        if is_half and self.rounding == Rounding.MASTER and "master" not in state:
-            state["master"] = weights.float().contiguous()
-        history = None if self._history is None else [_own(t, tensor) for t in self._history]
-        return TensorUpdate(
-            tensor,
-            terms,
-            self.transform,
-            {k: v for k, v in state.items() if k != "master"},
-            self.recorded(float(group["lr"])),
-            float(group["weight_decay"]) if weights.dim() > 1 else 0.0,
-            rounding_seed if is_half and self.rounding == Rounding.STOCHASTIC else None,
-            None if history is None else [t for t in history if t],
-            state.get("master"),
-        )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
         """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
@@ -306,9 +272,9 @@ class ZerothOrder(torch.optim.Optimizer):
         updates = self.updates(estimate)
         for update, state in write_all(updates.values(), scale):
             self.state[update.tensor.parameter].update(state)
-        if self._prefix is not None:
-            self._prefix.moved(frozenset(updates))
-        self._present = [*self._present, *self._terms(estimate)]
+        self._prefix.moved(frozenset(updates))
+        if self._history is not None:
+            self._history.add(self._terms(estimate))
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()
 
@@ -319,7 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.stop_if_skipping()
 
     def _count(self) -> float:
-        """The step is over: count it, report it, and return its loss."""
+        """The step is over: count it, report it, and return its loss: the mean over the blocks' estimates."""
         taken, self._taken = self._taken, []
         estimate = merged([e for e, _ in taken])
         record = StepRecord(
@@ -332,9 +298,8 @@ class ZerothOrder(torch.optim.Optimizer):
         )
         self._forwards_before = self.num_forwards
         self.num_steps += 1
-        if self._history is not None and self._present:
-            self._history.append(self._present)
-        self._present = []
+        if self._history is not None:
+            self._history.close()
         self.num_skipped += record.is_skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.is_skipped else 0
         if self.on_step is not None:
@@ -347,17 +312,13 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             NonFiniteLossError: the last `max_skipped` were.
         """
-        if self._skipped_in_a_row >= self.max_skipped:
-            raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {self._skipped_in_a_row} steps in a row (the weights are those "
-                "before them). Lower the learning rate or mu, or use bfloat16 or float32 in place of float16."
-            )
+        check_skipped(self._skipped_in_a_row, self.max_skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
         own: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
-        own["sampler"] = None if self._masked is None else self._masked.state()
-        own["history"] = None if self._history is None else [_to_plain(terms) for terms in self._history]
+        own["sampler"] = self._sampling.state()
+        own["history"] = None if self._history is None else self._history.state()
         return {**super().state_dict(), "zeroth_order": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,57 +333,6 @@ class ZerothOrder(torch.optim.Optimizer):
         for name in _COUNTERS:
             setattr(self, name, own[name])
         self._forwards_before = self.num_forwards
-        self._masked = None
-        if isinstance(self.sampler, Sparse) and own["sampler"] is not None:
-            self._masked = self.sampler.restored(self.tuned, self.seed, own["sampler"])
+        self._sampling.load(self.seed, own["sampler"])
         if self._history is not None:
-            self._history.clear()
-            self._history.extend(self._from_plain(terms) for terms in own["history"] or [])
-
-    def _from_plain(self, terms: dict[str, Any]) -> Terms:
-        sampler = self.sampler
-        if isinstance(sampler, Sparse):
-            sampler = sampler.restored(self.tuned, self.seed, terms["sampler"])
-        blocks = {None if block is None else block.name: block for block in self.blocks}
-        return [(c, Direction(seed, sampler, blocks[block])) for c, seed, block in terms["terms"]]
-
-
-def _own(terms: Terms, tensor: TunedTensor) -> Terms:
-    """Those that are not zero for a tensor."""
-    return [(c, u) for c, u in terms if u.moves(tensor.id)]
-
-
-def _to_plain(terms: Terms) -> dict[str, Any]:
-    sampler = terms[0][1].sampler
-    return {
-        "terms": [(c, u.seed, None if u.block is None else u.block.name) for c, u in terms],
-        "sampler": sampler.state() if isinstance(sampler, Masked) else None,
-    }
-
-
-def _check(
-    lr: float, num_queries: int, window: int | None, weight_decay: float, max_coefficient: float | None, seed: int
-) -> None:
-    if lr < 0:
-        raise ValueError(f"the learning rate must not be negative, got {lr=}")
-    if num_queries < 1:
-        raise ValueError(f"a step needs at least one direction, got {num_queries=}")
-    if window is not None and window < 1:
-        raise ValueError(f"a window holds at least the present step, got {window=}")
-    if weight_decay < 0:
-        raise ValueError(f"weight decay must not be negative, got {weight_decay=}")
-    if max_coefficient is not None and not max_coefficient > 0:
-        raise ValueError(f"the limit of coefficients must be positive, got {max_coefficient=}")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
-
-
-_COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
-
-
-def _groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Parameters, or torch's groups of them, as groups."""
-    given = list(params)
-    if given and isinstance(given[0], dict):
-        return [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in given]
-    return [{"params": given}]
+            self._history.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)

@@ -155,16 +155,16 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
+        # A matrix: of more dimensions with gaps between them, torch would copy the weights for every example.
+        x = input.reshape(-1, input.shape[-1])
         rows = largest // value.shape[1]
-        out: Tensor | None = None
+        parts = []
         for lo in range(0, value.shape[0], rows):
             hi = min(lo + rows, value.shape[0])
-            part = F.linear(input, self._piece(tensor, value, lo, hi), None if bias is None else moved_bias[lo:hi])
-            if hi - lo == value.shape[0]:
-                return part
-            out = part.new_empty((*part.shape[:-1], value.shape[0])) if out is None else out
-            out[..., lo:hi] = part
-        return out
+            piece = self._piece(tensor, value, lo, hi)
+            parts.append(F.linear(x, piece, None if bias is None else moved_bias[lo:hi]))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out.view(*input.shape[:-1], value.shape[0])
 
     def _embedding(
         self,

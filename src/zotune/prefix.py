@@ -35,13 +35,12 @@ class PrefixReuse:
     Memory: the outputs of all layers of the stack for one evaluation of the objective, and the first layer's inputs.
 
     Attributes:
-        num_passes: evaluations of the objective made here, less those whose value was known.
+        num_passes: evaluations of the objective made here, less those whose value was known, since it was last counted.
     """
 
     def __init__(self, tuned: TunedTensors) -> None:
         self._tuned = tuned
         _, self._layers = stack_of(tuned.model)
-        self.num_passes = 0
         self.forget()
 
     def __enter__(self) -> Self:
@@ -52,6 +51,7 @@ class PrefixReuse:
 
     def forget(self) -> None:
         """The objective is another one from now on."""
+        self.num_passes = 0
         self._depth: dict[int, int] = {}
         self._outputs: list[list[Any]] = [[] for _ in self._layers]
         self._inputs: list[list[Any]] = []
@@ -128,6 +128,28 @@ class PrefixReuse:
                     del layer.forward
                 else:
                     layer.forward = forward
+
+
+class NoReuse:
+    """The same contract where nothing is reused: every pass is a whole one."""
+
+    num_passes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was kept."""
+
+    def moved(self, tensors: frozenset[int]) -> None:
+        """As `PrefixReuse.moved`."""
+
+    def record(self, closure: Closure) -> None:
+        """As `PrefixReuse.record`."""
+
+    def of(self, closure: Closure) -> Closure:
+        """As `PrefixReuse.of`."""
+        return closure
 
 
 def _recorded(outputs: list[Any]) -> Callable[..., Any]:

@@ -105,6 +105,36 @@ class Sparse:
         return levels
 
 
+class StepSampler:
+    """The sampler of each step of a run: always the same one, or a sparse one's mask as the run goes on."""
+
+    def __init__(self, tuned: TunedTensors, sampler: Sampler | Sparse) -> None:
+        self._tuned, self._sampler = tuned, sampler
+        self._last: Masked | None = None
+
+    def at(self, seed: int, step: int) -> Sampler:
+        """The sampler of a step of the run that `seed` names."""
+        if not isinstance(self._sampler, Sparse):
+            return self._sampler
+        self._last = self._sampler.at(self._tuned, seed, step, self._last)
+        return self._last
+
+    def of(self, seed: int, state: Any) -> Sampler:
+        """The sampler of an earlier step, from its state."""
+        sampler = self._sampler
+        return sampler.restored(self._tuned, seed, state) if isinstance(sampler, Sparse) else sampler
+
+    def state(self) -> dict[str, Any] | None:
+        """What the coming steps' masks depend on besides the seed; None where there is nothing of the kind."""
+        return None if self._last is None else self._last.state()
+
+    def load(self, seed: int, state: dict[str, Any] | None) -> None:
+        """Go on from `state`."""
+        self._last = None
+        if isinstance(self._sampler, Sparse) and state is not None:
+            self._last = self._sampler.restored(self._tuned, seed, state)
+
+
 @dataclass(frozen=True, eq=False)
 class Masked:
     """The sampler of one step of a sparse run: u ⊙ m, with m a function of the mask's seed and the weights."""

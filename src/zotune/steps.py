@@ -30,16 +30,16 @@ def conservative(optimizer: ZerothOrder, closure: Closure, estimate: GradientEst
 
     The points are looked at with the bits that the weights would have; x itself does not move, so staying
     is exact. Ties keep x; a point whose f is NaN or infinite is never chosen. Two forward passes more than
-    the estimate's, and a third for f(x) if the estimate did not need it.
+    the estimate's, and a third for f(x) where neither the estimate nor a pass recorded for its blocks knows it.
 
     Source: the paper, appendix A (ZO-SGD-Cons), after Kim et al., 2021.
     """
-    updates = optimizer.updates(estimate)
+    updates, closure = optimizer.updates(estimate), optimizer.reusing(closure)
     with probing(optimizer.tuned.model):
         values = {0.0: evaluate(closure) if estimate.base is None else estimate.base}
         for scale in (1.0, -1.0):
             with displaced(optimizer.tuned, Updated(updates, scale)):
                 values[scale] = evaluate(closure)
-    optimizer.num_forwards += 3 if estimate.base is None else 2
+    optimizer.count_forwards(3 if estimate.base is None else 2)
     # `min` takes the first of equals.
     return min(values, key=lambda scale: values[scale] if math.isfinite(values[scale]) else math.inf)

@@ -157,6 +157,36 @@ def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[Tenso
     return states
 
 
+def make_update(
+    tensor: TunedTensor,
+    terms: Terms,
+    transform: Transform,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: Rounding,
+    rounding_seed: int,
+    history: Sequence[Terms] | None,
+) -> TensorUpdate:
+    """What a step does to one tensor, as its dtype and shape have it. Master weights are kept in its `state`."""
+    weights = tensor.storage()
+    is_half = weights.dtype in (torch.bfloat16, torch.float16)
+    if is_half and rounding == Rounding.MASTER and "master" not in state:
+        state["master"] = weights.float().contiguous()
+    return TensorUpdate(
+        tensor,
+        terms,
+        transform,
+        {k: v for k, v in state.items() if k != "master"},
+        lr,
+        weight_decay if weights.dim() > 1 else 0.0,
+        rounding_seed if is_half and rounding == Rounding.STOCHASTIC else None,
+        history,
+        state.get("master"),
+    )
+
+
 @dataclass(frozen=True)
 class Updated:
     """The model after a step that has not been taken: a displacement for `zotune.perturb.displaced`."""

@@ -7,7 +7,6 @@ Decoding is greedy, at most 50 tokens, up to a newline or the end of text (Malla
 
 from __future__ import annotations
 
-import math
 import re
 import string
 import time
@@ -17,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from zotune.llm.encoding import Encoded, collate
 from zotune.llm.evaluate import Measured, Scorer, by_length
 from zotune.llm.generation import generate
+from zotune.llm.intervals import mean_interval
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import TEACHER_FORCING, Encoded, Objective, collate, mean_loss
+from zotune.llm.objective import TEACHER_FORCING, Objective, mean_loss
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -59,20 +60,6 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
         return float(predicted == gold)
     common = sum((Counter(predicted) & Counter(gold)).values())
     return 2 * common / (len(predicted) + len(gold))
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean of values in [0, 1], by the normal distribution; all of [0, 1] for one value.
-
-    >>> [round(end, 3) for end in mean_interval([0.0, 1.0, 1.0, 0.5] * 25)]
-    [0.543, 0.707]
-    """
-    n = len(values)
-    if n < 2:
-        return 0.0, 1.0
-    mean = sum(values) / n
-    half = 1.959963984540054 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 @dataclass(frozen=True)

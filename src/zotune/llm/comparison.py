@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zotune.llm.data import Example
-from zotune.llm.evaluate import wilson
+from zotune.llm.intervals import NORMAL, wilson
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
     differences = [one - other for one, other in zip(ones, others, strict=True)]
     more = [*differences, 1.0, -1.0]
     mean = sum(more) / len(more)
-    half = 1.959963984540054 * math.sqrt(sum((d - mean) ** 2 for d in more)) / len(more)
+    half = NORMAL * math.sqrt(sum((d - mean) ** 2 for d in more)) / len(more)
     return Difference(sum(differences) / len(differences), max(-1.0, mean - half), min(1.0, mean + half))
 
 

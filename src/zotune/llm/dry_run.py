@@ -14,6 +14,7 @@ import yaml
 from zotune.errors import UsageError
 from zotune.llm.config import DataOptions, TrainConfig
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoded, Encoder, check_distinct
 from zotune.llm.footprint import (
     Memory,
     activation_bytes,
@@ -30,7 +31,6 @@ from zotune.llm.kept import Kept
 from zotune.llm.live_memory import Assumed
 from zotune.llm.loading import encoder_of, load_examples
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import Encoded, Encoder, check_distinct
 from zotune.llm.optimizers import make_optimizer
 from zotune.llm.own import RESOLVED, Data
 from zotune.llm.prompts import ReusedPrompts

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from zotune.llm.encoding import Batch, Encoded, collate
+from zotune.llm.intervals import wilson
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import CLASSIFICATION, Batch, Encoded, Objective, collate
+from zotune.llm.objective import CLASSIFICATION, Objective
 
 Scorer = Callable[[Batch], Tensor]
 
@@ -95,18 +97,6 @@ class Measure(Protocol):
         objective: Objective = CLASSIFICATION,
     ) -> Measured:
         """Evaluate all examples."""
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a success rate.
-
-    >>> [round(end, 3) for end in wilson(80, 100)]
-    [0.711, 0.867]
-    """
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:

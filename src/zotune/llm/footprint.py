@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from zotune.hybrid import Hybrid
 from zotune.llm.config import TrainConfig
+from zotune.llm.encoding import Batch, Candidate, Encoded, collate
 from zotune.llm.evaluate import by_length
 from zotune.llm.live_memory import peak_of
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
-from zotune.llm.objective import Batch, Candidate, Encoded, Objective, collate
+from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.perturb import piece_elements
@@ -72,15 +73,16 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     estimates = blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
     directions = optimizer.num_queries * blocks // estimates
     one_sided = config.difference == "forward"
+    records = config.blocks is not None and not config.is_generated
     if config.method == "forward_grad":
         passes = directions
     elif one_sided:
         passes = directions + 1
     else:
         # With blocks, one more pass at x records what the probes reuse; one-sided differences have it anyway.
-        passes = 2 * directions + (config.blocks is not None and not config.is_generated)
+        passes = 2 * directions + records
     if config.method == "zo_sgd_cons":
-        passes += 2 if one_sided else 3
+        passes += 2 if one_sided or records else 3
     tokens = config.max_new_tokens if config.is_generated else 1
     return config.gradient_accumulation_steps * estimates * passes * tokens
 

@@ -27,8 +27,8 @@ from zotune.llm import checkpoint
 from zotune.llm.checkpoint import DamagedCheckpointError
 from zotune.llm.config import TrainConfig
 from zotune.llm.counters import Counters
+from zotune.llm.encoding import Encoded
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import Encoded
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.llm.output import OutputFolder
 from zotune.llm.progress import say

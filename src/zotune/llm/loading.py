@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from zotune.errors import UsageError
 from zotune.llm.config import DataOptions
 from zotune.llm.data import Example, Splits
+from zotune.llm.encoding import Encoded, Encoder, check_distinct
 from zotune.llm.evaluate import Measure, evaluate
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import CLASSIFICATION, OBJECTIVES, Encoded, Encoder, Objective, check_distinct
+from zotune.llm.objective import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.own import Data, own_data
 from zotune.llm.rewards import Generated, check_examples, check_kind, find_generated, open_ended
 from zotune.llm.tasks import find_task

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from zotune.llm.encoding import Encoded, collate
 from zotune.llm.evaluate import Measured, Scorer, by_length
+from zotune.llm.intervals import ratio_interval
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import TEACHER_FORCING, Encoded, Objective, collate
+from zotune.llm.objective import TEACHER_FORCING, Objective
 
 
 @dataclass(frozen=True)
@@ -78,19 +80,3 @@ def evaluate_log_loss(
         seconds=time.perf_counter() - began,
         num_forwards=lm.num_forwards - forwards_before,
     )
-
-
-def ratio_interval(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """The 95 % interval of r = Σ totals / Σ counts over independent pairs, by the normal distribution, from 0 on.
-
-    Its variance is n/(n - 1) Σ (total - r count)² / (Σ counts)² (Cochran, 1977, section 2.11). Of one pair: [0, ∞).
-
-    >>> [round(end, 3) for end in ratio_interval([1.0, 2.0, 3.0, 2.0], [1, 1, 1, 1])]
-    [1.2, 2.8]
-    """
-    n, ratio = len(totals), sum(totals) / sum(counts)
-    if n < 2:
-        return 0.0, math.inf
-    squares = sum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True))
-    half = 1.959963984540054 * math.sqrt(n / (n - 1) * squares) / sum(counts)
-    return max(0.0, ratio - half), ratio + half

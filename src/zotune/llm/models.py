@@ -20,8 +20,9 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
+from zotune.llm.encoding import Batch
 from zotune.llm.heads import check_labels, with_head
-from zotune.llm.objective import Batch, log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
+from zotune.llm.objective import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.partway import entered, output_of
 from zotune.llm.progress import say
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.llm.encoding import Batch
 from zotune.llm.kept import Kept
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import Batch
 from zotune.llm.partway import entered, output_of
 from zotune.stack import stack_of
 from zotune.tuned import TunedTensors

@@ -26,10 +26,12 @@ from torch import Tensor
 from zotune.errors import RunError, UsageError, did_you_mean
 from zotune.llm.answers import answers_found, exact_match, f1
 from zotune.llm.data import Example
+from zotune.llm.encoding import Encoded
 from zotune.llm.evaluate import Measured, Scorer, by_length
 from zotune.llm.generation import Sampling, Starting, generate
+from zotune.llm.intervals import mean_interval
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import CLASSIFICATION, Encoded, Objective
+from zotune.llm.objective import CLASSIFICATION, Objective
 from zotune.llm.objective_options import ObjectiveOptions
 from zotune.noise import derive_seed
 
@@ -246,16 +248,8 @@ class Generated:
         seconds, forwards = time.perf_counter() - began, lm.num_forwards - forwards_before
         if self.name in OF_ANSWERS:
             return answers_found(texts, examples, -mean, seconds, forwards)
-        half = 1.959963984540054 * _standard_error(rewards)
-        return RewardEvaluation(
-            mean - half, mean + half, len(found), -mean, texts, seconds, forwards, mean, values=tuple(rewards)
-        )
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    n = len(values)
-    mean = sum(values) / n
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.inf
+        low, high = mean_interval(rewards, -math.inf, math.inf)
+        return RewardEvaluation(low, high, len(found), -mean, texts, seconds, forwards, mean, values=tuple(rewards))
 
 
 def find_generated(options: ObjectiveOptions, seed: int) -> Generated | None:

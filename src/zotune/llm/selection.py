@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from zotune.errors import RunError, UsageError
+from zotune.llm.encoding import Encoded
 from zotune.llm.evaluate import Measured
 from zotune.llm.kept import File, Kept, Memory
-from zotune.llm.objective import Encoded
 from zotune.llm.progress import say
 from zotune.llm.selection_options import SelectionOptions
 

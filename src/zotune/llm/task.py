@@ -27,6 +27,8 @@ MASKED_IS_NOT_DEFINED = (
     "has no form for masked language models: neither the paper nor Malladi et al. (2023) define one. "
     "Use a causal language model."
 )
+HEAD_HAS_NO_LABELS = "has choices of its own in each row, so a classification head has no labels. Use a causal model."
+HEAD_TAKES_TWO_TEXTS = "has three texts, and a classification head takes two. Use --prompt aligned with a causal model."
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ writes float32 numbers into half-precision weights without bias. Tensors here ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -27,11 +26,6 @@ from zotune.noise.reference import derive_seed as derive_seed
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _HALF = (torch.bfloat16, torch.float16)
 
-# A range shorter than this is not worth handing to a second thread.
-_THREAD_ELEMENTS = 1 << 17
-# Ranges start at multiples of this, so that no block of noise is made twice.
-_ALIGNMENT = 1024
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which weights of `dtype` are moved: float64 stays, everything else is float32."""
@@ -43,7 +37,7 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) ->
     if (kernels := _accelerated(out)) is not None:
         kernels.fill(out, stream, seed, tensor_id, start)
     else:
-        _parallel(_cpu().fill(_array(out), stream, seed, tensor_id, start), out.numel())
+        _cpu().fill(_array(out), stream, seed, tensor_id, start)
 
 
 def mask(out: Tensor, sparsity: float, seed: int, tensor_id: int, start: int = 0) -> None:
@@ -52,7 +46,7 @@ def mask(out: Tensor, sparsity: float, seed: int, tensor_id: int, start: int = 0
     if (kernels := _accelerated(out)) is not None:
         kernels.mask(out, threshold, seed, tensor_id, start)
     else:
-        _parallel(_cpu().mask(_array(out), threshold, seed, tensor_id, start), out.numel())
+        _cpu().mask(_array(out), threshold, seed, tensor_id, start)
 
 
 def add(
@@ -72,10 +66,20 @@ def add(
     """
     if (kernels := _accelerated(x)) is not None:
         kernels.add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
-        return
-    kind = _KINDS[x.dtype]
-    arrays = _array(out), _array(x)
-    _parallel(_cpu().add(*arrays, kind, stream, seeds, scales, rounding_seed, tensor_id, start), x.numel())
+    else:
+        kind = _KINDS[x.dtype]
+        _cpu().add(_array(out), _array(x), kind, stream, seeds, scales, rounding_seed, tensor_id, start)
+
+
+def add_both(
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int = 0
+) -> None:
+    """Write x + scale · u and x - scale · u, to the bits of `add`; x is read and u is made but once."""
+    if (kernels := _accelerated(x)) is not None:
+        kernels.add_both(plus, minus, x, stream, seed, scale, tensor_id, start)
+    else:
+        arrays = _array(plus), _array(minus), _array(x)
+        _cpu().add_both(*arrays, _KINDS[x.dtype], stream, seed, scale, tensor_id, start)
 
 
 def add_many(
@@ -109,12 +113,11 @@ def round_to(out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, 
     elif (kernels := _accelerated(out)) is not None:
         kernels.round_half(out, y, rounding_seed, tensor_id, start)
     else:
-        arrays = _array(out), _array(y)
-        _parallel(_cpu().round_half(*arrays, _KINDS[out.dtype], rounding_seed, tensor_id, start), y.numel())
+        _cpu().round_half(_array(out), _array(y), _KINDS[out.dtype], rounding_seed, tensor_id, start)
 
 
 def _accelerated(t: Tensor) -> ModuleType | None:
-    """The kernels for a tensor's device; None for the CPU, whose kernels threads share."""
+    """The kernels for a tensor's device; None for the CPU, whose kernels take arrays."""
     return None if t.device.type == "cpu" else _accelerator(t.device)
 
 
@@ -139,25 +142,6 @@ def _cpu() -> ModuleType:
     from zotune.noise import cpu
 
     return cpu
-
-
-@cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="zotune-noise")
-
-
-def _parallel(kernel: Callable[[int, int], None], size: int) -> None:
-    """Run kernel(lo, hi) over [0, size), split among as many threads as torch uses."""
-    num_threads = min(torch.get_num_threads(), -(-size // _THREAD_ELEMENTS))
-    if num_threads <= 1:
-        kernel(0, size)
-        return
-    step = -(-size // (num_threads * _ALIGNMENT)) * _ALIGNMENT
-    ranges = [(lo, min(lo + step, size)) for lo in range(0, size, step)]
-    others = [_pool(num_threads - 1).submit(kernel, lo, hi) for lo, hi in ranges[1:]]
-    kernel(*ranges[0])
-    for other in others:
-        other.result()
 
 
 def _array(t: Tensor) -> Any:

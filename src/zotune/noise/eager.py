@@ -151,6 +151,14 @@ def add(
             out[part].copy_(y)
 
 
+def add_both(
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
+) -> None:
+    """Plus = x + scale · u and minus = x - scale · u."""
+    for out, a in ((plus, scale), (minus, -scale)):
+        add(out, x, stream, (seed,), (a,), tensor_id, start, None)
+
+
 def add_many(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],

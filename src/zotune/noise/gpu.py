@@ -63,6 +63,18 @@ def add(
     _launch(kernels.add, x, _tiles(x, start), *arguments, STREAM=stream, **_rounding(x.dtype, rounding_seed))
 
 
+def add_both(
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
+) -> None:
+    """As `noise.add_both`."""
+    if x.dtype not in _KINDS:
+        eager.add_both(plus, minus, x, stream, seed, scale, tensor_id, start)
+        return
+    terms = _terms_on(x.device, (seed,), (scale,), None)
+    arguments = _bits(plus), _bits(minus), _bits(x), start, x.numel(), terms, _signed(tensor_id)
+    _launch(kernels.add_both, x, _tiles(x, start), *arguments, STREAM=stream, KIND=_KINDS[x.dtype])
+
+
 def add_many(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],

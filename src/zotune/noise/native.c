@@ -1,45 +1,133 @@
 /* The noise of reference.py in C: the same bits as the numba kernels of kernels.py, in less memory and time.
  *
  * Compiled by native.py where there is a compiler, without fused multiply-add and without any of the
- * liberties of fast-math: the specification fixes every operation and its order. */
+ * liberties of fast-math: the specification fixes every operation and its order. Work is done in tiles that
+ * stay in the first-level cache, shared among threads; a tile begins at a multiple of TILE elements of the
+ * whole tensor, so that no block of noise lies in two and the bits do not depend on who makes them. Loops
+ * hold no branch on the data; where `out` may be `x`, "ivdep" says that they meet at equal places only. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 enum { RADEMACHER = 1, GAUSSIAN = 2, ROUNDING = 3, MASK = 4 };
 enum { FLOAT = 0, BFLOAT16 = 1, FLOAT16 = 2, DOUBLE = 3 };
-enum { TILE = 1024, MARGIN = 128 };
+enum { LANES = 16, TILE = 2048 };
+#define ALIGNED __attribute__((aligned(64)))
+
+static const int BYTES[] = {4, 2, 2, 8};
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-static inline float half_to_float(uint16_t h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
-static inline uint16_t half_of(float x) { _Float16 y = (_Float16)x; uint16_t h; memcpy(&h, &y, 2); return h; }
 
-static inline void philox(uint64_t block, uint32_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4]) {
-    uint32_t c0 = (uint32_t)block, c1 = (uint32_t)(block >> 32), c2 = tensor, c3 = stream;
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)p1;
-        c3 = (uint32_t)p0;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    w[0] = c0; w[1] = c1; w[2] = c2; w[3] = c3;
+/* ---- tiles ---- */
+
+/* What a tile covers of the `size` elements that begin with element `start` of the whole tensor. */
+typedef struct {
+    uint64_t base; /* the tile's first element */
+    int from, count; /* the place in the tile of the first one that is wanted, and how many there are */
+    int64_t at; /* where that one is among the `size` */
+} tile_range;
+
+static inline int64_t num_tiles(uint64_t start, int64_t size) {
+    return size > 0 ? (int64_t)((start + size - 1) / TILE - start / TILE + 1) : 0;
 }
 
-/* a times the signs of `blocks` blocks of 128. */
-static void signs(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t first, int blocks) {
-    const uint32_t positive = bits_of(a);
-    for (int b = 0; b < blocks; b++) {
-        uint32_t w[4], signed_a[128];
-        philox(first + b, tensor, RADEMACHER, seed, w);
-        for (int j = 0; j < 4; j++)
-            for (int k = 0; k < 32; k++) signed_a[32 * j + k] = positive ^ ((w[j] >> k) << 31);
-        memcpy(out + 128 * b, signed_a, sizeof signed_a);
+static inline tile_range tile_at(int64_t index, uint64_t start, int64_t size) {
+    tile_range t;
+    t.base = (start / TILE + index) * TILE;
+    t.from = index ? 0 : (int)(start - t.base);
+    t.at = (int64_t)(t.base + t.from - start);
+    t.count = size - t.at < TILE - t.from ? (int)(size - t.at) : TILE - t.from;
+    return t;
+}
+
+#ifdef _OPENMP
+#define FOR_EACH_TILE(t, start, size, threads) \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)") \
+    for (int64_t t = 0; t < num_tiles(start, size); t++)
+#else
+#define FOR_EACH_TILE(t, start, size, threads) for (int64_t t = 0; t < num_tiles(start, size); t++)
+#endif
+
+/* ---- words ---- */
+
+/* A few counters at a time, each in the low half of 64 bits, where a multiplication leaves both of its halves;
+ * what is above the low half is never looked at. */
+#if defined(__AVX512F__)
+typedef __m512i wide;
+#define WIDE_SET(x) _mm512_set1_epi64((long long)(x))
+#define WIDE_ADD(a, b) _mm512_add_epi64(a, b)
+#define WIDE_XOR(a, b) _mm512_xor_si512(a, b)
+#define WIDE_MUL(a, b) _mm512_mul_epu32(a, b)
+#define WIDE_HIGH(a) _mm512_srli_epi64(a, 32)
+#elif defined(__AVX2__)
+typedef __m256i wide;
+#define WIDE_SET(x) _mm256_set1_epi64x((long long)(x))
+#define WIDE_ADD(a, b) _mm256_add_epi64(a, b)
+#define WIDE_XOR(a, b) _mm256_xor_si256(a, b)
+#define WIDE_MUL(a, b) _mm256_mul_epu32(a, b)
+#define WIDE_HIGH(a) _mm256_srli_epi64(a, 32)
+#else
+typedef uint64_t wide;
+#define WIDE_SET(x) ((uint64_t)(x))
+#define WIDE_ADD(a, b) ((a) + (b))
+#define WIDE_XOR(a, b) ((a) ^ (b))
+#define WIDE_MUL(a, b) ((uint64_t)(uint32_t)(a) * (uint32_t)(b))
+#define WIDE_HIGH(a) ((a) >> 32)
+#endif
+enum { WIDTH = sizeof(wide) / 8 };
+
+/* w[j][l] = word j of block first + l. */
+static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4][LANES]) {
+    uint64_t number[WIDTH], word[WIDTH];
+    for (int l = 0; l < WIDTH; l++) number[l] = l;
+    wide lane;
+    memcpy(&lane, number, sizeof lane);
+    for (int part = 0; part < LANES; part += WIDTH) {
+        const wide block = WIDE_ADD(WIDE_SET(first + part), lane);
+        wide c0 = block, c1 = WIDE_HIGH(block), c2 = WIDE_SET(tensor), c3 = WIDE_SET(stream);
+        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; round++) {
+            const wide p0 = WIDE_MUL(c0, WIDE_SET(0xD2511F53u)), p1 = WIDE_MUL(c2, WIDE_SET(0xCD9E8D57u));
+            c0 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p1), c1), WIDE_SET(k0));
+            c2 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p0), c3), WIDE_SET(k1));
+            c1 = p1;
+            c3 = p0;
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        const wide c[4] = {c0, c1, c2, c3};
+        for (int j = 0; j < 4; j++) {
+            memcpy(word, &c[j], sizeof word);
+            for (int l = 0; l < WIDTH; l++) w[j][part + l] = (uint32_t)word[l];
+        }
     }
+}
+
+/* words[4 b + j] = word j of block first + b, for b from lo to hi, in whole groups of LANES. */
+static inline void words_in_order(uint32_t *words, uint64_t first, int lo, int hi, uint32_t tensor, uint32_t stream,
+                                  uint64_t seed) {
+    for (int b = lo / LANES * LANES; b < hi; b += LANES) {
+        uint32_t w[4][LANES];
+        philox(first + b, tensor, stream, seed, w);
+        for (int l = 0; l < LANES; l++)
+            for (int j = 0; j < 4; j++) words[4 * (b + l) + j] = w[j][l];
+    }
+}
+
+/* ---- directions ---- */
+
+/* a times the signs of a whole tile. */
+static inline void signs(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t base) {
+    const uint32_t positive = bits_of(a);
+    uint32_t w[4][LANES];
+    philox(base / 128, tensor, RADEMACHER, seed, w);
+    for (int b = 0; b < LANES; b++)
+        for (int j = 0; j < 4; j++)
+            for (int k = 0; k < 32; k++) out[128 * b + 32 * j + k] = float_of(positive ^ ((w[j][b] >> k) << 31));
 }
 
 static inline void normal_pair(uint32_t word_r, uint32_t word_a, float *even, float *odd) {
@@ -75,28 +163,29 @@ static inline void normal_pair(uint32_t word_r, uint32_t word_a, float *even, fl
     *odd = r * d;
 }
 
-/* a times the normal numbers of `blocks` blocks of 4. */
-static void normals(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t first, int blocks) {
-    uint32_t w[4][(TILE + MARGIN) / 4];
-    float z[4][(TILE + MARGIN) / 4];
-    for (int b = 0; b < blocks; b++) {
-        uint32_t v[4];
-        philox(first + b, tensor, GAUSSIAN, seed, v);
-        for (int j = 0; j < 4; j++) w[j][b] = v[j];
+/* a times the normal numbers of a tile's places lo … hi - 1, in whole groups of 4 LANES. */
+static inline void normals(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t base, int lo, int hi) {
+    for (int b = lo / (4 * LANES) * LANES; 4 * b < hi; b += LANES) {
+        uint32_t w[4][LANES];
+        float z[4][LANES];
+        philox(base / 4 + b, tensor, GAUSSIAN, seed, w);
+        for (int pair = 0; pair < 4; pair += 2)
+            for (int l = 0; l < LANES; l++) normal_pair(w[pair][l], w[pair + 1][l], &z[pair][l], &z[pair + 1][l]);
+        for (int l = 0; l < LANES; l++)
+            for (int j = 0; j < 4; j++) out[4 * (b + l) + j] = a * z[j][l];
     }
-    for (int pair = 0; pair < 4; pair += 2)
-        for (int b = 0; b < blocks; b++) normal_pair(w[pair][b], w[pair + 1][b], &z[pair][b], &z[pair + 1][b]);
-    for (int b = 0; b < blocks; b++)
-        for (int j = 0; j < 4; j++) out[4 * b + j] = a * z[j][b];
 }
 
-/* a·u for elements start … start + m - 1 of a direction; they begin at the returned place within `tile`. */
-static const float *term(float *tile, float a, int stream, uint64_t seed, uint32_t tensor, uint64_t start, int m) {
-    const int per_block = stream == RADEMACHER ? 128 : 4;
-    const int skip = (int)(start % per_block), blocks = (skip + m + per_block - 1) / per_block;
-    (stream == RADEMACHER ? signs : normals)(tile, a, seed, tensor, start / per_block, blocks);
-    return tile + skip;
+/* a·u for a tile; the first of the elements that are wanted. `room` holds a whole tile. */
+static inline const float *term(float *room, float a, int stream, uint64_t seed, uint32_t tensor, tile_range t) {
+    if (stream == RADEMACHER)
+        signs(room, a, seed, tensor, t.base);
+    else
+        normals(room, a, seed, tensor, t.base, t.from, t.from + t.count);
+    return room + t.from;
 }
+
+/* ---- precisions ---- */
 
 static inline uint16_t nearest_bfloat16(float y) {
     uint32_t bits = bits_of(y);
@@ -104,103 +193,171 @@ static inline uint16_t nearest_bfloat16(float y) {
 }
 
 static inline uint16_t stochastic_bfloat16(float y, uint32_t random) {
-    uint32_t bits = bits_of(y) & 0x7FFFFFFFu, lower = bits >> 16, up = ((bits & 0xFFFFu) + random) >> 16;
-    up = lower + up < 0x7F80u ? up : 0;
-    return (uint16_t)((lower + up) | ((bits_of(y) >> 16) & 0x8000u));
+    uint32_t bits = bits_of(y) & 0x7FFFFFFFu, up = (bits + random) >> 16;
+    up = up < 0x7F80u ? up : bits >> 16; /* the largest finite number stays, and so do infinity and NaN */
+    return (uint16_t)(up | ((bits_of(y) >> 16) & 0x8000u));
 }
 
+/* In units of the gap at |y|, a power of two, its whole part tells the lower neighbour, the rest the chance to go up. */
 static inline uint16_t stochastic_float16(float y, uint32_t random) {
-    float magnitude = fabsf(y);
-    uint16_t nearest = half_of(magnitude);
-    uint16_t lower = half_to_float(nearest) > magnitude ? (uint16_t)(nearest - 1) : nearest;
-    float below = half_to_float(lower), gap = half_to_float((uint16_t)(lower + 1)) - below;
-    uint32_t k = lower >= 0x7BFFu ? 0 : (uint32_t)((magnitude - below) / gap * 65536.0f), up = (k + random) >> 16;
-    return (uint16_t)((lower + up) | ((bits_of(y) >> 16) & 0x8000u));
+    uint32_t bits = bits_of(y) & 0x7FFFFFFFu, exponent = bits >> 23;
+    exponent = exponent < 113 ? 113 : exponent > 142 ? 142 : exponent;
+    float scaled = float_of(bits < 0x47800000u ? bits : 0) * float_of((264 - exponent) << 23);
+    int32_t whole = (int32_t)scaled;
+    uint32_t k = (uint32_t)(int32_t)((scaled - (float)whole) * 65536.0f);
+    uint32_t lower = ((exponent - 113) << 10) + (uint32_t)whole;
+    uint32_t rounded = lower + ((k + random) >> 16), nan = 0x7E00u | ((bits >> 13) & 0x3FFu);
+    rounded = rounded < 0x7C00u ? rounded : 0x7BFFu;
+    rounded = bits < 0x477FE000u ? rounded : 0x7BFFu;
+    rounded = bits < 0x7F800000u ? rounded : bits == 0x7F800000u ? 0x7C00u : nan;
+    return (uint16_t)(rounded | ((bits_of(y) >> 16) & 0x8000u));
 }
 
-static void round_tile(uint16_t *out, const float *y, int kind, uint64_t seed, uint32_t tensor, uint64_t start, int m) {
-    uint32_t random[TILE + 8];
-    const int skip = (int)(start % 8), blocks = (skip + m + 7) / 8;
-    for (int b = 0; b < blocks; b++) {
-        uint32_t w[4];
-        philox(start / 8 + b, tensor, ROUNDING, seed, w);
-        for (int j = 0; j < 4; j++) {
-            random[8 * b + 2 * j] = w[j] & 0xFFFFu;
-            random[8 * b + 2 * j + 1] = w[j] >> 16;
-        }
+static inline void widen_float16(float *y, const uint16_t *x, int n) {
+    int k = 0;
+#if defined(__F16C__)
+    for (; k + 8 <= n; k += 8) _mm256_storeu_ps(y + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + k))));
+#endif
+    for (; k < n; k++) {
+        _Float16 h;
+        memcpy(&h, x + k, 2);
+        y[k] = (float)h;
     }
-    if (kind == BFLOAT16)
-        for (int k = 0; k < m; k++) out[k] = stochastic_bfloat16(y[k], random[skip + k]);
-    else
-        for (int k = 0; k < m; k++) out[k] = stochastic_float16(y[k], random[skip + k]);
 }
 
-static void write_tile(void *out, const void *x, const float *total, int kind, int64_t at, int m) {
+static inline void narrow_float16(uint16_t *out, const float *y, int n) {
+    int k = 0;
+#if defined(__F16C__)
+    for (; k + 8 <= n; k += 8)
+        _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_loadu_ps(y + k), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; k < n; k++) {
+        _Float16 h = (_Float16)y[k];
+        memcpy(out + k, &h, 2);
+    }
+}
+
+/* y = x in single precision. */
+static inline void widen(float *y, const void *x, int kind, int n) {
+    const uint16_t *half = x;
+    if (kind == FLOAT)
+        memcpy(y, x, n * sizeof(float));
+    else if (kind == FLOAT16)
+        widen_float16(y, half, n);
+    else
+        for (int k = 0; k < n; k++) y[k] = float_of((uint32_t)half[k] << 16);
+}
+
+/* out = y, rounded to nearest even. */
+static inline void narrow(void *out, const float *y, int kind, int n) {
+    uint16_t *half = out;
+    if (kind == FLOAT)
+        memcpy(out, y, n * sizeof(float));
+    else if (kind == FLOAT16)
+        narrow_float16(half, y, n);
+    else
+        for (int k = 0; k < n; k++) half[k] = nearest_bfloat16(y[k]);
+}
+
+/* out = y as 16-bit patterns, rounded at random so that the mean is y. */
+static inline void narrow_at_random(uint16_t *out, const float *y, int kind, uint64_t seed, uint32_t tensor,
+                                    tile_range t) {
+    uint32_t words[TILE / 2] ALIGNED;
+    uint16_t random[TILE] ALIGNED;
+    words_in_order(words, t.base / 8, t.from / 8, (t.from + t.count + 7) / 8, tensor, ROUNDING, seed);
+    memcpy(random, words, sizeof random);
+    const uint16_t *r = random + t.from;
+    if (kind == BFLOAT16)
+        for (int k = 0; k < t.count; k++) out[k] = stochastic_bfloat16(y[k], r[k]);
+    else
+        for (int k = 0; k < t.count; k++) out[k] = stochastic_float16(y[k], r[k]);
+}
+
+/* out = x + u, rounded to nearest even. */
+static inline void write_sum(void *out, const void *x, const float *u, int kind, int n) {
+    float y[TILE] ALIGNED;
     if (kind == FLOAT) {
-        float *to = (float *)out + at;
-        const float *of = (const float *)x + at;
-        for (int k = 0; k < m; k++) to[k] = of[k] + total[k];
-        return;
+        float *to = out;
+        const float *of = x;
+#pragma GCC ivdep
+        for (int k = 0; k < n; k++) to[k] = of[k] + u[k];
+    } else if (kind == BFLOAT16) {
+        uint16_t *to = out;
+        const uint16_t *of = x;
+#pragma GCC ivdep
+        for (int k = 0; k < n; k++) to[k] = nearest_bfloat16(float_of((uint32_t)of[k] << 16) + u[k]);
+    } else {
+        widen(y, x, kind, n);
+        for (int k = 0; k < n; k++) y[k] += u[k];
+        narrow(out, y, kind, n);
     }
-    uint16_t *to = (uint16_t *)out + at;
-    const uint16_t *of = (const uint16_t *)x + at;
-    if (kind == BFLOAT16)
-        for (int k = 0; k < m; k++) to[k] = nearest_bfloat16(float_of((uint32_t)of[k] << 16) + total[k]);
-    else
-        for (int k = 0; k < m; k++) to[k] = half_of(half_to_float(of[k]) + total[k]);
 }
 
-void zotune_fill(float *out, int stream, uint64_t seed, uint32_t tensor, uint64_t start, int64_t lo, int64_t hi) {
-    float tile[TILE + MARGIN];
-    for (int64_t t = lo; t < hi; t += TILE) {
-        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
-        memcpy(out + t, term(tile, 1.0f, stream, seed, tensor, start + t, m), m * sizeof(float));
+/* ---- what is called from Python ---- */
+
+/* out = elements start … start + size - 1 of a direction. */
+void zotune_fill(float *out, int stream, uint64_t seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        memcpy(out + t.at, term(room, 1.0f, stream, seed, tensor, t), t.count * sizeof(float));
     }
 }
 
 static void add_double(double *out, const double *x, int stream, int q, const uint64_t *seeds, const double *scales,
-                       uint32_t tensor, uint64_t start, int64_t lo, int64_t hi) {
-    float tile[TILE + MARGIN];
-    double total[TILE];
-    for (int64_t t = lo; t < hi; t += TILE) {
-        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
-        for (int i = 0; i < q; i++) {
-            const float *u = term(tile, 1.0f, stream, seeds[i], tensor, start + t, m);
-            for (int k = 0; k < m; k++) total[k] = i ? total[k] + scales[i] * u[k] : scales[i] * u[k];
+                       uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED;
+        double total[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        for (int n = 0; n < q; n++) {
+            const float *u = term(room, 1.0f, stream, seeds[n], tensor, t);
+            for (int k = 0; k < t.count; k++) total[k] = n ? total[k] + scales[n] * u[k] : scales[n] * u[k];
         }
-        for (int k = 0; k < m; k++) out[t + k] = x[t + k] + total[k];
+#pragma GCC ivdep
+        for (int k = 0; k < t.count; k++) out[t.at + k] = x[t.at + k] + total[k];
     }
 }
 
-/* out[lo:hi] = x[lo:hi] + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
-void zotune_add(void *out, const void *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
-                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t lo, int64_t hi) {
+/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
+void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
+                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
     if (kind == DOUBLE) {
-        add_double(out, x, stream, q, seeds, scales, tensor, start, lo, hi);
+        add_double((double *)out, (const double *)x, stream, q, seeds, scales, tensor, start, size, threads);
         return;
     }
-    float tile[TILE + MARGIN], total[TILE];
-    for (int64_t t = lo; t < hi; t += TILE) {
-        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
-        const float *sum = term(tile, (float)scales[0], stream, seeds[0], tensor, start + t, m);
-        if (q > 1) {
-            memcpy(total, sum, m * sizeof(float));
-            for (int i = 1; i < q; i++) {
-                const float *u = term(tile, (float)scales[i], stream, seeds[i], tensor, start + t, m);
-                for (int k = 0; k < m; k++) total[k] += u[k];
-            }
-            sum = total;
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED, total[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        char *to = out + t.at * BYTES[kind];
+        const char *of = x + t.at * BYTES[kind];
+        const float *sum = term(total, (float)scales[0], stream, seeds[0], tensor, t);
+        float *more = total + t.from;
+        for (int n = 1; n < q; n++) {
+            const float *u = term(room, (float)scales[n], stream, seeds[n], tensor, t);
+            for (int k = 0; k < t.count; k++) more[k] += u[k];
         }
         if (!stochastic) {
-            write_tile(out, x, sum, kind, t, m);
+            write_sum(to, of, sum, kind, t.count);
             continue;
         }
-        const uint16_t *of = (const uint16_t *)x + t;
-        if (kind == BFLOAT16)
-            for (int k = 0; k < m; k++) total[k] = float_of((uint32_t)of[k] << 16) + sum[k];
-        else
-            for (int k = 0; k < m; k++) total[k] = half_to_float(of[k]) + sum[k];
-        round_tile((uint16_t *)out + t, total, kind, rounding_seed, tensor, start + t, m);
+        widen(room, of, kind, t.count);
+        for (int k = 0; k < t.count; k++) room[k] += sum[k];
+        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+    }
+}
+
+/* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u. Not for double precision. */
+void zotune_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
+                 uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED, opposite[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        const int64_t at = t.at * BYTES[kind];
+        const float *u = term(room, (float)scale, stream, seed, tensor, t);
+        for (int k = 0; k < t.count; k++) opposite[k] = -u[k];
+        write_sum(plus + at, x + at, u, kind, t.count);
+        write_sum(minus + at, x + at, opposite, kind, t.count);
     }
 }
 
@@ -208,27 +365,28 @@ void zotune_add(void *out, const void *x, int kind, int stream, int q, const uin
 void zotune_add_rows(char *rows, const int64_t *indices, int64_t count, int64_t width, int64_t row_bytes, int kind,
                      int stream, uint64_t seed, double scale, uint32_t tensor) {
     for (int64_t i = 0; i < count; i++) {
-        void *row = rows + i * row_bytes;
-        zotune_add(row, row, kind, stream, 1, &seed, &scale, 0, 0, tensor, (uint64_t)(indices[i] * width), 0, width);
+        char *row = rows + i * row_bytes;
+        const uint64_t start = (uint64_t)(indices[i] * width);
+        zotune_add(row, row, kind, stream, 1, &seed, &scale, 0, 0, tensor, start, width, 1);
     }
 }
 
+/* out = y as 16-bit patterns, rounded at random so that the mean is y. */
 void zotune_round(uint16_t *out, const float *y, int kind, uint64_t rounding_seed, uint32_t tensor, uint64_t start,
-                  int64_t lo, int64_t hi) {
-    for (int64_t t = lo; t < hi; t += TILE) {
-        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
-        round_tile(out + t, y + t, kind, rounding_seed, tensor, start + t, m);
+                  int64_t size, int threads) {
+    FOR_EACH_TILE(i, start, size, threads) {
+        const tile_range t = tile_at(i, start, size);
+        narrow_at_random(out + t.at, y + t.at, kind, rounding_seed, tensor, t);
     }
 }
 
-/* out[lo:hi] = 0 where the mask stream's word is below `threshold`. */
-void zotune_mask(float *out, uint64_t threshold, uint64_t seed, uint32_t tensor, uint64_t start, int64_t lo,
-                 int64_t hi) {
-    uint32_t words[TILE + 8];
-    for (int64_t t = lo; t < hi; t += TILE) {
-        const int m = hi - t < TILE ? (int)(hi - t) : TILE;
-        const int skip = (int)((start + t) % 4), blocks = (skip + m + 3) / 4;
-        for (int b = 0; b < blocks; b++) philox((start + t) / 4 + b, tensor, MASK, seed, words + 4 * b);
-        for (int k = 0; k < m; k++) out[t + k] = words[skip + k] < threshold ? 0.0f : out[t + k];
+/* out = 0 where the mask stream's word is below `threshold`. */
+void zotune_mask(float *out, uint64_t threshold, uint64_t seed, uint32_t tensor, uint64_t start, int64_t size,
+                 int threads) {
+    FOR_EACH_TILE(i, start, size, threads) {
+        uint32_t words[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        words_in_order(words, t.base / 4, t.from / 4, (t.from + t.count + 3) / 4, tensor, MASK, seed);
+        for (int k = 0; k < t.count; k++) out[t.at + k] = words[t.from + k] < threshold ? 0.0f : out[t.at + k];
     }
 }

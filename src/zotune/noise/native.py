@@ -8,6 +8,7 @@ numba's kernels are used instead.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -15,12 +16,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from zotune.cache import cache_folder
 from zotune.noise import reference
@@ -28,18 +30,24 @@ from zotune.noise import reference
 _SOURCE = Path(__file__).with_name("native.c")
 # No fused multiply-add and no fast-math: each would change bits. errno and traps nobody reads.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-
-# Does its work for elements lo … hi - 1.
-Kernel = Callable[[int, int], None]
+# What not every compiler has, the most wanted first: OpenMP, whose threads are then torch's own (both load the one
+# libgomp: a second pool would fight over the processors with the first, which spins), and the widest vectors.
+_EXTRAS = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ("-mprefer-vector-width=512",), ())
 
 _u64, _i64, _u32, _int, _p = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
+_double = ctypes.c_double
+# The last three of those with threads: the index of the first element, how many there are, and how many threads.
 _SIGNATURES = {
-    "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _i64),
-    "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _i64),
-    "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, ctypes.c_double, _u32),
-    "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _i64),
-    "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _i64),
+    "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
+    "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
+    "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
+    "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _int),
 }
+_DOUBLE = 3
+# A thread for every so many elements: fewer are made faster than a second thread is woken.
+_THREAD_ELEMENTS = 1 << 14
 
 
 @cache
@@ -49,7 +57,7 @@ def library() -> Any:
     if compiler is None or os.environ.get("ZOTUNE_NATIVE") == "0":
         return None
     try:
-        loaded = ctypes.CDLL(str(_build(compiler)))
+        loaded = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, types in _SIGNATURES.items():
@@ -58,17 +66,24 @@ def library() -> Any:
     return loaded if _reproduces_the_specification(loaded) else None
 
 
-def _build(compiler: str) -> Path:
-    """The library's path in the cache, compiled if it is not there."""
+def _built(compiler: str) -> Path:
+    """The library's path in the cache, compiled with as many of the extras as this compiler has if it is not there."""
+    for extras in _EXTRAS[:-1]:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return _build(compiler, (*_FLAGS, *extras))
+    return _build(compiler, (*_FLAGS, *_EXTRAS[-1]))
+
+
+def _build(compiler: str, flags: tuple[str, ...]) -> Path:
     source = _SOURCE.read_bytes()
-    parts = (source, " ".join((compiler, *_FLAGS)).encode(), platform.machine().encode(), _processor())
+    parts = (source, " ".join((compiler, *flags)).encode(), platform.machine().encode(), _processor())
     path = cache_folder() / "native" / f"noise-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Built aside and renamed, so that two processes at once leave one whole file.
         with tempfile.TemporaryDirectory(dir=path.parent) as aside:
             built = Path(aside) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+            command = [compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"]
             subprocess.run(command, capture_output=True, check=True, timeout=120)
             built.rename(path)
     return path
@@ -82,22 +97,25 @@ def _processor() -> bytes:
 
 
 def _reproduces_the_specification(loaded: Any) -> bool:
-    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks."""
-    seed, tensor_id, start, n = 2**63 + 5, 7, 130, 1500
+    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks and tiles."""
+    seed, tensor_id, start, n = 2**63 + 5, 7, 130, 5000
+    place = (seed, tensor_id, start, n, 2)
     samplers = ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian))
     for stream, specified in samplers:
         out = np.empty(n, np.float32)
-        loaded.zotune_fill(_at(out), stream, seed, tensor_id, start, 0, n)
+        loaded.zotune_fill(_at(out), stream, *place)
         if not np.array_equal(out, specified(seed, tensor_id, start, start + n)):
             return False
     expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
-    loaded.zotune_mask(_at(out), 1 << 30, seed, tensor_id, start, 0, n)
+    loaded.zotune_mask(_at(out), 1 << 30, *place)
     if not np.array_equal(out, expected):
         return False
     random = reference.random16(seed, tensor_id, start, start + n)
+    # From below the least subnormal number of either format to beyond the largest of float16.
+    out *= np.exp2(np.linspace(-40, 17, n, dtype=np.float32))
     for kind, dtype in ((1, "bfloat16"), (2, "float16")):
         bits = np.empty(n, np.uint16)
-        loaded.zotune_round(_at(bits), _at(out), kind, seed, tensor_id, start, 0, n)
+        loaded.zotune_round(_at(bits), _at(out), kind, *place)
         if not np.array_equal(bits, reference.round_stochastically(out, random, dtype)):
             return False
     return True
@@ -108,10 +126,13 @@ def _at(array: Any) -> int:
     return address
 
 
-def fill(out: Any, stream: int, seed: int, tensor_id: int, start: int) -> Kernel:
+def _threads(size: int) -> int:
+    return max(1, min(torch.get_num_threads(), size // _THREAD_ELEMENTS))
+
+
+def fill(out: Any, stream: int, seed: int, tensor_id: int, start: int) -> None:
     """As `cpu.fill`."""
-    run, to = library().zotune_fill, _at(out)
-    return lambda lo, hi: run(to, stream, seed, tensor_id, start, lo, hi)
+    library().zotune_fill(_at(out), stream, seed, tensor_id, start, out.size, _threads(out.size))
 
 
 def add(
@@ -124,15 +145,26 @@ def add(
     rounding_seed: int | None,
     tensor_id: int,
     start: int,
-) -> Kernel:
+) -> None:
     """As `cpu.add`."""
     q = len(seeds)
-    u, a = (_u64 * q)(*seeds), (ctypes.c_double * q)(*scales)
-    run, to, of = library().zotune_add, _at(out), _at(x)
+    u, a = (_u64 * q)(*seeds), (_double * q)(*scales)
     # Single and double precision are not rounded further.
     random = None if kind in (0, 3) else rounding_seed
-    rest = (random is not None, random or 0, tensor_id, start)
-    return lambda lo, hi: run(to, of, kind, stream, q, u, a, *rest, lo, hi)
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+
+
+def add_both(
+    plus: Any, minus: Any, x: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int, start: int
+) -> None:
+    """As `cpu.add_both`."""
+    if kind == _DOUBLE:
+        for out, a in ((plus, scale), (minus, -scale)):
+            add(out, x, kind, stream, [seed], [a], None, tensor_id, start)
+        return
+    place = (tensor_id, start, x.size, _threads(x.size))
+    library().zotune_pair(_at(plus), _at(minus), _at(x), kind, stream, seed, scale, *place)
 
 
 def add_rows(rows: Any, indices: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int) -> None:
@@ -142,13 +174,11 @@ def add_rows(rows: Any, indices: Any, kind: int, stream: int, seed: int, scale: 
     library().zotune_add_rows(*size, kind, stream, seed, scale, tensor_id)
 
 
-def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, start: int) -> Kernel:
+def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, start: int) -> None:
     """As `cpu.round_half`."""
-    run, to, of = library().zotune_round, _at(out), _at(y)
-    return lambda lo, hi: run(to, of, kind, rounding_seed, tensor_id, start, lo, hi)
+    library().zotune_round(_at(out), _at(y), kind, rounding_seed, tensor_id, start, y.size, _threads(y.size))
 
 
-def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> Kernel:
+def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> None:
     """As `cpu.mask`."""
-    run, to = library().zotune_mask, _at(out)
-    return lambda lo, hi: run(to, threshold, seed, tensor_id, start, lo, hi)
+    library().zotune_mask(_at(out), threshold, seed, tensor_id, start, out.size, _threads(out.size))

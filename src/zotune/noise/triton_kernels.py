@@ -260,6 +260,16 @@ def add(
     _add_tile(out, x, tile * TILE - start, n, tile, terms, q, tensor, STREAM, KIND, RANDOM, TILE)
 
 
+@triton.jit(do_not_specialize=["tensor"])
+def add_both(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
+    """Plus, minus = x + scale u, x - scale u, from element `start` on."""
+    tile = start // TILE + tl.program_id(0).to(tl.int64)
+    first = tile * TILE - start
+    y, move = _widened(_load(x, first, n, TILE), KIND), _sum(terms, 1, tensor, tile, STREAM, TILE)
+    _store(plus, first, n, _nearest(y + move, KIND), TILE)
+    _store(minus, first, n, _nearest(y - move, KIND), TILE)
+
+
 @triton.jit
 def add_many(
     table,

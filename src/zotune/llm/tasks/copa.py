@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from zotune.llm.data import Example, Row
 from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_HAS_NO_LABELS, MASKED_IS_NOT_DEFINED, Task
 
 _CONJUNCTIONS = {"effect": " so", "cause": " because"}
 
@@ -47,7 +47,7 @@ COPA = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain=plain,
-    head="has choices of its own in each row, so a classification head has no labels. Use a causal model.",
+    head=HEAD_HAS_NO_LABELS,
     hub=("aps/super_glue", "copa"),
     source="SuperGLUE COPA (Roemmele et al., 2011)",
     licence="BSD 2-clause",

@@ -8,10 +8,8 @@ CC BY-SA 4.0.
 
 from __future__ import annotations
 
-from zotune.llm.answers import evaluate_answers
 from zotune.llm.data import Example, Row
-from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.tasks.answering import answered, answering
 
 
 def causal(row: Row) -> Example:
@@ -21,23 +19,16 @@ def causal(row: Row) -> Example:
     >>> causal(row).prompt, causal(row).answers
     ('Passage: Two and two.\nQuestion: How many?\nAnswer:', ('4', 'four'))
     """
-    answers = tuple(row["answers_spans"]["spans"])
-    prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
-    return Example(prompt, (f" {answers[0]}\n",), 0, answers=answers)
+    return answered(f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:", row["answers_spans"]["spans"])
 
 
-DROP = Task(
+DROP = answering(
     name="drop",
     description="answers that take counting or arithmetic, generated",
     causal=causal,
-    masked=MASKED_IS_NOT_DEFINED,
-    plain="generates its answer: without the words around the texts nothing says that one is to follow.",
-    head="generates its answer, so a classification head has no labels. Use a causal model.",
     hub=("ucinlp/drop", None),
     source="DROP (Dua et al., 2019)",
     licence="CC BY-SA 4.0",
     size=(77_400, 9_535),
-    objective=TEACHER_FORCING,
-    measure=evaluate_answers,
     note="19 rows of three passages, AllenNLP's fixture, to report on; there are none to train on.",
 )

@@ -9,7 +9,7 @@ Source: Khashabi et al., 2018; as SuperGLUE's card states: research use.
 from __future__ import annotations
 
 from zotune.llm.data import Example, Row
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_TAKES_TWO_TEXTS, MASKED_IS_NOT_DEFINED, Task
 
 _WORDS = ("No", "Yes")
 
@@ -36,7 +36,7 @@ MULTIRC = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain=plain,
-    head="has three texts, and a classification head takes two. Use --prompt aligned with a causal model.",
+    head=HEAD_TAKES_TWO_TEXTS,
     hub=("aps/super_glue", "multirc"),
     source="SuperGLUE MultiRC (Khashabi et al., 2018)",
     licence="research use (SuperGLUE)",

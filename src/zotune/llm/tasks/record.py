@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from zotune.llm.data import Example, Row
 from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_HAS_NO_LABELS, MASKED_IS_NOT_DEFINED, Task
 
 
 def causal(row: Row) -> Example:
@@ -34,7 +34,7 @@ RECORD = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain="has no prompt to take away: its candidates are the row's own statement. Use --prompt aligned.",
-    head="has choices of its own in each row, so a classification head has no labels. Use a causal model.",
+    head=HEAD_HAS_NO_LABELS,
     hub=("aps/super_glue", "record"),
     source="SuperGLUE ReCoRD (Zhang et al., 2018)",
     licence="research use (SuperGLUE)",

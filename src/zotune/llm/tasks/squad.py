@@ -7,10 +7,8 @@ Source: Rajpurkar et al., 2016, "SQuAD: 100,000+ questions for machine comprehen
 
 from __future__ import annotations
 
-from zotune.llm.answers import evaluate_answers
 from zotune.llm.data import Example, Row
-from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.tasks.answering import answered, answering
 
 
 def causal(row: Row) -> Example:
@@ -20,24 +18,20 @@ def causal(row: Row) -> Example:
     >>> causal(row).prompt, causal(row).candidates
     ('Title: Elm\nContext: Elms are trees.\nQuestion: What?\nAnswer:', (' trees\n',))
     """
-    answers = tuple(row["answers"]["text"])
-    prompt = f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question']}\nAnswer:"
-    return Example(prompt, (f" {answers[0]}\n",), 0, answers=answers)
+    return answered(
+        f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question']}\nAnswer:",
+        row["answers"]["text"],
+    )
 
 
-SQUAD = Task(
+SQUAD = answering(
     name="squad",
     description="answers to questions about a paragraph, generated",
     causal=causal,
-    masked=MASKED_IS_NOT_DEFINED,
-    plain="generates its answer: without the words around the texts nothing says that one is to follow.",
-    head="generates its answer, so a classification head has no labels. Use a causal model.",
     hub=("rajpurkar/squad", None),
     source="SQuAD 1.1 (Rajpurkar et al., 2016)",
     licence="CC BY-SA 4.0",
     size=(87_599, 10_570),
-    objective=TEACHER_FORCING,
-    measure=evaluate_answers,
     note="Drawn from 4,330 rows with one answer each and no title, of a public split that is not known; rows to "
     "train on and rows to report on share no context.",
 )

@@ -8,7 +8,7 @@ Source: Pilehvar and Camacho-Collados, 2019, "WiC: the word-in-context dataset";
 from __future__ import annotations
 
 from zotune.llm.data import Example, Row
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_TAKES_TWO_TEXTS, MASKED_IS_NOT_DEFINED, Task
 
 _WORDS = ("No", "Yes")
 
@@ -34,7 +34,7 @@ WIC = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain=plain,
-    head="has three texts, and a classification head takes two. Use --prompt aligned with a causal model.",
+    head=HEAD_TAKES_TWO_TEXTS,
     hub=("aps/super_glue", "wic"),
     source="SuperGLUE WiC (Pilehvar and Camacho-Collados, 2019)",
     licence="CC BY-NC 4.0",

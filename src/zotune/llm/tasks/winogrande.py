@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from zotune.llm.data import Example, Row
 from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_HAS_NO_LABELS, MASKED_IS_NOT_DEFINED, Task
 
 
 def causal(row: Row) -> Example:
@@ -30,7 +30,7 @@ WINOGRANDE = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain="has no prompt to take away: it is the row's own sentence. Use --prompt aligned.",
-    head="has choices of its own in each row, so a classification head has no labels. Use a causal model.",
+    head=HEAD_HAS_NO_LABELS,
     hub=("allenai/winogrande", "winogrande_m"),
     source="WinoGrande 1.1 (Sakaguchi et al., 2020)",
     licence="CC-BY",

@@ -8,7 +8,7 @@ Source: Levesque et al., 2012; as SuperGLUE's card states: research use.
 from __future__ import annotations
 
 from zotune.llm.data import Example, Row
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.task import HEAD_TAKES_TWO_TEXTS, MASKED_IS_NOT_DEFINED, Task
 
 _WORDS = ("No", "Yes")
 
@@ -37,7 +37,7 @@ WSC = Task(
     causal=causal,
     masked=MASKED_IS_NOT_DEFINED,
     plain=plain,
-    head="has three texts, and a classification head takes two. Use --prompt aligned with a causal model.",
+    head=HEAD_TAKES_TWO_TEXTS,
     hub=("aps/super_glue", "wsc.fixed"),
     source="SuperGLUE WSC (Levesque et al., 2012)",
     licence="research use (SuperGLUE)",

@@ -1,0 +1,51 @@
+"""95 % intervals of what an evaluation finds: of a rate, a mean, a ratio of sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+NORMAL = 1.959963984540054
+"""Half the width of the 95 % interval of a standard normal number."""
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a success rate.
+
+    >>> [round(end, 3) for end in wilson(80, 100)]
+    [0.711, 0.867]
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+    """The 95 % interval of a mean of values in [low, high], by the normal distribution; all of it for one value.
+
+    >>> [round(end, 3) for end in mean_interval([0.0, 1.0, 1.0, 0.5] * 25)]
+    [0.543, 0.707]
+    """
+    n = len(values)
+    if n < 2:
+        return low, high
+    mean = sum(values) / n
+    half = NORMAL * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return max(low, mean - half), min(high, mean + half)
+
+
+def ratio_interval(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """The 95 % interval of r = Σ totals / Σ counts over independent pairs, by the normal distribution, from 0 on.
+
+    Its variance is n/(n - 1) Σ (total - r count)² / (Σ counts)² (Cochran, 1977, section 2.11). Of one pair: [0, ∞).
+
+    >>> [round(end, 3) for end in ratio_interval([1.0, 2.0, 3.0, 2.0], [1, 1, 1, 1])]
+    [1.2, 2.8]
+    """
+    n, ratio = len(totals), sum(totals) / sum(counts)
+    if n < 2:
+        return 0.0, math.inf
+    squares = sum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True))
+    half = NORMAL * math.sqrt(n / (n - 1) * squares) / sum(counts)
+    return max(0.0, ratio - half), ratio + half

@@ -1,0 +1,35 @@
+"""What the tasks of generated answers share, SQuAD and DROP: the answer is trained by teacher forcing and generated.
+
+The prompts are those of Malladi et al. (2023), appendix E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from zotune.llm.answers import evaluate_answers
+from zotune.llm.data import Example
+from zotune.llm.objective import TEACHER_FORCING
+from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+
+
+def answered(prompt: str, answers: Iterable[str]) -> Example:
+    r"""`{prompt}` → ` {first answer}⏎`; any of the answers is right.
+
+    >>> answered("Who?\nAnswer:", ["Ann", "she"]).candidates
+    (' Ann\n',)
+    """
+    accepted = tuple(answers)
+    return Example(prompt, (f" {accepted[0]}\n",), 0, answers=accepted)
+
+
+answering = partial(
+    Task,
+    masked=MASKED_IS_NOT_DEFINED,
+    plain="generates its answer: without the words around the texts nothing says that one is to follow.",
+    head="generates its answer, so a classification head has no labels. Use a causal model.",
+    objective=TEACHER_FORCING,
+    measure=evaluate_answers,
+)
+"""A task whose answer is generated: what is its own to be given by name."""
