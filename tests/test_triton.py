@@ -150,7 +150,7 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
 @each_stream
 @pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])
 def test_add_both_gives_the_bits_of_two_adds(dtype, stream, start, scale):
-    x = numbers(4500, dtype)
+    x = numbers(1500, dtype)
     x[::9], x[1::9] = 0.0, -0.0
     for add_both, add in ((noise.add_both, noise.add), (eager.add_both, lambda *given: eager.add(*given, None))):
         plus, minus, expected = (torch.full_like(x, torch.nan) for _ in range(3))
@@ -193,15 +193,14 @@ def test_add_rows_equals_add_on_the_whole_matrix(dtype, stream, width):
 
 
 @each_dtype
-@each_stream
+@pytest.mark.parametrize(("stream", "shift"), [(RADEMACHER, 0), (GAUSSIAN, 0), (RADEMACHER, 1)])
 @each_rounding
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
 def test_many_tensors_are_moved_in_one_launch_and_nothing_beside_them(
     dtype, stream, rounding_seed, shift, launches, monkeypatch
 ):
     monkeypatch.setattr(gpu, "_CHUNK", 1 << 13)  # so that one of the tensors has several chunks
-    sizes, ids = [1, 4096, 17, 20_003, 300], [1, 2**32 - 1, 2**31, 77, 5]
-    memory = numbers(40_000, dtype)
+    sizes, ids = [1, 4096, 17, 9003], [1, 2**32 - 1, 2**31, 77]
+    memory = numbers(15_000, dtype)
     before, xs, at = memory.clone(), [], 16
     for size in sizes:
         xs.append(memory[at + shift : at + shift + size])
@@ -280,13 +279,11 @@ def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_pat
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU's forward passes are not a CPU's")
-@pytest.mark.parametrize(
-    ("method", "dtype"), [*(("sgd", d) for d in (torch.float32, *HALVES)), ("sparse", torch.bfloat16)]
-)
-def test_whole_steps_are_those_of_the_cpus_kernels_bit_for_bit(method, dtype, monkeypatch):
-    here, losses = trained(method, dtype, "cpu")
+@each_dtype
+def test_whole_steps_are_those_of_the_cpus_kernels_bit_for_bit(dtype, monkeypatch):
+    here, losses = trained("sgd", dtype, "cpu")
     monkeypatch.setattr(noise, "_accelerated", lambda t: None)
-    there, expected = trained(method, dtype, "cpu")
+    there, expected = trained("sgd", dtype, "cpu")
     assert losses == expected
     assert same_weights(here, there)
 
