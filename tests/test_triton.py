@@ -24,7 +24,9 @@ from zotune.ledger.replay import header_of, record_to, replay
 from zotune.noise import GAUSSIAN, RADEMACHER, eager, reference
 from zotune.noise.reference import MASK
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton (on Linux)")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton (on Linux)")
+
+import triton
 
 from zotune.noise import gpu
 
@@ -358,6 +360,8 @@ COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+
+import triton
 
 from zotune.noise import gpu
 
