@@ -10,7 +10,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import reference
-from zotune.estimators import evaluate, read
+from zotune.closures import evaluate, read
 from zotune.tuned import TunedTensors
 
 SIGMAS = 5.0

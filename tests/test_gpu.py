@@ -30,9 +30,12 @@ class Small(nn.Module):
         self.register_buffer("y", torch.randint(0, 5, (8,)))
         self.to(device, dtype)
 
+    def losses(self, x, y):
+        scores = self.down(torch.tanh(self.up(self.tokens(x).mean(1))))
+        return nn.functional.cross_entropy(scores.float(), y, reduction="none")
+
     def loss(self):
-        scores = self.down(torch.tanh(self.up(self.tokens(self.x).mean(1))))
-        return nn.functional.cross_entropy(scores.float(), self.y)
+        return self.losses(self.x, self.y).mean()
 
 
 def bits(model):
@@ -66,16 +69,18 @@ def test_probes_leave_the_weights_as_they_were(dtype):
 
 
 @pytest.mark.parametrize("num_queries", [1, 4])
-def test_the_host_waits_for_a_step_once(num_queries):
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_the_host_waits_for_a_step_once(num_queries, is_batched):
     model = Small("cuda")
-    opt = zo.zo_sgd(model, lr=0.05, num_queries=num_queries)
-    opt.step(model.loss)
+    loss = zo.batched(model.losses, model.x, model.y) if is_batched else model.loss
+    opt = zo.zo_sgd(model, lr=1e-4, num_queries=num_queries)
+    opt.step(loss)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            opt.step(model.loss)
+            opt.step(loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(wait.message) for wait in waits]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import zotune as zo
+from zotune.closures import probing
 from zotune.errors import RunError, UsageError
 from zotune.estimate import GradientEstimate
-from zotune.estimators import central_difference, probing
+from zotune.estimators import central_difference
 from zotune.llm import generation
 from zotune.llm.answers import exact_match, f1
 from zotune.llm.checks import check_first_estimate

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import zotune as zo
-from zotune.estimators import accumulate
+from zotune.closures import accumulate
 from zotune.llm import models
 from zotune.llm.config import TrainConfig
 from zotune.llm.data import Example

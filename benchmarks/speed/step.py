@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import zotune as zo
 from zotune import noise
+from zotune.closures import Batched
 from zotune.llm.config import EvalConfig
 from zotune.llm.models import LanguageModel, load
 
@@ -32,15 +33,18 @@ from record import write_result
 LR, MU = 1e-6, 1e-3
 
 
-def objective(lm: LanguageModel, batch: int, length: int) -> Callable[[], torch.Tensor]:
+def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
     """Cross-entropy of the last token of random sequences; the head at the last position only."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.vocab_size
     tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(lm.device)
     targets = torch.randint(0, vocabulary, (batch,), generator=generator).to(lm.device)
-    return lambda: F.cross_entropy(
-        lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float(), targets
-    )
+
+    def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+        return F.cross_entropy(logits[:, -1].float(), targets, reduction="none")
+
+    return zo.batched(losses, tokens, targets)
 
 
 def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from zotune.blocks import blocks_by_linear as blocks_by_linear
     from zotune.blocks import blocks_by_part as blocks_by_part
     from zotune.blocks import blocks_by_size as blocks_by_size
+    from zotune.closures import accumulate as accumulate
+    from zotune.closures import batched as batched
     from zotune.directions import SAMPLERS as SAMPLERS
     from zotune.directions import Direction as Direction
     from zotune.directions import Sampler as Sampler
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from zotune.errors import UsageError as UsageError
     from zotune.errors import ZotuneError as ZotuneError
     from zotune.estimate import GradientEstimate as GradientEstimate
-    from zotune.estimators import accumulate as accumulate
     from zotune.estimators import central_difference as central_difference
     from zotune.estimators import forward_difference as forward_difference
     from zotune.forward_mode import forward_gradient as forward_gradient
@@ -54,11 +55,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "closures": ("accumulate", "batched"),
     "blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
     "directions": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate": ("GradientEstimate",),
-    "estimators": ("accumulate", "central_difference", "forward_difference"),
+    "estimators": ("central_difference", "forward_difference"),
     "forward_mode": ("forward_gradient",),
     "gradient_check": ("CheckedForwardGradient",),
     "hybrid": ("Hybrid", "split_at_layer"),

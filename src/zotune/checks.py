@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from zotune.closures import Closure
 from zotune.directions import Direction, Sampler
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate import GradientEstimate
-from zotune.estimators import Closure
 from zotune.sparsity import Sparse
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zotune.closures import Closure, objective, probing
 from zotune.directions import Direction
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate, averaged
-from zotune.estimators import Closure, objective, probing
 from zotune.tangents import Tangents, tangent_of
 from zotune.tuned import TunedTensors
 

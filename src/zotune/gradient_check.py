@@ -17,10 +17,11 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
+from zotune.closures import Closure
 from zotune.directions import Direction
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
-from zotune.estimators import Closure, central_difference
+from zotune.estimators import central_difference
 from zotune.forward_mode import forward_gradient
 from zotune.tangents import tangent_of
 from zotune.tuned import TunedTensors

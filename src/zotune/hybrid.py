@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.closures import Accumulated, Closure, accumulate, probing
 from zotune.errors import UsageError
-from zotune.estimators import Accumulated, Closure, accumulate, probing
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.stack import Observer, stack_of
 from zotune.tuned import TunedTensors

@@ -15,10 +15,11 @@ from torch import nn
 from zotune.blocks import Block, check_partition
 from zotune.blocks import BlockOrder as BlockOrder
 from zotune.checks import as_groups, check_closure, check_own, check_skipped, check_values, check_window
+from zotune.closures import Closure
 from zotune.directions import Direction, Sampler, Terms, moving, rademacher
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate, merged
-from zotune.estimators import Closure, Estimator, central_difference
+from zotune.estimators import Estimator, central_difference
 from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed

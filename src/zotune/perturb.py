@@ -26,18 +26,14 @@ from zotune.directions import Direction, PhiloxSampler, add_terms
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a perturbed piece of a linear layer: 4 MiB in single precision, within a processor's caches.
-SCRATCH_ELEMENTS = 1 << 20
+# Elements of a perturbed piece of a linear layer, 16 MiB in single precision: the layers of most models are one piece,
+# and products of few rows are slow.
+SCRATCH_ELEMENTS = 1 << 22
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
-
-
-def piece_elements(device_type: str) -> int:
-    """The most elements of a linear layer that are perturbed at a time."""
-    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
 
 
 class Displacement(Protocol):
@@ -88,7 +84,7 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all (on a GPU the
+    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all (on a GPU the
     largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
@@ -136,12 +132,9 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
-        if value.device.type != "cpu":  # whose allocator hands the same memory out again
-            piece = torch.empty(rows.numel(), dtype=value.dtype, device=value.device)
-        else:
-            if self._scratch is None or self._scratch.dtype != value.dtype:
-                self._scratch = torch.empty(SCRATCH_ELEMENTS, dtype=value.dtype)
-            piece = self._scratch[: rows.numel()]
+        if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen))
+        piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
 
@@ -188,6 +181,17 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
 displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedding}
 
 
+def piece_elements(device_type: str) -> int:
+    """The most elements of a matrix that are perturbed at a time."""
+    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+
+
+def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:
+    """Elements of the largest piece in which a matrix of these tensors is taken."""
+    sizes = (min(t.parameter.numel(), piece_elements(t.device.type)) for t in tuned if t.id in ids)
+    return max(sizes, default=0)
+
+
 class perturbed(displaced):  # noqa: N801
     """Within this context the model computes with x + a·u; x itself is never written.
 
@@ -199,7 +203,7 @@ class perturbed(displaced):  # noqa: N801
     Raises:
         UnreadTensorError: on leaving, if a tuned tensor was not read: its part of u had no effect.
 
-    Extra memory: the largest single tuned tensor, or 4 MiB where linear layers and embeddings are all.
+    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> u = Direction(seed=7)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zotune.estimators import Closure, evaluate, probing
+from zotune.closures import Closure, evaluate, probing
 from zotune.stack import Observer, stack_of
 from zotune.tuned import TunedTensors
 

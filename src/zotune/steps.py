@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from zotune.closures import Closure, evaluate, probing
 from zotune.estimate import GradientEstimate
-from zotune.estimators import Closure, evaluate, probing
 from zotune.perturb import displaced
 from zotune.update import Updated
 

@@ -18,9 +18,12 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from zotune.directions import Direction
-from zotune.perturb import SCRATCH_ELEMENTS, Along
+from zotune.perturb import Along
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
+
+# Elements of a piece of a matrix's tangent: 4 MiB in single precision.
+_PIECE = 1 << 20
 
 
 class Tangents(Reading):
@@ -43,7 +46,7 @@ class Tangents(Reading):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Y = x Wᵀ + b and Ẏ = ẋ Wᵀ + x Uᵀ + ḃ, without products of what is zero and without a whole U."""
         tensor = self.find(weight)
-        if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
+        if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= _PIECE:
             return None
         if tensor is None and (tangent_of(weight) is not None or not any(map(self._has_tangent, (input, bias)))):
             return None
@@ -63,7 +66,7 @@ class Tangents(Reading):
     def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
         """Out += x Uᵀ, with U made some rows at a time."""
         width = x.shape[1]
-        rows = SCRATCH_ELEMENTS // width
+        rows = _PIECE // width
         scratch = torch.empty(min(rows, out.shape[1]) * width, dtype=out.dtype, device=out.device)
         for lo in range(0, out.shape[1], rows):
             hi = min(lo + rows, out.shape[1])
@@ -103,9 +106,9 @@ class Tangents(Reading):
     ) -> Tensor | None:
         """Some rows of a large vocabulary's logits at a time."""
         unusual = weight is not None or size_average is not None or reduce is not None or target.is_floating_point()
-        if unusual or input.dim() != 2 or input.numel() <= SCRATCH_ELEMENTS or self.find(input) is not None:
+        if unusual or input.dim() != 2 or input.numel() <= _PIECE or self.find(input) is not None:
             return None
-        rows = max(1, SCRATCH_ELEMENTS // input.shape[1])
+        rows = max(1, _PIECE // input.shape[1])
         each = partial(F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         losses = torch.cat(list(map(each, torch.split(input, rows), torch.split(target, rows))))
         if reduction == "none":

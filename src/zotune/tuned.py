@@ -111,6 +111,8 @@ class TunedTensors:
         self.model = model
         self.replaced: frozenset[int] = frozenset()
         """Ids of the tensors in whose place something else is read just now."""
+        self.is_separable: bool | None = None
+        """Whether copies of a batch can be told apart in this model; None until it is tried."""
         self._tensors = [self._tensor(p) for p in places.values()]
         self._by_identity = {id(t.parameter): t for t in self._tensors}
         self._by_name = {

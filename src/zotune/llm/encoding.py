@@ -241,6 +241,11 @@ def check_distinct(encoded: Encoded, example: Example) -> None:
             )
 
 
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers, by way of pinned memory: the host does not wait for what a GPU is doing."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
     """Tensors for some examples; padding is on the right, where no causal position sees it."""
     sequences = [s for e in examples for s in e.sequences]
@@ -262,8 +267,7 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
         first_sequence += len(e.sequences)
 
     def tensor(values: Any) -> Tensor:
-        # From pinned memory, so that the host does not wait for what a GPU is doing.
-        return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        return on_device(values, device)
 
     return Batch(
         sequences=tuple(sequences),

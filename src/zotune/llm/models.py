@@ -28,6 +28,8 @@ from zotune.llm.progress import say
 
 # Logits that are made at a time: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
+# Tokens up to which copies of a batch are read at once: beyond, it saves little time and takes memory.
+MAX_TOKENS = 1 << 12
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,6 +132,11 @@ class LanguageModel:
             parts.append(again(rows, tokens))
             found.append(here)
         return torch.cat(parts)[torch.cat(found).argsort()]
+
+    def copies_at_once(self, batch: Batch) -> int:
+        """How many copies of a batch may be scored in one pass; they are not mixed, for the head sees all at once."""
+        positions = max(1, len(batch.positions))
+        return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self._vocabulary // positions))
 
     @property
     def _vocabulary(self) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.llm.encoding import Batch, Candidate, Encoded
+from zotune.llm.encoding import Batch, Candidate, Encoded, on_device
 
 
 def scores(logits: Tensor, batch: Batch) -> Tensor:
@@ -142,7 +142,15 @@ OBJECTIVES: dict[str, Objective] = {
 """The objectives made of candidates' scores, by the name of the option."""
 
 
+def mean_losses(
+    objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded], copies: int = 1
+) -> Tensor:
+    """(copies,) the objective's value: means by the examples' weights, of a batch of so many copies of the examples."""
+    weights = on_device([objective.weight(e) for e in examples], score.device, torch.float64)
+    each = objective.losses(score, batch).view(copies, len(examples))
+    return (each * weights).sum(dim=1) / weights.sum()
+
+
 def mean_loss(objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
     """The mean of a batch's losses by the examples' weights: the objective's value."""
-    weights = torch.tensor([objective.weight(e) for e in examples], dtype=torch.float64, device=score.device)
-    return (objective.losses(score, batch) * weights).sum() / weights.sum()
+    return mean_losses(objective, score, batch, examples)[0]

@@ -7,30 +7,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from zotune.closures import Batched
 from zotune.hybrid import Hybrid
 from zotune.ledger import StepRecord
 from zotune.llm.config import TrainConfig
 from zotune.llm.counters import Counters
-from zotune.llm.encoding import Encoded, collate
+from zotune.llm.encoding import Batch, Encoded, collate
 from zotune.llm.evaluate import Measured, Scorer
 from zotune.llm.journal import Journal
 from zotune.llm.loading import Rows
 from zotune.llm.models import LanguageModel
-from zotune.llm.objective import Objective, mean_loss
+from zotune.llm.objective import Objective, mean_losses
 from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.output import OutputFolder
-from zotune.llm.progress import Display, Status
+from zotune.llm.progress import Display, Status, say
 from zotune.llm.selection import Selection
 from zotune.llm.stopping import Stop
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
 from zotune.memory import peak_memory
 from zotune.optimizer import ZerothOrder
+from zotune.probes import NOT_SEPARABLE, is_separable
 
 # Some examples, the step's number, and their places in the step's batch → their mean loss as a closure.
 MakeClosure = Callable[[Sequence[Encoded], int, Sequence[int]], Callable[[], Tensor]]
@@ -59,6 +61,7 @@ class Run:
 
     def steps(self, display: Display, stop: Stop) -> None:
         """All steps, or those until a signal; of a run that is resumed, those that are left."""
+        self._try_side_by_side()
         self.journal.restore(self.counters, partial(self._retaken, display))
         for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
             if self.selection.is_over:
@@ -75,6 +78,18 @@ class Run:
             if stop.signal is not None:
                 display.say(f"stopped at step {self.counters.step}; saving what there is …")
                 return
+
+    def _try_side_by_side(self) -> None:
+        """See at the start whether probes can share a forward pass, so that a run that is resumed finds the same."""
+        closures, _ = self._closures(self.rows.train[:2])
+        if not isinstance(self.optimizer, ZerothOrder) or self.config.method == "forward_grad":
+            return
+        if isinstance(closures[0], Batched) and closures[0].most > 1:
+            before, tuned = self.lm.num_forwards, self.optimizer.tuned
+            tuned.is_separable = is_separable(closures[0], tuned)
+            self.lm.num_forwards = before
+            if not tuned.is_separable:
+                say(NOT_SEPARABLE)
 
     def close(self) -> None:
         """Let others write the run's ledger."""
@@ -219,7 +234,16 @@ def _scored(
     examples: Sequence[Encoded],
     step: int,
     places: Sequence[int],
-) -> Callable[[], Tensor]:
-    """The mean loss of candidates' scores, as a function to call with each probe."""
-    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
-    return lambda: mean_loss(objective, scorer(batch), batch, examples)
+) -> Batched:
+    """The mean loss of candidates' scores, for as many probes at once as there is room for."""
+
+    @cache
+    def batch_of(copies: int) -> Batch:
+        return collate([*examples] * copies, lm.pad_token_id, lm.device, exact=objective.exact)
+
+    def values(copies: int) -> Tensor:
+        lm.num_forwards += copies - 1
+        batch = batch_of(copies)
+        return mean_losses(objective, scorer(batch), batch, examples, copies)
+
+    return Batched(values, lm.copies_at_once(batch_of(1)))

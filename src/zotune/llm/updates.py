@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.closures import accumulate
 from zotune.errors import NonFiniteLossError
 from zotune.estimate import GradientEstimate
-from zotune.estimators import accumulate
 from zotune.hybrid import Hybrid
 from zotune.llm.checks import check_first_estimate, check_mu
 from zotune.llm.counters import Counters

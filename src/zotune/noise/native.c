@@ -200,17 +200,20 @@ static inline uint16_t stochastic_bfloat16(float y, uint32_t random) {
 
 /* In units of the gap at |y|, a power of two, its whole part tells the lower neighbour, the rest the chance to go up. */
 static inline uint16_t stochastic_float16(float y, uint32_t random) {
-    uint32_t bits = bits_of(y) & 0x7FFFFFFFu, exponent = bits >> 23;
-    exponent = exponent < 113 ? 113 : exponent > 142 ? 142 : exponent;
-    float scaled = float_of(bits < 0x47800000u ? bits : 0) * float_of((264 - exponent) << 23);
-    int32_t whole = (int32_t)scaled;
-    uint32_t k = (uint32_t)(int32_t)((scaled - (float)whole) * 65536.0f);
-    uint32_t lower = ((exponent - 113) << 10) + (uint32_t)whole;
-    uint32_t rounded = lower + ((k + random) >> 16), nan = 0x7E00u | ((bits >> 13) & 0x3FFu);
-    rounded = rounded < 0x7C00u ? rounded : 0x7BFFu;
-    rounded = bits < 0x477FE000u ? rounded : 0x7BFFu;
-    rounded = bits < 0x7F800000u ? rounded : bits == 0x7F800000u ? 0x7C00u : nan;
-    return (uint16_t)(rounded | ((bits_of(y) >> 16) & 0x8000u));
+    const uint32_t bits = bits_of(y) & 0x7FFFFFFFu, sign = (bits_of(y) >> 16) & 0x8000u;
+    uint32_t exponent = bits >> 23;
+    exponent = exponent < 113 ? 113 : exponent;
+    exponent = exponent > 142 ? 142 : exponent;
+    const uint32_t finite = bits < 0x47800000u ? bits : 0;
+    const float scaled = float_of(finite) * float_of((264 - exponent) << 23);
+    const int32_t whole = (int32_t)scaled;
+    const int32_t chance = (int32_t)((scaled - (float)whole) * 65536.0f);
+    uint32_t rounded = ((exponent - 113) << 10) + (uint32_t)whole + (((uint32_t)chance + random) >> 16);
+    rounded = bits < 0x477FE000u ? rounded : 0x7BFFu; /* the largest finite number is not left */
+    rounded = bits < 0x7F800000u ? rounded : 0x7C00u;
+    const uint32_t nan = 0x7E00u | ((bits >> 13) & 0x3FFu);
+    rounded = bits > 0x7F800000u ? nan : rounded;
+    return (uint16_t)(rounded | sign);
 }
 
 static inline void widen_float16(float *y, const uint16_t *x, int n) {

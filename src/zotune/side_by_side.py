@@ -1,0 +1,292 @@
+"""Several displaced models in one forward pass: the batch is repeated, and each copy of it meets weights of its own.
+
+The probes of one step differ in nothing but the weights. Run side by side, a probe's two ends read W and make u
+once, what is not tuned is computed for all copies at once, and a small adapter's copies are one batched product.
+A copy is a contiguous share of the first dimension of whatever depends on the batch: a tensor that meets a displaced
+one is cut there, and what comes of a displaced tensor alone is kept once a copy. Where a model mixes examples, or
+carries them elsewhere than along the first dimension, that is not so; `is_separable` finds out by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zotune import noise
+from zotune.directions import PhiloxSampler
+from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements
+from zotune.reading import METADATA, Reading
+from zotune.tuned import TunedTensor, TunedTensors
+
+# What may be made of displaced tensors alone, and is then kept for all copies.
+DERIVED_BYTES = 16 << 20
+
+# Each number of their result depends on the numbers at its own place alone.
+_ELEMENTWISE: frozenset[Any] = frozenset(
+    (torch.mul, torch.add, torch.sub, torch.div, Tensor.mul, Tensor.add, Tensor.sub, Tensor.div)
+)
+
+
+class NotSeparableError(Exception):
+    """The copies of a batch cannot be told apart in some computation."""
+
+
+class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
+    """Within this context the i-th of equal shares of a batch meets the tuned tensors as displacement i has them.
+
+    Args:
+        tuned: the tuned tensors of a model.
+        displacements: of the same tensors; as many as there are copies of the batch.
+
+    Raises:
+        NotSeparableError: within the context, where a result would mix the copies.
+        UnreadTensorError: as `Reading`.
+
+    Extra memory: as `zotune.perturb.displaced`, for each displacement.
+    """
+
+    def __init__(self, tuned: TunedTensors, displacements: Sequence[Displacement]) -> None:
+        super().__init__(tuned, displacements[0].tensors)
+        self._displacements, self._copies = tuple(displacements), len(displacements)
+        self._both_ways = _both_ways(displacements)
+        self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
+        self._kept: dict[int, Tensor] = {}
+        self._derived: dict[int, list[Tensor]] = {}
+        self._scratch: list[Tensor] = []
+        self._constant = frozenset(map(id, chain(tuned.model.parameters(), tuned.model.buffers())))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._scratch.clear()
+        self._kept.clear()
+        self._derived.clear()
+        super().__exit__(kind, error, trace)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA or not (self._differs(args) or (kwargs and self._differs(kwargs))):
+            return func(*args, **kwargs)
+        special = self.special.get(func)
+        result = None if special is None else special(self, *args, **kwargs)
+        return self._apart(func, args, kwargs) if result is None else result
+
+    def _differs(self, value: Any) -> bool:
+        """Whether there is a tensor in `value` that is not the same for all copies."""
+        if isinstance(value, Tensor):
+            return id(value) in self._derived or self.find(value) is not None
+        if isinstance(value, (list, tuple)):
+            return any(map(self._differs, value))
+        return isinstance(value, dict) and any(map(self._differs, value.values()))
+
+    def _apart(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The function of each copy's own arguments, put together again."""
+        leaves, structure = tree_flatten((args, kwargs))
+        own = [self._values(leaf) if isinstance(leaf, Tensor) and self._differs(leaf) else None for leaf in leaves]
+        shared = [values is None and self._is_of_the_batch(leaf) for leaf, values in zip(leaves, own, strict=True)]
+        if func in _ELEMENTWISE and len(leaves) == 2 and any(shared):
+            joined = self._elementwise(func, leaves, own)
+            if joined is not None:
+                return joined
+        sizes = {leaf.shape[0] for leaf, is_shared in zip(leaves, shared, strict=True) if is_shared}
+        for i, leaf in enumerate(leaves):
+            if shared[i]:
+                own[i] = list(leaf.tensor_split(self._copies))
+            elif (values := own[i]) is not None:
+                own[i] = self._shares(leaf, values, sizes)
+        results = []
+        for copy in range(self._copies):
+            each = [leaf if values is None else values[copy] for leaf, values in zip(leaves, own, strict=True)]
+            its_args, its_kwargs = tree_unflatten(each, structure)
+            try:
+                results.append(func(*its_args, **its_kwargs))
+            except (RuntimeError, IndexError) as error:
+                raise NotSeparableError(f"a copy's own arguments do not fit together: {error}") from error
+        return _joined(results) if any(shared) else self._derive(results)
+
+    def _shares(self, leaf: Tensor, values: list[Tensor], sizes: set[int]) -> list[Tensor]:
+        """Of what was made of displaced tensors for the whole batch, as virtual tokens are, each copy's own share."""
+        if id(leaf) not in self._derived or leaf.dim() < 3 or leaf.shape[0] not in sizes:
+            return values
+        return [value.tensor_split(self._copies)[copy] for copy, value in enumerate(values)]
+
+    def _elementwise(
+        self, func: Callable[..., Any], leaves: list[Any], own: list[list[Tensor] | None]
+    ) -> Tensor | None:
+        """The same in one call, where a vector of each copy meets a batch along its last dimensions."""
+        if sum(values is not None for values in own) != 1:
+            return None
+        place = 0 if own[0] is not None else 1
+        values, batch = own[place], leaves[1 - place]
+        assert values is not None
+        if values[0].dim() >= batch.dim():
+            return None
+        ones = (1,) * (batch.dim() - values[0].dim())
+        pair = [batch.unflatten(0, (self._copies, -1))] * 2
+        pair[place] = torch.stack(values).view(self._copies, *ones, *values[0].shape)
+        result: Tensor = func(*pair)
+        return result.flatten(0, 1)
+
+    def _is_of_the_batch(self, value: Any) -> bool:
+        """Whether `value` holds a share for each copy, as far as can be seen."""
+        return (
+            isinstance(value, Tensor)
+            and value.dim() >= 2
+            and value.shape[0] % self._copies == 0
+            and id(value) not in self._constant
+        )
+
+    def _derive(self, results: list[Any]) -> Any:
+        """What came of displaced tensors alone: the first copy's stands for all."""
+        if all(isinstance(result, (tuple, list)) for result in results):
+            return type(results[0])(self._derive(list(parts)) for parts in zip(*results, strict=True))
+        if not all(isinstance(result, Tensor) for result in results):
+            raise NotSeparableError("a number was read off a displaced tensor")
+        if sum(r.numel() * r.element_size() for r in results) > DERIVED_BYTES:
+            raise NotSeparableError("what is made of displaced tensors alone would take much memory")
+        self._derived[id(results[0])] = results
+        return results[0]
+
+    def _values(self, value: Tensor) -> list[Tensor]:
+        """Each copy's own version of a tensor."""
+        if id(value) in self._derived:
+            return self._derived[id(value)]
+        return list(self._displaced(self._noted(value), value))
+
+    def _noted(self, value: Tensor) -> TunedTensor:
+        """The tuned tensor that `value` is; that it was read is noted."""
+        tensor = self.find(value)
+        assert tensor is not None
+        return self.note(tensor)
+
+    def _displaced(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+        """(copies, *shape): the whole tensor, displaced."""
+        if tensor.id in self._kept:
+            return self._kept[tensor.id]
+        source = value.detach().contiguous()
+        out = source.new_empty((self._copies, *source.shape))
+        self._move(list(out.view(self._copies, -1)), source.view(-1), tensor, 0)
+        if self._keeps:
+            self._kept[tensor.id] = out
+        return out
+
+    def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
+        """Write the displaced x, flat slices from element `start` on, for each copy."""
+        if self._both_ways is not None:
+            (stream, seed, a) = self._both_ways
+            noise.add_both(outs[0], outs[1], x, stream, seed, a, tensor.id, start)
+            return
+        for out, displacement in zip(outs, self._displacements, strict=True):
+            displacement.move(out, x, tensor, start)
+
+    def _pieces(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> list[Tensor]:
+        """Rows lo … hi - 1 of a matrix, displaced, for each copy; in a scratch that is used again."""
+        rows = value[lo:hi].reshape(-1)
+        if not self._scratch or self._scratch[0].dtype != value.dtype or self._scratch[0].device != value.device:
+            size = largest_piece(self.tuned, self.chosen)
+            self._scratch = [value.new_empty(size) for _ in self._displacements]
+        pieces = [scratch[: rows.numel()] for scratch in self._scratch]
+        self._move(pieces, rows, tensor, lo * value.shape[1])
+        return [piece.view(hi - lo, value.shape[1]) for piece in pieces]
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        if self._differs(input) or not self._is_of_the_batch(input) or weight.dim() != 2:
+            return None
+        if torch.is_grad_enabled() or not 0 < weight.shape[1] <= piece_elements(weight.device.type):
+            return None
+        out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+        if bias is not None:
+            out += torch.stack(self._values(bias))[:, None] if self._differs(bias) else bias
+        return out.view(*input.shape[:-1], weight.shape[0])
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(copies, rows, out): each copy's (rows, in) times its own weights."""
+        if not self._differs(weight):
+            return F.linear(x, weight)
+        tensor = self.find(weight)
+        if tensor is not None and not self._keeps:
+            return self._by_pieces(x, self.note(tensor), weight.detach())
+        own = torch.stack(self._values(weight)) if tensor is None else self._displaced(self.note(tensor), weight)
+        return torch.bmm(x, own.transpose(1, 2))
+
+    def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor) -> Tensor:
+        """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        rows = piece_elements(weight.device.type) // weight.shape[1]
+        for lo in range(0, weight.shape[0], rows):
+            hi = min(lo + rows, weight.shape[0])
+            for own, piece, result in zip(x, self._pieces(tensor, weight, lo, hi), out, strict=True):
+                if hi - lo == weight.shape[0]:
+                    torch.mm(own, piece.t(), out=result)
+                else:
+                    result[:, lo:hi] = F.linear(own, piece)
+        return out
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        found = self.looked_up(input, weight, max_norm)
+        if found is None:
+            return None
+        tensor, indices, places = found
+        each = self._rows(tensor, weight, indices)
+        if not self._is_of_the_batch(input):
+            derived: Tensor = self._derive([F.embedding(places, rows) for rows in each])
+            return derived
+        shares = places.tensor_split(self._copies)
+        return torch.cat([F.embedding(share, rows) for share, rows in zip(shares, each, strict=True)])
+
+    def _rows(self, tensor: TunedTensor, weight: Tensor, indices: Tensor) -> list[Tensor]:
+        """Some rows of a matrix, displaced, for each copy."""
+        found = []
+        for displacement in self._displacements:
+            rows = F.embedding(indices, weight.detach())
+            displacement.move_rows(rows, indices, tensor)
+            found.append(rows)
+        return found
+
+
+side_by_side.special = {F.linear: side_by_side._linear, F.embedding: side_by_side._embedding}
+
+
+def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
+    """Bytes of some of the tuned tensors, or of all."""
+    chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
+    return sum(p.numel() * p.element_size() for p in chosen)
+
+
+def _both_ways(displacements: Sequence[Displacement]) -> tuple[int, int, float] | None:
+    """Stream, seed and a of x + a·u and x - a·u, where that is what the displacements are and there is a kernel."""
+    if len(displacements) != 2:
+        return None
+    one, other = displacements
+    if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
+        return None
+    sampler = one.direction.sampler
+    if one.a != -other.a or not isinstance(sampler, PhiloxSampler):
+        return None
+    return sampler.stream, one.direction.seed, one.a
+
+
+def _joined(results: list[Any]) -> Any:
+    """The copies' results as one: tensors, or tuples of them, one after the other along the first dimension."""
+    if all(isinstance(result, Tensor) and result.dim() for result in results):
+        return torch.cat(results)
+    if all(isinstance(result, tuple) for result in results):
+        return type(results[0])(_joined(list(parts)) for parts in zip(*results, strict=True))
+    raise NotSeparableError("a result has no dimension along which the copies could lie")
