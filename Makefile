@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test test-faults test-lm-eval bench-speed bench-quickstart bench-reward bench-tasks clean
+.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-gpu bench-quickstart bench-reward bench-tasks clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -28,6 +28,11 @@ test-faults: $(VENV)/dev
 	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
 	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py tests/test_fuzzed_inputs.py tests/test_rows.py
 
+# The kernels of a GPU on a GPU; `make test` runs them in Triton's interpreter.
+test-gpu: $(VENV)/dev
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU and a CUDA build of torch; here torch.cuda.is_available() is False.")'
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/test_triton.py tests/test_gpu.py
+
 test-lm-eval: $(VENV)/lm-eval
 	$(BIN)/python benchmarks/lm_eval_agreement.py
 
@@ -35,6 +40,9 @@ bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
 	$(BIN)/python benchmarks/speed/ledger.py
+
+bench-gpu: $(VENV)/llm
+	$(BIN)/python benchmarks/speed/gpu.py
 
 bench-quickstart: $(VENV)/llm
 	$(BIN)/python benchmarks/quickstart_seeds.py

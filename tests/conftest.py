@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+# Triton's kernels run in its interpreter, on CPU tensors, unless `make test-gpu` says otherwise. Whatever imports
+# Triton first settles it, and torch may.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 

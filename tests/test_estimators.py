@@ -10,7 +10,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import reference
-from zotune.closures import evaluate
+from zotune.closures import evaluate, read
 from zotune.tuned import TunedTensors
 
 SIGMAS = 5.0
@@ -260,3 +260,14 @@ def test_an_estimate_is_applied_only_if_all_its_numbers_are_finite(loss, c):
     assert (position(model) == before).all()
     opt.apply(zo.GradientEstimate(1.0, ((1.0, u), (1.0, u)), 2))
     assert (position(model) != before).all()
+
+
+def test_losses_that_wait_on_a_device_are_read_together_and_in_their_order(monkeypatch):
+    stacked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: (stacked.append(len(tensors)), stack(tensors))[1])
+    waiting = [torch.tensor(x, dtype=torch.float64) for x in (0.1, math.nan, -3.0)]
+    found = read([waiting[0], 2.5, waiting[1], waiting[2]])
+    assert [x for x in found if x == x] == [0.1, 2.5, -3.0]
+    assert math.isnan(found[2])
+    assert stacked == [3]
+    assert read([1.0, 2.0]) == [1.0, 2.0]

@@ -18,35 +18,23 @@ from zotune.ledger.stream import Trace
 from zotune.noise import cpu, eager, native
 
 
-class InTorch:
-    """The noise in torch's own operations, as a device without kernels makes it, behind the kernels' interface."""
-
-    @staticmethod
-    def fill(out, stream, seed, tensor_id, start):
-        eager.fill(torch.from_numpy(out), stream, seed, tensor_id, start)
-
-    @staticmethod
-    def mask(out, threshold, seed, tensor_id, start):
-        eager.mask(torch.from_numpy(out), threshold, seed, tensor_id, start)
-
-    @staticmethod
-    def add(out, x, kind, stream, seeds, scales, rounding_seed, tensor_id, start):
-        moved = as_tensor(x, kind).to(torch.float64 if kind == reference_kernels.DOUBLE else torch.float32)
-        noise._add_eagerly(moved, moved, stream, seeds, scales, tensor_id, start, None)
-        noise.round_to(as_tensor(out, kind), moved, rounding_seed, tensor_id, start)
-
-    @staticmethod
-    def round_half(out, y, kind, rounding_seed, tensor_id, start):
-        eager.round_half(as_tensor(out, kind), torch.from_numpy(y), rounding_seed, tensor_id, start)
+def on_arrays(kernels):
+    """Noise by kernels of the CPU, which take arrays."""
+    return "_cpu", lambda: kernels
 
 
-def as_tensor(array, kind):
-    found = torch.from_numpy(array)
-    return found.view({1: torch.bfloat16, 2: torch.float16}[kind]) if kind in (1, 2) else found
+def on_tensors(kernels):
+    """Noise by kernels of a device, which take tensors."""
+    return "_accelerated", lambda tensor: kernels
 
 
 # What makes the noise; a further kind of kernels is a further line.
-BACK_ENDS = {"C": native, "numba": cpu, "NumPy": reference_kernels, "torch": InTorch}
+BACK_ENDS = {
+    "C": on_arrays(native),
+    "numba": on_arrays(cpu),
+    "NumPy": on_arrays(reference_kernels),
+    "torch": on_tensors(eager),
+}
 KIBI = 1 << 10
 
 SHAPES = ((700, 500), (4099,))
@@ -121,7 +109,7 @@ def test_whatever_makes_the_noise(recorded, method, dtype, back_end, monkeypatch
     if back_end == "C" and native.library() is None:
         pytest.skip("there is no C compiler here")
     path, expected = recorded[method, dtype]
-    monkeypatch.setattr(noise, "_cpu", lambda: BACK_ENDS[back_end])
+    monkeypatch.setattr(noise, *BACK_ENDS[back_end])
     assert replayed(method, dtype, path) == expected
     assert streamed(method, dtype, path) == expected
 

@@ -293,5 +293,5 @@ def test_a_run_with_reuse_passes_far_fewer_tokens_through_the_lower_layers(confi
         counts.append(sum(tokens))
         said = capsys.readouterr().err
         assert ("reusing activations: layers 1 to 1 of 2" in said) == (not options)
-    # Rows are read once, where two probes a step and two evaluations would read them many times.
-    assert counts[1] > 8 * counts[0] > 0
+    # Rows are read once, where each step and two evaluations would read them many times.
+    assert counts[1] > 5 * counts[0] > 0

@@ -40,9 +40,9 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, measured: dict[str, Any]) -> None:
+def write_result(name: str, measured: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**measured, **provenance()}, indent=2) + "\n")
     print(f"written to {path}")

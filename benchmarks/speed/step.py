@@ -37,8 +37,8 @@ def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
     """Cross-entropy of the last token of random sequences; the head at the last position only."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.vocab_size
-    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator)
-    targets = torch.randint(0, vocabulary, (batch,), generator=generator)
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(lm.device)
+    targets = torch.randint(0, vocabulary, (batch,), generator=generator).to(lm.device)
 
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
@@ -49,13 +49,14 @@ def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
 
 def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None:
     """A step as the older codes write it: the weights themselves walk to +μ, -μ, back, and down."""
-    generator = torch.Generator()
     parameters = list(model.parameters())
+    device = parameters[0].device
+    generator = torch.Generator(device)
 
     def move(a: float) -> None:
         generator.manual_seed(1)
         for p in parameters:
-            u = torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, generator=generator)
+            u = torch.normal(0.0, 1.0, size=p.shape, dtype=p.dtype, device=device, generator=generator)
             p.data = p.data + a * u
 
     with torch.no_grad():
@@ -67,13 +68,17 @@ def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None
         move(-LR * (plus - minus) / (2 * MU))
 
 
-def median_seconds(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, run in turn; the first two rounds are not counted."""
+def median_seconds(
+    sides: dict[str, Callable[[], object]], rounds: int, settle: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each side, run in turn; the first two rounds are not counted. `settle` waits for the device."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 2):
         for name, run in sides.items():
+            settle()
             began = time.perf_counter()
             run()
+            settle()
             times[name].append(time.perf_counter() - began)
     return {name: seconds[2:] for name, seconds in times.items()}
 

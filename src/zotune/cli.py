@@ -103,7 +103,9 @@ def _train(args: list[str], as_json: bool) -> int:
     if is_dry:
         return _dry_run(config, as_json)
     from zotune.llm.train import train
+    from zotune.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = train(config)
     if as_json:
         _print_json(result.to_json())
@@ -140,7 +142,9 @@ def _eval(args: list[str], as_json: bool) -> int:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
     from zotune.llm.evaluation import evaluate_tasks
     from zotune.llm.output import write_json
+    from zotune.memory import keep_freed_memory
 
+    keep_freed_memory()
     found, results = evaluate_tasks(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,16 @@ def evaluate(closure: Closure) -> float:
     return float(objective(closure))
 
 
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """What `objective` gave as numbers; the host waits for a GPU once, not once a value."""
+    waiting = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else ())
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
 def objective(closure: Closure) -> Tensor | float:
-    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent.
+    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent, or
+    is on a GPU, for which the host would have to wait.
 
     Raises:
         TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
@@ -46,6 +54,8 @@ def as_number(value: object) -> Tensor | float:
             )
         if tangent_of(value) is not None:
             return value.cpu().double().reshape(())
+        if value.is_cuda:
+            return value.detach().to(torch.float64, copy=True).reshape(())
         return float(value.detach())
     if isinstance(value, Real):
         return float(value)

@@ -122,17 +122,23 @@ def add_terms(
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
     """
     terms = moving(terms, tensor_id)
-    samplers = {direction.sampler for _, direction in terms}
-    (sampler,) = samplers if len(samplers) == 1 else (None,)
-    if isinstance(sampler, PhiloxSampler):
-        seeds, scales = [u.seed for _, u in terms], [a for a, _ in terms]
-        noise.add(out, x, sampler.stream, seeds, scales, tensor_id, start, rounding_seed)
+    if (fused := one_pass(terms)) is not None:
+        noise.add(out, x, *fused, tensor_id, start, rounding_seed)
         return
     dtype = noise.compute_dtype(x.dtype)
     for lo in range(0, x.numel(), _CHUNK):
         part = slice(lo, min(lo + _CHUNK, x.numel()))
         total = x[part].to(dtype) + sum_terms(terms, tensor_id, start + lo, part.stop - lo, dtype, x.device)
         noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
+
+
+def one_pass(terms: Terms) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
+    """Stream, seeds and scales of terms whose directions share a sampler with a kernel; None for any others."""
+    samplers = {direction.sampler for _, direction in terms}
+    (sampler,) = samplers if len(samplers) == 1 else (None,)
+    if not isinstance(sampler, PhiloxSampler):
+        return None
+    return sampler.stream, tuple(u.seed for _, u in terms), tuple(a for a, _ in terms)
 
 
 def combine(terms: Terms, tensor: TunedTensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from zotune.closures import Closure, evaluate, probing
+from zotune.closures import Closure, objective, probing, read
 from zotune.directions import Direction
 from zotune.estimate import GradientEstimate, averaged
 from zotune.probes import values_at
@@ -35,7 +35,7 @@ def central_difference(
     """
     q = len(directions)
     with probing(tuned.model):
-        values = values_at(closure, tuned, [(a, u) for u in directions for a in (mu, -mu)])
+        values = read(values_at(closure, tuned, [(a, u) for u in directions for a in (mu, -mu)]))
     terms = averaged(
         [(plus - minus) / (2 * mu) for plus, minus in zip(values[::2], values[1::2], strict=True)], directions
     )
@@ -56,7 +56,6 @@ def forward_difference(
     """
     q = len(directions)
     with probing(tuned.model):
-        base = evaluate(closure)
-        values = values_at(closure, tuned, [(mu, u) for u in directions])
+        base, *values = read([objective(closure), *values_at(closure, tuned, [(mu, u) for u in directions])])
     terms = averaged([(value - base) / mu for value in values], directions)
     return GradientEstimate(base, terms, num_forwards=q + 1, base=base)

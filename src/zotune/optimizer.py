@@ -28,7 +28,7 @@ from zotune.sparsity import Sparse, StepSampler, Weights
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensors
-from zotune.update import Rounding, Step, TensorUpdate, keep_master
+from zotune.update import Rounding, Step, TensorUpdate, keep_master, write_all
 
 _DIRECTION, _ROUNDING = 0, 1
 _COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
@@ -295,8 +295,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
         updates = self.updates(estimate)
-        for update in updates.values():
-            self.state[update.tensor.parameter].update(update.write(scale))
+        for update, state in write_all(updates.values(), scale):
+            self.state[update.tensor.parameter].update(state)
         self._prefix.moved(frozenset(updates))
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()

@@ -29,6 +29,8 @@ from zotune.tuned import TunedTensor, TunedTensors
 # Elements of a perturbed piece of a linear layer, 16 MiB in single precision: the layers of most models are one piece,
 # and products of few rows are slow.
 SCRATCH_ELEMENTS = 1 << 22
+# Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
+_DEVICE_ELEMENTS = 1 << 26
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
@@ -67,7 +69,7 @@ class Along:
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `Displacement.move_rows`."""
         sampler = self.direction.sampler
-        if isinstance(sampler, PhiloxSampler) and rows.device.type == "cpu":
+        if isinstance(sampler, PhiloxSampler):
             noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
         else:
             move_rows_one_by_one(self, rows, indices, tensor)
@@ -82,8 +84,8 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all; 16 MiB where
-    all displaced tensors together are that small.
+    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all (on a GPU the
+    largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
     def __init__(self, tuned: TunedTensors, displacement: Displacement) -> None:
@@ -141,13 +143,14 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         # Under autograd a scratch that is used again would corrupt the graph.
         if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
             return None
-        if weight.dim() != 2 or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
+        largest = piece_elements(weight.device.type)
+        if weight.dim() != 2 or not 0 < weight.shape[1] <= largest:
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
         # A matrix: of more dimensions with gaps between them, torch would copy the weights for every example.
         x = input.reshape(-1, input.shape[-1])
-        rows = SCRATCH_ELEMENTS // value.shape[1]
+        rows = largest // value.shape[1]
         parts = []
         for lo in range(0, value.shape[0], rows):
             hi = min(lo + rows, value.shape[0])
@@ -170,7 +173,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         if found is None:
             return None
         tensor, indices, places = found
-        rows = weight.detach()[indices]
+        rows = F.embedding(indices, weight.detach())
         self._displacement.move_rows(rows, indices, tensor)
         return F.embedding(places, rows)
 
@@ -178,9 +181,15 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
 displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedding}
 
 
+def piece_elements(device_type: str) -> int:
+    """The most elements of a matrix that are perturbed at a time."""
+    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+
+
 def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:
     """Elements of the largest piece in which a matrix of these tensors is taken."""
-    return min(SCRATCH_ELEMENTS, max((t.parameter.numel() for t in tuned if t.id in ids), default=0))
+    sizes = (min(t.parameter.numel(), piece_elements(t.device.type)) for t in tuned if t.id in ids)
+    return max(sizes, default=0)
 
 
 class perturbed(displaced):  # noqa: N801

@@ -12,11 +12,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from zotune.closures import Accumulated, Batched, Closure, as_number, evaluate, probing
+from torch import Tensor
+
+from zotune.closures import Accumulated, Batched, Closure, as_number, evaluate, objective, probing, read
 from zotune.directions import Direction
 from zotune.perturb import KEPT_BYTES, Along, perturbed
 from zotune.side_by_side import NotSeparableError, side_by_side, takes
 from zotune.tuned import TunedTensors
+
+# How far to go along which direction: x + a·u.
+Point = tuple[float, Direction]
 
 NOT_SEPARABLE = (
     "the objective's examples could not be told apart along the first dimension (the model mixes them, or the value "
@@ -29,8 +34,11 @@ TOLERANCE = 0.2
 DISTANCES = (0.1, 1.0, 10.0)
 
 
-def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[tuple[float, Direction]]) -> list[float]:
-    """The objective at x + a·u for each (a, u): side by side as far as it is `Batched`, else one after the other."""
+def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:
+    """The objective at x + a·u for each (a, u): side by side as far as it is `Batched`, else one after the other.
+
+    They are as `closures.objective` gives them, to be read together by `closures.read`.
+    """
     if isinstance(closure, Accumulated) and all(isinstance(part, Batched) for part in closure.closures):
         parts = [values_at(part, tuned, points) for part in closure.closures]
         return [closure.mean(values) for values in zip(*parts, strict=True)]
@@ -40,9 +48,7 @@ def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[tuple[floa
     return [_at(closure, tuned, a, u) for a, u in points]
 
 
-def _groups(
-    tuned: TunedTensors, points: Sequence[tuple[float, Direction]], most: int
-) -> Iterator[Sequence[tuple[float, Direction]]]:
+def _groups(tuned: TunedTensors, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
     """The points, in groups to be evaluated at once: neighbours that displace the same tensors, few where these are
     large.
     """
@@ -55,7 +61,7 @@ def _groups(
             lo = hi
 
 
-def _values_of(closure: Batched, tuned: TunedTensors, points: Sequence[tuple[float, Direction]]) -> list[float]:
+def _values_of(closure: Batched, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:
     if len(points) > 1:
         with suppress(NotSeparableError):
             return values_side_by_side(closure, tuned, points)
@@ -73,9 +79,9 @@ def _may_be_side_by_side(closure: Batched, tuned: TunedTensors) -> bool:
     return tuned.is_separable
 
 
-def _at(closure: Closure, tuned: TunedTensors, a: float, direction: Direction) -> float:
+def _at(closure: Closure, tuned: TunedTensors, a: float, direction: Direction) -> Tensor | float:
     with perturbed(tuned, direction, a):
-        return evaluate(closure)
+        return objective(closure)
 
 
 def is_separable(closure: Batched, tuned: TunedTensors) -> bool:
@@ -88,7 +94,7 @@ def is_separable(closure: Batched, tuned: TunedTensors) -> bool:
             with perturbed(tuned, u, distance * scale):
                 there = evaluate(closure)
             try:
-                found = values_side_by_side(closure, tuned, [(0.0, u), (distance * scale, u)])
+                found = read(values_side_by_side(closure, tuned, [(0.0, u), (distance * scale, u)]))
             except NotSeparableError:
                 return False
             differences = [abs(one - other) for one, other in zip(found, (here, there), strict=True)]
@@ -97,13 +103,11 @@ def is_separable(closure: Batched, tuned: TunedTensors) -> bool:
     return False
 
 
-def values_side_by_side(
-    closure: Batched, tuned: TunedTensors, points: Sequence[tuple[float, Direction]]
-) -> list[float]:
+def values_side_by_side(closure: Batched, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:
     """The objective at each of some points, which displace the same tensors, from one forward pass.
 
     Raises:
         NotSeparableError: some computation would mix the copies of the batch.
     """
     with side_by_side(tuned, [Along(u, a) for a, u in points]):
-        return [float(as_number(v)) for v in closure.values(len(points)).cpu()]
+        return [as_number(value) for value in closure.values(len(points))]

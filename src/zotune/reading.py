@@ -112,13 +112,17 @@ class Reading(TorchFunctionMode):
     def looked_up(
         self, input: Tensor, weight: Tensor, max_norm: float | None
     ) -> tuple[TunedTensor, Tensor, Tensor] | None:
-        """Of an embedding: the chosen tensor, the distinct rows that are looked up, and each input's place among them.
+        """Of an embedding: the chosen tensor, the rows that are looked up, and each input's place among them.
 
+        The rows are distinct on a CPU; elsewhere the host would have to wait until it is known how many there are.
         None where the weights are not chosen, or where there is nothing to gain by reading rows alone.
         """
         tensor = self.find(weight)
         if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
             return None
+        if input.device.type != "cpu":
+            places = torch.arange(input.numel(), device=input.device).view_as(input)
+            return self.note(tensor), input.flatten(), places
         rows, places = torch.unique(input, return_inverse=True)
         if rows.numel() and rows[0] < 0:  # an error of the caller's, which the embedding itself reports
             return None

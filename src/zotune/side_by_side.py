@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
 from zotune.directions import PhiloxSampler
-from zotune.perturb import KEPT_BYTES, SCRATCH_ELEMENTS, Along, Displacement, largest_piece
+from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -201,7 +201,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if self._differs(input) or not self._is_of_the_batch(input) or weight.dim() != 2:
             return None
-        if torch.is_grad_enabled() or not 0 < weight.shape[1] <= SCRATCH_ELEMENTS:
+        if torch.is_grad_enabled() or not 0 < weight.shape[1] <= piece_elements(weight.device.type):
             return None
         out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
         if bias is not None:
@@ -221,7 +221,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        rows = SCRATCH_ELEMENTS // weight.shape[1]
+        rows = piece_elements(weight.device.type) // weight.shape[1]
         for lo in range(0, weight.shape[0], rows):
             hi = min(lo + rows, weight.shape[0])
             for own, piece, result in zip(x, self._pieces(tensor, weight, lo, hi), out, strict=True):
@@ -255,7 +255,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         """Some rows of a matrix, displaced, for each copy."""
         found = []
         for displacement in self._displacements:
-            rows = weight.detach()[indices]
+            rows = F.embedding(indices, weight.detach())
             displacement.move_rows(rows, indices, tensor)
             found.append(rows)
         return found

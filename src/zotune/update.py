@@ -6,15 +6,16 @@ same bits either way, rounding included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.directions import Terms, add_terms, moving
-from zotune.noise import compute_dtype, round_to
+from zotune.directions import Terms, add_terms, moving, one_pass
+from zotune.noise import add_many, compute_dtype, round_to
 from zotune.perturb import move_rows_one_by_one
 from zotune.transforms import State, Transform, identity
 from zotune.tuned import TunedTensor
@@ -60,21 +61,32 @@ class TensorUpdate:
     history: Sequence[Terms] | None = None
     master: Tensor | None = None
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether the terms are all that is added to the weights, so that no ĝ need be in memory."""
+        return self.transform is identity and not self.weight_decay
+
+    def moves(self, scale: float) -> Terms:
+        """The terms as they are added where `is_sum`."""
+        return [(-scale * self.lr * c, u) for c, u in self.terms]
+
     def move(self, out: Tensor, x: Tensor, start: int, scale: float) -> State:
         """Write the updated x into `out`, flat slices from element `start` on; the slice's new state. `scale` is a."""
-        if self.is_fused:
-            self._add(out, x, start, scale)
+        if self.is_sum:
+            add_terms(out, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
             return {}
         return self._step(out, x, self._state(start, x), start, scale)
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether the terms are added to the weights in one pass, with no ĝ and no state."""
-        return self.transform is identity and not self.weight_decay
+    def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
+        """Update a flat slice in place, given the state of just its elements; the slice's new state.
 
-    def _add(self, out: Tensor, x: Tensor, start: int, scale: float) -> None:
-        moves = [(-scale * self.lr * c, u) for c, u in self.terms]
-        add_terms(out, x, moves, self.tensor.id, start, self.rounding_seed)
+        With a = 0 the slice stays, and the state advances.
+        """
+        if self.is_sum:
+            if scale:
+                add_terms(x, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
+            return {}
+        return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
 
     def _step(self, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
         before = state if self.history is None else self._rebuilt(start, x)
@@ -83,25 +95,13 @@ class TensorUpdate:
         round_to(out, y, self.rounding_seed, self.tensor.id, start)
         return after
 
-    def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
-        """Update a flat slice in place, given the state of just its elements; the slice's new state.
-
-        With a = 0 the slice stays, and the state advances.
-        """
-        if self.is_fused:
-            if scale:
-                self._add(x, x, start, scale)
-            return {}
-        return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
-
     def write(self, scale: float) -> State:
         """Update the weights; the tensor's new state. With a = 0 the weights stay, and the state advances."""
-        weights = self.tensor.storage()
-        x = (weights.contiguous() if self.master is None else self.master).view(-1)
-        if self.is_fused and not scale:
+        if self.is_sum and not scale:
             return self.state
+        x = self.read()
         after: State = {}
-        size = max(1, x.numel()) if self.is_fused else _CHUNK
+        size = max(1, x.numel()) if self.is_sum else _CHUNK
         for lo in range(0, x.numel(), size):
             part = x[lo : lo + size]
             new = self.take(part, self._state(lo, part), lo, scale)
@@ -111,9 +111,24 @@ class TensorUpdate:
                     after[key].view(-1)[lo : lo + size] = value
                 else:
                     after[key] = value
-        if scale and x.data_ptr() != weights.data_ptr():
-            weights.copy_(x.view(weights.shape))
+        if scale:
+            self.keep(x)
         return after
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether what takes the update lies in memory in the order of its elements."""
+        return self.master is not None or self.tensor.storage().is_contiguous()
+
+    def read(self) -> Tensor:
+        """What takes the update, flat: the weights themselves if that can be, or else their master or a copy."""
+        return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
+
+    def keep(self, x: Tensor) -> None:
+        """Put what `read` gave, updated, into the weights, if it is not they."""
+        weights = self.tensor.storage()
+        if x.data_ptr() != weights.data_ptr():
+            weights.copy_(x.view(weights.shape))
 
     def _room(self, key: str, like: Tensor) -> Tensor:
         if key in self.state:
@@ -136,6 +151,27 @@ class TensorUpdate:
         for terms in self.history or ():
             _, state = self.transform(self._gradient(terms, start, like), state)
         return state
+
+
+def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[TensorUpdate, State]]:
+    """`TensorUpdate.write` for many tensors; those that are moved by the same terms are moved together."""
+    together: dict[Any, list[tuple[TensorUpdate, Tensor]]] = {}
+    states = []
+    for update in updates:
+        # A tensor that has to be copied is written alone: one copy at a time.
+        alone = not (update.is_sum and scale and update.is_flat)
+        fused = None if alone else one_pass(update.moves(scale))
+        if fused is None:
+            states.append((update, update.write(scale)))
+        else:
+            x = update.read()
+            together.setdefault((x.device, x.dtype, *fused, update.rounding_seed), []).append((update, x))
+    for (_, _, stream, seeds, scales, rounding_seed), members in together.items():
+        ids = [update.tensor.id for update, _ in members]
+        add_many([x for _, x in members], ids, stream, seeds, scales, rounding_seed)
+        for update, x in members:
+            update.keep(x)
+    return states
 
 
 @dataclass(frozen=True)

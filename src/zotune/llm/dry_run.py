@@ -199,7 +199,7 @@ def _memory(
         state=state_bytes(optimizer, config),
         activations=activation_bytes(lm, optimizer, config, batch, evaluated)
         + max(cache_bytes(lm, b.input_ids.numel()) for b in (batch, evaluated) if b is not None) * config.is_generated,
-        scratch=scratch_bytes(optimizer, lm, batch.input_ids.numel()),
+        scratch=scratch_bytes(optimizer, lm, batch.input_ids.numel(), "cpu" if on_cpu else "cuda"),
         reused=_prompts_reused(lm, config, read)
         if config.is_generated
         else _reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,14 @@ class Batch:
     right: Tensor
     exact: bool = False
 
-    @property
+    @cached_property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """The ids among the candidates' tokens, (K,), and which of them each token is, (M,)."""
+        ids, places = torch.unique(self.tokens, return_inverse=True)
+        return ids, places
+
+    # Kept, as the distinct tokens are: a GPU would have to be waited for in each forward pass.
+    @cached_property
     def only_single_tokens(self) -> bool:
         """Whether each candidate is one token, and the candidates of an example are scored at one position."""
         return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
@@ -233,6 +241,11 @@ def check_distinct(encoded: Encoded, example: Example) -> None:
             )
 
 
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of numbers, by way of pinned memory: the host does not wait for what a GPU is doing."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
     """Tensors for some examples; padding is on the right, where no causal position sees it."""
     sequences = [s for e in examples for s in e.sequences]
@@ -254,7 +267,7 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
         first_sequence += len(e.sequences)
 
     def tensor(values: Any) -> Tensor:
-        return torch.tensor(values, device=device)
+        return on_device(values, device)
 
     return Batch(
         sequences=tuple(sequences),

@@ -23,7 +23,7 @@ from zotune.llm.models import MAX_LOGITS, LanguageModel
 from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.optimizer import BlockOrder, ZerothOrder
-from zotune.perturb import SCRATCH_ELEMENTS
+from zotune.perturb import piece_elements
 from zotune.stack import stack_of
 from zotune.update import Rounding
 
@@ -110,7 +110,7 @@ def state_bytes(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     return int(4 * (kept + master))
 
 
-def scratch_bytes(optimizer: AnyOptimizer, lm: LanguageModel, num_tokens: int) -> int:
+def scratch_bytes(optimizer: AnyOptimizer, lm: LanguageModel, num_tokens: int, device: str) -> int:
     """Bytes of perturbed weights at a time: a piece of a linear layer or some rows of an embedding, else a tensor."""
     if isinstance(optimizer, Hybrid):
         optimizer = optimizer.zeroth_order
@@ -121,8 +121,9 @@ def scratch_bytes(optimizer: AnyOptimizer, lm: LanguageModel, num_tokens: int) -
     by_piece |= {
         id(m.weight) for m in lm.module.modules() if isinstance(m, nn.Embedding) and num_tokens <= m.weight.shape[0]
     }
+    piece = piece_elements(device)
     sizes = [
-        min(p.numel(), SCRATCH_ELEMENTS) * p.element_size() if id(p) in by_piece else p.numel() * p.element_size()
+        min(p.numel(), piece) * p.element_size() if id(p) in by_piece else p.numel() * p.element_size()
         for p in (t.parameter for t in optimizer.tuned)
     ]
     return max(sizes)
@@ -224,7 +225,7 @@ def _score(lm: LanguageModel, batch: Batch) -> Tensor:
     if lm.classifies:
         return lm.logits(on_meta).float().sum()
     if batch.needs_only_candidates and isinstance(head, nn.Linear):
-        return lm.logits(on_meta, torch.unique(batch.tokens).to("meta")).float().sum()
+        return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
     vocabulary = int(lm.config.vocab_size if head is None else head.weight.shape[0])
     some = on_meta.positions[: max(1, MAX_LOGITS // vocabulary)]
     return torch.logsumexp(lm.logits(replace(on_meta, positions=some)).float(), dim=1).sum()

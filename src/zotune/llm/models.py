@@ -112,7 +112,7 @@ class LanguageModel:
         if self.classifies:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
         if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
-            return scores_of_single_tokens(self.logits(batch, torch.unique(batch.tokens)), batch)
+            return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
         return scores_of_tokens(self._log_probabilities(batch), batch)
 
     def _log_probabilities(self, batch: Batch) -> Tensor:

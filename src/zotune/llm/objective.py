@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.llm.encoding import Batch, Candidate, Encoded
+from zotune.llm.encoding import Batch, Candidate, Encoded, on_device
 
 
 def scores(logits: Tensor, batch: Batch) -> Tensor:
@@ -42,8 +42,7 @@ def scores_of_tokens(picked: Tensor, batch: Batch) -> Tensor:
 
 def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
     """The same up to a constant an example, from (N, K) logits of the candidates' distinct tokens alone."""
-    columns = torch.unique(batch.tokens, return_inverse=True)[1]
-    return _by_example(logits.float()[batch.rows, columns].double(), batch)
+    return _by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
 
 
 def _by_example(values: Tensor, batch: Batch) -> Tensor:
@@ -147,7 +146,7 @@ def mean_losses(
     objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded], copies: int = 1
 ) -> Tensor:
     """(copies,) the objective's value: means by the examples' weights, of a batch of so many copies of the examples."""
-    weights = torch.tensor([objective.weight(e) for e in examples], dtype=torch.float64, device=score.device)
+    weights = on_device([objective.weight(e) for e in examples], score.device, torch.float64)
     each = objective.losses(score, batch).view(copies, len(examples))
     return (each * weights).sum(dim=1) / weights.sum()
 

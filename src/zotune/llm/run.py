@@ -82,10 +82,11 @@ class Run:
     def _try_side_by_side(self) -> None:
         """See at the start whether probes can share a forward pass, so that a run that is resumed finds the same."""
         closures, _ = self._closures(self.rows.train[:2])
-        if not isinstance(self.optimizer, ZerothOrder) or self.config.method == "forward_grad":
+        own = self.optimizer.zeroth_order if isinstance(self.optimizer, Hybrid) else self.optimizer
+        if not isinstance(own, ZerothOrder) or self.config.method == "forward_grad":
             return
         if isinstance(closures[0], Batched) and closures[0].most > 1:
-            before, tuned = self.lm.num_forwards, self.optimizer.tuned
+            before, tuned = self.lm.num_forwards, own.tuned
             tuned.is_separable = is_separable(closures[0], tuned)
             self.lm.num_forwards = before
             if not tuned.is_separable:

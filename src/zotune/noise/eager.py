@@ -6,12 +6,16 @@ are kept in int64 tensors, whose products wrap modulo 2⁶⁴ as Philox wants th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from zotune.noise.reference import GAUSSIAN, MASK, RADEMACHER, ROUNDING
 
 _MASK = 0xFFFFFFFF
+# What is made at a time: bounds the temporaries to some ten megabytes.
+_ELEMENTS = 1 << 18
 
 
 def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,6 +73,11 @@ def _cosine_and_sine(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
     """Fill a flat float32 tensor with elements start, start + 1, … of a direction."""
+    for lo in range(0, out.numel(), _ELEMENTS):
+        _fill(out[lo : lo + _ELEMENTS], stream, seed, tensor_id, start + lo)
+
+
+def _fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
     n = out.numel()
     if stream == RADEMACHER:
         words, first = _stream(seed, tensor_id, RADEMACHER, start, n, 128, out.device)
@@ -85,12 +94,20 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> Non
 
 def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> None:
     """Set elements of a flat tensor to zero where the mask stream's word is below `threshold`."""
-    words, first = _stream(seed, tensor_id, MASK, start, out.numel(), 4, out.device)
-    out.masked_fill_(words.flatten()[first : first + out.numel()] < threshold, 0.0)
+    for lo in range(0, out.numel(), _ELEMENTS):
+        part = out[lo : lo + _ELEMENTS]
+        words, first = _stream(seed, tensor_id, MASK, start + lo, part.numel(), 4, out.device)
+        part.masked_fill_(words.flatten()[first : first + part.numel()] < threshold, 0.0)
 
 
 def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
     """Out = y (flat, float32) rounded at random to out's 16-bit dtype, so that the mean is y."""
+    for lo in range(0, y.numel(), _ELEMENTS):
+        part = slice(lo, lo + _ELEMENTS)
+        _round_half(out[part], y[part], rounding_seed, tensor_id, start + lo)
+
+
+def _round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
     words, first = _stream(rounding_seed, tensor_id, ROUNDING, start, y.numel(), 8, out.device)
     random = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[first : first + y.numel()]
     magnitude = y.abs()
@@ -104,3 +121,58 @@ def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start
     up = ((k + random) >= 65536) & torch.isfinite(above)
     rounded = (lower + up.to(torch.int32)).to(torch.int16).view(out.dtype)
     out.copy_(torch.where(torch.signbit(y), -rounded, rounded))
+
+
+def add(
+    out: Tensor,
+    x: Tensor,
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int,
+    rounding_seed: int | None,
+) -> None:
+    """Out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results at random if given a seed, else to nearest."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for lo in range(0, x.numel(), _ELEMENTS):
+        part = slice(lo, min(lo + _ELEMENTS, x.numel()))
+        u = torch.empty(part.stop - lo, dtype=torch.float32, device=x.device)
+        # -0 is what leaves every first term as it is, its sign included; 0 + -0 would be 0.
+        total = torch.full((part.stop - lo,), -0.0, dtype=dtype, device=x.device)
+        for seed, scale in zip(seeds, scales, strict=True):
+            fill(u, stream, seed, tensor_id, start + lo)
+            # Two operations, not one with alpha: a fused multiply-add would round once instead of twice.
+            total += u.to(dtype) * torch.tensor(scale, dtype=dtype)
+        y = x[part].to(dtype) + total
+        if x.dtype in (torch.bfloat16, torch.float16) and rounding_seed is not None:
+            round_half(out[part], y, rounding_seed, tensor_id, start + lo)
+        else:
+            out[part].copy_(y)
+
+
+def add_both(
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
+) -> None:
+    """Plus = x + scale · u and minus = x - scale · u."""
+    for out, a in ((plus, scale), (minus, -scale)):
+        add(out, x, stream, (seed,), (a,), tensor_id, start, None)
+
+
+def add_many(
+    xs: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+) -> None:
+    """As `noise.add_many`: x += Σ scales[i] uᵢ for each of some whole tensors."""
+    for x, tensor_id in zip(xs, tensor_ids, strict=True):
+        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
+
+
+def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
+    """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor."""
+    for row, index in zip(rows, indices.tolist(), strict=True):
+        add(row, row, stream, (seed,), (scale,), tensor_id, index * row.numel(), None)

@@ -1,0 +1,112 @@
+"""On a real GPU, end to end: `make test-gpu` runs this, with `test_triton.py`; without one it is left out."""
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import zotune as zo
+from zotune import noise
+from zotune.ledger import LedgerWriter, read
+from zotune.ledger.replay import header_of, record_to, replay
+
+pytestmark = pytest.mark.skipif(
+    os.environ["TRITON_INTERPRET"] != "0" or not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"
+)
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+class Small(nn.Module):
+    """An embedding, two linear layers with biases, and data that lie on the device beforehand."""
+
+    def __init__(self, device, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.up, self.down = nn.Embedding(300, 64), nn.Linear(64, 200), nn.Linear(200, 5)
+        self.register_buffer("x", torch.randint(0, 300, (8, 16)))
+        self.register_buffer("y", torch.randint(0, 5, (8,)))
+        self.to(device, dtype)
+
+    def losses(self, x, y):
+        scores = self.down(torch.tanh(self.up(self.tokens(x).mean(1))))
+        return nn.functional.cross_entropy(scores.float(), y, reduction="none")
+
+    def loss(self):
+        return self.losses(self.x, self.y).mean()
+
+
+def bits(model):
+    return [p.detach().cpu().view({2: torch.int16, 4: torch.int32}[p.element_size()]) for p in model.parameters()]
+
+
+def test_a_gpu_gets_the_triton_kernels():
+    assert noise._accelerator(torch.device("cuda", 0)).__name__ == "zotune.noise.gpu"
+
+
+@each_dtype
+@pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
+def test_a_ledger_written_on_a_gpu_replays_on_a_cpu_to_the_same_bits(dtype, sampler, tmp_path):
+    there = Small("cuda", dtype)
+    opt = zo.zo_sgd(there, lr=1e-4, sampler=sampler)
+    with LedgerWriter.create(tmp_path / "run.zol", header_of(opt)) as writer:
+        record_to(writer, opt)
+        losses = [opt.step(there.loss) for _ in range(20)]
+    assert len(set(losses)) > 15
+    here = Small("cpu", dtype)
+    replay(zo.zo_sgd(here, lr=1e-4, sampler=sampler), read(tmp_path / "run.zol"))
+    assert all(map(torch.equal, bits(here), bits(there)))
+
+
+@each_dtype
+def test_probes_leave_the_weights_as_they_were(dtype):
+    model = Small("cuda", dtype)
+    before = bits(model)
+    zo.zo_sgd(model, lr=0.1).estimate(model.loss)
+    assert all(map(torch.equal, before, bits(model)))
+
+
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_the_host_waits_for_a_step_once(num_queries, is_batched):
+    model = Small("cuda")
+    loss = zo.batched(model.losses, model.x, model.y) if is_batched else model.loss
+    opt = zo.zo_sgd(model, lr=1e-4, num_queries=num_queries)
+    opt.step(loss)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            opt.step(loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
+
+
+def test_later_steps_compile_nothing(monkeypatch):
+    import triton
+
+    model, compiled = Small("cuda"), []
+    opt = zo.zo_sgd(model, lr=0.05)
+    opt.step(model.loss)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **about: compiled.append(about["repr"]))
+    for _ in range(20):
+        opt.param_groups[0]["lr"] *= 0.9
+        opt.step(model.loss)
+    assert compiled == []
+
+
+@each_dtype
+def test_a_run_by_the_command_line_finishes_on_a_gpu(dtype, zotune, rows_file, tmp_path):
+    precision = str(dtype).removeprefix("torch.")
+    options = ["--device", "cuda", "--dtype", precision, "--max-steps", 3, "--num-dev", 3, "--tuning", "full"]
+    said = zotune(
+        *("train", "--model", "random:llama-tiny", "--train-file", rows_file, "--output-dir", tmp_path / "out"),
+        *options,
+    )
+    assert said.code == 0, said.err
+    verified = zotune("ledger", "verify", tmp_path / "out", "--device", "cpu")
+    assert verified.code == 0, verified.err
