@@ -81,7 +81,7 @@ def coefficient(model, loss, u):
 @each_sampler
 @pytest.mark.parametrize("pieces", [1 << 20, 40, 8])
 def test_coefficient_is_the_gradients_product_with_u(monkeypatch, sampler, pieces):
-    monkeypatch.setattr(tangents, "SCRATCH_ELEMENTS", pieces)
+    monkeypatch.setattr(tangents, "_PIECE", pieces)
     model = network()
     g = gradient(model, partial(loss_of, model))
     for seed in range(5):
@@ -118,7 +118,7 @@ def test_a_linear_layer_of_any_shape_has_the_tangent_of_the_formula(data):
     layer, u = nn.Linear(inner, outer, bias=has_bias).double(), zo.Direction(data.draw(st.integers(0, 99)), zo.gaussian)
     x, x_tangent = torch.randn(2, *leading, inner, dtype=DOUBLE)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), forward_ad.dual_level():
-        patch.setattr(tangents, "SCRATCH_ELEMENTS", scratch)
+        patch.setattr(tangents, "_PIECE", scratch)
         with tangents.Tangents(zo.TunedTensors(layer), u, 0.25):
             y = layer(forward_ad.make_dual(x, x_tangent) if dual_input else x)
         value, tangent = forward_ad.unpack_dual(y)
@@ -143,7 +143,7 @@ def test_the_loss_over_a_vocabulary_has_the_same_tangent_in_pieces(data):
     logits, tangent = torch.randn(2, count, vocabulary, dtype=DOUBLE)
     model = nn.Linear(1, 1).double()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), forward_ad.dual_level():
-        patch.setattr(tangents, "SCRATCH_ELEMENTS", scratch)
+        patch.setattr(tangents, "_PIECE", scratch)
         z = forward_ad.make_dual(logits, tangent)
         expected = F.cross_entropy(z, target, weight, **options)
         with tangents.Tangents(zo.TunedTensors(model), zo.Direction(0)):

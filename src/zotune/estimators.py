@@ -25,6 +25,7 @@ def central_difference(
 
     Exact along u for a quadratic f, for any μ; otherwise the bias is O(μ²).
 
+    >>> from torch import nn
     >>> model = nn.Linear(2, 1, bias=False).double()
     >>> tuned, u = TunedTensors(model), Direction(seed=7)
     >>> estimate = central_difference(lambda: model.weight.square().sum(), tuned, [u], mu=0.1)
@@ -49,6 +50,7 @@ def forward_difference(
 
     f(x) is evaluated once for all directions. The bias is O(μ).
 
+    >>> from torch import nn
     >>> model = nn.Linear(2, 1, bias=False).double()
     >>> estimate = forward_difference(lambda: model.weight.sum(), TunedTensors(model), [Direction(7)], mu=0.1)
     >>> estimate.num_forwards

@@ -83,13 +83,15 @@ class Run:
         """See at the start whether probes can share a forward pass, so that a run that is resumed finds the same."""
         closures, _ = self._closures(self.rows.train[:2])
         own = self.optimizer.zeroth_order if isinstance(self.optimizer, Hybrid) else self.optimizer
-        if not isinstance(own, ZerothOrder) or self.config.method == "forward_grad":
+        if not isinstance(own, ZerothOrder):
             return
-        if isinstance(closures[0], Batched) and closures[0].most > 1:
-            before, tuned = self.lm.num_forwards, own.tuned
-            tuned.is_separable = is_separable(closures[0], tuned)
+        if self.config.method == "forward_grad":  # whose check probes but once
+            own.tuned.is_separable = False
+        elif isinstance(closures[0], Batched) and closures[0].most > 1:
+            before = self.lm.num_forwards
+            own.tuned.is_separable = is_separable(closures[0], own.tuned)
             self.lm.num_forwards = before
-            if not tuned.is_separable:
+            if not own.tuned.is_separable:
                 say(NOT_SEPARABLE)
 
     def close(self) -> None:
