@@ -32,11 +32,14 @@ def quickstart() -> str:
 
 def step() -> str:
     """A step as a multiple of its two forward passes."""
-    lines = ["| batch × tokens | precision | `zo_sgd` | in-place loop |", "|---|---|--:|--:|"]
-    for side, found in _read("speed-step")["sides"].items():
-        dtype, size = side.split()
-        ratios = f"{found['zo_sgd_step_ratio']:.2f} × | {found['in_place_loop_ratio']:.1f} ×"
-        lines.append(f"| {size.replace('x', ' × ')} | {dtype} | {ratios} |")
+    lines = ["| model, precision | batch × tokens | `zo_sgd` | LoRA | Gaussian | probes one by one | in-place loop |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|")
+    sides = ("zo_sgd_step", "lora_step", "gaussian_step", "one_by_one_step", "in_place_loop")
+    for model, sizes in _read("speed-step")["models"].items():
+        for side, found in sizes.items():
+            dtype, size = side.split()
+            ratios = " | ".join(f"{found[f'{name}_ratio']:.2f} ×" for name in sides)
+            lines.append(f"| {model}, {dtype} | {size.replace('x', ' × ')} | {ratios} |")
     return "\n".join(lines)
 
 

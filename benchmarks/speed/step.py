@@ -2,10 +2,12 @@
 
     python benchmarks/speed/step.py
 
-Two plain forward passes of the objective and one `zo_sgd` step (full tuning, Rademacher) are timed in
-turn within one process; then, likewise, the forwards and a loop as the older codes write it (all
-weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated). Figures are
-ratios of medians; the spread is the quartiles of the step's times over the forwards' median.
+In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
+Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure. Then, likewise,
+the forwards and a loop as the older codes write it (all weights moved by +μu, -2μu, +μu with `torch.normal` from a
+stored seed, then updated); and a LoRA adapter's step over two forwards of the model with the adapter. Figures are
+ratios of medians; the spread is the quartiles of the step's times over the forwards' median. As in `zotune train`,
+the C library keeps freed memory, for all sides.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ import torch.nn.functional as F
 import zotune as zo
 from zotune import noise
 from zotune.closures import Batched
-from zotune.llm.config import EvalConfig
+from zotune.llm.config import EvalConfig, TrainConfig
 from zotune.llm.models import LanguageModel, load
+from zotune.llm.tuning import prepare
+from zotune.memory import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -86,24 +90,50 @@ def median_seconds(
 def measure(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """Median seconds of each side, and their ratios to the two forwards of the same phase."""
     f = objective(lm, batch, length)
+    rademacher, alone, gaussian = (
+        zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in (zo.rademacher, zo.rademacher, zo.gaussian)
+    )
+
+    def two_forwards() -> None:
+        with torch.no_grad():
+            f(), f()
+
+    sides = {
+        "forwards": two_forwards,
+        "zo_sgd": lambda: rademacher.step(f),
+        "one_by_one": lambda: alone.step(lambda: f()),
+        "gaussian": lambda: gaussian.step(f),
+    }
+    ours = median_seconds(sides, rounds)
+    # Apart, for the in-place loop moves all weights to new memory in every pass.
+    older = median_seconds({"forwards": two_forwards, "loop": lambda: in_place_loop(lm.module, f)}, max(rounds // 2, 3))
+    found = ratios(ours)
+    return {**found, "in_place_loop_ratio": statistics.median(older["loop"]) / statistics.median(older["forwards"])}
+
+
+def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
+    """The same of an adapter alone."""
+    prepare(lm, TrainConfig(task="sst2", tuning="lora"))
+    f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
 
     def two_forwards() -> None:
         with torch.no_grad():
             f(), f()
 
-    # Apart, for the in-place loop moves all weights to new memory in every pass.
-    ours = median_seconds({"forwards": two_forwards, "step": lambda: optimizer.step(f)}, rounds)
-    older = median_seconds({"forwards": two_forwards, "loop": lambda: in_place_loop(lm.module, f)}, max(rounds // 2, 3))
-    forwards = statistics.median(ours["forwards"])
-    low, middle, high = statistics.quantiles(ours["step"], n=4)
-    return {
-        "two_forwards_seconds": forwards,
-        "zo_sgd_step_seconds": middle,
-        "zo_sgd_step_ratio": middle / forwards,
-        "zo_sgd_step_ratio_quartiles": [low / forwards, high / forwards],
-        "in_place_loop_ratio": statistics.median(older["loop"]) / statistics.median(older["forwards"]),
-    }
+    found = ratios(median_seconds({"forwards": two_forwards, "lora": lambda: optimizer.step(f)}, rounds))
+    return {"lora_two_forwards_seconds": found.pop("two_forwards_seconds"), **found}
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Of each side's seconds to the median of the forwards'."""
+    forwards = statistics.median(seconds.pop("forwards"))
+    found: dict[str, Any] = {"two_forwards_seconds": forwards}
+    for side, times in seconds.items():
+        low, middle, high = statistics.quantiles(times, n=4)
+        found |= {f"{side}_step_seconds": middle, f"{side}_step_ratio": middle / forwards}
+        found[f"{side}_step_ratio_quartiles"] = [low / forwards, high / forwards]
+    return found
 
 
 def main() -> None:
@@ -111,26 +141,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--models", nargs="+", default=["smollm2-135m", "random:opt-125m"])
     options = parser.parse_args()
-    rows = {}
-    for dtype in options.dtypes:
-        for batch, length in ((4, 32), (16, 32), (16, 64)):
-            lm = load(EvalConfig(task="sst2", model="smollm2-135m", dtype=dtype))
-            found = rows[f"{dtype} {batch}x{length}"] = measure(lm, batch, length, options.rounds)
-            print(
-                f"{dtype:9} {batch:2} x {length}: two forwards {found['two_forwards_seconds']:.3f} s, "
-                f"zo_sgd {found['zo_sgd_step_ratio']:.2f} x, in-place loop {found['in_place_loop_ratio']:.2f} x",
-                flush=True,
-            )
+    keep_freed_memory()
+    sides: dict[str, dict[str, Any]] = {}
+    for model in options.models:
+        for dtype in options.dtypes:
+            for batch, length in ((4, 32), (16, 32), (16, 64)):
+                config = EvalConfig(task="sst2", model=model, dtype=dtype)
+                found = measure(load(config), batch, length, options.rounds)
+                found |= measure_lora(load(config), batch, length, options.rounds)
+                sides.setdefault(model, {})[f"{dtype} {batch}x{length}"] = found
+                figures = ", ".join(
+                    f"{k.removesuffix('_ratio')} {v:.2f} x" for k, v in found.items() if k.endswith("ratio")
+                )
+                print(f"{model} {dtype:9} {batch:2} x {length}: {figures}", flush=True)
     write_result(
         "speed-step",
-        {
-            "model": "smollm2-135m",
-            "tuning": "full",
-            "rounds": options.rounds,
-            "kernels": noise._cpu().__name__,
-            "sides": rows,
-        },
+        {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__, "models": sides},
     )
 
 
