@@ -17,13 +17,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zotune as zo
-from zotune import directions, noise, update
 from zotune.errors import RunError, UsageError
 from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, read
 from zotune.ledger.files import parse
 from zotune.ledger.format import checksum
 from zotune.ledger.replay import header_of, record_to, replay
-from zotune.noise import cpu
 
 METHODS = {
     "sgd": lambda m, **o: zo.zo_sgd(m, lr=2e-2, mu=1e-2, **o),
@@ -150,33 +148,6 @@ def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_pat
     if "CheckedForwardGradient" not in str(ours.header.method):
         assert all(a == b for a, b in passes)
         assert (tmp_path / "a.zol").read_bytes() == (tmp_path / "b.zol").read_bytes()
-
-
-@pytest.mark.parametrize("chunk", [1 << 10, 1 << 22])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_neither_chunks_nor_threads_nor_kernels_change_a_replay(chunk, threads, tmp_path, monkeypatch):
-    def wide():
-        torch.manual_seed(0)
-        return nn.Linear(700, 500, dtype=torch.bfloat16)
-
-    for name in ("sgd", "adam, decay, limit"):
-        make, model = METHODS[name], wide()
-        path = tmp_path / f"{len(name)}.zol"
-        opt = make(model, sampler=zo.gaussian)
-        with LedgerWriter.create(path, header_of(opt)) as writer:
-            record_to(writer, opt)
-            for _ in range(3):
-                opt.step(lambda model=model: model.weight.float().square().mean() + model.bias.float().square().sum())
-        for kernels in (noise._cpu(), cpu):
-            with monkeypatch.context() as patch:
-                patch.setattr(noise, "_cpu", lambda kernels=kernels: kernels)
-                patch.setattr(update, "_CHUNK", chunk)
-                patch.setattr(directions, "_CHUNK", chunk)
-                before = torch.get_num_threads()
-                torch.set_num_threads(threads)
-                again = replay(make(wide(), sampler=zo.gaussian), read(path))
-                torch.set_num_threads(before)
-            assert_same_optimizer(opt, again)
 
 
 def test_a_record_takes_twenty_bytes_and_four_more_a_query():

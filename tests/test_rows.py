@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,11 @@ from pyarrow import parquet
 from zotune.errors import UsageError
 from zotune.llm.rows import located_rows, read_rows
 
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=int(os.environ.get("ZOTUNE_FUZZ", "300")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 NAMES = st.lists(TEXT, min_size=2, max_size=4, unique=True)

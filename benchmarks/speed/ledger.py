@@ -1,16 +1,25 @@
-"""What a ledger costs while a run writes it, and how much faster than the run it is replayed.
+"""What a ledger costs while a run writes it, how much faster than the run it is replayed, and in how much memory.
 
     python benchmarks/speed/ledger.py
+    python benchmarks/speed/ledger.py --only speed
 
-SmolLM2-135M, full tuning, ZO-SGD, Rademacher. Steps are timed one by one, and within each the time spent in the
-ledger (encoding, writing, syncing); then the ledger is replayed onto the base's weights, which must come out
-with the same bits. Figures are medians over steps; the share is
-total time in the ledger over total time. What replay does once, the check of the base's digests, is timed apart.
+Speed: SmolLM2-135M, full tuning, ZO-SGD, Rademacher. Steps are timed one by one, and within each the time spent in the
+ledger (encoding, writing, syncing). Then the ledger is replayed onto the base's weights in both ways, each of which
+must come out with the run's bits: tensor by tensor through all steps, as `zotune ledger replay` does, and step by
+step over the whole model, as `--resume` does. Figures of the run are medians over steps, those of replays the whole
+time over the number of steps; the share is total time in the ledger over total time. What a replay does once, the
+check of the base's digests, is timed apart.
+
+Memory: OPT-350M's architecture with random float32 weights, 1.3 GB, in a folder. `zotune train` tunes all of it for two
+steps and `zotune ledger replay` rebuilds it, each a process of its own that reports its peak of resident memory; then
+the same with a model of 0.2 MB, whose peaks are those of Python and the libraries. What is rebuilt must be the run's
+weights to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
@@ -23,11 +32,12 @@ import torch
 import zotune as zo
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import check, header_of
+from zotune.ledger.stream import Trace
 from zotune.llm.config import ModelOptions
 from zotune.llm.models import load
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import write_result
+from record import write_result, zotune
 from step import objective
 
 
@@ -36,7 +46,7 @@ def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -
     lm = load(ModelOptions(dtype=dtype, device="cpu"))
     base = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
     closure, opt = objective(lm, batch, length), zo.zo_sgd(lm.module, lr=1e-6)
-    steps, in_ledger, replayed = [], [], []
+    steps, in_ledger = [], []
     path = folder / f"{dtype}-{batch}-{length}.zol"
     with LedgerWriter.create(path, header_of(opt)) as writer:
 
@@ -58,19 +68,68 @@ def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -
     ledger, began = read(path), time.perf_counter()
     check(again, ledger)
     checked = time.perf_counter() - began
+    began = time.perf_counter()
     for taken in ledger:
-        began = time.perf_counter()
         again.retake(taken)
-        replayed.append(time.perf_counter() - began)
+    resumed = (time.perf_counter() - began) / num_steps
     assert all(torch.equal(p, tuned[name]) for name, p in lm.module.named_parameters())
+    began = time.perf_counter()
+    trace = Trace(zo.zo_sgd(lm.module, lr=1e-6), ledger)
+    for name, x in base.items():
+        trace.apply(name, x.view(-1))
+    replayed = (time.perf_counter() - began) / num_steps
+    assert all(torch.equal(x, tuned[name]) for name, x in base.items())
     return {
         "step_seconds": statistics.median(steps),
         "ledger_share": sum(in_ledger) / sum(steps),
         "check_seconds": checked,
-        "replay_seconds_a_step": statistics.median(replayed),
-        "speed_up": statistics.median(steps) / statistics.median(replayed),
+        "replay_seconds_a_step": replayed,
+        "speed_up": statistics.median(steps) / replayed,
+        "resume_seconds_a_step": resumed,
+        "speed_up_of_resuming": statistics.median(steps) / resumed,
         "bytes": path.stat().st_size,
         "header_bytes": path.stat().st_size - 20 * num_steps,
+    }
+
+
+def peaks(architecture: str, folder: Path) -> dict[str, Any]:
+    """Bytes of a model's weights and of its largest tensor, and the peaks of a run and of its replay."""
+    lm = load(ModelOptions(model=f"random:{architecture}", device="cpu"))
+    sizes = [p.numel() * p.element_size() for p in lm.module.parameters()]
+    lm.module.save_pretrained(folder / "base")
+    lm.tokenizer.save_pretrained(folder / "base")
+    del lm
+    rows = [{"text": f"{word} film", "label": label} for word, label in (("good", "yes"), ("bad", "no"))] * 2
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run, again = folder / "run", folder / "again"
+    trained = zotune(
+        *("train", "--model", str(folder / "base"), "--train-file", str(folder / "rows.jsonl"), "--num-dev", "0"),
+        *("--output-dir", str(run), "--max-steps", "2", "--learning-rate", "1e-4", "--device", "cpu"),
+    )
+    replayed = zotune("ledger", "replay", str(run), "--output-dir", str(again), "--device", "cpu")
+    assert (run / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    return {
+        "weights_bytes": sum(sizes),
+        "largest_tensor_bytes": max(sizes),
+        "train_peak_bytes": trained["peak_memory"],
+        "replay_peak_bytes": replayed["peak_memory"],
+    }
+
+
+def memory() -> dict[str, Any]:
+    """The peaks of a large model, and of a tiny one, which are Python's and the libraries' alone."""
+    found = {}
+    for architecture in ("llama-tiny", "opt-350m"):
+        with tempfile.TemporaryDirectory() as folder:
+            found[architecture] = peaks(architecture, Path(folder))
+    small, large = found["llama-tiny"], found["opt-350m"]
+    above = large["replay_peak_bytes"] - small["replay_peak_bytes"]
+    return {
+        "dtype": "float32",
+        "models": found,
+        "replay_above_libraries_bytes": above,
+        "replay_above_libraries_in_largest_tensors": above / large["largest_tensor_bytes"],
+        "replay_peak_over_weights": large["replay_peak_bytes"] / large["weights_bytes"],
     }
 
 
@@ -78,7 +137,14 @@ def main() -> None:
     """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", choices=("speed", "memory"))
     args = parser.parse_args()
+    if args.only != "speed":
+        measured = memory()
+        print(measured)
+        write_result("ledger-memory", measured)
+    if args.only == "memory":
+        return
     sides = {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "bfloat16"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zotune.blocks import Block
-from zotune.directions import Direction, Sampler, Terms, moving
+from zotune.directions import Direction, Sampler, Terms
 from zotune.sparsity import Masked
 
 
@@ -18,7 +18,7 @@ class History:
     >>> for c in (1.0, 2.0):
     ...     history.add([(c, Direction(7))])
     ...     history.close()
-    >>> [[c for c, _ in terms] for terms in history.of(0)]
+    >>> [[c for c, _ in terms] for terms in history.steps]
     [[2.0]]
     """
 
@@ -37,9 +37,10 @@ class History:
             self._steps.append(self._present)
         self._present = []
 
-    def of(self, tensor_id: int) -> list[Terms]:
-        """The terms of each step that moved a tensor."""
-        return [own for terms in self._steps if (own := moving(terms, tensor_id))]
+    @property
+    def steps(self) -> tuple[Terms, ...]:
+        """The terms of each step."""
+        return tuple(self._steps)
 
     def state(self) -> list[dict[str, Any]]:
         """All of it in plain values."""

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--device", help="cpu, cuda, …; default: the run's")
         if writes:
             command.add_argument("--output-dir", type=Path, required=True, help="where to write the model")
+            command.add_argument("--max-shard-size", help="of a file of whole weights, as 5GB; default: transformers'")
         return command
 
     show = add("show", _show, "a table of the steps, and a plot of loss and coefficients", writes=False)
@@ -89,7 +90,7 @@ def _show(args: argparse.Namespace) -> Answer:
 
 
 def _verify(args: argparse.Namespace) -> Answer:
-    from zotune.llm.ledgers import verify
+    from zotune.llm.verifying import verify
 
     found = verify(args.path, args.base, args.device)
     lines = [f"{found.num_steps} steps with good checksums, of this base model"]
@@ -106,11 +107,19 @@ def _verify(args: argparse.Namespace) -> Answer:
 
 
 def _replay(args: argparse.Namespace) -> Answer:
-    from zotune.llm.ledgers import export, find_ledger, rebuild
+    from zotune.errors import UsageError
+    from zotune.llm.ledgers import check_empty, export
+    from zotune.llm.merging import Merge, find_fine_tune, rebuild_any
 
-    ledger = find_ledger(args.path).first(args.step)
-    export(rebuild(ledger, args.base, args.device), args.output_dir, merged=args.merged)
-    return _saved(args.output_dir, len(ledger))
+    found = find_fine_tune(args.path)
+    if not isinstance(found, Merge):
+        found = found.first(args.step)
+    elif args.step is not None:
+        raise UsageError(f"{args.path} holds a merge, of which there is no --step; replay one of its ledgers.")
+    size = _shard_size(args.max_shard_size)
+    check_empty(args.output_dir)
+    export(rebuild_any(found, args.base, args.device), args.output_dir, merged=args.merged, max_shard_size=size)
+    return _saved(args.output_dir, len(found))
 
 
 def _undo(args: argparse.Namespace) -> Answer:
@@ -121,19 +130,30 @@ def _undo(args: argparse.Namespace) -> Answer:
 
 
 def _merge(args: argparse.Namespace) -> Answer:
-    from zotune.errors import UsageError
-    from zotune.llm.ledgers import average, continued, export, find_ledger
+    from zotune.llm.ledgers import check_empty, find_ledger
+    from zotune.llm.merging import Merge
+    from zotune.llm.output import saving
 
-    ledgers = [find_ledger(path) for path in (args.path, *args.others)]
-    if args.average:
-        rebuilt = average(ledgers, args.base, args.device)
-    elif len(ledgers) == 2:
-        rebuilt = continued(ledgers[0], ledgers[1], args.base, args.device)
-    else:
-        raise UsageError(f"one run can go on after one other, got {len(ledgers)} runs; or give --average.")
-    export(rebuilt, args.output_dir)
-    return _saved(args.output_dir, sum(map(len, ledgers)))
+    ledgers = tuple(find_ledger(path) for path in (args.path, *args.others))
+    merge = Merge("average" if args.average else "row", ledgers)
+    size = _shard_size(args.max_shard_size)
+    check_empty(args.output_dir)
+    rebuilt = merge.rebuild(args.base, args.device)
+    with saving(args.output_dir) as aside:
+        rebuilt.write(aside, size)
+        merge.write(aside)
+    return _saved(args.output_dir, len(merge))
+
+
+def _shard_size(given: str | None) -> str:
+    from zotune.llm.shards import MAX_SHARD_SIZE, check_shard_size
+
+    return MAX_SHARD_SIZE if given is None else check_shard_size(given)
 
 
 def _saved(folder: Path, num_steps: int) -> Answer:
-    return {"output_dir": str(folder), "num_steps": num_steps}, f"{num_steps} steps replayed; saved in {folder}", 0
+    from zotune.memory import peak_memory
+
+    peak = peak_memory()
+    found = {"output_dir": str(folder), "num_steps": num_steps, "peak_memory": peak}
+    return found, f"{num_steps} steps replayed, peak memory {peak / 2**20:.0f} MiB; saved in {folder}", 0

@@ -16,7 +16,7 @@ from zotune.blocks import Block, check_partition
 from zotune.blocks import BlockOrder as BlockOrder
 from zotune.checks import as_groups, check_closure, check_own, check_skipped, check_values, check_window
 from zotune.closures import Closure
-from zotune.directions import Direction, Sampler, Terms, moving, rademacher
+from zotune.directions import Direction, Sampler, Terms, rademacher
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate, merged
 from zotune.estimators import Estimator, central_difference
@@ -24,11 +24,11 @@ from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import NoReuse, PrefixReuse
-from zotune.sparsity import Sparse, StepSampler
+from zotune.sparsity import Sparse, StepSampler, Weights
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensors
-from zotune.update import Rounding, TensorUpdate, make_update, write_all
+from zotune.update import Rounding, Step, TensorUpdate, keep_master, write_all
 
 _DIRECTION, _ROUNDING = 0, 1
 _COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
@@ -171,7 +171,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.on_step is not None:
             check_own(estimate, self.directions() if len(self._rounds) == 1 else None)
         estimate = estimate.mapped(self.recorded)
-        self._take(estimate, 1.0 if estimate.is_finite else math.nan)
+        self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
         self._count()
         self.stop_if_skipping()
 
@@ -191,7 +191,8 @@ class ZerothOrder(torch.optim.Optimizer):
                 estimate = self._estimate(closure, blocks)
                 if inspect is not None:
                     inspect(estimate)
-                self._take(estimate, self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan)
+                scale = self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan
+                self._take(estimate, scale, self._write)
         loss = self._count()
         self.stop_if_skipping()
         return loss
@@ -204,6 +205,28 @@ class ZerothOrder(torch.optim.Optimizer):
         Raises:
             UsageError: it is not the next step.
         """
+        self._retake(record, self._write)
+
+    def begin_masks(self, weights: Weights) -> None:
+        """Before the first step: sparse directions take their masks' shares from the tensors that `weights` gives.
+
+        For replays over a model that does not hold its numbers; otherwise the first step does it.
+        """
+        self._sampling.begin(self.seed, weights)
+
+    def trace(self, record: StepRecord) -> list[tuple[Step, float]]:
+        """The step of a record, and how far to go along it; several where blocks go one after the other.
+
+        It counts as taken, but no weight is read or written: that is the caller's, see `zotune.ledger.stream`.
+
+        Raises:
+            UsageError: it is not the next step.
+        """
+        steps: list[tuple[Step, float]] = []
+        self._retake(record, lambda estimate, scale: steps.append((self._step_along(estimate), scale)))
+        return steps
+
+    def _retake(self, record: StepRecord, write: Callable[[GradientEstimate, float], None]) -> None:
         if record.step != self.num_steps:
             raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
         rates = [group["lr"] for group in self.param_groups]
@@ -213,7 +236,7 @@ class ZerothOrder(torch.optim.Optimizer):
                 group["lr"] = rate
             for blocks, scale in zip(self._rounds, record.scales, strict=True):
                 terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
-                self._take(GradientEstimate(record.loss, terms, 0), scale)
+                self._take(GradientEstimate(record.loss, terms, 0), scale, write)
             self.num_forwards += record.num_forwards
             self._count()
         finally:
@@ -224,10 +247,12 @@ class ZerothOrder(torch.optim.Optimizer):
     def _rounds(self) -> list[tuple[Block | None, ...]]:
         return self.block_order.rounds(self.blocks)
 
-    def _take(self, estimate: GradientEstimate, scale: float) -> None:
+    def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
         """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
         if not math.isnan(scale):
-            self._write(estimate, scale)
+            write(estimate, scale)
+            if self._history is not None:
+                self._history.add(self._terms(estimate))
         self._taken.append((estimate, scale))
 
     @cached_property
@@ -238,26 +263,25 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """By tensor id, what applying the estimate does to each tensor that it concerns."""
-        terms = self._terms(estimate)
-        rounding_seed = derive_seed(self.seed, self.num_steps, 0, _ROUNDING)
-        found = {}
-        for group in self.param_groups:
+        step, found = self._step_along(estimate), {}
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 tensor = self.tuned.find(p)
                 assert tensor is not None
-                if own := moving(terms, tensor.id):
-                    found[tensor.id] = make_update(
-                        tensor,
-                        own,
-                        self.transform,
-                        self.state[p],
-                        lr=self.recorded(float(group["lr"])),
-                        weight_decay=float(group["weight_decay"]),
-                        rounding=self.rounding,
-                        rounding_seed=rounding_seed,
-                        history=None if self._history is None else self._history.of(tensor.id),
-                    )
+                if step.moves(tensor):
+                    found[tensor.id] = step.on(tensor, number, keep_master(tensor, self.rounding, self.state[p]))
         return found
+
+    def _step_along(self, estimate: GradientEstimate) -> Step:
+        """What applying the estimate does, whatever the weights."""
+        return Step(
+            self._terms(estimate),
+            self.transform,
+            tuple((self.recorded(float(group["lr"])), float(group["weight_decay"])) for group in self.param_groups),
+            self.rounding,
+            derive_seed(self.seed, self.num_steps, 0, _ROUNDING),
+            None if self._history is None else self._history.steps,
+        )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
         """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
@@ -274,8 +298,6 @@ class ZerothOrder(torch.optim.Optimizer):
         for update, state in write_all(updates.values(), scale):
             self.state[update.tensor.parameter].update(state)
         self._prefix.moved(frozenset(updates))
-        if self._history is not None:
-            self._history.add(self._terms(estimate))
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()
 

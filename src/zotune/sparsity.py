@@ -8,7 +8,7 @@ of use, which do not move between probe and update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -21,6 +21,8 @@ from zotune.directions import Sampler
 from zotune.tuned import TunedTensor, TunedTensors
 
 _CHUNK = 1 << 20
+# A tensor to its numbers.
+Weights = Callable[[TunedTensor], Tensor]
 # The name of mask seeds among what is derived from a run's seed.
 _PURPOSE = 2
 
@@ -60,15 +62,25 @@ class Sparse:
     group: Group
     interval: int
 
-    def at(self, tuned: TunedTensors, seed: int, step: int, before: Masked | None) -> Masked:
-        """The sampler of one step. `before` is that of an earlier step, whose levels may still hold."""
+    def at(
+        self,
+        tuned: TunedTensors,
+        seed: int,
+        step: int,
+        before: Masked | None,
+        weights: Weights = TunedTensor.storage,
+    ) -> Masked:
+        """The sampler of one step. `before` is that of an earlier step, whose levels may still hold.
+
+        `weights` gives a tensor's numbers, where the model itself does not hold them.
+        """
         epoch = step // self.interval
         if before is not None and before.epoch == epoch:
             return before
         # The paper's ratios are those of the weights that a run begins with; a mask by magnitude follows the weights.
         if before is not None and self.mask == Mask.RANDOM:
             return self._masked(tuned, seed, epoch, before.levels)
-        return self._masked(tuned, seed, epoch, self._levels(tuned))
+        return self._masked(tuned, seed, epoch, self._levels(tuned, weights))
 
     def restored(self, tuned: TunedTensors, seed: int, state: dict[str, Any]) -> Masked:
         """The sampler that `Masked.state` describes."""
@@ -81,20 +93,22 @@ class Sparse:
         return self.mask == Mask.MAGNITUDE
 
     def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level]) -> Masked:
-        weights = {t.id: t for t in tuned}
+        weights = {t.id: t for t in tuned} if self.depends_on_weights else {}
         return Masked(self.base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
 
-    def _levels(self, tuned: TunedTensors) -> dict[int, Level]:
+    def _levels(self, tuned: TunedTensors, weights: Weights) -> dict[int, Level]:
         groups = [list(tuned)] if self.group == Group.GLOBAL else [[t] for t in tuned]
-        return {i: level for tensors in groups for i, level in self._levels_of(tensors).items()}
+        return {i: level for tensors in groups for i, level in self._levels_of(tensors, weights).items()}
 
-    def _levels_of(self, tensors: Sequence[TunedTensor]) -> dict[int, Level]:
-        # A threshold would mask the whole of a tensor that is zero now (a bias, an adapter's second factor), for ever.
-        graded = [t for t in tensors if any(bool(chunk.any()) for chunk in _magnitudes(t))]
+    def _levels_of(self, tensors: Sequence[TunedTensor], weights: Weights) -> dict[int, Level]:
         levels = {t.id: Level(self.sparsity) for t in tensors}
-        if not graded or (self.mask == Mask.RANDOM and self.group == Group.LAYER):
+        if self.mask == Mask.RANDOM and self.group == Group.LAYER:
             return levels
-        counts, threshold = _quantile(graded, self.sparsity)
+        # A threshold would mask the whole of a tensor that is zero now (a bias, an adapter's second factor), for ever.
+        graded = [t for t in tensors if any(bool(chunk.any()) for chunk in _magnitudes(weights(t)))]
+        if not graded:
+            return levels
+        counts, threshold = _quantile(graded, self.sparsity, weights)
         below, equal = (sum(c[i] for c in counts.values()) for i in (0, 1))
         total = sum(t.parameter.numel() for t in graded)
         ties = min(max((self.sparsity * total - below) / equal, 0.0), 1.0) if equal else 0.0
@@ -111,6 +125,11 @@ class StepSampler:
     def __init__(self, tuned: TunedTensors, sampler: Sampler | Sparse) -> None:
         self._tuned, self._sampler = tuned, sampler
         self._last: Masked | None = None
+
+    def begin(self, seed: int, weights: Weights) -> None:
+        """Make the first step's mask with the numbers that `weights` gives, where the model does not hold them."""
+        if isinstance(self._sampler, Sparse):
+            self._last = self._sampler.at(self._tuned, seed, 0, None, weights)
 
     def at(self, seed: int, step: int) -> Sampler:
         """The sampler of a step of the run that `seed` names."""
@@ -208,14 +227,16 @@ def sparse(
     return Sparse(base, sparsity, Mask(mask), Group(group), interval)
 
 
-def _magnitudes(tensor: TunedTensor) -> Iterator[Tensor]:
+def _magnitudes(x: Tensor) -> Iterator[Tensor]:
     """|x| of one tensor in single precision, chunk by chunk."""
-    flat = tensor.storage().contiguous().view(-1)
+    flat = x.contiguous().view(-1)
     for lo in range(0, flat.numel(), _CHUNK):
         yield flat[lo : lo + _CHUNK].abs().float()
 
 
-def _quantile(tensors: Sequence[TunedTensor], fraction: float) -> tuple[dict[int, tuple[int, int]], float]:
+def _quantile(
+    tensors: Sequence[TunedTensor], fraction: float, weights: Weights
+) -> tuple[dict[int, tuple[int, int]], float]:
     """The smallest τ that at least a `fraction` of all |x| do not exceed, and per tensor how many are < τ and = τ.
 
     Positive floats are ordered as their bit patterns: a histogram of the upper half of the bits finds the bin of τ,
@@ -224,14 +245,14 @@ def _quantile(tensors: Sequence[TunedTensor], fraction: float) -> tuple[dict[int
     wanted = fraction * sum(t.parameter.numel() for t in tensors)
 
     def patterns() -> Iterable[Tensor]:
-        return (m.view(torch.int32) for t in tensors for m in _magnitudes(t))
+        return (m.view(torch.int32) for t in tensors for m in _magnitudes(weights(t)))
 
     upper, before = _bin((p >> 16 for p in patterns()), wanted)
     lower, _ = _bin((p[p >> 16 == upper] & 0xFFFF for p in patterns()), wanted - before)
     threshold = torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
     counts = {}
     for t in tensors:
-        chunks = [(int((m < threshold).sum()), int((m == threshold).sum())) for m in _magnitudes(t)]
+        chunks = [(int((m < threshold).sum()), int((m == threshold).sum())) for m in _magnitudes(weights(t))]
         counts[t.id] = (sum(c[0] for c in chunks), sum(c[1] for c in chunks))
     return counts, float(threshold)
 

@@ -150,6 +150,10 @@ class TunedTensors:
                 f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._by_name))}"
             ) from None
 
+    def named(self, name: str) -> TunedTensor | None:
+        """The tuned tensor that has this name; None where none has."""
+        return self._by_name.get(name)
+
     def find(self, value: object) -> TunedTensor | None:
         """The tuned tensor that `value` is, by identity; None for anything else."""
         return self._by_identity.get(id(value))

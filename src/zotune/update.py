@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions import Terms, add_terms, one_pass
+from zotune.directions import Terms, add_terms, moving, one_pass
 from zotune.noise import add_many, compute_dtype, round_to
 from zotune.perturb import move_rows_one_by_one
 from zotune.transforms import State, Transform, identity
@@ -22,6 +22,7 @@ from zotune.tuned import TunedTensor
 
 # Elements at a time where ĝ or its transform is made: the temporaries stay at some megabytes.
 _CHUNK = 1 << 18
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Rounding(StrEnum):
@@ -74,11 +75,25 @@ class TensorUpdate:
         if self.is_sum:
             add_terms(out, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
             return {}
-        dtype = compute_dtype(x.dtype)
-        step, state = self.transform(self._gradient(self.terms, start, x), self._state(start, x))
-        y = x.to(dtype) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
+        return self._step(out, x, self._state(start, x), start, scale)
+
+    def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
+        """Update a flat slice in place, given the state of just its elements; the slice's new state.
+
+        With a = 0 the slice stays, and the state advances.
+        """
+        if self.is_sum:
+            if scale:
+                add_terms(x, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
+            return {}
+        return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
+
+    def _step(self, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
+        before = state if self.history is None else self._rebuilt(start, x)
+        step, after = self.transform(self._gradient(self.terms, start, x), before)
+        y = x.to(compute_dtype(x.dtype)) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
         round_to(out, y, self.rounding_seed, self.tensor.id, start)
-        return state
+        return after
 
     def write(self, scale: float) -> State:
         """Update the weights; the tensor's new state. With a = 0 the weights stay, and the state advances."""
@@ -89,7 +104,7 @@ class TensorUpdate:
         size = max(1, x.numel()) if self.is_sum else _CHUNK
         for lo in range(0, x.numel(), size):
             part = x[lo : lo + size]
-            new = self.move(part if scale else torch.empty_like(part), part, lo, scale)
+            new = self.take(part, self._state(lo, part), lo, scale)
             for key, value in new.items() if self.history is None else ():
                 if isinstance(value, Tensor):
                     after.setdefault(key, self._room(key, value))
@@ -126,12 +141,14 @@ class TensorUpdate:
         return total
 
     def _state(self, start: int, like: Tensor) -> State:
-        """The state of a slice."""
-        if self.history is None:
-            part = slice(start, start + like.numel())
-            return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        """The state of a slice, as it is kept."""
+        part = slice(start, start + like.numel())
+        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+
+    def _rebuilt(self, start: int, like: Tensor) -> State:
+        """The state of a slice, made again from the terms of earlier steps."""
         state: State = {}
-        for terms in self.history:
+        for terms in self.history or ():
             _, state = self.transform(self._gradient(terms, start, like), state)
         return state
 
@@ -157,34 +174,55 @@ def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[Tenso
     return states
 
 
-def make_update(
-    tensor: TunedTensor,
-    terms: Terms,
-    transform: Transform,
-    state: dict[str, Any],
-    *,
-    lr: float,
-    weight_decay: float,
-    rounding: Rounding,
-    rounding_seed: int,
-    history: Sequence[Terms] | None,
-) -> TensorUpdate:
-    """What a step does to one tensor, as its dtype and shape have it. Master weights are kept in its `state`."""
+@dataclass(frozen=True)
+class Step:
+    """What a step does, whatever the weights: from it each tensor's update is made.
+
+    Attributes:
+        terms: (cᵢ, uᵢ) of ĝ over all tensors, with coefficients as they are applied.
+        rates: (η, λ) of each parameter group.
+        rounding_seed: names the stochastic rounding, where `rounding` is that.
+        history: as in `TensorUpdate`, over all tensors.
+    """
+
+    terms: Terms
+    transform: Transform
+    rates: Sequence[tuple[float, float]]
+    rounding: Rounding
+    rounding_seed: int
+    history: Sequence[Terms] | None
+
+    def moves(self, tensor: TunedTensor) -> bool:
+        """Whether the step concerns a tensor."""
+        return any(u.moves(tensor.id) for _, u in self.terms)
+
+    def on(self, tensor: TunedTensor, group: int, state: State) -> TensorUpdate:
+        """The update of a tensor in parameter group number `group`, as its dtype and shape have it.
+
+        `state` is the transform's, with the tensor's `master`, where there is one. Of the tensor no number is read.
+        """
+        p = tensor.parameter
+        lr, weight_decay = self.rates[group]
+        is_stochastic = p.dtype in _HALF and self.rounding == Rounding.STOCHASTIC
+        return TensorUpdate(
+            tensor,
+            moving(self.terms, tensor.id),
+            self.transform,
+            {k: v for k, v in state.items() if k != "master"},
+            lr,
+            weight_decay if p.dim() > 1 else 0.0,
+            self.rounding_seed if is_stochastic else None,
+            None if self.history is None else [own for t in self.history if (own := moving(t, tensor.id))],
+            state.get("master"),
+        )
+
+
+def keep_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
+    """A tensor's state, with its master weights where `rounding` wants them and they are not there yet."""
     weights = tensor.storage()
-    is_half = weights.dtype in (torch.bfloat16, torch.float16)
-    if is_half and rounding == Rounding.MASTER and "master" not in state:
+    if weights.dtype in _HALF and rounding == Rounding.MASTER and "master" not in state:
         state["master"] = weights.float().contiguous()
-    return TensorUpdate(
-        tensor,
-        terms,
-        transform,
-        {k: v for k, v in state.items() if k != "master"},
-        lr,
-        weight_decay if weights.dim() > 1 else 0.0,
-        rounding_seed if is_half and rounding == Rounding.STOCHASTIC else None,
-        history,
-        state.get("master"),
-    )
+    return state
 
 
 @dataclass(frozen=True)

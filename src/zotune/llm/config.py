@@ -230,12 +230,42 @@ def find_recipe(name: str) -> Path:
     )
 
 
+_MOST_ALIASES = 16
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, in which no key may be given twice: which of two values is meant, nobody can tell.
+
+    Nor may much be repeated by aliases: lists of lists of aliases soon hold more than a memory does.
+    """
+
+    num_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As the base's."""
+        self.num_aliases += self.check_event(yaml.AliasEvent)
+        if self.num_aliases > _MOST_ALIASES:
+            raise ValueError(f"there are more than {_MOST_ALIASES} aliases; write out what they stand for")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base's."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise ValueError(f"the key {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a YAML recipe; `1e-6` is a number here, as people mean it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    # Beside its own errors, the parser lets out those of Python's that its numbers, dates and depth run into.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid YAML: {str(error)[:1000]}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold `key: value` lines, one an option.")
     return values

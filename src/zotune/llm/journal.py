@@ -7,7 +7,7 @@ first-order part has no ledger, for its steps cannot be told in a few numbers, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -211,5 +211,10 @@ def frozen_digest(module: torch.nn.Module) -> str:
     """A digest of all parameters that are not tuned."""
     frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     names = sorted(frozen)
-    parts = [*names, *digests_of(frozen[name].data for name in names)]
+    return combined_digest(names, digests_of(frozen[name].data for name in names))
+
+
+def combined_digest(names: Iterable[str], digests: Iterable[str]) -> str:
+    """One digest of several tensors' names and digests."""
+    parts = [*names, *digests]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -1,16 +1,13 @@
-"""What can be done with a run's ledger, without its data: rebuild, undo, verify, export, put several together."""
+"""What can be done with a run's ledger, without its data: rebuild its model, write it, take steps back, show it."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from zotune.errors import UsageError
@@ -21,12 +18,17 @@ from zotune.llm.journal import CHECKPOINT, LEDGER, frozen_digest
 from zotune.llm.metrics import MetricsLog
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.optimizers import make_optimizer
-from zotune.llm.output import save_whole
+from zotune.llm.output import saving, write_whole
+from zotune.llm.progress import say
 from zotune.llm.schema import validate
+from zotune.llm.shards import MAX_SHARD_SIZE
+from zotune.llm.streaming import NotStreamedError, Streamed, base_of
 from zotune.llm.tasks import head_labels
 from zotune.llm.tuning import prepare
 from zotune.optimizer import ZerothOrder
-from zotune.tuned import TunedTensors
+
+# What a folder holds beside the ledgers that were put together in it.
+MERGE = "merge.json"
 
 
 def find_ledger(path: Path) -> Ledger:
@@ -36,6 +38,8 @@ def find_ledger(path: Path) -> Ledger:
         LedgerError: there is none, or it is damaged.
     """
     found = path / LEDGER if path.is_dir() else path
+    if (path / MERGE).is_file():
+        raise LedgerError(f"{path} holds a merge of several ledgers; name one of them, such as {path / '1.zol'}.")
     if path.is_dir() and not found.is_file():
         raise LedgerError(
             f"{path} holds no {LEDGER}. Runs with a first-order part have none: their steps cannot be told in a few "
@@ -56,27 +60,62 @@ def config_of(ledger: Ledger, base: str | None = None, device: str | None = None
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A model that was rebuilt, with the optimizer that took the steps."""
+    """A model that was rebuilt in memory, with the optimizer that took the steps."""
 
     lm: LanguageModel
     optimizer: ZerothOrder
     config: TrainConfig
 
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        if hasattr(self.lm.module, "peft_config"):
+            from peft import get_peft_model_state_dict
 
-def rebuild(ledger: Ledger, base: str | None = None, device: str | None = None) -> Rebuilt:
+            state: dict[str, Tensor] = get_peft_model_state_dict(self.lm.module, save_embedding_layers=False)
+            return state
+        return dict(self.lm.module.state_dict())
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names that tensors are saved under."""
+        return frozenset(self._state)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by that name, on the CPU."""
+        return self._state[name].detach().cpu()
+
+    def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+        """Write what transformers or peft load as it is."""
+        write_whole(self.lm, folder, max_shard_size)
+
+
+AnyModel = Rebuilt | Streamed
+
+
+def rebuild(ledger: Ledger, base: str | None = None, device: str | None = None) -> AnyModel:
     """The model after the ledger's steps, from its base model, with neither data nor a forward pass of training.
+
+    Its tensors are made one at a time, when they are asked for, if that can be; then digests are checked on the way.
 
     Raises:
         LedgerError: the base is another; what differs is said.
     """
-    rebuilt = _begin(ledger, base, device)
-    replay(rebuilt.optimizer, ledger)
-    return rebuilt
-
-
-def _begin(ledger: Ledger, base: str | None, device: str | None) -> Rebuilt:
-    """The base model, and the optimizer of the ledger's run."""
     config = config_of(ledger, base, device)
+    try:
+        return base_of(ledger, config).moved(ledger, config, from_base=True)
+    except NotStreamedError as why:
+        say_in_memory(config, why)
+    return rebuild_in_memory(ledger, config)
+
+
+def say_in_memory(config: TrainConfig, why: NotStreamedError) -> None:
+    """Let people know that the model must fit into memory, where it is not an adapter that is rebuilt."""
+    if not config.is_adapter:
+        say(f"{config.model} is held in memory: {why}")
+
+
+def rebuild_in_memory(ledger: Ledger, config: TrainConfig) -> Rebuilt:
+    """As `rebuild`, with the whole model in memory."""
     lm = load(config, head_labels(config), config.seed)
     prepare(lm, config)
     optimizer = make_optimizer(lm.module, config, config.seed)
@@ -86,95 +125,43 @@ def _begin(ledger: Ledger, base: str | None, device: str | None) -> Rebuilt:
             f"{ledger.name} belongs to another base model than {config.model}: the digest of the weights that are not "
             f"tuned was {ledger.header.about.get('frozen')}, here it is {found}. Name the right one with --base."
         )
+    replay(optimizer, ledger)
     return Rebuilt(lm, optimizer, config)
 
 
-def export(rebuilt: Rebuilt, folder: Path, *, merged: bool = False) -> None:
+def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     """Write a folder that transformers or peft load as it is.
 
     Args:
         rebuilt: the model.
         folder: where to; it holds no model yet.
         merged: of an adapter's run, whole weights with the adapter put into them.
+        max_shard_size: of whole weights, how large a file may get.
 
     Raises:
         UsageError: the folder holds a model, or what is tuned cannot be put into the weights.
     """
-    found = [p.name for pattern in ("*.safetensors", LEDGER) for p in folder.glob(pattern)] if folder.is_dir() else []
-    if found:
-        raise UsageError(f"{folder} holds a model already ({found[0]}); choose another --output-dir.")
-    lm = rebuilt.lm
+    check_empty(folder)
     if merged:
-        merge: Any = getattr(lm.module, "merge_and_unload", None)
+        merge: Any = getattr(rebuilt.lm.module, "merge_and_unload", None)
         if not rebuilt.config.is_adapter or merge is None or rebuilt.config.tuning in ("prefix", "prompt"):
             raise UsageError(
                 f"tuning: {rebuilt.config.tuning} leaves nothing to put into the weights; leave out --merged."
             )
-        lm.module = merge()
-    save_whole(lm, folder)
+        rebuilt.lm.module = merge()
+    with saving(folder) as aside:
+        rebuilt.write(aside, max_shard_size)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What a ledger's check found: steps, bytes of a damaged tail, and tensors that were compared and differ."""
-
-    num_steps: int
-    cut_bytes: int
-    num_tensors: int
-    different: tuple[str, ...]
-
-
-def verify(path: Path, base: str | None = None, device: str | None = None) -> Verified:
-    """Check a ledger's checksums and base, and by replaying it that the weights saved beside it are the ledger's.
+def check_empty(folder: Path) -> None:
+    """Refuse to write a model where there is one.
 
     Raises:
-        LedgerError: the ledger is damaged, or the base another.
+        UsageError: there is.
     """
-    ledger = find_ledger(path)
-    folder = path if path.is_dir() else path.parent
-    rebuilt = rebuild(ledger.first(_best_step(folder, ledger)), base, device)
-    saved = _saved(folder)
-    ours = _state(rebuilt.lm)
-    both = sorted(ours.keys() & saved.keys())
-    if saved and not both:
-        raise LedgerError(f"the weights in {folder} are not of the ledger's model: no tensor has the same name.")
-    different = [name for name in both if not _same_bits(ours[name], saved[name])]
-    return Verified(len(ledger), ledger.cut_bytes, len(both), tuple(different))
-
-
-def _best_step(folder: Path, ledger: Ledger) -> int | None:
-    """Which step's weights were saved, where that is not the last."""
-    results = folder / "results.json"
-    if not config_of(ledger).load_best_model_at_end or not results.is_file():
-        return None
-    found = json.loads(results.read_text(encoding="utf-8")).get("best_step")
-    return found if isinstance(found, int) else None
-
-
-def _saved(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder, read lazily where the platform can."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file, not a dict
-    return found
-
-
-def _state(lm: LanguageModel) -> dict[str, Tensor]:
-    """The model's tensors by the names that they are saved under."""
-    if hasattr(lm.module, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        state: dict[str, Tensor] = get_peft_model_state_dict(lm.module, save_embedding_layers=False)
-        return state
-    return dict(lm.module.state_dict())
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    a, b = (t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(a, b)
+    found = [p.name for pattern in ("*.safetensors", "*.zol") for p in folder.glob(pattern)] if folder.is_dir() else []
+    if found:
+        raise UsageError(f"{folder} holds a model already ({found[0]}); choose another --output-dir.")
 
 
 def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
@@ -188,59 +175,14 @@ def undo(folder: Path, num_steps: int, base: str | None = None, device: str | No
     writer, _ = LedgerWriter.resume(path)
     with writer:
         rebuilt = rebuild(ledger, base, device)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(ledger.to_bytes())
-        aside.replace(path)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-        (folder / "results.json").unlink(missing_ok=True)
-        MetricsLog(folder / "metrics.jsonl").cut(num_steps)
-        save_whole(rebuilt.lm, folder)
-
-
-def continued(first: Ledger, second: Ledger, base: str | None = None, device: str | None = None) -> Rebuilt:
-    """The steps of one ledger, then those of another, whatever the second one's base was.
-
-    Raises:
-        LedgerError: they do not tune the same tensors.
-    """
-    _check_alike(first, second)
-    rebuilt = rebuild(first, base, device)
-    config = config_of(second)
-    optimizer = make_optimizer(rebuilt.lm.module, config, config.seed)
-    assert isinstance(optimizer, ZerothOrder)
-    for record in second:
-        optimizer.retake(record)
-    return Rebuilt(rebuilt.lm, optimizer, config)
-
-
-def average(ledgers: Sequence[Ledger], base: str | None = None, device: str | None = None) -> Rebuilt:
-    """The mean of several runs' tuned weights, taken in float64 and rounded once.
-
-    Raises:
-        LedgerError: they do not begin with the same weights.
-    """
-    for other in ledgers[1:]:
-        _check_alike(ledgers[0], other)
-        if [t["digest"] for t in other.header.tensors] != [t["digest"] for t in ledgers[0].header.tensors]:
-            raise LedgerError(
-                f"{other.name} begins with other weights than {ledgers[0].name}; their mean means nothing."
-            )
-    sums: dict[str, Tensor] = {}
-    for ledger in ledgers:
-        rebuilt = rebuild(ledger, base, device)
-        for t in TunedTensors(rebuilt.lm.module):
-            value = t.parameter.detach().double()
-            sums[t.name] = sums[t.name] + value if t.name in sums else value
-    with torch.no_grad():
-        for t in TunedTensors(rebuilt.lm.module):
-            t.parameter.copy_(sums[t.name] / len(ledgers))
-    return rebuilt
-
-
-def _check_alike(one: Ledger, other: Ledger) -> None:
-    ours, theirs = ([(t["name"], t["shape"]) for t in ledger.header.tensors] for ledger in (one, other))
-    if ours != theirs:
-        raise LedgerError(f"{one.name} and {other.name} do not tune the same tensors, so they cannot be put together.")
+        with saving(folder) as aside:
+            # Tensors are made, and checked, as they are written: nothing is cut before all of them are good.
+            rebuilt.write(aside)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            (folder / "results.json").unlink(missing_ok=True)
+            (aside / LEDGER).write_bytes(ledger.to_bytes())
+            (aside / LEDGER).replace(path)
+            MetricsLog(folder / "metrics.jsonl").cut(num_steps)
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:

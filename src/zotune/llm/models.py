@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -220,7 +221,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         UsageError: it cannot be found, read, or run here; the message says which and what to do.
     """
     quiet_libraries()
-    device = _device(options.device)
+    device = find_device(options.device)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
     elif (adapter := _adapter_folder(options)) is not None:
@@ -250,7 +251,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """A device by name; `auto` is a GPU where there is one.
+
+    Raises:
+        UsageError: it cannot be used here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -299,7 +305,7 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
         # An adapter's folder names its base by this: not by where this machine's cache is.
         module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None
     return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
 

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,12 @@ from zotune.llm.evaluate import Measured
 from zotune.llm.metrics import MetricsLog, plain
 from zotune.llm.models import LanguageModel
 from zotune.llm.schema import validate
+from zotune.llm.shards import MAX_SHARD_SIZE
 
 # What a run writes, by pattern; the first four may be all that is left of one that failed.
 _WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
 _WRITTEN = (*_WORTH_KEEPING, "config.yaml", "config.json", "adapter_config.json", "*.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Where a model is written before it is whole.
 _ASIDE = ".saving"
 
@@ -137,16 +141,39 @@ def _is_worth_keeping(path: Path) -> bool:
 
 def save_whole(lm: LanguageModel, folder: Path) -> None:
     """Write weights or adapter, config and tokenizer aside, and put them in place once they are whole."""
-    aside = folder / _ASIDE
+    with saving(folder) as aside:
+        write_whole(lm, aside)
+
+
+def write_whole(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """Write weights or adapter, config and tokenizer."""
     # peft asks the Hub for the base model's vocabulary when it saves an adapter, unless told not to look.
-    extra = {"save_embedding_layers": False} if hasattr(lm.module, "peft_config") else {}
+    is_adapter = hasattr(lm.module, "peft_config")
+    extra: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {"max_shard_size": max_shard_size}
+    lm.module.save_pretrained(str(folder), **extra)  # type: ignore[operator]
+    lm.tokenizer.save_pretrained(str(folder))
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[Path]:
+    """A folder to write a model to; when the context is left without an error, its files are put into `folder`.
+
+    A model's files that were there before go: weights cut into files would otherwise stand beside whole ones.
+    """
+    aside, is_new = folder / _ASIDE, not folder.exists()
+    aside.mkdir(parents=True, exist_ok=True)
     try:
-        lm.module.save_pretrained(str(aside), **extra)  # type: ignore[operator]
-        lm.tokenizer.save_pretrained(str(aside))
+        yield aside
+        new = {file.name for file in aside.iterdir()}
         for file in aside.iterdir():
             file.replace(folder / file.name)
+        for old in [old for pattern in _WEIGHTS for old in folder.glob(pattern) if old.name not in new]:
+            old.unlink()
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it is not empty: what was written is whole
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
