@@ -145,6 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     sides: dict[str, dict[str, Any]] = {}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
     for model in options.models:
         for dtype in options.dtypes:
             for batch, length in ((4, 32), (16, 32), (16, 64)):
@@ -152,14 +153,9 @@ def main() -> None:
                 found = measure(load(config), batch, length, options.rounds)
                 found |= measure_lora(load(config), batch, length, options.rounds)
                 sides.setdefault(model, {})[f"{dtype} {batch}x{length}"] = found
-                figures = ", ".join(
-                    f"{k.removesuffix('_ratio')} {v:.2f} x" for k, v in found.items() if k.endswith("ratio")
-                )
+                figures = {k.removesuffix("_ratio"): f"{v:.2f} x" for k, v in found.items() if k.endswith("ratio")}
                 print(f"{model} {dtype:9} {batch:2} x {length}: {figures}", flush=True)
-    write_result(
-        "speed-step",
-        {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__, "models": sides},
-    )
+                write_result("speed-step", {**about, "models": sides})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+# Bytes at the end of the heap that are free and yet kept.
+KEPT_FREE = 64 << 20
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next request, in place of giving it back to the system.
 
@@ -41,6 +45,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    # The most that glibc takes: one arena's heap for mappings, and no trimming.
-    mallopt(mmap_threshold, 1 << 30)
-    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, KEPT_FREE)

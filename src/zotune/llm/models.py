@@ -30,7 +30,7 @@ from zotune.llm.progress import say
 # Logits that are made at a time: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
 # Tokens up to which copies of a batch are read at once: beyond, it saves little time and takes memory.
-MAX_TOKENS = 1 << 12
+MAX_TOKENS = 1 << 10
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
