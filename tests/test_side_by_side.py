@@ -104,6 +104,7 @@ class Odd(nn.Module):
         h = self.norm(h) * (1.0 + self.gain)
         h = torch.addmm(self.bias, h.view(-1, 6), self.weight).view(*h.shape)
         h = h + self.convolution(h)
+        h = torch.addmm(self.bias, h.view(-1, 6), self.frozen.weight).view(*h.shape)
         h = F.linear(h, self.frozen.weight, self.bias * 2)
         h = h + self.gain[None, None] / (2 + self.bias.square())
         return F.linear(h.mean(1), F.embedding(torch.tensor([1, 5, 7]), self.embedding.weight), self.bias[:3])
