@@ -87,6 +87,12 @@ def median_seconds(
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
+def two_forwards(f: Callable[[], torch.Tensor]) -> None:
+    """What a two-point step cannot do without."""
+    with torch.no_grad():
+        f(), f()
+
+
 def measure(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """Median seconds of each side, and their ratios to the two forwards of the same phase."""
     f = objective(lm, batch, length)
@@ -94,19 +100,17 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str
         zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in (zo.rademacher, zo.rademacher, zo.gaussian)
     )
 
-    def two_forwards() -> None:
-        with torch.no_grad():
-            f(), f()
-
     sides = {
-        "forwards": two_forwards,
+        "forwards": lambda: two_forwards(f),
         "zo_sgd": lambda: rademacher.step(f),
         "one_by_one": lambda: alone.step(lambda: f()),
         "gaussian": lambda: gaussian.step(f),
     }
     ours = median_seconds(sides, rounds)
     # Apart, for the in-place loop moves all weights to new memory in every pass.
-    older = median_seconds({"forwards": two_forwards, "loop": lambda: in_place_loop(lm.module, f)}, max(rounds // 2, 3))
+    older = median_seconds(
+        {"forwards": lambda: two_forwards(f), "loop": lambda: in_place_loop(lm.module, f)}, max(rounds // 2, 3)
+    )
     found = ratios(ours)
     return {**found, "in_place_loop_ratio": statistics.median(older["loop"]) / statistics.median(older["forwards"])}
 
@@ -117,11 +121,7 @@ def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dic
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
 
-    def two_forwards() -> None:
-        with torch.no_grad():
-            f(), f()
-
-    found = ratios(median_seconds({"forwards": two_forwards, "lora": lambda: optimizer.step(f)}, rounds))
+    found = ratios(median_seconds({"forwards": lambda: two_forwards(f), "lora": lambda: optimizer.step(f)}, rounds))
     return {"lora_two_forwards_seconds": found.pop("two_forwards_seconds"), **found}
 
 

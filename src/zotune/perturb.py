@@ -93,13 +93,8 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         self._displacement = displacement
         self._scratch: Tensor | None = None
         self._kept: dict[int, Tensor] = {}
-        self._keeps = self._takes() <= KEPT_BYTES
+        self._keeps = takes(self.tuned, self.chosen) <= KEPT_BYTES
         self._reads: Counter[int] = Counter()
-
-    def _takes(self) -> int:
-        """Bytes of all tensors that are displaced."""
-        displaced = (t.parameter for t in self.tuned if t.id in self.chosen)
-        return sum(p.numel() * p.element_size() for p in displaced)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -184,6 +179,12 @@ displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedd
 def piece_elements(device_type: str) -> int:
     """The most elements of a matrix that are perturbed at a time."""
     return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+
+
+def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
+    """Bytes of some of the tuned tensors, or of all."""
+    chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
+    return sum(p.numel() * p.element_size() for p in chosen)
 
 
 def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:

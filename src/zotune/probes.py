@@ -16,8 +16,8 @@ from torch import Tensor
 
 from zotune.closures import Accumulated, Batched, Closure, as_number, evaluate, objective, probing, read
 from zotune.directions import Direction
-from zotune.perturb import KEPT_BYTES, Along, perturbed
-from zotune.side_by_side import NotSeparableError, side_by_side, takes
+from zotune.perturb import KEPT_BYTES, Along, perturbed, takes
+from zotune.side_by_side import NotSeparableError, side_by_side
 from zotune.tuned import TunedTensors
 
 # How far to go along which direction: x + a·u.

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
 from zotune.directions import PhiloxSampler
-from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements
+from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, takes
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -262,12 +262,6 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
 
 side_by_side.special = {F.linear: side_by_side._linear, F.embedding: side_by_side._embedding}
-
-
-def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
-    """Bytes of some of the tuned tensors, or of all."""
-    chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
-    return sum(p.numel() * p.element_size() for p in chosen)
 
 
 def _both_ways(displacements: Sequence[Displacement]) -> tuple[int, int, float] | None:
