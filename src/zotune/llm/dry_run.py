@@ -222,7 +222,7 @@ def _prompts_reused(lm: LanguageModel, config: TrainConfig, read: _Reading) -> i
     if not depth or not config.reuse_activations:
         return 0
     num_tokens = sum(map(len, {e.prompt for encoded in read.encoded.values() for e in encoded}))
-    entering: int = num_tokens * int(lm.config.hidden_size) * next(lm.base.parameters()).element_size()
+    entering: int = num_tokens * int(lm.config.hidden_size) * lm.base.dtype.itemsize
     return min(entering + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
 
 
