@@ -22,6 +22,7 @@ from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
 from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
+from zotune.llm.quantization import gives_rows
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.perturb import piece_elements
 from zotune.stack import stack_of

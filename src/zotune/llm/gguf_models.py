@@ -1,8 +1,8 @@
 """Models of GGUF files, whose quantised matrices stay packed: no matrix of them ever exists as numbers as a whole.
 
 transformers makes numbers of a whole file when it loads one. What it does besides is little: names are those of the
-`gguf` package's tables; llama's files keep the two halves of each head's rotary pairs interleaved, and gemma's the gain of
-a norm itself in place of what it differs from 1 by.
+`gguf` package's tables; llama's files keep the two halves of each head's rotary pairs interleaved, and gemma's the gain
+of a norm itself in place of what it differs from 1 by.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
 _NUMBERS = ("F32", "F16", "BF16")
 
 
-class _Shapes(TorchFunctionMode):
+class matrices_on_meta(TorchFunctionMode):  # noqa: N801 - a context manager reads like a verb
     """Within this context modules are made with matrices on `meta`; all else, buffers too, has its numbers."""
 
     def __torch_function__(
@@ -51,13 +51,14 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     """
     import transformers
     from gguf import GGMLQuantizationType, dequantize
+
     architecture, tensors = read_file(file)
     if architecture not in ARCHITECTURES:
         raise UsageError(
             f"{file} holds a model of architecture {architecture!r}; packed, these can be had: "
             f"{', '.join(ARCHITECTURES)}. Convert it to a folder of safetensors, and quantise that (--quantization)."
         )
-    with _Shapes():
+    with matrices_on_meta():
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     by_name = {stored.name: stored for stored in tensors}
     for name, stored_name in _stored_names(model, architecture).items():
@@ -70,7 +71,7 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
         if is_packed:
             _pack(model, name, value, stored.kind, dtype)
         else:
-            _replace(model, name, nn.Parameter(value.to(dtype)))
+            put(model, name, nn.Parameter(value.to(dtype)))
     _tie(model)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
@@ -96,13 +97,14 @@ def _as_in_transformers(value: Tensor, name: str, architecture: str, config: Any
     if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
         heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
         # (heads, pairs, 2, …) → (heads, 2, pairs, …)
-        return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(value.shape)
+        return value.view(heads, -1, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return value - 1
     return value
 
 
-def _replace(model: nn.Module, name: str, value: nn.Parameter | nn.Module) -> None:
+def put(model: nn.Module, name: str, value: nn.Parameter | nn.Module) -> None:
+    """Let a model have this parameter or module under a name that it has."""
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, value)
 
@@ -113,8 +115,8 @@ def _pack(model: nn.Module, name: str, blocks: Tensor, kind: str, dtype: torch.d
     layer: Any = model.get_submodule(path)
     if kind not in FORMATS or not isinstance(layer, (nn.Linear, nn.Embedding)):
         raise UsageError(
-            f"{name} is in the format {kind}, as {type(layer).__name__}; packed, linear layers and embeddings can be had "
-            f"in {', '.join(FORMATS)}. Take another quantisation of the model."
+            f"{name} is in the format {kind}, as {type(layer).__name__}; packed, linear layers and embeddings can be "
+            f"had in {', '.join(FORMATS)}. Take another quantisation of the model."
         )
     own = nn.Parameter(blocks, requires_grad=False)
     packed: nn.Module
@@ -122,7 +124,7 @@ def _pack(model: nn.Module, name: str, blocks: Tensor, kind: str, dtype: torch.d
         packed = PackedEmbedding(own, FORMATS[kind], dtype, getattr(layer, "embed_scale", None))
     else:
         packed = PackedLinear(own, FORMATS[kind], dtype, layer.bias)
-    _replace(model, path, packed)
+    put(model, path, packed)
 
 
 def _tie(model: Any) -> None:
@@ -132,6 +134,6 @@ def _tie(model: Any) -> None:
         return
     if isinstance(embedding, PackedEmbedding):
         path = next(name for name, m in model.named_modules() if m is head)
-        _replace(model, path, PackedLinear(embedding.weight, embedding.format, embedding.dtype, None))
+        put(model, path, PackedLinear(embedding.weight, embedding.format, embedding.dtype, None))
     else:
         head.weight = embedding.weight

@@ -28,7 +28,15 @@ from zotune.llm.objective import log_probabilities, losses, scores_of_single_tok
 from zotune.llm.packed import PackedLinear
 from zotune.llm.partway import entered, output_of
 from zotune.llm.progress import say
-from zotune.llm.quantization import check_quantization, gives_rows, quantised_on_load, saved_quantization
+from zotune.llm.quantization import (
+    check_head,
+    check_quantization,
+    gives_rows,
+    keep_scales,
+    quantised_on_load,
+    saved_quantization,
+)
+from zotune.llm.tuned_folder import base_of_tuned, put_tuned
 
 # Logits that are made at a time: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -231,11 +239,14 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         lm = _random(options.model.removeprefix("random:"), options)
     elif (adapter := _adapter_folder(options)) is not None:
         lm = _adapted(adapter, options, labels)
+    elif (base := base_of_tuned(Path(options.model))) is not None:
+        lm = _tuned(base, options)
     else:
         lm = _pretrained(options)
     if labels and lm.classifies:
         check_labels(lm.name, lm.config, labels)
     elif labels and lm.masked:
+        check_head(lm.module, options)
         lm.module, lm.classifies = with_head(lm.module, labels, seed), True
     if not getattr(lm.base, "is_quantized", False):  # which transformers has put in its place, and does not move
         lm.module.to(device)
@@ -312,6 +323,7 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
         quantised = quantised_on_load(options.quantization, dtype, find_device(options.device))
         module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"), **quantised)
+        keep_scales(module)
         # An adapter's folder names its base by this: not by where this machine's cache is.
         module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -357,6 +369,14 @@ def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> Lang
     quantization = options.quantization or saved_quantization(folder)
     lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    lm.name = options.model
+    return lm
+
+
+def _tuned(base: str, options: ModelOptions) -> LanguageModel:
+    """A base model of a GGUF file with the tensors of a folder."""
+    lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
+    put_tuned(lm.module, Path(options.model))
     lm.name = options.model
     return lm
 

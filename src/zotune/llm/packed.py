@@ -1,13 +1,14 @@
 """Layers that keep their weights in GGUF's blocks, and make numbers of them where they are read.
 
-The blocks are never written. What can be tuned of such a layer is the scale Δ of each block, W = Δ ⊙ W̄ (QZO, Shang et
-al., 2025): `unpack_scales` makes it a float32 parameter of its own. A block's numbers are then those of the file times
-Δ / Δ₀, with Δ₀ the scale in the file: exactly the file's while Δ is Δ₀, in every format, whether or not its blocks have a
-minimum besides. Where Δ / Δ₀ falls below 0 it is read as 0, so that no block is turned over.
+The blocks are never written. What can be tuned of such a layer is the scale Δ of each block, W = Δ ⊙ W̄ (QZO,
+arXiv:2505.13430): `unpack_scales` makes it a float32 parameter of its own. A block's numbers are then those of the file
+times Δ / Δ₀, with Δ₀ the scale in the file: exactly the file's while Δ is Δ₀, in every format, whether or not its
+blocks have a minimum besides. Where Δ / Δ₀ falls below 0 it is read as 0, so that no block is turned over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -67,10 +68,12 @@ def _ratio(scales: Tensor, of_file: Tensor) -> Tensor:
     return torch.relu(ratio).unsqueeze(-1)
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(_Packed, nn.Linear):  # type: ignore[misc] # its weights are packed
     """A linear layer whose weights stay packed, and become numbers some rows at a time."""
 
-    def __init__(self, blocks: nn.Parameter, format: BlockFormat, dtype: torch.dtype, bias: Tensor | None) -> None:
+    def __init__(
+        self, blocks: nn.Parameter, format: BlockFormat, dtype: torch.dtype, bias: nn.Parameter | None
+    ) -> None:
         nn.Module.__init__(self)
         self.hold(blocks, format, dtype)
         self.in_features, self.out_features = self.width, blocks.shape[0]
@@ -81,7 +84,7 @@ class PackedLinear(_Packed, nn.Linear):
         at_once = max(1, piece_elements(self.weight.device.type) // self.in_features)
         if at_once >= self.out_features:
             return F.linear(input, self._numbers(self.weight, self.scales), self.bias)
-        blocks = self.weight.split(at_once)
+        blocks = torch.split(self.weight, at_once)
         # One read for all pieces, so that the scales are displaced once.
         scales = [None] * len(blocks) if self.scales is None else torch.split(self.scales, at_once)
         parts = [F.linear(input, self._numbers(b, s)) for b, s in zip(blocks, scales, strict=True)]
@@ -89,7 +92,7 @@ class PackedLinear(_Packed, nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
-class PackedEmbedding(_Packed, nn.Embedding):
+class PackedEmbedding(_Packed, nn.Embedding):  # type: ignore[misc] # its table is packed
     """An embedding whose table stays packed; only the rows that are looked up become numbers."""
 
     def __init__(self, blocks: nn.Parameter, format: BlockFormat, dtype: torch.dtype, scale: Any = None) -> None:
@@ -104,17 +107,16 @@ class PackedEmbedding(_Packed, nn.Embedding):
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
 
 
-def packed_layers(model: nn.Module) -> dict[str, _Packed]:
-    """The layers of a model that are packed, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _Packed)}
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether a model has layers of a GGUF file."""
+    return any(isinstance(m, _Packed) for m in model.modules())
 
 
-def unpack_scales(model: nn.Module) -> None:
-    """Give every packed layer its blocks' scales as a parameter; layers that are tied share it."""
+def unpack_scales(layers: Iterable[_Packed]) -> None:
+    """Give packed layers their blocks' scales as a parameter; layers that are tied share it."""
     made: dict[int, nn.Parameter] = {}
-    for layer in packed_layers(model).values():
-        if layer.scales is None:
-            key = id(layer.weight)
-            if key not in made:
-                made[key] = nn.Parameter(layer.format.scales(layer.weight.detach()), requires_grad=False)
-            layer.scales = made[key]
+    for layer in layers:
+        key = id(layer.weight)
+        if key not in made:
+            made[key] = nn.Parameter(layer.format.scales(layer.weight.detach()), requires_grad=False)
+        layer.scales = made[key]

@@ -44,7 +44,12 @@ def _torchao_int4(dtype: torch.dtype) -> Any:
     from torchao.quantization.granularity import PerGroup
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    return TorchAoConfig(
+        IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(32),
+        )
+    )
 
 
 _CONFIGS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
@@ -74,12 +79,35 @@ def check_quantization(options: ModelOptions) -> None:
         raise UsageError(f"{model} is in no file that {_CONFIGS[name][0]} could quantise; leave out --quantization.")
 
 
+def check_head(model: nn.Module, options: ModelOptions) -> None:
+    """Refuse to put a new head on a base that is packed.
+
+    Raises:
+        UsageError: it is.
+    """
+    if is_quantised(model):
+        raise UsageError(
+            f"quantization: {options.quantization or 'as it comes'} leaves {options.model} packed, and no "
+            "classification head is put on such a model. Use the task's prompt (--prompt aligned), or no quantization."
+        )
+
+
 def quantised_on_load(name: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is told so that it quantises a model, and puts it where it computes."""
     if name not in _CONFIGS:
         return {}
     place = {} if device.type == "cpu" else {"device_map": {"": device}}
     return {"quantization_config": config_for(name, dtype), **place}
+
+
+def keep_scales(model: nn.Module) -> None:
+    """Keep bitsandbytes from rounding the scales of 4-bit layers to bfloat16 at their first forward pass on a CPU.
+
+    It does so for a faster kernel on CPUs that have one, and what it then saves is not what was loaded.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def config_for(name: str, dtype: torch.dtype) -> Any:
@@ -126,10 +154,10 @@ def gives_rows(head: nn.Module | None) -> bool:
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that a model computes with and that is not tuned, by name; of a quantised base all that its layers hold."""
+    if not packed_names(model):
+        return {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {name: p.data for name, p in model.named_parameters() if not p.requires_grad}
-    if not any(is_packed(p) for p in parameters.values()):
-        return found
     # What bitsandbytes keeps beside its integers is no parameter, but is saved with them.
     found |= {n: t for n, t in model.state_dict().items() if n not in parameters and isinstance(t, Tensor)}
     return {inner: part for name, tensor in found.items() for inner, part in _parts(name, tensor)}
