@@ -56,9 +56,8 @@ WAYS = {"wrapped": compiled, "in place": in_place, "used before": used_before}
         lambda m: zo.zo_sgd(m, lr=0.05, difference=zo.forward_difference),
         lambda m: zo.zo_sgd(m, lr=0.05, blocks=zo.blocks_by_layer(m)),
         lambda m: zo.zo_sgd_cons(m, lr=0.05),
-        lambda m: zo.forward_grad(m, lr=0.05),
     ],
-    ids=["central", "one-sided", "blocks", "conservative", "forward_grad"],
+    ids=["central", "one-sided", "blocks", "conservative"],
 )
 def test_steps_of_a_compiled_model_are_those_of_the_plain_one_to_the_bit(way, method):
     plain, other = made(), made()
@@ -101,11 +100,9 @@ def test_what_was_compiled_is_used_again_after_a_probe():
 
 def test_an_error_within_a_probe_leaves_the_compiler_as_it_was():
     model = made()
-    module = used_before(model)
+    used_before(model)
+    frames = counters["frames"]["total"]
     with pytest.raises(ZeroDivisionError), zo.perturbed(model, zo.Direction(seed=3), 0.5):
         raise ZeroDivisionError
-    other = compiled(made())
-    with torch.no_grad():
-        frames = counters["frames"]["total"]
-        other(X), module(X)
-    assert counters["frames"]["total"] > frames
+    assert compiled(lambda x: (x * 2).sum())(X) == (X * 2).sum()
+    assert counters["frames"]["total"] == frames + 1

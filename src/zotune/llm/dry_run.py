@@ -182,7 +182,11 @@ def _memory(
 ) -> Memory:
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     base = list(lm.base.parameters())
-    is_other = any(p.dtype != stored for p in base if not p.requires_grad or config.tuning in ("full", "head"))
+    is_other = any(
+        p.dtype != stored
+        for p in base
+        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head"))
+    )
     trained = [data.objective.reads(e) for e in read.encoded["train"]]
     measured = [*read.encoded["dev"], *read.encoded["test"]]
     if not trained:

@@ -100,6 +100,29 @@ def quantised_on_load(name: str | None, dtype: torch.dtype, device: torch.device
     return {"quantization_config": config_for(name, dtype), **place}
 
 
+class _Shape(nn.Linear):
+    """A packed linear layer on `meta`: what it takes, and the shape of what it gives."""
+
+    def __init__(self, like: nn.Linear, num_bytes: int) -> None:
+        super().__init__(like.in_features, like.out_features, bias=like.bias is not None, device="meta")
+        self.weight = nn.Parameter(torch.empty(num_bytes, dtype=torch.uint8, device="meta"), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the layer's."""
+        return input.new_empty((*input.shape[:-1], self.out_features))
+
+
+def put_shapes(model: Any, name: str) -> None:
+    """Let a model on `meta` take what it would when it is quantised; the head stays as it is."""
+    head = model.get_output_embeddings()
+    for path, layer in [(path, m) for path, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
+        owner, _, attribute = path.rpartition(".")
+        numbers, rows = layer.weight.numel(), layer.out_features
+        # Integers, and a float32 scale for each block of 64, each row, or each group of 32.
+        num_bytes = {"bnb-nf4": numbers // 2 + numbers // 16, "torchao-int4": numbers + numbers // 8}
+        setattr(model.get_submodule(owner), attribute, _Shape(layer, num_bytes.get(name, numbers + 4 * rows)))
+
+
 def keep_scales(model: nn.Module) -> None:
     """Keep bitsandbytes from rounding the scales of 4-bit layers to bfloat16 at their first forward pass on a CPU.
 

@@ -22,7 +22,8 @@ FILE = "tuned_model.safetensors"
 def write_tuned(model: Any, folder: Path) -> None:
     """Write the parameters that require a gradient, and what they were tuned on."""
     tuned = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(tuned, folder / FILE, {"format": "pt", "base_model": str(model.name_or_path), "quantization": "gguf"})
+    # One key: the order of several is not the same each time, and a run's files are.
+    save_file(tuned, folder / FILE, {"base_model": str(model.name_or_path)})
 
 
 def base_of_tuned(folder: Path) -> str | None:
