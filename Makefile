@@ -25,7 +25,7 @@ test: $(VENV)/dev
 
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev
-	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
+	$(BIN)/python tests/faults.py --count 330 --output benchmarks/results/faults.json
 	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py tests/test_fuzzed_inputs.py tests/test_rows.py
 
 # The kernels of a GPU on a GPU; `make test` runs them in Triton's interpreter.

@@ -44,8 +44,11 @@ def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
     tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(lm.device)
     targets = torch.randint(0, vocabulary, (batch,), generator=generator).to(lm.device)
 
+    # A tensor, not a number: of the slice that a number makes, torch copies a frozen head's weights for each sequence.
+    last = torch.tensor([length - 1], device=lm.device)
+
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+        logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
         return F.cross_entropy(logits[:, -1].float(), targets, reduction="none")
 
     return zo.batched(losses, tokens, targets)
