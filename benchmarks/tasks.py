@@ -54,7 +54,7 @@ MU = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1, "prompt": 1e-2}
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a cell may cost: steps and batch of either kind of method, the search's share of the steps, rows, seeds."""
+    """How much a cell may cost: steps and batch of either kind of method, the search's share of steps, rows, seeds."""
 
     steps: int
     first_order_steps: int
