@@ -229,7 +229,7 @@ def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, b
 
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])
 def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
-    options = config(**base(name), tuning="scales", learning_rate=1e-5, mu=1e-3, max_steps=3)
+    options = config(**base(name), tuning="scales", learning_rate=1e-7, mu=1e-5, max_steps=3)
     result = train(options)
     base_lm, tuned = load(options), load(ModelOptions(model=str(result.output_dir), device="cpu"))
     before, after = dict(base_lm.module.named_parameters()), dict(tuned.module.named_parameters())
@@ -247,10 +247,10 @@ def test_a_step_on_scales_is_that_of_the_plain_formula(name, base, config):
     """Against weights that are dequantised here, their scales moved by hand."""
     from zotune.llm.tuning import prepare
 
-    options = config(**base(name), tuning="scales", tuned_layers=1)
+    options = config(**base(name), tuning="scales", tuned_layers=1, mu=1e-4)
     lm = load(options)
     prepare(lm, options)
-    opt = zo.zo_sgd(lm.module, lr=1e-3, mu=1e-3, seed=5)
+    opt = zo.zo_sgd(lm.module, lr=1e-3, mu=1e-4, seed=5)
     closure = lambda: lm.module(IDS, labels=IDS).loss  # noqa: E731
     scales = {t.name: t.parameter.detach().clone() for t in opt.tuned}
     (u,) = opt.directions()
@@ -261,12 +261,12 @@ def test_a_step_on_scales_is_that_of_the_plain_formula(name, base, config):
         with torch.no_grad():
             return float(closure())
 
-    c = (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3
+    c = (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4
     loss_at(0.0)
     opt.step(closure)
     for t in opt.tuned:
         expected = scales[t.name] - 1e-3 * c * u.of(opt.tuned, t.name)
-        assert torch.allclose(t.parameter, expected, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(t.parameter, expected, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -296,7 +296,7 @@ def test_virtual_tokens_go_before_a_quantised_model(name, tuning, base, config):
 
 @pytest.mark.parametrize("method", ["zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam"])
 def test_every_method_steps_on_a_gguf_base(method, base, config):
-    result = train(config(**base("gguf"), tuning="scales", method=method, learning_rate=1e-5))
+    result = train(config(**base("gguf"), tuning="scales", method=method, learning_rate=1e-6, mu=1e-5))
     assert (result.num_steps, result.num_skipped) == (2, 0)
     assert verify(result.output_dir).different == ()
 
@@ -308,8 +308,8 @@ def test_a_merged_export_computes_what_the_tuned_model_does(name, tuning, base, 
 
     if tuning == "scales" and name.startswith("torchao"):
         pytest.skip("its scales cannot be tuned")
-    rate = 1e-2 if tuning == "lora" else 1e-5
-    result = train(config(**base(name), tuning=tuning, learning_rate=rate, max_steps=3))
+    rates = {"learning_rate": 1e-2} if tuning == "lora" else {"learning_rate": 1e-7, "mu": 1e-5}
+    result = train(config(**base(name), **rates, tuning=tuning, max_steps=3))
     export(rebuild(find_ledger(result.output_dir)), tmp_path / "dense", merged=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert all(p.is_floating_point() for p in plain.parameters())
@@ -322,12 +322,19 @@ def test_a_merged_export_computes_what_the_tuned_model_does(name, tuning, base, 
 
 
 def test_a_run_that_is_resumed_gives_the_same_scales(base, config, tmp_path):
-    options = {**base("gguf"), "tuning": "scales", "learning_rate": 1e-5}
+    options = {**base("gguf"), "tuning": "scales", "learning_rate": 1e-7, "mu": 1e-5}
     whole = train(config(**options, max_steps=4, output_dir=tmp_path / "whole"))
     train(config(**options, max_steps=2, output_dir=tmp_path / "parts"))
     parts = train(config(**options, max_steps=4, output_dir=tmp_path / "parts", resume=True))
     one, other = ((r.output_dir / "tuned_model.safetensors").read_bytes() for r in (whole, parts))
     assert one == other
+
+
+def test_a_mu_that_would_wipe_blocks_out_is_refused(base, config):
+    with pytest.raises(
+        UsageError, match=r"mu is 0.001, but half of the scales of \S+ are below 0\.000\d+.*at most 1e-05"
+    ):
+        train(config(**base("gguf"), tuning="scales", mu=1e-3))
 
 
 def test_scales_of_torchao_are_refused(base, config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -84,8 +85,19 @@ def _choose_scales(lm: LanguageModel, config: TrainConfig) -> None:
     chosen = {id(p) for _, p in _within(lm, config)}
     layers = {name: layer for name, layer in found.items() if id(layer.weight) in chosen}
     add_scales(layers)
-    for layer in layers.values():
-        layer.get_parameter(SCALES).requires_grad_(True)
+    for name, layer in layers.items():
+        scales = layer.get_parameter(SCALES).requires_grad_(True)
+        if config.method != "forward_grad" and not scales.is_meta:
+            _check_mu(name, float(scales.detach().abs().median()), config.mu)
+
+
+def _check_mu(name: str, median: float, mu: float) -> None:
+    """Refuse probes that would take most blocks of a layer to zero or to twice what they are."""
+    if mu >= median:
+        raise UsageError(
+            f"mu is {mu:g}, but half of the scales of {name} are below {median:.2g}: probes would wipe its blocks out. "
+            f"Use a mu of at most {10.0 ** math.floor(math.log10(median / 10)):g}."
+        )
 
 
 def _choose_head(lm: LanguageModel, config: TrainConfig) -> None:
