@@ -19,6 +19,7 @@ from zotune.llm.config import EvalConfig, ModelOptions
 from zotune.llm.dry_run import dry_run
 from zotune.llm.evaluation import evaluate_tasks
 from zotune.llm.gguf_file import read_file
+from zotune.llm.journal import frozen_digest
 from zotune.llm.ledgers import export, find_ledger, rebuild
 from zotune.llm.models import load
 from zotune.llm.packed import PackedEmbedding, PackedLinear, unpack_scales
@@ -211,6 +212,27 @@ def test_an_adapter_is_tuned_and_its_base_keeps_its_bits(name, base, config):
     found = verify(result.output_dir)
     assert (found.num_steps, found.different) == (3, ())
     assert found.num_tensors == 12
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_digest_of_a_base_sees_each_of_its_packed_tensors(name, base):
+    """Integers and scales alike: each tensor of a layer is changed in turn."""
+    lm = load(ModelOptions(**base(name), device="cpu"))
+    seen = {frozen_digest(lm.module)}
+    layer = lm.module.model.layers[1].self_attn.v_proj
+    parts = [layer.weight] if name == "gguf" else []
+    if name == "bnb-nf4":
+        parts = [layer.weight, layer.weight.quant_state.absmax]
+    if name == "bnb-int8":
+        layer.init_8bit_state()
+        parts = [layer.weight, layer.state.SCB]
+    if name.startswith("torchao"):
+        parts = [getattr(layer.weight, part) for part in layer.weight.__tensor_flatten__()[0]]
+    with torch.no_grad():
+        for part in parts:
+            part.data.view(-1)[0] += 1
+            seen.add(frozen_digest(lm.module))
+    assert len(seen) == 1 + len(parts) > 1
 
 
 @pytest.mark.parametrize("name", ALL)
