@@ -25,8 +25,8 @@ from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# What may be made of displaced tensors alone, and is then kept for all copies.
-DERIVED_BYTES = 16 << 20
+# What may be made of displaced tensors alone, and is then kept for all copies: at a time, and in all.
+DERIVED_BYTES, ALL_DERIVED_BYTES = 16 << 20, 64 << 20
 
 # Each number of their result depends on the numbers at its own place alone.
 _ELEMENTWISE: frozenset[Any] = frozenset(
@@ -59,6 +59,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
+        self._derived_bytes = 0
         self._scratch: list[Tensor] = []
         self._constant = frozenset(map(id, chain(tuned.model.parameters(), tuned.model.buffers())))
 
@@ -151,7 +152,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
             return type(results[0])(self._derive(list(parts)) for parts in zip(*results, strict=True))
         if not all(isinstance(result, Tensor) for result in results):
             raise NotSeparableError("a number was read off a displaced tensor")
-        if sum(r.numel() * r.element_size() for r in results) > DERIVED_BYTES:
+        num_bytes = sum(r.numel() * r.element_size() for r in results)
+        self._derived_bytes += num_bytes
+        if num_bytes > DERIVED_BYTES or self._derived_bytes > ALL_DERIVED_BYTES:
             raise NotSeparableError("what is made of displaced tensors alone would take much memory")
         self._derived[id(results[0])] = results
         return results[0]
