@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
 from zotune.directions import PhiloxSampler
+from zotune.factors import Factors, linear
 from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, takes
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
@@ -201,12 +202,24 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if self._differs(input) or not self._is_of_the_batch(input) or weight.dim() != 2:
             return None
-        if torch.is_grad_enabled() or not 0 < weight.shape[1] <= piece_elements(weight.device.type):
+        if torch.is_grad_enabled():
             return None
-        out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+        tensor = self.find(weight)
+        if tensor is not None and (factors := self._factors(tensor, weight.device)) is not None:
+            self.note(tensor)
+            out = linear(input, weight.detach(), None, factors).view(self._copies, -1, weight.shape[0])
+        elif 0 < weight.shape[1] <= piece_elements(weight.device.type):
+            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+        else:
+            return None
         if bias is not None:
             out += torch.stack(self._values(bias))[:, None] if self._differs(bias) else bias
         return out.view(*input.shape[:-1], weight.shape[0])
+
+    def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
+        """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
+        found = [displacement.factors(tensor, device) for displacement in self._displacements]
+        return None if None in found else [f for f in found if f is not None]
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own weights."""

@@ -98,6 +98,31 @@ def add_many(
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
+def adds_products(device: torch.device) -> bool:
+    """Whether there is a kernel for `add_products` on a device."""
+    return device.type == "cpu" and hasattr(_cpu(), "add_products")
+
+
+def add_products(
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int = 0,
+    rounding_seed: int | None = None,
+) -> None:
+    """As `add`, where uᵢ is a matrix Aᵢ Bᵢᵀ of low rank; see `reference.low_rank`.
+
+    Args:
+        out, x, scales, tensor_id, start, rounding_seed: as in `add`.
+        factors: (rows, r) and (columns, r), contiguous, float32, of each term. Rows are those of the matrix in which
+            the elements of x lie.
+    """
+    arrays = [(_array(left), _array(right)) for left, right in factors]
+    _cpu().add_products(_array(out), _array(x), _KINDS[x.dtype], arrays, scales, rounding_seed, tensor_id, start)
+
+
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix, where rows[i] is its row indices[i]."""
     if (kernels := _accelerated(rows)) is not None:

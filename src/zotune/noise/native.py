@@ -40,6 +40,7 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
@@ -153,6 +154,26 @@ def add(
     random = None if kind in (0, 3) else rounding_seed
     rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
     library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+
+
+def add_products(
+    out: Any,
+    x: Any,
+    kind: int,
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+) -> None:
+    """Out = x + Σ scales[i] uᵢ with uᵢ = Aᵢ Bᵢᵀ; as `noise.add_products`. There is no such kernel by numba."""
+    q, (columns, rank) = len(scales), factors[0][1].shape
+    # Bᵀ, so that a row of U is made of rows.
+    lefts, rights = zip(*((left, np.ascontiguousarray(right.T)) for left, right in factors), strict=True)
+    where = [(ctypes.c_void_p * q)(*map(_at, arrays)) for arrays in (lefts, rights)]
+    random = None if kind in (0, 3) else rounding_seed
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    library().zotune_add_products(_at(out), _at(x), kind, q, *where, rank, columns, (_double * q)(*scales), *rest)
 
 
 def add_both(
