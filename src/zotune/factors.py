@@ -58,25 +58,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Fac
     """
     rows = x.reshape(-1, x.shape[-1])
     out = F.linear(rows, weight, bias)
-    add_products(out.view(len(factors), -1, out.shape[1]), rows.view(len(factors), -1, rows.shape[1]), factors)
+    add_products(out, rows, factors)
     return out.view(*x.shape[:-1], -1)
 
 
 def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors]) -> None:
-    """out[i] += x[i] (aᵢ leftᵢ rightᵢᵀ)ᵀ in the precision of x; out (copies, rows, m), x (copies, rows, n)."""
-    # A power of two goes into B, where it costs no digit: in half precision x B might leave the range. The rest of a
-    # is no number of such a precision, and is not rounded to one alone.
+    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ.
+
+    A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
+    no number of such a precision, so it is put to x B.
+    """
     scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
-    if all(f.right is factors[0].right for f in factors) and len(set(powers)) == 1:
-        right = (factors[0].right * 2.0 ** powers[0]).to(x.dtype)
-        thin = torch.mm(x.reshape(-1, x.shape[2]), right).view(*x.shape[:2], -1)
-    else:
-        rights = torch.stack([f.right * 2.0**power for f, power in zip(factors, powers, strict=True)])
-        thin = torch.bmm(x, rights.to(x.dtype))
-    for own, scale in zip(thin, scales, strict=True):
-        own *= scale
-    lefts = torch.stack([f.left for f in factors]).to(out.dtype)
-    out.baddbmm_(thin.to(out.dtype), lefts.transpose(1, 2))
+    one, copies = factors[0], len(factors)
+    if all(f.left is one.left and f.right is one.right for f in factors) and len(set(powers)) == 1:
+        thin = _thin(x, one.right, powers[0])
+        for own, scale in zip(thin.tensor_split(copies), scales, strict=True):
+            own *= scale
+        out.addmm_(thin.to(out.dtype), one.left.to(out.dtype).t())
+        return
+    for own, its_x, f, scale, power in zip(
+        out.tensor_split(copies), x.tensor_split(copies), factors, scales, powers, strict=True
+    ):
+        own.addmm_((_thin(its_x, f.right, power) * scale).to(out.dtype), f.left.to(out.dtype).t())
+
+
+def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:
+    """2ᵖ x B: (rows, r)."""
+    return F.linear(x, (right.t() * 2.0**power).to(x.dtype))
 
 
 @dataclass(frozen=True)

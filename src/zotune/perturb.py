@@ -14,7 +14,7 @@ generates text, or one in micro-batches, reads it many times.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -85,7 +85,7 @@ class Along:
     def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
         """As `Displacement.factors`."""
         found = self.direction.factors(tensor.id, device)
-        return None if found is None else replace(found, a=self.a)
+        return None if found is None else Factors(found.left, found.right, self.a)
 
 
 def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:

@@ -61,6 +61,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
         self._scratch: list[Tensor] = []
+        self._identities = frozenset(id(t.parameter) for t in tuned if t.id in self.chosen)
         self._constant = frozenset(map(id, chain(tuned.model.parameters(), tuned.model.buffers())))
 
     def __exit__(
@@ -84,6 +85,8 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _differs(self, value: Any) -> bool:
         """Whether there is a tensor in `value` that is not the same for all copies."""
         if isinstance(value, Tensor):
+            if not self._offloaded:  # as `find`, which every function of a forward pass would have to wait for
+                return id(value) in self._identities or id(value) in self._derived
             return id(value) in self._derived or self.find(value) is not None
         if isinstance(value, (list, tuple)):
             return any(map(self._differs, value))

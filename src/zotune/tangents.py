@@ -67,7 +67,7 @@ class Tangents(Reading):
     def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
         """Out += x Uᵀ, with U made some rows at a time, or by its factors."""
         if (factors := self._u.factors(tensor, out.device)) is not None:
-            add_products(out[None], x[None], [factors])
+            add_products(out, x, [factors])
             return
         width = x.shape[1]
         rows = _PIECE // width

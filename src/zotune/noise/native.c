@@ -208,15 +208,19 @@ static inline const float *product(float *room, float a, const terms *all, int n
         const int count = more < t.count - done ? (int)more : t.count - done;
         for (int s = 0; s < all->rank; s++) {
             const float *right = all->right[n] + s * all->columns + column;
+            float *here = to + done;
             const float l = left[s];
-            if (s)
-                for (int k = 0; k < count; k++) to[done + k] += l * right[k];
+            if (all->rank == 1)
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (l * right[k]);
+            else if (s == 0)
+                for (int k = 0; k < count; k++) here[k] = l * right[k];
+            else if (s < all->rank - 1)
+                for (int k = 0; k < count; k++) here[k] += l * right[k];
             else
-                for (int k = 0; k < count; k++) to[done + k] = l * right[k];
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (here[k] + l * right[k]);
         }
         done += count;
     }
-    for (int k = 0; k < t.count; k++) to[k] = 0.0f + a * to[k];
     return to;
 }
 
