@@ -24,7 +24,9 @@ _CHUNK = 1 << 18
 
 
 class Sampler(Protocol):
-    """A distribution over directions with mean 0 and identity covariance: E[u uᵀ] = I."""
+    """A distribution over directions with mean 0 and identity covariance, E[u uᵀ] = I. Equal ones are one."""
+
+    def __hash__(self) -> int: ...
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
         """Write elements start, start + 1, … of u for one tensor into `out` (flat, float32)."""
@@ -97,9 +99,7 @@ class Direction:
         sampler = self.sampler
         return sampler.base if isinstance(sampler, Factored) and tensor_id not in sampler.shapes else sampler
 
-    def factors(
-        self, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
-    ) -> Factors | None:
+    def factors(self, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None) -> Factors | None:
         """The factors of the part for a tensor; None where it has none. See `Factored.factors`."""
         sampler = self.sampler_of(tensor_id)
         return sampler.factors(self.seed, tensor_id, device, start, size) if isinstance(sampler, Factored) else None

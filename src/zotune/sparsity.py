@@ -95,9 +95,7 @@ class Sparse(Renewed):
         """As `Renewed.depends_on_weights`."""
         return self.mask == Mask.MAGNITUDE or super().depends_on_weights
 
-    def _masked(
-        self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level], base: Sampler
-    ) -> Masked:
+    def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level], base: Sampler) -> Masked:
         weights = {t.id: t for t in tuned} if self.depends_on_weights else {}
         return Masked(base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
 

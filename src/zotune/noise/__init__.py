@@ -112,12 +112,10 @@ def add_products(
     start: int = 0,
     rounding_seed: int | None = None,
 ) -> None:
-    """As `add`, where uᵢ is a matrix Aᵢ Bᵢᵀ of low rank; see `reference.low_rank`.
+    """As `add`, where uᵢ is a matrix of low rank; see `reference.low_rank`.
 
-    Args:
-        out, x, scales, tensor_id, start, rounding_seed: as in `add`.
-        factors: (rows, r) and (columns, r), contiguous, float32, of each term. Rows are those of the matrix in which
-            the elements of x lie.
+    Of each term `factors` holds Aᵢ/√r, of those rows that the elements of x are in, and Bᵢ: (rows, r) and (columns, r),
+    contiguous, float32.
     """
     arrays = [(_array(left), _array(right)) for left, right in factors]
     _cpu().add_products(_array(out), _array(x), _KINDS[x.dtype], arrays, scales, rounding_seed, tensor_id, start)
