@@ -22,6 +22,7 @@ from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import MAX_LOGITS, LanguageModel
 from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
+from zotune.llm.quantization import gives_rows
 from zotune.optimizer import BlockOrder, ZerothOrder
 from zotune.perturb import piece_elements
 from zotune.stack import stack_of
@@ -150,7 +151,7 @@ def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = Non
     layers = text.num_hidden_layers if num_layers is None else num_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = next(lm.base.parameters()).element_size()
+    size = lm.base.dtype.itemsize
     return int(2 * layers * heads * width * size * num_tokens)
 
 
@@ -209,7 +210,7 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
-    width: int = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
+    width: int = lm.base.dtype.itemsize * int(lm.config.hidden_size)
     return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
 
 
@@ -224,10 +225,9 @@ def _score(lm: LanguageModel, batch: Batch) -> Tensor:
     head = lm.base.get_output_embeddings()
     if lm.classifies:
         return lm.logits(on_meta).float().sum()
-    if batch.needs_only_candidates and isinstance(head, nn.Linear):
+    if batch.needs_only_candidates and gives_rows(head):
         return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
-    vocabulary = int(lm.config.vocab_size if head is None else head.weight.shape[0])
-    some = on_meta.positions[: max(1, MAX_LOGITS // vocabulary)]
+    some = on_meta.positions[: max(1, MAX_LOGITS // lm.vocabulary)]
     return torch.logsumexp(lm.logits(replace(on_meta, positions=some)).float(), dim=1).sum()
 
 
