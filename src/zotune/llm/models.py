@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,8 +23,8 @@ from zotune.llm.encoding import Batch
 from zotune.llm.gguf_models import read_model
 from zotune.llm.heads import check_labels, with_head
 from zotune.llm.objective import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
-from zotune.llm.packed import PackedLinear
 from zotune.llm.partway import entered, output_of
+from zotune.llm.passes import giving, head_at
 from zotune.llm.progress import say
 from zotune.llm.quantization import (
     check_head,
@@ -106,7 +104,7 @@ class LanguageModel:
         self.num_forwards += 1
         if self.classifies:
             return self.read(batch.input_ids, batch.attention_mask)
-        with _head_at(self.base, batch, only):
+        with head_at(self.base, batch, only):
             return self.read(batch.input_ids, batch.attention_mask)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -158,7 +156,7 @@ class LanguageModel:
 
     def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Log-probabilities at some of the positions, from what the body gave."""
-        with _giving(body, output):
+        with giving(body, output):
             logits = self.logits(batch)
         self.num_forwards -= 1
         return log_probabilities(logits, rows, tokens)
@@ -166,59 +164,6 @@ class LanguageModel:
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
-
-
-@contextmanager
-def _giving(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within this context the module computes nothing and returns `output`."""
-    own = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def head_of(model: Any) -> nn.Module:
-    """What makes logits of hidden states: the output layer itself, or the part of the model that ends in it."""
-    output = model.get_output_embeddings()
-    parts: list[nn.Module] = list(model.children())
-    return next(part for part in parts if part is output or output in set(part.modules()))
-
-
-@contextmanager
-def _head_at(model: Any, batch: Batch, only: Tensor | None) -> Iterator[None]:
-    """Let the head see the hidden states at the scored positions alone, and make the logits of the tokens `only`."""
-    output, head = model.get_output_embeddings(), head_of(model)
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = args
-        # Virtual tokens stand before the batch's own; positions count from the first of its own.
-        own = hidden[:, -batch.input_ids.shape[1] :]
-        return (own.reshape(-1, own.shape[-1])[batch.positions], *rest)
-
-    def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
-        assert only is not None
-        bias = None if module.bias is None else module.bias[only]
-        # As a look-up, so that a perturbed head is perturbed only in the rows that are read.
-        weight = module.rows(only) if isinstance(module, PackedLinear) else F.embedding(only, module.weight)
-        return F.linear(hidden, weight, bias)
-
-    handle = head.register_forward_pre_hook(select)
-    own = vars(output).get("forward")
-    if only is not None:
-        output.forward = lambda hidden: rows(output, hidden)
-    try:
-        yield
-    finally:
-        handle.remove()
-        if own is not None:
-            output.forward = own
-        elif only is not None:
-            del output.forward
 
 
 def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> LanguageModel:
