@@ -24,7 +24,6 @@ from zotune.llm.gguf_models import read_model
 from zotune.llm.heads import check_labels, with_head
 from zotune.llm.objective import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.partway import entered, output_of
-from zotune.llm.passes import giving, head_at
 from zotune.llm.progress import say
 from zotune.llm.quantization import (
     check_head,
@@ -34,6 +33,7 @@ from zotune.llm.quantization import (
     quantised_on_load,
     saved_quantization,
 )
+from zotune.llm.scored_positions import giving, head_at
 from zotune.llm.tuned_folder import base_of_tuned, put_tuned
 
 # Logits that are made at a time: 64 MiB in float32.

@@ -13,10 +13,10 @@ from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, f
 from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
-from zotune.llm.passes import head_of
 from zotune.llm.quantization import is_packed, is_quantised
 from zotune.llm.reuse import parameters_below
 from zotune.llm.scales import SCALES, add_scales, layers_with_scales
+from zotune.llm.scored_positions import head_of
 from zotune.stack import stack_of
 
 
