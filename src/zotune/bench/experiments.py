@@ -1,14 +1,15 @@
 """Experiments: one TOML file a table or figure of the paper, holding what differs from `defaults.toml`.
 
-An experiment spans axes (method, tuning, …); each combination of their values is a cell. What a cell runs is settled by
-four layers, each over the ones before: the defaults, the defaults' scale, the experiment, the experiment's scale. Within
-a layer its options come first, then those of its rules that apply to the cell, in their order. An axis that bears the name
-of an option sets it, unless a rule says what the value means.
+An experiment spans axes (method, tuning, …); each combination of their values is a cell. What a cell runs is settled
+by four layers, each over the ones before: the defaults, the defaults' scale, the experiment, the experiment's scale.
+Within a layer its options come first, then those of its rules that apply to the cell, in their order. An axis that
+bears the name of an option sets it, unless a rule says what the value means.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -156,7 +157,7 @@ class Experiment(Layer):
             shared = {"source": block.source, "metric": block.metric, "unit": block.unit}
             for row, values in block.values.items():
                 for column, value in zip(block.columns, values, strict=True):
-                    if value == value:
+                    if not math.isnan(value):
                         place = {**block.fixed, block.row: _as_coordinate(row), **column}
                         yield PaperCell(coordinates=place, value=value, **shared)
 
@@ -326,6 +327,3 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
-
-
-
