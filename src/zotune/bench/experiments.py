@@ -259,6 +259,9 @@ def _settled(
             values |= {k: v for k, v in getattr(layer, part).items() if part != "options" or k not in coordinates}
             for rule in rules:
                 values |= getattr(rule, part)
+        if isinstance(layer, Defaults) or layer is layers[1]:
+            # What all experiments share holds options that some kinds of cells have no use for.
+            merged["options"] = {k: v for k, v in merged["options"].items() if k in schema.model_fields}
     cell = "--".join(str(value) for value in coordinates.values())
     place = f"{name}/{cell} at scale {scale}"
     options = {k: v for k, v in merged["options"].items() if v != UNSET}
@@ -282,8 +285,12 @@ def _settled(
 
 
 def schema_of(kind: Kind) -> type[Options]:
-    """The schema of the options of a kind of cell."""
-    return TrainConfig
+    """The schema of the options of a kind of cell: a run's, or a step's."""
+    if kind in ("accuracy", "quality"):
+        return TrainConfig
+    from zotune.bench.measured import MeasuredStep
+
+    return MeasuredStep
 
 
 def _expanded(axis: str, values: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 # The modules of the benchmark that compute; the others run them and show what came of it.
-COMPUTING = frozenset({"accuracy.py", "measure.py", "predict.py", "quality.py", "search.py", "worker.py"})
+COMPUTING = frozenset({"accuracy.py", "measure.py", "measured.py", "quality.py", "search.py", "theory.py", "worker.py"})
 # Commands, and modules that no run passes through.
 _SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py", "llm/footprint.py"})
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")

@@ -17,6 +17,7 @@ from typing import Any
 
 from zotune.bench.accuracy import evaluated, trained
 from zotune.bench.jobs import Job
+from zotune.bench.measured import step_taken
 from zotune.bench.processes import FAILED, OUT_OF_MEMORY
 from zotune.bench.quality import estimated
 from zotune.cli import is_out_of_memory
@@ -27,7 +28,7 @@ from zotune.memory import keep_freed_memory
 # What a job does, given its options and a folder of its own; what it found, as JSON holds it.
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]
 
-WORK: dict[str, Work] = {"train": trained, "evaluate": evaluated, "estimate": estimated}
+WORK: dict[str, Work] = {"train": trained, "evaluate": evaluated, "estimate": estimated, "step": step_taken}
 """Every kind of job by name."""
 
 
