@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
         command.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
         command.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells, as 'table2/zo_sgd*'")
+        command.add_argument("--data-source", help="where tasks' rows come from: sample, hub or a folder")
     running = commands.choices["run"]
     running.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
     running.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
@@ -80,7 +81,9 @@ def _count(text: str) -> int:
 # Which cells -----------------------------------------------------------------------------------------------
 
 
-def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",)) -> dict[str, list[CellSpec]]:
+def chosen_cells(
+    given: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",), data_source: str | None = None
+) -> dict[str, list[CellSpec]]:
     """The cells that names and patterns choose, by experiment.
 
     A pattern is one of `EXPERIMENT/CELL`, or of an experiment's name alone.
@@ -92,7 +95,8 @@ def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = (
     for name in given or names():
         stem, experiment = find(name)
         if given or scale in experiment.scale:
-            found[stem] = [c for c in cells(stem, experiment, scale) if any(_chosen(c, p) for p in patterns)]
+            every = (_reading(c, data_source) for c in cells(stem, experiment, scale))
+            found[stem] = [c for c in every if any(_chosen(c, p) for p in patterns)]
     if not any(found.values()):
         wanted = " or ".join(patterns)
         raise UsageError(f"no cell of {', '.join(found)} is called {wanted}; `zotune bench run --dry-run` lists them.")
@@ -101,6 +105,13 @@ def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = (
 
 def _chosen(spec: CellSpec, pattern: str) -> bool:
     return fnmatchcase(spec.path if "/" in pattern else spec.experiment, pattern)
+
+
+def _reading(spec: CellSpec, data_source: str | None) -> CellSpec:
+    """The cell with its task's rows from elsewhere."""
+    if data_source is None or "task" not in spec.options:
+        return spec
+    return spec.model_copy(update={"options": {**spec.options, "data_source": data_source}})
 
 
 def expected_minutes(experiment: Experiment, scale: Scale) -> float:
@@ -144,7 +155,7 @@ def _status(args: argparse.Namespace) -> Answer:
     from zotune.bench.runner import state_of
 
     rows: dict[str, dict[str, Any]] = {}
-    for specs in chosen_cells(args.names, args.scale, args.only).values():
+    for specs in chosen_cells(args.names, args.scale, args.only, args.data_source).values():
         for spec in specs:
             state = state_of(args.results, spec)
             found = read_result(result_path(args.results, spec.scale, spec.experiment, spec.name))
@@ -159,7 +170,7 @@ def _status(args: argparse.Namespace) -> Answer:
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    chosen = chosen_cells(args.names, args.scale, args.only)
+    chosen = chosen_cells(args.names, args.scale, args.only, args.data_source)
     specs = [spec for some in chosen.values() for spec in some]
     minutes = _minutes_a_cell(args, chosen)
     if args.dry_run:
