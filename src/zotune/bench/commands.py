@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from zotune.bench.cells import SCALES, Scale
-from zotune.bench.experiments import CellSpec, Experiment, cells, find, names
+from zotune.bench.experiments import CellSpec, cells, find, names
 from zotune.errors import UsageError
 from zotune.llm.progress import clock, say
 
@@ -114,11 +114,6 @@ def _reading(spec: CellSpec, data_source: str | None) -> CellSpec:
     return spec.model_copy(update={"options": {**spec.options, "data_source": data_source}})
 
 
-def expected_minutes(experiment: Experiment, scale: Scale) -> float:
-    """What a scale of an experiment takes by its file; 0 where it says nothing."""
-    return experiment.scale[scale].minutes or 0.0 if scale in experiment.scale else 0.0
-
-
 # Commands --------------------------------------------------------------------------------------------------
 
 
@@ -197,8 +192,9 @@ def _minutes_a_cell(args: argparse.Namespace, chosen: Mapping[str, Sequence[Cell
         given = next((n for n in args.names if Path(n).stem == name), name)
         _, experiment = find(given)
         every = max(1, sum(1 for _ in cells(name, experiment, args.scale)))
-        # Without a word on it, a minute.
-        each = (expected_minutes(experiment, args.scale) or every) / every
+        minutes = experiment.scale[args.scale].minutes
+        # Without a word on it, a minute each.
+        each = 1.0 if minutes is None else minutes / every
         found |= {spec.path: each for spec in specs}
     return found
 
