@@ -192,7 +192,7 @@ def test_a_budget_of_seconds_goes_by_the_trials_speed(tmp_path):
     (spec, _) = small_cells(budget={"seconds": 5.0}, options={"task": "copa", "max_steps": 10})
     run_cells([spec], tmp_path)
     found = read_result(result_path(tmp_path, "smoke", "small", spec.name))
-    assert found.chosen.max_steps == 50  # at 0.1 seconds a step, as made up
+    assert found.chosen.max_steps == 40  # at 0.1 seconds a step after a second, as made up
 
 
 def test_a_budget_of_memory_takes_the_first_batch_that_fits_and_keeps_the_examples_a_step(tmp_path):
@@ -463,3 +463,15 @@ def test_the_time_left_goes_by_how_far_earlier_cells_were_from_what_was_expected
         assert (table.title, table.row_count) == ("2 cells: 1 done; 2:00 left", 1)
         display.ended(two, "failed", "no luck")
     assert capsys.readouterr().err == "[2/2] small/zo_adam: failed, no luck (1:00); 0:00 left\n"
+
+
+def test_the_speed_of_a_training_is_that_of_its_second_half(tmp_path):
+    from zotune.bench.accuracy import _speed
+
+    metrics = tmp_path / "metrics.jsonl"
+    # Ten seconds for what is computed once, then two a step.
+    lines = [{"step": s, "seconds": 10.0 + 2 * s} for s in (10, 20, 30, 40)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in [{"step": 20, "dev": {}}, *lines]))
+    assert _speed(metrics, 90.0, 40) == {"seconds_per_step": 2.0, "seconds_before": 10.0}
+    metrics.write_text("")
+    assert _speed(metrics, 12.0, 4) == {"seconds_per_step": 3.0, "seconds_before": 0.0}
