@@ -104,9 +104,9 @@ def _train(args: list[str], as_json: bool) -> int:
     if is_dry:
         return _dry_run(config, as_json)
     from zotune.llm.train import train
-    from zotune.memory import keep_freed_memory, return_freed_memory
+    from zotune.memory import keep_freed_memory
 
-    (return_freed_memory if config.back_propagates else keep_freed_memory)()
+    keep_freed_memory()
     result = train(config)
     if as_json:
         _print_json(result.to_json())

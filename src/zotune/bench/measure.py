@@ -33,7 +33,7 @@ from zotune.llm.run import scored, try_side_by_side
 from zotune.llm.schema import validate
 from zotune.llm.tuning import prepare
 from zotune.llm.workload import Workload, made_up
-from zotune.memory import forget_peak, keep_freed_memory, peak_memory, resident_memory, return_freed_memory
+from zotune.memory import forget_peak, keep_freed_memory, peak_memory, resident_memory
 from zotune.optimizer import ZerothOrder
 
 INTERVAL = 0.005
@@ -204,7 +204,7 @@ class Recorder:
 
 def take(workload: Workload, num_steps: int) -> Measurement:
     """The measurement, of this process: it should be fresh."""
-    (return_freed_memory if workload.back_propagates else keep_freed_memory)()
+    keep_freed_memory()
     _start_libraries(workload)
     device = find_device(workload.device)
     with Recorder(device) as recorder:

@@ -35,7 +35,7 @@ def peak_of(compute: Callable[[], object], *, fused: bool = True) -> int:
 def peaks_of(compute: Callable[[], object], beside: Callable[[], int], *, fused: bool = True) -> tuple[int, int]:
     """As `peak_of`, and what `beside` said at that moment."""
     live = _Live(beside)
-    with Assumed(), live, _fused_attention() if fused else nullcontext():
+    with Assumed(), live, fused_attention() if fused else nullcontext():
         compute()
     return live.peak, live.beside_peak
 
@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Within this context scaled dot-product attention makes its output and no matrix of scores.
 
     The function itself is replaced: a mode would not be there when checkpointed layers run again.

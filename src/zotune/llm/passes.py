@@ -7,7 +7,7 @@ Only the noise is left out, for there is nothing that it could be written into.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions import Direction
+from zotune.errors import UnreadTensorError
 from zotune.hybrid import Hybrid
 from zotune.llm.encoding import Batch
 from zotune.llm.live_memory import peak_of, peaks_of
@@ -23,8 +24,9 @@ from zotune.llm.models import LanguageModel
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.llm.step_options import StepOptions
 from zotune.optimizer import ZerothOrder
-from zotune.perturb import KEPT_BYTES, displaced, meta_as, takes
+from zotune.perturb import KEPT_BYTES, Displacement, displaced, meta_as, takes
 from zotune.side_by_side import side_by_side
+from zotune.stack import stack_of
 from zotune.tangents import Tangents
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -73,7 +75,7 @@ def largest_pass(lm: LanguageModel, optimizer: AnyOptimizer, options: StepOption
 
 def forward(lm: LanguageModel, batch: Batch) -> Pass:
     """Scoring a batch, without a graph."""
-    with torch.no_grad():
+    with torch.no_grad(), _few_layers(lm):
         return Pass(peak_of(lambda: score(lm, batch)))
 
 
@@ -98,31 +100,35 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
 def back_propagation(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, options: StepOptions, batch: Batch, device: str
 ) -> Pass:
-    """Updates by back-propagation: the second, which finds the state of the first."""
+    """Updates by back-propagation; where they leave a state, the second, which finds that of the first."""
+    has_state = isinstance(optimizer, torch.optim.Adam)
     if options.gradient_checkpointing:
         lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     tuned = _parameters(optimizer)
     for group in optimizer.param_groups:
         group["foreach"] = device == "cuda"  # as torch chooses, which cannot tell what `meta` stands for
-    alive = {"gradients": 0}
+    alive: dict[int, int] = {}
 
     def count(p: Tensor) -> None:
-        alive["gradients"] = sum(q.grad.nbytes for q in tuned if q.grad is not None)
+        alive[id(p)] = p.nbytes
 
     def steps() -> None:
-        for _ in range(2):
+        for _ in range(1 + has_state):
             optimizer.zero_grad()
-            alive["gradients"] = 0
+            alive.clear()
             for _ in range(min(2, options.gradient_accumulation_steps)):
                 score(lm, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-    handles = [p.register_post_accumulate_grad_hook(count) for p in tuned]
+    handles = [p.register_post_accumulate_grad_hook(count) for p in tuned]  # type: ignore[no-untyped-call]
     lm.module.train()
     try:
-        peak, gradients = peaks_of(steps, lambda: alive["gradients"])
+        peak, gradients = peaks_of(steps, lambda: sum(alive.values()))
     finally:
         lm.module.eval()
+        if options.gradient_checkpointing:
+            lm.module.gradient_checkpointing_disable()  # type: ignore[operator]
+        optimizer.zero_grad()
         for handle in handles:
             handle.remove()
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim())
@@ -149,8 +155,37 @@ def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOpti
 
 
 def _within(context: displaced | side_by_side | Tangents, lm: LanguageModel, batch: Batch) -> None:
-    with context:
+    # Where displaced tensors are kept, those of all layers are. Layers that are left out leave theirs unread.
+    keeps = takes(context.tuned, None) <= KEPT_BYTES
+    with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError), context:
         score(lm, batch)
+
+
+@contextmanager
+def _few_layers(lm: LanguageModel) -> Iterator[None]:
+    """Within this context the model has two of its layers, if all are alike: without a graph none leaves anything."""
+    path, layers = stack_of(lm.base)
+    shapes = [[p.shape for p in layer.parameters()] for layer in layers]
+    whole = lm.base.get_submodule(path)
+    above, _, name = path.rpartition(".")
+    are_alike = isinstance(whole, nn.ModuleList) and all(shape == shapes[0] for shape in shapes)
+    if are_alike:
+        setattr(lm.base.get_submodule(above), name, nn.ModuleList(layers[:2]))
+    try:
+        yield
+    finally:
+        setattr(lm.base.get_submodule(above), name, whole)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 class _Nowhere:
@@ -168,18 +203,7 @@ class _Nowhere:
 class _Tangents(Tangents):
     def __init__(self, tuned: TunedTensors) -> None:
         super().__init__(tuned, Direction(seed=0))
-        self._u = _Nowhere()
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
+        self._u: Displacement = _Nowhere()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -34,11 +34,6 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
     )
     seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
-    @property
-    def back_propagates(self) -> bool:
-        """Whether a step has a backward pass, if only through the upper layers."""
-        return self.method in FIRST_ORDER or self.hybrid_layers is not None
-
     @model_validator(mode="after")
     def _no_idle_checkpointing(self, info: ValidationInfo) -> Self:
         if is_partial(info):
