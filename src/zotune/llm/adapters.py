@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.step_options import StepOptions
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
+from zotune.llm.step_options import StepOptions
 from zotune.stack import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10

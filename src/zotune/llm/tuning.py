@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from zotune.errors import UsageError
 from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, first_layer
-from zotune.llm.step_options import StepOptions
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel, head_of
 from zotune.llm.reuse import parameters_below
+from zotune.llm.step_options import StepOptions
 from zotune.stack import stack_of
 
 

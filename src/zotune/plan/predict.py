@@ -59,7 +59,9 @@ class Prediction:
     @property
     def running(self) -> int:
         """While steps are taken."""
-        return self.weights + self.state + self.gradients + self.activations + self.scratch + self.reused + self.overhead
+        return (
+            self.weights + self.state + self.gradients + self.activations + self.scratch + self.reused + self.overhead
+        )
 
     @property
     def total(self) -> int:
@@ -84,10 +86,12 @@ def predict(
 
     Args:
         model: a name as `--model` takes it, or a configuration of transformers.
-        method: as `--method`. tuning: as `--tuning`.
+        method: as `--method`.
+        tuning: as `--tuning`.
         dtype: of the weights: float32, bfloat16, float16; auto is the configuration's.
-        batch_size: examples in one forward pass. length: tokens of each.
-        options: any other of `zotune.llm.workload.Workload`: objective, gradient_checkpointing, hybrid_layers, device, …
+        batch_size: examples in one forward pass.
+        length: tokens of each.
+        options: any other of `zotune.llm.workload.Workload`: objective, hybrid_layers, device, …
 
     Raises:
         UsageError: the model cannot be read, or an option is unknown or out of range.
@@ -155,7 +159,9 @@ class Architecture:
 
     def batch(self, workload: Workload) -> Copies:
         """The batch of one forward pass: one example, so often."""
-        one = made_up(workload.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}), self.lm)
+        one = made_up(
+            workload.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}), self.lm
+        )
         return copies_of(self.lm, one * workload.per_device_train_batch_size, OBJECTIVES[workload.objective])
 
     @property
@@ -181,7 +187,14 @@ def _key(workload: Workload) -> Any:
     """What the passes depend on: of zeroth-order methods only whether they carry tangents."""
     kinds = ("forward_grad", "fo_sgd", "fo_adam")
     method = workload.method if workload.method in kinds else "zo_sgd"
-    names = ("per_device_train_batch_size", "length", "objective", "gradient_checkpointing", "num_queries", "difference")
+    names = (
+        "per_device_train_batch_size",
+        "length",
+        "objective",
+        "gradient_checkpointing",
+        "num_queries",
+        "difference",
+    )
     more = ("gradient_accumulation_steps", "hybrid_layers", "hybrid_method", "hybrid_tied", "device")
     return (method, *(getattr(workload, name) for name in (*names, *more)))
 
@@ -203,4 +216,6 @@ def _config_of(folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{folder}/config.json is of no model that transformers knows: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"{folder}/config.json is of no model that transformers knows: {str(error).splitlines()[0]}"
+        ) from None

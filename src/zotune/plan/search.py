@@ -38,4 +38,3 @@ def _guess(known: dict[int, int], low: int, high: int, limit: int) -> int:
     (n, b), (m, c) = points[-2:] if points[-1][0] == low else points[:2]
     crossing = n + (limit - b) * (m - n) / (c - b) if c != b else high
     return int(max(low + 1, min(crossing, high - 1)))
-
