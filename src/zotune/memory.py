@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -37,6 +38,16 @@ def resident_memory() -> int:
     if not statm.is_file():
         return peak_memory()
     return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def free_memory() -> int:
+    """Bytes of RAM that a process could still take (Linux; elsewhere all there is)."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def forget_peak() -> None:

@@ -86,10 +86,12 @@ def predict(
 
     Args:
         model: a name as `--model` takes it, or a configuration of transformers.
-        method: as `--method`. tuning: as `--tuning`.
+        method: as `--method`.
+        tuning: as `--tuning`.
         dtype: of the weights: float32, bfloat16, float16; auto is the configuration's.
-        batch_size: examples in one forward pass. length: tokens of each.
-        options: any other of `zotune.llm.workload.Workload`: objective, gradient_checkpointing, hybrid_layers, device, …
+        batch_size: examples in one forward pass.
+        length: tokens of each.
+        options: any other of `zotune.llm.workload.Workload`: objective, hybrid_layers, device, …
 
     Raises:
         UsageError: the model cannot be read, or an option is unknown or out of range.
