@@ -199,6 +199,9 @@ class _Nowhere:
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """Nothing."""
 
+    def factors(self, tensor: TunedTensor, device: torch.device) -> None:
+        """None: it is of no rank."""
+
 
 class _Tangents(Tangents):
     def __init__(self, tuned: TunedTensors) -> None:
