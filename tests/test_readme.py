@@ -83,6 +83,7 @@ def test_links_between_pages_lead_somewhere(page):
         ("quickstart", "README.md"),
         ("step", "README.md"),
         ("memory", "README.md"),
+        ("experiments", "README.md"),
         ("zero_shot", "docs/evaluation.md"),
         ("reward", "docs/training.md"),
     ],

@@ -14,6 +14,9 @@ generates text, or one in micro-batches, reads it many times.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -33,6 +36,7 @@ from zotune.tuned import TunedTensor, TunedTensors
 SCRATCH_ELEMENTS = 1 << 22
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26
+_META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
@@ -141,7 +145,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
         if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
-            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen))
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, value.device.type))
         piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
@@ -194,7 +198,18 @@ displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedd
 
 def piece_elements(device_type: str) -> int:
     """The most elements of a matrix that are perturbed at a time."""
-    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+    where = _META_STANDS_FOR.get() if device_type == "meta" else device_type
+    return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
+
+
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Within this context tensors on `meta` are perturbed in such pieces as on another device: to count their bytes."""
+    token = _META_STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _META_STANDS_FOR.reset(token)
 
 
 def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
@@ -203,10 +218,10 @@ def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
-def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:
-    """Elements of the largest piece in which a matrix of these tensors is taken."""
-    sizes = (min(t.parameter.numel(), piece_elements(t.device.type)) for t in tuned if t.id in ids)
-    return max(sizes, default=0)
+def largest_piece(tuned: TunedTensors, ids: frozenset[int], device_type: str) -> int:
+    """Elements of the largest piece in which a matrix of these tensors is taken on a device."""
+    most = piece_elements(device_type)
+    return max((min(t.parameter.numel(), most) for t in tuned if t.id in ids), default=0)
 
 
 class perturbed(displaced):  # noqa: N801

@@ -199,7 +199,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         """Rows lo … hi - 1 of a matrix, displaced, for each copy; in a scratch that is used again."""
         rows = value[lo:hi].reshape(-1)
         if not self._scratch or self._scratch[0].dtype != value.dtype or self._scratch[0].device != value.device:
-            size = largest_piece(self.tuned, self.chosen)
+            size = largest_piece(self.tuned, self.chosen, value.device.type)
             self._scratch = [value.new_empty(size) for _ in self._displacements]
         pieces = [scratch[: rows.numel()] for scratch in self._scratch]
         self._move(pieces, rows, tensor, lo * value.shape[1])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from zotune.directions import Direction
 from zotune.factors import add_products
-from zotune.perturb import Along
+from zotune.perturb import Along, Displacement
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -35,7 +35,7 @@ class Tangents(Reading):
 
     def __init__(self, tuned: TunedTensors, direction: Direction, scale: float = 1.0) -> None:
         super().__init__(tuned, direction.tensors)
-        self._u = Along(direction, scale)
+        self._u: Displacement = Along(direction, scale)
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor with its tangent."""

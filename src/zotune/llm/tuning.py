@@ -10,17 +10,17 @@ from torch import nn
 
 from zotune.errors import UsageError
 from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, first_layer
-from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
 from zotune.llm.quantization import is_packed, is_quantised
 from zotune.llm.reuse import parameters_below
 from zotune.llm.scales import SCALES, add_scales, layers_with_scales
 from zotune.llm.scored_positions import head_of
+from zotune.llm.step_options import StepOptions
 from zotune.stack import stack_of
 
 
-def prepare(lm: LanguageModel, config: TrainConfig) -> None:
+def prepare(lm: LanguageModel, config: StepOptions) -> None:
     """Add the adapter that `config` asks for, and let exactly the tuned parameters require a gradient.
 
     Raises:
@@ -31,7 +31,7 @@ def prepare(lm: LanguageModel, config: TrainConfig) -> None:
     SCHEMES[config.tuning](lm, config)
 
 
-def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
+def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
     try:
         pattern = re.compile(config.tuned_parameters or "")
     except re.error as error:
@@ -49,7 +49,7 @@ def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
         )
 
 
-def _within(lm: LanguageModel, config: TrainConfig) -> list[tuple[str, nn.Parameter]]:
+def _within(lm: LanguageModel, config: StepOptions) -> list[tuple[str, nn.Parameter]]:
     """The parameters in the layers that may be tuned, and what lies above these."""
     path, layers = stack_of(lm.module)
     first = first_layer(len(layers), config.tuned_layers)
@@ -63,7 +63,7 @@ def _within(lm: LanguageModel, config: TrainConfig) -> list[tuple[str, nn.Parame
     return found
 
 
-def _packed_message(name: str, p: nn.Parameter, config: TrainConfig) -> str:
+def _packed_message(name: str, p: nn.Parameter, config: StepOptions) -> str:
     what = "tuning: full" if config.tuned_parameters is None else f"tuned_parameters: {config.tuned_parameters}"
     holds = (
         f"whose numbers are packed integers ({type(p.data).__name__} of {p.dtype})"
@@ -76,7 +76,7 @@ def _packed_message(name: str, p: nn.Parameter, config: TrainConfig) -> str:
     )
 
 
-def _choose_scales(lm: LanguageModel, config: TrainConfig) -> None:
+def _choose_scales(lm: LanguageModel, config: StepOptions) -> None:
     found = layers_with_scales(lm.module)
     if not found:
         raise UsageError(
@@ -101,7 +101,7 @@ def _check_mu(name: str, median: float, mu: float) -> None:
         )
 
 
-def _choose_head(lm: LanguageModel, config: TrainConfig) -> None:
+def _choose_head(lm: LanguageModel, config: StepOptions) -> None:
     parts = [lm.base.get_submodule(name) for name in parts_of_head(lm.base)] if lm.classifies else [head_of(lm.base)]
     for name, p in (pair for part in parts for pair in part.named_parameters()):
         if is_packed(p):
@@ -112,7 +112,7 @@ def _choose_head(lm: LanguageModel, config: TrainConfig) -> None:
         p.requires_grad_(True)
 
 
-SCHEMES: dict[str, Callable[[LanguageModel, TrainConfig], None]] = {
+SCHEMES: dict[str, Callable[[LanguageModel, StepOptions], None]] = {
     "full": _choose_weights,
     "head": _choose_head,
     "scales": _choose_scales,
