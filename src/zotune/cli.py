@@ -24,6 +24,7 @@ commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
   train … --dry-run           what that would read, tune and take; starts nothing, writes nothing
   eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
+  bench COMMAND               list, run and look at the paper's tables and figures, and the leaderboard
   ledger COMMAND RUN          show, verify, replay, undo, export or merge fine-tunes as kilobytes
   models                      the models there are by name
   tasks                       the tasks there are by name
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except (ZotuneError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not is_out_of_memory(error):
             raise
         message, code = _explain(error)
         print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
@@ -76,7 +77,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2 if isinstance(error, UsageError) else 1
     if isinstance(error, ImportError):
         return f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
@@ -84,7 +85,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return f"{getattr(error, 'strerror', None) or error}{f': {where}' if where else ''}", 1
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's own error, or torch's, which for the CPU has no class of its own."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
@@ -211,6 +212,12 @@ def _ledger(args: list[str], as_json: bool) -> int:
     return run(args, as_json)
 
 
+def _bench(args: list[str], as_json: bool) -> int:
+    from zotune.bench.commands import run
+
+    return run(args, as_json)
+
+
 def _models(args: list[str], as_json: bool) -> int:
     _no_options("models", args)
     from zotune.llm.architectures import ARCHITECTURES
@@ -260,6 +267,7 @@ _COMMANDS: dict[str, Callable[[list[str], bool], int]] = {
     "train": _train,
     "eval": _eval,
     "ledger": _ledger,
+    "bench": _bench,
     "models": _models,
     "tasks": _tasks,
     "methods": _methods,

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from zotune.errors import UsageError
-from zotune.llm.output import write_json
 
 SCALES = ("smoke", "cpu", "paper")
 Scale = Literal["smoke", "cpu", "paper"]
@@ -193,6 +192,8 @@ def read_results(results: Path, scale: str, experiment: str) -> Iterator[CellRes
 
 def write_result(results: Path, result: CellResult) -> Path:
     """Write a cell's file whole or not at all; where it is."""
+    from zotune.llm.output import write_json  # torch comes with it, which readers of results need not wait for
+
     path = result_path(results, result.scale, result.experiment, result.cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result.model_dump(mode="json"))
