@@ -73,13 +73,13 @@ def _score(run: RunRecord) -> float | None:
     return None if run.test is None else 100 * run.test.value
 
 
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 _KNOWN = (
     Quantity("accuracy", "accuracy", "%", _score, digits=1),
     Quantity("num_forwards", "forward passes", "", lambda run: run.num_forwards, by_ratio=True),
     Quantity("num_tokens", "tokens read", "", lambda run: run.num_tokens, by_ratio=True),
     Quantity("seconds", "training time", "s", lambda run: run.seconds, by_ratio=True),
-    Quantity("peak_memory", "peak memory", "MiB", lambda run: run.peak_memory / _MIB, by_ratio=True),
+    Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB, by_ratio=True),
     Quantity("dev_loss", "held-out loss", "", lambda run: None if run.dev is None else run.dev.loss),
 )
 QUANTITIES: dict[str, Quantity] = {q.name: q for q in _KNOWN}
@@ -89,24 +89,25 @@ QUANTITIES: dict[str, Quantity] = {q.name: q for q in _KNOWN}
 def quantity(name: str) -> Quantity:
     """A quantity by name: one that every run has, or one of a run's `measured` or `values`.
 
-    Of these the end of the name tells the unit: `_bytes`, `seconds` or `_seconds`; others are plain numbers.
+    Of these a word of the name tells the unit, `bytes` or `seconds`; others are plain numbers.
 
-    >>> quantity("step_seconds").unit, quantity("predicted_bytes").unit, quantity("cosine").label
-    ('s', 'MiB', 'cosine')
+    >>> quantity("seconds_per_step").unit, quantity("formula_bytes").unit, quantity("relative_variance").label
+    ('s', 'GiB', 'relative variance')
     """
     return QUANTITIES.get(name) or _own(name)
 
 
 def _own(name: str) -> Quantity:
-    is_bytes, is_time = name.endswith("bytes"), name.endswith("seconds")
-    label = name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-    per = _MIB if is_bytes else 1
+    words = name.split("_")
+    is_bytes, is_time = "bytes" in words, "seconds" in words
+    label = " ".join(word for word in words if word != "bytes")
+    per = _GIB if is_bytes else 1
 
     def read(run: RunRecord) -> float | None:
         found = run.measured.get(name, run.values.get(name))
         return None if found is None else found / per
 
-    unit = "MiB" if is_bytes else "s" if is_time else ""
+    unit = "GiB" if is_bytes else "s" if is_time else ""
     return Quantity(name, label, unit, read, by_ratio=is_bytes or is_time)
 
 

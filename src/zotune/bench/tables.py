@@ -5,19 +5,20 @@ A table is rows × columns of entries, made of an experiment's results by its ax
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zotune.bench.cells import CellResult, Coordinate, Score, mean_and_error
+from zotune.bench.contrasts import contrast
 from zotune.bench.experiments import Experiment, PaperCell
-from zotune.bench.quantities import Quantity, label_of, quantity, readings
+from zotune.bench.quantities import Quantity, label_of, outcomes, quantity, readings
 from zotune.bench.runner import State
 
 Place = tuple[Coordinate, ...]
 Coordinates = Mapping[str, Coordinate]
-# What a paper's unit is in ours, where both are about the same thing.
-_UNITS = {"%": ("%", 1.0), "GB": ("MiB", 1024.0), "GiB": ("MiB", 1024.0), "s": ("s", 1.0), "": ("", 1.0)}
+# What a paper's unit is in ours, where both are about the same thing; its GB are GiB (the weights of OPT-13B are 48 of them).
+_UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "": ("", 1.0)}
 # Rows of an accuracy table that no method earned.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
 
@@ -59,6 +60,7 @@ class Entry:
 
     Attributes:
         mean, error: over seeds; `error` is None of a single seed. Both None where there is no result.
+        low, high: the 95 % interval over evaluation rows and seeds; None where it is not known.
         ratio: the mean's multiple of the column's first row.
         message: why a cell has no result.
     """
@@ -66,6 +68,8 @@ class Entry:
     state: State | None
     mean: float | None = None
     error: float | None = None
+    low: float | None = None
+    high: float | None = None
     num_seeds: int = 0
     ratio: float | None = None
     paper: tuple[Beside, ...] = ()
@@ -118,7 +122,9 @@ def table(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Table:
     rows_of, columns_of = experiment.layout.rows, experiment.layout.columns
     quantities = _quantities(experiment, cells)
     rows = _places(rows_of, cells)
-    columns = tuple(Column(place, q) for place in _places(columns_of, cells) for q in quantities)
+    columns = tuple(
+        Column(place, q) for place in _places(columns_of, cells) for q in quantities if _is_known(place, q, columns_of, cells)
+    )
     beside = papers(experiment, cells)
     grid: list[list[Entry]] = []
     for row in rows:
@@ -159,6 +165,13 @@ def _places(axes: Sequence[str], cells: Sequence[Cell]) -> tuple[Place, ...]:
     return tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
 
 
+def _is_known(place: Place, q: Quantity, axes: Sequence[str], cells: Sequence[Cell]) -> bool:
+    """Whether some cell of a column has the quantity, or may come to have it: accuracy is no number of a memory cell."""
+    here = [c for c in cells if _agrees(c.coordinates, dict(zip(axes, place, strict=True)))]
+    usable = [c.result for c in here if c.is_usable and c.result]
+    return not usable or any(readings(result, q) for result in usable)
+
+
 def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Sequence[tuple[PaperCell, str]]) -> Entry:
     here = [c for c in cells if _agrees(c.coordinates, place)]
     if not here:
@@ -168,7 +181,23 @@ def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Se
     numbers = tuple(_beside(here[0], column.quantity, mean, beside))
     worst = min(here, key=lambda c: (c.state == "done", c.is_usable))
     message = worst.result.message if worst.result else ""
-    return Entry(worst.state, mean, error, len(read), paper=numbers, message=message)
+    low, high = interval(here, column.quantity)
+    return Entry(worst.state, mean, error, low, high, len(read), paper=numbers, message=message)
+
+
+def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of one cell's mean, over evaluation rows and seeds; of an amount, its least and greatest run."""
+    usable = [c.result for c in cells if c.is_usable and c.result]
+    if len(usable) != 1:
+        return None, None
+    if q.by_ratio:
+        read = readings(usable[0], q)
+        return (min(read), max(read)) if len(read) > 1 else (None, None)
+    found = outcomes(usable[0], q)
+    if found is None:
+        return None, None
+    low, high = contrast([(1.0, found)]).interval()
+    return (None, None) if math.isinf(low) else (low, high)
 
 
 def _agrees(coordinates: Coordinates, place: Coordinates) -> bool:
@@ -225,8 +254,6 @@ def _with_ratios(grid: list[list[Entry]], columns: Sequence[Column]) -> list[lis
 
 
 def _with_ratio(entry: Entry, ours: float | None, first: Mapping[str, float]) -> Entry:
-    from dataclasses import replace
-
     paper = tuple(replace(b, ratio=b.value / first[b.label] if first[b.label] else None) for b in entry.paper)
     return replace(entry, ratio=entry.mean / ours if entry.mean is not None and ours else None, paper=paper)
 
@@ -269,15 +296,8 @@ def _budget(result: CellResult) -> dict[str, float | str | None]:
         "forward passes": sum(run.num_forwards for run in result.runs) / n,
         "tokens": sum(run.num_tokens for run in result.runs) / n,
         "seconds": sum(run.seconds for run in result.runs) / n,
-        "peak MiB": max(run.peak_memory for run in result.runs) / 2**20,
+        "peak GiB": max(run.peak_memory for run in result.runs) / 2**30,
         "points searched": len(result.search),
         "search's forward passes": sum(trial.num_forwards for trial in result.search),
         "search's seconds": sum(trial.seconds for trial in result.search),
     }
-
-
-def flat(found: Table) -> Iterable[tuple[Place, Column, Entry]]:
-    """The entries of a table one by one."""
-    for (row, entries), _ in zip(zip(found.rows, found.entries, strict=True), itertools.count(), strict=False):
-        for column, entry in zip(found.columns, entries, strict=True):
-            yield row, column, entry
