@@ -69,14 +69,24 @@ def cell(coordinates, right=None, state="done", values=None, measured=None, **ch
 
 
 def _run(seed, right, values, measured, metric):
-    found = {"seed": seed, "num_steps": 100, "seconds": 60.0 + seed, "peak_memory": (900 + seed) << 20, "num_tuned": 4096}
+    found = {
+        "seed": seed,
+        "num_steps": 100,
+        "seconds": 60.0 + seed,
+        "peak_memory": (900 + seed) << 20,
+        "num_tuned": 4096,
+    }
     found |= {"values": (values or [{}] * 9)[seed], "measured": (measured or [{}] * 9)[seed]}
     if right is None:
         return RunRecord(**found)
     value = float(np.mean(right[seed]))
-    score = Score(metric=metric, value=value, low=value - 0.05, high=value + 0.05, num_examples=len(right[seed]), loss=0.4)
+    score = Score(
+        metric=metric, value=value, low=value - 0.05, high=value + 0.05, num_examples=len(right[seed]), loss=0.4
+    )
     way = [
-        Evaluation(step=s, num_forwards=2 * s, dev_loss=0.7 - s / 500, dev_value=0.6 + (value - 0.6) * s / 100, seconds=s * 0.6)
+        Evaluation(
+            step=s, num_forwards=2 * s, dev_loss=0.7 - s / 500, dev_value=0.6 + (value - 0.6) * s / 100, seconds=s * 0.6
+        )
         for s in (0, 25, 50, 75, 100)
     ]
     marks = "".join("1" if hit else "0" for hit in right[seed])

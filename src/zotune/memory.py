@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,6 +29,20 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
                 return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are resident in RAM now; where the kernel does not say (not Linux), its peak."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return peak_memory()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def forget_peak() -> None:
+    """Set the kernel's high-water mark, which `peak_memory` reads, to what is resident now (Linux, where it may)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # Bytes at the end of the heap that are free and yet kept.

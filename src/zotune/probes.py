@@ -32,6 +32,7 @@ NOT_SEPARABLE = (
 TOLERANCE = 0.2
 # How far to go, in root mean squares of the tuned numbers: far enough that it shows, not so far that all overflows.
 DISTANCES = (0.1, 1.0, 10.0)
+_PIECE = 1 << 20
 
 
 def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:
@@ -86,7 +87,8 @@ def _at(closure: Closure, tuned: TunedTensors, a: float, direction: Direction) -
 
 def is_separable(closure: Batched, tuned: TunedTensors) -> bool:
     """Whether x and x + a·u, side by side, have the values that they have alone."""
-    squares = sum(float(t.storage().detach().float().square().sum()) for t in tuned)
+    # A piece at a time: the squares of a large embedding are as large as it is.
+    squares = sum(float(x.float().square().sum()) for t in tuned for x in t.storage().detach().flatten().split(_PIECE))
     u, scale = Direction(seed=0), math.sqrt(squares / tuned.numel) or 1.0
     with probing(tuned.model):
         here = evaluate(closure)

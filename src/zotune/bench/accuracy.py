@@ -150,8 +150,8 @@ def passes_a_step(config: TrainConfig) -> int:
     A back-propagation takes about two forward passes beside its own, and with checkpointing its own once more; a pass
     with tangents about two.
 
-    >>> passes_a_step(TrainConfig(task="sst2", method="zo_sgd")), passes_a_step(TrainConfig(task="sst2", method="fo_sgd"))
-    (2, 3)
+    >>> [passes_a_step(TrainConfig(task="sst2", method=method)) for method in ("zo_sgd", "fo_sgd")]
+    [2, 3]
     """
     if config.blocks is not None or config.hybrid_layers is not None or config.is_generated:
         raise UsageError("budget: forwards knows no blocks, hybrids or generated text; give max_steps")
@@ -201,7 +201,8 @@ def evaluated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The untuned model and the majority class on a task's evaluation rows."""
     from zotune.llm.evaluation import evaluate_tasks
 
-    measured, results = evaluate_tasks(validate(EvalConfig, {**options, "baselines": True}, "the benchmark's zero-shot"))
+    config = validate(EvalConfig, {**options, "baselines": True}, "the benchmark's zero-shot")
+    measured, _ = evaluate_tasks(config)
     (found,) = measured.values()
     scores = {"zero_shot": _score(found.measured)}
     if found.majority is not None:

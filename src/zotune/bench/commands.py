@@ -83,8 +83,7 @@ def _count(text: str) -> int:
 def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",)) -> dict[str, list[CellSpec]]:
     """The cells that names and patterns choose, by experiment.
 
-    A pattern is one of `EXPERIMENT/CELL`, or of an experiment's name alone; it also chooses the cells whose names it
-    begins.
+    A pattern is one of `EXPERIMENT/CELL`, or of an experiment's name alone.
 
     Raises:
         UsageError: a name is unknown, or nothing is chosen.
@@ -95,7 +94,8 @@ def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = (
         if given or scale in experiment.scale:
             found[stem] = [c for c in cells(stem, experiment, scale) if any(_chosen(c, p) for p in patterns)]
     if not any(found.values()):
-        raise UsageError(f"no cell of {', '.join(found)} is called {' or '.join(patterns)}; see `zotune bench run --dry-run`.")
+        wanted = " or ".join(patterns)
+        raise UsageError(f"no cell of {', '.join(found)} is called {wanted}; `zotune bench run --dry-run` lists them.")
     return found
 
 
@@ -112,7 +112,7 @@ def expected_minutes(experiment: Experiment, scale: Scale) -> float:
 
 
 def _list(args: argparse.Namespace) -> Answer:
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in names():
         _, experiment = find(name)
         scales = {
@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace) -> Answer:
 
 def _minutes_a_cell(args: argparse.Namespace, chosen: Mapping[str, Sequence[CellSpec]]) -> dict[str, float]:
     """What each cell is expected to take, by path: its experiment's minutes in equal parts."""
-    found = {}
+    found: dict[str, float] = {}
     for name, specs in chosen.items():
         given = next((n for n in args.names if Path(n).stem == name), name)
         _, experiment = find(given)
@@ -231,5 +231,3 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-
-

@@ -90,9 +90,7 @@ def contrast(terms: Sequence[tuple[float, Outcomes]]) -> Estimate:
         groups[key] = groups.get(key, np.zeros(key[1])) + weight * outcomes.values.mean(axis=0)
     value = sum(float(of_rows.mean()) for of_rows in groups.values())
     by_rows = [_of_mean(of_rows) for of_rows in groups.values() if of_rows.size > 1]
-    by_runs = [
-        (w * w * variance, freedom) for w, outcomes in terms for variance, freedom in _of_runs(outcomes.values)
-    ]
+    by_runs = [(w * w * variance, freedom) for w, outcomes in terms for variance, freedom in _of_runs(outcomes.values)]
     chance = sum(w * w * _chance(outcomes.values) for w, outcomes in terms)
     runs, freedom = _total(by_runs)
     parts = (_total(by_rows), (max(runs - chance, 0.0), freedom))

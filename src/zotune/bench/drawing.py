@@ -1,7 +1,7 @@
 """Figures' panels as SVG for the page: text stays text, colours are the page's, every point says its numbers.
 
-Written out by hand rather than by a plotting library: a panel takes some kilobytes in place of megabytes of script, follows
-light and dark, prints, needs nothing from a network, and is one picture with a name to a screen reader.
+Written out by hand rather than by a plotting library: a panel takes some kilobytes in place of megabytes of script,
+follows light and dark, prints, needs nothing from a network, and is one picture with a name to a screen reader.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _along(panel: Panel, axis: str) -> list[float]:
         found += [end for p in panel.points() for end in (p.low, p.high) if end is not None]
         found += [0.0] if panel.from_zero else []
     if panel.equal:
-        found += [v for p in panel.points() for v in (p.x, p.y)]
+        found += [v for p in panel.points() for v in (p.x, p.y)] + [0.0] * panel.from_zero
     return found
 
 
@@ -185,8 +185,8 @@ def _star() -> tuple[tuple[float, float], ...]:
     return tuple((r * math.sin(a), -r * math.cos(a)) for a, r in turns)
 
 
-_PLUS = ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4))
-_PLUS += tuple((-a, -b) for a, b in _PLUS)
+_HALF_PLUS = ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4))
+_PLUS = (*_HALF_PLUS, *((-a, -b) for a, b in _HALF_PLUS))
 # Corners around (0, 0), y downwards.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),

@@ -1,14 +1,15 @@
 """Experiments: one TOML file a table or figure of the paper, holding what differs from `defaults.toml`.
 
-An experiment spans axes (method, tuning, …); each combination of their values is a cell. What a cell runs is settled by
-four layers, each over the ones before: the defaults, the defaults' scale, the experiment, the experiment's scale. Within
-a layer its options come first, then those of its rules that apply to the cell, in their order. An axis that bears the name
-of an option sets it, unless a rule says what the value means.
+An experiment spans axes (method, tuning, …); each combination of their values is a cell. What a cell runs is settled
+by four layers, each over the ones before: the defaults, the defaults' scale, the experiment, the experiment's scale.
+Within a layer its options come first, then those of its rules that apply to the cell, in their order. An axis that
+bears the name of an option sets it, unless a rule says what the value means.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -158,7 +159,7 @@ class Experiment(Layer):
             shared = {"source": block.source, "metric": block.metric, "unit": block.unit}
             for row, values in block.values.items():
                 for column, value in zip(block.columns, values, strict=True):
-                    if value == value:
+                    if not math.isnan(value):
                         place = {**block.fixed, block.row: _as_coordinate(row), **column}
                         yield PaperCell(coordinates=place, value=value, **shared)
 
@@ -260,6 +261,9 @@ def _settled(
             values |= {k: v for k, v in getattr(layer, part).items() if part != "options" or k not in coordinates}
             for rule in rules:
                 values |= getattr(rule, part)
+        if isinstance(layer, Defaults) or layer is layers[1]:
+            # What all experiments share holds options that some kinds of cells have no use for.
+            merged["options"] = {k: v for k, v in merged["options"].items() if k in schema.model_fields}
     cell = "--".join(str(value) for value in coordinates.values())
     place = f"{name}/{cell} at scale {scale}"
     options = {k: v for k, v in merged["options"].items() if v != UNSET}
@@ -283,8 +287,12 @@ def _settled(
 
 
 def schema_of(kind: Kind) -> type[Options]:
-    """The schema of the options of a kind of cell."""
-    return TrainConfig
+    """The schema of the options of a kind of cell: a run's, or a step's."""
+    if kind in ("accuracy", "quality"):
+        return TrainConfig
+    from zotune.bench.measured import MeasuredStep
+
+    return MeasuredStep
 
 
 def _expanded(axis: str, values: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
@@ -328,6 +336,3 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
-
-
-

@@ -1,6 +1,6 @@
 """Figures as data: panels of series of points, from which both the page's SVG and the files for papers are drawn.
 
-Colours are Okabe and Ito's (2008), told apart also by those who see few colours; each series has a marker of its own too.
+Colours are Okabe and Ito's (2008), told apart also by those who see few; each series has a marker of its own too.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class Figure:
         return sum(len(series.points) for panel in self.panels for series in panel.series)
 
     def legend(self) -> list[Series]:
-        """One series of each name, in order."""
+        """One series of each name, in the order of their styles."""
         found: dict[str, Series] = {}
         for panel in self.panels:
             for series in panel.series:
                 found.setdefault(series.name, replace(series, points=()))
-        return list(found.values())
+        return sorted(found.values(), key=lambda series: (series.hollow, series.style))
 
 
 def style_of(name: str, among: Sequence[str] = ()) -> int:

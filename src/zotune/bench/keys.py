@@ -17,7 +17,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 # The modules of the benchmark that compute; the others run them and show what came of it.
-COMPUTING = frozenset({"accuracy.py", "measure.py", "predict.py", "quality.py", "search.py", "worker.py"})
+COMPUTING = frozenset({"accuracy.py", "measure.py", "measured.py", "quality.py", "search.py", "theory.py", "worker.py"})
 # Commands, and modules that no run passes through.
 _SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py", "llm/footprint.py"})
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
@@ -61,14 +61,18 @@ def _computes(place: str) -> bool:
 def tree_of(source: str) -> str:
     """The syntax tree of Python code without its docstrings, as text.
 
-    >>> tree_of('def f():\\n    "Says so."\\n    return 1  # one') == tree_of('def f(): return 1')
+    >>> tree_of("def f(): 'Says so.'; return 1  # one") == tree_of("def f(): return 1")
     True
     """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]
     return ast.dump(tree)
 

@@ -27,5 +27,9 @@ def each_seed(does: str) -> Find:
     return find
 
 
-KINDS: dict[Kind, Find] = {"accuracy": accuracy, "quality": each_seed("estimate")}
+KINDS: dict[Kind, Find] = {
+    "accuracy": accuracy,
+    "quality": each_seed("estimate"),
+    **dict.fromkeys(("memory", "time", "theory"), each_seed("step")),
+}
 """Every kind of cell by name."""

@@ -19,7 +19,7 @@ from zotune.llm.progress import clock, say
 class Progress:
     """A context that shows cells as they begin and end, and the time left.
 
-    Time left goes by the minutes that cells are expected to take, times how far the cells that have ended were from that.
+    Time left goes by the minutes that cells are expected to take, times how far those that have ended were from that.
     """
 
     def __init__(self, minutes: Mapping[str, float], num_slots: int) -> None:

@@ -1,8 +1,8 @@
 """The page: one HTML file that needs nothing else, from sections' data by templates.
 
-Figures are inline SVG and there is no script, so the page opens anywhere, prints, follows light and dark, and can be read by
-keyboard and screen reader; a plotting library in it would weigh some megabytes. All text is escaped by the templates; figures
-escape their own.
+Figures are inline SVG and there is no script, so the page opens anywhere, prints, follows light and dark, and can be
+read by keyboard and screen reader; a plotting library in it would weigh some megabytes. All text is escaped by the
+templates; figures escape their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from markupsafe import Markup
 import zotune
 from zotune.bench.drawing import draw, marker
 from zotune.bench.figures import Figure
-from zotune.bench.quantities import quantity, significant
+from zotune.bench.quantities import Quantity, label_of, quantity, significant
 from zotune.bench.sections import Section
 from zotune.bench.tables import Entry, Table, budgets
 from zotune.bench.verdicts import Comparison, Finding, Verdict, counted
@@ -82,7 +82,9 @@ def _header(sections: Iterable[Section]) -> list[tuple[str, str]]:
         names = dict.fromkeys(name for r in results for name in r.environment)
         for name in names:
             rows.append((name.replace("_", " "), _counts(Counter(r.environment.get(name, "–") for r in results), 4)))
-        seconds = sum(run.seconds for r in results for run in (*r.runs, *r.search))
+        seconds = sum(run.seconds for r in results for run in r.runs) + sum(
+            t.seconds for r in results for t in r.search
+        )
         rows.append(("training, search included", f"{significant(seconds / 3600)} h"))
     return rows
 
@@ -157,16 +159,18 @@ def _standing(states: Counter[Any]) -> str:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    by_ratio = any(column.quantity.by_ratio for column in table.columns)
-    caption = "Mean ± standard error over seeds; below it the 95 % interval over evaluation rows and seeds, "
-    caption += "then the paper’s number and how far ours is from it."
-    caption += " Amounts also as multiples of the column’s first." if by_ratio else ""
+    # What all rows have in common is said once.
+    vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
+    shown_axes = vary or list(range(len(table.row_axes)))[-1:]
     return {
-        "axes": [axis.replace("_", " ") for axis in table.row_axes],
+        "axes": [table.row_axes[i].replace("_", " ") for i in shown_axes],
         "heads": [table.heading(column) for column in table.columns],
-        "caption": caption,
+        "caption": _caption(table, shown_axes),
         "rows": [
-            {"place": row, "cells": [_cell(e, c.quantity.name) for e, c in zip(entries, table.columns, strict=True)]}
+            {
+                "place": [row[i] for i in shown_axes],
+                "cells": [_cell(e, c.quantity) for e, c in zip(entries, table.columns, strict=True)],
+            }
             for row, entries in zip(table.rows, table.entries, strict=True)
         ],
         "baselines": [
@@ -176,8 +180,29 @@ def _table(table: Table) -> dict[str, Any]:
     }
 
 
-def _cell(entry: Entry, name: str) -> dict[str, Any]:
-    q, value, between = quantity(name), "", ""
+def _caption(table: Table, shown_axes: Sequence[int]) -> str:
+    """How the table is to be read, and what is the same in all of it."""
+    shared = [
+        f"{axis.replace('_', ' ')}: {table.rows[0][i]}"
+        for i, axis in enumerate(table.row_axes)
+        if i not in shown_axes and table.rows
+    ]
+    quantities = {column.quantity.name: column.quantity for column in table.columns}
+    if len(quantities) == 1:
+        shared += [label_of(q, table.metric) for q in quantities.values()]
+    texts = [f"{'; '.join(shared)}."] if shared else []
+    if any(not q.by_ratio for q in quantities.values()):
+        texts.append(
+            "Mean ± standard error over seeds, then the 95 % interval over evaluation rows and seeds, "
+            "the paper’s number, and how far ours is from it."
+        )
+    if any(q.by_ratio for q in quantities.values()):
+        texts.append("× is the multiple of the column’s first number: of ours in ours, of the paper’s in the paper’s.")
+    return " ".join(texts)
+
+
+def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
+    value, between = "", ""
     if entry.mean is not None:
         value = q.text(entry.mean)
         value += f" ± {q.text(entry.error)}" if entry.error is not None and not q.by_ratio else ""
@@ -190,7 +215,7 @@ def _cell(entry: Entry, name: str) -> dict[str, Any]:
         "mark": "stale: of other code or config than today’s" if entry.state == "stale" else "",
         "state": STATES[entry.state],
         "message": entry.message,
-        "paper": [f"paper: {theirs(beside, q)}" for beside in entry.paper],
+        "paper": [f"paper {theirs(beside, q)}" for beside in entry.paper],
     }
 
 
@@ -216,9 +241,10 @@ def _verdict(section: str, number: int, verdict: Verdict) -> dict[str, Any]:
 
 
 def _asked(verdict: Verdict, *, by_ratio: bool) -> str:
-    claim, unit = verdict.claim, "" if by_ratio else " points"
-    amount = (lambda x: f"{100 * x:g} %") if by_ratio else (lambda x: f"{x:g}{unit}")
-    return f"the same within {amount(claim.within)}" if claim.within else f"a difference above {amount(claim.by)}"
+    claim = verdict.claim
+    amount = claim.by if claim.within is None else claim.within
+    text = f"{100 * amount:g} %" if by_ratio else f"{amount:g} points".replace("-", "−")
+    return f"a difference above {text}" if claim.within is None else f"the same within {text}"
 
 
 def _comparison(found: Comparison, *, by_ratio: bool) -> str:

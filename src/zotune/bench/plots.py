@@ -1,12 +1,13 @@
 """Which figures an experiment gets: those that its layout asks for, and what readers ask of any table of accuracies.
 
-How good is each, with its interval and the paper's number? What does it cost: forward passes, seconds, peak bytes? How did it
-get there?
+How good is each, with its interval and the paper's number? What does it cost: forward passes, seconds, peak bytes? How
+did it get there?
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from zotune.bench.cells import CellResult, Coordinate
@@ -119,7 +120,10 @@ def standing(name: str, experiment: Experiment, table: Table) -> Figure:
     vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
     names = tuple(", ".join(str(row[i]) for i in vary) or str(row[-1] if row else "ours") for row in table.rows)
     panels = tuple(_standing(table, j, column, names) for j, column in enumerate(table.columns))
-    says = "Each line is a row of the table: filled ours, its bar the 95 % interval; hollow the paper's, of its own model."
+    says = (
+        "Each line is a row of the table: filled ours, its bar the 95 % interval; hollow the paper’s, of its own model."
+    )
+    says += f" Dotted: {' and '.join(label for label, _ in table.baselines)}." if table.baselines else ""
     return Figure(f"{name}-standing", experiment.question, says, tuple(p for p in panels if p.series))
 
 
@@ -176,7 +180,8 @@ def _spent(cell: Cell, cost: Quantity, accuracy: Quantity) -> Point | None:
     if not xs or not ys or not any(xs):
         return None
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return Point(x, y, *interval([cell], accuracy), f"{_all(cell)}: {accuracy.text(y)} % for {cost.text(x)} {cost.unit}")
+    low, high = interval([cell], accuracy)
+    return Point(x, y, low, high, f"{_all(cell)}: {accuracy.text(y)} % for {cost.text(x)} {cost.unit}")
 
 
 def on_the_way(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
@@ -193,9 +198,9 @@ def on_the_way(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figu
             if c.result is not None
         ]
         xs = [p.x for s in series for p in s.points if p.x]
-        title = ", ".join(map(str, place)) or "held-out rows"
-        label = f"held-out {metric_of(here)}, %"
-        panels.append(Panel(title, "forward passes", label, tuple(s for s in series if s.points), log_x=is_wide(xs, 100)))
+        title, label = ", ".join(map(str, place)) or "held-out rows", f"held-out {metric_of(here)}, %"
+        drawn = tuple(s for s in series if s.points)
+        panels.append(Panel(title, "forward passes", label, drawn, log_x=is_wide(xs, 100)))
     says = "Each line is the mean over seeds; the run keeps the step that is best on the held-out rows, not the last."
     return Figure(f"{name}-way", "How does it get there?", says, tuple(p for p in panels if p.series))
 
@@ -231,10 +236,11 @@ def theory(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Iterator
             continue
         is_log = is_wide(v for p in points for v in (p.x, p.y))
         series = (Series("cells", tuple(points), 1),)
-        x_label, y_label = f"by the formula, {predicted.unit}", f"measured, {measured.unit}"
-        panels.append(
-            Panel(measured.label, x_label, y_label, series, log_x=is_log, log_y=is_log, from_zero=not is_log, equal=True)
+        x_label, y_label = (
+            f"{how}, {q.unit}".strip(", ") for how, q in (("by formula", predicted), ("measured", measured))
         )
+        axes = Panel(measured.label, x_label, y_label, series, equal=True)
+        panels.append(replace(axes, log_x=is_log, log_y=is_log, from_zero=not is_log))
     if panels:
         says = "On the line the formula is right; above it more was measured than it says."
         yield Figure(f"{name}-theory", "Does the formula foretell it?", says, tuple(panels))

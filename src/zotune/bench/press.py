@@ -10,7 +10,14 @@ from zotune.bench.figures import COLOURS, MARKERS, Figure, Panel, Series
 
 # A text column's width in inches and the height of a panel with y as numbers.
 _WIDTH, _HEIGHT, _ROW = 3.4, 2.4, 0.22
-_STYLE = {"font.size": 8, "axes.linewidth": 0.6, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "zotune"}
+_COLUMNS = 3
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.linewidth": 0.6,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "zotune",
+}
 
 
 def pressed(figure: Figure) -> dict[str, bytes]:
@@ -18,11 +25,13 @@ def pressed(figure: Figure) -> dict[str, bytes]:
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
-    heights = [_height(panel) for panel in figure.panels]
+    columns = min(_COLUMNS, len(figure.panels))
+    lines = -(-len(figure.panels) // columns)
+    height = max(map(_height, figure.panels))
     with mpl.rc_context(_STYLE):
-        canvas = Canvas(figsize=(_WIDTH * len(heights), max(heights)), layout="constrained")
-        for axes, panel in zip(canvas.subplots(1, len(heights), squeeze=False)[0], figure.panels, strict=True):
-            put(panel, axes)
+        canvas = Canvas(figsize=(_WIDTH * columns, height * lines), layout="constrained")
+        for i, panel in enumerate(figure.panels):
+            put(panel, canvas.add_subplot(lines, columns, i + 1))
         _add_legend(canvas, figure)
         files = {}
         for ending, dates in (("pdf", {"CreationDate": None}), ("svg", {"Date": None})):

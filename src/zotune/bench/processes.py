@@ -1,4 +1,4 @@
-"""A job in a process of its own: watched for time and memory, ended with all that it started, never outliving its runner.
+"""A job in a process of its own: watched for time and memory, ended with all that it started and with its runner.
 
 The worker reads its job from a pipe and listens to its end: when the runner dies, however it does, the pipe closes and
 the worker leaves. Memory is what the processes of its session hold resident; a limit on address space would refuse what
@@ -14,11 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from zotune.bench.cells import Status
 from zotune.bench.jobs import Job, Outcome
 
 # The worker's own exit codes: it ran out of memory; it failed and said why.
@@ -33,10 +33,12 @@ class Process:
 
     Attributes:
         environment: variables for the worker beside the runner's own.
+        command: what the worker is.
     """
 
     stopped: Callable[[], bool]
     environment: Mapping[str, str]
+    command: tuple[str, ...] = (sys.executable, "-m", "zotune.bench.worker")
 
     def __call__(self, job: Job, folder: Path) -> Outcome:
         """Run a job in `folder`.
@@ -50,8 +52,8 @@ class Process:
             worker = self._start(said)
             try:
                 assert worker.stdin is not None
-                line = {"does": job.does, "options": job.options, "folder": str(folder), "gib": job.limits.gib}
-                _send(worker.stdin, json.dumps(line) + "\n")
+                of_job = {"does": job.does, "options": job.options, "key": job.key}
+                _send(worker.stdin, json.dumps({**of_job, "folder": str(folder), "gib": job.limits.gib}) + "\n")
                 over = self._watch(worker, job)
             finally:
                 _end(worker)
@@ -62,7 +64,7 @@ class Process:
         source = str(Path(__file__).parents[2])
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
-            [sys.executable, "-m", "zotune.bench.worker"],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -103,25 +105,19 @@ def resident_bytes(session: int) -> int:
 
 
 def _send(pipe: IO[bytes], line: str) -> None:
-    try:
+    with suppress(BrokenPipeError):  # it is gone already; its exit code says why
         pipe.write(line.encode())
         pipe.flush()
-    except BrokenPipeError:  # it is gone already; its exit code says why
-        pass
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:
     """End the worker and all that it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     worker.wait()
     if worker.stdin is not None:
-        try:
+        with suppress(BrokenPipeError):
             worker.stdin.close()
-        except BrokenPipeError:
-            pass
 
 
 def _outcome(code: int, found: Path, log: Path) -> Outcome:
@@ -132,5 +128,4 @@ def _outcome(code: int, found: Path, log: Path) -> Outcome:
         return Outcome("out_of_memory", lines[-1])
     if code == -signal.SIGKILL:
         return Outcome("out_of_memory", "it was killed, as the system does where memory runs out")
-    status: Status = "failed"
-    return Outcome(status, lines[-1] if code == FAILED else f"exit code {code}: {lines[-1]}")
+    return Outcome("failed", lines[-1] if code == FAILED else f"exit code {code}: {lines[-1]}")

@@ -1,8 +1,8 @@
-"""How near an estimate is to the gradient: both taken at the same weights and on the same rows, the gradient by autograd.
+"""How near an estimate is to the gradient: both at the same weights and rows, the gradient by autograd.
 
 With d tuned numbers and q directions of which nothing but E[uuᵀ] = I is used, a linear objective has
-E‖ĝ − ∇f‖² = ‖∇f‖² (d + k)/q with k = −1 for Rademacher and 1 for Gaussian directions (the paper, section 5.2, on the query budget;
-Nesterov and Spokoiny, 2017).
+E‖ĝ − ∇f‖² = ‖∇f‖² (d + k)/q with k = −1 for Rademacher and 1 for Gaussian directions (Nesterov and Spokoiny,
+2017; the paper's figure 2 is about what that does to accuracy).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     gradient = true_gradient(closure, tuned)
     before = lm.num_forwards
     found = [
-        against(estimate, gradient, tuned) for estimate in (_estimate(lm, config, i, closure) for i in range(config.max_steps))
+        against(estimate, gradient, tuned)
+        for estimate in (_estimate(lm, config, i, closure) for i in range(config.max_steps))
     ]
     values = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
     d = sum(g.numel() for g in gradient)

@@ -1,4 +1,4 @@
-"""What can be read from a run: accuracy, passes, seconds, bytes, and the numbers that cells of a kind have of their own.
+"""What can be read from a run: accuracy, passes, seconds, bytes, and the numbers that its kind has of its own.
 
 Each has a name, a unit that people read, and a way to be compared: rates by their difference, amounts by their ratio.
 """

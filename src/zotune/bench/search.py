@@ -43,7 +43,7 @@ def _optuna(plan: SearchPlan, mus: tuple[float | None, ...]) -> Search:
     try:
         import optuna
     except ImportError:
-        raise UsageError('search by = "optuna" needs it: pip install \'zotune[bench]\'') from None
+        raise UsageError("search by = \"optuna\" needs it: pip install 'zotune[bench]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=plan.seed))
     for _ in range(plan.num_trials):
@@ -52,9 +52,6 @@ def _optuna(plan: SearchPlan, mus: tuple[float | None, ...]) -> Search:
         given = [mu for mu in mus if mu is not None]
         mu = trial.suggest_float("mu", min(given), max(given), log=True) if given else None
         loss = yield Point(rate, mu)
-        # Optuna's sampler takes a trial without a number as the worst.
-        study.tell(trial, loss if math.isfinite(loss) else None, None if math.isfinite(loss) else _failed(optuna))
-
-
-def _failed(optuna: object) -> object:
-    return optuna.trial.TrialState.FAIL  # type: ignore[attr-defined]
+        # Optuna knows no infinite loss; a trial without a number teaches it nothing.
+        failed = None if math.isfinite(loss) else optuna.trial.TrialState.FAIL
+        study.tell(trial, None if failed else loss, state=failed)

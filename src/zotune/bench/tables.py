@@ -17,7 +17,7 @@ from zotune.bench.runner import State
 
 Place = tuple[Coordinate, ...]
 Coordinates = Mapping[str, Coordinate]
-# What a paper's unit is in ours, where both are about the same thing; its GB are GiB (the weights of OPT-13B are 48 of them).
+# What a paper's unit is in ours; its GB are GiB, for the weights of OPT-13B are 48 of them.
 _UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "": ("", 1.0)}
 # Rows of an accuracy table that no method earned.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
@@ -122,9 +122,8 @@ def table(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Table:
     rows_of, columns_of = experiment.layout.rows, experiment.layout.columns
     quantities = _quantities(experiment, cells)
     rows = _places(rows_of, cells)
-    columns = tuple(
-        Column(place, q) for place in _places(columns_of, cells) for q in quantities if _is_known(place, q, columns_of, cells)
-    )
+    every = [Column(place, q) for place in _places(columns_of, cells) for q in quantities]
+    columns = tuple(column for column in every if _is_known(column, columns_of, cells))
     beside = papers(experiment, cells)
     grid: list[list[Entry]] = []
     for row in rows:
@@ -165,11 +164,11 @@ def _places(axes: Sequence[str], cells: Sequence[Cell]) -> tuple[Place, ...]:
     return tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
 
 
-def _is_known(place: Place, q: Quantity, axes: Sequence[str], cells: Sequence[Cell]) -> bool:
-    """Whether some cell of a column has the quantity, or may come to have it: accuracy is no number of a memory cell."""
-    here = [c for c in cells if _agrees(c.coordinates, dict(zip(axes, place, strict=True)))]
-    usable = [c.result for c in here if c.is_usable and c.result]
-    return not usable or any(readings(result, q) for result in usable)
+def _is_known(column: Column, axes: Sequence[str], cells: Sequence[Cell]) -> bool:
+    """Whether some cell of a column has its quantity, or may yet: a cell about memory has no accuracy."""
+    place = dict(zip(axes, column.place, strict=True))
+    usable = [c.result for c in cells if c.is_usable and c.result and _agrees(c.coordinates, place)]
+    return not usable or any(readings(result, column.quantity) for result in usable)
 
 
 def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Sequence[tuple[PaperCell, str]]) -> Entry:
@@ -186,7 +185,7 @@ def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Se
 
 
 def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of one cell's mean, over evaluation rows and seeds; of an amount, its least and greatest run."""
+    """The 95 % interval of a cell's mean over evaluation rows and seeds; of an amount, its least and greatest run."""
     usable = [c.result for c in cells if c.is_usable and c.result]
     if len(usable) != 1:
         return None, None
@@ -214,7 +213,8 @@ def papers(experiment: Experiment, cells: Sequence[Cell]) -> list[tuple[PaperCel
     for cell in cells:
         for axis, value in cell.coordinates.items():
             ours.setdefault(axis, set()).add(value)
-    theirs = {axis: {p.coordinates[axis] for p in found if axis in p.coordinates} for p in found for axis in p.coordinates}
+    axes = {axis for p in found for axis in p.coordinates}
+    theirs = {axis: {p.coordinates[axis] for p in found if axis in p.coordinates} for axis in axes}
     apart = {axis for axis, values in theirs.items() if not values & ours.get(axis, set())}
     return [
         (
@@ -225,9 +225,7 @@ def papers(experiment: Experiment, cells: Sequence[Cell]) -> list[tuple[PaperCel
     ]
 
 
-def _beside(
-    cell: Cell, q: Quantity, mean: float | None, numbers: Iterable[tuple[PaperCell, str]]
-) -> Iterable[Beside]:
+def _beside(cell: Cell, q: Quantity, mean: float | None, numbers: Iterable[tuple[PaperCell, str]]) -> Iterable[Beside]:
     for paper, label in numbers:
         if paper.metric == q.name and _agrees(cell.coordinates, paper.coordinates):
             value = in_our_unit(paper, q)

@@ -1,7 +1,7 @@
 """What the paper says, held against what was measured: holds, does not hold, or cannot be told.
 
-Cells are compared within settings (the axes that a claim does not name), and settings count alike. A verdict is what the
-95 % interval of the comparison allows, no more.
+Cells are compared within settings (the axes that a claim does not name), and settings count alike. A verdict is what
+the 95 % interval of the comparison allows, no more.
 """
 
 from __future__ import annotations
@@ -185,15 +185,14 @@ def _terms(
         read = [outcomes(c.result, q) for c in chosen if c.result is not None and c.is_usable]
         usable = [o for o in read if o is not None]
         if len(usable) < len(chosen):
-            found = []
-            return found
+            return []
         weights = _spread_weights(usable) if claim.spread else [1 / len(usable)] * len(usable)
         found += [(sign * w, o) for w, o in zip(weights, usable, strict=True)]
     return found
 
 
 def _spread_weights(found: Sequence[Outcomes]) -> list[float]:
-    """Weights with which the cells' means add up to their standard deviation s, and its gradient: (m − m̄)/((k − 1) s)."""
+    """The gradient (m − m̄)/((k − 1) s) of the means' standard deviation s; weighted by it, the means add up to s."""
     means = np.array([o.mean for o in found])
     away = means - means.mean()
     spread = math.sqrt(float((away * away).sum()) / (len(means) - 1)) if len(means) > 1 else 0.0

@@ -1,14 +1,14 @@
 """The process of one job: reads it as a line of JSON, does it, writes what it found as JSON, or says why not.
 
-    python -m zotune.bench.worker < job.json
-
-It leaves when its input closes, that is when its runner is gone.
+The runner starts it, as `python -m zotune.bench.worker`.
+It leaves when its input closes, which is when its runner is gone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from zotune.bench.accuracy import evaluated, trained
+from zotune.bench.jobs import Job
+from zotune.bench.measured import step_taken
 from zotune.bench.processes import FAILED, OUT_OF_MEMORY
 from zotune.bench.quality import estimated
 from zotune.cli import is_out_of_memory
-from zotune.errors import UsageError, ZotuneError, did_you_mean
+from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean
 from zotune.llm.output import environment, write_json
 from zotune.memory import keep_freed_memory
 
 # What a job does, given its options and a folder of its own; what it found, as JSON holds it.
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]
 
-WORK: dict[str, Work] = {"train": trained, "evaluate": evaluated, "estimate": estimated}
+WORK: dict[str, Work] = {"train": trained, "evaluate": evaluated, "estimate": estimated, "step": step_taken}
 """Every kind of job by name."""
 
 
@@ -39,6 +41,8 @@ def do(line: Mapping[str, Any]) -> dict[str, Any]:
     name, folder = str(line["does"]), Path(line["folder"])
     if name not in WORK:
         raise UsageError(f"no job is called {name!r}.{did_you_mean(name, WORK)}")
+    if "key" in line and Job(name, dict(line["options"])).key != line["key"]:
+        raise RunError("the code or the libraries here are not those that the runner began with; start it again")
     _limit_gpu(line.get("gib"))
     return {**WORK[name](dict(line["options"]), folder), "environment": machine()}
 
@@ -83,6 +87,9 @@ def _leave_with_the_runner() -> None:
     # Read without Python's buffer, whose lock the main thread would wait for at exit.
     while os.read(0, 1):
         pass
+    # The runner made this process the first of a group of its own, in which is all that was started from here.
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(FAILED)
 
 

@@ -28,7 +28,8 @@ def ours(entry: Entry, q: Quantity) -> str:
     """Our number with its standard error, or why there is none.
 
     >>> from zotune.bench.quantities import quantity
-    >>> ours(Entry("done", 91.25, 0.31, num_seeds=3), quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
+    >>> found = Entry("done", 91.25, 0.31, num_seeds=3)
+    >>> ours(found, quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
     ('91.2 ± 0.3', 'not run')
     """
     if entry.mean is None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel
+from zotune.llm.step_options import StepOptions
 from zotune.stack import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
@@ -24,7 +24,7 @@ PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 _SETTLED = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"}
 
 
-def add_lora(lm: LanguageModel, config: TrainConfig) -> None:
+def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     """Add low-rank matrices beside linear layers (Hu et al., 2021); the outcome is the model's own at first.
 
     Raises:
@@ -67,7 +67,7 @@ def first_layer(num_layers: int, tuned_layers: int | None) -> int:
     return num_layers - (tuned_layers or num_layers)
 
 
-def add_prefix(lm: LanguageModel, config: TrainConfig) -> None:
+def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
     """Put tuned keys and values before those of every layer (Li and Liang, 2021), as they come from real tokens."""
     from peft import PrefixTuningConfig
 
@@ -77,7 +77,7 @@ def add_prefix(lm: LanguageModel, config: TrainConfig) -> None:
     _set_virtual_tokens(lm, keys_values)
 
 
-def add_prompt(lm: LanguageModel, config: TrainConfig) -> None:
+def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
     """Put tuned embeddings before those of the input (Lester et al., 2021), those of real tokens at first."""
     from peft import PromptTuningConfig
 
@@ -90,7 +90,7 @@ def add_prompt(lm: LanguageModel, config: TrainConfig) -> None:
     _set_virtual_tokens(lm, rows)
 
 
-def add_by_name(lm: LanguageModel, config: TrainConfig) -> None:
+def add_by_name(lm: LanguageModel, config: StepOptions) -> None:
     """Add the scheme of peft that `peft_type` names, with the keys of `peft_config`.
 
     Raises:

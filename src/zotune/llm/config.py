@@ -13,29 +13,17 @@ import yaml
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.method_options import FIRST_ORDER, MethodOptions
+from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.objective_options import OF_ANSWERS, ObjectiveOptions
-from zotune.llm.schema import Options, is_partial
+from zotune.llm.schema import is_partial
 from zotune.llm.selection_options import SelectionOptions
-from zotune.llm.tuning_options import TuningOptions
+from zotune.llm.step_options import ModelOptions as ModelOptions
+from zotune.llm.step_options import StepOptions
 
 RECIPES = Path(__file__).parent / "recipes"
 
 # What columns of one's own rows hold; text and label have options of their own.
 ROLES = ("prompt", "completion", "messages", "choices")
-
-
-class ModelOptions(Options):
-    """Which model, and how it is loaded."""
-
-    model: str = Field(
-        "smollm2-135m", description="Built-in name, Hub id, local folder, or random:NAME (see `models`)."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights; auto takes the checkpoint's."
-    )
-    accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
 
 
 class DataOptions(ObjectiveOptions):
@@ -144,7 +132,7 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
-class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, SelectionOptions):
+class TrainConfig(StepOptions, DataOptions, SelectionOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
     With --dry-run: show what would be read, tuned and taken; start nothing, write nothing.
@@ -158,15 +146,9 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, Selec
     )
 
     max_steps: int = Field(1000, ge=1, description="Updates.")
-    per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose objective is averaged for one update.")
-    gradient_checkpointing: bool = Field(
-        False, description="First-order methods: recompute activations to save memory."
-    )
     reuse_activations: bool = Field(True, description="Compute what lies below the lowest tuned layer once per row.")
     reuse_memory: float = Field(1.0, ge=0, description="GiB of the model's device that this may take.")
     reuse_file: float = Field(0.0, ge=0, description="GiB of a temporary file in output_dir for what is left.")
-    seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
 
     logging_steps: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
 
@@ -183,12 +165,8 @@ class TrainConfig(ModelOptions, DataOptions, MethodOptions, TuningOptions, Selec
             )
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume goes on with the run that overwrite_output_dir would delete; give one of them")
-        if self.gradient_checkpointing and self.is_prefix:
-            raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
         if self.reuse_file and not self.reuse_activations:
             raise ValueError("reuse_file has no effect where activations are not reused")
-        if self.gradient_checkpointing and self.method not in FIRST_ORDER:
-            raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
         return self
 
 

@@ -28,6 +28,7 @@ from zotune.llm.optimizers import AnyOptimizer, make_optimizer, set_learning_rat
 from zotune.llm.output import OutputFolder
 from zotune.llm.progress import Display, Status, say
 from zotune.llm.selection import Selection
+from zotune.llm.step_options import StepOptions
 from zotune.llm.stopping import Stop
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
 from zotune.memory import peak_memory
@@ -47,7 +48,7 @@ class Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.counters = Counters()
         self._closure: MakeClosure = (
-            partial(_scored, lm, rows.objective, scorer)
+            partial(scored, lm, rows.objective, scorer)
             if rows.generated is None
             else partial(rows.generated.closure, lm)
         )
@@ -82,17 +83,7 @@ class Run:
     def _try_side_by_side(self) -> None:
         """See at the start whether probes can share a forward pass, so that a run that is resumed finds the same."""
         closures, _ = self._closures(self.rows.train[:2])
-        own = self.optimizer.zeroth_order if isinstance(self.optimizer, Hybrid) else self.optimizer
-        if not isinstance(own, ZerothOrder):
-            return
-        if self.config.method == "forward_grad":  # whose check probes but once
-            own.tuned.is_separable = False
-        elif isinstance(closures[0], Batched) and closures[0].most > 1:
-            before = self.lm.num_forwards
-            own.tuned.is_separable = is_separable(closures[0], own.tuned)
-            self.lm.num_forwards = before
-            if not own.tuned.is_separable:
-                say(NOT_SEPARABLE)
+        try_side_by_side(self.optimizer, closures[0], self.lm, self.config)
 
     def tokens_read(self) -> int:
         """Tokens of the training's forward passes, padding not counted; 0 where text is generated."""
@@ -241,7 +232,24 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
         waiting = waiting[size:]
 
 
-def _scored(
+def try_side_by_side(
+    optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
+) -> None:
+    """See whether the probes of the closure's few examples can share a forward pass, and keep what was found."""
+    own = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
+    if not isinstance(own, ZerothOrder):
+        return
+    if options.method == "forward_grad":  # whose check probes but once
+        own.tuned.is_separable = False
+    elif isinstance(closure, Batched) and closure.most > 1:
+        before = lm.num_forwards
+        own.tuned.is_separable = is_separable(closure, own.tuned)
+        lm.num_forwards = before
+        if not own.tuned.is_separable:
+            say(NOT_SEPARABLE)
+
+
+def scored(
     lm: LanguageModel,
     objective: Objective,
     scorer: Scorer,

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from zotune.errors import UsageError
 from zotune.llm.adapters import add_by_name, add_lora, add_prefix, add_prompt, first_layer
-from zotune.llm.config import TrainConfig
 from zotune.llm.heads import parts_of_head
 from zotune.llm.models import LanguageModel, head_of
 from zotune.llm.reuse import parameters_below
+from zotune.llm.step_options import StepOptions
 from zotune.stack import stack_of
 
 
-def prepare(lm: LanguageModel, config: TrainConfig) -> None:
+def prepare(lm: LanguageModel, config: StepOptions) -> None:
     """Add the adapter that `config` asks for, and let exactly the tuned parameters require a gradient.
 
     Raises:
@@ -25,7 +25,7 @@ def prepare(lm: LanguageModel, config: TrainConfig) -> None:
     SCHEMES[config.tuning](lm, config)
 
 
-def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
+def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
     try:
         pattern = re.compile(config.tuned_parameters or "")
     except re.error as error:
@@ -46,13 +46,13 @@ def _choose_weights(lm: LanguageModel, config: TrainConfig) -> None:
         )
 
 
-def _choose_head(lm: LanguageModel, config: TrainConfig) -> None:
+def _choose_head(lm: LanguageModel, config: StepOptions) -> None:
     parts = [lm.base.get_submodule(name) for name in parts_of_head(lm.base)] if lm.classifies else [head_of(lm.base)]
     for p in (p for part in parts for p in part.parameters()):
         p.requires_grad_(True)
 
 
-SCHEMES: dict[str, Callable[[LanguageModel, TrainConfig], None]] = {
+SCHEMES: dict[str, Callable[[LanguageModel, StepOptions], None]] = {
     "full": _choose_weights,
     "head": _choose_head,
     "lora": add_lora,
