@@ -23,7 +23,8 @@ class Claim(Options):
     Attributes:
         sentence, where: what the paper says, in its words or near them, and in which place.
         of: the quantity that is compared.
-        each: an axis: `more` must beat `less` for each value of it there by itself ("the best of all").
+        each: an axis: the claim must hold for each of its values by itself, on the side that has several ("the best of
+            all", "the worst of all"); `some`: for one of them at least.
         spread: an axis: what is compared is the standard deviation over the values of it, not the mean.
         among: only cells that match count.
         by: how much more at least: points of a rate, else a fraction (0.1: a tenth more). Below 0: not worse by more.
@@ -36,6 +37,7 @@ class Claim(Options):
     less: tuple[Selection, ...] = ()
     of: str = "accuracy"
     each: str | None = None
+    some: str | None = None
     spread: str | None = None
     among: Selection = Field(default_factory=dict)
     by: float = 0.0

@@ -91,10 +91,22 @@ def quantity(name: str) -> Quantity:
 
     Of these a word of the name tells the unit, `bytes` or `seconds`; others are plain numbers.
 
+    `A/B` is the ratio of two of them.
+
     >>> quantity("seconds_per_step").unit, quantity("formula_bytes").unit, quantity("relative_variance").label
     ('s', 'GiB', 'relative variance')
     """
+    if "/" in name:
+        return _ratio(name, *map(quantity, name.split("/", 1)))
     return QUANTITIES.get(name) or _own(name)
+
+
+def _ratio(name: str, above: Quantity, below: Quantity) -> Quantity:
+    def read(run: RunRecord) -> float | None:
+        a, b = above.read(run), below.read(run)
+        return a / b if a is not None and b else None
+
+    return Quantity(name, f"{above.label} ÷ {below.label}", "", read, by_ratio=True)
 
 
 def _own(name: str) -> Quantity:

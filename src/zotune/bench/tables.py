@@ -18,7 +18,7 @@ from zotune.bench.runner import State
 Place = tuple[Coordinate, ...]
 Coordinates = Mapping[str, Coordinate]
 # What a paper's unit is in ours; its GB are GiB, for the weights of OPT-13B are 48 of them.
-_UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "": ("", 1.0)}
+_UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "A100s": ("", 1.0), "": ("", 1.0)}
 # Rows of an accuracy table that no method earned.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
 

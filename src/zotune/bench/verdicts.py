@@ -75,26 +75,34 @@ def judge(claim: Claim, cells: Sequence[Cell], num_comparisons: int = 1) -> Verd
     parts = _parts(claim, cells)
     if not parts:
         return Verdict(claim, "cannot be told", (), "none of the cells that it is about was run at this scale")
-    found = [c for label, more, less in parts if (c := _compared(claim, label, more, less, cells, num_comparisons))]
+    # One of several that settles a claim must do so with all of them counted.
+    level = 1 - 0.05 / len(parts) if claim.some else 0.95
+    every = [_compared(claim, part, cells, num_comparisons, level) for part in parts]
+    found = [c for c in every if c is not None]
     missing = len(parts) - len(found)
     if not found:
         return Verdict(claim, "cannot be told", (), "no setting has all the cells that it compares")
-    finding = _together([c.finding for c in found] + ["cannot be told"] * missing)
+    open_ends: list[Finding] = ["cannot be told"] * missing
+    finding = _together([c.finding for c in found] + open_ends, of_one=claim.some is not None)
     settled = [c for c in found if c.finding == finding]
-    # All of several comparisons must hold, but one that fails is enough.
-    stays = (all if finding == "holds" else any)(c.stays for c in settled) and finding != "cannot be told"
+    # Where all comparisons must agree, all must stay; where one settles it, one.
+    needs_all = (finding == "holds") == (claim.some is None)
+    stays = finding != "cannot be told" and (all if needs_all else any)(c.stays for c in settled)
     return Verdict(claim, finding, tuple(found), _reason(found, missing, finding), stays)
 
 
-def _together(findings: Sequence[Finding]) -> Finding:
-    """Of several comparisons: all hold, or one does not.
+def _together(findings: Sequence[Finding], *, of_one: bool = False) -> Finding:
+    """Of several comparisons: all hold, or one does not; `of_one`: one holds, or all do not.
 
     >>> _together(["holds", "cannot be told"]), _together(["holds", "does not hold"])
     ('cannot be told', 'does not hold')
+    >>> _together(["holds", "cannot be told"], of_one=True), _together(["does not hold", "cannot be told"], of_one=True)
+    ('holds', 'cannot be told')
     """
-    if "does not hold" in findings:
-        return "does not hold"
-    return "holds" if all(f == "holds" for f in findings) else "cannot be told"
+    enough: Finding = "holds" if of_one else "does not hold"
+    if enough in findings:
+        return enough
+    return "cannot be told" if "cannot be told" in findings else findings[0]
 
 
 def _reason(found: Sequence[Comparison], missing: int, finding: Finding) -> str:
@@ -114,17 +122,27 @@ _Part = tuple[str, tuple[Selection, ...], tuple[Selection, ...]]
 
 
 def _parts(claim: Claim, cells: Sequence[Cell]) -> list[_Part]:
-    """The comparisons of a claim, by label: one, or one for each value of the axis `each`."""
-    axis = claim.each
+    """The comparisons of a claim, by label: one, or one for each value of an axis on the side that has several."""
+    cells = [c for c in cells if matches(c, claim.among)]
+    if not all(any(matches(c, s) for c in cells) for s in (*claim.more, *claim.less)):
+        return []
+    axis = claim.each or claim.some
     if axis is None:
-        is_known = all(any(matches(c, s) for c in cells) for s in (*claim.more, *claim.less))
-        return [("", claim.more, claim.less)] if is_known else []
-    one = {c.coordinates.get(axis) for c in cells if any(matches(c, s) for s in claim.more)}
-    others = dict.fromkeys(
-        c.coordinates[axis] for c in cells if axis in c.coordinates and any(matches(c, s) for s in claim.less)
-    )
-    given = claim.more if one else ()
-    return [(str(v), given, tuple({**s, axis: v} for s in claim.less)) for v in others if given and v not in one]
+        return [("", claim.more, claim.less)]
+    above, below = (_values(axis, side, cells) for side in (claim.more, claim.less))
+    if below and len(above) <= 1:
+        return [(str(v), claim.more, _at(axis, v, claim.less)) for v in below if v not in above]
+    return [(str(v), _at(axis, v, claim.more), claim.less) for v in above if v not in below]
+
+
+def _values(axis: str, side: Sequence[Selection], cells: Sequence[Cell]) -> list[Coordinate]:
+    """The values of an axis on one side of a claim."""
+    here = [c.coordinates[axis] for c in cells if axis in c.coordinates and any(matches(c, s) for s in side)]
+    return list(dict.fromkeys(here))
+
+
+def _at(axis: str, value: Coordinate, side: Sequence[Selection]) -> tuple[Selection, ...]:
+    return tuple({**selection, axis: value} for selection in side)
 
 
 def matches(cell: Cell, selection: Mapping[str, Coordinate | tuple[Coordinate, ...]]) -> bool:
@@ -144,15 +162,10 @@ _Terms = list[tuple[float, Outcomes]]
 
 
 def _compared(
-    claim: Claim,
-    label: str,
-    more: Sequence[Selection],
-    less: Sequence[Selection],
-    cells: Sequence[Cell],
-    num_comparisons: int,
+    claim: Claim, part: _Part, cells: Sequence[Cell], num_comparisons: int, level: float
 ) -> Comparison | None:
     """One comparison over all settings that have its cells; None where none has."""
-    q = quantity(claim.of)
+    q, (label, more, less) = quantity(claim.of), part
     named = {axis for s in (*more, *less) for axis in s} | ({claim.spread} if claim.spread else set())
     # A setting: the places on all other axes.
     settings: dict[tuple[tuple[str, Coordinate], ...], list[Cell]] = {}
@@ -165,7 +178,7 @@ def _compared(
     if not whole:
         return None
     estimate = contrast([(weight / len(whole), found) for terms in whole for weight, found in terms])
-    finding = _finding(claim, estimate, q, 0.95)
+    finding = _finding(claim, estimate, q, level)
     stays = finding != "cannot be told" and _finding(claim, estimate, q, 1 - 0.05 / num_comparisons) == finding
     value, low, high = (math.exp(x) if q.by_ratio else x for x in (estimate.value, *estimate.interval()))
     return Comparison(
@@ -177,11 +190,11 @@ def _terms(
     claim: Claim, q: Quantity, more: Sequence[Selection], less: Sequence[Selection], here: Sequence[Cell]
 ) -> _Terms | None:
     """The weighted cells of one setting; empty where a cell lacks its result, None where there are no such cells."""
+    sides = [(sign, [c for c in here if matches(c, s)]) for sign, side in ((1.0, more), (-1.0, less)) for s in side]
+    if not all(chosen for _, chosen in sides) or (claim.spread and not _spreads_alike(claim.spread, sides)):
+        return None
     found: _Terms = []
-    for sign, selection in (*((1.0, s) for s in more), *((-1.0, s) for s in less)):
-        chosen = [c for c in here if matches(c, selection)]
-        if not chosen:
-            return None
+    for sign, chosen in sides:
         read = [outcomes(c.result, q) for c in chosen if c.result is not None and c.is_usable]
         usable = [o for o in read if o is not None]
         if len(usable) < len(chosen):
@@ -189,6 +202,12 @@ def _terms(
         weights = _spread_weights(usable) if claim.spread else [1 / len(usable)] * len(usable)
         found += [(sign * w, o) for w, o in zip(weights, usable, strict=True)]
     return found
+
+
+def _spreads_alike(axis: str, sides: Sequence[tuple[float, Sequence[Cell]]]) -> bool:
+    """Whether all sides have the same values on an axis, and several: else their spreads are not of the same thing."""
+    values = [{c.coordinates.get(axis) for c in chosen} for _, chosen in sides]
+    return len(values[0]) > 1 and all(v == values[0] for v in values)
 
 
 def _spread_weights(found: Sequence[Outcomes]) -> list[float]:
