@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from bench_cells import contents, here, made_up, run_cells, small_cells
 
+from bench_cells import contents, here, made_up, run_cells, small_cells
 from zotune.bench import runner as runner_module
 from zotune.bench.cells import CellResult, mean_and_error, read_result, repeatable, result_path
 from zotune.bench.commands import chosen_cells
@@ -203,7 +203,7 @@ def test_a_budget_of_memory_takes_the_first_batch_that_fits_and_keeps_the_exampl
         return Outcome("done", found=found)
 
     budget = {"mib": 450, "batch_sizes": [16, 8, 4, 2]}
-    (spec, other) = small_cells(budget=budget, options={"task": "copa", "per_device_train_batch_size": 16})
+    spec, _ = small_cells(budget=budget, options={"task": "copa", "per_device_train_batch_size": 16})
     run_cells([spec], tmp_path, taking)
     found = read_result(result_path(tmp_path, "smoke", "small", spec.name))
     assert (found.status, found.chosen.per_device_train_batch_size) == ("done", 4)
@@ -255,7 +255,8 @@ def process(code, stopped=lambda: False):
 
 
 def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
-    code = "import subprocess, sys, time\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    code = "import subprocess, sys, time\n"
+    code += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
     job = Job("train", {}, Limits(minutes=1.0 / 60))
     began = time.monotonic()

@@ -190,7 +190,8 @@ def _caption(table: Table, shown_axes: Sequence[int]) -> str:
     quantities = {column.quantity.name: column.quantity for column in table.columns}
     if len(quantities) == 1:
         shared += [label_of(q, table.metric) for q in quantities.values()]
-    texts = [f"{'; '.join(shared)}."] if shared else []
+    together = "; ".join(shared)
+    texts = [f"{together[0].upper()}{together[1:]}."] if shared else []
     if any(not q.by_ratio for q in quantities.values()):
         texts.append(
             "Mean ± standard error over seeds, then the 95 % interval over evaluation rows and seeds, "
@@ -257,8 +258,8 @@ def _comparison(found: Comparison, *, by_ratio: bool) -> str:
     unit = "" if by_ratio else " points"
     rows = f" × {found.num_rows} rows" if found.num_rows > 1 else ""
     settings = f", {found.num_settings} of {found.of_settings} settings" if found.of_settings > 1 else ""
-    against = f"against {found.label}: " if found.label else ""
-    return f"{against}{value}{unit}{between}; {found.num_runs} runs a cell{rows}{settings}"
+    label = f"{found.label}: " if found.label else ""
+    return f"{label}{value}{unit}{between}; {found.num_runs} runs a cell{rows}{settings}"
 
 
 def _budgets(section: Section) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """The paper's formulas of peak memory, and the sizes of a model that they are about.
 
 Peak memory is that of the weights, of the optimizer's state, and of what computing an estimate or a gradient takes for
-a moment: |x| + state + dynamic (the paper, table 5 and appendix C.1; tables A1 and A2 write the same for full tuning and
-for an adapter of ε numbers). Sizes are bytes in the model's precision. A layer l is one of the model's stack, or all
+a moment: |x| + state + dynamic (the paper, table 5 and appendix C.1; tables A1 and A2 write the same for full tuning
+and for an adapter of ε numbers). Sizes are bytes in the precision of the model. A layer l is one of its stack, or all
 that lies around it. Activations a are what autograd keeps for the backward pass, each tensor once, weights not counted.
 """
 

@@ -131,7 +131,7 @@ def _parts(claim: Claim, cells: Sequence[Cell]) -> list[_Part]:
         return [("", claim.more, claim.less)]
     above, below = (_values(axis, side, cells) for side in (claim.more, claim.less))
     if below and len(above) <= 1:
-        return [(str(v), claim.more, _at(axis, v, claim.less)) for v in below if v not in above]
+        return [(f"against {v}", claim.more, _at(axis, v, claim.less)) for v in below if v not in above]
     return [(str(v), _at(axis, v, claim.more), claim.less) for v in above if v not in below]
 
 

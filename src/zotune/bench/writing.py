@@ -47,9 +47,9 @@ def theirs(beside: Beside, q: Quantity) -> str:
 
     >>> from zotune.bench.quantities import quantity
     >>> theirs(Beside("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
-    'opt-1.3b 90.1, ours −2.3'
+    '(opt-1.3b) 90.1, ours −2.3'
     """
-    text = f"{beside.label} {q.text(beside.value)}".strip()
+    text = f"({beside.label}) {q.text(beside.value)}" if beside.label else q.text(beside.value)
     if beside.ratio is not None:
         return f"{text} (×{beside.ratio:.2f})"
     return text if beside.difference is None else f"{text}, ours {signed(q.text(beside.difference))}"

@@ -98,6 +98,34 @@ def add_many(
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
+def has_steps(x: Tensor) -> bool:
+    """Whether `step` can be taken with x."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and hasattr(_cpu(), "step")
+
+
+def step(
+    x: Tensor,
+    states: Sequence[Tensor],
+    rule: int,
+    constants: Any,
+    terms: tuple[int, Sequence[int], Sequence[float]],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+    *,
+    first: bool,
+    writes: bool,
+) -> None:
+    """One step of a rule with a state, in place; see `zotune.fused`. Only where `has_steps`.
+
+    The `states` of the rule are float32 and as large as x; `terms` are stream, seeds and scales of the directions.
+    If it is the `first` step, the state begins here, whatever is in `states`; unless it `writes`, x stays.
+    """
+    kind, arrays = _KINDS[x.dtype], [_array(s) for s in states]
+    place = (terms, rounding_seed, tensor_id, start)
+    _cpu().step(_array(x), arrays, kind, rule, constants, *place, first=first, writes=writes)
+
+
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix, where rows[i] is its row indices[i]."""
     if (kernels := _accelerated(rows)) is not None:

@@ -198,21 +198,26 @@ static inline uint16_t stochastic_bfloat16(float y, uint32_t random) {
     return (uint16_t)(up | ((bits_of(y) >> 16) & 0x8000u));
 }
 
+/* Without a branch: of several conditions on one number the compiler would make jumps, and of jumps no vectors. */
+static inline uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    const uint32_t all = -(uint32_t)condition;
+    return (yes & all) | (no & ~all);
+}
+
 /* In units of the gap at |y|, a power of two, its whole part tells the lower neighbour, the rest the chance to go up. */
 static inline uint16_t stochastic_float16(float y, uint32_t random) {
     const uint32_t bits = bits_of(y) & 0x7FFFFFFFu, sign = (bits_of(y) >> 16) & 0x8000u;
     uint32_t exponent = bits >> 23;
     exponent = exponent < 113 ? 113 : exponent;
     exponent = exponent > 142 ? 142 : exponent;
-    const uint32_t finite = bits < 0x47800000u ? bits : 0;
+    const uint32_t finite = choose(bits < 0x47800000u, bits, 0);
     const float scaled = float_of(finite) * float_of((264 - exponent) << 23);
     const int32_t whole = (int32_t)scaled;
     const int32_t chance = (int32_t)((scaled - (float)whole) * 65536.0f);
     uint32_t rounded = ((exponent - 113) << 10) + (uint32_t)whole + (((uint32_t)chance + random) >> 16);
-    rounded = bits < 0x477FE000u ? rounded : 0x7BFFu; /* the largest finite number is not left */
-    rounded = bits < 0x7F800000u ? rounded : 0x7C00u;
-    const uint32_t nan = 0x7E00u | ((bits >> 13) & 0x3FFu);
-    rounded = bits > 0x7F800000u ? nan : rounded;
+    rounded = choose(bits < 0x477FE000u, rounded, 0x7BFFu); /* the largest finite number is not left */
+    rounded = choose(bits < 0x7F800000u, rounded, 0x7C00u);
+    rounded = choose(bits > 0x7F800000u, 0x7E00u | ((bits >> 13) & 0x3FFu), rounded);
     return (uint16_t)(rounded | sign);
 }
 
@@ -347,6 +352,71 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
         widen(room, of, kind, t.count);
         for (int k = 0; k < t.count; k++) room[k] += sum[k];
         narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+    }
+}
+
+/* ---- steps with a state ---- */
+
+enum { MOMENTUM = 0, ADAM = 1, ADAMM = 2, AMSGRAD = 3 };
+
+typedef struct {
+    float beta1, rest1, beta2, rest2; /* of the averages; rest = 1 - beta */
+    float bias1, bias2, eps;
+    float keep, rate; /* x becomes keep x - rate step */
+} constants;
+
+/* The state of n elements advances by g, which becomes the step. Each operation is rounded by itself, in the order of
+ * zotune.transforms. `first`: there is no state yet. */
+static inline void advance(float *g, float *m, float *v, float *largest, int rule, int first, constants k, int n) {
+    if (rule == MOMENTUM) {
+        if (!first)
+            for (int i = 0; i < n; i++) g[i] = k.beta1 * m[i] + g[i];
+        memcpy(m, g, n * sizeof(float));
+        return;
+    }
+    float other[TILE] ALIGNED; /* what v is measured against: the one before, or the largest so far */
+    float *mine = rule == AMSGRAD ? largest : other;
+    if (first) {
+        for (int i = 0; i < n; i++) m[i] = k.rest1 * g[i];
+        for (int i = 0; i < n; i++) v[i] = k.rest2 * (g[i] * g[i]);
+        if (rule == AMSGRAD) memcpy(largest, v, n * sizeof(float));
+        else memset(other, 0, n * sizeof(float));
+    } else {
+        if (rule == ADAMM) memcpy(other, v, n * sizeof(float));
+        for (int i = 0; i < n; i++) m[i] = k.beta1 * m[i] + k.rest1 * g[i];
+        for (int i = 0; i < n; i++) v[i] = k.beta2 * v[i] + k.rest2 * (g[i] * g[i]);
+    }
+    if (rule == ADAM) {
+        for (int i = 0; i < n; i++) g[i] = (m[i] / k.bias1) / (sqrtf(v[i] / k.bias2) + k.eps);
+        return;
+    }
+    for (int i = 0; i < n; i++) mine[i] = v[i] > mine[i] ? v[i] : mine[i];
+    for (int i = 0; i < n; i++) g[i] = m[i] / (sqrtf(mine[i]) + k.eps);
+}
+
+/* x = keep x - rate h(Σ scales[i] uᵢ), with the state of h; not at all where `writes` is 0, but the state advances.
+ * `numbers` are the constants in their order. Not for double precision. */
+void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule, int first, int writes,
+                 const float *numbers, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
+                 uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    constants k;
+    memcpy(&k, numbers, sizeof k);
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED, g[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        for (int n = 0; n < q; n++) {
+            const float *u = term(room, (float)scales[n], stream, seeds[n], tensor, t);
+            for (int j = 0; j < t.count; j++) g[j] = (n ? g[j] : 0.0f) + u[j];
+        }
+        advance(g, m + t.at, v ? v + t.at : 0, largest ? largest + t.at : 0, rule, first, k, t.count);
+        if (!writes) continue;
+        char *to = x + t.at * BYTES[kind];
+        widen(room, to, kind, t.count);
+        for (int j = 0; j < t.count; j++) room[j] = room[j] * k.keep - k.rate * g[j];
+        if (stochastic)
+            narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+        else
+            narrow(to, room, kind, t.count);
     }
 }
 

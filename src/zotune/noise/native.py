@@ -41,6 +41,7 @@ _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
+    "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
     "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _int),
@@ -118,7 +119,23 @@ def _reproduces_the_specification(loaded: Any) -> bool:
         loaded.zotune_round(_at(bits), _at(out), kind, *place)
         if not np.array_equal(bits, reference.round_stochastically(out, random, dtype)):
             return False
-    return True
+    return _takes_steps(loaded, reference.rademacher(seed, tensor_id, start, start + n), place)
+
+
+def _takes_steps(loaded: Any, u: Any, place: tuple[int, ...]) -> bool:
+    """Whether a second step of Adam, with each of its constants in play, comes out as by separate operations."""
+    seed, tensor_id, start, n, threads = place
+    m, v = np.linspace(-2, 2, n, dtype=np.float32), np.linspace(0, 3, n, dtype=np.float32)
+    x, g = m * m, u * np.float32(0.3)
+    k = np.array([0.9, 0.1, 0.99, 0.01, 0.19, 0.0199, 1e-8, 0.999, 1e-2], np.float32)
+    beta1, rest1, beta2, rest2, bias1, bias2, eps, keep, rate = k
+    new_m, new_v = beta1 * m + rest1 * g, beta2 * v + rest2 * (g * g)
+    expected = x * keep - rate * ((new_m / bias1) / (np.sqrt(new_v / bias2) + eps))
+    u64, double = _u64(seed), _double(0.3)
+    terms = (reference.RADEMACHER, 1, ctypes.addressof(u64), ctypes.addressof(double))
+    how = (0, 1, 0, 1, _at(k))
+    loaded.zotune_step(_at(x), _at(m), _at(v), None, *how, *terms, 0, 0, tensor_id, start, n, threads)
+    return all(np.array_equal(a, b) for a, b in ((x, expected), (m, new_m), (v, new_v)))
 
 
 def _at(array: Any) -> int:
@@ -153,6 +170,30 @@ def add(
     random = None if kind in (0, 3) else rounding_seed
     rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
     library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+
+
+def step(
+    x: Any,
+    states: Sequence[Any],
+    kind: int,
+    rule: int,
+    constants: Any,
+    terms: tuple[int, Sequence[int], Sequence[float]],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+    *,
+    first: bool,
+    writes: bool,
+) -> None:
+    """x, float32 or 16-bit patterns, one step on, and the one to three `states` of its rule; see `zotune.fused`."""
+    stream, seeds, scales = terms
+    q = len(seeds)
+    u, a = (_u64 * q)(*seeds), (_double * q)(*scales)
+    random = None if kind == 0 else rounding_seed
+    addresses = [*map(_at, states), None, None][:3]
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    library().zotune_step(_at(x), *addresses, kind, rule, first, writes, _at(constants), stream, q, u, a, *rest)
 
 
 def add_both(
