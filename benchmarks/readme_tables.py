@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zotune.bench.cells import SCALES
+from zotune.bench.experiments import cells, find, names
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -64,7 +67,23 @@ def zero_shot() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart, "step": step, "memory": memory, "zero_shot": zero_shot}
+def experiments() -> str:
+    """The experiments of `zotune bench`, with their cells at each scale."""
+    lines = ["| | question | smoke | cpu | paper |", "|---|---|--:|--:|--:|"]
+    for name in names():
+        _, experiment = find(name)
+        counts = " | ".join(str(sum(1 for _ in cells(name, experiment, scale))) for scale in SCALES)
+        lines.append(f"| `{name}` | {experiment.question} | {counts} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quickstart": quickstart,
+    "step": step,
+    "memory": memory,
+    "zero_shot": zero_shot,
+    "experiments": experiments,
+}
 
 if __name__ == "__main__":
     for table in TABLES.values():

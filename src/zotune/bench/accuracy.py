@@ -138,9 +138,9 @@ def _fitting(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[str, int
 
 
 def _keeping_the_best(options: dict[str, Any], spec: CellSpec) -> dict[str, Any]:
-    """Evaluations on the way, twenty unless the cell says otherwise, of which the best is kept."""
+    """Evaluations on the way, ten unless the cell says otherwise, of which the best is kept."""
     steps = options.get("max_steps", TrainConfig.model_fields["max_steps"].default)
-    every = min(steps, spec.options.get("eval_steps", max(1, steps // 20)))
+    every = min(steps, spec.options.get("eval_steps", max(1, steps // 10)))
     return {**options, "eval_steps": every, "logging_steps": every, "load_best_model_at_end": True}
 
 

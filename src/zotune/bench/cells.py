@@ -182,9 +182,9 @@ def read_result(path: Path) -> CellResult | None:
         raise UsageError(f"{path} is no result of a benchmark: {str(error)[:300]}. Move it away.") from None
 
 
-def read_results(results: Path, scale: str, experiment: str) -> Iterator[CellResult]:
+def read_results(results: Path | str, scale: str, experiment: str) -> Iterator[CellResult]:
     """All results that an experiment has at a scale, by name."""
-    for path in sorted((results / scale / experiment).glob("*.json")):
+    for path in sorted((Path(results) / scale / experiment).glob("*.json")):
         found = read_result(path)
         if found is not None:
             yield found

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from zotune.bench.cells import SCALES, Scale
-from zotune.bench.experiments import CellSpec, Experiment, cells, find, names
+from zotune.bench.experiments import CellSpec, cells, find, names
 from zotune.errors import UsageError
 from zotune.llm.progress import clock, say
 
@@ -64,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
         command.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
         command.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells, as 'table2/zo_sgd*'")
+        command.add_argument("--data-source", help="where tasks' rows come from: sample, hub or a folder")
     reporting = add("report", _report, "a page of the results beside the paper's; tables and figures for papers")
     reporting.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
     reporting.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
+    reporting.add_argument("--data-source", help="as `run` was told")
     reporting.add_argument("--output", type=Path, metavar="FOLDER", help="default: RESULTS/report-SCALE")
     reporting.add_argument("--run", dest="folder", type=Path, metavar="FOLDER", help="the page of one run instead")
     running = commands.choices["run"]
@@ -87,7 +89,9 @@ def _count(text: str) -> int:
 # Which cells -----------------------------------------------------------------------------------------------
 
 
-def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",)) -> dict[str, list[CellSpec]]:
+def chosen_cells(
+    given: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",), data_source: str | None = None
+) -> dict[str, list[CellSpec]]:
     """The cells that names and patterns choose, by experiment.
 
     A pattern is one of `EXPERIMENT/CELL`, or of an experiment's name alone.
@@ -99,7 +103,8 @@ def chosen_cells(given: Sequence[str], scale: Scale, patterns: Sequence[str] = (
     for name in given or names():
         stem, experiment = find(name)
         if given or scale in experiment.scale:
-            found[stem] = [c for c in cells(stem, experiment, scale) if any(_chosen(c, p) for p in patterns)]
+            every = (_reading(c, data_source) for c in cells(stem, experiment, scale))
+            found[stem] = [c for c in every if any(_chosen(c, p) for p in patterns)]
     if not any(found.values()):
         wanted = " or ".join(patterns)
         raise UsageError(f"no cell of {', '.join(found)} is called {wanted}; `zotune bench run --dry-run` lists them.")
@@ -110,9 +115,11 @@ def _chosen(spec: CellSpec, pattern: str) -> bool:
     return fnmatchcase(spec.path if "/" in pattern else spec.experiment, pattern)
 
 
-def expected_minutes(experiment: Experiment, scale: Scale) -> float:
-    """What a scale of an experiment takes by its file; 0 where it says nothing."""
-    return experiment.scale[scale].minutes or 0.0 if scale in experiment.scale else 0.0
+def _reading(spec: CellSpec, data_source: str | None) -> CellSpec:
+    """The cell with its task's rows from elsewhere."""
+    if data_source is None or "task" not in spec.options:
+        return spec
+    return spec.model_copy(update={"options": {**spec.options, "data_source": data_source}})
 
 
 # Commands --------------------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ def _status(args: argparse.Namespace) -> Answer:
     from zotune.bench.runner import state_of
 
     rows: dict[str, dict[str, Any]] = {}
-    for specs in chosen_cells(args.names, args.scale, args.only).values():
+    for specs in chosen_cells(args.names, args.scale, args.only, args.data_source).values():
         for spec in specs:
             state = state_of(args.results, spec)
             found = read_result(result_path(args.results, spec.scale, spec.experiment, spec.name))
@@ -166,7 +173,7 @@ def _status(args: argparse.Namespace) -> Answer:
 
 
 def _run(args: argparse.Namespace) -> Answer:
-    chosen = chosen_cells(args.names, args.scale, args.only)
+    chosen = chosen_cells(args.names, args.scale, args.only, args.data_source)
     specs = [spec for some in chosen.values() for spec in some]
     minutes = _minutes_a_cell(args, chosen)
     if args.dry_run:
@@ -195,7 +202,8 @@ def _report(args: argparse.Namespace) -> Answer:
     if args.folder is not None:
         page = write_run_page(args.folder)
         return {"page": str(page)}, str(page), 0
-    written = report(args.results, args.scale, args.output or args.results / f"report-{args.scale}", args.names)
+    output = args.output or args.results / f"report-{args.scale}"
+    written = report(args.results, args.scale, output, args.names, lambda spec: _reading(spec, args.data_source))
     text = f"{written[0]}, and {len(written) - 1} files of tables and figures beside it"
     return {"page": str(written[0]), "files": list(map(str, written))}, text, 0
 
@@ -207,8 +215,9 @@ def _minutes_a_cell(args: argparse.Namespace, chosen: Mapping[str, Sequence[Cell
         given = next((n for n in args.names if Path(n).stem == name), name)
         _, experiment = find(given)
         every = max(1, sum(1 for _ in cells(name, experiment, args.scale)))
-        # Without a word on it, a minute.
-        each = (expected_minutes(experiment, args.scale) or every) / every
+        minutes = experiment.scale[args.scale].minutes
+        # Without a word on it, a minute each.
+        each = 1.0 if minutes is None else minutes / every
         found |= {spec.path: each for spec in specs}
     return found
 

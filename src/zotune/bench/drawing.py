@@ -18,7 +18,8 @@ from zotune.bench.quantities import significant
 WIDTH, HEIGHT = 360, 250
 _TOP, _RIGHT, _BOTTOM, _LEFT = 26, 14, 44, 56
 _ROW, _LETTER = 22, 6.3
-_SIZE = 4.5
+# Markers of a curve with more points than these are small, or they hide it.
+_SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,12 @@ def _series(panel: Panel, series: Series, x: Scale, y: Scale) -> list[str]:
     if series.joined and len(kept) > 1:
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in kept)
         parts.append(f'<polyline class="run {colour}" points="{path}"/>')
+    size = _SIZE if len(kept) <= _CROWD else _SMALL
     for p in kept:
         if p.low is not None and p.high is not None:
             parts.append(_whisker(panel, p, x, y, colour))
         title = f"{series.name}: {p.note}" if p.note else f"{series.name}: {significant(p.x)}, {significant(p.y)}"
-        parts.append(marker(series, x(p.x), y(p.y), title))
+        parts.append(marker(series, x(p.x), y(p.y), title, size))
     return parts
 
 

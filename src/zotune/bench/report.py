@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from zotune.bench.cells import Scale
-from zotune.bench.experiments import names
+from zotune.bench.experiments import CellSpec, names
 from zotune.bench.page import page
 from zotune.bench.press import pressed
 from zotune.bench.sections import Section, section
@@ -15,7 +15,17 @@ from zotune.bench.writing import comma_separated, latex, markdown
 PAGE = "index.html"
 
 
-def report(results: Path, scale: Scale, output: Path, given: Sequence[str] = ()) -> list[Path]:
+def _as_is(spec: CellSpec) -> CellSpec:
+    return spec
+
+
+def report(
+    results: Path,
+    scale: Scale,
+    output: Path,
+    given: Sequence[str] = (),
+    run_as: Callable[[CellSpec], CellSpec] = _as_is,
+) -> list[Path]:
     """Write the report on a scale, of all experiments or those that are named; the files, the page first.
 
     Args:
@@ -23,11 +33,12 @@ def report(results: Path, scale: Scale, output: Path, given: Sequence[str] = ())
         scale: of which to report.
         output: a folder: `index.html`, `tables/NAME.md`, `.csv` and `.tex`, `figures/NAME-….pdf` and `.svg`.
         given: names of experiments, or paths of TOML files.
+        run_as: what a cell was run as, where that is not what its file says.
 
     Raises:
         UsageError: an experiment is not known, or a result cannot be read.
     """
-    found = [s for name in given or names() if (s := section(name, results, scale)) is not None]
+    found = [s for name in given or names() if (s := section(name, results, scale, run_as)) is not None]
     written = []
     for place, content in (*_page(found, scale), *_tables(found), *_figures(found)):
         path = output / place

@@ -1,4 +1,4 @@
-"""The page of one run of `zotune train`, `report.html` in its folder: what it found, how it got there, how to repeat it.
+"""The page of one run, `report.html` in its folder: what it found, how it got there, how to repeat it.
 
 It reads what the run wrote (`results.json`, `metrics.jsonl`, `config.yaml`), so it can be made at any time.
 """
@@ -19,6 +19,11 @@ from zotune.errors import UsageError
 PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
 _GIB = 2**30
+_START = {"step": 0, "num_forwards": 0, "seconds": 0.0}
+# What a curve of a page's width can show.
+_MOST_POINTS = 200
+
+Line = dict[str, Any]
 
 
 def write_run_page(folder: Path) -> Path:
@@ -59,13 +64,13 @@ def run_page(folder: Path) -> str:
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[Line]:
     """The lines of metrics, but for a last one that is not whole."""
     whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in whole]
 
 
-def _header(results: dict[str, Any]) -> list[tuple[str, str]]:
+def _header(results: Line) -> list[tuple[str, str]]:
     config = results["config"]
     best = results["best_step"]
     ended = "stopped early" if results["stopped_early"] else "stopped by a signal" if results["stopped_by"] else ""
@@ -83,10 +88,10 @@ def _header(results: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _score(label: str, found: dict[str, Any]) -> list[str]:
+def _score(label: str, found: Line) -> list[str]:
     """A line of the result's table: the metric comes first, and rates are shown as percentages."""
     metric, value = next(iter(found.items()))
-    is_rate = 0 <= found["low"] and found["high"] <= 1
+    is_rate = found["low"] >= 0 and found["high"] <= 1
     numbers = [f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, found["low"], found["high"])]
     loss = found.get("loss")
     text = "–" if loss is None else f"{loss:.4f}"
@@ -96,48 +101,59 @@ def _score(label: str, found: dict[str, Any]) -> list[str]:
 # Figures --------------------------------------------------------------------------------------------------
 
 
-def figures(lines: Sequence[dict[str, Any]], results: dict[str, Any]) -> Iterator[Figure]:
-    """Loss and held-out metric over forward passes and seconds, and memory; those that have two points or more."""
+def figures(lines: Sequence[Line], results: Line) -> Iterator[Figure]:
+    """Loss and held-out metric over forward passes and over seconds, and memory; those that have two points or more."""
     training = [line for line in lines if "dev" not in line]
-    spent = {line["step"]: line for line in training}
-    dev = [(spent[line["step"]], line["dev"]) for line in lines if "dev" in line and line["step"] in spent]
+    dev = [(_spent(line["step"], training), line["dev"]) for line in lines if "dev" in line]
     if results.get("dev_before"):
-        dev.insert(0, ({"step": 0, "num_forwards": 0, "seconds": 0.0}, results["dev_before"]))
-    costs = (("num_forwards", "forward passes"), ("seconds", "training time, s"))
-    panels = [panel for cost, label in costs for panel in _over(cost, label, training, dev)]
-    if panels:
-        says = "Training loss is the mean of the last steps; the bars of the held-out metric are its 95 % interval."
-        yield Figure("course", "Loss and metric", says, tuple(panels))
+        dev.insert(0, (_spent(0, training), results["dev_before"]))
+    says = "Training loss is the mean of the last steps; the bars of the held-out metric are its 95 % interval."
+    for cost, label in (("num_forwards", "forward passes"), ("seconds", "training time, s")):
+        panels = tuple(_over(cost, label, training, dev))
+        if panels:
+            yield Figure(f"course-{cost}", f"Over {label.split(',')[0]}", says, panels)
     memory = [Point(line["step"], line["peak_memory"] / _GIB, note=_at(line)) for line in training]
     if len(memory) > 1:
-        series = (Series("peak so far", tuple(memory), 1, joined=True),)
-        panel = Panel("peak memory", "step", "GiB", series, from_zero=True)
-        yield Figure("memory", "Memory", "The most that the process has held so far.", (panel,))
+        panel = Panel("peak memory", "step", "GiB", (_curve("peak so far", memory, 1),), from_zero=True)
+        yield Figure("course-memory", "Memory", "The most that the process has held so far.", (panel,))
 
 
-def _over(cost: str, label: str, training: Sequence[Any], dev: Sequence[Any]) -> Iterator[Panel]:
+def _spent(step: int, training: Sequence[Line]) -> Line:
+    """Passes and seconds up to a step, in proportion between the steps that are logged."""
+    before = next((line for line in reversed(training) if line["step"] <= step), _START)
+    after = next((line for line in training if line["step"] >= step), before)
+    share = (step - before["step"]) / (after["step"] - before["step"]) if after["step"] > before["step"] else 0.0
+    between = {name: before[name] + share * (after[name] - before[name]) for name in ("num_forwards", "seconds")}
+    return {"step": step, "num_forwards": round(between["num_forwards"]), "seconds": between["seconds"]}
+
+
+def _curve(name: str, points: Sequence[Point], style: int) -> Series:
+    """A line of not too many points: every so many of them, and the last."""
+    every = -(-len(points) // _MOST_POINTS)
+    kept = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    return Series(name, tuple(kept), style, joined=True)
+
+
+def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[Line, Line]]) -> Iterator[Panel]:
     losses = [Point(line[cost], line["loss"], note=_at(line)) for line in training if line["loss"] is not None]
-    held_out = [Point(at[cost], d["loss"], note=_at(at)) for at, d in dev if d.get("loss") is not None]
-    series = [
-        Series("training loss", tuple(losses), 0, joined=True),
-        Series("held-out loss", tuple(held_out), 2, joined=True),
-    ]
+    held_out = [Point(at[cost], found["loss"], note=_at(at)) for at, found in dev if found.get("loss") is not None]
+    series = (_curve("training loss", losses, 0), _curve("held-out loss", held_out, 2))
     drawn = tuple(s for s in series if len(s.points) > 1)
     if drawn:
         is_log = is_wide((p.y for s in drawn for p in s.points), 100)
         yield Panel("loss", label, "loss", drawn, log_y=is_log)
     if len(dev) > 1:
         metric = next(iter(dev[0][1]))
-        found = tuple(_measured(at, d, cost) for at, d in dev)
-        yield Panel(f"held-out {metric}", label, metric, (Series(f"held-out {metric}", found, 3, joined=True),))
+        curve = _curve(f"held-out {metric}", [_measured(at, found, cost) for at, found in dev], 3)
+        yield Panel(f"held-out {metric}", label, metric, (curve,))
 
 
-def _measured(at: dict[str, Any], found: dict[str, Any], cost: str) -> Point:
+def _measured(at: Line, found: Line, cost: str) -> Point:
     value = next(iter(found.values()))
     note = f"{_at(at)}: {significant(value)} ({significant(found['low'])} to {significant(found['high'])})"
     return Point(at[cost], value, found["low"], found["high"], note)
 
 
-def _at(line: dict[str, Any]) -> str:
+def _at(line: Line) -> str:
     text = f"step {line['step']}, {line['num_forwards']} forward passes, {significant(line['seconds'])} s"
     return text if line.get("loss") is None else f"{text}, loss {line['loss']:.4f}"

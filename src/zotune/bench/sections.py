@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from zotune.bench.cells import Scale, read_result, result_path
-from zotune.bench.experiments import Experiment, cells, find
+from zotune.bench.experiments import CellSpec, Experiment, cells, find
 from zotune.bench.figures import Figure
 from zotune.bench.plots import figures
 from zotune.bench.runner import state_of
@@ -27,7 +27,7 @@ class Section:
     verdicts: tuple[Verdict, ...]
 
 
-def section(name: str, results: Path, scale: Scale) -> Section | None:
+def section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
     """The section on an experiment; None where it has no such scale.
 
     Raises:
@@ -36,15 +36,13 @@ def section(name: str, results: Path, scale: Scale) -> Section | None:
     stem, experiment = find(name)
     if scale not in experiment.scale:
         return None
-    found = [
-        Cell(
-            dict(spec.coordinates),
-            state_of(results, spec),
-            read_result(result_path(results, scale, stem, spec.name)),
-        )
-        for spec in cells(stem, experiment, scale)
-    ]
+    found = [_as_it_stands(results, run_as(spec)) for spec in cells(stem, experiment, scale)]
     return assembled(stem, experiment, found)
+
+
+def _as_it_stands(results: Path, spec: CellSpec) -> Cell:
+    found = read_result(result_path(results, spec.scale, spec.experiment, spec.name))
+    return Cell(dict(spec.coordinates), state_of(results, spec), found)
 
 
 def assembled(name: str, experiment: Experiment, found: Sequence[Cell]) -> Section:
