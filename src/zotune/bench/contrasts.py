@@ -115,7 +115,8 @@ def _chance(values: Matrix) -> float:
     if num_runs == 1 or num_rows == 1:
         return 0.0
     left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
-    return float((left * left).sum()) / ((num_runs - 1) * (num_rows - 1)) / values.size
+    squares = float((left * left).sum())
+    return squares / ((num_runs - 1) * (num_rows - 1) * values.size)
 
 
 def _total(parts: Sequence[Part]) -> Part:

@@ -11,8 +11,9 @@ from typing import get_args
 
 from zotune.llm.method_options import MethodName
 
-# Okabe and Ito's palette without its yellow, which white paper swallows; its black is the ink of the page.
-COLOURS = ("ink", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+# Okabe and Ito's palette; its black is the ink of the page, and in place of its yellow, which white paper swallows, a
+# grey that is none of the others to those who see few colours. `page.css` has the same, and what differs in the dark.
+COLOURS = ("ink", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
 # As many again that no factor is shared: the same pair comes back after 72 series.
 MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "star", "bar")
 
