@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-tasks clean
+.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-tasks bench clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -64,6 +64,10 @@ bench-reward: $(VENV)/llm
 
 bench-tasks: $(VENV)/llm
 	$(BIN)/python benchmarks/tasks.py
+
+# The paper's tables and figures at the scale of two cores, some 90 minutes there; goes on where it was stopped.
+bench: $(VENV)/llm
+	$(BIN)/zotune bench run --scale cpu --jobs 2
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'

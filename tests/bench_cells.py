@@ -44,7 +44,8 @@ def made_up(job, folder=None):
         return Outcome("done", found={"scores": {"zero_shot": score}, "environment": {}})
     steps = job.options["max_steps"]
     run = {"seed": job.options["seed"], "dev": score, "test": score, "num_steps": steps, "seconds": 0.1 * steps}
-    return Outcome("done", found={"run": {**run, "peak_memory": 2**30}, "environment": {}})
+    speed = {"seconds_per_step": 0.1, "seconds_before": 1.0}
+    return Outcome("done", found={"run": {**run, "peak_memory": 2**30, "measured": speed}, "environment": {}})
 
 
 def small_table(**changes):

@@ -192,7 +192,7 @@ def test_a_budget_of_seconds_goes_by_the_trials_speed(tmp_path):
     (spec, _) = small_cells(budget={"seconds": 5.0}, options={"task": "copa", "max_steps": 10})
     run_cells([spec], tmp_path)
     found = read_result(result_path(tmp_path, "smoke", "small", spec.name))
-    assert found.chosen.max_steps == 50  # at 0.1 seconds a step, as made up
+    assert found.chosen.max_steps == 40  # at 0.1 seconds a step after a second, as made up
 
 
 def test_a_budget_of_memory_takes_the_first_batch_that_fits_and_keeps_the_examples_a_step(tmp_path):
@@ -397,3 +397,81 @@ def test_jobs_share_out_the_processors():
     slots = _slots(_parser().parse_args(["run", "--jobs", "2"]), threading.Event())
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert [slot.environment["OMP_NUM_THREADS"] for slot in slots] == [str(threads)] * 2
+
+
+def test_what_ran_out_of_time_goes_on_from_what_it_had_written_and_what_failed_begins_anew(tmp_path):
+    job, seen = Job("evaluate", {}), []
+
+    def executor(status):
+        def execute(job, folder):
+            seen.append(sorted(p.name for p in folder.iterdir()))
+            (folder / "written").touch()
+            return Outcome(status) if status != "done" else made_up(job)
+
+        return execute
+
+    for status in ("timed_out", "failed", "out_of_memory", "done"):
+        Store(tmp_path, executor(status))(job)
+    assert seen == [[], ["written"], [], []]
+    assert [p for p in (tmp_path / JOBS).iterdir() if p.is_dir()] == []
+
+
+def test_a_training_that_was_cut_short_ends_as_if_it_never_was(tmp_path):
+    """As a worker that was killed leaves it: metrics and ledger of some steps, and the next one goes on from there."""
+    from zotune.bench.worker import do
+
+    options = {"task": "copa", "model": "random:opt-tiny", "tuning": "lora", "device": "cpu", "seed": 0}
+    options |= {"num_train": 8, "num_dev": 4, "num_eval": 4, "max_steps": 6, "eval_steps": 2, "logging_steps": 2}
+    options |= {"load_best_model_at_end": True, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    whole = do({"does": "train", "options": options, "folder": str(tmp_path / "whole")})
+    cut = tmp_path / "cut"
+
+    class Stop(BaseException):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        from zotune.llm.run import Run
+
+        own = Run._count
+
+        def count(self, *args, **kwargs):
+            own(self, *args, **kwargs)
+            if self.counters.step == 3:
+                raise Stop
+
+        patch.setattr(Run, "_count", count)
+        with pytest.raises(Stop):
+            do({"does": "train", "options": options, "folder": str(cut)})
+    again = do({"does": "train", "options": options, "folder": str(cut)})
+    assert repeatable(again) == repeatable(whole)
+    assert again["run"]["num_steps"] == 6
+
+
+def test_the_time_left_goes_by_how_far_earlier_cells_were_from_what_was_expected(capsys, monkeypatch):
+    from zotune.bench import live
+
+    one, two = small_cells()
+    now = itertools.count(0, 30)
+    monkeypatch.setattr(live.time, "monotonic", lambda: next(now))
+    progress = live.Progress({one.path: 1.0, two.path: 4.0}, 1)
+    with progress as display:
+        display.began(one)
+        display.ended(one, "done", "")
+        assert capsys.readouterr().err == "[1/2] small/zo_sgd: done (0:30); 2:00 left\n"
+        display.began(two)
+        table = progress._table()
+        assert (table.title, table.row_count) == ("2 cells: 1 done; 2:00 left", 1)
+        display.ended(two, "failed", "no luck")
+    assert capsys.readouterr().err == "[2/2] small/zo_adam: failed, no luck (1:00); 0:00 left\n"
+
+
+def test_the_speed_of_a_training_is_that_of_its_second_half(tmp_path):
+    from zotune.bench.accuracy import _speed
+
+    metrics = tmp_path / "metrics.jsonl"
+    # Ten seconds for what is computed once, then two a step.
+    lines = [{"step": s, "seconds": 10.0 + 2 * s} for s in (10, 20, 30, 40)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in [{"step": 20, "dev": {}}, *lines]))
+    assert _speed(metrics, 90.0, 40) == {"seconds_per_step": 2.0, "seconds_before": 10.0}
+    metrics.write_text("")
+    assert _speed(metrics, 12.0, 4) == {"seconds_per_step": 3.0, "seconds_before": 0.0}

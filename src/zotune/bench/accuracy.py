@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,10 @@ def accuracy(spec: CellSpec, execute: Callable[[Job], Outcome], found: Found) ->
     """
     found.baselines = _baselines(spec, execute, found)
     options = _within_budget(spec, execute)
-    found.chosen, seconds_a_step = _searched(spec, options, execute, found)
+    found.chosen, speed = _searched(spec, options, execute, found)
     options |= found.chosen.model_dump(exclude_none=True)
     if spec.budget.seconds is not None:
-        if not seconds_a_step:
-            raise Stopped("failed", "a budget of seconds needs a search of two points or more, which time a step")
-        options["max_steps"] = max(1, int(spec.budget.seconds / seconds_a_step))
+        options["max_steps"] = _steps_in(spec.budget.seconds, speed)
     settled = {key: options.get(key) for key in ("max_steps", "per_device_train_batch_size")}
     found.chosen = found.chosen.model_copy(update=settled)
     for seed in spec.seeds:
@@ -50,6 +48,14 @@ def accuracy(spec: CellSpec, execute: Callable[[Job], Outcome], found: Found) ->
         if outcome.status != "done":
             raise Stopped(outcome.status, f"seed {seed}: {outcome.message}")
         found.add(outcome)
+
+
+def _steps_in(seconds: float, speed: Mapping[str, float | None]) -> int:
+    """How many steps so many seconds pay for, at a trial's speed."""
+    a_step, before = speed.get("seconds_per_step"), speed.get("seconds_before") or 0.0
+    if not a_step:
+        raise Stopped("failed", "a budget of seconds needs a search of two points or more, which time a step")
+    return max(1, int((seconds - before) / a_step))
 
 
 def _baselines(spec: CellSpec, execute: Callable[[Job], Outcome], found: Found) -> dict[str, Score]:
@@ -67,13 +73,13 @@ def _baselines(spec: CellSpec, execute: Callable[[Job], Outcome], found: Found) 
 
 def _searched(
     spec: CellSpec, options: dict[str, Any], execute: Callable[[Job], Outcome], found: Found
-) -> tuple[Chosen, float]:
-    """The best point of the search, and seconds a step at it (0 where there was nothing to search)."""
+) -> tuple[Chosen, dict[str, float | None]]:
+    """The best point of the search, and how fast a trial is there (nothing where there was nothing to search)."""
     plan, has_mu = spec.search, _has_mu(spec.options)
     if not plan.learning_rate:
         raise Stopped("failed", "the search names no learning rate")
     if plan.by == "grid" and len(plan.learning_rate) * max(1, len(plan.mu) if has_mu else 1) == 1:
-        return Chosen(learning_rate=plan.learning_rate[0], mu=plan.mu[0] if has_mu and plan.mu else None), 0.0
+        return Chosen(learning_rate=plan.learning_rate[0], mu=plan.mu[0] if has_mu and plan.mu else None), {}
     points = search(plan, has_mu=has_mu)
     trials: list[Trial] = []
     point: Point | None = next(points)
@@ -88,7 +94,7 @@ def _searched(
     best = min(trials, key=lambda t: math.inf if t.dev_loss is None else t.dev_loss)
     if best.dev_loss is None:
         raise Stopped(best.status if best.status != "done" else "failed", f"no trial has a loss: {best.message}")
-    return Chosen(learning_rate=best.learning_rate, mu=best.mu), best.seconds / max(1, best.num_steps)
+    return Chosen(learning_rate=best.learning_rate, mu=best.mu), best.measured
 
 
 def _tried(point: Point, options: dict[str, Any], spec: CellSpec, execute: Callable[[Job], Outcome]) -> Trial:
@@ -104,7 +110,9 @@ def _tried(point: Point, options: dict[str, Any], spec: CellSpec, execute: Calla
     run = RunRecord.model_validate(outcome.found["run"])
     loss, value = (None, None) if run.dev is None else (run.dev.loss, run.dev.value)
     told = {"num_steps": run.num_steps, "num_forwards": run.num_forwards, "dev_loss": loss, "dev_value": value}
-    return trial.model_copy(update={**told, "seconds": run.seconds, "peak_memory": run.peak_memory})
+    return trial.model_copy(
+        update={**told, "seconds": run.seconds, "peak_memory": run.peak_memory, "measured": run.measured}
+    )
 
 
 def _within_budget(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[str, Any]:
@@ -190,6 +198,7 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
         dev=_score(result.dev),
         dev_before=_score(result.dev_before),
         evaluations=tuple(_evaluations(output / "metrics.jsonl", result.dev_before)),
+        measured=_speed(output / "metrics.jsonl", result.seconds, result.num_steps),
         seconds=result.seconds,
         peak_memory=result.peak_memory,
         **{name: getattr(result, name) for name in names},
@@ -233,9 +242,22 @@ def _right(found: Any) -> str:
     return "".join("1" if value else "0" for value in found.values)
 
 
+def _lines(metrics: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _speed(metrics: Path, seconds: float, num_steps: int) -> dict[str, float]:
+    """Seconds a step in the second half of a training, and what the whole took beyond that."""
+    first = next((x for x in _lines(metrics) if "dev" not in x and 2 * x["step"] >= num_steps), None)
+    if first is None or first["step"] == num_steps:
+        return {"seconds_per_step": seconds / num_steps, "seconds_before": 0.0}
+    a_step = (seconds - first["seconds"]) / (num_steps - first["step"])
+    return {"seconds_per_step": a_step, "seconds_before": max(0.0, seconds - a_step * num_steps)}
+
+
 def _evaluations(metrics: Path, before: Any) -> list[Evaluation]:
     """The evaluations on the way, each with the passes and seconds of the training up to it."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = _lines(metrics)
     training = {line["step"]: line for line in lines if "dev" not in line}
     found = []
     if before is not None:

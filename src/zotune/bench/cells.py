@@ -53,6 +53,7 @@ class Trial(Record):
         dev_loss: on the held-out training rows, at the trial's end; None where it was not a number.
         dev_value: the metric there.
         status, message: why a trial has no loss. A trial out of memory or out of time loses against all others.
+        measured: as a run's.
     """
 
     learning_rate: float
@@ -66,6 +67,7 @@ class Trial(Record):
     message: str = ""
     seconds: float = 0.0
     peak_memory: int = 0
+    measured: dict[str, Number] = Field(default_factory=dict)
 
 
 class Chosen(Record):
@@ -104,7 +106,8 @@ class RunRecord(Record):
         num_tokens: tokens that these read, padding not counted.
         num_tuned: how many numbers were tuned.
         values: other numbers that a cell is about and that are the same each time (predicted bytes, cosines).
-        measured: those that a clock or a gauge gave (bytes, seconds a step).
+        measured: those that a clock or a gauge gave: of a training `seconds_per_step` in its second half and
+            `seconds_before`, what it took beside so long steps (activations that are computed once).
         seconds: of the training, evaluations not counted; of a cell of another kind, of the whole run.
         peak_memory: of the process, in bytes: on a GPU what was allocated there, else resident.
         phases: of parts of a run, each with its numbers.

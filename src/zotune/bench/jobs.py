@@ -81,8 +81,9 @@ class Store:
                 aside = kept.with_suffix(f".{os.getpid()}")
                 aside.write_text(json.dumps(outcome.found), encoding="utf-8")
                 aside.replace(kept)
-            # An attempt that was interrupted raised before this, and what it left serves the next one.
-            shutil.rmtree(work, ignore_errors=True)
+            # What an attempt left that was interrupted (which raised before this) or ran out of time serves the next.
+            if outcome.status != "timed_out":
+                shutil.rmtree(work, ignore_errors=True)
             return outcome
 
     @contextmanager
