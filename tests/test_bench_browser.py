@@ -32,7 +32,7 @@ def report(tmp_path_factory):
     layout = {"rows": ["method"], "columns": ["length"], "x": "length", "y": ["over_baseline_bytes"]}
     sizes = [
         cell(
-            {"method": m, "length": n}, measured=[{"over_baseline_bytes": n << 24}], values=[{"formula_bytes": n << 24}]
+            {"method": m, "length": n}, measured=[{"over_baseline_bytes": n << 13}], values=[{"formula_bytes": n << 13}]
         )
         for m in ("fo_sgd", "zo_sgd")
         for n in (64, 128, 2048)
@@ -99,6 +99,15 @@ def test_a_phone_shows_it_without_scrolling_sideways_and_in_letters_that_can_be_
         }).map(t => t.textContent)"""
     )
     assert cut == []
+    crossed = browser.ask(
+        """[...document.querySelectorAll("svg")].flatMap(svg => {
+            const boxes = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+            const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+                && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+            return boxes.flatMap(([s, a], i) => boxes.slice(i + 1).filter(([, b]) => meet(a, b)).map(([t]) => [s, t]));
+        })"""
+    )
+    assert crossed == []
 
 
 def test_wide_tables_scroll_by_keyboard(browser, report):

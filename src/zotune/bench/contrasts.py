@@ -116,7 +116,7 @@ def _chance(values: Matrix) -> float:
         return 0.0
     left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
     squares = float((left * left).sum())
-    return squares / ((num_runs - 1) * (num_rows - 1) * values.size)
+    return squares / float((num_runs - 1) * (num_rows - 1) * values.size)
 
 
 def _total(parts: Sequence[Part]) -> Part:

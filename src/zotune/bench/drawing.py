@@ -16,7 +16,7 @@ from zotune.bench.quantities import significant
 
 # In CSS pixels at full size; a phone shows a panel at about this width.
 WIDTH, HEIGHT = 360, 250
-_TOP, _RIGHT, _BOTTOM, _LEFT = 26, 14, 44, 56
+_TOP, _RIGHT, _BOTTOM = 26, 14, 44
 _ROW, _LETTER = 22, 6.3
 # Markers of a curve with more points than these are small, or they hide it.
 _SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
@@ -81,11 +81,13 @@ def short(value: float) -> str:
 def draw(panel: Panel, name: str) -> str:
     """A panel as an SVG element; `name` makes its ids the page's only ones."""
     height = _TOP + _BOTTOM + _ROW * len(panel.categories) if panel.categories else HEIGHT
-    left = max([_LETTER * len(c) + 12 for c in panel.categories], default=_LEFT)
-    x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, WIDTH - _RIGHT, panel.log_x)
     y = _scale(_along(panel, "y"), height - _BOTTOM, _TOP, panel.log_y)
     if panel.categories:
         y = Scale(-0.5, len(panel.categories) - 0.5, _TOP, height - _BOTTOM)
+    # Room for what stands to the left: names of categories, or ticks and the label beside them.
+    texts = panel.categories or [short(value) for value in y.ticks(5)]
+    left = max([_LETTER * len(text) for text in texts], default=0) + (12 if panel.categories else 30)
+    x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, WIDTH - _RIGHT, panel.log_x)
     parts = [*_frame(panel, x, y, height)]
     for series in panel.series:
         parts += _series(panel, series, x, y)

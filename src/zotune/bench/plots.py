@@ -26,7 +26,9 @@ _MOST_CURVES = 12
 
 def figures(name: str, experiment: Experiment, cells: Sequence[Cell], table: Table) -> list[Figure]:
     """All figures of an experiment that have something to show."""
-    found = []
+    found: list[Figure] = []
+    if not any(c.is_usable for c in cells):
+        return found
     if is_along(experiment, cells):
         found.append(along(name, experiment, cells))
     else:
@@ -51,7 +53,8 @@ def is_along(experiment: Experiment, cells: Sequence[Cell]) -> bool:
 def along(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
     """Each y of the layout over its x; a line for each place on the other axes of the rows, the paper's hollow."""
     axis = str(experiment.layout.x)
-    across = [a for a in experiment.layout.columns if a != axis]
+    # Of cells of several kinds each has its own quantities.
+    across = [a for a in experiment.layout.columns if a not in (axis, "kind")]
     quantities = [quantity(y) for y in experiment.layout.y] or [quantity("accuracy")]
     panels = [
         _along(experiment, q, axis, place, [c for c in cells if _place(c, across) == place])
@@ -59,7 +62,8 @@ def along(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
         for q in quantities
     ]
     shown = tuple(panel for panel in panels if any(True for _ in panel.points()))
-    return Figure(f"{name}-along", experiment.question, f"Each point is a mean over seeds, over {axis}.", shown)
+    says = "Each point is a mean over seeds, with its 95 % interval or, of amounts, the least and greatest run."
+    return Figure(f"{name}-along", experiment.question, says, shown)
 
 
 def _along(experiment: Experiment, q: Quantity, axis: str, place: Place, here: Sequence[Cell]) -> Panel:

@@ -45,13 +45,15 @@ class Quantity:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, and no fewer than those before its point.
+    """A number with so many significant digits, and no fewer than those before its point; a whole one as it is.
 
-    >>> significant(0.00012345), significant(12.345), significant(123456.7), significant(0.0), significant(1e-9)
-    ('0.000123', '12.3', '123,457', '0', '1e-09')
+    >>> significant(0.00012345), significant(12.345), significant(123456.7), significant(64.0), significant(1e-9)
+    ('0.000123', '12.3', '123,457', '64', '1e-09')
     """
-    if value == 0 or not math.isfinite(value):
+    if not math.isfinite(value):
         return f"{value:g}"
+    if value == round(value):
+        return f"{value:,.0f}"
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4:
         return f"{value:.{digits}g}"
@@ -82,6 +84,12 @@ _KNOWN = (
     Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB, by_ratio=True),
     Quantity("dev_loss", "held-out loss", "", lambda run: None if run.dev is None else run.dev.loss),
 )
+# What numbers that kinds of cells have of their own are called, where their names do not say it.
+_LABELS = {
+    "over_baseline_bytes": "memory",
+    "formula_bytes": "memory by formula",
+    "seconds_per_step": "time of a step",
+}
 QUANTITIES: dict[str, Quantity] = {q.name: q for q in _KNOWN}
 """Those that every run has; `quantity` also knows the numbers that runs have of their own."""
 
@@ -111,8 +119,8 @@ def _ratio(name: str, above: Quantity, below: Quantity) -> Quantity:
 
 def _own(name: str) -> Quantity:
     words = name.split("_")
+    text = _LABELS.get(name, " ".join(word for word in words if word != "bytes"))
     is_bytes, is_time = "bytes" in words, "seconds" in words
-    label = " ".join(word for word in words if word != "bytes")
     per = _GIB if is_bytes else 1
 
     def read(run: RunRecord) -> float | None:
@@ -120,7 +128,7 @@ def _own(name: str) -> Quantity:
         return None if found is None else found / per
 
     unit = "GiB" if is_bytes else "s" if is_time else ""
-    return Quantity(name, label, unit, read, by_ratio=is_bytes or is_time)
+    return Quantity(name, text, unit, read, by_ratio=is_bytes or is_time)
 
 
 def label_of(q: Quantity, metric: str = "accuracy") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from zotune.bench.cells import CellResult, Coordinate, Score, mean_and_error
 from zotune.bench.contrasts import contrast
 from zotune.bench.experiments import Experiment, PaperCell
-from zotune.bench.quantities import Quantity, label_of, outcomes, quantity, readings
+from zotune.bench.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, readings
 from zotune.bench.runner import State
 
 Place = tuple[Coordinate, ...]
@@ -123,7 +123,7 @@ def table(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Table:
     quantities = _quantities(experiment, cells)
     rows = _places(rows_of, cells)
     every = [Column(place, q) for place in _places(columns_of, cells) for q in quantities]
-    columns = tuple(column for column in every if _is_known(column, columns_of, cells))
+    columns = tuple(column for column in every if _is_known(column, columns_of, experiment.kind, cells))
     beside = papers(experiment, cells)
     grid: list[list[Entry]] = []
     for row in rows:
@@ -160,15 +160,21 @@ def _quantities(experiment: Experiment, cells: Sequence[Cell]) -> tuple[Quantity
 
 
 def _places(axes: Sequence[str], cells: Sequence[Cell]) -> tuple[Place, ...]:
-    """The combinations of values that some cell has, in the order in which cells come."""
-    return tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
+    """The combinations of values that some cell has, in the order in which cells come; numbers in theirs."""
+    found = tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
+    are_numbers = all(isinstance(value, int | float) for place in found for value in place)
+    return tuple(sorted(found, key=lambda place: tuple(map(float, place)))) if are_numbers else found
 
 
-def _is_known(column: Column, axes: Sequence[str], cells: Sequence[Cell]) -> bool:
-    """Whether some cell of a column has its quantity, or may yet: a cell about memory has no accuracy."""
+def _is_known(column: Column, axes: Sequence[str], kind: str, cells: Sequence[Cell]) -> bool:
+    """Whether some cell of a column has its quantity, or may yet: only cells of that kind have an accuracy."""
     place = dict(zip(axes, column.place, strict=True))
-    usable = [c.result for c in cells if c.is_usable and c.result and _agrees(c.coordinates, place)]
-    return not usable or any(readings(result, column.quantity) for result in usable)
+    here = [c for c in cells if _agrees(c.coordinates, place)]
+    usable = [c.result for c in here if c.is_usable and c.result]
+    if usable or (column.quantity.name in QUANTITIES and column.quantity.name != "accuracy"):
+        return not usable or any(readings(result, column.quantity) for result in usable)
+    are_accurate = any(c.coordinates.get("kind", kind) == "accuracy" for c in here)
+    return (column.quantity.name == "accuracy") == are_accurate
 
 
 def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Sequence[tuple[PaperCell, str]]) -> Entry:
@@ -196,7 +202,9 @@ def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[
     if found is None:
         return None, None
     low, high = contrast([(1.0, found)]).interval()
-    return (None, None) if math.isinf(low) else (low, high)
+    if math.isinf(low):
+        return None, None
+    return (max(low, 0.0), min(high, 100.0)) if q.name == "accuracy" else (low, high)
 
 
 def _agrees(coordinates: Coordinates, place: Coordinates) -> bool:
