@@ -207,6 +207,13 @@ def test_amounts_are_compared_by_ratio_and_one_measurement_is_taken_as_it_is():
     assert judge(one, found).finding == "holds"
 
 
+def test_settings_count_alike():
+    found = table_of_methods({"a": 0.95, "b": 0.6}, tunings=["lora", "full", "head"])
+    (comparison,) = judge(claim(), found).comparisons
+    means = [100 * np.mean([run.test.value for run in c.result.runs]) for c in found]
+    assert comparison.value == pytest.approx(np.mean(means[:3]) - np.mean(means[3:]))
+
+
 def test_settings_that_lack_a_cell_do_not_count_and_are_named():
     found = table_of_methods({"a": 0.95, "b": 0.6}, tunings=["lora", "full"], num_rows=400)
     found[3] = Cell(found[3].coordinates, "missing")

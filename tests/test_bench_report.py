@@ -196,6 +196,7 @@ def test_points_lie_where_their_numbers_say():
     found = [tuple(map(float, m)) for m in re.findall(r'<circle [^>]*cx="([\d.]+)" cy="([\d.]+)"', draw(panel, "p"))]
     xs, ys = zip(*found, strict=True)
     assert np.diff(xs) == pytest.approx(xs[1] - xs[0], abs=0.11)
+    assert xs[0] < xs[1] and ys[0] > ys[1]  # more is right, and up, where y is less
     assert np.diff(ys) == pytest.approx([ys[1] - ys[0], 3 * (ys[1] - ys[0]), 5 * (ys[1] - ys[0])], abs=0.3)
     assert all(36 <= x <= 346 for x in xs) and all(26 <= y <= 206 for y in ys)
 
