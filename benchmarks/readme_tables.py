@@ -77,11 +77,22 @@ def experiments() -> str:
     return "\n".join(lines)
 
 
+def reward() -> str:
+    """A reward of generated text before and after, on prompts that were not tuned on."""
+    lines = ["| seed | before | after | gain (95 % interval, paired) | CPU time |", "|--:|--:|--:|---|--:|"]
+    for run in _read("reward")["runs"]:
+        before, after, gain, half = (run[key] for key in ("before", "after", "gain", "half_width"))
+        interval = f"{gain:+.3f} ({gain - half:+.3f} to {gain + half:+.3f})"
+        lines.append(f"| {run['seed']} | {before:.3f} | {after:.3f} | {interval} | {run['cpu_seconds'] / 60:.1f} min |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "quickstart": quickstart,
     "step": step,
     "memory": memory,
     "zero_shot": zero_shot,
+    "reward": reward,
     "experiments": experiments,
 }
 

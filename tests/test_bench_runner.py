@@ -475,3 +475,19 @@ def test_the_speed_of_a_training_is_that_of_its_second_half(tmp_path):
     assert _speed(metrics, 90.0, 40) == {"seconds_per_step": 2.0, "seconds_before": 10.0}
     metrics.write_text("")
     assert _speed(metrics, 12.0, 4) == {"seconds_per_step": 3.0, "seconds_before": 0.0}
+
+
+def test_a_cell_that_another_runner_has_is_left_to_it_and_looked_at_again(tmp_path):
+    spec, other = small_cells()
+    with locked(tmp_path / "smoke" / JOBS / f"small--{spec.name}.lock") as is_mine:
+        assert is_mine()
+        run = threading.Thread(target=run_cells, args=([spec, other], tmp_path))
+        run.start()
+        until = time.monotonic() + 30
+        while state_of(tmp_path, other) != "done":
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert (state_of(tmp_path, spec), run.is_alive()) == ("missing", True)
+    run.join()
+    assert state_of(tmp_path, spec) == "done"

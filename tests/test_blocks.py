@@ -2,6 +2,8 @@
 
 import copy
 import math
+import copy
+import math
 from functools import partial
 
 import numpy as np
@@ -221,6 +223,38 @@ def test_forward_passes_are_counted_as_they_are_made(q, difference, order, reuse
     if not reuse and order == "joint" and method is zo.zo_sgd:
         two_sided = difference is zo.central_difference
         assert len(made) == len(blocks) * q * (2 if two_sided else 1) + (not two_sided)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_sequential_step_leaves_out_the_block_whose_loss_is_no_number_and_its_record_says_which(bad):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    before, again = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"lr": 0.5, "mu": MU, "blocks": zo.blocks_by_layer(model), "block_order": "sequential"}
+    opt, records = zo.zo_sgd(model, reuse_prefix=False, **options), []
+    opt.on_step = records.append
+    (u, *_), slopes = opt.directions(), [3.0, -2.0, 1.0]
+    probes = [[MU * c, -MU * c] for c in slopes]
+    probes[bad][1] = math.nan
+    values = iter([value for pair in probes for value in pair])
+
+    def closure():
+        model(torch.ones(1, 2))  # whatever is read
+        return next(values)
+
+    loss = opt.step(closure)
+    assert not math.isfinite(loss)
+    assert opt.num_skipped == 1
+    (record,) = records
+    assert record.is_skipped
+    assert [math.isnan(scale) for scale in record.scales] == [k == bad for k in range(3)]
+    for name, p in model.named_parameters():
+        k, old = int(name[0]), before.get_parameter(name)
+        expected = old if k == bad else old - 0.5 * slopes[k] * u.within(None).of(before, name)
+        torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(p, old) == (k == bad)
+    zo.zo_sgd(again, **options).retake(record)
+    assert_same_bits(model, again)
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])

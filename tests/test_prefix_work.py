@@ -64,6 +64,21 @@ def test_a_conservative_step_looks_at_its_two_points_from_the_block_on_and_knows
         assert opt.num_forwards == (1 + 2 + 2) * p
 
 
+@pytest.mark.parametrize("p", [1, 2, 6])
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+def test_a_conservative_step_looks_at_its_two_points_from_the_block_on_and_knows_the_loss_at_x(p, order):
+    model = Counted(p)
+    opt = zo.zo_sgd_cons(model, 1e-3, blocks=zo.blocks_by_layer(model), block_order=order)
+    opt.step(model)
+    probes = [2 * (k + 1) for k in range(p)]
+    if order == "joint":
+        assert model.runs == [1 + probe + 2 for probe in probes]
+        assert opt.num_forwards == 1 + 2 * p + 2
+    else:
+        assert model.runs == [1 + min(k + 1, p - 1) + 2 * probe for k, probe in enumerate(probes)]
+        assert opt.num_forwards == (1 + 2 + 2) * p
+
+
 def test_a_one_sided_step_needs_no_pass_for_the_recorded_value():
     model = Counted(4)
     opt = zo.zo_sgd(model, 1e-3, blocks=zo.blocks_by_layer(model), difference=zo.forward_difference)

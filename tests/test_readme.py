@@ -85,6 +85,7 @@ def test_links_between_pages_lead_somewhere(page):
         ("memory", "README.md"),
         ("experiments", "README.md"),
         ("zero_shot", "docs/evaluation.md"),
+        ("reward", "docs/training.md"),
     ],
 )
 def test_every_table_of_results_comes_from_a_file(name, page):

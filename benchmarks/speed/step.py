@@ -3,7 +3,8 @@
     python benchmarks/speed/step.py
 
 In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
-Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure. Then, likewise,
+Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; and with
+directions of rank 1. Then, likewise,
 the forwards and a loop as the older codes write it (all weights moved by +μu, -2μu, +μu with `torch.normal` from a
 stored seed, then updated); and a LoRA adapter's step over two forwards of the model with the adapter. Figures are
 ratios of medians; the spread is the quartiles of the step's times over the forwards' median. As in `zotune train`,
@@ -104,8 +105,9 @@ def two_forwards(f: Callable[[], torch.Tensor]) -> None:
 def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: bool = True) -> dict[str, Any]:
     """Median seconds of each side, and their ratios to the two forwards of the same phase; with the `older` loop's."""
     f = objective(lm, batch, length)
-    rademacher, alone, gaussian = (
-        zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in (zo.rademacher, zo.rademacher, zo.gaussian)
+    samplers = (zo.rademacher, zo.rademacher, zo.gaussian, zo.low_rank(zo.rademacher), zo.low_rank(zo.gaussian))
+    rademacher, alone, gaussian, low_rank, low_rank_gaussian = (
+        zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in samplers
     )
     forward = zo.forward_grad(lm.module, lr=LR)
 
@@ -114,6 +116,8 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
         "zo_sgd": lambda: rademacher.step(f),
         "one_by_one": lambda: alone.step(lambda: f()),
         "gaussian": lambda: gaussian.step(f),
+        "low_rank": lambda: low_rank.step(f),
+        "low_rank_gaussian": lambda: low_rank_gaussian.step(f),
         "forward_grad": lambda: forward.step(f),
     }
     found = ratios(median_seconds(sides, rounds))

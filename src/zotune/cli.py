@@ -25,6 +25,7 @@ commands:
   train [RECIPE] --OPTION …   fine-tune; options override the recipe (a YAML file, or a shipped one's name)
   train … --dry-run           what that would read, tune and take; starts nothing, writes nothing
   eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
+  plan --model M              will it fit? memory (and time) of each method, before running
   bench COMMAND               list, run and look at the paper's tables and figures, and the leaderboard
   ledger COMMAND RUN          show, verify, replay, undo, export or merge fine-tunes as kilobytes
   models                      the models there are by name
@@ -172,6 +173,23 @@ def _eval(args: list[str], as_json: bool) -> int:
     return 0
 
 
+def _plan(args: list[str], as_json: bool) -> int:
+    from zotune.plan.options import PlanConfig
+
+    args = ["--per-device-train-batch-size" if a == "--batch-size" else a for a in args]
+    args = [a.replace("--batch-size=", "--per-device-train-batch-size=", a.startswith("--batch-size=")) for a in args]
+    config = _parse(PlanConfig, {}, "command line", _joined(args, "--method"), "zotune plan")
+    from zotune.plan.planning import plan
+    from zotune.plan.report import show
+
+    found = plan(config)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        show(found)
+    return 0
+
+
 def _joined(args: list[str], option: str) -> list[str]:
     """`--task a b` as `--task a,b`."""
     if option not in args:
@@ -280,6 +298,7 @@ def _no_options(verb: str, args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str], bool], int]] = {
     "train": _train,
     "eval": _eval,
+    "plan": _plan,
     "ledger": _ledger,
     "bench": _bench,
     "models": _models,

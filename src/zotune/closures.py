@@ -128,7 +128,8 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
     Args:
         losses: given the inputs, the loss of each example: shape (batch,), single precision or better.
         inputs: tensors with the examples along their first dimension.
-        most: how many copies of the batch there may be at once; more than two only for an adapter that is small.
+        most: how many copies of the batch there may be at once; more than two only for an adapter that is small, or
+            directions of low rank.
 
     Raises:
         ValueError: the inputs differ in length (when called: the losses do).

@@ -33,7 +33,7 @@ _RULES: dict[Callable[..., Any], tuple[int, tuple[str, ...]]] = {
 
 def take(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State | None:
     """As `TensorUpdate.take`; None, and nothing done, where no kernel is for the transform, dtype or sampler."""
-    transform, terms = update.transform, one_pass(update.terms)
+    transform, terms = update.transform, one_pass(update.terms, update.tensor.id)
     if not isinstance(transform, partial) or transform.func not in _RULES or terms is None:
         return None
     rule, names = _RULES[transform.func]

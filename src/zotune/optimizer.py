@@ -15,7 +15,7 @@ from zotune.blocks import BlockOrder as BlockOrder
 from zotune.checks import as_groups, check_closure, check_own, check_values, check_window
 from zotune.closures import Closure
 from zotune.counting import CountingOptimizer
-from zotune.directions import Direction, Sampler, Terms, rademacher
+from zotune.directions import Direction, Terms, rademacher
 from zotune.errors import UsageError
 from zotune.estimate import GradientEstimate
 from zotune.estimators import Estimator, central_difference
@@ -23,7 +23,7 @@ from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import NoReuse, PrefixReuse
-from zotune.sparsity import Sparse, StepSampler, Weights
+from zotune.sampling import AnySampler, StepSampler, Weights
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensors
@@ -42,7 +42,8 @@ class ZerothOrder(CountingOptimizer):
         transform: h; a function of some elements of ĝ and their state, see `zotune.transforms`.
         coefficient: what is done to each c before ĝ is put together, such as taking its sign.
         step: how far to go along the step, see `zotune.steps`.
-        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one.
+        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
+            matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
         blocks: a partition of the tuned tensors, estimated block by block, see `zotune.blocks`.
         block_order: "joint" or "sequential", see `BlockOrder`.
@@ -89,7 +90,7 @@ class ZerothOrder(CountingOptimizer):
         transform: Transform = identity,
         coefficient: Coefficient = unchanged,
         step: StepRule = fixed,
-        sampler: Sampler | Sparse = rademacher,
+        sampler: AnySampler = rademacher,
         num_queries: int = 1,
         blocks: Sequence[Block] | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,

@@ -5,7 +5,8 @@ them moved. Here they are only read: while `perturbed` is active, every torch fu
 tuned tensor gets x + a·u instead (see `zotune.reading`).
 
 Two reads need no whole perturbed tensor: a linear layer takes its rows in pieces that stay in the
-cache, an embedding only the rows that are looked up. And where all that is displaced is small, as an
+cache, an embedding only the rows that are looked up. A direction of low rank needs no perturbed piece
+either: x + a·u is then x Wᵀ and two thin products. And where all that is displaced is small, as an
 adapter is, a tensor that is read again is made whole and kept until the context is left: an objective that
 generates text, or one in micro-batches, reads it many times.
 """
@@ -13,6 +14,9 @@ generates text, or one in micro-batches, reads it many times.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions import Direction, PhiloxSampler, add_terms
+from zotune.factors import Factors, linear, product
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -31,6 +36,7 @@ from zotune.tuned import TunedTensor, TunedTensors
 SCRATCH_ELEMENTS = 1 << 22
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26
+_META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
 
 # Displaced tensors are kept for the context's duration where all together take no more bytes than this.
 KEPT_BYTES = 16 << 20
@@ -48,6 +54,9 @@ class Displacement(Protocol):
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """Displace rows[i], which is row indices[i] of a matrix, in place."""
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """How far a matrix is displaced, where that is of low rank: products then need nothing else. Else None."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,16 @@ class Along:
         sampler = self.direction.sampler
         if isinstance(sampler, PhiloxSampler):
             noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
+        elif (factors := self.factors(tensor, rows.device)) is not None:
+            dtype = noise.compute_dtype(rows.dtype)
+            rows.copy_(rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a)
         else:
             move_rows_one_by_one(self, rows, indices, tensor)
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """As `Displacement.factors`."""
+        found = self.direction.factors(tensor.id, device)
+        return None if found is None else Factors(found.left, found.right, self.a)
 
 
 def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
@@ -128,7 +145,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
         if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
-            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen))
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, value.device.type))
         piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
@@ -136,10 +153,13 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         tensor = self.find(weight)
         # Under autograd a scratch that is used again would corrupt the graph.
-        if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
+        if tensor is None or torch.is_grad_enabled() or weight.dim() != 2:
             return None
+        if (factors := self._displacement.factors(tensor, weight.device)) is not None:
+            self.note(tensor)
+            return linear(self.replace(input), weight.detach(), self.replace(bias), [factors])
         largest = piece_elements(weight.device.type)
-        if weight.dim() != 2 or not 0 < weight.shape[1] <= largest:
+        if self._is_read_again(tensor) or not 0 < weight.shape[1] <= largest:
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
@@ -178,7 +198,18 @@ displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedd
 
 def piece_elements(device_type: str) -> int:
     """The most elements of a matrix that are perturbed at a time."""
-    return SCRATCH_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+    where = _META_STANDS_FOR.get() if device_type == "meta" else device_type
+    return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
+
+
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Within this context tensors on `meta` are perturbed in such pieces as on another device: to count their bytes."""
+    token = _META_STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _META_STANDS_FOR.reset(token)
 
 
 def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
@@ -187,10 +218,10 @@ def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
-def largest_piece(tuned: TunedTensors, ids: frozenset[int]) -> int:
-    """Elements of the largest piece in which a matrix of these tensors is taken."""
-    sizes = (min(t.parameter.numel(), piece_elements(t.device.type)) for t in tuned if t.id in ids)
-    return max(sizes, default=0)
+def largest_piece(tuned: TunedTensors, ids: frozenset[int], device_type: str) -> int:
+    """Elements of the largest piece in which a matrix of these tensors is taken on a device."""
+    most = piece_elements(device_type)
+    return max((min(t.parameter.numel(), most) for t in tuned if t.id in ids), default=0)
 
 
 class perturbed(displaced):  # noqa: N801

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
+import torch
 from torch import Tensor
 
 from zotune.closures import Accumulated, Batched, Closure, as_number, evaluate, objective, probing, read
@@ -51,15 +52,20 @@ def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[Point]) ->
 
 def _groups(tuned: TunedTensors, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
     """The points, in groups to be evaluated at once: neighbours that displace the same tensors, few where these are
-    large.
+    large and not displaced by thin factors.
     """
     lo = 0
     for hi in range(1, len(points) + 1):
-        tensors = points[lo][1].tensors
-        size = most if most <= 2 or takes(tuned, tensors) * most <= KEPT_BYTES else 2
+        u, tensors = points[lo][1], points[lo][1].tensors
+        size = most if most <= 2 or takes(tuned, made_whole(tuned, u)) * most <= KEPT_BYTES else 2
         if hi == len(points) or hi - lo == size or points[hi][1].tensors != tensors:
             yield points[lo:hi]
             lo = hi
+
+
+def made_whole(tuned: TunedTensors, direction: Direction) -> frozenset[int]:
+    """Ids of the tensors that a direction displaces otherwise than by thin factors."""
+    return frozenset(t.id for t in tuned if direction.moves(t.id) and not direction.has_factors(t.id))
 
 
 def _values_of(closure: Batched, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:
@@ -88,7 +94,8 @@ def _at(closure: Closure, tuned: TunedTensors, a: float, direction: Direction) -
 def is_separable(closure: Batched, tuned: TunedTensors) -> bool:
     """Whether x and x + a·u, side by side, have the values that they have alone."""
     # A piece at a time: the squares of a large embedding are as large as it is.
-    squares = sum(float(x.float().square().sum()) for t in tuned for x in t.storage().detach().flatten().split(_PIECE))
+    pieces = (x for t in tuned for x in torch.split(t.storage().detach().flatten(), _PIECE))
+    squares = sum(float(x.float().square().sum()) for x in pieces)
     u, scale = Direction(seed=0), math.sqrt(squares / tuned.numel) or 1.0
     with probing(tuned.model):
         here = evaluate(closure)

@@ -164,7 +164,7 @@ def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[Tenso
     for update in updates:
         # A tensor that has to be copied is written alone: one copy at a time.
         alone = not (update.is_sum and scale and update.is_flat)
-        shared = None if alone else one_pass(update.moves(scale))
+        shared = None if alone else one_pass(update.moves(scale), update.tensor.id)
         if shared is None:
             states.append((update, update.write(scale)))
         else:
@@ -255,3 +255,6 @@ class Updated:
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `Displacement.move_rows`."""
         move_rows_one_by_one(self, rows, indices, tensor)
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> None:
+        """As `Displacement.factors`: the update that is written is known as a sum of matrices, not by its factors."""

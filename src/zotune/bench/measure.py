@@ -250,7 +250,7 @@ def prepared(workload: Workload) -> Callable[[Recorder], float]:
     if isinstance(optimizer, ZerothOrder | Hybrid):
         return lambda recorder: optimizer.step(accumulate([_marked(part, recorder) for part in parts]))
     if workload.gradient_checkpointing:
-        lm.module.gradient_checkpointing_enable({"use_reentrant": False})
+        lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     lm.module.train()
     return lambda recorder: _first_order_step(optimizer, parts, recorder)
 
@@ -272,7 +272,7 @@ def _first_order_step(optimizer: torch.optim.Optimizer, parts: Sequence[Batched]
     total = 0.0
     for part in parts:
         loss = _marked(part, recorder)() / len(parts)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     recorder.enter("update")
     optimizer.step()

@@ -25,17 +25,13 @@ class MeasuredStep(Workload):
 
 
 def step_taken(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The step of a workload: its measurement, and what the paper's formula says of it."""
-    from zotune.bench.theory import FORMULAS, sizes_of
+    """The step of a workload: its measurement, what the paper's formula says of it, and what we predict."""
+    from zotune.bench.theory import said_of
 
     asked = validate(MeasuredStep, options, "the benchmark's step")
     workload = asked.model_dump(exclude={"num_steps", "formula"})
-    run = RunRecord(seed=asked.seed, num_steps=asked.num_steps)
-    formula = FORMULAS.get(asked.formula or asked.method)
-    if formula is not None:
-        sizes = sizes_of(Workload.model_validate(workload))
-        values = {"weight_bytes": sizes.x, "tuned_bytes": sizes.g, "activation_bytes": sum(sizes.a_l)}
-        run = run.model_copy(update={"values": {**values, "formula_bytes": formula(sizes)}})
+    values = said_of(Workload.model_validate(workload), asked.formula or asked.method)
+    run = RunRecord(seed=asked.seed, num_steps=asked.num_steps, values=values)
     if asked.num_steps:
         run = run.model_copy(update=_measured(workload, asked.num_steps))
     return {"run": run.model_dump(mode="json")}

@@ -17,15 +17,14 @@ from zotune.llm.data import Example
 from zotune.llm.encoding import Encoded, Encoder, check_distinct
 from zotune.llm.footprint import (
     Memory,
-    activation_bytes,
     cache_bytes,
     forwards_a_step,
     forwards_of_training,
     generated,
     largest_batch,
     recorded_bytes,
-    scratch_bytes,
     state_bytes,
+    weight_bytes,
 )
 from zotune.llm.kept import Kept
 from zotune.llm.live_memory import Assumed
@@ -33,6 +32,7 @@ from zotune.llm.loading import encoder_of, load_examples
 from zotune.llm.models import LanguageModel
 from zotune.llm.optimizers import make_optimizer
 from zotune.llm.own import RESOLVED, Data
+from zotune.llm.passes import forward, largest_pass
 from zotune.llm.prompts import ReusedPrompts
 from zotune.llm.reuse import ReusedActivations
 from zotune.llm.skeleton import skeleton
@@ -191,19 +191,24 @@ def _memory(
         trained, measured = ([generated(e, config.max_new_tokens) for e in some] for some in (trained, measured))
     batch = largest_batch(lm, trained, config.per_device_train_batch_size, data.objective)
     eval_size = min(config.per_device_eval_batch_size, len(measured))
-    evaluated = largest_batch(lm, measured, eval_size, data.objective) if measured else None
+    evaluated = [largest_batch(lm, measured, eval_size, data.objective)] if measured else []
+    # Generating, no two probes share a pass.
+    copies = (lambda _: batch(1)) if config.is_generated else batch
+    passes = [largest_pass(lm, optimizer, config, copies, "cpu" if on_cpu else "cuda")]
+    takes = max([*passes, *(forward(lm, b(1)) for b in evaluated)], key=lambda found: found.total)
+    cache = max(cache_bytes(lm, b(1).input_ids.numel()) for b in (batch, *evaluated)) * config.is_generated
     return Memory(
         libraries=peak_memory("cpu") if on_cpu else 0,
-        weights=sum(p.numel() * p.element_size() for p in {id(p): p for p in lm.module.parameters()}.values()),
+        weights=weight_bytes(lm),
         loading=sum(p.numel() for p in base) * stored.itemsize if is_other else 0,
         state=state_bytes(optimizer, config),
-        activations=activation_bytes(lm, optimizer, config, batch, evaluated)
-        + max(cache_bytes(lm, b.input_ids.numel()) for b in (batch, evaluated) if b is not None) * config.is_generated,
-        scratch=scratch_bytes(optimizer, lm, batch.input_ids.numel(), "cpu" if on_cpu else "cuda"),
+        gradients=takes.gradients,
+        activations=takes.activations + cache,
+        scratch=takes.scratch,
         reused=_prompts_reused(lm, config, read)
         if config.is_generated
         else _reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
-        + recorded_bytes(lm, batch, config),
+        + recorded_bytes(lm, batch(1), config),
     )
 
 

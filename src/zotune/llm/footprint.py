@@ -1,7 +1,6 @@
 """What a run will take, before it starts: forward passes, and memory by what it is for.
 
-Weights, state and reused activations are formulas; activations (and a first-order method's gradients) are
-counted by running the model's largest batch on the `meta` device, where tensors have a size and no numbers.
+Weights, state and reused activations are formulas; what the passes take is counted (`zotune.llm.passes`).
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.hybrid import Hybrid
 from zotune.llm.config import TrainConfig
 from zotune.llm.encoding import Batch, Candidate, Encoded, collate
 from zotune.llm.evaluate import by_length
-from zotune.llm.live_memory import peak_of
 from zotune.llm.method_options import FIRST_ORDER
-from zotune.llm.models import MAX_LOGITS, LanguageModel
+from zotune.llm.models import LanguageModel
 from zotune.llm.objective import Objective
 from zotune.llm.optimizers import AnyOptimizer
+from zotune.llm.passes import Copies
+from zotune.llm.step_options import StepOptions
 from zotune.optimizer import BlockOrder, ZerothOrder
-from zotune.perturb import piece_elements
 from zotune.stack import stack_of
 from zotune.update import Rounding
 
@@ -40,8 +39,9 @@ class Memory:
         weights: of the model and what is added to it.
         loading: beside the weights, only while they are read: the checkpoint, if its precision is another.
         state: of the optimizer; float32 copies of weights in half precision.
-        activations: of a forward pass of the largest batch; with back-propagation all that is kept, and gradients.
-        scratch: where perturbed weights are made piece by piece.
+        gradients: of first-order parameters, at the moment when the step takes the most.
+        activations: of a forward pass of the largest batch; with back-propagation all that is kept.
+        scratch: what a probe adds: where perturbed weights are made piece by piece, tangents.
         reused: activations that are kept from one pass to the next.
     """
 
@@ -49,6 +49,7 @@ class Memory:
     weights: int
     loading: int
     state: int
+    gradients: int
     activations: int
     scratch: int
     reused: int
@@ -56,7 +57,7 @@ class Memory:
     @property
     def total(self) -> int:
         """At the most."""
-        running = self.state + self.activations + self.scratch + self.reused
+        running = self.state + self.gradients + self.activations + self.scratch + self.reused
         return self.libraries + self.weights + max(self.loading, running)
 
 
@@ -93,7 +94,7 @@ def forwards_of_training(step: int, config: TrainConfig) -> int:
     return step * config.max_steps + checks
 
 
-def state_bytes(optimizer: AnyOptimizer, config: TrainConfig) -> int:
+def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
     """Bytes of the optimizer's state after a step: moments, and master weights."""
     if isinstance(optimizer, Hybrid):
         adam = 2 * (config.hybrid_method == "fo_adam")
@@ -110,32 +111,18 @@ def state_bytes(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     return int(4 * (kept + master))
 
 
-def scratch_bytes(optimizer: AnyOptimizer, lm: LanguageModel, num_tokens: int, device: str) -> int:
-    """Bytes of perturbed weights at a time: a piece of a linear layer or some rows of an embedding, else a tensor."""
-    if isinstance(optimizer, Hybrid):
-        optimizer = optimizer.zeroth_order
-    if not isinstance(optimizer, ZerothOrder):
-        return 0
-    by_piece = {id(m.weight) for m in lm.module.modules() if isinstance(m, nn.Linear)}
-    # An embedding with fewer rows than there are tokens is perturbed whole.
-    by_piece |= {
-        id(m.weight) for m in lm.module.modules() if isinstance(m, nn.Embedding) and num_tokens <= m.weight.shape[0]
-    }
-    piece = piece_elements(device)
-    sizes = [
-        min(p.numel(), piece) * p.element_size() if id(p) in by_piece else p.numel() * p.element_size()
-        for p in (t.parameter for t in optimizer.tuned)
-    ]
-    return max(sizes)
-
-
-def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Batch:
-    """The batch of `size` examples of similar length with the most tokens, padding included."""
+def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Copies:
+    """The batch of `size` examples of similar length with the most tokens, padding included; in so many copies."""
     groups = [[examples[i] for i in chosen] for chosen in by_length(examples, size)]
     largest = max(groups, key=lambda some: sum(len(e.sequences) for e in some) * max(e.length for e in some))
     # A batch of more rows than there are takes some of them again.
     largest = (largest * size)[:size] if len(examples) < size else largest
-    return collate(largest, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
+    return copies_of(lm, largest, objective)
+
+
+def copies_of(lm: LanguageModel, examples: Sequence[Encoded], objective: Objective) -> Copies:
+    """The batch of some examples, as often as is asked for."""
+    return lambda copies: collate([*examples] * copies, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
 
 
 def generated(example: Encoded, new_tokens: int) -> Encoded:
@@ -154,57 +141,7 @@ def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = Non
     return int(2 * layers * heads * width * size * num_tokens)
 
 
-def forward_bytes(lm: LanguageModel, batch: Batch) -> int:
-    """Bytes that scoring a batch takes beside the weights."""
-    with torch.no_grad():
-        return peak_of(lambda: _score(lm, batch))
-
-
-def backward_bytes(lm: LanguageModel, batch: Batch, optimizer: torch.optim.Optimizer, *, checkpointing: bool) -> int:
-    """Bytes that updates by back-propagation take beside the weights: activations, gradients and state."""
-    if checkpointing:
-        lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-
-    def steps() -> None:
-        for _ in range(2):
-            optimizer.zero_grad()
-            _score(lm, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-    lm.module.train()
-    try:
-        return peak_of(steps)
-    finally:
-        lm.module.eval()
-
-
-def activation_bytes(
-    lm: LanguageModel, optimizer: AnyOptimizer, config: TrainConfig, trained: Batch, evaluated: Batch | None
-) -> int:
-    """Bytes of activations (and gradients) at the most, in training or evaluation."""
-    forward = max(forward_bytes(lm, b) for b in (trained, evaluated) if b is not None)
-    if isinstance(optimizer, ZerothOrder):
-        # A dual number carries a tangent with each value.
-        return forward * (2 if config.method == "forward_grad" else 1)
-    first_order, name = optimizer, config.method
-    frozen: list[nn.Parameter] = []
-    if isinstance(optimizer, Hybrid):
-        first_order, name = optimizer.first_order, config.hybrid_method
-        frozen = [t.parameter for t in optimizer.zeroth_order.tuned]
-    assert isinstance(first_order, torch.optim.Optimizer)
-    tuned = chain.from_iterable(group["params"] for group in first_order.param_groups)
-    state = 2 * _nbytes(tuned) if name == "fo_adam" else 0
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        backward = backward_bytes(lm, trained, first_order, checkpointing=config.gradient_checkpointing)
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
-    return max(forward, backward - state)
-
-
-def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
+def recorded_bytes(lm: LanguageModel, batch: Batch, config: StepOptions) -> int:
     """Bytes of the layers' outputs that block-wise estimation reuses."""
     if config.blocks is None:
         return 0
@@ -213,22 +150,9 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: TrainConfig) -> int:
     return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
 
 
-def _score(lm: LanguageModel, batch: Batch) -> Tensor:
-    """The computation of `LanguageModel.score` as far as it takes memory; a number without one."""
-    on_meta = replace(
-        batch,
-        input_ids=batch.input_ids.to("meta"),
-        attention_mask=batch.attention_mask.to("meta"),
-        positions=batch.positions.to("meta"),
-    )
-    head = lm.base.get_output_embeddings()
-    if lm.classifies:
-        return lm.logits(on_meta).float().sum()
-    if batch.needs_only_candidates and isinstance(head, nn.Linear):
-        return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
-    vocabulary = int(lm.config.vocab_size if head is None else head.weight.shape[0])
-    some = on_meta.positions[: max(1, MAX_LOGITS // vocabulary)]
-    return torch.logsumexp(lm.logits(replace(on_meta, positions=some)).float(), dim=1).sum()
+def weight_bytes(lm: LanguageModel) -> int:
+    """Bytes of the model's parameters and of what is added to it, tied ones once."""
+    return _nbytes({id(p): p for p in lm.module.parameters()}.values())
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

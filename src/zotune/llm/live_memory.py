@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def peak_of(compute: Callable[[], object]) -> int:
-    """Bytes of the tensors that `compute` makes, at their most.
+def peak_of(compute: Callable[[], object], *, fused: bool = True) -> int:
+    """Bytes of the tensors that `compute` makes, at their most. `fused`: attention runs a fused kernel.
 
     >>> def compute():
     ...     a = torch.empty(1000, dtype=torch.float32, device="meta")
@@ -29,10 +29,15 @@ def peak_of(compute: Callable[[], object]) -> int:
     >>> peak_of(compute)
     12000
     """
-    live = _Live()
-    with Assumed(), live, _fused_attention():
+    return peaks_of(compute, lambda: 0, fused=fused)[0]
+
+
+def peaks_of(compute: Callable[[], object], beside: Callable[[], int], *, fused: bool = True) -> tuple[int, int]:
+    """As `peak_of`, and what `beside` said at that moment."""
+    live = _Live(beside)
+    with Assumed(), live, fused_attention() if fused else nullcontext():
         compute()
-    return live.peak
+    return live.peak, live.beside_peak
 
 
 class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -55,20 +60,28 @@ class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that are made while it is active."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._beside = beside
         self.now: int = 0
         self.peak: int = 0
+        self.beside_peak: int = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._reach(self.now)
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if func in _WITH_A_COPY:
+            self._reach(self.now + args[0].numel() * args[0].element_size())
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and _key(t) not in given | self._known:
                 self._count(t)
+        # Gradients of several uses are added up in place, but not under a mode: the first goes once the sum is there.
+        if func is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
+            self._reach(self.now)
         return out
 
     def _count(self, tensor: Tensor) -> None:
@@ -76,12 +89,19 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = _key(tensor), storage.nbytes()
         self._known.add(key)
         self.now += size
-        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key, size)
+
+    def _reach(self, now: int) -> None:
+        if now > self.peak:
+            self.peak, self.beside_peak = now, self._beside()
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+# Operations that make a copy of what they are given and let it go before they return.
+_WITH_A_COPY = (torch.ops.aten.logsumexp.default,)
 
 
 def _key(tensor: Tensor) -> int:
@@ -104,7 +124,7 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Within this context scaled dot-product attention makes its output and no matrix of scores.
 
     The function itself is replaced: a mode would not be there when checkpointed layers run again.

@@ -113,9 +113,9 @@ class LanguageModel:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
         if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
             return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
-        return scores_of_tokens(self._log_probabilities(batch), batch)
+        return scores_of_tokens(self.token_log_probabilities(batch), batch)
 
-    def _log_probabilities(self, batch: Batch) -> Tensor:
+    def token_log_probabilities(self, batch: Batch) -> Tensor:
         """(M,) of the candidates' tokens. The body runs once, the head for a bounded number of positions at a time."""
         at_once = max(1, MAX_LOGITS // self._vocabulary)
         if len(batch.positions) <= at_once:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm.architectures import ARCHITECTURES
+from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
 from zotune.llm.heads import with_head
@@ -39,13 +39,20 @@ def skeleton(options: ModelOptions, labels: tuple[str, ...] = ()) -> tuple[Langu
     return lm, stored
 
 
+def bare(options: ModelOptions, config: Any) -> tuple[LanguageModel, torch.dtype]:
+    """As `skeleton`, of a configuration of transformers alone; the tokenizer is one of bytes."""
+    quiet_libraries()
+    stored = _DTYPES.get(options.dtype, config.dtype or torch.float32)
+    lm = _shaped(options, config, byte_tokenizer(config), stored)
+    lm.module.eval()
+    return lm, stored
+
+
 def _base(options: ModelOptions) -> tuple[LanguageModel, torch.dtype]:
     import transformers
 
     name = options.model.removeprefix("random:")
     if name != options.model and name in ARCHITECTURES:
-        from zotune.llm.architectures import byte_tokenizer
-
         config: Any = ARCHITECTURES[name]()
         tokenizer, stored = byte_tokenizer(config), _DTYPES.get(options.dtype, torch.float32)
     else:

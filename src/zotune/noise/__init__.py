@@ -98,6 +98,29 @@ def add_many(
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
+def adds_products(device: torch.device) -> bool:
+    """Whether there is a kernel for `add_products` on a device."""
+    return device.type == "cpu" and hasattr(_cpu(), "add_products")
+
+
+def add_products(
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int = 0,
+    rounding_seed: int | None = None,
+) -> None:
+    """As `add`, where uᵢ is a matrix of low rank; see `reference.low_rank`.
+
+    Of each term `factors` holds Aᵢ/√r, of those rows that the elements of x are in, and Bᵢ: (rows, r) and (columns, r),
+    contiguous, float32.
+    """
+    arrays = [(_array(left), _array(right)) for left, right in factors]
+    _cpu().add_products(_array(out), _array(x), _KINDS[x.dtype], arrays, scales, rounding_seed, tensor_id, start)
+
+
 def has_steps(x: Tensor) -> bool:
     """Whether `step` can be taken with x."""
     return x.device.type == "cpu" and x.dtype != torch.float64 and hasattr(_cpu(), "step")

@@ -185,6 +185,50 @@ static inline const float *term(float *room, float a, int stream, uint64_t seed,
     return room + t.from;
 }
 
+/* The terms of a sum: directions by their seeds, or, of some rank, matrices by their factors. */
+typedef struct {
+    int count;
+    uint32_t tensor;
+    int stream; /* directions */
+    const uint64_t *seeds;
+    int rank; /* matrices; 0 for directions */
+    const float *const *left; /* (rows, rank), from the row on in which the first element lies */
+    const float *const *right; /* (rank, columns) */
+    int64_t columns;
+} terms;
+
+/* a times a tile of the n-th matrix, 0 + a·u, whose first element lies in the row `left` begins with. */
+static inline const float *product(float *room, float a, const terms *all, int n, uint64_t start, tile_range t) {
+    const uint64_t columns = (uint64_t)all->columns, first = t.base + t.from;
+    const float *left = all->left[n] + (first / columns - start / columns) * all->rank;
+    int64_t column = (int64_t)(first % columns);
+    float *to = room + t.from;
+    for (int done = 0; done < t.count; left += all->rank, column = 0) {
+        const int64_t more = all->columns - column;
+        const int count = more < t.count - done ? (int)more : t.count - done;
+        for (int s = 0; s < all->rank; s++) {
+            const float *right = all->right[n] + s * all->columns + column;
+            float *here = to + done;
+            const float l = left[s];
+            if (all->rank == 1)
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (l * right[k]);
+            else if (s == 0)
+                for (int k = 0; k < count; k++) here[k] = l * right[k];
+            else if (s < all->rank - 1)
+                for (int k = 0; k < count; k++) here[k] += l * right[k];
+            else
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (here[k] + l * right[k]);
+        }
+        done += count;
+    }
+    return to;
+}
+
+/* a times the n-th term for a tile of the elements that begin with `start`. */
+static inline const float *nth(float *room, float a, const terms *all, int n, uint64_t start, tile_range t) {
+    return all->rank ? product(room, a, all, n, start, t) : term(room, a, all->stream, all->seeds[n], all->tensor, t);
+}
+
 /* ---- precisions ---- */
 
 static inline uint16_t nearest_bfloat16(float y) {
@@ -312,14 +356,14 @@ void zotune_fill(float *out, int stream, uint64_t seed, uint32_t tensor, uint64_
     }
 }
 
-static void add_double(double *out, const double *x, int stream, int q, const uint64_t *seeds, const double *scales,
-                       uint32_t tensor, uint64_t start, int64_t size, int threads) {
+static void add_double(double *out, const double *x, const terms *all, const double *scales, uint64_t start,
+                       int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED;
         double total[TILE] ALIGNED;
         const tile_range t = tile_at(i, start, size);
-        for (int n = 0; n < q; n++) {
-            const float *u = term(room, 1.0f, stream, seeds[n], tensor, t);
+        for (int n = 0; n < all->count; n++) {
+            const float *u = nth(room, 1.0f, all, n, start, t);
             for (int k = 0; k < t.count; k++) total[k] = n ? total[k] + scales[n] * u[k] : scales[n] * u[k];
         }
 #pragma GCC ivdep
@@ -327,11 +371,10 @@ static void add_double(double *out, const double *x, int stream, int q, const ui
     }
 }
 
-/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
-void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
-                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+static inline void add_terms(char *out, const char *x, int kind, const terms *all, const double *scales,
+                             int stochastic, uint64_t rounding_seed, uint64_t start, int64_t size, int threads) {
     if (kind == DOUBLE) {
-        add_double((double *)out, (const double *)x, stream, q, seeds, scales, tensor, start, size, threads);
+        add_double((double *)out, (const double *)x, all, scales, start, size, threads);
         return;
     }
     FOR_EACH_TILE(i, start, size, threads) {
@@ -339,10 +382,10 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
         const tile_range t = tile_at(i, start, size);
         char *to = out + t.at * BYTES[kind];
         const char *of = x + t.at * BYTES[kind];
-        const float *sum = term(total, (float)scales[0], stream, seeds[0], tensor, t);
+        const float *sum = nth(total, (float)scales[0], all, 0, start, t);
         float *more = total + t.from;
-        for (int n = 1; n < q; n++) {
-            const float *u = term(room, (float)scales[n], stream, seeds[n], tensor, t);
+        for (int n = 1; n < all->count; n++) {
+            const float *u = nth(room, (float)scales[n], all, n, start, t);
             for (int k = 0; k < t.count; k++) more[k] += u[k];
         }
         if (!stochastic) {
@@ -351,8 +394,23 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
         }
         widen(room, of, kind, t.count);
         for (int k = 0; k < t.count; k++) room[k] += sum[k];
-        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, all->tensor, t);
     }
+}
+
+/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
+void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
+                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    const terms all = {.count = q, .tensor = tensor, .stream = stream, .seeds = seeds};
+    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
+}
+
+/* The same where uᵢ is the product of left[i], whose first row is that of element `start`, and right[i]. */
+void zotune_add_products(char *out, const char *x, int kind, int q, const float *const *left,
+                         const float *const *right, int rank, int64_t columns, const double *scales, int stochastic,
+                         uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    const terms all = {.count = q, .tensor = tensor, .rank = rank, .left = left, .right = right, .columns = columns};
+    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
 }
 
 /* ---- steps with a state ---- */

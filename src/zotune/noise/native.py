@@ -40,6 +40,7 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
@@ -98,7 +99,7 @@ def _processor() -> bytes:
 
 
 def _reproduces_the_specification(loaded: Any) -> bool:
-    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks and tiles."""
+    """Samplers, products, mask and both kinds of rounding, on samples that begin and end within blocks and tiles."""
     seed, tensor_id, start, n = 2**63 + 5, 7, 130, 5000
     place = (seed, tensor_id, start, n, 2)
     samplers = ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian))
@@ -107,6 +108,12 @@ def _reproduces_the_specification(loaded: Any) -> bool:
         loaded.zotune_fill(_at(out), stream, *place)
         if not np.array_equal(out, specified(seed, tensor_id, start, start + n)):
             return False
+    left, right = np.ascontiguousarray(out[:15].reshape(5, 3)), out[:2700].reshape(900, 3)
+    product, room = reference.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
+    left = left * np.float32(1 / np.sqrt(3))
+    _add_products(loaded, room, room, 0, [(left, right)], [0.7], None, tensor_id, 130)
+    if not np.array_equal(room, np.float32(0.7) * product):
+        return False
     expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
     loaded.zotune_mask(_at(out), 1 << 30, *place)
     if not np.array_equal(out, expected):
@@ -170,6 +177,39 @@ def add(
     random = None if kind in (0, 3) else rounding_seed
     rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
     library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+
+
+def add_products(
+    out: Any,
+    x: Any,
+    kind: int,
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+) -> None:
+    """Out = x + Σ scales[i] uᵢ with uᵢ = Aᵢ Bᵢᵀ; as `noise.add_products`. There is no such kernel by numba."""
+    _add_products(library(), out, x, kind, factors, scales, rounding_seed, tensor_id, start)
+
+
+def _add_products(
+    loaded: Any,
+    out: Any,
+    x: Any,
+    kind: int,
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+    *place: Any,
+) -> None:
+    q, (columns, rank) = len(scales), factors[0][1].shape
+    # Bᵀ, so that a row of U is made of rows.
+    lefts, rights = zip(*((left, np.ascontiguousarray(right.T)) for left, right in factors), strict=True)
+    where = [(ctypes.c_void_p * q)(*map(_at, arrays)) for arrays in (lefts, rights)]
+    rounding_seed, tensor_id, start = place
+    random = None if kind in (0, 3) else rounding_seed
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    loaded.zotune_add_products(_at(out), _at(x), kind, q, *where, rank, columns, (_double * q)(*scales), *rest)
 
 
 def step(

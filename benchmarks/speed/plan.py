@@ -1,0 +1,110 @@
+"""The memory that `zotune plan` predicts, and what processes then take: every method, by model, tuning and precision.
+
+    python benchmarks/speed/plan.py
+
+Each measurement is a fresh process (`zotune.bench.measure`): the most resident memory of the whole run over that of the
+process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import write_result
+
+from zotune.bench.measure import measure
+from zotune.llm.method_options import FIRST_ORDER
+from zotune.llm.schema import validate
+from zotune.llm.workload import Workload
+from zotune.methods import METHODS
+from zotune.plan.formulas import FORMULAS
+from zotune.plan.predict import Architecture
+
+MODELS = ("random:opt-125m", "random:opt-350m", "smollm2-135m")
+BATCH, LENGTH, STEPS, MU, LR = 4, 128, 1, 1e-2, 1e-7
+HYBRID_MODEL, HYBRID_DEPTHS = "random:opt-125m", (0, 3, 6, 9, 12)
+LENGTHS, LENGTH_MODEL = (64, 128, 256, 512, 1024), "random:opt-125m"
+
+
+def row(options: dict[str, Any], known: dict[Any, Architecture]) -> dict[str, Any]:
+    """Prediction, measurement and the paper's formula for one workload."""
+    workload = validate(Workload, {"device": "cpu", "learning_rate": LR, **options}, "plan")
+    key = (workload.model, workload.tuning, workload.dtype)
+    architecture = known[key] = known[key] if key in known else Architecture(workload)
+    predicted = architecture.predict(workload)
+    measured = measure(workload.model_dump(mode="json"), num_steps=STEPS)
+    phases = {name: phase.peak - measured.baseline for name, phase in measured.phases.items()}
+    running = max(peak for name, peak in phases.items() if name != "load")
+    terms = architecture.terms(workload)
+    formula = next((f.total(terms) for f in FORMULAS if f.method == workload.method), None)
+    found = {
+        **options,
+        "predicted": predicted.to_json(),
+        "measured": measured.over_baseline,
+        "baseline": measured.baseline,
+        "phases": phases,
+        "ratio": measured.over_baseline / predicted.total,
+        "running_ratio": running / predicted.running,
+        "paper_formula": formula,
+        "seconds": measured.seconds,
+        "num_threads": measured.num_threads,
+    }
+    mib = [n / 2**20 for n in (predicted.total, measured.over_baseline)]
+    said = " ".join(str(v) for v in options.values())
+    print(
+        f"{said:60} predicted {mib[0]:6.0f} MiB, measured {mib[1]:6.0f} MiB: {found['ratio']:.3f}, "
+        f"without the load {found['running_ratio']:.3f}",
+        flush=True,
+    )
+    return found
+
+
+def grid(models: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every method for every model, tuning and precision."""
+    methods = (*METHODS, *FIRST_ORDER)
+    sizes = {"per_device_train_batch_size": BATCH, "length": LENGTH}
+    rows = product(models, ("full", "lora"), ("float32", "bfloat16"), methods)
+    return [
+        {"model": model, "tuning": tuning, "dtype": dtype, "method": method, **sizes, **_probing(method)}
+        for model, tuning, dtype, method in rows
+    ]
+
+
+def _probing(method: str) -> dict[str, float]:
+    """A distance that bfloat16 weights can take."""
+    return {} if method in ("forward_grad", *FIRST_ORDER) else {"mu": MU}
+
+
+def lengths() -> list[dict[str, Any]]:
+    """As the paper's figure 3: two examples, longer and longer."""
+    sizes = {"model": LENGTH_MODEL, "tuning": "full", "dtype": "float32", "per_device_train_batch_size": 2}
+    return [{**sizes, "method": method, "length": n} for n in LENGTHS for method in ("zo_sgd", "fo_sgd")]
+
+
+def depths() -> list[dict[str, Any]]:
+    """As the paper's Table 7: the first k layers by forward passes."""
+    sizes = {"model": HYBRID_MODEL, "tuning": "full", "dtype": "float32", "per_device_train_batch_size": BATCH}
+    hybrid = {"method": "zo_sgd", "length": LENGTH, "hybrid_tied": "zeroth_order"}
+    return [{**sizes, **hybrid, "hybrid_layers": k} for k in HYBRID_DEPTHS]
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    options = parser.parse_args()
+    known: dict[Any, Architecture] = {}
+    parts = {"methods": grid(tuple(options.models)), "lengths": lengths(), "hybrid": depths()}
+    found = {name: [row(each, known) for each in rows] for name, rows in parts.items()}
+    ratios = [r[name] for rows in found.values() for r in rows for name in ("ratio", "running_ratio")]
+    print(f"measured / predicted: {min(ratios):.3f} to {max(ratios):.3f} over {len(ratios) // 2} workloads")
+    write_result("plan", {"steps": STEPS, "ratio_range": [min(ratios), max(ratios)], **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The paper's analysis of peak memory (Table 5, appendix C): each method's terms, with a model's own numbers.
+
+A layer l holds ‖x_l‖ bytes of weights, of which ‖ε_l‖ are tuned (all of them in full tuning, Table A1; an adapter's in
+Table A2), and leaves ‖a_l‖ bytes of activations for a backward pass. Layers are the model's stack; what comes before it
+and after it (embedding, norm and head with the logits) are two more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.llm.encoding import Batch
+from zotune.llm.live_memory import Assumed, fused_attention
+from zotune.llm.models import LanguageModel
+from zotune.llm.passes import score
+from zotune.stack import stack_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Bytes of a layer: weights, those of them that are tuned, activations kept for a backward pass."""
+
+    name: str
+    weights: int
+    tuned: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The numbers that the formulas are made of, in bytes.
+
+    Attributes:
+        layers: what comes before the stack, its layers, and what comes after it.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def x(self) -> int:
+        """‖x‖, all weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def tuned(self) -> int:
+        """‖ε‖, those that are tuned."""
+        return sum(layer.tuned for layer in self.layers)
+
+    @property
+    def a(self) -> int:
+        """‖a‖, all activations that a backward pass needs."""
+        return sum(layer.activations for layer in self.layers)
+
+    @property
+    def max_tuned(self) -> int:
+        """The largest layer's tuned weights, max_l ‖x_l‖."""
+        return max(layer.tuned for layer in self.layers)
+
+    @property
+    def max_a(self) -> int:
+        """The largest layer's activations, max_l ‖a_l‖."""
+        return max(layer.activations for layer in self.layers)
+
+    @property
+    def larger(self) -> int:
+        """Σ_l max(‖a_l‖, ‖x_l‖)."""
+        return sum(max(layer.activations, layer.tuned) for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers by their names in the paper."""
+        names = {"x": self.x, "tuned": self.tuned, "a": self.a, "max_l x_l": self.max_tuned, "max_l a_l": self.max_a}
+        return {**names, "sum_l max(a_l, x_l)": self.larger, "layers": [vars(layer) for layer in self.layers]}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A row of Table 5: what a method takes beside the weights.
+
+    Attributes:
+        name: the paper's.
+        method: ours; None for what is not there, because it is worse.
+        dynamic, state: the terms as the paper writes them, for full tuning.
+        bytes_dynamic, bytes_state: the same as functions.
+        paper: GiB measured there for OPT-13B with some 400 tokens an example (Table A1; full tuning, single precision).
+    """
+
+    name: str
+    method: str | None
+    dynamic: str
+    state: str
+    bytes_dynamic: Callable[[Terms], int]
+    bytes_state: Callable[[Terms], int]
+    paper: int
+
+    def total(self, terms: Terms) -> int:
+        """Bytes in all."""
+        return terms.x + self.bytes_dynamic(terms) + self.bytes_state(terms)
+
+
+def _times(n: int) -> Callable[[Terms], int]:
+    return lambda t: n * t.tuned
+
+
+_LARGER, _TENSOR = "Σ max(‖a_l‖, ‖x_l‖)", "max ‖x_l‖"
+
+FORMULAS = (
+    Formula("FO-SGD", "fo_sgd", _LARGER, "0", lambda t: t.larger, _times(0), 97),
+    Formula("FO-Adam, no foreach", "fo_adam", _LARGER, "2 ‖x‖", lambda t: t.larger, _times(2), 195),
+    Formula("FO-Adam", None, _LARGER, "3 ‖x‖", lambda t: t.larger, _times(3), 239),
+    Formula("Forward-Grad", "forward_grad", "‖x‖ + max ‖a_l‖", "0", lambda t: t.tuned + t.max_a, _times(0), 103),
+    Formula("vanilla ZO-SGD", None, "‖x‖", "0", lambda t: t.tuned, _times(0), 96),
+    Formula("ZO-SGD", "zo_sgd", _TENSOR, "0", lambda t: t.max_tuned, _times(0), 51),
+    Formula("ZO-SGD-MMT", "zo_sgd_mmt", _TENSOR, "‖x‖", lambda t: t.max_tuned, _times(1), 100),
+    Formula("ZO-Adam", "zo_adam", _TENSOR, "2 ‖x‖", lambda t: t.max_tuned, _times(2), 151),
+)
+"""Table 5. Of a model in half precision the terms are halves, which are the rows that the paper marks F16."""
+
+
+def terms_of(lm: LanguageModel, batch: Batch) -> Terms:
+    """The terms of a model on `meta` for a batch. What is kept is counted as autograd keeps it, each tensor once."""
+    path, layers = stack_of(lm.base)
+    before, *stack, after = ["before the layers", *(f"{path}.{i}" for i in range(len(layers))), "after the layers"]
+    seen = _Seen(before, after)
+    handles = seen.follow(layers, stack)
+    try:
+        with Assumed(), fused_attention(), torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda kept: kept):
+            seen.leave(lm)
+            loss = score(lm, batch)
+        del loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    weights = _by_place(lm, layers, stack, before, after)
+    return Terms(tuple(Layer(name, *weights[name], seen.kept[name]) for name in (before, *stack, after)))
+
+
+class _Seen:
+    """At which place of the model the forward pass is, and the bytes that autograd keeps there."""
+
+    def __init__(self, before: str, after: str) -> None:
+        self.here, self._after = before, after
+        self.kept: dict[str, int] = {before: 0, after: 0}
+        self._known: set[int] = set()
+        self._alive: list[Tensor] = []
+
+    def follow(self, layers: Iterable[nn.Module], names: list[str]) -> list[Any]:
+        handles = []
+        for layer, name in zip(layers, names, strict=True):
+            self.kept[name] = 0
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                self.here = name
+
+            def leave(module: nn.Module, args: Any, output: Any) -> None:
+                self.here = self._after
+
+            handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(layer.register_forward_hook(leave))
+        return handles
+
+    def leave(self, lm: LanguageModel) -> None:
+        """Weights are kept anyway."""
+        self._known = {p.untyped_storage()._cdata for p in lm.module.parameters()}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self._alive.append(tensor.detach())  # or another would come to lie where it lay
+            self.kept[self.here] += storage.nbytes()
+        return tensor
+
+
+def _by_place(
+    lm: LanguageModel, layers: Iterable[nn.Module], names: list[str], before: str, after: str
+) -> dict[str, tuple[int, int]]:
+    """Bytes of weights and of tuned ones: in each layer, in the input embedding, and in all else (the head)."""
+    places = {id(p): name for layer, name in zip(layers, names, strict=True) for p in layer.parameters()}
+    inputs = {id(p) for p in lm.base.get_input_embeddings().parameters()}
+    found = dict.fromkeys((before, *names, after), (0, 0))
+    for p in {id(p): p for p in lm.module.parameters()}.values():
+        name = places.get(id(p), before if id(p) in inputs else after)
+        weights, tuned = found[name]
+        found[name] = weights + p.nbytes, tuned + p.nbytes * p.requires_grad
+    return found
