@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from zotune.errors import UsageError, ZotuneError, did_you_mean
@@ -109,6 +110,7 @@ def _train(args: list[str], as_json: bool) -> int:
 
     keep_freed_memory()
     result = train(config)
+    _write_page(result.output_dir)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -122,6 +124,18 @@ def _train(args: list[str], as_json: bool) -> int:
             f"peak memory {result.peak_memory / 2**20:.0f} MiB\nsaved in {result.output_dir}"
         )
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _write_page(folder: Path) -> None:
+    """The run's page beside its results; without the extra that pages need there is none, and no run fails for it."""
+    try:
+        from zotune.bench.run_page import write_run_page
+    except ImportError:
+        return
+    try:
+        write_run_page(folder)
+    except OSError as error:
+        print(f"zotune: the run's page could not be written: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
 def _dry_run(config: Any, as_json: bool) -> int:

@@ -28,6 +28,8 @@ examples:
   zotune bench run table2 table6 --only 'table2/zo_sgd--*' --dry-run
   zotune bench run my-table.toml --scale cpu
   zotune bench status --scale cpu
+  zotune bench report --scale cpu
+  zotune bench report --run runs/sst2
 """
 
 # What a command found, as JSON and as text, and the exit code.
@@ -63,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
         command.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="cells, as 'table2/zo_sgd*'")
         command.add_argument("--data-source", help="where tasks' rows come from: sample, hub or a folder")
+    reporting = add("report", _report, "a page of the results beside the paper's; tables and figures for papers")
+    reporting.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
+    reporting.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
+    reporting.add_argument("--data-source", help="as `run` was told")
+    reporting.add_argument("--output", type=Path, metavar="FOLDER", help="default: RESULTS/report-SCALE")
+    reporting.add_argument("--run", dest="folder", type=Path, metavar="FOLDER", help="the page of one run instead")
     running = commands.choices["run"]
     running.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
     running.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
@@ -183,6 +191,21 @@ def _run(args: argparse.Namespace) -> Answer:
     text = f"{len(states) - len(bad)} of {len(specs)} cells done in {args.results}"
     text += "".join(f"\n{path}: {state}" for path, state in bad.items())
     return {"states": states}, text, 128 + signals[0] if signals else int(bool(bad))
+
+
+def _report(args: argparse.Namespace) -> Answer:
+    try:
+        from zotune.bench.report import report
+        from zotune.bench.run_page import write_run_page
+    except ImportError as error:
+        raise UsageError(f"{error}. Reports need their extra: pip install 'zotune[bench]'.") from None
+    if args.folder is not None:
+        page = write_run_page(args.folder)
+        return {"page": str(page)}, str(page), 0
+    output = args.output or args.results / f"report-{args.scale}"
+    written = report(args.results, args.scale, output, args.names, lambda spec: _reading(spec, args.data_source))
+    text = f"{written[0]}, and {len(written) - 1} files of tables and figures beside it"
+    return {"page": str(written[0]), "files": list(map(str, written))}, text, 0
 
 
 def _minutes_a_cell(args: argparse.Namespace, chosen: Mapping[str, Sequence[CellSpec]]) -> dict[str, float]:

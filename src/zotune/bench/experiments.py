@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from zotune.bench.cells import Coordinate, Kind, Record, Scale
+from zotune.bench.claims import Claim
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config import TrainConfig
 from zotune.llm.method_options import MethodName
@@ -150,6 +151,7 @@ class Experiment(Layer):
     comparable: str = Field(description="What may be compared with the paper, and what may not.")
     scale: dict[Scale, Layer]
     paper: tuple[PaperBlock, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     def paper_cells(self) -> Iterator[PaperCell]:
         """The paper's numbers, one by one."""

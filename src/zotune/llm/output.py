@@ -32,7 +32,14 @@ from zotune.llm.tuned_folder import write_tuned
 
 # What a run writes, by pattern; the first four may be all that is left of one that failed.
 _WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
-_WRITTEN = (*_WORTH_KEEPING, "config.yaml", "config.json", "adapter_config.json", "*.safetensors.index.json")
+_WRITTEN = (
+    *_WORTH_KEEPING,
+    "report.html",
+    "config.yaml",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors.index.json",
+)
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Where a model is written before it is whole.
 _ASIDE = ".saving"
