@@ -109,17 +109,23 @@ def _key(tensor: Tensor) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """The memory of a fused attention kernel: its output; for a backward pass also what it was given."""
+    """The memory of a fused attention kernel: its output and, for a backward pass, what it was given.
+
+    Queries are (…, heads, length, size). The kernels lay out their output as (…, length, heads, size), so that heads
+    can be joined without a copy; with it comes a number for each head and position, by which weights are made again.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, out)
+        *batch, heads, length, _ = query.shape
+        out = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-2, -3)
+        sums = query.new_empty((*batch, heads, length), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value, _ = ctx.saved_tensors
+        query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

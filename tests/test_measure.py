@@ -1,0 +1,82 @@
+"""What is measured of a process is what it takes: by phases, over its libraries, and near to what was foretold."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from zotune.bench.measure import Measurement, Recorder, measure
+from zotune.errors import RunError, UsageError
+from zotune.llm.architectures import byte_tokenizer
+from zotune.memory import free_memory, peak_memory, resident_memory
+from zotune.plan import predict
+
+MIB = 2**20
+
+
+def test_a_recorder_tells_the_peaks_and_times_of_phases_apart():
+    with Recorder(torch.device("cpu")) as recorder:
+        for size in (64, 32):
+            before = resident_memory()
+            recorder.enter("large")
+            held = torch.ones(size * MIB // 4)
+            time.sleep(0.05)
+            del held
+            recorder.enter("small")
+            time.sleep(0.02)
+            recorder.finish()
+    phases = recorder.phases()
+    assert set(phases) == {"large", "small"}
+    assert phases["large"].peak - phases["small"].peak > 24 * MIB
+    # The sampling thread looks every 5 ms: it saw what stayed for 50.
+    assert phases["large"].sampled - before > 24 * MIB
+    assert [len(phase.seconds) for phase in phases.values()] == [2, 2]
+    assert min(phases["large"].seconds) >= 0.05 > max(phases["small"].seconds) - 1
+
+
+def test_memory_of_this_process_is_between_nothing_and_all():
+    assert 0 < resident_memory() <= peak_memory() + MIB
+    assert free_memory() > MIB
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of some 46 million random weights, in single precision."""
+    config = OPTConfig(
+        hidden_size=1024,
+        word_embed_proj_dim=1024,
+        ffn_dim=4096,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        vocab_size=8192,
+        max_position_embeddings=256,
+    )
+    path = tmp_path_factory.mktemp("model")
+    OPTForCausalLM(config).save_pretrained(path)
+    byte_tokenizer(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("method", "tuning"), [("zo_sgd", "full"), ("fo_adam", "full"), ("fo_sgd", "lora")])
+def test_a_process_takes_what_was_foretold(folder, method, tuning):
+    """Within a tenth, as each row of benchmarks/results/plan.json."""
+    sizes = {"per_device_train_batch_size": 4, "length": 128}
+    common = {"model": str(folder), "method": method, "tuning": tuning, "dtype": "float32", "device": "cpu"}
+    found = measure({**common, **sizes, "learning_rate": 1e-6}, num_steps=2)
+    foretold = predict(**common, batch_size=4, length=128)
+    assert found.over_baseline == pytest.approx(foretold.total, rel=0.1)
+    wanted = {"load", "forward", "update"} | ({"backward"} if method.startswith("fo") else set())
+    assert set(found.phases) == wanted
+    assert len(found.step_seconds) == 2 and found.spread[0] <= found.seconds <= found.spread[1]
+    assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UsageError, match=r"batch_sise.*batch_size"):
+        measure({"per_device_train_batch_sise": 3})
+    with pytest.raises(ValueError, match="at least 1"):
+        measure({}, num_steps=0)
+    with pytest.raises(RunError, match="reads at most 512"):
+        measure({"model": "random:opt-tiny", "length": 1000, "device": "cpu"})
