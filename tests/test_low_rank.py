@@ -375,7 +375,25 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(chosen, make):
     assert_same_bits(other, model)
 
 
-def test_blocks_have_their_own_parts(tiny):
+@pytest.mark.parametrize(("interval", "masks"), [(2, 4), (4, 2), (1, 3)])
+def test_a_sparse_direction_of_low_rank_is_that_direction_but_for_its_zeros(interval, masks):
+    """Right factors and masks are renewed each in their own time."""
+    model, base = nn.Linear(40, 30, bias=False), sampler("gaussian", 2, interval)
+    opt, plain = (zo.zo_sgd(model, lr=1e-4, sampler=s) for s in (zo.sparse(base, 0.3, interval=masks), base))
+    places = []
+    for _ in range(8):
+        (u,), (whole,) = opt.directions(), plain.directions()
+        found, expected = u.of(model, "weight"), whole.of(model, "weight")
+        places.append(found != 0)
+        assert torch.equal(found[places[-1]], expected[places[-1]])
+        assert 0.6 < float(places[-1].double().mean()) < 0.8
+        for each in (opt, plain):
+            each.step(lambda: model.weight.square().sum())
+    same = [torch.equal(a, b) for a, b in pairwise(places)]
+    assert same == [(i + 1) % masks != 0 for i in range(7)]
+
+
+def test_blocks_have_their_own_parts():
     model = network()
     blocks = zo.blocks_by_size(model, 400)
     opt = zo.zo_sgd(model, lr=0.01, sampler=sampler(), blocks=blocks)

@@ -68,8 +68,8 @@ def low_rank(base: Sampler, rank: int = 1, *, interval: int = 1) -> LowRank:
     Memory: the factors of one tensor. Where a matrix is read by something other than a linear layer or an embedding,
     that tensor, as with other samplers.
 
-    Source: Chen et al., 2024 (LOZO, arXiv 2410.07698), whose released code leaves out 1/√r and so takes steps and
-    probes √r as long; Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652).
+    Source: Chen et al., 2024 (LOZO, arXiv 2410.07698), who move probes by A Bᵀ and divide the update by r, where here
+    both have 1/√r; Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652).
 
     >>> import torch
     >>> import zotune as zo

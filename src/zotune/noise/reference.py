@@ -148,7 +148,7 @@ def low_rank(left: Floats, right: Floats) -> Floats:
     is the sum over s, in that order, of (A_is · 1/√r) B_js; 1/√r is rounded once.
 
     >>> low_rank(rademacher(7, 1, 0, 2).reshape(2, 1), rademacher(8, 1, 0, 3).reshape(3, 1)).tolist()
-    [[-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]]
+    [[1.0, -1.0, -1.0], [-1.0, 1.0, 1.0]]
     """
     rank = left.shape[1]
     scaled = left * np.float32(1 / np.sqrt(rank))
