@@ -14,6 +14,7 @@ from problems import assert_same_bits
 from zotune import noise
 from zotune.directions import add_terms, sum_terms
 from zotune.errors import UsageError
+from zotune.factors import Factors, add_products
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
@@ -195,6 +196,24 @@ def test_thin_products_are_right_in_every_family_and_precision(tiny, family):
                 p += 0.02 * u.of(tuned, name).double()
             expected = moved(input_ids=tokens).logits
         assert (found - expected).norm() <= bound * (expected - base).norm() + 1e-6, dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("m", "n"), [(5, 3), (2500, 40), (31, 4200)])
+def test_thin_products_of_shares_are_those_in_double_precision(dtype, rank, m, n):
+    """Equal shares with matrices of their own, and with the same one both ways, to the rounding of their precision."""
+    g = torch.Generator().manual_seed(0)
+    x, out = torch.randn(6, n, generator=g).to(dtype), torch.randn(6, m, generator=g).to(dtype)
+    made = [Factors(torch.randn(m, rank, generator=g), torch.randn(n, rank, generator=g)) for _ in range(2)]
+    for pair in (made, [made[0], made[0]]):
+        factors = [Factors(f.left, f.right, a) for f, a in zip(pair, (0.3, -0.3), strict=True)]
+        found, expected = out.clone(), out.double()
+        add_products(found, x, factors)
+        for i, f in enumerate(factors):
+            expected[3 * i : 3 * i + 3] += f.a * x[3 * i : 3 * i + 3].double() @ (f.left @ f.right.T).double().T
+        bound = {torch.bfloat16: 2**-7, torch.float16: 2**-9}.get(dtype, 1e-5) * 0.3 * (n * rank) ** 0.5
+        assert (found.double() - expected).abs().max() <= 6 * bound + 2**-7 * (dtype == torch.bfloat16)
 
 
 def test_no_weight_is_made_or_written(monkeypatch):

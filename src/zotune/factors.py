@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zotune import noise
 from zotune.noise import derive_seed
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors]) -> None:
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
     """
+    if noise.adds_thin(out, x):
+        rows = [(f.left.t().contiguous(), f.right.t().contiguous()) for f in factors]
+        noise.add_thin(out, x, rows, [f.a for f in factors])
+        return
     scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
     one, copies = factors[0], len(factors)
     if all(f.left is one.left and f.right is one.right for f in factors) and len(set(powers)) == 1:

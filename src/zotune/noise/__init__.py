@@ -149,6 +149,21 @@ def step(
     _cpu().step(_array(x), arrays, kind, rule, constants, *place, first=first, writes=writes)
 
 
+def adds_thin(out: Tensor, x: Tensor) -> bool:
+    """Whether `add_thin` has a kernel for tensors like these: for half precision, of which torch's are slow."""
+    alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous()
+    return alike and x.dtype in _HALF and hasattr(_cpu(), "add_thin")
+
+
+def add_thin(out: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float]) -> None:
+    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a rightᵀ left. Only where `adds_thin`.
+
+    Of each share `factors` holds left (r, m) and right (r, n), float32 and contiguous, `scales` a. Sums are float32.
+    """
+    shape = out.shape[0], out.shape[1], x.shape[1]
+    _cpu().add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], shape, factors, scales)
+
+
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix, where rows[i] is its row indices[i]."""
     if (kernels := _accelerated(rows)) is not None:

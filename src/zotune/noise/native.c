@@ -478,6 +478,52 @@ void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule
     }
 }
 
+/* ---- thin products ---- */
+
+/* Σ x_k right_k in single precision, in LANES sums. */
+static inline float dot(const char *x, int kind, const float *right, int64_t n) {
+    float wide[TILE] ALIGNED, sums[LANES] = {0}, total = 0;
+    for (int64_t at = 0; at < n; at += TILE) {
+        const int count = n - at < TILE ? (int)(n - at) : TILE;
+        widen(wide, x + at * BYTES[kind], kind, count);
+        int k = 0;
+        for (; k + LANES <= count; k += LANES)
+            for (int l = 0; l < LANES; l++) sums[l] += wide[k + l] * right[at + k + l];
+        for (; k < count; k++) total += wide[k] * right[at + k];
+    }
+    for (int l = 0; l < LANES; l++) total += sums[l];
+    return total;
+}
+
+/* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n): one row. */
+static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
+                            const float *right, float a) {
+    float y[TILE] ALIGNED, thin[rank];
+    for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
+    for (int64_t at = 0; at < m; at += TILE) {
+        const int count = m - at < TILE ? (int)(m - at) : TILE;
+        char *to = out + at * BYTES[kind];
+        widen(y, to, kind, count);
+        for (int s = 0; s < rank; s++)
+            for (int k = 0; k < count; k++) y[k] += thin[s] * left[s * m + at + k];
+        narrow(to, y, kind, count);
+    }
+}
+
+/* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank. These are
+ * not bits of the specification: a forward pass may sum in any order. For half precision, where libraries are slow. */
+void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
+                     const float *const *left, const float *const *right, const double *scales, int threads) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t share = i / (rows / shares);
+        add_thin(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
+                 (float)scales[share]);
+    }
+}
+
 /* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u. Not for double precision. */
 void zotune_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
                  uint32_t tensor, uint64_t start, int64_t size, int threads) {

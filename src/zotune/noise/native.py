@@ -41,6 +41,7 @@ _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
@@ -234,6 +235,21 @@ def step(
     addresses = [*map(_at, states), None, None][:3]
     rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
     library().zotune_step(_at(x), *addresses, kind, rule, first, writes, _at(constants), stream, q, u, a, *rest)
+
+
+def add_thin(
+    out: int,
+    x: int,
+    kind: int,
+    shape: tuple[int, int, int],
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+) -> None:
+    """As `noise.add_thin`, of addresses; `shape` is rows, m and n."""
+    q, rank = len(scales), factors[0][0].shape[0]
+    lefts, rights = ((ctypes.c_void_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
+    threads = _threads(shape[0] * (shape[1] + shape[2]))
+    library().zotune_add_thin(out, x, kind, *shape, q, rank, lefts, rights, (_double * q)(*scales), threads)
 
 
 def add_both(
