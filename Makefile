@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-tasks bench clean
+.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -62,8 +62,8 @@ bench-quickstart: $(VENV)/llm
 bench-reward: $(VENV)/llm
 	$(BIN)/python benchmarks/reward_seeds.py
 
-bench-tasks: $(VENV)/llm
-	$(BIN)/python benchmarks/tasks.py
+bench-zero-shot: $(VENV)/llm
+	$(BIN)/python benchmarks/zero_shot.py
 
 # The paper's tables and figures at the scale of two cores, some 90 minutes there; goes on where it was stopped.
 bench: $(VENV)/llm

@@ -58,7 +58,7 @@ def memory() -> str:
 def zero_shot() -> str:
     """The built-in model as it is."""
     lines = ["| task | rows | accuracy (95 % interval) | majority class |", "|---|--:|--:|--:|"]
-    for task, found in _read("tasks")["zero_shot"].items():
+    for task, found in _read("zero-shot")["tasks"].items():
         accuracy, low, high = (100 * found[key] for key in ("accuracy", "low", "high"))
         majority = 100 * found["majority"]["accuracy"]
         lines.append(
