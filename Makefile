@@ -39,6 +39,7 @@ test-lm-eval: $(VENV)/lm-eval
 bench-speed: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
+	$(BIN)/python benchmarks/speed/plan.py
 	$(BIN)/python benchmarks/speed/ledger.py
 
 bench-gpu: $(VENV)/llm

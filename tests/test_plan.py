@@ -70,8 +70,8 @@ def test_terms_of_opt_are_those_counted_by_hand():
     assert found.x == found.tuned == LAYERS * layer + embedding + positions + norm
     assert found.max_tuned == max(layer, embedding)
     # Of a layer autograd keeps, a token: what enters the two norms and what leaves them (4 h), their means and
-    # deviations (2 · 2), queries, keys, values (3 h), what leaves attention (h) with a number a head, and what leaves the
-    # ReLU (4 h).
+    # deviations (2 · 2), queries, keys, values (3 h), what leaves attention (h) with a number a head, and what leaves
+    # the ReLU (4 h).
     kept = 4 * BATCH * LENGTH * (12 * h + 4 + HEADS)
     assert [part.activations for part in found.layers[1:-1]] == [kept] * LAYERS
     assert found.larger == sum(max(part.activations, part.weights) for part in found.layers)
@@ -134,8 +134,8 @@ def test_parts_are_those_counted_by_hand():
         parts = (each.weights, each.state, each.gradients, each.activations, each.scratch, each.reused, each.overhead)
         assert each.running == sum(parts) <= each.total
         assert (each.gradients > 0) == (method in FIRST_ORDER)
-    # Forward passes: two copies of the batch side by side. The most is alive in the ReLU: what enters and what leaves it
-    # (4 h each), what goes round it, what entered the layer, and the embeddings of tokens and of positions (h each);
+    # Forward passes: two copies of the batch side by side. The most is alive in the ReLU: what enters and what leaves
+    # it (4 h each), what goes round it, what entered the layer, and the embeddings of tokens and of positions (h each);
     # beside that some integers a token.
     tokens = 2 * BATCH * LENGTH
     integers = found["zo_sgd"].activations - 4 * tokens * (4 + 4 + 1 + 1 + 2) * WIDTH
