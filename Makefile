@@ -9,7 +9,7 @@ ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-gpu bench-quickstart bench-reward bench-tasks clean
+.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-tasks bench clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -25,7 +25,7 @@ test: $(VENV)/dev
 
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev
-	$(BIN)/python tests/faults.py --count 290 --output benchmarks/results/faults.json
+	$(BIN)/python tests/faults.py --count 330 --output benchmarks/results/faults.json
 	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py tests/test_fuzzed_inputs.py tests/test_rows.py
 
 # The kernels of a GPU on a GPU; `make test` runs them in Triton's interpreter.
@@ -36,11 +36,23 @@ test-gpu: $(VENV)/dev
 test-lm-eval: $(VENV)/lm-eval
 	$(BIN)/python benchmarks/lm_eval_agreement.py
 
-bench-speed: $(VENV)/llm
+bench-speed: $(VENV)/dev
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
 	$(BIN)/python benchmarks/speed/plan.py
 	$(BIN)/python benchmarks/speed/ledger.py
+	$(BIN)/python benchmarks/speed/forward_gradient.py
+	$(BIN)/python benchmarks/speed/growth.py
+
+# Against packages of others, which nothing here needs; eggroll-es asks for more than its own code does.
+bench-peers: $(VENV)/dev
+	$(BIN)/pip install --quiet torchzero==0.4.4
+	$(BIN)/pip install --quiet --no-deps eggroll-es==0.2.0
+	$(BIN)/python benchmarks/speed/peers.py
+
+# Fails where a step has become slower than what is recorded, as a multiple of its forward passes.
+bench-check: $(VENV)/llm
+	$(BIN)/python benchmarks/speed/check.py
 
 bench-gpu: $(VENV)/llm
 	$(BIN)/python benchmarks/speed/gpu.py
@@ -53,6 +65,10 @@ bench-reward: $(VENV)/llm
 
 bench-tasks: $(VENV)/llm
 	$(BIN)/python benchmarks/tasks.py
+
+# The paper's tables and figures at the scale of two cores, some 90 minutes there; goes on where it was stopped.
+bench: $(VENV)/llm
+	$(BIN)/zotune bench run --scale cpu --jobs 2
 
 $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'

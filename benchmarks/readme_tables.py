@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from zotune.bench.cells import SCALES
+from zotune.bench.experiments import cells, find, names
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -64,7 +67,34 @@ def zero_shot() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart, "step": step, "memory": memory, "zero_shot": zero_shot}
+def experiments() -> str:
+    """The experiments of `zotune bench`, with their cells at each scale."""
+    lines = ["| | question | smoke | cpu | paper |", "|---|---|--:|--:|--:|"]
+    for name in names():
+        _, experiment = find(name)
+        counts = " | ".join(str(sum(1 for _ in cells(name, experiment, scale))) for scale in SCALES)
+        lines.append(f"| `{name}` | {experiment.question} | {counts} |")
+    return "\n".join(lines)
+
+
+def reward() -> str:
+    """A reward of generated text before and after, on prompts that were not tuned on."""
+    lines = ["| seed | before | after | gain (95 % interval, paired) | CPU time |", "|--:|--:|--:|---|--:|"]
+    for run in _read("reward")["runs"]:
+        before, after, gain, half = (run[key] for key in ("before", "after", "gain", "half_width"))
+        interval = f"{gain:+.3f} ({gain - half:+.3f} to {gain + half:+.3f})"
+        lines.append(f"| {run['seed']} | {before:.3f} | {after:.3f} | {interval} | {run['cpu_seconds'] / 60:.1f} min |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "quickstart": quickstart,
+    "step": step,
+    "memory": memory,
+    "zero_shot": zero_shot,
+    "reward": reward,
+    "experiments": experiments,
+}
 
 if __name__ == "__main__":
     for table in TABLES.values():

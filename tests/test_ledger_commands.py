@@ -19,6 +19,7 @@ RUNS = {
     "float16, momentum, master": {"dtype": "float16", "method": "zo_sgd_mmt", "rounding": "master"},
     "conservative": {"method": "zo_sgd_cons", "learning_rate": 0.1},
     "masks by magnitude": {"sparsity": 0.3, "mask": "magnitude"},
+    "low rank": {"dtype": "bfloat16", "rank": 2, "rank_interval": 3, "sampler": "gaussian"},
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.1},
     "head of a masked model": {"model": "random:roberta-tiny", "verbalizer": {"yes": "Yes", "no": "No"}},
 }

@@ -57,6 +57,10 @@ def test_a_run_takes_the_steps_of_the_library_s_method(name):
             ),
         ),
         (
+            {"rank": 2, "rank_interval": 3, "sampler": "gaussian"},
+            lambda m: zo.zo_sgd(m, 0.01, sampler=zo.low_rank(zo.gaussian, 2, interval=3)),
+        ),
+        (
             {"blocks": "linear", "block_order": "sequential"},
             lambda m: zo.zo_sgd(m, 0.01, blocks=zo.blocks_by_linear(m), block_order="sequential"),
         ),

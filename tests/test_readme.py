@@ -79,7 +79,14 @@ def test_links_between_pages_lead_somewhere(page):
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("quickstart", "README.md"), ("step", "README.md"), ("memory", "README.md"), ("zero_shot", "docs/evaluation.md")],
+    [
+        ("quickstart", "README.md"),
+        ("step", "README.md"),
+        ("memory", "README.md"),
+        ("experiments", "README.md"),
+        ("zero_shot", "docs/evaluation.md"),
+        ("reward", "docs/training.md"),
+    ],
 )
 def test_every_table_of_results_comes_from_a_file(name, page):
     spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")

@@ -26,6 +26,7 @@ RUNS = {
     "blocks one by one": {"blocks": "layer", "block_order": "sequential"},
     "random masks": {"sparsity": 0.3, "mask_interval": 2},
     "masks by magnitude": {"sparsity": 0.3, "mask": "magnitude", "mask_interval": 2},
+    "low rank": {"rank": 2, "rank_interval": 3, "sampler": "gaussian"},
     "forward gradient": {"method": "forward_grad", "tuning": "lora"},
     "best model": {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.05},
     "early stopping": {"eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3},

@@ -279,3 +279,21 @@ def test_the_built_in_model_is_tuned_side_by_side():
     one, other = (central_difference(f, tuned, u, mu=1e-2) for f in (alone, together))
     for (c, _), (d, _) in zip(one.terms, other.terms, strict=True):
         assert c == pytest.approx(d, rel=0.02)
+
+
+def test_what_is_kept_of_displaced_tensors_alone_is_bounded_in_all(monkeypatch):
+
+    model = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
+    u = Direction(seed=1)
+    pair = [Along(u, 0.1), Along(u, -0.1)]
+
+    def read_all():
+        with torch.no_grad(), side_by_side.side_by_side(TunedTensors(model), pair):
+            return [layer.weight * 2 for layer in model]
+
+    kept = 2 * 4 * 16 * 16 * 4
+    monkeypatch.setattr(side_by_side, "ALL_DERIVED_BYTES", kept)
+    assert len(read_all()) == 4
+    monkeypatch.setattr(side_by_side, "ALL_DERIVED_BYTES", kept - 1)
+    with pytest.raises(NotSeparableError):
+        read_all()

@@ -3,7 +3,8 @@
     python benchmarks/speed/step.py
 
 In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
-Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure. Then, likewise,
+Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; and with
+directions of rank 1. Then, likewise,
 the forwards and a loop as the older codes write it (all weights moved by +μu, -2μu, +μu with `torch.normal` from a
 stored seed, then updated); and a LoRA adapter's step over two forwards of the model with the adapter. Figures are
 ratios of medians; the spread is the quartiles of the step's times over the forwards' median. As in `zotune train`,
@@ -37,15 +38,23 @@ from record import write_result
 LR, MU = 1e-6, 1e-3
 
 
-def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
-    """Cross-entropy of the last token of random sequences; the head at the last position only."""
+def tokens_and_targets(lm: LanguageModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random sequences, (batch, length), and what is to follow each, (batch,)."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.vocab_size
     tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(lm.device)
-    targets = torch.randint(0, vocabulary, (batch,), generator=generator).to(lm.device)
+    return tokens, torch.randint(0, vocabulary, (batch,), generator=generator).to(lm.device)
+
+
+def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
+    """Cross-entropy of the token after random sequences; the head at the last position only."""
+    tokens, targets = tokens_and_targets(lm, batch, length)
+
+    # A tensor, not a number: of the slice that a number makes, torch copies a frozen head's weights for each sequence.
+    last = torch.tensor([length - 1], device=lm.device)
 
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+        logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
         return F.cross_entropy(logits[:, -1].float(), targets, reduction="none")
 
     return zo.batched(losses, tokens, targets)
@@ -93,26 +102,32 @@ def two_forwards(f: Callable[[], torch.Tensor]) -> None:
         f(), f()
 
 
-def measure(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of each side, and their ratios to the two forwards of the same phase."""
+def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: bool = True) -> dict[str, Any]:
+    """Median seconds of each side, and their ratios to the two forwards of the same phase; with the `older` loop's."""
     f = objective(lm, batch, length)
-    rademacher, alone, gaussian = (
-        zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in (zo.rademacher, zo.rademacher, zo.gaussian)
+    samplers = (zo.rademacher, zo.rademacher, zo.gaussian, zo.low_rank(zo.rademacher), zo.low_rank(zo.gaussian))
+    rademacher, alone, gaussian, low_rank, low_rank_gaussian = (
+        zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in samplers
     )
+    forward = zo.forward_grad(lm.module, lr=LR)
 
-    sides = {
+    sides: dict[str, Callable[[], object]] = {
         "forwards": lambda: two_forwards(f),
         "zo_sgd": lambda: rademacher.step(f),
         "one_by_one": lambda: alone.step(lambda: f()),
         "gaussian": lambda: gaussian.step(f),
+        "low_rank": lambda: low_rank.step(f),
+        "low_rank_gaussian": lambda: low_rank_gaussian.step(f),
+        "forward_grad": lambda: forward.step(f),
     }
-    ours = median_seconds(sides, rounds)
-    # Apart, for the in-place loop moves all weights to new memory in every pass.
-    older = median_seconds(
-        {"forwards": lambda: two_forwards(f), "loop": lambda: in_place_loop(lm.module, f)}, max(rounds // 2, 3)
-    )
-    found = ratios(ours)
-    return {**found, "in_place_loop_ratio": statistics.median(older["loop"]) / statistics.median(older["forwards"])}
+    found = ratios(median_seconds(sides, rounds))
+    found["forward_grad_to_zo_sgd"] = found["forward_grad_step_seconds"] / found["zo_sgd_step_seconds"]
+    if older:
+        # Apart, for the in-place loop moves all weights to new memory in every pass.
+        sides = {"forwards": sides["forwards"], "loop": lambda: in_place_loop(lm.module, f)}
+        times = median_seconds(sides, max(rounds // 2, 3))
+        found["in_place_loop_ratio"] = statistics.median(times["loop"]) / statistics.median(times["forwards"])
+    return found
 
 
 def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from zotune.methods import zo_sgd_sign as zo_sgd_sign
     from zotune.optimizer import ZerothOrder as ZerothOrder
     from zotune.perturb import perturbed as perturbed
+    from zotune.rank import low_rank as low_rank
     from zotune.sparsity import sparse as sparse
     from zotune.tuned import TunedTensors as TunedTensors
     from zotune.update import Rounding as Rounding
@@ -67,6 +68,7 @@ _MODULES = {
     "methods": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optimizer": ("ZerothOrder",),
     "perturb": ("perturbed",),
+    "rank": ("low_rank",),
     "sparsity": ("sparse",),
     "tuned": ("TunedTensors",),
     "update": ("Rounding",),

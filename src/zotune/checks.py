@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from zotune.closures import Closure
-from zotune.directions import Direction, Sampler
+from zotune.directions import Direction
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate import GradientEstimate
-from zotune.sparsity import Sparse
+from zotune.sampling import AnySampler, Renewed
 
 
 def check_values(
@@ -36,13 +36,13 @@ def check_values(
         raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
 
 
-def check_window(window: int | None, sampler: Sampler | Sparse) -> None:
+def check_window(window: int | None, sampler: AnySampler) -> None:
     """Refuse a window over directions that cannot be made again.
 
     Raises:
         UsageError: they depend on weights that are gone.
     """
-    if window is not None and isinstance(sampler, Sparse) and sampler.depends_on_weights:
+    if window is not None and isinstance(sampler, Renewed) and sampler.depends_on_weights:
         raise UsageError(
             "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
             'that have moved since. Use mask="random", or keep the state (window=None).'

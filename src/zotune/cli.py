@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from zotune.errors import UsageError, ZotuneError, did_you_mean
@@ -25,6 +26,7 @@ commands:
   train … --dry-run           what that would read, tune and take; starts nothing, writes nothing
   eval --model M --task T …   accuracy, or F1 of generated answers, with its 95 % interval
   plan --model M              will it fit? memory (and time) of each method, before running
+  bench COMMAND               list, run and look at the paper's tables and figures, and the leaderboard
   ledger COMMAND RUN          show, verify, replay, undo, export or merge fine-tunes as kilobytes
   models                      the models there are by name
   tasks                       the tasks there are by name
@@ -49,7 +51,7 @@ def run(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except (ZotuneError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not is_out_of_memory(error):
             raise
         message, code = _explain(error)
         print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
@@ -77,7 +79,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return str(error), 2 if isinstance(error, UsageError) else 1
     if isinstance(error, ImportError):
         return f"{error}. The command line needs its extra: pip install 'zotune[llm]'", 1
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
@@ -85,7 +87,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return f"{getattr(error, 'strerror', None) or error}{f': {where}' if where else ''}", 1
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Python's own error, or torch's, which for the CPU has no class of its own."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
@@ -108,6 +110,7 @@ def _train(args: list[str], as_json: bool) -> int:
 
     keep_freed_memory()
     result = train(config)
+    _write_page(result.output_dir)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -121,6 +124,18 @@ def _train(args: list[str], as_json: bool) -> int:
             f"peak memory {result.peak_memory / 2**20:.0f} MiB\nsaved in {result.output_dir}"
         )
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _write_page(folder: Path) -> None:
+    """The run's page beside its results; without the extra that pages need there is none, and no run fails for it."""
+    try:
+        from zotune.bench.run_page import write_run_page
+    except ImportError:
+        return
+    try:
+        write_run_page(folder)
+    except OSError as error:
+        print(f"zotune: the run's page could not be written: {error.strerror}", file=sys.stderr)  # noqa: T201
 
 
 def _dry_run(config: Any, as_json: bool) -> int:
@@ -229,6 +244,12 @@ def _ledger(args: list[str], as_json: bool) -> int:
     return run(args, as_json)
 
 
+def _bench(args: list[str], as_json: bool) -> int:
+    from zotune.bench.commands import run
+
+    return run(args, as_json)
+
+
 def _models(args: list[str], as_json: bool) -> int:
     _no_options("models", args)
     from zotune.llm.architectures import ARCHITECTURES
@@ -279,6 +300,7 @@ _COMMANDS: dict[str, Callable[[list[str], bool], int]] = {
     "eval": _eval,
     "plan": _plan,
     "ledger": _ledger,
+    "bench": _bench,
     "models": _models,
     "tasks": _tasks,
     "methods": _methods,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.tangents import tangent_of
+from zotune.uncompiled import uncompiled
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -128,7 +129,8 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
     Args:
         losses: given the inputs, the loss of each example: shape (batch,), single precision or better.
         inputs: tensors with the examples along their first dimension.
-        most: how many copies of the batch there may be at once; more than two only for an adapter that is small.
+        most: how many copies of the batch there may be at once; more than two only for an adapter that is small, or
+            directions of low rank.
 
     Raises:
         ValueError: the inputs differ in length (when called: the losses do).
@@ -159,12 +161,12 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Without a graph and with every module in eval mode, so that the objective is a function of x alone."""
+    """Without a graph, uncompiled and with every module in eval mode: the objective is a function of x alone."""
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for module in in_training:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.blocks import Block
+from zotune.factors import Factored, Factors
 from zotune.tuned import TunedTensor, TunedTensors
 
 # What a sampler without a fused kernel makes at a time: its scratch stays in the cache.
@@ -23,7 +24,9 @@ _CHUNK = 1 << 18
 
 
 class Sampler(Protocol):
-    """A distribution over directions with mean 0 and identity covariance: E[u uᵀ] = I."""
+    """A distribution over directions with mean 0 and identity covariance, E[u uᵀ] = I. Equal ones are one."""
+
+    def __hash__(self) -> int: ...
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
         """Write elements start, start + 1, … of u for one tensor into `out` (flat, float32)."""
@@ -91,6 +94,20 @@ class Direction:
         """Whether the part for a tensor is not zero."""
         return self.block is None or tensor_id in self.block.ids
 
+    def sampler_of(self, tensor_id: int) -> Sampler:
+        """What the part for a tensor is drawn from."""
+        sampler = self.sampler
+        return sampler.base if isinstance(sampler, Factored) and tensor_id not in sampler.shapes else sampler
+
+    def factors(self, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None) -> Factors | None:
+        """The factors of the part for a tensor; None where it has none. See `Factored.factors`."""
+        sampler = self.sampler_of(tensor_id)
+        return sampler.factors(self.seed, tensor_id, device, start, size) if isinstance(sampler, Factored) else None
+
+    def has_factors(self, tensor_id: int) -> bool:
+        """Whether the part for a tensor is known by thin factors."""
+        return isinstance(self.sampler_of(tensor_id), Factored)
+
     def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
         """The part of u for the tensor called `name` (any of a tied tensor's names): its shape, float32.
 
@@ -118,12 +135,16 @@ def add_terms(
 ) -> None:
     """Out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
 
-    One pass where all directions share a sampler with a kernel, else chunk by chunk with a small scratch.
+    One pass where there is a kernel for all directions, else chunk by chunk with a small scratch.
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
     """
     terms = moving(terms, tensor_id)
-    if (fused := one_pass(terms)) is not None:
+    if (fused := one_pass(terms, tensor_id)) is not None:
         noise.add(out, x, *fused, tensor_id, start, rounding_seed)
+        return
+    if noise.adds_products(x.device) and (found := _all_factors(terms, tensor_id, start, x)):
+        factors = [(f.left, f.right) for f in found]
+        noise.add_products(out, x, factors, [a for a, _ in terms], tensor_id, start, rounding_seed)
         return
     dtype = noise.compute_dtype(x.dtype)
     for lo in range(0, x.numel(), _CHUNK):
@@ -132,13 +153,22 @@ def add_terms(
         noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
 
 
-def one_pass(terms: Terms) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
+def one_pass(terms: Terms, tensor_id: int) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
     """Stream, seeds and scales of terms whose directions share a sampler with a kernel; None for any others."""
-    samplers = {direction.sampler for _, direction in terms}
+    samplers = {u.sampler_of(tensor_id) for _, u in terms}
     (sampler,) = samplers if len(samplers) == 1 else (None,)
     if not isinstance(sampler, PhiloxSampler):
         return None
     return sampler.stream, tuple(u.seed for _, u in terms), tuple(a for a, _ in terms)
+
+
+def _all_factors(terms: Terms, tensor_id: int, start: int, x: Tensor) -> list[Factors]:
+    """The factors of each term, for the rows that a slice is in; nothing where one has none, or of another rank."""
+    samplers = {u.sampler_of(tensor_id) for _, u in terms}
+    if not all(isinstance(s, Factored) for s in samplers) or len({getattr(s, "rank", 0) for s in samplers}) != 1:
+        return []
+    found = (u.factors(tensor_id, x.device, start, x.numel()) for _, u in terms)
+    return [f for f in found if f is not None]
 
 
 def combine(terms: Terms, tensor: TunedTensor) -> Tensor:

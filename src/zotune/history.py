@@ -8,7 +8,7 @@ from typing import Any
 
 from zotune.blocks import Block
 from zotune.directions import Direction, Sampler, Terms
-from zotune.sparsity import Masked
+from zotune.sampling import state_of
 
 
 class History:
@@ -58,8 +58,7 @@ class History:
 
 
 def _to_plain(terms: Terms) -> dict[str, Any]:
-    sampler = terms[0][1].sampler
     return {
         "terms": [(c, u.seed, None if u.block is None else u.block.name) for c, u in terms],
-        "sampler": sampler.state() if isinstance(sampler, Masked) else None,
+        "sampler": state_of(terms[0][1].sampler),
     }

@@ -18,11 +18,10 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from zotune.blocks import Block, BlockOrder
-from zotune.directions import Sampler
 from zotune.estimators import Estimator, central_difference
 from zotune.gradient_check import CheckedForwardGradient
 from zotune.optimizer import ZerothOrder
-from zotune.sparsity import Sparse
+from zotune.sampling import AnySampler
 from zotune.steps import conservative
 from zotune.transforms import ADAMS, elementwise_sign, momentum
 from zotune.transforms import sign as sign_of
@@ -34,7 +33,7 @@ Difference = Callable[..., Any]
 class Options(TypedDict, total=False):
     """The options that all methods share; what they mean: `ZerothOrder`."""
 
-    sampler: Sampler | Sparse
+    sampler: AnySampler
     num_queries: int
     blocks: Sequence[Block] | None
     block_order: BlockOrder | str
@@ -67,7 +66,7 @@ def zo_sgd(
         mu: μ > 0. Too small: rounding of the loss (bfloat16 weights want at least 1e-3); too large: a bias of O(μ²).
         difference: `central_difference` (2q forward passes) or `forward_difference` (q + 1).
         options: those of `ZerothOrder`. `num_queries`: the variance falls as 1/q; `sampler`: `rademacher` (cheapest,
-            smallest variance), `gaussian` (the paper's) or a sparse one.
+            smallest variance), `gaussian` (the paper's), a sparse one or one of low rank.
 
     Forward passes a step: 2q, or q + 1. Memory: at most the largest tuned tensor. No state.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,27 +12,27 @@ from torch import nn
 
 from zotune.blocks import Block, check_partition
 from zotune.blocks import BlockOrder as BlockOrder
-from zotune.checks import as_groups, check_closure, check_own, check_skipped, check_values, check_window
+from zotune.checks import as_groups, check_closure, check_own, check_values, check_window
 from zotune.closures import Closure
-from zotune.directions import Direction, Sampler, Terms, rademacher
+from zotune.counting import CountingOptimizer
+from zotune.directions import Direction, Terms, rademacher
 from zotune.errors import UsageError
-from zotune.estimate import GradientEstimate, merged
+from zotune.estimate import GradientEstimate
 from zotune.estimators import Estimator, central_difference
 from zotune.history import History
 from zotune.ledger.format import StepRecord
 from zotune.noise import derive_seed
 from zotune.prefix import NoReuse, PrefixReuse
-from zotune.sparsity import Sparse, StepSampler, Weights
+from zotune.sampling import AnySampler, StepSampler, Weights
 from zotune.steps import StepRule, fixed
 from zotune.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.tuned import TunedTensors
 from zotune.update import Rounding, Step, TensorUpdate, keep_master, write_all
 
 _DIRECTION, _ROUNDING = 0, 1
-_COUNTERS = ("seed", "num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
 
 
-class ZerothOrder(torch.optim.Optimizer):
+class ZerothOrder(CountingOptimizer):
     """A torch optimizer that needs forward passes only. Its closure returns the loss and never calls backward.
 
     Args:
@@ -44,7 +42,8 @@ class ZerothOrder(torch.optim.Optimizer):
         transform: h; a function of some elements of ĝ and their state, see `zotune.transforms`.
         coefficient: what is done to each c before ĝ is put together, such as taking its sign.
         step: how far to go along the step, see `zotune.steps`.
-        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one.
+        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
+            matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
         blocks: a partition of the tuned tensors, estimated block by block, see `zotune.blocks`.
         block_order: "joint" or "sequential", see `BlockOrder`.
@@ -91,7 +90,7 @@ class ZerothOrder(torch.optim.Optimizer):
         transform: Transform = identity,
         coefficient: Coefficient = unchanged,
         step: StepRule = fixed,
-        sampler: Sampler | Sparse = rademacher,
+        sampler: AnySampler = rademacher,
         num_queries: int = 1,
         blocks: Sequence[Block] | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,
@@ -120,14 +119,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rounding, self.seed = Rounding(rounding), seed
         self._sampling = StepSampler(self.tuned, sampler)
         self._history = None if window is None else History(window - 1)
-        self.max_skipped, self._skipped_in_a_row = max_skipped, 0
-        self.num_steps = self.num_skipped = self.num_forwards = 0
-        self.on_step: Callable[[StepRecord], None] | None = None
-        self._taken: list[tuple[GradientEstimate, float]] = []
-        self._forwards_before = 0
-        super().__init__(
-            groups or [{"params": [t.parameter for t in self.tuned]}], {"lr": lr, "weight_decay": weight_decay}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
 
     def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
         """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
@@ -255,12 +248,6 @@ class ZerothOrder(torch.optim.Optimizer):
                 self._history.add(self._terms(estimate))
         self._taken.append((estimate, scale))
 
-    @cached_property
-    def recorded(self) -> Coefficient:
-        """A number as a record holds it: in single precision, but for float64 weights."""
-        double = any(t.parameter.dtype == torch.float64 for t in self.tuned)
-        return unchanged if double else lambda x: ctypes.c_float(x).value
-
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """By tensor id, what applying the estimate does to each tensor that it concerns."""
         step, found = self._step_along(estimate), {}
@@ -301,61 +288,23 @@ class ZerothOrder(torch.optim.Optimizer):
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()
 
-    def skip(self) -> None:
-        """Count a step that is left out, because something else about it is not finite."""
-        self._taken = [(GradientEstimate(math.nan, (), 0), math.nan)]
-        self._count()
-        self.stop_if_skipping()
-
     def _count(self) -> float:
-        """The step is over: count it, report it, and return its loss: the mean over the blocks' estimates."""
-        taken, self._taken = self._taken, []
-        estimate = merged([e for e, _ in taken])
-        record = StepRecord(
-            self.num_steps,
-            estimate.loss,
-            tuple(self.recorded(float(group["lr"])) for group in self.param_groups),
-            tuple(scale for _, scale in taken),
-            tuple(c for c, _ in estimate.terms),
-            self.num_forwards - self._forwards_before,
-        )
-        self._forwards_before = self.num_forwards
-        self.num_steps += 1
         if self._history is not None:
             self._history.close()
-        self.num_skipped += record.is_skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.is_skipped else 0
-        if self.on_step is not None:
-            self.on_step(record)
-        return estimate.loss
-
-    def stop_if_skipping(self) -> None:
-        """See that not all of the last steps were left out.
-
-        Raises:
-            NonFiniteLossError: the last `max_skipped` were.
-        """
-        check_skipped(self._skipped_in_a_row, self.max_skipped)
+        return super()._count()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
-        own: dict[str, Any] = {name: getattr(self, name) for name in _COUNTERS}
-        own["sampler"] = self._sampling.state()
-        own["history"] = None if self._history is None else self._history.state()
-        return {**super().state_dict(), "zeroth_order": own}
+        state = super().state_dict()
+        history = None if self._history is None else self._history.state()
+        state["zeroth_order"] |= {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; float32 state stays float32."""
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "zeroth_order"})
-        # torch casts state to the parameter's dtype, which would round master weights and momenta.
-        order = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if index in state_dict["state"]:
-                self.state[p] = copy.deepcopy(state_dict["state"][index])
+        super().load_state_dict(state_dict)
         own = state_dict["zeroth_order"]
-        for name in _COUNTERS:
-            setattr(self, name, own[name])
-        self._forwards_before = self.num_forwards
+        self.seed = own["seed"]
         self._sampling.load(self.seed, own["sampler"])
         if self._history is not None:
             self._history.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)

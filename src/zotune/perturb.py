@@ -5,7 +5,8 @@ them moved. Here they are only read: while `perturbed` is active, every torch fu
 tuned tensor gets x + a·u instead (see `zotune.reading`).
 
 Two reads need no whole perturbed tensor: a linear layer takes its rows in pieces that stay in the
-cache, an embedding only the rows that are looked up. And where all that is displaced is small, as an
+cache, an embedding only the rows that are looked up. A direction of low rank needs no perturbed piece
+either: x + a·u is then x Wᵀ and two thin products. And where all that is displaced is small, as an
 adapter is, a tensor that is read again is made whole and kept until the context is left: an objective that
 generates text, or one in micro-batches, reads it many times.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions import Direction, PhiloxSampler, add_terms
+from zotune.factors import Factors, linear, product
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -53,6 +55,9 @@ class Displacement(Protocol):
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """Displace rows[i], which is row indices[i] of a matrix, in place."""
 
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """How far a matrix is displaced, where that is of low rank: products then need nothing else. Else None."""
+
 
 @dataclass(frozen=True)
 class Along:
@@ -75,8 +80,16 @@ class Along:
         sampler = self.direction.sampler
         if isinstance(sampler, PhiloxSampler):
             noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
+        elif (factors := self.factors(tensor, rows.device)) is not None:
+            dtype = noise.compute_dtype(rows.dtype)
+            rows.copy_(rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a)
         else:
             move_rows_one_by_one(self, rows, indices, tensor)
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """As `Displacement.factors`."""
+        found = self.direction.factors(tensor.id, device)
+        return None if found is None else Factors(found.left, found.right, self.a)
 
 
 def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
@@ -140,10 +153,13 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         tensor = self.find(weight)
         # Under autograd a scratch that is used again would corrupt the graph.
-        if tensor is None or self._is_read_again(tensor) or torch.is_grad_enabled():
+        if tensor is None or torch.is_grad_enabled() or weight.dim() != 2:
             return None
+        if (factors := self._displacement.factors(tensor, weight.device)) is not None:
+            self.note(tensor)
+            return linear(self.replace(input), weight.detach(), self.replace(bias), [factors])
         largest = piece_elements(weight.device.type)
-        if weight.dim() != 2 or not 0 < weight.shape[1] <= largest:
+        if self._is_read_again(tensor) or not 0 < weight.shape[1] <= largest:
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()

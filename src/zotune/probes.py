@@ -52,15 +52,20 @@ def values_at(closure: Closure, tuned: TunedTensors, points: Sequence[Point]) ->
 
 def _groups(tuned: TunedTensors, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
     """The points, in groups to be evaluated at once: neighbours that displace the same tensors, few where these are
-    large.
+    large and not displaced by thin factors.
     """
     lo = 0
     for hi in range(1, len(points) + 1):
-        tensors = points[lo][1].tensors
-        size = most if most <= 2 or takes(tuned, tensors) * most <= KEPT_BYTES else 2
+        u, tensors = points[lo][1], points[lo][1].tensors
+        size = most if most <= 2 or takes(tuned, made_whole(tuned, u)) * most <= KEPT_BYTES else 2
         if hi == len(points) or hi - lo == size or points[hi][1].tensors != tensors:
             yield points[lo:hi]
             lo = hi
+
+
+def made_whole(tuned: TunedTensors, direction: Direction) -> frozenset[int]:
+    """Ids of the tensors that a direction displaces otherwise than by thin factors."""
+    return frozenset(t.id for t in tuned if direction.moves(t.id) and not direction.has_factors(t.id))
 
 
 def _values_of(closure: Batched, tuned: TunedTensors, points: Sequence[Point]) -> list[Tensor | float]:

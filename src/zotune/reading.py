@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from zotune.errors import UnreadTensorError
 from zotune.tuned import TunedTensor, TunedTensors
+from zotune.uncompiled import uncompiled
 
 _METADATA_PROPERTIES = """
     shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized
@@ -66,12 +67,15 @@ class Reading(TorchFunctionMode):
     def __enter__(self) -> Self:
         self._outer = self.tuned.replaced
         self.tuned.replaced = self._outer | self.chosen
+        self._eagerly = uncompiled()
+        self._eagerly.__enter__()
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._eagerly.__exit__(None, None, None)
         self.tuned.replaced = self._outer
         if kind is None and self._unread:
             raise UnreadTensorError(_unread_message([t.name for t in self._unread.values()], len(self.tuned)))

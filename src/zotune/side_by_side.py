@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
 from zotune.directions import PhiloxSampler
+from zotune.factors import Factors, linear
 from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, takes
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# What may be made of displaced tensors alone, and is then kept for all copies.
-DERIVED_BYTES = 16 << 20
+# What may be made of displaced tensors alone, and is then kept for all copies: at a time, and in all.
+DERIVED_BYTES, ALL_DERIVED_BYTES = 16 << 20, 64 << 20
 
 # Each number of their result depends on the numbers at its own place alone.
 _ELEMENTWISE: frozenset[Any] = frozenset(
@@ -59,7 +60,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
+        self._derived_bytes = 0
         self._scratch: list[Tensor] = []
+        self._identities = frozenset(id(t.parameter) for t in tuned if t.id in self.chosen)
         self._constant = frozenset(map(id, chain(tuned.model.parameters(), tuned.model.buffers())))
 
     def __exit__(
@@ -83,6 +86,8 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _differs(self, value: Any) -> bool:
         """Whether there is a tensor in `value` that is not the same for all copies."""
         if isinstance(value, Tensor):
+            if not self._offloaded:  # as `find`, which every function of a forward pass would have to wait for
+                return id(value) in self._identities or id(value) in self._derived
             return id(value) in self._derived or self.find(value) is not None
         if isinstance(value, (list, tuple)):
             return any(map(self._differs, value))
@@ -151,7 +156,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
             return type(results[0])(self._derive(list(parts)) for parts in zip(*results, strict=True))
         if not all(isinstance(result, Tensor) for result in results):
             raise NotSeparableError("a number was read off a displaced tensor")
-        if sum(r.numel() * r.element_size() for r in results) > DERIVED_BYTES:
+        num_bytes = sum(r.numel() * r.element_size() for r in results)
+        self._derived_bytes += num_bytes
+        if num_bytes > DERIVED_BYTES or self._derived_bytes > ALL_DERIVED_BYTES:
             raise NotSeparableError("what is made of displaced tensors alone would take much memory")
         self._derived[id(results[0])] = results
         return results[0]
@@ -201,12 +208,24 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if self._differs(input) or not self._is_of_the_batch(input) or weight.dim() != 2:
             return None
-        if torch.is_grad_enabled() or not 0 < weight.shape[1] <= piece_elements(weight.device.type):
+        if torch.is_grad_enabled():
             return None
-        out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+        tensor = self.find(weight)
+        if tensor is not None and (factors := self._factors(tensor, weight.device)) is not None:
+            self.note(tensor)
+            out = linear(input, weight.detach(), None, factors).view(self._copies, -1, weight.shape[0])
+        elif 0 < weight.shape[1] <= piece_elements(weight.device.type):
+            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+        else:
+            return None
         if bias is not None:
             out += torch.stack(self._values(bias))[:, None] if self._differs(bias) else bias
         return out.view(*input.shape[:-1], weight.shape[0])
+
+    def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
+        """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
+        found = [displacement.factors(tensor, device) for displacement in self._displacements]
+        return None if None in found else [f for f in found if f is not None]
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own weights."""

@@ -8,7 +8,7 @@ of use, which do not move between probe and update.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -18,11 +18,10 @@ from torch import Tensor
 
 from zotune import noise
 from zotune.directions import Sampler
+from zotune.sampling import AnySampler, Renewed, Weights, at_step, restored, state_of
 from zotune.tuned import TunedTensor, TunedTensors
 
 _CHUNK = 1 << 20
-# A tensor to its numbers.
-Weights = Callable[[TunedTensor], Tensor]
 # The name of mask seeds among what is derived from a run's seed.
 _PURPOSE = 2
 
@@ -53,10 +52,10 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Renewed):
     """A sampler whose entries are set to zero by a mask that is renewed as a run goes on; see `sparse`."""
 
-    base: Sampler
+    base: AnySampler
     sparsity: float
     mask: Mask
     group: Group
@@ -67,34 +66,38 @@ class Sparse:
         tuned: TunedTensors,
         seed: int,
         step: int,
-        before: Masked | None,
+        before: Masked | None = None,
         weights: Weights = TunedTensor.storage,
     ) -> Masked:
-        """The sampler of one step. `before` is that of an earlier step, whose levels may still hold.
-
-        `weights` gives a tensor's numbers, where the model itself does not hold them.
-        """
+        """As `Renewed.at`: the levels of the step before may still hold."""
         epoch = step // self.interval
+        base = at_step(self.base, tuned, seed, step, before and before.base, weights)
         if before is not None and before.epoch == epoch:
-            return before
+            return before if before.base == base else self._masked(tuned, seed, epoch, before.levels, base)
         # The paper's ratios are those of the weights that a run begins with; a mask by magnitude follows the weights.
         if before is not None and self.mask == Mask.RANDOM:
-            return self._masked(tuned, seed, epoch, before.levels)
-        return self._masked(tuned, seed, epoch, self._levels(tuned, weights))
+            return self._masked(tuned, seed, epoch, before.levels, base)
+        return self._masked(tuned, seed, epoch, self._levels(tuned, weights), base)
 
     def restored(self, tuned: TunedTensors, seed: int, state: dict[str, Any]) -> Masked:
-        """The sampler that `Masked.state` describes."""
+        """As `Renewed.restored`."""
         levels = {int(key): Level(*level) for key, level in state["levels"].items()}
-        return self._masked(tuned, seed, state["epoch"], levels)
+        return self._masked(tuned, seed, state["epoch"], levels, restored(self.base, tuned, seed, state.get("base")))
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As `Renewed.constants`."""
+        own = {"sparsity": self.sparsity, "mask": str(self.mask), "group": str(self.group)}
+        return {**own, "interval": self.interval}
 
     @property
     def depends_on_weights(self) -> bool:
-        """Whether a direction can be made again only with the weights as they were."""
-        return self.mask == Mask.MAGNITUDE
+        """As `Renewed.depends_on_weights`."""
+        return self.mask == Mask.MAGNITUDE or super().depends_on_weights
 
-    def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level]) -> Masked:
+    def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level], base: Sampler) -> Masked:
         weights = {t.id: t for t in tuned} if self.depends_on_weights else {}
-        return Masked(self.base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
+        return Masked(base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
 
     def _levels(self, tuned: TunedTensors, weights: Weights) -> dict[int, Level]:
         groups = [list(tuned)] if self.group == Group.GLOBAL else [[t] for t in tuned]
@@ -117,41 +120,6 @@ class Sparse:
             ratio = (less + ties * same) / t.parameter.numel()
             levels[t.id] = Level(ratio) if self.mask == Mask.RANDOM else Level(ties, threshold)
         return levels
-
-
-class StepSampler:
-    """The sampler of each step of a run: always the same one, or a sparse one's mask as the run goes on."""
-
-    def __init__(self, tuned: TunedTensors, sampler: Sampler | Sparse) -> None:
-        self._tuned, self._sampler = tuned, sampler
-        self._last: Masked | None = None
-
-    def begin(self, seed: int, weights: Weights) -> None:
-        """Make the first step's mask with the numbers that `weights` gives, where the model does not hold them."""
-        if isinstance(self._sampler, Sparse):
-            self._last = self._sampler.at(self._tuned, seed, 0, None, weights)
-
-    def at(self, seed: int, step: int) -> Sampler:
-        """The sampler of a step of the run that `seed` names."""
-        if not isinstance(self._sampler, Sparse):
-            return self._sampler
-        self._last = self._sampler.at(self._tuned, seed, step, self._last)
-        return self._last
-
-    def of(self, seed: int, state: Any) -> Sampler:
-        """The sampler of an earlier step, from its state."""
-        sampler = self._sampler
-        return sampler.restored(self._tuned, seed, state) if isinstance(sampler, Sparse) else sampler
-
-    def state(self) -> dict[str, Any] | None:
-        """What the coming steps' masks depend on besides the seed; None where there is nothing of the kind."""
-        return None if self._last is None else self._last.state()
-
-    def load(self, seed: int, state: dict[str, Any] | None) -> None:
-        """Go on from `state`."""
-        self._last = None
-        if isinstance(self._sampler, Sparse) and state is not None:
-            self._last = self._sampler.restored(self._tuned, seed, state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +146,13 @@ class Masked:
         out.masked_fill_((magnitude < level.threshold) | ((magnitude == level.threshold) & (ties == 0)), 0.0)
 
     def state(self) -> dict[str, Any]:
-        """What `Sparse.restored` makes this sampler from, in plain values."""
-        return {"epoch": self.epoch, "levels": {i: (level.ratio, level.threshold) for i, level in self.levels.items()}}
+        """As `zotune.sampling.SamplerOfAStep.state`."""
+        levels = {i: (level.ratio, level.threshold) for i, level in self.levels.items()}
+        return {"epoch": self.epoch, "levels": levels, "base": state_of(self.base)}
 
 
 def sparse(
-    base: Sampler,
+    base: AnySampler,
     sparsity: float,
     *,
     mask: Mask | str = Mask.RANDOM,

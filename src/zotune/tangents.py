@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from zotune.directions import Direction
+from zotune.factors import add_products
 from zotune.perturb import Along, Displacement
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
@@ -64,7 +65,10 @@ class Tangents(Reading):
         return value is not None and (self.find(value) is not None or tangent_of(value) is not None)
 
     def _add_product(self, out: Tensor, x: Tensor, tensor: TunedTensor) -> None:
-        """Out += x Uᵀ, with U made some rows at a time."""
+        """Out += x Uᵀ, with U made some rows at a time, or by its factors."""
+        if (factors := self._u.factors(tensor, out.device)) is not None:
+            add_products(out, x, [factors])
+            return
         width = x.shape[1]
         rows = _PIECE // width
         scratch = torch.empty(min(rows, out.shape[1]) * width, dtype=out.dtype, device=out.device)

@@ -41,7 +41,7 @@ def momentum(gradient: Tensor, state: State, *, beta: float) -> tuple[Tensor, St
 def adam(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: float) -> tuple[Tensor, State]:
     """H = m̂ / (√v̂ + ε) with m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ): Kingma and Ba, 2015; `torch.optim.Adam`."""
     m, v, t = _moments(gradient, state, beta1, beta2)
-    step = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    step = (m / (1 - beta1**t)) / (_root(v / (1 - beta2**t)) + eps)
     return step, {"exp_avg": m, "exp_avg_sq": v, "step": t}
 
 
@@ -52,14 +52,14 @@ def adamm(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: fl
     """
     before = state["exp_avg_sq"] if state else torch.zeros_like(gradient)
     m, v, t = _moments(gradient, state, beta1, beta2)
-    return m / (torch.maximum(v, before).sqrt() + eps), {"exp_avg": m, "exp_avg_sq": v, "step": t}
+    return m / (_root(torch.maximum(v, before)) + eps), {"exp_avg": m, "exp_avg_sq": v, "step": t}
 
 
 def amsgrad(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: float) -> tuple[Tensor, State]:
     """H = m / (√v̂ + ε) with v̂ₜ = max(v̂ₜ₋₁, vₜ), the largest v so far: ZO-AdaMM (Chen et al., 2019), which is cited."""
     m, v, t = _moments(gradient, state, beta1, beta2)
     largest = torch.maximum(v, state["max_exp_avg_sq"]) if state else v
-    return m / (largest.sqrt() + eps), {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest, "step": t}
+    return m / (_root(largest) + eps), {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest, "step": t}
 
 
 def _moments(gradient: Tensor, state: State, beta1: float, beta2: float) -> tuple[Tensor, Tensor, int]:
@@ -68,6 +68,14 @@ def _moments(gradient: Tensor, state: State, beta1: float, beta2: float) -> tupl
     if state:
         m, v = beta1 * state["exp_avg"] + m, beta2 * state["exp_avg_sq"] + v
     return m, v, state.get("step", 0) + 1
+
+
+def _root(v: Tensor) -> Tensor:
+    """√v to the nearest float, on any machine: the mathematical library that torch calls may be a bit off.
+
+    Of a root taken in double precision no error is left by rounding it.
+    """
+    return v.double().sqrt().to(v.dtype)
 
 
 ADAMS: dict[str, Callable[..., tuple[Tensor, State]]] = {"torch": adam, "adamm": adamm, "amsgrad": amsgrad}

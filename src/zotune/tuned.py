@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
 
@@ -182,6 +183,12 @@ class TunedTensors:
                     f"the tensor {t.name!r} has dtype {t.parameter.dtype}; only floating-point tensors can be tuned. "
                     "Freeze it, and tune an adapter on top of it."
                 )
+            if _is_wrapper(t.parameter):
+                raise UsageError(
+                    f"the tensor {t.name!r} is a {type(t.parameter.data).__name__}, which only wraps the tensors that "
+                    "hold its numbers (integers, of a quantised layer); it cannot be tuned. Freeze it, and tune an "
+                    "adapter on top of it."
+                )
             if t.id in ids:
                 raise UsageError(f"the names {ids[t.id]!r} and {t.name!r} have the same 32-bit id; rename one of them.")
             ids[t.id] = t.name
@@ -201,6 +208,11 @@ def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
     """What two places have in common if they hold one tensor: the parameter, or the memory it is loaded from."""
     stored = _held_in_memory(module, attribute) if p.is_meta else None
     return id(p) if stored is None else (stored.data_ptr(), stored.shape)
+
+
+def _is_wrapper(p: Tensor) -> bool:
+    """Whether a tensor is but a face of other tensors, as those of torchao are; a distributed tensor is its own."""
+    return is_traceable_wrapper_subclass(p) and not hasattr(p, "device_mesh")
 
 
 def _held_in_memory(module: nn.Module, attribute: str) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune import fused
 from zotune.directions import Terms, add_terms, moving, one_pass
 from zotune.noise import add_many, compute_dtype, round_to
 from zotune.perturb import move_rows_one_by_one
@@ -80,12 +81,14 @@ class TensorUpdate:
     def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
         """Update a flat slice in place, given the state of just its elements; the slice's new state.
 
-        With a = 0 the slice stays, and the state advances.
+        What is given as the state may be written too. With a = 0 the slice stays, and the state advances.
         """
         if self.is_sum:
             if scale:
                 add_terms(x, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
             return {}
+        if (after := fused.take(self, x, state, start, scale)) is not None:
+            return after
         return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
 
     def _step(self, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
@@ -107,8 +110,9 @@ class TensorUpdate:
             new = self.take(part, self._state(lo, part), lo, scale)
             for key, value in new.items() if self.history is None else ():
                 if isinstance(value, Tensor):
-                    after.setdefault(key, self._room(key, value))
-                    after[key].view(-1)[lo : lo + size] = value
+                    whole = after.setdefault(key, self._room(key, value)).view(-1)[lo : lo + size]
+                    if whole.data_ptr() != value.data_ptr():
+                        whole.copy_(value)
                 else:
                     after[key] = value
         if scale:
@@ -160,12 +164,12 @@ def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[Tenso
     for update in updates:
         # A tensor that has to be copied is written alone: one copy at a time.
         alone = not (update.is_sum and scale and update.is_flat)
-        fused = None if alone else one_pass(update.moves(scale))
-        if fused is None:
+        shared = None if alone else one_pass(update.moves(scale), update.tensor.id)
+        if shared is None:
             states.append((update, update.write(scale)))
         else:
             x = update.read()
-            together.setdefault((x.device, x.dtype, *fused, update.rounding_seed), []).append((update, x))
+            together.setdefault((x.device, x.dtype, *shared, update.rounding_seed), []).append((update, x))
     for (_, _, stream, seeds, scales, rounding_seed), members in together.items():
         ids = [update.tensor.id for update, _ in members]
         add_many([x for _, x in members], ids, stream, seeds, scales, rounding_seed)
@@ -251,3 +255,6 @@ class Updated:
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `Displacement.move_rows`."""
         move_rows_one_by_one(self, rows, indices, tensor)
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> None:
+        """As `Displacement.factors`: the update that is written is known as a sum of matrices, not by its factors."""

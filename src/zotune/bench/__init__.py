@@ -1,1 +1,1 @@
-"""Measuring, and the paper's tables and figures measured again."""
+"""The benchmark: the paper's tables and figures as experiments, a runner for them, and what they found."""

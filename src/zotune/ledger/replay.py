@@ -16,7 +16,7 @@ from zotune.directions import PhiloxSampler
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import Header, Layout, LedgerError, StepRecord
 from zotune.optimizer import BlockOrder, ZerothOrder
-from zotune.sparsity import Sparse
+from zotune.sampling import Renewed
 
 
 def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> Header:
@@ -176,9 +176,8 @@ def _bytes(tensor: Tensor) -> Iterator[Any]:
 
 
 def _sampler(sampler: Any) -> Any:
-    if isinstance(sampler, Sparse):
-        own = {"sparsity": sampler.sparsity, "mask": str(sampler.mask), "group": str(sampler.group)}
-        return {"base": _sampler(sampler.base), **own, "interval": sampler.interval}
+    if isinstance(sampler, Renewed):
+        return {"base": _sampler(sampler.base), **sampler.constants}
     return sampler.name if isinstance(sampler, PhiloxSampler) else repr(sampler)
 
 

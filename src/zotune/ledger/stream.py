@@ -16,7 +16,7 @@ from zotune.errors import UsageError
 from zotune.ledger.format import StepRecord
 from zotune.noise import compute_dtype
 from zotune.optimizer import ZerothOrder
-from zotune.sparsity import Sparse, Weights
+from zotune.sampling import Renewed, Weights
 from zotune.transforms import State
 from zotune.tuned import TunedTensor
 from zotune.update import Rounding, Step, TensorUpdate
@@ -65,7 +65,7 @@ class Trace:
     @staticmethod
     def is_possible(optimizer: ZerothOrder) -> bool:
         """Whether each tensor can be moved without the others: not if masks follow the weights as they move."""
-        return not (isinstance(optimizer.sampler, Sparse) and optimizer.sampler.depends_on_weights)
+        return not (isinstance(optimizer.sampler, Renewed) and optimizer.sampler.depends_on_weights)
 
     def apply(self, name: str, x: Tensor, size: int | None = None) -> None:
         """Move x, all numbers of the tensor called `name` as one flat, contiguous tensor, through all steps, in place.

@@ -96,6 +96,20 @@ def fetch(name: str, *, accept_terms: bool = False) -> Path:
     return folder
 
 
+def fetch_gguf(name: str, *, accept_terms: bool = False) -> Path:
+    """The GGUF file of a built-in model, fetched at the first call and kept beside its folder.
+
+    Raises:
+        UsageError: as `fetch`.
+    """
+    folder, model = fetch(name, accept_terms=accept_terms), BUILT_IN[name]
+    file = folder.with_name(f"{name}.gguf")
+    if not file.is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
+            _gguf(model, Path(aside)).replace(file)
+    return file
+
+
 def _gguf(model: BuiltIn, aside: Path) -> Path:
     """The GGUF file, put together of the parts in installed packages or in wheels; no package is ever imported."""
     whole, digest = aside / model.gguf, hashlib.sha256()

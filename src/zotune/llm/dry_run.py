@@ -182,7 +182,11 @@ def _memory(
 ) -> Memory:
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     base = list(lm.base.parameters())
-    is_other = any(p.dtype != stored for p in base if not p.requires_grad or config.tuning in ("full", "head"))
+    is_other = any(
+        p.dtype != stored
+        for p in base
+        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head"))
+    )
     trained = [data.objective.reads(e) for e in read.encoded["train"]]
     measured = [*read.encoded["dev"], *read.encoded["test"]]
     if not trained:
@@ -227,7 +231,7 @@ def _prompts_reused(lm: LanguageModel, config: TrainConfig, read: _Reading) -> i
     if not depth or not config.reuse_activations:
         return 0
     num_tokens = sum(map(len, {e.prompt for encoded in read.encoded.values() for e in encoded}))
-    entering: int = num_tokens * int(lm.config.hidden_size) * next(lm.base.parameters()).element_size()
+    entering: int = num_tokens * int(lm.config.hidden_size) * lm.base.dtype.itemsize
     return min(entering + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
 
 

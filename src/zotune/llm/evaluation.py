@@ -23,6 +23,7 @@ from zotune.llm.models import LanguageModel, load
 from zotune.llm.output import environment
 from zotune.llm.own import Data
 from zotune.llm.progress import say
+from zotune.llm.quantization import saved_quantization
 from zotune.llm.tasks import find_task, head_labels
 from zotune.memory import peak_memory
 
@@ -95,10 +96,14 @@ def evaluate_tasks(config: EvalConfig) -> tuple[dict[str, Found], dict[str, Any]
     peak = peak_memory(lm.device)
     base = None if not config.baselines or lm.classifies else base_of(config.model)
     if base is not None:
-        dtype = str(next(lm.base.parameters()).dtype).removeprefix("torch.")
+        same = {
+            "model": base,
+            "dtype": str(lm.base.dtype).removeprefix("torch."),
+            "quantization": config.quantization or saved_quantization(Path(config.model)),
+        }
         del lm
-        # The same precision, or the difference would be that of the rounding too.
-        found = _against(found, load(config.model_copy(update={"model": base, "dtype": dtype})), config, base)
+        # In the same precision, or the difference would be that of the rounding too.
+        found = _against(found, load(config.model_copy(update=same)), config, base)
     if config.predictions is not None:
         write_predictions(config.predictions, found)
     entries = {name: one.summary(config) for name, one in found.items()}

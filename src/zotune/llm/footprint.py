@@ -137,7 +137,7 @@ def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = Non
     layers = text.num_hidden_layers if num_layers is None else num_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = next(lm.base.parameters()).element_size()
+    size = lm.base.dtype.itemsize
     return int(2 * layers * heads * width * size * num_tokens)
 
 
@@ -146,7 +146,7 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: StepOptions) -> int:
     if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
-    width: int = next(lm.base.parameters()).element_size() * int(lm.config.hidden_size)
+    width: int = lm.base.dtype.itemsize * int(lm.config.hidden_size)
     return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
 
 

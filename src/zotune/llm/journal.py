@@ -32,6 +32,7 @@ from zotune.llm.models import LanguageModel
 from zotune.llm.optimizers import AnyOptimizer
 from zotune.llm.output import OutputFolder
 from zotune.llm.progress import say
+from zotune.llm.quantization import frozen_tensors
 from zotune.optimizer import ZerothOrder
 from zotune.tuned import TunedTensors
 
@@ -208,10 +209,10 @@ def data_digest(train: tuple[Encoded, ...]) -> str:
 
 
 def frozen_digest(module: torch.nn.Module) -> str:
-    """A digest of all parameters that are not tuned."""
-    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    """A digest of all that is not tuned; of a quantised base, of its packed integers and their scales."""
+    frozen = frozen_tensors(module)
     names = sorted(frozen)
-    return combined_digest(names, digests_of(frozen[name].data for name in names))
+    return combined_digest(names, digests_of(frozen[name] for name in names))
 
 
 def combined_digest(names: Iterable[str], digests: Iterable[str]) -> str:

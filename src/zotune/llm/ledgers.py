@@ -14,12 +14,15 @@ from zotune.errors import UsageError
 from zotune.ledger import Ledger, LedgerError, LedgerWriter, read
 from zotune.ledger.replay import replay
 from zotune.llm.config import TrainConfig
+from zotune.llm.dense import dense
 from zotune.llm.journal import CHECKPOINT, LEDGER, frozen_digest
 from zotune.llm.metrics import MetricsLog
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.optimizers import make_optimizer
 from zotune.llm.output import saving, write_whole
 from zotune.llm.progress import say
+from zotune.llm.quantization import is_quantised
+from zotune.llm.scales import saved_state
 from zotune.llm.schema import validate
 from zotune.llm.shards import MAX_SHARD_SIZE
 from zotune.llm.streaming import NotStreamedError, Streamed, base_of
@@ -73,7 +76,7 @@ class Rebuilt:
 
             state: dict[str, Tensor] = get_peft_model_state_dict(self.lm.module, save_embedding_layers=False)
             return state
-        return dict(self.lm.module.state_dict())
+        return saved_state(self.lm.module)
 
     @property
     def names(self) -> frozenset[str]:
@@ -135,7 +138,7 @@ def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_s
     Args:
         rebuilt: the model.
         folder: where to; it holds no model yet.
-        merged: of an adapter's run, whole weights with the adapter put into them.
+        merged: whole weights, the adapter put into them; of a quantised base all as numbers.
         max_shard_size: of whole weights, how large a file may get.
 
     Raises:
@@ -144,11 +147,12 @@ def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_s
     check_empty(folder)
     if merged:
         merge: Any = getattr(rebuilt.lm.module, "merge_and_unload", None)
-        if not rebuilt.config.is_adapter or merge is None or rebuilt.config.tuning in ("prefix", "prompt"):
+        has_own = not rebuilt.config.is_adapter and not is_quantised(rebuilt.lm.base)
+        if has_own or (rebuilt.config.is_adapter and merge is None) or rebuilt.config.tuning in ("prefix", "prompt"):
             raise UsageError(
                 f"tuning: {rebuilt.config.tuning} leaves nothing to put into the weights; leave out --merged."
             )
-        rebuilt.lm.module = merge()
+        rebuilt.lm.module = dense(rebuilt.lm.module) if is_quantised(rebuilt.lm.base) else merge()
     with saving(folder) as aside:
         rebuilt.write(aside, max_shard_size)
 

@@ -72,6 +72,13 @@ class MethodOptions(Options):
     )
     mask_interval: int = Field(1, ge=1, description="With sparsity: steps between two masks.")
 
+    rank: int | None = Field(
+        None, ge=1, description="Directions that are matrices of so low a rank, made by thin products; default: dense."
+    )
+    rank_interval: int = Field(
+        1, ge=1, description="With rank: steps that share the right factors; 1: each direction has its own."
+    )
+
     hybrid_layers: int | None = Field(
         None, ge=0, description="Use the method for the first so many layers only, and back-propagation for the rest."
     )
@@ -107,7 +114,8 @@ class MethodOptions(Options):
             "adam": (self.method == "zo_adam", "method: zo_adam"),
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (adam, "an Adam method")),
             "window": (moments, "method: zo_sgd_mmt or zo_adam"),
-            **dict.fromkeys(("sparsity", "blocks"), any_method),
+            **dict.fromkeys(("sparsity", "blocks", "rank"), any_method),
+            "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
             "block_size": (self.blocks == "size", "blocks: size"),
             "block_order": (self.blocks is not None, "blocks"),

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
-from zotune.llm.builtin import BUILT_IN, fetch
+from zotune.llm.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.config import ModelOptions
 from zotune.llm.encoding import Batch
+from zotune.llm.gguf_models import read_model
 from zotune.llm.heads import check_labels, with_head
 from zotune.llm.objective import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.partway import entered, output_of
 from zotune.llm.progress import say
+from zotune.llm.quantization import (
+    check_head,
+    check_quantization,
+    gives_rows,
+    keep_scales,
+    quantised_on_load,
+    saved_quantization,
+)
+from zotune.llm.scored_positions import giving, head_at
+from zotune.llm.tuned_folder import base_of_tuned, put_tuned
 
 # Logits that are made at a time: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -95,7 +104,7 @@ class LanguageModel:
         self.num_forwards += 1
         if self.classifies:
             return self.read(batch.input_ids, batch.attention_mask)
-        with _head_at(self.base, batch, only):
+        with head_at(self.base, batch, only):
             return self.read(batch.input_ids, batch.attention_mask)
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -111,13 +120,13 @@ class LanguageModel:
         """(examples, candidates) scores, float64: mean log-probabilities, or the same up to a constant an example."""
         if self.classifies:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
-        if batch.needs_only_candidates and isinstance(self.base.get_output_embeddings(), nn.Linear):
+        if batch.needs_only_candidates and gives_rows(self.base.get_output_embeddings()):
             return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
         return scores_of_tokens(self.token_log_probabilities(batch), batch)
 
     def token_log_probabilities(self, batch: Batch) -> Tensor:
         """(M,) of the candidates' tokens. The body runs once, the head for a bounded number of positions at a time."""
-        at_once = max(1, MAX_LOGITS // self._vocabulary)
+        at_once = max(1, MAX_LOGITS // self.vocabulary)
         if len(batch.positions) <= at_once:
             return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
         # The part that is entered first: for OPT that is not `base_model` but the decoder within it.
@@ -137,17 +146,17 @@ class LanguageModel:
     def copies_at_once(self, batch: Batch) -> int:
         """How many copies of a batch may be scored in one pass; they are not mixed, for the head sees all at once."""
         positions = max(1, len(batch.positions))
-        return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self._vocabulary // positions))
+        return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self.vocabulary // positions))
 
     @property
-    def _vocabulary(self) -> int:
+    def vocabulary(self) -> int:
         """Rows of the output layer."""
         output = self.base.get_output_embeddings()
-        return int(self.config.vocab_size if output is None else output.weight.shape[0])
+        return int(self.config.vocab_size if output is None else output.out_features)
 
     def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Log-probabilities at some of the positions, from what the body gave."""
-        with _giving(body, output):
+        with giving(body, output):
             logits = self.logits(batch)
         self.num_forwards -= 1
         return log_probabilities(logits, rows, tokens)
@@ -155,58 +164,6 @@ class LanguageModel:
     def losses(self, batch: Batch) -> Tensor:
         """(examples,) losses, float64."""
         return losses(self.score(batch), batch)
-
-
-@contextmanager
-def _giving(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within this context the module computes nothing and returns `output`."""
-    own = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def head_of(model: Any) -> nn.Module:
-    """What makes logits of hidden states: the output layer itself, or the part of the model that ends in it."""
-    output = model.get_output_embeddings()
-    parts: list[nn.Module] = list(model.children())
-    return next(part for part in parts if part is output or output in set(part.modules()))
-
-
-@contextmanager
-def _head_at(model: Any, batch: Batch, only: Tensor | None) -> Iterator[None]:
-    """Let the head see the hidden states at the scored positions alone, and make the logits of the tokens `only`."""
-    output, head = model.get_output_embeddings(), head_of(model)
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = args
-        # Virtual tokens stand before the batch's own; positions count from the first of its own.
-        own = hidden[:, -batch.input_ids.shape[1] :]
-        return (own.reshape(-1, own.shape[-1])[batch.positions], *rest)
-
-    def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
-        assert only is not None
-        bias = None if module.bias is None else module.bias[only]
-        # As a look-up, so that a perturbed head is perturbed only in the rows that are read.
-        return F.linear(hidden, F.embedding(only, module.weight), bias)
-
-    handle = head.register_forward_pre_hook(select)
-    own = vars(output).get("forward")
-    if only is not None:
-        output.forward = lambda hidden: rows(output, hidden)
-    try:
-        yield
-    finally:
-        handle.remove()
-        if own is not None:
-            output.forward = own
-        elif only is not None:
-            del output.forward
 
 
 def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> LanguageModel:
@@ -222,17 +179,22 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     """
     quiet_libraries()
     device = find_device(options.device)
+    check_quantization(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
     elif (adapter := _adapter_folder(options)) is not None:
         lm = _adapted(adapter, options, labels)
+    elif (base := base_of_tuned(Path(options.model))) is not None:
+        lm = _tuned(base, options)
     else:
         lm = _pretrained(options)
     if labels and lm.classifies:
         check_labels(lm.name, lm.config, labels)
     elif labels and lm.masked:
+        check_head(lm.module, options)
         lm.module, lm.classifies = with_head(lm.module, labels, seed), True
-    lm.module.to(device)
+    if not getattr(lm.base, "is_quantized", False):  # which transformers has put in its place, and does not move
+        lm.module.to(device)
     lm.module.eval()
     return lm
 
@@ -243,7 +205,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "datasets", "peft"):
+    for name in ("huggingface_hub", "datasets", "peft", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What peft asks of transformers concerns their developers.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
@@ -286,6 +248,8 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
 def _pretrained(options: ModelOptions) -> LanguageModel:
     import transformers
 
+    if options.is_gguf:
+        return _packed(options)
     built_in = options.model in BUILT_IN
     source = str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
     if not Path(source).is_dir():
@@ -301,13 +265,40 @@ def _pretrained(options: ModelOptions) -> LanguageModel:
             if masked
             else transformers.AutoModelForCausalLM
         )
-        module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"))
+        dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
+        quantised = quantised_on_load(options.quantization, dtype, find_device(options.device))
+        module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"), **quantised)
+        keep_scales(module)
         # An adapter's folder names its base by this: not by where this machine's cache is.
         module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(_not_loaded(options.model, error)) from None
     return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
+
+
+def _packed(options: ModelOptions) -> LanguageModel:
+    """A model of a GGUF file, or the built-in one as its file has it."""
+    import transformers
+
+    named: dict[str, str] = {}
+    if options.model in BUILT_IN:
+        file = fetch_gguf(options.model, accept_terms=options.accept_terms)
+        folder = fetch(options.model, accept_terms=options.accept_terms)
+    else:
+        file = Path(options.model)
+        folder, named["gguf_file"] = file.parent, file.name
+        say(f"reading configuration and tokenizer of {file}; that takes a while …")
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), **named)
+        module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **named)
+        if not named:
+            module.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(_not_loaded(options.model, error)) from None
+    module.name_or_path = options.model
+    return LanguageModel(module, tokenizer, options.model, masked=False)
 
 
 def _adapter_folder(options: ModelOptions) -> Path | None:
@@ -320,8 +311,17 @@ def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> Lang
     from peft import PeftConfig, PeftModel
 
     base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    lm = load(options.model_copy(update={"model": base}), labels)
+    quantization = options.quantization or saved_quantization(folder)
+    lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    lm.name = options.model
+    return lm
+
+
+def _tuned(base: str, options: ModelOptions) -> LanguageModel:
+    """A base model of a GGUF file with the tensors of a folder."""
+    lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
+    put_tuned(lm.module, Path(options.model))
     lm.name = options.model
     return lm
 

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from zotune.blocks import BLOCKS, Block, blocks_by_size
-from zotune.directions import SAMPLERS, Sampler
+from zotune.directions import SAMPLERS
 from zotune.estimators import central_difference, forward_difference
 from zotune.hybrid import Hybrid, split_at_layer
 from zotune.llm.method_options import FIRST_ORDER, MethodOptions
 from zotune.methods import METHODS
 from zotune.optimizer import ZerothOrder
-from zotune.sparsity import Sparse, sparse
+from zotune.rank import low_rank
+from zotune.sampling import AnySampler
+from zotune.sparsity import sparse
 
 _DIFFERENCES = {"central": central_difference, "forward": forward_difference}
 
@@ -109,8 +111,10 @@ def _zeroth_order(
     )
 
 
-def _sampler(options: MethodOptions) -> Sampler | Sparse:
-    base = SAMPLERS[options.sampler]
+def _sampler(options: MethodOptions) -> AnySampler:
+    base: AnySampler = SAMPLERS[options.sampler]
+    if options.rank is not None:
+        base = low_rank(SAMPLERS[options.sampler], options.rank, interval=options.rank_interval)
     if not options.sparsity:
         return base
     return sparse(base, options.sparsity, mask=options.mask, group=options.mask_group, interval=options.mask_interval)

@@ -24,12 +24,22 @@ from zotune.llm.config import TrainConfig, read_recipe, write_yaml
 from zotune.llm.evaluate import Measured
 from zotune.llm.metrics import MetricsLog, plain
 from zotune.llm.models import LanguageModel
+from zotune.llm.packed import has_packed_layers
+from zotune.llm.scales import save_pretrained
 from zotune.llm.schema import validate
 from zotune.llm.shards import MAX_SHARD_SIZE
+from zotune.llm.tuned_folder import write_tuned
 
 # What a run writes, by pattern; the first four may be all that is left of one that failed.
 _WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
-_WRITTEN = (*_WORTH_KEEPING, "config.yaml", "config.json", "adapter_config.json", "*.safetensors.index.json")
+_WRITTEN = (
+    *_WORTH_KEEPING,
+    "report.html",
+    "config.yaml",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors.index.json",
+)
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Where a model is written before it is whole.
 _ASIDE = ".saving"
@@ -101,7 +111,8 @@ class OutputFolder:
     def check_room(self, lm: LanguageModel) -> None:
         """Refuse to start what could not be saved."""
         tuned = [p for p in lm.module.parameters() if p.requires_grad]
-        saved = tuned if hasattr(lm.module, "peft_config") else list(lm.module.parameters())
+        only_tuned = hasattr(lm.module, "peft_config") or has_packed_layers(lm.module)
+        saved = tuned if only_tuned else list(lm.module.parameters())
         needed = sum(p.numel() * p.element_size() for p in saved)
         free = shutil.disk_usage(self.path).free
         if free < 1.05 * needed:
@@ -147,10 +158,13 @@ def save_whole(lm: LanguageModel, folder: Path) -> None:
 
 def write_whole(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
     """Write weights or adapter, config and tokenizer."""
+    if not hasattr(lm.module, "peft_config") and has_packed_layers(lm.module):
+        write_tuned(lm.module, folder)
+        return
     # peft asks the Hub for the base model's vocabulary when it saves an adapter, unless told not to look.
     is_adapter = hasattr(lm.module, "peft_config")
     extra: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {"max_shard_size": max_shard_size}
-    lm.module.save_pretrained(str(folder), **extra)  # type: ignore[operator]
+    save_pretrained(lm.module, str(folder), **extra)
     lm.tokenizer.save_pretrained(str(folder))
 
 
@@ -235,6 +249,10 @@ def _loading(config: TrainConfig, lm: LanguageModel) -> str:
     """The lines of Python that load what was saved, on any machine."""
     kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
     auto = f"AutoModelFor{kind}"
+    if not config.is_adapter and has_packed_layers(lm.module):
+        # The base is its file, and what was tuned lies beside this card.
+        lines = "from zotune.llm.config import ModelOptions\nfrom zotune.llm.models import load"
+        return f"{lines}\n\nmodel = load(ModelOptions(model=FOLDER)).module"
     if config.is_adapter and lm.classifies:
         # The base knows nothing of the labels; the head is saved with the adapter.
         loader = f"AutoPeft{auto[4:]}"

@@ -22,6 +22,7 @@ from zotune.llm.encoding import Batch
 from zotune.llm.live_memory import peak_of, peaks_of
 from zotune.llm.models import LanguageModel
 from zotune.llm.optimizers import AnyOptimizer
+from zotune.llm.quantization import gives_rows
 from zotune.llm.step_options import StepOptions
 from zotune.optimizer import ZerothOrder
 from zotune.perturb import KEPT_BYTES, Displacement, displaced, meta_as, takes
@@ -140,7 +141,7 @@ def score(lm: LanguageModel, batch: Batch) -> Tensor:
     on_meta = replace(batch, input_ids=batch.input_ids.to("meta"), attention_mask=batch.attention_mask.to("meta"))
     if lm.classifies:
         return lm.logits(on_meta).float().sum()
-    if batch.needs_only_candidates and isinstance(lm.base.get_output_embeddings(), nn.Linear):
+    if batch.needs_only_candidates and gives_rows(lm.base.get_output_embeddings()):
         return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
     return lm.token_log_probabilities(on_meta).double().sum()
 
@@ -198,6 +199,9 @@ class _Nowhere:
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """Nothing."""
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> None:
+        """None: it is of no rank."""
 
 
 class _Tangents(Tangents):

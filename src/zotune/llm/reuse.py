@@ -107,7 +107,7 @@ class ReusedActivations:
     @property
     def num_bytes(self) -> int:
         """What keeping all of the splits takes, about."""
-        size: int = next(p.element_size() for p in self._lm.base.parameters()) * self._lm.config.hidden_size
+        size: int = self._lm.base.dtype.itemsize * self._lm.config.hidden_size
         return size * sum(map(len, self._group_of))
 
     def _entering(self, batch: Batch) -> Tensor:

@@ -85,6 +85,17 @@ class Run:
         closures, _ = self._closures(self.rows.train[:2])
         try_side_by_side(self.optimizer, closures[0], self.lm, self.config)
 
+    def tokens_read(self) -> int:
+        """Tokens of the training's forward passes, padding not counted; 0 where text is generated."""
+        now, config = self.counters, self.config
+        if not now.step or self.rows.generated is not None:
+            return 0
+        sizes = {id(e): sum(map(len, e.sequences)) for e in self.rows.train}
+        batches = islice(_batches(self.rows.train, config), now.step)
+        tokens = sum(sizes[id(e)] for batch in batches for e in batch)
+        # Every pass reads one of the batches that a step accumulates.
+        return round(tokens * now.num_forwards / (now.step * config.gradient_accumulation_steps))
+
     def close(self) -> None:
         """Let others write the run's ledger."""
         self.journal.close()

@@ -14,6 +14,7 @@ from zotune.llm.builtin import BUILT_IN, fetch
 from zotune.llm.config import ModelOptions
 from zotune.llm.heads import with_head
 from zotune.llm.models import LanguageModel, load, quiet_libraries
+from zotune.llm.quantization import check_quantization, put_shapes, saved_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,14 @@ def skeleton(options: ModelOptions, labels: tuple[str, ...] = ()) -> tuple[Langu
     folder = Path(options.model)
     if (folder / "adapter_config.json").is_file():
         return _adapted(folder, options, labels)
-    lm, stored = _base(options)
+    check_quantization(options)
+    if options.is_gguf:  # of whose packed weights, mapped from their file, none is read here
+        lm, stored = load(options), _DTYPES.get(options.dtype, torch.float32)
+        lm.module.to("meta")
+    else:
+        lm, stored = _base(options)
+        if options.quantization not in (None, "none"):
+            put_shapes(lm.base, options.quantization)
     if labels and lm.masked and not lm.classifies:
         with torch.device("meta"):
             lm.module, lm.classifies = with_head(lm.module, labels, 0), True
@@ -88,7 +96,8 @@ def _adapted(folder: Path, options: ModelOptions, labels: tuple[str, ...]) -> tu
     from peft import PeftConfig, get_peft_model
 
     adapter = PeftConfig.from_pretrained(str(folder))
-    base = options.model_copy(update={"model": str(adapter.base_model_name_or_path)})
+    quantization = options.quantization or saved_quantization(folder)
+    base = options.model_copy(update={"model": str(adapter.base_model_name_or_path), "quantization": quantization})
     lm, stored = skeleton(base, labels)
     with torch.device("meta"):
         lm.module = get_peft_model(lm.module, adapter)

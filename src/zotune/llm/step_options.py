@@ -20,8 +20,16 @@ class ModelOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto takes the checkpoint's."
     )
+    quantization: Literal["none", "gguf", "bnb-nf4", "bnb-int8", "torchao-int8", "torchao-int4"] | None = Field(
+        None, description="How the base's weights are packed; default: as it comes, or as its adapter was tuned."
+    )
     accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
     device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the base is read from a GGUF file and stays packed."""
+        return self.quantization == "gguf" or self.model.endswith(".gguf")
 
 
 class StepOptions(ModelOptions, MethodOptions, TuningOptions):

@@ -113,6 +113,8 @@ def base_of(ledger: Ledger, config: TrainConfig) -> Streamed:
     """
     if config.is_adapter:
         raise NotStreamedError("an adapter begins with random numbers that its library draws")
+    if config.is_gguf or config.quantization not in (None, "none"):
+        raise NotStreamedError("its base is packed")
     source = _source(config)
     checkpoint = _checkpoint(source)
     lm, _ = skeleton(config)

@@ -39,7 +39,7 @@ class Result:
         num_steps, num_skipped: updates, and steps left out for a loss that was not a number.
         best_step: the step that was best on the held-out rows, where that was asked for; 0 is the untuned model.
         stopped_early: whether the run ended for want of a better one.
-        num_forwards: forward passes of the training, evaluations not counted.
+        num_forwards: forward passes of the training, evaluations not counted; num_tokens: tokens that these read.
         num_tuned: how many numbers were tuned.
         seconds: the training's, evaluations not counted.
         peak_memory: the process's, in bytes.
@@ -52,6 +52,7 @@ class Result:
     num_steps: int
     num_skipped: int
     num_forwards: int
+    num_tokens: int
     num_tuned: int
     seconds: float
     peak_memory: int
@@ -128,6 +129,7 @@ def _result(run: Run, before: Measured | None, dev: Measured | None, test: Measu
         num_steps=run.counters.step,
         num_skipped=run.counters.num_skipped,
         num_forwards=run.counters.num_forwards,
+        num_tokens=run.tokens_read(),
         num_tuned=sum(p.numel() for p in run.lm.module.parameters() if p.requires_grad),
         seconds=run.counters.seconds,
         peak_memory=peak_memory(run.lm.device),

@@ -26,7 +26,7 @@ def _as_json(value: Any) -> Any:
 # An option that chooses within some tuning schemes, those schemes, and what else there is.
 _OF_SCHEMES = (
     ("tuned_parameters", ("full",), "it chooses among the model's own weights; with lora use lora_target_modules"),
-    ("tuned_layers", ("full", "lora"), "an adapter by name takes layers_to_transform in peft_config"),
+    ("tuned_layers", ("full", "lora", "scales"), "an adapter by name takes layers_to_transform in peft_config"),
     ("lora_target_modules", ("lora",), "it names the linear layers that get an adapter"),
     ("num_virtual_tokens", ("prefix", "prompt"), "an adapter by name takes it in peft_config"),
     ("peft_type", ("peft",), "it names one of peft's schemes"),
@@ -37,8 +37,9 @@ _OF_SCHEMES = (
 class TuningOptions(Options):
     """What a run tunes."""
 
-    tuning: Literal["full", "head", "lora", "prefix", "prompt", "peft"] = Field(
-        "full", description="What is tuned: the model's own weights, its head, or an adapter of peft."
+    tuning: Literal["full", "head", "scales", "lora", "prefix", "prompt", "peft"] = Field(
+        "full",
+        description="What is tuned: the model's own weights, its head, a packed base's scales, or an adapter of peft.",
     )
     tuned_layers: int | None = Field(
         None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
@@ -72,7 +73,7 @@ class TuningOptions(Options):
     @property
     def is_adapter(self) -> bool:
         """Whether what is tuned lies beside the model and is saved without it."""
-        return self.tuning not in ("full", "head")
+        return self.tuning not in ("full", "head", "scales")
 
     @property
     def peft_options(self) -> dict[str, Any]:

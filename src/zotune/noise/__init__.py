@@ -98,6 +98,72 @@ def add_many(
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
+def adds_products(device: torch.device) -> bool:
+    """Whether there is a kernel for `add_products` on a device."""
+    return device.type == "cpu" and hasattr(_cpu(), "add_products")
+
+
+def add_products(
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int = 0,
+    rounding_seed: int | None = None,
+) -> None:
+    """As `add`, where uᵢ is a matrix of low rank; see `reference.low_rank`.
+
+    Of each term `factors` holds Aᵢ/√r, of those rows that the elements of x are in, and Bᵢ: (rows, r) and (columns, r),
+    contiguous, float32.
+    """
+    arrays = [(_array(left), _array(right)) for left, right in factors]
+    _cpu().add_products(_array(out), _array(x), _KINDS[x.dtype], arrays, scales, rounding_seed, tensor_id, start)
+
+
+def has_steps(x: Tensor) -> bool:
+    """Whether `step` can be taken with x."""
+    return x.device.type == "cpu" and x.dtype != torch.float64 and hasattr(_cpu(), "step")
+
+
+def step(
+    x: Tensor,
+    states: Sequence[Tensor],
+    rule: int,
+    constants: Any,
+    terms: tuple[int, Sequence[int], Sequence[float]],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+    *,
+    first: bool,
+    writes: bool,
+) -> None:
+    """One step of a rule with a state, in place; see `zotune.fused`. Only where `has_steps`.
+
+    The `states` of the rule are float32 and as large as x; `terms` are stream, seeds and scales of the directions.
+    If it is the `first` step, the state begins here, whatever is in `states`; unless it `writes`, x stays.
+    """
+    kind, arrays = _KINDS[x.dtype], [_array(s) for s in states]
+    place = (terms, rounding_seed, tensor_id, start)
+    _cpu().step(_array(x), arrays, kind, rule, constants, *place, first=first, writes=writes)
+
+
+def adds_thin(out: Tensor, x: Tensor) -> bool:
+    """Whether `add_thin` has a kernel for tensors like these: for half precision, of which torch's are slow."""
+    alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous()
+    return alike and x.dtype in _HALF and hasattr(_cpu(), "add_thin")
+
+
+def add_thin(out: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float]) -> None:
+    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a rightᵀ left. Only where `adds_thin`.
+
+    Of each share `factors` holds left (r, m) and right (r, n), float32 and contiguous, `scales` a. Sums are float32.
+    """
+    shape = out.shape[0], out.shape[1], x.shape[1]
+    _cpu().add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], shape, factors, scales)
+
+
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix, where rows[i] is its row indices[i]."""
     if (kernels := _accelerated(rows)) is not None:

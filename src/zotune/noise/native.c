@@ -185,6 +185,50 @@ static inline const float *term(float *room, float a, int stream, uint64_t seed,
     return room + t.from;
 }
 
+/* The terms of a sum: directions by their seeds, or, of some rank, matrices by their factors. */
+typedef struct {
+    int count;
+    uint32_t tensor;
+    int stream; /* directions */
+    const uint64_t *seeds;
+    int rank; /* matrices; 0 for directions */
+    const float *const *left; /* (rows, rank), from the row on in which the first element lies */
+    const float *const *right; /* (rank, columns) */
+    int64_t columns;
+} terms;
+
+/* a times a tile of the n-th matrix, 0 + a·u, whose first element lies in the row `left` begins with. */
+static inline const float *product(float *room, float a, const terms *all, int n, uint64_t start, tile_range t) {
+    const uint64_t columns = (uint64_t)all->columns, first = t.base + t.from;
+    const float *left = all->left[n] + (first / columns - start / columns) * all->rank;
+    int64_t column = (int64_t)(first % columns);
+    float *to = room + t.from;
+    for (int done = 0; done < t.count; left += all->rank, column = 0) {
+        const int64_t more = all->columns - column;
+        const int count = more < t.count - done ? (int)more : t.count - done;
+        for (int s = 0; s < all->rank; s++) {
+            const float *right = all->right[n] + s * all->columns + column;
+            float *here = to + done;
+            const float l = left[s];
+            if (all->rank == 1)
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (l * right[k]);
+            else if (s == 0)
+                for (int k = 0; k < count; k++) here[k] = l * right[k];
+            else if (s < all->rank - 1)
+                for (int k = 0; k < count; k++) here[k] += l * right[k];
+            else
+                for (int k = 0; k < count; k++) here[k] = 0.0f + a * (here[k] + l * right[k]);
+        }
+        done += count;
+    }
+    return to;
+}
+
+/* a times the n-th term for a tile of the elements that begin with `start`. */
+static inline const float *nth(float *room, float a, const terms *all, int n, uint64_t start, tile_range t) {
+    return all->rank ? product(room, a, all, n, start, t) : term(room, a, all->stream, all->seeds[n], all->tensor, t);
+}
+
 /* ---- precisions ---- */
 
 static inline uint16_t nearest_bfloat16(float y) {
@@ -198,21 +242,26 @@ static inline uint16_t stochastic_bfloat16(float y, uint32_t random) {
     return (uint16_t)(up | ((bits_of(y) >> 16) & 0x8000u));
 }
 
+/* Without a branch: of several conditions on one number the compiler would make jumps, and of jumps no vectors. */
+static inline uint32_t choose(int condition, uint32_t yes, uint32_t no) {
+    const uint32_t all = -(uint32_t)condition;
+    return (yes & all) | (no & ~all);
+}
+
 /* In units of the gap at |y|, a power of two, its whole part tells the lower neighbour, the rest the chance to go up. */
 static inline uint16_t stochastic_float16(float y, uint32_t random) {
     const uint32_t bits = bits_of(y) & 0x7FFFFFFFu, sign = (bits_of(y) >> 16) & 0x8000u;
     uint32_t exponent = bits >> 23;
     exponent = exponent < 113 ? 113 : exponent;
     exponent = exponent > 142 ? 142 : exponent;
-    const uint32_t finite = bits < 0x47800000u ? bits : 0;
+    const uint32_t finite = choose(bits < 0x47800000u, bits, 0);
     const float scaled = float_of(finite) * float_of((264 - exponent) << 23);
     const int32_t whole = (int32_t)scaled;
     const int32_t chance = (int32_t)((scaled - (float)whole) * 65536.0f);
     uint32_t rounded = ((exponent - 113) << 10) + (uint32_t)whole + (((uint32_t)chance + random) >> 16);
-    rounded = bits < 0x477FE000u ? rounded : 0x7BFFu; /* the largest finite number is not left */
-    rounded = bits < 0x7F800000u ? rounded : 0x7C00u;
-    const uint32_t nan = 0x7E00u | ((bits >> 13) & 0x3FFu);
-    rounded = bits > 0x7F800000u ? nan : rounded;
+    rounded = choose(bits < 0x477FE000u, rounded, 0x7BFFu); /* the largest finite number is not left */
+    rounded = choose(bits < 0x7F800000u, rounded, 0x7C00u);
+    rounded = choose(bits > 0x7F800000u, 0x7E00u | ((bits >> 13) & 0x3FFu), rounded);
     return (uint16_t)(rounded | sign);
 }
 
@@ -307,14 +356,14 @@ void zotune_fill(float *out, int stream, uint64_t seed, uint32_t tensor, uint64_
     }
 }
 
-static void add_double(double *out, const double *x, int stream, int q, const uint64_t *seeds, const double *scales,
-                       uint32_t tensor, uint64_t start, int64_t size, int threads) {
+static void add_double(double *out, const double *x, const terms *all, const double *scales, uint64_t start,
+                       int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED;
         double total[TILE] ALIGNED;
         const tile_range t = tile_at(i, start, size);
-        for (int n = 0; n < q; n++) {
-            const float *u = term(room, 1.0f, stream, seeds[n], tensor, t);
+        for (int n = 0; n < all->count; n++) {
+            const float *u = nth(room, 1.0f, all, n, start, t);
             for (int k = 0; k < t.count; k++) total[k] = n ? total[k] + scales[n] * u[k] : scales[n] * u[k];
         }
 #pragma GCC ivdep
@@ -322,11 +371,10 @@ static void add_double(double *out, const double *x, int stream, int q, const ui
     }
 }
 
-/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
-void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
-                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+static inline void add_terms(char *out, const char *x, int kind, const terms *all, const double *scales,
+                             int stochastic, uint64_t rounding_seed, uint64_t start, int64_t size, int threads) {
     if (kind == DOUBLE) {
-        add_double((double *)out, (const double *)x, stream, q, seeds, scales, tensor, start, size, threads);
+        add_double((double *)out, (const double *)x, all, scales, start, size, threads);
         return;
     }
     FOR_EACH_TILE(i, start, size, threads) {
@@ -334,10 +382,10 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
         const tile_range t = tile_at(i, start, size);
         char *to = out + t.at * BYTES[kind];
         const char *of = x + t.at * BYTES[kind];
-        const float *sum = term(total, (float)scales[0], stream, seeds[0], tensor, t);
+        const float *sum = nth(total, (float)scales[0], all, 0, start, t);
         float *more = total + t.from;
-        for (int n = 1; n < q; n++) {
-            const float *u = term(room, (float)scales[n], stream, seeds[n], tensor, t);
+        for (int n = 1; n < all->count; n++) {
+            const float *u = nth(room, (float)scales[n], all, n, start, t);
             for (int k = 0; k < t.count; k++) more[k] += u[k];
         }
         if (!stochastic) {
@@ -346,7 +394,133 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
         }
         widen(room, of, kind, t.count);
         for (int k = 0; k < t.count; k++) room[k] += sum[k];
-        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, all->tensor, t);
+    }
+}
+
+/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
+void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
+                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    const terms all = {.count = q, .tensor = tensor, .stream = stream, .seeds = seeds};
+    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
+}
+
+/* The same where uᵢ is the product of left[i], whose first row is that of element `start`, and right[i]. */
+void zotune_add_products(char *out, const char *x, int kind, int q, const float *const *left,
+                         const float *const *right, int rank, int64_t columns, const double *scales, int stochastic,
+                         uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    const terms all = {.count = q, .tensor = tensor, .rank = rank, .left = left, .right = right, .columns = columns};
+    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
+}
+
+/* ---- steps with a state ---- */
+
+enum { MOMENTUM = 0, ADAM = 1, ADAMM = 2, AMSGRAD = 3 };
+
+typedef struct {
+    float beta1, rest1, beta2, rest2; /* of the averages; rest = 1 - beta */
+    float bias1, bias2, eps;
+    float keep, rate; /* x becomes keep x - rate step */
+} constants;
+
+/* The state of n elements advances by g, which becomes the step. Each operation is rounded by itself, in the order of
+ * zotune.transforms. `first`: there is no state yet. */
+static inline void advance(float *g, float *m, float *v, float *largest, int rule, int first, constants k, int n) {
+    if (rule == MOMENTUM) {
+        if (!first)
+            for (int i = 0; i < n; i++) g[i] = k.beta1 * m[i] + g[i];
+        memcpy(m, g, n * sizeof(float));
+        return;
+    }
+    float other[TILE] ALIGNED; /* what v is measured against: the one before, or the largest so far */
+    float *mine = rule == AMSGRAD ? largest : other;
+    if (first) {
+        for (int i = 0; i < n; i++) m[i] = k.rest1 * g[i];
+        for (int i = 0; i < n; i++) v[i] = k.rest2 * (g[i] * g[i]);
+        if (rule == AMSGRAD) memcpy(largest, v, n * sizeof(float));
+        else memset(other, 0, n * sizeof(float));
+    } else {
+        if (rule == ADAMM) memcpy(other, v, n * sizeof(float));
+        for (int i = 0; i < n; i++) m[i] = k.beta1 * m[i] + k.rest1 * g[i];
+        for (int i = 0; i < n; i++) v[i] = k.beta2 * v[i] + k.rest2 * (g[i] * g[i]);
+    }
+    if (rule == ADAM) {
+        for (int i = 0; i < n; i++) g[i] = (m[i] / k.bias1) / (sqrtf(v[i] / k.bias2) + k.eps);
+        return;
+    }
+    for (int i = 0; i < n; i++) mine[i] = v[i] > mine[i] ? v[i] : mine[i];
+    for (int i = 0; i < n; i++) g[i] = m[i] / (sqrtf(mine[i]) + k.eps);
+}
+
+/* x = keep x - rate h(Σ scales[i] uᵢ), with the state of h; not at all where `writes` is 0, but the state advances.
+ * `numbers` are the constants in their order. Not for double precision. */
+void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule, int first, int writes,
+                 const float *numbers, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
+                 uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+    constants k;
+    memcpy(&k, numbers, sizeof k);
+    FOR_EACH_TILE(i, start, size, threads) {
+        float room[TILE] ALIGNED, g[TILE] ALIGNED;
+        const tile_range t = tile_at(i, start, size);
+        for (int n = 0; n < q; n++) {
+            const float *u = term(room, (float)scales[n], stream, seeds[n], tensor, t);
+            for (int j = 0; j < t.count; j++) g[j] = (n ? g[j] : 0.0f) + u[j];
+        }
+        advance(g, m + t.at, v ? v + t.at : 0, largest ? largest + t.at : 0, rule, first, k, t.count);
+        if (!writes) continue;
+        char *to = x + t.at * BYTES[kind];
+        widen(room, to, kind, t.count);
+        for (int j = 0; j < t.count; j++) room[j] = room[j] * k.keep - k.rate * g[j];
+        if (stochastic)
+            narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
+        else
+            narrow(to, room, kind, t.count);
+    }
+}
+
+/* ---- thin products ---- */
+
+/* Σ x_k right_k in single precision, in LANES sums. */
+static inline float dot(const char *x, int kind, const float *right, int64_t n) {
+    float wide[TILE] ALIGNED, sums[LANES] = {0}, total = 0;
+    for (int64_t at = 0; at < n; at += TILE) {
+        const int count = n - at < TILE ? (int)(n - at) : TILE;
+        widen(wide, x + at * BYTES[kind], kind, count);
+        int k = 0;
+        for (; k + LANES <= count; k += LANES)
+            for (int l = 0; l < LANES; l++) sums[l] += wide[k + l] * right[at + k + l];
+        for (; k < count; k++) total += wide[k] * right[at + k];
+    }
+    for (int l = 0; l < LANES; l++) total += sums[l];
+    return total;
+}
+
+/* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n): one row. */
+static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
+                            const float *right, float a) {
+    float y[TILE] ALIGNED, thin[rank];
+    for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
+    for (int64_t at = 0; at < m; at += TILE) {
+        const int count = m - at < TILE ? (int)(m - at) : TILE;
+        char *to = out + at * BYTES[kind];
+        widen(y, to, kind, count);
+        for (int s = 0; s < rank; s++)
+            for (int k = 0; k < count; k++) y[k] += thin[s] * left[s * m + at + k];
+        narrow(to, y, kind, count);
+    }
+}
+
+/* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank. These are
+ * not bits of the specification: a forward pass may sum in any order. For half precision, where libraries are slow. */
+void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
+                     const float *const *left, const float *const *right, const double *scales, int threads) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#endif
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t share = i / (rows / shares);
+        add_thin(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
+                 (float)scales[share]);
     }
 }
 

@@ -40,7 +40,10 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
+    "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
     "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _int),
@@ -97,7 +100,7 @@ def _processor() -> bytes:
 
 
 def _reproduces_the_specification(loaded: Any) -> bool:
-    """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks and tiles."""
+    """Samplers, products, mask and both kinds of rounding, on samples that begin and end within blocks and tiles."""
     seed, tensor_id, start, n = 2**63 + 5, 7, 130, 5000
     place = (seed, tensor_id, start, n, 2)
     samplers = ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian))
@@ -106,6 +109,12 @@ def _reproduces_the_specification(loaded: Any) -> bool:
         loaded.zotune_fill(_at(out), stream, *place)
         if not np.array_equal(out, specified(seed, tensor_id, start, start + n)):
             return False
+    left, right = np.ascontiguousarray(out[:15].reshape(5, 3)), out[:2700].reshape(900, 3)
+    product, room = reference.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
+    left = left * np.float32(1 / np.sqrt(3))
+    _add_products(loaded, room, room, 0, [(left, right)], [0.7], None, tensor_id, 130)
+    if not np.array_equal(room, np.float32(0.7) * product):
+        return False
     expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
     loaded.zotune_mask(_at(out), 1 << 30, *place)
     if not np.array_equal(out, expected):
@@ -118,7 +127,23 @@ def _reproduces_the_specification(loaded: Any) -> bool:
         loaded.zotune_round(_at(bits), _at(out), kind, *place)
         if not np.array_equal(bits, reference.round_stochastically(out, random, dtype)):
             return False
-    return True
+    return _takes_steps(loaded, reference.rademacher(seed, tensor_id, start, start + n), place)
+
+
+def _takes_steps(loaded: Any, u: Any, place: tuple[int, ...]) -> bool:
+    """Whether a second step of Adam, with each of its constants in play, comes out as by separate operations."""
+    seed, tensor_id, start, n, threads = place
+    m, v = np.linspace(-2, 2, n, dtype=np.float32), np.linspace(0, 3, n, dtype=np.float32)
+    x, g = m * m, u * np.float32(0.3)
+    k = np.array([0.9, 0.1, 0.99, 0.01, 0.19, 0.0199, 1e-8, 0.999, 1e-2], np.float32)
+    beta1, rest1, beta2, rest2, bias1, bias2, eps, keep, rate = k
+    new_m, new_v = beta1 * m + rest1 * g, beta2 * v + rest2 * (g * g)
+    expected = x * keep - rate * ((new_m / bias1) / (np.sqrt(new_v / bias2) + eps))
+    u64, double = _u64(seed), _double(0.3)
+    terms = (reference.RADEMACHER, 1, ctypes.addressof(u64), ctypes.addressof(double))
+    how = (0, 1, 0, 1, _at(k))
+    loaded.zotune_step(_at(x), _at(m), _at(v), None, *how, *terms, 0, 0, tensor_id, start, n, threads)
+    return all(np.array_equal(a, b) for a, b in ((x, expected), (m, new_m), (v, new_v)))
 
 
 def _at(array: Any) -> int:
@@ -153,6 +178,78 @@ def add(
     random = None if kind in (0, 3) else rounding_seed
     rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
     library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+
+
+def add_products(
+    out: Any,
+    x: Any,
+    kind: int,
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+) -> None:
+    """Out = x + Σ scales[i] uᵢ with uᵢ = Aᵢ Bᵢᵀ; as `noise.add_products`. There is no such kernel by numba."""
+    _add_products(library(), out, x, kind, factors, scales, rounding_seed, tensor_id, start)
+
+
+def _add_products(
+    loaded: Any,
+    out: Any,
+    x: Any,
+    kind: int,
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+    *place: Any,
+) -> None:
+    q, (columns, rank) = len(scales), factors[0][1].shape
+    # Bᵀ, so that a row of U is made of rows.
+    lefts, rights = zip(*((left, np.ascontiguousarray(right.T)) for left, right in factors), strict=True)
+    where = [(ctypes.c_void_p * q)(*map(_at, arrays)) for arrays in (lefts, rights)]
+    rounding_seed, tensor_id, start = place
+    random = None if kind in (0, 3) else rounding_seed
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    loaded.zotune_add_products(_at(out), _at(x), kind, q, *where, rank, columns, (_double * q)(*scales), *rest)
+
+
+def step(
+    x: Any,
+    states: Sequence[Any],
+    kind: int,
+    rule: int,
+    constants: Any,
+    terms: tuple[int, Sequence[int], Sequence[float]],
+    rounding_seed: int | None,
+    tensor_id: int,
+    start: int,
+    *,
+    first: bool,
+    writes: bool,
+) -> None:
+    """x, float32 or 16-bit patterns, one step on, and the one to three `states` of its rule; see `zotune.fused`."""
+    stream, seeds, scales = terms
+    q = len(seeds)
+    u, a = (_u64 * q)(*seeds), (_double * q)(*scales)
+    random = None if kind == 0 else rounding_seed
+    addresses = [*map(_at, states), None, None][:3]
+    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
+    library().zotune_step(_at(x), *addresses, kind, rule, first, writes, _at(constants), stream, q, u, a, *rest)
+
+
+def add_thin(
+    out: int,
+    x: int,
+    kind: int,
+    shape: tuple[int, int, int],
+    factors: Sequence[tuple[Any, Any]],
+    scales: Sequence[float],
+) -> None:
+    """As `noise.add_thin`, of addresses; `shape` is rows, m and n."""
+    q, rank = len(scales), factors[0][0].shape[0]
+    lefts, rights = ((ctypes.c_void_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
+    threads = _threads(shape[0] * (shape[1] + shape[2]))
+    library().zotune_add_thin(out, x, kind, *shape, q, rank, lefts, rights, (_double * q)(*scales), threads)
 
 
 def add_both(

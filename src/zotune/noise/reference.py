@@ -141,6 +141,23 @@ def gaussian(seed: int, tensor_id: int, start: int, stop: int) -> Floats:
     return np.asarray(normals[start % 4 :][: stop - start], np.float32)
 
 
+def low_rank(left: Floats, right: Floats) -> Floats:
+    """The matrix A Bᵀ/√r of a direction of low rank, from factors A (m, r) and B (n, r) of another stream's elements.
+
+    A is that stream's first m r elements as an (m, r) matrix, B its first n r with a seed of their own. Element (i, j)
+    is the sum over s, in that order, of (A_is · 1/√r) B_js; 1/√r is rounded once.
+
+    >>> low_rank(rademacher(7, 1, 0, 2).reshape(2, 1), rademacher(8, 1, 0, 3).reshape(3, 1)).tolist()
+    [[1.0, -1.0, -1.0], [-1.0, 1.0, 1.0]]
+    """
+    rank = left.shape[1]
+    scaled = left * np.float32(1 / np.sqrt(rank))
+    total = scaled[:, :1] * right[:, 0]
+    for s in range(1, rank):
+        total = total + scaled[:, s : s + 1] * right[:, s]
+    return np.asarray(total, np.float32)
+
+
 def random16(seed: int, tensor_id: int, start: int, stop: int) -> Words:
     """Elements start … stop - 1 of the rounding stream: integers in [0, 65536)."""
     blocks = _elements(seed, tensor_id, ROUNDING, start, stop, 8)

@@ -1,0 +1,119 @@
+"""How a ZO-SGD step grows with tokens and with parameters: seconds over a factor of eight of each, and a plot.
+
+    python benchmarks/speed/growth.py
+
+Tokens: the built-in model, 32 tokens a sequence, 4 to 32 of them. Parameters: LLaMA-shaped models of random weights
+from 1 to 8 times as many parameters in their layers, by more of the same layers, with 16 sequences. Full tuning in
+float32, beside two plain forward passes; all sizes in turn within one process, medians. The slope is that of a straight
+line through the logarithms: 1 is linear growth, less is a fixed cost that small sizes bear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zotune as zo
+from zotune.llm.architectures import byte_tokenizer
+from zotune.llm.config import EvalConfig
+from zotune.llm.models import LanguageModel, load
+from zotune.memory import keep_freed_memory
+
+sys.path.insert(0, str(Path(__file__).parent))
+from record import RESULTS, write_result
+from step import LR, MU, median_seconds, objective, two_forwards
+
+LENGTH = 32
+BATCHES = (4, 8, 16, 32)
+LAYERS = (3, 6, 12, 24)
+WIDTH = 768
+
+
+def llama(num_layers: int) -> LanguageModel:
+    """A model of the LLaMA shape with random weights and a small vocabulary, so that its layers are what counts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=num_layers,
+        num_attention_heads=WIDTH // 64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LanguageModel(LlamaForCausalLM(config).eval(), byte_tokenizer(config), f"llama-{num_layers}", False)
+
+
+def seconds(models: dict[int, LanguageModel], batches: dict[int, int], rounds: int) -> dict[int, dict[str, float]]:
+    """Of each size, the median of a step and of two forward passes."""
+    sides = {}
+    for size, lm in models.items():
+        f = objective(lm, batches[size], LENGTH)
+        sides[f"{size} step"] = partial(zo.zo_sgd(lm.module, lr=LR, mu=MU).step, f)
+        sides[f"{size} forwards"] = partial(two_forwards, f)
+    medians = {name: statistics.median(times) for name, times in median_seconds(sides, rounds).items()}
+    return {size: {kind: medians[f"{size} {kind}"] for kind in ("step", "forwards")} for size in models}
+
+
+def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Of the least-squares line through the logarithms.
+
+    >>> round(slope([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]), 6)
+    1.0
+    """
+    x, y = [math.log(v) for v in sizes], [math.log(v) for v in times]
+    return statistics.linear_regression(x, y).slope
+
+
+def plot(growth: dict[str, Any], path: Path) -> None:
+    """Seconds against size, both axes logarithmic, with the line of linear growth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(1, 2), growth.items(), strict=True):
+        sizes = [float(s) for s in found["seconds"]]
+        for kind, colour, marker in (("step", "#0072b2", "o"), ("forwards", "#d55e00", "s")):
+            times = [v[kind] for v in found["seconds"].values()]
+            label = "ZO-SGD step" if kind == "step" else "two forward passes"
+            axes.loglog(sizes, times, color=colour, marker=marker, label=f"{label}, slope {found['slope'][kind]:.2f}")
+        last = found["seconds"][next(reversed(found["seconds"]))]["step"]
+        axes.loglog(sizes, [last * s / sizes[-1] for s in sizes], color="0.5", linestyle=":", label="linear")
+        axes.set(xlabel=name, ylabel="seconds")
+        axes.set_xticks(sizes, [f"{s:.3g}" for s in sizes])
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure, print, plot and record."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    keep_freed_memory()
+    lm = load(EvalConfig(task="sst2", dtype="float32"))
+    by_tokens = seconds(
+        dict.fromkeys((b * LENGTH for b in BATCHES), lm), {b * LENGTH: b for b in BATCHES}, options.rounds
+    )
+    models = {m.module.num_parameters(): m for m in map(llama, LAYERS)}
+    by_size = seconds(models, dict.fromkeys(models, 16), options.rounds)
+    growth: dict[str, Any] = {}
+    for name, found in (("tokens a step", by_tokens), ("parameters", by_size)):
+        slopes = {kind: slope(list(found), [v[kind] for v in found.values()]) for kind in ("step", "forwards")}
+        growth[name] = {"seconds": {str(size): v for size, v in found.items()}, "slope": slopes}
+        print(f"{name}: slope {slopes['step']:.2f} of a step, {slopes['forwards']:.2f} of two forward passes")
+    write_result("speed-growth", {"rounds": options.rounds, "growth": growth})
+    plot(growth, RESULTS / "speed-growth.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The tensors of a GGUF file, mapped into memory as they lie there (the GGUF specification, versions 2 and 3).
+
+The header also holds a tokenizer of many thousand strings; the `gguf` package makes objects of all of them, here they
+are skipped.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from zotune.errors import UsageError
+
+_STRING, _ARRAY = 8, 9
+# Formats of the other types of values, by number.
+_PLAIN = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file.
+
+    Attributes:
+        name: as the file has it.
+        kind: its format, as ggml calls it.
+        data: numbers of F32 and F16; else bytes, the last dimension those of a row. Writing to it changes no file.
+    """
+
+    name: str
+    kind: str
+    data: np.ndarray[Any, Any]
+
+
+def read_file(path: Path) -> tuple[str, list[StoredTensor]]:
+    """The model's architecture, and its tensors.
+
+    Raises:
+        UsageError: this is no GGUF file, or it is cut short.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        with path.open("rb") as file:
+            header = _Header(file)
+            infos = [header.tensor() for _ in range(header.num_tensors)]
+            begin = -(-file.tell() // header.alignment) * header.alignment
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
+    except (struct.error, KeyError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no GGUF file that can be read: {error}.") from None
+    mapped = np.memmap(path, dtype=np.uint8, mode="c")
+    found = []
+    for name, shape, number, offset in infos:
+        kind = GGMLQuantizationType(number)
+        numbers, size = GGML_QUANT_SIZES[kind]
+        end = begin + offset + prod(shape) // numbers * size
+        if end > mapped.size:
+            raise UsageError(f"{path} is cut short: {name} ends at byte {end} of {mapped.size}. Fetch the file again.")
+        data = np.asarray(mapped[begin + offset : end])
+        data = data.view({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
+        found.append(StoredTensor(name, kind.name, data.reshape(*shape[:-1], -1)))
+    return header.architecture, found
+
+
+class _Header:
+    """What stands before the tensors' numbers, read from front to back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        magic, version, self.num_tensors, count = self._read("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise KeyError(f"it begins with {magic!r} and version {version}")
+        self.architecture, self.alignment = "", 32
+        for _ in range(count):
+            key, (kind,) = self._string(), self._read("I")
+            if key == "general.architecture" and kind == _STRING:
+                self.architecture = self._string()
+            elif key == "general.alignment" and kind == 4:
+                (self.alignment,) = self._read("I")
+            else:
+                self._skip(kind)
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, number of the format, and offset of the next tensor."""
+        name, (dims,) = self._string(), self._read("I")
+        shape = self._read(f"{dims}Q")
+        return name, tuple(reversed(shape)), *self._read("IQ")
+
+    def _read(self, layout: str) -> Any:
+        layout = f"<{layout}"
+        return struct.unpack(layout, self._file.read(struct.calcsize(layout)))
+
+    def _string(self) -> str:
+        (size,) = self._read("Q")
+        return self._file.read(size).decode()
+
+    def _skip(self, kind: int) -> None:
+        if kind in _PLAIN:
+            self._file.seek(struct.calcsize(f"<{_PLAIN[kind]}"), 1)
+        elif kind == _STRING:
+            (size,) = self._read("Q")
+            self._file.seek(size, 1)
+        elif kind == _ARRAY:
+            inner, count = self._read("IQ")
+            if inner in _PLAIN:
+                self._file.seek(count * struct.calcsize(f"<{_PLAIN[inner]}"), 1)
+            else:
+                for _ in range(count):
+                    self._skip(inner)
+        else:
+            raise KeyError(f"there is a value of type {kind}")
