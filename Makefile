@@ -39,6 +39,7 @@ test-lm-eval: $(VENV)/lm-eval
 bench-speed: $(VENV)/dev
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/memory.py
+	$(BIN)/python benchmarks/speed/plan.py
 	$(BIN)/python benchmarks/speed/ledger.py
 	$(BIN)/python benchmarks/speed/forward_gradient.py
 	$(BIN)/python benchmarks/speed/growth.py

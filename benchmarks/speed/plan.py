@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from zotune.llm.schema import validate
 from zotune.llm.workload import Workload
 from zotune.methods import METHODS
 from zotune.plan.formulas import FORMULAS
-from zotune.plan.predict import Architecture
+from zotune.plan.predict import Architecture, Prediction
 
 MODELS = ("random:opt-125m", "random:opt-350m", "smollm2-135m")
 BATCH, LENGTH, STEPS, MU, LR = 4, 128, 1, 1e-2, 1e-7
@@ -31,31 +33,44 @@ HYBRID_MODEL, HYBRID_DEPTHS = "random:opt-125m", (0, 3, 6, 9, 12)
 LENGTHS, LENGTH_MODEL = (64, 128, 256, 512, 1024), "random:opt-125m"
 
 
-def row(options: dict[str, Any], known: dict[Any, Architecture]) -> dict[str, Any]:
-    """Prediction, measurement and the paper's formula for one workload."""
+@dataclass(frozen=True)
+class Foretold:
+    """A workload before it is measured: the prediction, and the paper's formula for it."""
+
+    options: dict[str, Any]
+    workload: Workload
+    prediction: Prediction
+    formula: int | None
+
+
+def foretell(options: dict[str, Any], known: dict[Any, Architecture]) -> Foretold:
+    """Our prediction and the paper's formula."""
     workload = validate(Workload, {"device": "cpu", "learning_rate": LR, **options}, "plan")
     key = (workload.model, workload.tuning, workload.dtype)
     architecture = known[key] = known[key] if key in known else Architecture(workload)
-    predicted = architecture.predict(workload)
-    measured = measure(workload.model_dump(mode="json"), num_steps=STEPS)
-    phases = {name: phase.peak - measured.baseline for name, phase in measured.phases.items()}
-    running = max(peak for name, peak in phases.items() if name != "load")
     terms = architecture.terms(workload)
     formula = next((f.total(terms) for f in FORMULAS if f.method == workload.method), None)
+    return Foretold(options, workload, architecture.predict(workload), formula)
+
+
+def row(each: Foretold) -> dict[str, Any]:
+    """The measurement of a workload beside what was foretold."""
+    measured = measure(each.workload.model_dump(mode="json"), num_steps=STEPS)
+    phases = {name: phase.peak - measured.baseline for name, phase in measured.phases.items()}
+    running = max(peak for name, peak in phases.items() if name != "load")
     found = {
-        **options,
-        "predicted": predicted.to_json(),
+        **each.options,
+        "predicted": each.prediction.to_json(),
         "measured": measured.over_baseline,
         "baseline": measured.baseline,
         "phases": phases,
-        "ratio": measured.over_baseline / predicted.total,
-        "running_ratio": running / predicted.running,
-        "paper_formula": formula,
-        "seconds": measured.seconds,
+        "ratio": measured.over_baseline / each.prediction.total,
+        "running_ratio": running / each.prediction.running,
+        "paper_formula": each.formula,
         "num_threads": measured.num_threads,
     }
-    mib = [n / 2**20 for n in (predicted.total, measured.over_baseline)]
-    said = " ".join(str(v) for v in options.values())
+    mib = [n / 2**20 for n in (each.prediction.total, measured.over_baseline)]
+    said = " ".join(str(v) for v in each.options.values())
     print(
         f"{said:60} predicted {mib[0]:6.0f} MiB, measured {mib[1]:6.0f} MiB: {found['ratio']:.3f}, "
         f"without the load {found['running_ratio']:.3f}",
@@ -97,10 +112,13 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once; memory does not depend on it")
     options = parser.parse_args()
     known: dict[Any, Architecture] = {}
     parts = {"methods": grid(tuple(options.models)), "lengths": lengths(), "hybrid": depths()}
-    found = {name: [row(each, known) for each in rows] for name, rows in parts.items()}
+    foretold = {name: [foretell(each, known) for each in rows] for name, rows in parts.items()}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = {name: list(pool.map(row, rows)) for name, rows in foretold.items()}
     ratios = [r[name] for rows in found.values() for r in rows for name in ("ratio", "running_ratio")]
     print(f"measured / predicted: {min(ratios):.3f} to {max(ratios):.3f} over {len(ratios) // 2} workloads")
     write_result("plan", {"steps": STEPS, "ratio_range": [min(ratios), max(ratios)], **found})

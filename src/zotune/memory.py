@@ -68,10 +68,9 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed in small pieces for the next request, and give back large ones at once.
 
     Small pieces are asked for again in each pass, and pages that come fresh from the system cost more than some of the
-    arithmetic on them. Large ones cost a pass one or two per cent as fresh pages; left to itself, the library comes to
-    put pieces of up to 32 MiB into one heap, where what is kept leaves holes between what is freed: a fifth of all
-    memory for a LoRA adapter or back-propagation (glibc 2.36). For processes that do nothing else than run a model;
-    elsewhere than on glibc, nothing.
+    arithmetic on them. Of large ones that is little; and left to itself, the library comes to put pieces of up to
+    32 MiB into one heap, where what stays leaves holes between what is freed, many for a LoRA adapter and
+    back-propagation (glibc 2.36). For processes that do nothing else than run a model; nothing where it is not glibc.
     """
     trim_threshold, mmap_threshold = -1, -3
     try:
