@@ -33,8 +33,8 @@ PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3
 # The files -------------------------------------------------------------------------------------------------
 
 
-def test_every_table_and_figure_of_the_paper_is_there_and_the_leaderboard():
-    assert names() == (*PAPER, "tableA1", "tableA2", "leaderboard")
+def test_every_table_and_figure_of_the_paper_is_there_and_what_is_added_to_them():
+    assert names() == (*PAPER, "tableA1", "tableA2", "leaderboard", "tasks")
 
 
 @pytest.mark.parametrize("name", names())
