@@ -143,6 +143,8 @@ def test_parts_are_those_counted_by_hand():
     # An Adam step's most is its update where the batch is small: all gradients are there, and no activation.
     small = predict(config, "fo_adam", batch_size=1, length=2, dtype="float32", device="cpu")
     assert small.gradients == weights
+    # Beside them what the update makes of one tensor at a time.
+    assert small.activations < weights
     assert predict(config, "zo_adam", **common, window=4).state == 0
 
 
@@ -177,8 +179,10 @@ def test_a_prediction_leaves_the_architecture_as_it_was():
     made = workload()
     architecture = Architecture(made, opt())
     first = architecture.predict(made)
+    parameters = list(architecture.lm.module.parameters())
     for options in ({"method": "fo_adam"}, {"method": "forward_grad"}, {"hybrid_layers": 1, "hybrid_tied": "frozen"}):
         architecture.predict(workload(**options))
+        assert all(p.requires_grad and p.grad is None for p in parameters)
     architecture._passes.clear()
     assert architecture.predict(made) == first
 
