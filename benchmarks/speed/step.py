@@ -3,12 +3,11 @@
     python benchmarks/speed/step.py
 
 In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
-Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; and with
-directions of rank 1. Then, likewise,
-the forwards and a loop as the older codes write it (all weights moved by +μu, -2μu, +μu with `torch.normal` from a
-stored seed, then updated); and a LoRA adapter's step over two forwards of the model with the adapter. Figures are
-ratios of medians; the spread is the quartiles of the step's times over the forwards' median. As in `zotune train`,
-the C library keeps freed memory, for all sides.
+Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; with directions of
+rank 1; and a step along the forward gradient. Then, likewise, the forwards and a loop as the older codes write it (all
+weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated); and a LoRA adapter's step over two
+forwards of the model with the adapter. Figures are ratios of medians; the spread is the quartiles of the step's times
+over the forwards' median. As in `zotune train`, the C library keeps freed memory, for all sides.
 """
 
 from __future__ import annotations
