@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import zotune as zo
 from zotune.llm.config import EvalConfig
 from zotune.llm.models import LanguageModel, load
-from zotune.memory import keep_freed_memory
+from zotune.memory import keep_activations, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32)
     options = parser.parse_args()
     keep_freed_memory()
+    keep_activations()
     seconds = {
         dtype: measure(options.model, dtype, options.batch, options.length, options.rounds)
         for dtype in ("float32", "bfloat16")

@@ -3,11 +3,11 @@
     python benchmarks/speed/step.py
 
 In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
-Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; with directions of
-rank 1; and a step along the forward gradient. Then, likewise, the forwards and a loop as the older codes write it (all
-weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated); and a LoRA adapter's step over two
-forwards of the model with the adapter. Figures are ratios of medians; the spread is the quartiles of the step's times
-over the forwards' median. As in `zotune train`, the C library keeps freed memory, for all sides.
+Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; with directions
+of rank 1; and a step along the forward gradient. Then, likewise, the forwards and a loop as the older codes write it
+(all weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated); and a LoRA adapter's step
+over two forwards of the model with the adapter. Figures are ratios of medians; the spread is the quartiles of the
+step's times over the forwards' median. As in `zotune train`, the C library keeps freed memory, for all sides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from zotune.closures import Batched
 from zotune.llm.config import EvalConfig, TrainConfig
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.tuning import prepare
-from zotune.memory import keep_freed_memory
+from zotune.memory import keep_activations, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "random:opt-125m"])
     options = parser.parse_args()
     keep_freed_memory()
+    keep_activations()
     sides: dict[str, dict[str, Any]] = {}
     about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
     for model in options.models:

@@ -158,9 +158,10 @@ def _eval(args: list[str], as_json: bool) -> int:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
     from zotune.llm.evaluation import evaluate_tasks
     from zotune.llm.output import write_json
-    from zotune.memory import keep_freed_memory
+    from zotune.memory import keep_activations, keep_freed_memory
 
     keep_freed_memory()
+    keep_activations()
     found, results = evaluate_tasks(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)

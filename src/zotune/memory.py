@@ -58,25 +58,34 @@ def forget_peak() -> None:
 
 # Bytes at the end of the heap that are free and yet kept.
 KEPT_FREE = 64 << 20
+# Memory of so many bytes or more has pages of its own, which go back to the system when it is freed.
+OWN_PAGES = 1 << 20
+# The same while passes run that are forward only: of activations on fresh pages a step took up to half as long again.
+OWN_PAGES_OF_PASSES = 8 << 20
 
-
-# Memory of so many bytes or more has pages of its own, which go back to the system when it is freed. With 1 MiB a step of
-# full tuning took 1.3 to 1.5 times as long, for its activations came on fresh pages; with 8 as long as with 32.
-OWN_PAGES = 8 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_keeps = False
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed in small pieces for the next request, and give back large ones at once.
 
-    Small pieces are asked for again in each pass, and pages that come fresh from the system cost more than some of the
-    arithmetic on them. Left to itself, the library comes to put pieces of up to 32 MiB into one heap, where what stays
-    leaves holes between what is freed, many for a LoRA adapter and back-propagation (glibc 2.36). For processes that do
-    nothing else than run a model; nothing where it is not glibc.
+    Left to itself, the library comes to put pieces of up to 32 MiB into one heap, where what stays leaves holes between
+    what is freed, many while a model is read and with back-propagation (glibc 2.36). For processes that do nothing else
+    than run a model; nothing where it is not glibc.
     """
-    trim_threshold, mmap_threshold = -1, -3
+    global _keeps
+    _keeps = _set(_M_MMAP_THRESHOLD, OWN_PAGES) and _set(_M_TRIM_THRESHOLD, KEPT_FREE)
+
+
+def keep_activations() -> None:
+    """From now on keep larger pieces too, if `keep_freed_memory` was called: what forward passes ask for each time."""
+    if _keeps:
+        _set(_M_MMAP_THRESHOLD, OWN_PAGES_OF_PASSES)
+
+
+def _set(option: int, value: int) -> bool:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return bool(ctypes.CDLL(None).mallopt(option, value))
     except (OSError, AttributeError):
-        return
-    mallopt(mmap_threshold, OWN_PAGES)
-    mallopt(trim_threshold, KEPT_FREE)
+        return False

@@ -33,7 +33,7 @@ from zotune.llm.run import scored, try_side_by_side
 from zotune.llm.schema import validate
 from zotune.llm.tuning import prepare
 from zotune.llm.workload import Workload, made_up
-from zotune.memory import forget_peak, keep_freed_memory, peak_memory, resident_memory
+from zotune.memory import forget_peak, keep_activations, keep_freed_memory, peak_memory, resident_memory
 from zotune.optimizer import ZerothOrder
 
 INTERVAL = 0.005
@@ -247,6 +247,8 @@ def prepared(workload: Workload) -> Callable[[Recorder], float]:
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
     size = workload.per_device_train_batch_size
     parts = [closure(examples[lo : lo + size], 0, ()) for lo in range(0, len(examples), size)]
+    if isinstance(optimizer, ZerothOrder):
+        keep_activations()
     if isinstance(optimizer, ZerothOrder | Hybrid):
         return lambda recorder: optimizer.step(accumulate([_marked(part, recorder) for part in parts]))
     if workload.gradient_checkpointing:

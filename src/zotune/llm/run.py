@@ -31,7 +31,7 @@ from zotune.llm.selection import Selection
 from zotune.llm.step_options import StepOptions
 from zotune.llm.stopping import Stop
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
-from zotune.memory import peak_memory
+from zotune.memory import keep_activations, peak_memory
 from zotune.optimizer import ZerothOrder
 from zotune.probes import NOT_SEPARABLE, is_separable
 
@@ -55,6 +55,8 @@ class Run:
         self.optimizer = make_optimizer(
             lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None
         )
+        if isinstance(self.optimizer, ZerothOrder):
+            keep_activations()
         self.update = _update(self.optimizer, lm, config, self.counters)
         self.selection = Selection(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes)

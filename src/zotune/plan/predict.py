@@ -14,12 +14,13 @@ from zotune.llm.footprint import copies_of, recorded_bytes, state_bytes, weight_
 from zotune.llm.live_memory import Assumed, peak_of
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import OBJECTIVES
-from zotune.llm.optimizers import make_optimizer
+from zotune.llm.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.passes import Copies, Pass, largest_pass
 from zotune.llm.schema import validate
 from zotune.llm.skeleton import bare, skeleton
 from zotune.llm.tuning import prepare
 from zotune.llm.workload import Workload, made_up
+from zotune.optimizer import ZerothOrder
 from zotune.plan.formulas import Terms, terms_of
 
 # Architectures that are known here, by the ids that the Hub has them under.
@@ -150,7 +151,7 @@ class Architecture:
             activations=takes.activations,
             scratch=takes.scratch,
             reused=recorded_bytes(self.lm, batch(1), workload),
-            overhead=OVERHEAD[device],
+            overhead=OVERHEAD[device] + _kept_pieces(optimizer, takes, device),
         )
 
     def terms(self, workload: Workload) -> Terms:
@@ -175,7 +176,16 @@ class Architecture:
 
 
 OVERHEAD = {"cpu": 8 << 20, "cuda": 0}
-"""Bytes that the C library and the matrix kernels keep; measured, see `benchmarks/results/plan.json`."""
+"""Bytes that the C library and the matrix kernels keep in any case, as measured."""
+
+KEPT_PIECES = 32 << 20
+"""Bytes between its pieces that the heap of forward passes comes to keep at the most, as measured."""
+
+
+def _kept_pieces(optimizer: AnyOptimizer, takes: Pass, device: str) -> int:
+    """What `zotune.memory.keep_activations` costs where passes are forward only."""
+    keeps = device == "cpu" and isinstance(optimizer, ZerothOrder)
+    return min(KEPT_PIECES, takes.activations) if keeps else 0
 
 
 def on_cpu(workload: Workload) -> bool:
