@@ -151,7 +151,7 @@ class Architecture:
             activations=takes.activations,
             scratch=takes.scratch,
             reused=recorded_bytes(self.lm, batch(1), workload),
-            overhead=OVERHEAD[device] + _kept_pieces(optimizer, takes, device),
+            overhead=OVERHEAD[device] + _kept_pieces(optimizer, device),
         )
 
     def terms(self, workload: Workload) -> Terms:
@@ -182,10 +182,9 @@ KEPT_PIECES = 32 << 20
 """Bytes between its pieces that the heap of forward passes comes to keep at the most, as measured."""
 
 
-def _kept_pieces(optimizer: AnyOptimizer, takes: Pass, device: str) -> int:
+def _kept_pieces(optimizer: AnyOptimizer, device: str) -> int:
     """What `zotune.memory.keep_activations` costs where passes are forward only."""
-    keeps = device == "cpu" and isinstance(optimizer, ZerothOrder)
-    return min(KEPT_PIECES, takes.activations) if keeps else 0
+    return KEPT_PIECES if device == "cpu" and isinstance(optimizer, ZerothOrder) else 0
 
 
 def on_cpu(workload: Workload) -> bool:
