@@ -149,18 +149,17 @@ def test_parts_are_those_counted_by_hand():
 
 
 def test_zeroth_order_is_flat_in_length_and_depth_and_first_order_rises():
-    """The paper's figure 3 and Table 7."""
+    """The paper's figure 3 and Table 7, which know nothing of what the C library keeps: for so small a model, most."""
     config = opt(layers=16)
-    zo, fo = (
-        [predict(config, method, batch_size=2, length=n, device="cpu").running for n in (16, 32, 64, 128)]
-        for method in ("zo_sgd", "fo_sgd")
-    )
+
+    def takes(*method, **options):
+        found = predict(config, *method, device="cpu", **options)
+        return found.running - found.overhead
+
+    zo, fo = ([takes(method, batch_size=2, length=n) for n in (16, 32, 64, 128)] for method in ("zo_sgd", "fo_sgd"))
     assert zo[-1] - zo[0] < 0.2 * (fo[-1] - fo[0])
     assert fo == sorted(fo) and fo[-1] > fo[0]
-    hybrid = [
-        predict(config, batch_size=8, length=64, device="cpu", hybrid_layers=k, hybrid_tied="zeroth_order").running
-        for k in range(0, 17, 4)
-    ]
+    hybrid = [takes(batch_size=8, length=64, hybrid_layers=k, hybrid_tied="zeroth_order") for k in range(0, 17, 4)]
     assert hybrid == sorted(hybrid, reverse=True) and hybrid[0] > hybrid[-1]
 
 
