@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(("method", "tuning"), [("zo_sgd", "full"), ("fo_adam", "full"), ("fo_sgd", "lora")])
 def test_a_process_takes_what_was_foretold(folder, method, tuning):
-    """Within a tenth, as each row of benchmarks/results/plan.json."""
+    """Within a tenth."""
     sizes = {"per_device_train_batch_size": 4, "length": 128}
     common = {"model": str(folder), "method": method, "tuning": tuning, "dtype": "float32", "device": "cpu"}
     found = measure({**common, **sizes, "learning_rate": 1e-6}, num_steps=2)
