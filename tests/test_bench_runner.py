@@ -20,7 +20,7 @@ from zotune.bench.cells import CellResult, mean_and_error, read_result, repeatab
 from zotune.bench.commands import chosen_cells
 from zotune.bench.experiments import Limits
 from zotune.bench.jobs import JOBS, Job, Outcome, Store, locked
-from zotune.bench.keys import code_hash, key_of, tree_of
+from zotune.bench.keys import code_hash, key_of, tree_of, unused_by
 from zotune.bench.processes import Process, resident_bytes
 from zotune.bench.runner import state_of
 
@@ -118,7 +118,7 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
     changed = small_cells(options={"task": "copa", "model": "random:opt-tiny", "tuning": "prefix"})
     assert {state_of(tmp_path, spec) for spec in changed} == {"stale"}
-    monkeypatch.setattr("zotune.bench.keys.code_hash", lambda: "other code")
+    monkeypatch.setattr("zotune.bench.keys.code_hash", lambda unused: "other code")
     assert {state_of(tmp_path, spec) for spec in specs} == {"stale"}
     assert set(run_cells(specs, tmp_path, keeps_stale=True).values()) == {"stale"}
     assert contents(tmp_path) == before
@@ -144,6 +144,10 @@ def test_the_code_counts_without_comments_and_docstrings_and_without_what_shows_
     ):
         (tmp_path / path).write_text(text)
         assert (code_hash.__wrapped__(tmp_path) == plain) is same, (next(hashes), path)
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "predict.py").write_text("x = 1\n")
+    assert code_hash.__wrapped__(tmp_path, ("plan/",)) == plain != code_hash.__wrapped__(tmp_path)
+    assert unused_by({"does": "step", "device": "cuda"}) == () == unused_by({"kind": "theory"})
     assert tree_of("x = 'text'") != tree_of("")
     assert key_of({"task": "sst2"}, "code") != key_of({"task": "sst2"}, "other")
 

@@ -59,7 +59,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("method", "tuning"), [("zo_sgd", "full"), ("fo_adam", "full"), ("fo_sgd", "lora")])
+@pytest.mark.parametrize(
+    ("method", "tuning"), [("zo_sgd", "full"), ("fo_adam", "full"), ("fo_sgd", "lora"), ("zo_adam", "lora")]
+)
 def test_a_process_takes_what_was_foretold(folder, method, tuning):
     """Within a tenth."""
     sizes = {"per_device_train_batch_size": 4, "length": 128}
@@ -67,6 +69,8 @@ def test_a_process_takes_what_was_foretold(folder, method, tuning):
     found = measure({**common, **sizes, "learning_rate": 1e-6}, num_steps=2)
     foretold = predict(**common, batch_size=4, length=128)
     assert found.over_baseline == pytest.approx(foretold.total, rel=0.1)
+    running = max(phase.peak for name, phase in found.phases.items() if name != "load") - found.baseline
+    assert running == pytest.approx(foretold.running, rel=0.1)
     wanted = {"load", "forward", "update"} | ({"backward"} if method.startswith("fo") else set())
     assert set(found.phases) == wanted
     assert len(found.step_seconds) == 2 and found.spread[0] <= found.seconds <= found.spread[1]

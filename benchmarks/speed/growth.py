@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 import zotune as zo
+from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
 from zotune.llm.architectures import byte_tokenizer
 from zotune.llm.config import EvalConfig
 from zotune.llm.models import LanguageModel, load
-from zotune.memory import keep_activations, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
@@ -99,8 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_memory()
-    keep_activations()
+    keep_freed_memory(OWN_PAGES_OF_PASSES)
     lm = load(EvalConfig(task="sst2", dtype="float32"))
     by_tokens = seconds(
         dict.fromkeys((b * LENGTH for b in BATCHES), lm), {b * LENGTH: b for b in BATCHES}, options.rounds

@@ -117,11 +117,25 @@ def main() -> None:
     known: dict[Any, Architecture] = {}
     parts = {"methods": grid(tuple(options.models)), "lengths": lengths(), "hybrid": depths()}
     foretold = {name: [foretell(each, known) for each in rows] for name, rows in parts.items()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in foretold}
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = {name: list(pool.map(row, rows)) for name, rows in foretold.items()}
+        for name, rows in foretold.items():
+            for each in pool.map(row, rows):
+                found[name].append(each)
+                record(found)  # as they come: all of them take the better part of an hour
+    low, high = ratio_range(found)
+    print(f"measured / predicted: {low:.3f} to {high:.3f} over {sum(map(len, found.values()))} workloads")
+
+
+def ratio_range(found: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """The least and the greatest quotient of what was measured and what was foretold, of the whole and of the steps."""
     ratios = [r[name] for rows in found.values() for r in rows for name in ("ratio", "running_ratio")]
-    print(f"measured / predicted: {min(ratios):.3f} to {max(ratios):.3f} over {len(ratios) // 2} workloads")
-    write_result("plan", {"steps": STEPS, "ratio_range": [min(ratios), max(ratios)], **found})
+    return min(ratios), max(ratios)
+
+
+def record(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Write what there is."""
+    write_result("plan", {"steps": STEPS, "ratio_range": ratio_range(found), **found})
 
 
 if __name__ == "__main__":

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 import zotune as zo
 from zotune import noise
 from zotune.closures import Batched
+from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
 from zotune.llm.config import EvalConfig, TrainConfig
 from zotune.llm.models import LanguageModel, load
 from zotune.llm.tuning import prepare
-from zotune.memory import keep_activations, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -157,8 +157,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "random:opt-125m"])
     options = parser.parse_args()
-    keep_freed_memory()
-    keep_activations()
+    keep_freed_memory(OWN_PAGES_OF_PASSES)
     sides: dict[str, dict[str, Any]] = {}
     about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
     for model in options.models:

@@ -40,6 +40,10 @@ Start with: zotune train sst2-smollm2
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
+    if argv is None and sys.argv[1:2] in (["train"], ["eval"]) and not {"-h", "--help", "--dry-run"} & {*sys.argv}:
+        from zotune.heap import restart_with_heap_environment
+
+        restart_with_heap_environment()
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -105,8 +109,8 @@ def _train(args: list[str], as_json: bool) -> int:
     config = _parse(TrainConfig, recipe, source, args, "zotune train")
     if is_dry:
         return _dry_run(config, as_json)
+    from zotune.heap import keep_freed_memory
     from zotune.llm.train import train
-    from zotune.memory import keep_freed_memory
 
     keep_freed_memory()
     result = train(config)
@@ -156,12 +160,11 @@ def _eval(args: list[str], as_json: bool) -> int:
     inherited, source = saved_reading(config)
     if inherited:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
+    from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
     from zotune.llm.evaluation import evaluate_tasks
     from zotune.llm.output import write_json
-    from zotune.memory import keep_activations, keep_freed_memory
 
-    keep_freed_memory()
-    keep_activations()
+    keep_freed_memory(OWN_PAGES_OF_PASSES)
     found, results = evaluate_tasks(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)

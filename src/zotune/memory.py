@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -54,38 +53,3 @@ def forget_peak() -> None:
     """Set the kernel's high-water mark, which `peak_memory` reads, to what is resident now (Linux, where it may)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-# Bytes at the end of the heap that are free and yet kept.
-KEPT_FREE = 64 << 20
-# Memory of so many bytes or more has pages of its own, which go back to the system when it is freed.
-OWN_PAGES = 1 << 20
-# The same while passes run that are forward only: of activations on fresh pages a step took up to half as long again.
-OWN_PAGES_OF_PASSES = 8 << 20
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_keeps = False
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed in small pieces for the next request, and give back large ones at once.
-
-    Left to itself, the library comes to put pieces of up to 32 MiB into one heap, where what stays leaves holes between
-    what is freed, many while a model is read and with back-propagation (glibc 2.36). For processes that do nothing else
-    than run a model; nothing where it is not glibc.
-    """
-    global _keeps
-    _keeps = _set(_M_MMAP_THRESHOLD, OWN_PAGES) and _set(_M_TRIM_THRESHOLD, KEPT_FREE)
-
-
-def keep_activations() -> None:
-    """From now on keep larger pieces too, if `keep_freed_memory` was called: what forward passes ask for each time."""
-    if _keeps:
-        _set(_M_MMAP_THRESHOLD, OWN_PAGES_OF_PASSES)
-
-
-def _set(option: int, value: int) -> bool:
-    try:
-        return bool(ctypes.CDLL(None).mallopt(option, value))
-    except (OSError, AttributeError):
-        return False

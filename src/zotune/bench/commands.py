@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from zotune.bench.cells import SCALES, Scale
 from zotune.bench.experiments import CellSpec, cells, find, names
 from zotune.errors import UsageError
 from zotune.llm.progress import clock, say
+from zotune.llm.stopping import listening
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -251,13 +251,5 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
         came.append(number)
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():
-        # Python lets only the main thread listen to signals.
+    with listening(note):
         yield came
-        return
-    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

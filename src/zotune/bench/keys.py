@@ -20,6 +20,9 @@ PACKAGE = Path(__file__).parents[1]
 COMPUTING = frozenset({"accuracy.py", "measure.py", "measured.py", "quality.py", "search.py", "theory.py", "worker.py"})
 # Commands, and modules that no run passes through.
 _SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py", "llm/footprint.py"})
+# What a step measured beside what is foretold of it passes through, and nothing else; what only a GPU runs.
+_FORETELLING = "plan/"
+_ON_GPU = ("noise/gpu.py", "noise/triton_kernels.py")
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
@@ -31,22 +34,34 @@ def key_of(config: Mapping[str, Any], code: str | None = None) -> str:
     """
     parts = {
         "config": config,
-        "code": code_hash() if code is None else code,
+        "code": code_hash(unused=unused_by(config)) if code is None else code,
         "data": _data_hash(str(config.get("task"))),
         "libraries": _versions(),
     }
     return _hash([json.dumps(parts, sort_keys=True).encode()])
 
 
+def unused_by(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of modules that such a cell or job does not pass through.
+
+    >>> unused_by({"kind": "accuracy", "device": "cuda"})
+    ('plan/',)
+    """
+    foretells = config.get("does") == "step" or config.get("kind") in ("memory", "time", "theory")
+    return (() if foretells else (_FORETELLING,)) + (_ON_GPU if config.get("device") == "cpu" else ())
+
+
 @cache
-def code_hash(package: Path = PACKAGE) -> str:
-    """The hash of the code below a folder that computes results."""
-    return _hash(_code(package))
+def code_hash(package: Path = PACKAGE, unused: tuple[str, ...] = ()) -> str:
+    """The hash of the code below a folder that computes results, less what of it is not used."""
+    return _hash(_code(package, unused))
 
 
-def _code(package: Path) -> Iterator[bytes]:
+def _code(package: Path, unused: tuple[str, ...]) -> Iterator[bytes]:
     for path in sorted(package.rglob("*")):
         place = path.relative_to(package).as_posix()
+        if place.startswith(unused):
+            continue
         if path.suffix == ".c":
             yield place.encode() + path.read_bytes()
         elif path.suffix == ".py" and _computes(place):

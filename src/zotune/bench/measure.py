@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from zotune.closures import Batched, accumulate
 from zotune.errors import RunError, ZotuneError
+from zotune.heap import heap_environment, keep_activations, keep_freed_memory
 from zotune.hybrid import Hybrid
 from zotune.llm.models import find_device, load
 from zotune.llm.objective import OBJECTIVES
@@ -33,7 +35,7 @@ from zotune.llm.run import scored, try_side_by_side
 from zotune.llm.schema import validate
 from zotune.llm.tuning import prepare
 from zotune.llm.workload import Workload, made_up
-from zotune.memory import forget_peak, keep_activations, keep_freed_memory, peak_memory, resident_memory
+from zotune.memory import forget_peak, peak_memory, resident_memory
 from zotune.optimizer import ZerothOrder
 
 INTERVAL = 0.005
@@ -130,7 +132,8 @@ def measure(options: dict[str, Any], *, num_steps: int = 2) -> Measurement:
     if num_steps < 1:
         raise ValueError(f"num_steps is how many steps are timed, at least 1, got {num_steps}")
     command = [sys.executable, "-m", "zotune.bench.measure", workload.model_dump_json(), str(num_steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with_heap = {**os.environ, **heap_environment()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=with_heap)
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
         raise RunError(f"the measuring process of {workload.model} failed: {said[0]}")
@@ -206,6 +209,7 @@ def take(workload: Workload, num_steps: int) -> Measurement:
     """The measurement, of this process: it should be fresh."""
     keep_freed_memory()
     _start_libraries(workload)
+    keep_freed_memory()  # again, for that step's passes had settings of their own
     device = find_device(workload.device)
     with Recorder(device) as recorder:
         baseline = 0 if device.type == "cuda" else resident_memory()

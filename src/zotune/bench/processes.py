@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from zotune.bench.jobs import Job, Outcome
+from zotune.heap import heap_environment
 
 # The worker's own exit codes: it ran out of memory; it failed and said why.
 OUT_OF_MEMORY, FAILED = 3, 1
@@ -69,7 +70,7 @@ class Process:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path, **self.environment},
+            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment},
         )
 
     def _watch(self, worker: subprocess.Popen[bytes], job: Job) -> Outcome | None:

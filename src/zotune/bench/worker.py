@@ -22,8 +22,8 @@ from zotune.bench.processes import FAILED, OUT_OF_MEMORY
 from zotune.bench.quality import estimated
 from zotune.cli import is_out_of_memory
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean
+from zotune.heap import keep_freed_memory
 from zotune.llm.output import environment, write_json
-from zotune.memory import keep_freed_memory
 
 # What a job does, given its options and a folder of its own; what it found, as JSON holds it.
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zotune.closures import Batched
+from zotune.heap import keep_activations
 from zotune.hybrid import Hybrid
 from zotune.ledger import StepRecord
 from zotune.llm.config import TrainConfig
@@ -31,7 +32,7 @@ from zotune.llm.selection import Selection
 from zotune.llm.step_options import StepOptions
 from zotune.llm.stopping import Stop
 from zotune.llm.updates import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
-from zotune.memory import keep_activations, peak_memory
+from zotune.memory import peak_memory
 from zotune.optimizer import ZerothOrder
 from zotune.probes import NOT_SEPARABLE, is_separable
 

@@ -183,7 +183,7 @@ KEPT_PIECES = 32 << 20
 
 
 def _kept_pieces(optimizer: AnyOptimizer, device: str) -> int:
-    """What `zotune.memory.keep_activations` costs where passes are forward only."""
+    """What `zotune.heap.keep_activations` costs where passes are forward only."""
     return KEPT_PIECES if device == "cpu" and isinstance(optimizer, ZerothOrder) else 0
 
 
