@@ -19,9 +19,9 @@ PACKAGE = Path(__file__).parents[1]
 # The modules of the benchmark that compute; the others run them and show what came of it.
 COMPUTING = frozenset({"accuracy.py", "measure.py", "measured.py", "quality.py", "search.py", "theory.py", "worker.py"})
 # Commands, and modules that no run passes through.
-_SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py", "llm/footprint.py"})
+_SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py"})
 # What a step measured beside what is foretold of it passes through, and nothing else; what only a GPU runs.
-_FORETELLING = "plan/"
+_FORETELLING = ("plan/", "llm/footprint.py", "llm/live_memory.py", "llm/passes.py", "llm/skeleton.py")
 _ON_GPU = ("noise/gpu.py", "noise/triton_kernels.py")
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
@@ -45,10 +45,10 @@ def unused_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Beginnings of the names of modules that such a cell or job does not pass through.
 
     >>> unused_by({"kind": "accuracy", "device": "cuda"})
-    ('plan/',)
+    ('plan/', 'llm/footprint.py', 'llm/live_memory.py', 'llm/passes.py', 'llm/skeleton.py')
     """
     foretells = config.get("does") == "step" or config.get("kind") in ("memory", "time", "theory")
-    return (() if foretells else (_FORETELLING,)) + (_ON_GPU if config.get("device") == "cpu" else ())
+    return (() if foretells else _FORETELLING) + (_ON_GPU if config.get("device") == "cpu" else ())
 
 
 @cache
