@@ -20,8 +20,11 @@ PACKAGE = Path(__file__).parents[1]
 COMPUTING = frozenset({"accuracy.py", "measure.py", "measured.py", "quality.py", "search.py", "theory.py", "worker.py"})
 # Commands, and modules that no run passes through.
 _SHOWING = frozenset({"cli.py", "ledger_commands.py", "llm/dry_run.py", "llm/progress.py"})
-# What a step measured beside what is foretold of it passes through, and nothing else; what only a GPU runs.
-_FORETELLING = ("plan/", "llm/footprint.py", "llm/live_memory.py", "llm/passes.py", "llm/skeleton.py")
+# What steps pass through that are measured, with what is foretold of them, and nothing else; what only a GPU runs.
+_MEASURING = (
+    *("bench/measure", "bench/theory.py", "plan/"),
+    *(f"llm/{name}.py" for name in ("footprint", "live_memory", "passes", "skeleton", "workload")),
+)
 _ON_GPU = ("noise/gpu.py", "noise/triton_kernels.py")
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
@@ -44,11 +47,11 @@ def key_of(config: Mapping[str, Any], code: str | None = None) -> str:
 def unused_by(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Beginnings of the names of modules that such a cell or job does not pass through.
 
-    >>> unused_by({"kind": "accuracy", "device": "cuda"})
-    ('plan/', 'llm/footprint.py', 'llm/live_memory.py', 'llm/passes.py', 'llm/skeleton.py')
+    >>> unused_by({"kind": "accuracy", "device": "cuda"})[:3]
+    ('bench/measure', 'bench/theory.py', 'plan/')
     """
-    foretells = config.get("does") == "step" or config.get("kind") in ("memory", "time", "theory")
-    return (() if foretells else _FORETELLING) + (_ON_GPU if config.get("device") == "cpu" else ())
+    measures = config.get("does") == "step" or config.get("kind") in ("memory", "time", "theory")
+    return (() if measures else _MEASURING) + (_ON_GPU if config.get("device") == "cpu" else ())
 
 
 @cache
