@@ -16,6 +16,7 @@ from zotune import cli
 from zotune.bench.cells import mean_and_error, read_result, result_path, write_result
 from zotune.bench.drawing import draw
 from zotune.bench.figures import COLOURS, MARKERS, Figure, Panel, Point, Series, style_of
+from zotune.bench.markdown_page import markdown_page
 from zotune.bench.page import page
 from zotune.bench.plots import figures
 from zotune.bench.press import pressed, put
@@ -258,6 +259,22 @@ def test_the_page_is_sound_small_and_shows_every_number():
     assert [(int(a["data-points"])) for a in drawn] == [figure.num_points for figure in section.figures]
     for text in ("A is best", "✓ holds", "Only the order of the methods.", "paper (opt-1.3b) 90.1", "untuned model"):
         assert text in html
+
+
+def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
+    missing = [Cell(c.coordinates, "missing") for c in all_methods()]
+    full, empty = (assembled("table2", experiment(claims=[BEST]), cells) for cells in (all_methods(), missing))
+    text = markdown_page([full], "Results", "Of a made-up model.")
+    assert text.startswith("# Results\n\nOf a made-up model.\n\nOf 1 claims, on this model: 1 claim: holds.")
+    for entries in full.table.entries:
+        for entry in entries:
+            assert f"{entry.mean:.1f} ± {entry.error:.1f}" in text
+    assert "- **holds**: “A is best”" in text and "Only the order of the methods. The model is another one." in text
+    spent = [line for line in text.split("<details>")[1].splitlines() if line.startswith("| ")]
+    assert len(spent) == 1 + len(full.cells)
+    assert all(line.count("|") == spent[0].count("|") for line in spent)
+    bare = markdown_page([empty], "Results")
+    assert bare.count("not run") == 16 and "- **cannot be told**" in bare and "<details>" not in bare
 
 
 def test_hostile_text_stays_text():

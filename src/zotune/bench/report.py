@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zotune.bench.cells import Scale
 from zotune.bench.experiments import CellSpec, names
+from zotune.bench.markdown_page import markdown_page
 from zotune.bench.page import page
 from zotune.bench.press import pressed
 from zotune.bench.sections import Section, section
@@ -31,7 +32,7 @@ def report(
     Args:
         results: where the runner keeps them.
         scale: of which to report.
-        output: a folder: `index.html`, `tables/NAME.md`, `.csv` and `.tex`, `figures/NAME-….pdf` and `.svg`.
+        output: a folder: `index.html`, `report.md`, `tables/NAME.md`, `.csv`, `.tex`, `figures/NAME-….pdf`, `.svg`.
         given: names of experiments, or paths of TOML files.
         run_as: what a cell was run as, where that is not what its file says.
 
@@ -50,6 +51,7 @@ def report(
 
 def _page(sections: Sequence[Section], scale: str) -> Iterator[tuple[str, bytes]]:
     yield PAGE, page(sections, scale).encode()
+    yield "report.md", markdown_page(sections, f"The benchmark at scale {scale}").encode()
 
 
 def _tables(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:

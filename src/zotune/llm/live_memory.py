@@ -32,9 +32,15 @@ def peak_of(compute: Callable[[], object], *, fused: bool = True) -> int:
     return peaks_of(compute, lambda: 0, fused=fused)[0]
 
 
-def peaks_of(compute: Callable[[], object], beside: Callable[[], int], *, fused: bool = True) -> tuple[int, int]:
-    """As `peak_of`, and what `beside` said at that moment."""
-    live = _Live(beside)
+def peaks_of(
+    compute: Callable[[], object], beside: Callable[[], int], *, fused: bool = True, own_pages: int = 0
+) -> tuple[int, int]:
+    """As `peak_of`, and what `beside` said at that moment.
+
+    Tensors of less than `own_pages` bytes lie in a heap that does not become smaller: it counts with its greatest size,
+    and half of that again for the holes that small tensors leave where larger ones lay.
+    """
+    live = _Live(beside, own_pages)
     with Assumed(), live, fused_attention() if fused else nullcontext():
         compute()
     return live.peak, live.beside_peak
@@ -60,13 +66,18 @@ class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that are made while it is active."""
 
-    def __init__(self, beside: Callable[[], int]) -> None:
+    def __init__(self, beside: Callable[[], int], own_pages: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._beside = beside
-        self.now: int = 0
+        self._beside, self._own_pages = beside, own_pages
+        self._large = self._small = self._heap = 0
         self.peak: int = 0
         self.beside_peak: int = 0
         self._known: set[int] = set()
+
+    @property
+    def now(self) -> int:
+        """Bytes that are taken."""
+        return self._large + self._heap * 3 // 2
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
@@ -88,7 +99,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key, size = _key(tensor), storage.nbytes()
         self._known.add(key)
-        self.now += size
+        self._change(size, 1)
         weakref.finalize(storage, self._forget, key, size)
 
     def _reach(self, now: int) -> None:
@@ -97,7 +108,15 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.now -= size
+        self._change(size, -1)
+
+    def _change(self, size: int, sign: int) -> None:
+        """So many bytes are there from now on, or no longer."""
+        if size < self._own_pages:
+            self._small += sign * size
+            self._heap = max(self._heap, self._small)
+        else:
+            self._large += sign * size
 
 
 # Operations that make a copy of what they are given and let it go before they return.

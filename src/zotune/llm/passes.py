@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions import Direction
 from zotune.errors import UnreadTensorError
+from zotune.heap import OWN_PAGES
 from zotune.hybrid import Hybrid
 from zotune.llm.encoding import Batch
 from zotune.llm.live_memory import peak_of, peaks_of
@@ -124,7 +125,8 @@ def back_propagation(
     handles = [p.register_post_accumulate_grad_hook(count) for p in tuned]  # type: ignore[no-untyped-call]
     lm.module.train()
     try:
-        peak, gradients = peaks_of(steps, lambda: sum(alive.values()))
+        own_pages = OWN_PAGES if device == "cpu" else 0
+        peak, gradients = peaks_of(steps, lambda: sum(alive.values()), own_pages=own_pages)
     finally:
         lm.module.eval()
         if options.gradient_checkpointing:
