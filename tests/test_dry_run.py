@@ -8,7 +8,7 @@ import torch
 from zotune.llm.config import ModelOptions, TrainConfig
 from zotune.llm.dry_run import dry_run, quantiles
 from zotune.llm.footprint import state_bytes
-from zotune.llm.live_memory import peak_of
+from zotune.llm.live_memory import peak_of, peaks_of
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.models import load
 from zotune.llm.optimizers import make_optimizer
@@ -89,6 +89,18 @@ def test_a_skeleton_has_the_models_shapes_and_no_weight(family, tuning):
     assert {p.device.type for p in bare.module.parameters()} == {"meta"}
 
 
+def test_small_tensors_lie_in_a_heap_that_stays_and_has_holes_and_large_ones_do_not():
+    def compute():
+        small = [torch.empty(100, device="meta") for _ in range(5)]  # 400 bytes each
+        del small
+        large = torch.empty(1000, device="meta")
+        return large + 1
+
+    assert peaks_of(compute, lambda: 0)[0] == 2 * 4000
+    assert peaks_of(compute, lambda: 0, own_pages=401)[0] == 2 * 4000 + 5 * 400 * 3 / 2
+    assert peaks_of(compute, lambda: 0, own_pages=400)[0] == 2 * 4000
+
+
 def test_memory_of_a_forward_pass_is_that_of_its_living_tensors():
     def compute():
         a = torch.empty(1000, 10, device="meta")
@@ -134,7 +146,8 @@ def test_json_is_one_object_that_holds_all(zotune, short):
     found = json.loads(said.out)
     assert found["num_rows"] == {"train": 8, "dev": 3, "test": 3}
     assert found["config"]["verbalizer"] == {"no": "no", "yes": "yes"}
-    assert found["memory"]["total"] == sum(v for k, v in found["memory"].items() if k not in ("total", "loading"))
+    parts = {k: v for k, v in found["memory"].items() if k not in ("total", "running", "loading")}
+    assert found["memory"]["total"] == found["memory"]["running"] == sum(parts.values())
     assert len(found["examples"]) == 3
     assert {"tokens", "num_cut", "refused", "num_tuned", "forward_passes", "notes"} <= set(found)
 

@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
 
 from zotune.bench.measure import measure
+from zotune.llm.footprint import Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.schema import validate
 from zotune.llm.workload import Workload
 from zotune.methods import METHODS
 from zotune.plan.formulas import FORMULAS
-from zotune.plan.predict import Architecture, Prediction
+from zotune.plan.predict import Architecture
 
 MODELS = ("random:opt-125m", "random:opt-350m", "smollm2-135m")
 BATCH, LENGTH, STEPS, MU, LR = 4, 128, 1, 1e-2, 1e-7
@@ -39,7 +40,7 @@ class Foretold:
 
     options: dict[str, Any]
     workload: Workload
-    prediction: Prediction
+    prediction: Memory
     formula: int | None
 
 

@@ -22,6 +22,7 @@ from zotune.llm.footprint import (
     forwards_of_training,
     generated,
     largest_batch,
+    overhead_bytes,
     recorded_bytes,
     state_bytes,
     weight_bytes,
@@ -76,8 +77,7 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
         plain = {k: v for k, v in vars(self).items() if k not in ("config", "memory")}
-        memory = {**asdict(self.memory), "total": self.memory.total}
-        return {"config": self.config.model_dump(mode="json"), **plain, "memory": memory}
+        return {"config": self.config.model_dump(mode="json"), **plain, "memory": self.memory.to_json()}
 
     def __str__(self) -> str:
         recipe = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
@@ -198,11 +198,11 @@ def _memory(
     evaluated = [largest_batch(lm, measured, eval_size, data.objective)] if measured else []
     # Generating, no two probes share a pass.
     copies = (lambda _: batch(1)) if config.is_generated else batch
-    passes = [largest_pass(lm, optimizer, config, copies, "cpu" if on_cpu else "cuda")]
+    device = "cpu" if on_cpu else "cuda"
+    passes = [largest_pass(lm, optimizer, config, copies, device)]
     takes = max([*passes, *(forward(lm, b(1)) for b in evaluated)], key=lambda found: found.total)
     cache = max(cache_bytes(lm, b(1).input_ids.numel()) for b in (batch, *evaluated)) * config.is_generated
     return Memory(
-        libraries=peak_memory("cpu") if on_cpu else 0,
         weights=weight_bytes(lm),
         loading=sum(p.numel() for p in base) * stored.itemsize if is_other else 0,
         state=state_bytes(optimizer, config),
@@ -213,6 +213,8 @@ def _memory(
         if config.is_generated
         else _reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
         + recorded_bytes(lm, batch(1), config),
+        overhead=overhead_bytes(optimizer, device),
+        libraries=peak_memory("cpu") if on_cpu else 0,
     )
 
 

@@ -6,7 +6,7 @@ Weights, state and reused activations are formulas; what the passes take is coun
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 import torch
@@ -30,22 +30,29 @@ from zotune.update import Rounding
 _MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
 
 
+OVERHEAD = {"cpu": 8 << 20, "cuda": 0}
+"""Bytes that the C library and the matrix kernels keep in any case, as measured."""
+
+KEPT_PIECES = 32 << 20
+"""Bytes between its pieces that the heap of forward passes comes to keep at the most, as measured."""
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a run takes, by what they are for.
+    """Bytes that steps take, by what they are for.
 
     Attributes:
-        libraries: of the process itself, where the model is in the same memory; 0 for a GPU.
         weights: of the model and what is added to it.
-        loading: beside the weights, only while they are read: the checkpoint, if its precision is another.
+        loading: beside the weights, only while they are made or read (in the checkpoint's precision, if it is another).
         state: of the optimizer; float32 copies of weights in half precision.
         gradients: of first-order parameters, at the moment when the step takes the most.
-        activations: of a forward pass of the largest batch; with back-propagation all that is kept.
-        scratch: what a probe adds: where perturbed weights are made piece by piece, tangents.
+        activations: of a forward pass; with back-propagation all that is kept for it, and temporaries of the update.
+        scratch: what a probe adds: perturbed weights piece by piece, tangents.
         reused: activations that are kept from one pass to the next.
+        overhead: what the allocator and the kernels keep to themselves.
+        libraries: of the process itself, where that is counted and the model is in the same memory.
     """
 
-    libraries: int
     weights: int
     loading: int
     state: int
@@ -53,12 +60,32 @@ class Memory:
     activations: int
     scratch: int
     reused: int
+    overhead: int
+    libraries: int = 0
+
+    @property
+    def running(self) -> int:
+        """While steps are taken."""
+        passes = self.gradients + self.activations + self.scratch + self.reused
+        return self.libraries + self.weights + self.state + passes + self.overhead
 
     @property
     def total(self) -> int:
-        """At the most."""
-        running = self.state + self.gradients + self.activations + self.scratch + self.reused
-        return self.libraries + self.weights + max(self.loading, running)
+        """At the most, the loading included."""
+        return max(self.running, self.libraries + self.weights + self.loading)
+
+    def to_json(self) -> dict[str, int]:
+        """The parts and their total."""
+        return {**asdict(self), "running": self.running, "total": self.total}
+
+
+def overhead_bytes(optimizer: AnyOptimizer, device: str) -> int:
+    """Bytes that the allocator and the kernels keep to themselves, on "cpu" or "cuda".
+
+    Where passes are forward only, with what `zotune.heap.keep_activations` costs.
+    """
+    keeps = device == "cpu" and isinstance(optimizer, ZerothOrder)
+    return OVERHEAD[device] + KEPT_PIECES * keeps
 
 
 def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 from zotune.bench.measure import measure
 from zotune.errors import UsageError
 from zotune.llm.builtin import BUILT_IN
+from zotune.llm.footprint import Memory
 from zotune.llm.method_options import FIRST_ORDER
 from zotune.llm.schema import validate
 from zotune.llm.workload import Workload
 from zotune.memory import free_memory, resident_memory
 from zotune.plan.formulas import FORMULAS, Terms
 from zotune.plan.options import PlanConfig
-from zotune.plan.predict import HUB_IDS, Architecture, Prediction, on_cpu
+from zotune.plan.predict import HUB_IDS, Architecture, on_cpu
 from zotune.plan.search import largest
 
 # Examples in a batch up to which it is searched for one that fits.
@@ -39,7 +40,7 @@ class Row:
 
     method: str
     formula: int
-    prediction: Prediction
+    prediction: Memory
     total: int
     fits: bool | None = None
     largest: int | None = None
@@ -131,7 +132,7 @@ def _row(architecture: Architecture, workload: Workload, terms: Terms, libraries
     return replace(row, fits=found.total <= room, largest=_largest(architecture, workload, found, room, config.largest))
 
 
-def _largest(architecture: Architecture, workload: Workload, found: Prediction, room: int, what: str) -> int:
+def _largest(architecture: Architecture, workload: Workload, found: Memory, room: int, what: str) -> int:
     """The largest batch, or length, that fits."""
     if found.weights + max(found.loading, found.state) > room:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,16 @@ import torch
 
 from zotune.errors import UsageError
 from zotune.llm.architectures import ARCHITECTURES
-from zotune.llm.footprint import copies_of, recorded_bytes, state_bytes, weight_bytes
+from zotune.llm.footprint import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
 from zotune.llm.live_memory import Assumed, peak_of
 from zotune.llm.models import LanguageModel
 from zotune.llm.objective import OBJECTIVES
-from zotune.llm.optimizers import AnyOptimizer, make_optimizer
+from zotune.llm.optimizers import make_optimizer
 from zotune.llm.passes import Copies, Pass, largest_pass
 from zotune.llm.schema import validate
 from zotune.llm.skeleton import bare, skeleton
 from zotune.llm.tuning import prepare
 from zotune.llm.workload import Workload, made_up
-from zotune.optimizer import ZerothOrder
 from zotune.plan.formulas import Terms, terms_of
 
 # Architectures that are known here, by the ids that the Hub has them under.
@@ -33,47 +31,6 @@ HUB_IDS = {
 }
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes that one step takes, by what they are for; without the process and its libraries.
-
-    Attributes:
-        weights: of the model and what is added to it.
-        loading: beside the weights, only while they are made or read.
-        state: of the optimizer; float32 copies of weights in half precision.
-        gradients: of first-order parameters, at the moment when the step takes the most.
-        activations: of a forward pass; with back-propagation all that is kept for it, and temporaries of the update.
-        scratch: what a probe adds: perturbed weights piece by piece, tangents.
-        reused: layers' outputs that block-wise estimation keeps.
-        overhead: what the allocator and the kernels keep to themselves.
-    """
-
-    weights: int
-    loading: int
-    state: int
-    gradients: int
-    activations: int
-    scratch: int
-    reused: int
-    overhead: int
-
-    @property
-    def running(self) -> int:
-        """While steps are taken."""
-        return (
-            self.weights + self.state + self.gradients + self.activations + self.scratch + self.reused + self.overhead
-        )
-
-    @property
-    def total(self) -> int:
-        """At the most, the loading included."""
-        return max(self.running, self.weights + self.loading)
-
-    def to_json(self) -> dict[str, int]:
-        """The parts and their total."""
-        return {**asdict(self), "running": self.running, "total": self.total}
-
-
 def predict(
     model: Any,
     method: str = "zo_sgd",
@@ -82,7 +39,7 @@ def predict(
     batch_size: int = 16,
     length: int = 128,
     **options: Any,
-) -> Prediction:
+) -> Memory:
     """The memory of one step, from the architecture alone: no weight is read, and none is made.
 
     Args:
@@ -128,7 +85,7 @@ class Architecture:
         self._stored, self._making = stored, making
         self._passes: dict[Any, Pass] = {}
 
-    def predict(self, workload: Workload) -> Prediction:
+    def predict(self, workload: Workload) -> Memory:
         """The memory of one step of a workload of this model and tuning scheme."""
         device = "cpu" if on_cpu(workload) else "cuda"
         tuned = [p for p in self.lm.module.parameters() if p.requires_grad]
@@ -143,7 +100,7 @@ class Architecture:
         for p in tuned:  # of which a hybrid may have frozen some
             p.requires_grad_(True)
         takes = self._passes[key]
-        return Prediction(
+        return Memory(
             weights=self.weights,
             loading=self.loading,
             state=state,
@@ -151,7 +108,7 @@ class Architecture:
             activations=takes.activations,
             scratch=takes.scratch,
             reused=recorded_bytes(self.lm, batch(1), workload),
-            overhead=OVERHEAD[device] + _kept_pieces(optimizer, device),
+            overhead=overhead_bytes(optimizer, device),
         )
 
     def terms(self, workload: Workload) -> Terms:
@@ -173,18 +130,6 @@ class Architecture:
         base = list(self.lm.base.parameters())
         is_other = any(p.dtype != self._stored for p in base)
         return sum(p.numel() for p in base) * self._stored.itemsize if is_other else 0
-
-
-OVERHEAD = {"cpu": 8 << 20, "cuda": 0}
-"""Bytes that the C library and the matrix kernels keep in any case, as measured."""
-
-KEPT_PIECES = 32 << 20
-"""Bytes between its pieces that the heap of forward passes comes to keep at the most, as measured."""
-
-
-def _kept_pieces(optimizer: AnyOptimizer, device: str) -> int:
-    """What `zotune.heap.keep_activations` costs where passes are forward only."""
-    return KEPT_PIECES if device == "cpu" and isinstance(optimizer, ZerothOrder) else 0
 
 
 def on_cpu(workload: Workload) -> bool:

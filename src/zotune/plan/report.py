@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 
-from zotune.plan.formulas import FORMULAS, Terms
+from zotune.plan.formulas import FORMULAS, Layer, Terms
 from zotune.plan.planning import Plan, gib
 
 # Where nobody watches, a table is as wide as it needs to be.
 _WIDTH = 140
+# What lies outside the stack, as `zotune.plan.formulas` calls it.
+_WHAT = {
+    "before the layers": "before the layers: embedding",
+    "after the layers": "after the layers: norm, head, logits",
+}
 
 
 def show(plan: Plan) -> None:
@@ -22,6 +28,7 @@ def show(plan: Plan) -> None:
         f"{config.model}, {config.tuning} tuning, {config.dtype}: {config.per_device_train_batch_size} x "
         f"{config.length} tokens, {config.objective}"
     )
+    console.print(_layers(plan.terms))
     console.print(_terms(plan.terms))
     console.print(_formulas(plan))
     console.print(_prediction(plan))
@@ -30,6 +37,22 @@ def show(plan: Plan) -> None:
             f"total holds {gib(plan.libraries)} of the process itself, which has its libraries in the same memory"
         )
     console.print(plan.advice)
+
+
+def _layers(terms: Terms) -> Table:
+    """What the layers hold; those that are alike in one row."""
+    table = Table(title="Layers, each", title_justify="left")
+    for name in ("", "weights ‖x_l‖", "tuned", "activations ‖a_l‖ for a backward pass"):
+        table.add_column(name, justify="right" if name else "left")
+    for (weights, tuned, activations), found in groupby(terms.layers, _sizes):
+        names = [layer.name for layer in found]
+        name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
+        table.add_row(_WHAT.get(name, name), gib(weights), gib(tuned), gib(activations))
+    return table
+
+
+def _sizes(layer: Layer) -> tuple[int, int, int]:
+    return layer.weights, layer.tuned, layer.activations
 
 
 def _terms(terms: Terms) -> str:
