@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from zotune.bench.cells import SCALES
+from zotune.bench.cells import SCALES, mean_and_error, read_results
 from zotune.bench.experiments import cells, find, names
+from zotune.bench.quantities import quantity
+from zotune.bench.tables import Cell, budgets, interval
+from zotune.llm.method_options import MethodName
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -87,7 +90,30 @@ def reward() -> str:
     return "\n".join(lines)
 
 
+def methods() -> str:
+    """SST-2 by each method, as far as the cells of Table 2 at scale cpu are there, with what a run spent."""
+    found = [c for c in read_results(RESULTS / "bench", "cpu", "table2") if c.status == "done"]
+    order = {name: i for i, name in enumerate(get_args(MethodName))}
+    found.sort(key=lambda c: (c.coordinates["tuning"] == "full", order[str(c.coordinates["method"])]))
+    heads = ["method", "tuned", f"{found[0].runs[0].test.num_examples} rows, 3 seeds", "95 % interval"]
+    lines = [f"| {' | '.join([*heads, 'forward passes', 'CPU time', 'peak'])} |", "|---|---|--:|---|--:|--:|--:|"]
+    untuned = found[0].baselines["zero_shot"]
+    value, low, high = (100 * number for number in (untuned.value, untuned.low, untuned.high))
+    lines.append(f"| none | | {value:.1f} % | {low:.1f} to {high:.1f} | | | |")
+    for cell in found:
+        mean, error = mean_and_error([100 * run.test.value for run in cell.runs if run.test])
+        low, high = interval([Cell(cell.coordinates, "done", cell)], quantity("accuracy"))
+        spent = next(iter(budgets([Cell(cell.coordinates, "done", cell)])))
+        tuned = {"lora": "LoRA", "full": "last layer"}[str(cell.coordinates["tuning"])]
+        lines.append(
+            f"| `{cell.coordinates['method']}` | {tuned} | {mean:.1f} ± {error:.1f} % | {low:.1f} to {high:.1f} | "
+            f"{spent['forward passes']:,.0f} | {spent['seconds']:.0f} s | {spent['peak GiB'] * 1024:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
+    "methods": methods,
     "quickstart": quickstart,
     "step": step,
     "memory": memory,

@@ -1,11 +1,10 @@
-"""The heap's settings: where they are set, that a process is begun anew once, and that they spare memory."""
+"""The heap's settings: where they are set, and that a process is begun anew once; what they spare: test_measure.py."""
 
 import os
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from zotune import heap
 
@@ -46,32 +45,3 @@ def test_a_process_is_begun_anew_once_as_the_same_process_with_the_same_command(
     run = subprocess.Popen([sys.executable, script, "a b", "--c"], env=plain, stdout=subprocess.PIPE, text=True)
     said, _ = run.communicate(timeout=60)
     assert said.splitlines() == [f"{run.pid} ['a b', '--c'] {env}" for env in (None, _OFF)] + ["ran"]
-
-
-_HOLES = """
-import torch
-from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
-from zotune.memory import resident_memory
-keep_freed_memory(OWN_PAGES_OF_PASSES)
-size, kept = 3 << 18, []
-torch.ones(size)
-before = resident_memory()
-for n in range(400):
-    a = torch.ones(size)
-    kept.append(torch.ones(1 + n % 40))
-    del a
-print((resident_memory() - before) / (4 * size))
-"""
-
-
-@pytest.mark.skipif(not _GLIBC or torch.cuda.is_available(), reason="this C library leaves no holes")
-def test_memory_that_is_freed_between_small_pieces_that_stay_is_used_again():
-    """One large tensor at a time is alive: the process should grow by few of them."""
-    better = {**os.environ, "OMP_NUM_THREADS": "1", **heap.heap_environment()}
-    plain = {**os.environ, "OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}
-    grown = [
-        float(subprocess.run([sys.executable, "-c", _HOLES], env=env, capture_output=True, check=True).stdout)
-        for env in (better, plain)
-    ]
-    assert grown[0] < 3, grown
-    assert grown[0] < grown[1], grown

@@ -46,8 +46,9 @@ def heap_environment() -> dict[str, str]:
     """Variables for a new process, on top of this one's, with which its heap keeps fewer holes; none where none help.
 
     Before 2.38 glibc cuts splinters off memory that is to be aligned, as all of torch's is, and keeps them in a cache:
-    a freed piece between two of them is never joined with its neighbours and serves no request of its own size. With
-    adapters that held a quarter of the model's memory. The library reads the variable as it starts.
+    a freed piece between two of them is not joined with its neighbours and serves no request of its own size. With
+    adapters that held up to a quarter of the model's memory. Some holes remain where small pieces that stay come to lie
+    between large ones. The library reads the variable as it starts.
     """
     name, off = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
     given = os.environ.get(name, "")
