@@ -17,10 +17,12 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_small_model(start, tmp_path):
     ((name, row),) = found["rows"].items()
     assert name == "opt-tiny float16 2x8"
     assert name in said
-    assert {"two_forwards", "zo_sgd_step", "update", "in_place_loop"} == row["sides"].keys()
+    steps = {"zo_sgd_step", "low_rank_step", "graphed_step"}
+    assert {"two_forwards", "update", "in_place_loop", *steps} == row["sides"].keys()
     step, plain = (row["sides"][side]["ms"] for side in ("zo_sgd_step", "two_forwards"))
     assert step > row["sides"]["update"]["ms"] > 0
-    assert row["step_to_two_forwards"] == step / plain
+    assert row["zo_sgd_step_to_two_forwards"] == step / plain
+    assert all(row[f"{name}_to_in_place_loop"] > 0 for name in steps)
 
 
 @pytest.mark.parametrize(("recorded", "code", "verdict"), [(1e6, 0, "fine"), (1e-6, 1, "slower")])

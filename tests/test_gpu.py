@@ -9,6 +9,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import noise
+from zotune.graphs import GraphedDifference
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 
@@ -110,3 +111,30 @@ def test_a_run_by_the_command_line_finishes_on_a_gpu(dtype, zotune, rows_file, t
     assert said.code == 0, said.err
     verified = zotune("ledger", "verify", tmp_path / "out", "--device", "cpu")
     assert verified.code == 0, verified.err
+
+
+@each_dtype
+@pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
+def test_a_captured_graph_gives_the_bits_of_the_passes_that_it_repeats(dtype, sampler):
+    here, there = Small("cuda", dtype), Small("cuda", dtype)
+    probe = GraphedDifference(there.losses, there.x, there.y, mu=1e-2)
+    options = {"lr": 1e-3, "sampler": sampler, "num_queries": 2}
+    plain = zo.zo_sgd(here, mu=1e-2, **options)
+    graphed = zo.ZerothOrder(there, estimator=probe, **options)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        x, y = torch.randint(0, 300, (8, 16), device="cuda"), torch.randint(0, 5, (8,), device="cuda")
+        assert graphed.step(probe.on(x, y)) == plain.step(zo.batched(here.losses, x, y))
+    assert all(map(torch.equal, bits(here), bits(there)))
+
+
+def test_an_objective_that_reads_numbers_of_the_gpu_is_refused_as_a_graph():
+    model = Small("cuda")
+
+    def losses(x, y):
+        found = model.losses(x, y)
+        return found * (2.0 if found.sum().item() > 0 else 1.0)
+
+    probe = GraphedDifference(losses, model.x, model.y, mu=1e-2)
+    with pytest.raises(zo.UsageError, match="cannot be captured"):
+        zo.ZerothOrder(model, lr=1e-3, estimator=probe).step(probe.on(model.x, model.y))

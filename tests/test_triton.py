@@ -54,6 +54,34 @@ def triton_backend(monkeypatch):
         yield
 
 
+@each_stream
+def test_the_tables_of_a_captured_pass_are_rebound_to_other_directions(stream):
+    """As a replay does, the second pass sends the tables of the seeds that were captured."""
+    out, one = torch.empty(500, device=DEVICE), 0x3F800000  # the bits of 1.0: a seed is told from a scale by its place
+    x = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    moved, seeds, scales = torch.empty_like(x), (SEED, one), (1.0, -0.5)
+
+    def captured():
+        gpu.fill(out, stream, SEED, TENSOR, 7)
+        gpu.add(moved, x, stream, seeds, scales, TENSOR, 0, SEED)
+        return out.cpu().numpy().copy(), moved.cpu().clone()
+
+    def alone(fill_seed, add_seeds):
+        expected = torch.empty_like(x)
+        gpu.add(expected, x, stream, add_seeds, scales, TENSOR, 0, SEED)  # the rounding keeps its own
+        return STREAMS[stream](fill_seed, TENSOR, 7, 507), expected.cpu()
+
+    tables = gpu.Rebinding()
+    for now in ({}, {SEED: 77, one: 2**64 - 1}, {SEED: one, one: SEED}):
+        tables.rebind(now)
+        with tables:
+            noise_, sum_ = captured()
+        wanted = alone(now.get(SEED, SEED), tuple(now.get(s, s) for s in seeds))
+        assert np.array_equal(noise_, wanted[0]) and torch.equal(sum_, wanted[1]), now
+    assert gpu.Rebinding.active is None
+    assert np.array_equal(captured()[0], alone(SEED, seeds)[0])
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """What is launched: kernel and arguments of each launch, which is carried out."""

@@ -3,8 +3,9 @@
     make bench-gpu, or: python benchmarks/speed/gpu.py
 
 The sides are those of `step.py`, on OPT-1.3B and OPT-13B with random weights and 4 x 400 tokens; a side is over
-when the GPU is. `update` is the step's last part alone, one pass over the weights. Memory is the most that
-torch had allocated while a side ran, weights included. A side that does not fit is recorded as null.
+when the GPU is. `low_rank_step` takes directions of rank 1, `graphed_step` repeats its probes as a CUDA graph,
+`update` is the step's last part alone, one pass over the weights. Memory is the most that torch had allocated while a
+side ran, weights included. A side that does not fit is recorded as null.
 
 On a CPU, with a small model, it shows that the command works: `--device cpu --models opt-tiny --length 8`.
 """
@@ -24,18 +25,22 @@ import torch
 
 import zotune as zo
 from zotune import noise
+from zotune.graphs import GraphedDifference
 from zotune.llm.config import EvalConfig
 from zotune.llm.models import LanguageModel, load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
-from step import LR, MU, in_place_loop, median_seconds, objective
+from step import LR, MU, in_place_loop, losses_of, median_seconds, objective, tokens_and_targets
 
 
 def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
+    low_rank = zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=zo.low_rank(zo.gaussian))
+    probe = GraphedDifference(losses_of(lm, length), *tokens_and_targets(lm, batch, length), mu=MU)
+    graphed = zo.ZerothOrder(lm.module, lr=LR, estimator=probe)
     estimate = optimizer.estimate(f)
 
     def two_forwards() -> None:
@@ -45,6 +50,8 @@ def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[
     return {
         "two_forwards": two_forwards,
         "zo_sgd_step": partial(optimizer.step, f),
+        "low_rank_step": partial(low_rank.step, f),
+        "graphed_step": lambda: graphed.step(probe.on(*tokens_and_targets(lm, batch, length))),
         "update": partial(optimizer.apply, estimate),
         # Last, for it moves all weights to new memory in every pass.
         "in_place_loop": partial(in_place_loop, lm.module, f),
@@ -71,9 +78,13 @@ def measure(device: torch.device, run: Callable[[], object], rounds: int) -> dic
 def row_of(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """All sides of one model, and the step's ratios to two forwards and to the loop."""
     found = {name: measure(lm.device, run, rounds) for name, run in sides_of(lm, batch, length).items()}
-    step = found["zo_sgd_step"]
     others = {name: found[name] for name in ("two_forwards", "in_place_loop")}
-    ratios = {f"step_to_{name}": step["ms"] / other["ms"] for name, other in others.items() if step and other}
+    ratios = {
+        f"{side}_to_{name}": step["ms"] / other["ms"]
+        for side in ("zo_sgd_step", "low_rank_step", "graphed_step")
+        for name, other in others.items()
+        if (step := found[side]) and other
+    }
     return {"sides": found, **ratios}
 
 
@@ -84,9 +95,10 @@ def shown(name: str, row: dict[str, Any]) -> str:
         return f"{name}: a step does not fit"
     peak = step["peak_allocated_bytes"]
     memory = "" if peak is None else f", {peak / 2**30:.2f} GiB"
-    loop = row.get("step_to_in_place_loop")
+    loop = row.get("zo_sgd_step_to_in_place_loop")
     against = "the in-place loop does not fit" if loop is None else f"{loop:.2f} x the in-place loop"
-    return f"{name}: {step['ms']:.1f} ms a step, {row['step_to_two_forwards']:.2f} x two forwards, {against}{memory}"
+    floor = row["zo_sgd_step_to_two_forwards"]
+    return f"{name}: {step['ms']:.1f} ms a step, {floor:.2f} x two forwards, {against}{memory}"
 
 
 def main() -> None:

@@ -46,9 +46,12 @@ def tokens_and_targets(lm: LanguageModel, batch: int, length: int) -> tuple[torc
 
 
 def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
-    """Cross-entropy of the token after random sequences; the head at the last position only."""
-    tokens, targets = tokens_and_targets(lm, batch, length)
+    """The mean of `losses_of` over random sequences."""
+    return zo.batched(losses_of(lm, length), *tokens_and_targets(lm, batch, length))
 
+
+def losses_of(lm: LanguageModel, length: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Cross-entropy of the token after sequences, of sequences and tokens; the head at the last position only."""
     # A tensor, not a number: of the slice that a number makes, torch copies a frozen head's weights for each sequence.
     last = torch.tensor([length - 1], device=lm.device)
 
@@ -56,7 +59,7 @@ def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
         logits = lm.module(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
         return F.cross_entropy(logits[:, -1].float(), targets, reduction="none")
 
-    return zo.batched(losses, tokens, targets)
+    return losses
 
 
 def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ _MEASURING = (
     *("bench/measure", "bench/theory.py", "plan/"),
     *(f"llm/{name}.py" for name in ("footprint", "live_memory", "passes", "skeleton", "workload")),
 )
-_ON_GPU = ("noise/gpu.py", "noise/triton_kernels.py")
+_ON_GPU = ("graphs.py", "noise/gpu.py", "noise/triton_kernels.py")
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -143,7 +143,54 @@ def _terms_on(
     words = [rounding_seed or 0]
     for seed, scale in zip(seeds, scales, strict=True):
         words += [seed, *struct.unpack("<I", struct.pack("<f", scale))]
-    return _cached_words(device, _stream(device), tuple(_signed(word, 64) for word in words))
+    signed = tuple(_signed(word, 64) for word in words)
+    active = Rebinding.active
+    return _cached_words(device, _stream(device), signed) if active is None else active.table(device, signed)
+
+
+class Rebinding:
+    """Tables of terms for a pass that is captured as a CUDA graph: a replay reads what was written to them since.
+
+    Within this context the kernels read tables of its own. They are sent from pinned memory where a pass first asks for
+    them, and a graph that captured the sending sends again at each replay. A pass that made them must have run before
+    the one that is captured, for a capture allocates no pinned memory.
+    """
+
+    active: ClassVar[Rebinding | None] = None
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._sent: set[tuple[torch.device, tuple[int, ...]]] = set()
+
+    def __enter__(self) -> Rebinding:
+        self._sent.clear()
+        Rebinding.active = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Rebinding.active = None
+
+    def table(self, device: torch.device, words: tuple[int, ...]) -> Tensor:
+        """The table that a launch asks for by the words that it was captured with, on the device."""
+        key = (device, words)
+        if key not in self._tables:
+            host = torch.tensor(words)
+            self._tables[key] = host.pin_memory() if device.type == "cuda" else host, host.to(device, copy=True)
+        host, there = self._tables[key]
+        if key not in self._sent:
+            self._sent.add(key)
+            there.copy_(host, non_blocking=True)
+        return there
+
+    def rebind(self, seeds: Mapping[int, int]) -> None:
+        """From the next replay on each direction of a captured seed is that of another: captured → new.
+
+        The last replay must have ended, as it has where its values were read.
+        """
+        new = {_signed(old, 64): _signed(now, 64) for old, now in seeds.items()}
+        for (_, words), (host, _) in self._tables.items():
+            # Behind the rounding seed, seeds and scales take turns.
+            host.copy_(torch.tensor([new.get(w, w) if i % 2 else w for i, w in enumerate(words)]))
 
 
 @lru_cache(maxsize=16)
