@@ -82,6 +82,7 @@ def test_links_between_pages_lead_somewhere(page):
     [
         ("quickstart", "README.md"),
         ("step", "README.md"),
+        ("methods", "README.md"),
         ("memory", "README.md"),
         ("experiments", "README.md"),
         ("zero_shot", "docs/evaluation.md"),
@@ -89,8 +90,17 @@ def test_links_between_pages_lead_somewhere(page):
     ],
 )
 def test_every_table_of_results_comes_from_a_file(name, page):
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    assert benchmark("readme_tables").TABLES[name]() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_page_of_results_is_that_of_the_results():
+    assert benchmark("results_page").results_page() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def benchmark(name):
+    """A module of the folder of benchmarks, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    assert tables.TABLES[name]() in (ROOT / page).read_text(encoding="utf-8")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
