@@ -277,6 +277,23 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
     assert bare.count("not run") == 16 and "- **cannot be told**" in bare and "<details>" not in bare
 
 
+def test_an_interval_below_zero_is_shown_and_one_measurement_has_none():
+    worse = {
+        "sentence": "The worst is best",
+        "where": "",
+        "more": [{"method": "zo_adam"}],
+        "less": [{"method": "fo_sgd"}],
+    }
+    text = markdown_page([assembled("table2", experiment(claims=[worse]), all_methods())], "t")
+    assert re.search(r"  - −[0-9.]+ points \(−[0-9.]+ to −[0-9.]+\); 3 runs a cell", text), text
+    alone = [cell({"method": m}, measured=[{"over_baseline_bytes": b}]) for m, b in (("a", 3.0), ("b", 1.0))]
+    claim = {"sentence": "a takes more", "where": "", "of": "over_baseline_bytes", "more": [{"method": "a"}]}
+    asked = experiment(
+        claims=[{**claim, "less": [{"method": "b"}]}], paper=[], kind="memory", layout={"rows": ["method"]}
+    )
+    assert "×3.00 (one measurement, no interval)" in markdown_page([assembled("t", asked, alone)], "t")
+
+
 def test_hostile_text_stays_text():
     rng = np.random.default_rng(0)
     cells = [

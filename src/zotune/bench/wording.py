@@ -81,7 +81,7 @@ def _comparison(found: Comparison, *, by_ratio: bool) -> str:
     numbers = (found.value, found.low, found.high)
     sign = "×" if by_ratio else ""
     value, low, high = (f"{sign}{x:.2f}" if by_ratio else f"{x:+.1f}".replace("-", "−") for x in numbers)
-    known = found.low > float("-inf") and found.high < float("inf") and found.high > 0
+    known = found.low > float("-inf") and found.high < float("inf")
     between = f" ({low} to {high})" if known else " (one measurement, no interval)"
     unit = "" if by_ratio else " points"
     rows = f" × {found.num_rows} rows" if found.num_rows > 1 else ""
