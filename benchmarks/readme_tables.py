@@ -12,7 +12,8 @@ from typing import Any, get_args
 from zotune.bench.cells import SCALES, mean_and_error, read_results
 from zotune.bench.experiments import cells, find, names
 from zotune.bench.quantities import quantity
-from zotune.bench.tables import Cell, budgets, interval
+from zotune.bench.spent import budgets
+from zotune.bench.tables import Cell, interval
 from zotune.llm.method_options import MethodName
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,8 +103,9 @@ def methods() -> str:
     lines.append(f"| none | | {value:.1f} % | {low:.1f} to {high:.1f} | | | |")
     for cell in found:
         mean, error = mean_and_error([100 * run.test.value for run in cell.runs if run.test])
-        low, high = interval([Cell(cell.coordinates, "done", cell)], quantity("accuracy"))
-        spent = next(iter(budgets([Cell(cell.coordinates, "done", cell)])))
+        alone = [Cell(cell.coordinates, "done", cell)]
+        low, high = interval(alone, quantity("accuracy"))
+        (spent,) = budgets(alone)
         tuned = {"lora": "LoRA", "full": "last layer"}[str(cell.coordinates["tuning"])]
         lines.append(
             f"| `{cell.coordinates['method']}` | {tuned} | {mean:.1f} ± {error:.1f} % | {low:.1f} to {high:.1f} | "

@@ -13,7 +13,7 @@ import pytest
 from bench_cells import run_cells, small_cells
 from bench_results import METHODS, answers, cell, experiment, table_of_methods
 from zotune import cli
-from zotune.bench.cells import mean_and_error, read_result, result_path, write_result
+from zotune.bench.cells import Trial, mean_and_error, read_result, result_path, write_result
 from zotune.bench.drawing import draw
 from zotune.bench.figures import COLOURS, MARKERS, Figure, Panel, Point, Series, style_of
 from zotune.bench.markdown_page import markdown_page
@@ -22,6 +22,7 @@ from zotune.bench.plots import figures
 from zotune.bench.press import pressed, put
 from zotune.bench.quantities import quantity
 from zotune.bench.sections import assembled
+from zotune.bench.spent import budgets
 from zotune.bench.tables import Cell, table
 from zotune.bench.writing import comma_separated, latex, markdown
 
@@ -275,6 +276,21 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
     assert all(line.count("|") == spent[0].count("|") for line in spent)
     bare = markdown_page([empty], "Results")
     assert bare.count("not run") == 16 and "- **cannot be told**" in bare and "<details>" not in bare
+
+
+@pytest.mark.parametrize(
+    "rates, said",
+    [
+        ([1e-3], None),
+        ([1e-4, 1e-3, 1e-2], "0.0001 to 0.01"),
+        ([1e-4, 1e-3], "0.0001 to 0.001, the greatest chosen"),
+        ([1e-2, 1e-3], "0.001 to 0.01, the least chosen"),
+    ],
+)
+def test_a_learning_rate_at_the_end_of_what_was_searched_is_called_so(rates, said):
+    trials = tuple(Trial(learning_rate=rate, seed=0) for rate in rates)
+    (spent,) = budgets([cell({"method": "a"}, answers(np.random.default_rng(0), 0.7), search=trials)])
+    assert spent["rates searched"] == said
 
 
 def test_an_interval_below_zero_is_shown_and_one_measurement_has_none():

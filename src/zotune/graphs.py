@@ -144,11 +144,8 @@ def _places(tuned: TunedTensors) -> tuple[int, ...]:
 def _check_sampler(directions: Sequence[Direction]) -> None:
     if any(not isinstance(u.sampler, PhiloxSampler) for u in directions):
         raise UsageError(
-            f"only directions of {_NAMES} have kernels that a graph can repeat, got {directions[0].sampler!r}: use "
-            "zotune.central_difference."
+            "only directions of zotune.rademacher and zotune.gaussian have kernels that a graph can repeat, got "
+            f"{directions[0].sampler!r}: use zotune.central_difference."
         )
     if len({u.seed for u in directions}) != len(directions):
         raise UsageError("directions of several blocks share their seed, which a graph cannot tell apart.")
-
-
-_NAMES = "zotune.rademacher and zotune.gaussian"

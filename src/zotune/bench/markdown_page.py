@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from zotune.bench.quantities import significant
 from zotune.bench.sections import Section
-from zotune.bench.tables import budgets
+from zotune.bench.spent import budgets
 from zotune.bench.verdicts import Verdict
 from zotune.bench.wording import provenance, reasons, summary
 from zotune.bench.writing import markdown
 
 # Of what a cell spent, the columns that say most; the others are in its JSON.
-_SPENT = ("learning rate", "μ", "steps", "forward passes", "seconds", "peak GiB", "points searched")
+_SPENT = ("learning rate", "rates searched", "μ", "steps", "forward passes", "seconds", "peak GiB")
 
 
 def markdown_page(sections: Sequence[Section], title: str, introduction: str = "") -> str:

@@ -21,7 +21,8 @@ from zotune.bench.drawing import draw, marker
 from zotune.bench.figures import Figure
 from zotune.bench.quantities import Quantity, label_of, significant
 from zotune.bench.sections import Section
-from zotune.bench.tables import Entry, Table, budgets
+from zotune.bench.spent import budgets
+from zotune.bench.tables import Entry, Table
 from zotune.bench.verdicts import Finding, Verdict
 from zotune.bench.wording import provenance, reasons, summary
 from zotune.bench.writing import STATES, theirs

@@ -282,28 +282,3 @@ def _baselines(
 
 def _percent(score: Score) -> float:
     return 100 * score.value
-
-
-def budgets(cells: Sequence[Cell]) -> list[dict[str, float | str | None]]:
-    """What each cell spent, a run: and its search, all trials together."""
-    return [_budget(c.result) for c in cells if c.result is not None and c.is_usable]
-
-
-def _budget(result: CellResult) -> dict[str, float | str | None]:
-    n = len(result.runs)
-    chosen = result.chosen
-    return {
-        "cell": result.cell,
-        "seeds": n,
-        "learning rate": chosen.learning_rate if chosen else None,
-        "μ": chosen.mu if chosen else None,
-        "steps": sum(run.num_steps for run in result.runs) / n,
-        "numbers tuned": result.runs[0].num_tuned,
-        "forward passes": sum(run.num_forwards for run in result.runs) / n,
-        "tokens": sum(run.num_tokens for run in result.runs) / n,
-        "seconds": sum(run.seconds for run in result.runs) / n,
-        "peak GiB": max(run.peak_memory for run in result.runs) / 2**30,
-        "points searched": len(result.search),
-        "search's forward passes": sum(trial.num_forwards for trial in result.search),
-        "search's seconds": sum(trial.seconds for trial in result.search),
-    }
