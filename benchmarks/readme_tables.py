@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/evaluation.md, made from benchmarks/results/*.json; a test holds the pages to them.
+"""The tables of README.md and of pages in docs/, made from benchmarks/results; a test holds the pages to them.
 
 python benchmarks/readme_tables.py
 """
@@ -37,25 +37,70 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
+_SIDES = {
+    "zo_sgd_step": "`zo_sgd`",
+    "lora_step": "LoRA",
+    "low_rank_step": "rank 1",
+    "gaussian_step": "Gaussian",
+    "forward_grad_step": "`forward_grad`",
+    "one_by_one_step": "one by one",
+    "in_place_loop": "in-place loop",
+}
+
+
 def step() -> str:
     """A step as a multiple of its two forward passes."""
-    lines = ["| model, precision | batch × tokens | `zo_sgd` | LoRA | Gaussian | probes one by one | in-place loop |"]
-    lines.append("|---|---|--:|--:|--:|--:|--:|")
-    sides = ("zo_sgd_step", "lora_step", "gaussian_step", "one_by_one_step", "in_place_loop")
+    lines = [f"| model, precision | batch × tokens | {' | '.join(_SIDES.values())} |"]
+    lines.append("|---|---|" + "--:|" * len(_SIDES))
     for model, sizes in _read("speed-step")["models"].items():
         for side, found in sizes.items():
             dtype, size = side.split()
-            ratios = " | ".join(f"{found[f'{name}_ratio']:.2f} ×" for name in sides)
-            lines.append(f"| {model}, {dtype} | {size.replace('x', ' × ')} | {ratios} |")
+            ratios = " | ".join(f"{found[f'{name}_ratio']:.2f} ×" for name in _SIDES)
+            lines.append(f"| {model.removeprefix('random:')}, {dtype} | {size.replace('x', ' × ')} | {ratios} |")
+    return "\n".join(lines)
+
+
+def peers() -> str:
+    """A step of other packages as a multiple of ours."""
+    found = _read("speed-peers")
+    lines = ["| | float32 | bfloat16 |", "|---|--:|--:|"]
+    ours = {dtype: seconds["zotune"] for dtype, seconds in found["seconds"].items()}
+    lines.append("| zotune, `zo_sgd` | " + " | ".join(f"{1000 * ours[d]:.0f} ms" for d in ours) + " |")
+    for name in ("zotune, rank 1", *found["versions"], "loop as published"):
+        theirs = {dtype: seconds.get(name) for dtype, seconds in found["seconds"].items()}
+        if name == "loop as published":  # which is in single precision
+            theirs = dict.fromkeys(theirs, theirs["float32"])
+        ratios = [f"{t / ours[d]:.2f} ×" if t else "–" for d, t in theirs.items()]
+        version = found["versions"].get(name)
+        lines.append(f"| {f'{name} {version}' if version else name} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def growth() -> str:
+    """By what power of its size a step's time grows."""
+    lines = ["| | from | to | ZO-SGD step | two forward passes |", "|---|--:|--:|--:|--:|"]
+    for name, found in _read("speed-growth")["growth"].items():
+        sizes = [int(size) for size in found["seconds"]]
+        slopes = " | ".join(f"{found['slope'][kind]:.2f}" for kind in ("step", "forwards"))
+        lines.append(f"| {name} | {sizes[0]:,} | {sizes[-1]:,} | {slopes} |")
+    return "\n".join(lines)
+
+
+def forward_gradient() -> str:
+    """Peak memory of a forward gradient against a forward pass."""
+    names = {"forward": "a forward pass", "forward_gradient": "`forward_grad`, a step", "jvp": "`torch.func.jvp`"}
+    lines = ["| | peak | ratio |", "|---|--:|--:|"]
+    for way, found in _read("memory-forward-gradient")["memory"]["peaks"].items():
+        lines.append(f"| {names[way]} | {found['bytes'] / 2**20:,.0f} MiB | {found['ratio']:.2f} |")
     return "\n".join(lines)
 
 
 def memory() -> str:
     """Peak memory of training against evaluation."""
-    lines = ["| precision, tuning | `zotune eval` | `zotune train` | ratio |", "|---|--:|--:|--:|"]
+    lines = ["| model, precision, tuning | `zotune eval` | `zotune train` | ratio |", "|---|--:|--:|--:|"]
     for side, found in _read("speed-memory")["peaks"].items():
         mib = [f"{found[key] / 2**20:.0f} MiB" for key in ("eval_bytes", "train_bytes")]
-        lines.append(f"| {side.replace(' ', ', ')} | {mib[0]} | {mib[1]} | {found['ratio']:.2f} |")
+        lines.append(f"| {side.replace(' ', ', ', 2)} | {mib[0]} | {mib[1]} | {found['ratio']:.2f} |")
     return "\n".join(lines)
 
 
@@ -118,6 +163,9 @@ TABLES = {
     "methods": methods,
     "quickstart": quickstart,
     "step": step,
+    "peers": peers,
+    "growth": growth,
+    "forward_gradient": forward_gradient,
     "memory": memory,
     "zero_shot": zero_shot,
     "reward": reward,

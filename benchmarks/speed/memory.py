@@ -2,9 +2,9 @@
 
     python benchmarks/speed/memory.py
 
-Both run the command a user would: `zotune eval` and `zotune train --tuning full` on SmolLM2-135M and
-SST-2 rows, 16 at a time. The peak is the process's high-water mark of resident memory, loading, saving
-and Python included.
+Both run the command a user would: `zotune eval` and `zotune train` on SST-2 rows, 16 at a time, with SmolLM2-135M
+and an OPT-350M with random weights, of which one run takes 16 directions a step. The peak is the process's high-water
+mark of resident memory, loading, saving and Python included.
 """
 
 from __future__ import annotations
@@ -17,16 +17,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result, zotune
 
 BATCH = 16
+FULL, LORA = ("--tuning", "full"), ("--tuning", "lora", "--mu", "0.01")
+# What is measured: by name, a model, a precision, and the options of training.
+SIDES = {
+    **{
+        f"smollm2-135m {dtype} {tuning[1]}": ("smollm2-135m", dtype, tuning)
+        for dtype in ("float32", "bfloat16")
+        for tuning in (FULL, LORA)
+    },
+    **{f"opt-350m {dtype} full": ("random:opt-350m", dtype, FULL) for dtype in ("float32", "bfloat16")},
+    **{
+        f"opt-350m {dtype} full, 16 directions": ("random:opt-350m", dtype, (*FULL, "--num-queries", "16"))
+        for dtype in ("float32", "bfloat16")
+    },
+}
 
 
-def peaks(dtype: str, tuning: tuple[str, ...], folder: Path) -> dict[str, float]:
+def peaks(model: str, dtype: str, options: tuple[str, ...], folder: Path) -> dict[str, float]:
     """Peak bytes of an evaluation and of a training run, and their ratio."""
-    common = ("--task", "sst2", "--dtype", dtype, "--num-eval", "64", "--per-device-eval-batch-size", str(BATCH))
-    evaluation = zotune("eval", *common)["peak_memory"]
+    common = ("--task", "sst2", "--model", model, "--dtype", dtype, "--per-device-eval-batch-size", str(BATCH))
+    evaluation = zotune("eval", *common, "--num-eval", "64")["peak_memory"]
     training = zotune(
-        *("train", *common, "--num-dev", "0", "--num-train", "64", "--max-steps", "4", *tuning),
+        *("train", *common, "--num-eval", "64", "--num-dev", "0", "--num-train", "64", "--max-steps", "4", *options),
         *("--learning-rate", "1e-6", "--per-device-train-batch-size", str(BATCH)),
-        *("--output-dir", str(folder / f"{dtype}-{len(tuning)}"), "--overwrite-output-dir"),
+        *("--output-dir", str(folder), "--overwrite-output-dir"),
     )["peak_memory"]
     return {"eval_bytes": evaluation, "train_bytes": training, "ratio": training / evaluation}
 
@@ -34,17 +48,13 @@ def peaks(dtype: str, tuning: tuple[str, ...], folder: Path) -> dict[str, float]
 def main() -> None:
     """Measure, print and record."""
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("float32", "bfloat16"):
-            for name, tuning in (("full", ("--tuning", "full")), ("lora", ("--tuning", "lora", "--mu", "0.01"))):
-                found = rows[f"{dtype} {name}"] = peaks(dtype, tuning, Path(folder))
-                mib = {k: v / 2**20 for k, v in found.items() if k != "ratio"}
-                print(
-                    f"{dtype:9} {name:5} eval {mib['eval_bytes']:6.0f} MiB, zo_sgd {mib['train_bytes']:6.0f} MiB: "
-                    f"{found['ratio']:.3f} x",
-                    flush=True,
-                )
-    write_result("speed-memory", {"model": "smollm2-135m", "batch": BATCH, "peaks": rows})
+    for name, (model, dtype, options) in SIDES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = rows[name] = peaks(model, dtype, options, Path(folder))
+        mib = {k: v / 2**20 for k, v in found.items() if k != "ratio"}
+        sizes = f"eval {mib['eval_bytes']:6.0f} MiB, zo_sgd {mib['train_bytes']:6.0f} MiB"
+        print(f"{name:39} {sizes}: {found['ratio']:.3f} x", flush=True)
+    write_result("speed-memory", {"batch": BATCH, "peaks": rows})
 
 
 if __name__ == "__main__":

@@ -3,22 +3,26 @@
     python benchmarks/speed/plan.py
 
 Each measurement is a fresh process (`zotune.bench.measure`): the most resident memory of the whole run over that of the
-process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2).
+process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2). Rows that are
+recorded, by the same code and libraries, are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import write_result
+from record import RESULTS, write_result
 
+from zotune.bench.keys import key_of
 from zotune.bench.measure import measure
 from zotune.llm.footprint import Memory
 from zotune.llm.method_options import FIRST_ORDER
@@ -28,7 +32,7 @@ from zotune.methods import METHODS
 from zotune.plan.formulas import FORMULAS
 from zotune.plan.predict import Architecture
 
-MODELS = ("random:opt-125m", "random:opt-350m", "smollm2-135m")
+MODELS = ("random:opt-125m", "smollm2-135m", "random:opt-350m")
 BATCH, LENGTH, STEPS, MU, LR = 4, 128, 1, 1e-2, 1e-7
 HYBRID_MODEL, HYBRID_DEPTHS = "random:opt-125m", (0, 3, 6, 9, 12)
 LENGTHS, LENGTH_MODEL = (64, 128, 256, 512, 1024), "random:opt-125m"
@@ -80,11 +84,11 @@ def row(each: Foretold) -> dict[str, Any]:
     return found
 
 
-def grid(models: tuple[str, ...]) -> list[dict[str, Any]]:
+def grid() -> list[dict[str, Any]]:
     """Every method for every model, tuning and precision."""
     methods = (*METHODS, *FIRST_ORDER)
     sizes = {"per_device_train_batch_size": BATCH, "length": LENGTH}
-    rows = product(models, ("full", "lora"), ("float32", "bfloat16"), methods)
+    rows = product(MODELS, ("full", "lora"), ("float32", "bfloat16"), methods)
     return [
         {"model": model, "tuning": tuning, "dtype": dtype, "method": method, **sizes, **_probing(method)}
         for model, tuning, dtype, method in rows
@@ -112,20 +116,32 @@ def depths() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; memory does not depend on it")
     options = parser.parse_args()
     known: dict[Any, Architecture] = {}
-    parts = {"methods": grid(tuple(options.models)), "lengths": lengths(), "hybrid": depths()}
+    parts = {"methods": grid(), "lengths": lengths(), "hybrid": depths()}
     foretold = {name: [foretell(each, known) for each in rows] for name, rows in parts.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in foretold}
     with ThreadPoolExecutor(options.jobs) as pool:
         for name, rows in foretold.items():
-            for each in pool.map(row, rows):
+            for each in pool.map(partial(kept_or_measured, kept=recorded()), rows):
                 found[name].append(each)
                 record(found)  # as they come: all of them take the better part of an hour
     low, high = ratio_range(found)
     print(f"measured / predicted: {low:.3f} to {high:.3f} over {sum(map(len, found.values()))} workloads")
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    """The rows that are there, by their keys."""
+    path = RESULTS / "plan.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {row["key"]: row for name in ("methods", "lengths", "hybrid") for row in known.get(name, [])}
+
+
+def kept_or_measured(each: Foretold, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is recorded of a workload by the code and the libraries of today; else measured."""
+    key = key_of({"kind": "memory", "device": "cpu", "steps": STEPS, **each.options})
+    return kept.get(key) or {"key": key, **row(each)}
 
 
 def ratio_range(found: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
