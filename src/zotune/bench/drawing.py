@@ -111,13 +111,18 @@ def _along(panel: Panel, axis: str) -> list[float]:
 
 
 def _scale(values: Sequence[float], start: float, end: float, is_log: bool) -> Scale:
-    """A scale that holds all values with some air at both ends, but for a zero."""
+    """A scale that holds all values with some air at both ends, but for a zero.
+
+    >>> _scale([1250.1, 1250.3], 0, 100, False).ticks(5)
+    [1200.0, 1250.0, 1300.0]
+    """
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if is_log:
         air = (high / low) ** 0.06 if high > low else 2.0
         return Scale(low / air, high * air, start, end, is_log=True)
-    air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    # Values a hundredth apart are alike: stretched over an axis they would look far from it.
+    air = 0.06 * (high - low) if high - low > 0.01 * abs(high) else 0.05 * abs(high) or 1.0
     return Scale(low - air * (low != 0), high + air, start, end)
 
 
