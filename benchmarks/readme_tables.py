@@ -48,6 +48,11 @@ _SIDES = {
 }
 
 
+def step_in_short() -> str:
+    """As `step`, of 16 × 32 tokens."""
+    return "\n".join(line for i, line in enumerate(step().splitlines()) if i < 2 or "| 16 × 32 |" in line)
+
+
 def step() -> str:
     """A step as a multiple of its two forward passes."""
     lines = [f"| model, precision | batch × tokens | {' | '.join(_SIDES.values())} |"]
@@ -162,6 +167,7 @@ def methods() -> str:
 TABLES = {
     "methods": methods,
     "quickstart": quickstart,
+    "step_in_short": step_in_short,
     "step": step,
     "peers": peers,
     "growth": growth,

@@ -18,11 +18,11 @@ from bench_cells import contents, here, made_up, run_cells, small_cells
 from zotune.bench import runner as runner_module
 from zotune.bench.cells import CellResult, mean_and_error, read_result, repeatable, result_path
 from zotune.bench.commands import chosen_cells
-from zotune.bench.experiments import Limits
+from zotune.bench.experiments import Limits, cells, find
 from zotune.bench.jobs import JOBS, Job, Outcome, Store, locked
 from zotune.bench.keys import code_hash, key_of, tree_of, unused_by
 from zotune.bench.processes import Process, resident_bytes
-from zotune.bench.runner import state_of
+from zotune.bench.runner import key_of_cell, state_of
 
 # Resuming --------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,13 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     run_cells(specs, tmp_path, again)
     assert len(again.jobs) == 9  # not one job of the old code is taken for the new
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
+
+
+def test_the_grid_is_part_of_what_is_found_only_where_there_is_a_search():
+    for experiment, is_searched in (("table2", True), ("table4", False), ("table5", False)):
+        spec = next(iter(cells(*find(experiment), "cpu")))
+        wider = spec.model_copy(update={"search": spec.search.model_copy(update={"learning_rate": (1.0, 2.0)})})
+        assert (key_of_cell(spec) != key_of_cell(wider)) == is_searched
 
 
 def test_the_code_counts_without_comments_and_docstrings_and_without_what_shows_results(tmp_path):

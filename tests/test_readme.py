@@ -81,7 +81,11 @@ def test_links_between_pages_lead_somewhere(page):
     ("name", "page"),
     [
         ("quickstart", "README.md"),
-        ("step", "README.md"),
+        ("step_in_short", "README.md"),
+        ("step", "docs/speed.md"),
+        ("peers", "docs/speed.md"),
+        ("growth", "docs/speed.md"),
+        ("forward_gradient", "docs/speed.md"),
         ("methods", "README.md"),
         ("memory", "README.md"),
         ("experiments", "README.md"),

@@ -29,7 +29,8 @@ _SECONDS_BETWEEN_TRIES = 0.5
 
 def key_of_cell(spec: CellSpec) -> str:
     """The content key of a cell: what it runs, not what it is called nor what it may take."""
-    config = spec.model_dump(mode="json", include={"kind", "search", "budget", "seeds"})
+    searched = {"search", "budget"} if spec.kind == "accuracy" else set()
+    config = spec.model_dump(mode="json", include={"kind", "seeds", *searched})
     return key_of({**config, **spec.options})
 
 
