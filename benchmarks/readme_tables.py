@@ -65,6 +65,41 @@ def step() -> str:
     return "\n".join(lines)
 
 
+# What a step was meant to cost: by its side, the sizes and their goals.
+_GOALS = {
+    "zo_sgd_step": {"float32 4x32": 1.35, "float32 16x32": 1.15, "float32 16x64": 1.15}
+    | {"bfloat16 4x32": 1.8, "bfloat16 16x32": 1.35, "bfloat16 16x64": 1.35},
+    "low_rank_step": {"float32 16x32": 1.08, "bfloat16 16x32": 1.08},
+    "lora_step": {"float32 16x32": 1.05, "bfloat16 16x32": 1.05},
+    "gaussian_step": {"float32 16x32": 1.5},
+}
+
+
+def goals() -> str:
+    """What was to be reached, with the built-in model, and what is."""
+    found, peers_, peaks = _read("speed-step")["models"]["smollm2-135m"], _read("speed-peers"), _read("speed-memory")
+    rows = [
+        (f"{_SIDES[side]}, {size.replace(' ', ', ').replace('x', ' × ')}", goal, found[size][f"{side}_ratio"])
+        for side, sizes in _GOALS.items()
+        for size, goal in sizes.items()
+    ]
+    for dtype in ("float32", "bfloat16"):
+        of_zo_sgd = found[f"{dtype} 16x32"]["forward_grad_to_zo_sgd"]
+        rows.append((f"`forward_grad` over `zo_sgd`, {dtype}, 16 × 32", 1.6, of_zo_sgd))
+    for dtype in ("float32", "bfloat16"):
+        peak = peaks["peaks"][f"opt-350m {dtype} full"]["ratio"]
+        rows.append((f"peak memory over evaluation's, opt-350m, {dtype}, all weights", 1.05, peak))
+    lines = ["| | goal | measured | |", "|---|--:|--:|---|"]
+    lines += [
+        f"| {name} | ≤ {goal} | {is_:.2f} | {'' if round(is_, 2) <= goal else 'missed'} |" for name, goal, is_ in rows
+    ]
+    for dtype, goal in (("float32", 3), ("bfloat16", 8)):
+        is_ = peers_["seconds"]["float32"]["loop as published"] / peers_["seconds"][dtype]["zotune"]
+        missed = "" if is_ >= goal else "missed"
+        lines.append(f"| the loop as published over `zo_sgd`, {dtype} | ≥ {goal} | {is_:.2f} | {missed} |")
+    return "\n".join(lines)
+
+
 def peers() -> str:
     """A step of other packages as a multiple of ours."""
     found = _read("speed-peers")
@@ -169,6 +204,7 @@ TABLES = {
     "quickstart": quickstart,
     "step_in_short": step_in_short,
     "step": step,
+    "goals": goals,
     "peers": peers,
     "growth": growth,
     "forward_gradient": forward_gradient,

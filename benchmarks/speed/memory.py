@@ -38,7 +38,7 @@ def peaks(model: str, dtype: str, options: tuple[str, ...], folder: Path) -> dic
     common = ("--task", "sst2", "--model", model, "--dtype", dtype, "--per-device-eval-batch-size", str(BATCH))
     evaluation = zotune("eval", *common, "--num-eval", "64")["peak_memory"]
     training = zotune(
-        *("train", *common, "--num-eval", "64", "--num-dev", "0", "--num-train", "64", "--max-steps", "4", *options),
+        *("train", *common, "--num-eval", "64", "--num-dev", "0", "--num-train", "64", "--max-steps", "2", *options),
         *("--learning-rate", "1e-6", "--per-device-train-batch-size", str(BATCH)),
         *("--output-dir", str(folder), "--overwrite-output-dir"),
     )["peak_memory"]
@@ -54,7 +54,7 @@ def main() -> None:
         mib = {k: v / 2**20 for k, v in found.items() if k != "ratio"}
         sizes = f"eval {mib['eval_bytes']:6.0f} MiB, zo_sgd {mib['train_bytes']:6.0f} MiB"
         print(f"{name:39} {sizes}: {found['ratio']:.3f} x", flush=True)
-    write_result("speed-memory", {"batch": BATCH, "peaks": rows})
+        write_result("speed-memory", {"batch": BATCH, "peaks": rows})
 
 
 if __name__ == "__main__":

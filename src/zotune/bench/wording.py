@@ -87,7 +87,8 @@ def _comparison(found: Comparison, *, by_ratio: bool) -> str:
     rows = f" × {found.num_rows} rows" if found.num_rows > 1 else ""
     settings = f", {found.num_settings} of {found.of_settings} settings" if found.of_settings > 1 else ""
     label = f"{found.label}: " if found.label else ""
-    return f"{label}{value}{unit}{between}; {found.num_runs} runs a cell{rows}{settings}"
+    runs = "1 run" if found.num_runs == 1 else f"{found.num_runs} runs"
+    return f"{label}{value}{unit}{between}; {runs} a cell{rows}{settings}"
 
 
 def _span(days: Sequence[str]) -> str:
