@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -88,4 +89,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C reaches the command that runs, too, which saves what there is; its exit code then ends this.
+    signal.signal(signal.SIGINT, lambda *_: None)
     main()
