@@ -88,7 +88,10 @@ def plot(growth: dict[str, Any], path: Path) -> None:
         last = found["seconds"][next(reversed(found["seconds"]))]["step"]
         axes.loglog(sizes, [last * s / sizes[-1] for s in sizes], color="0.5", linestyle=":", label="linear")
         axes.set(xlabel=name, ylabel="seconds")
-        axes.set_xticks(sizes, [f"{s:.3g}" for s in sizes])
+        axes.set_xticks(sizes, [f"{s / 1e6:.0f} M" if s >= 1e6 else f"{s:.0f}" for s in sizes])
+        low, high = axes.get_ylim()
+        seconds_ = [2.0**i for i in range(-8, 8) if low <= 2.0**i <= high]
+        axes.set_yticks(seconds_, [f"{s:g}" for s in seconds_])
         axes.minorticks_off()
         axes.legend(frameon=False)
     figure.savefig(path)
