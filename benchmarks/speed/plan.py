@@ -14,7 +14,6 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -118,15 +117,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=1, help="processes at once; memory does not depend on it")
     options = parser.parse_args()
-    known: dict[Any, Architecture] = {}
     parts = {"methods": grid(), "lengths": lengths(), "hybrid": depths()}
-    foretold = {name: [foretell(each, known) for each in rows] for name, rows in parts.items()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in foretold}
+    keys = {name: [key_of_row(each) for each in rows] for name, rows in parts.items()}
+    known: dict[Any, Architecture] = {}
+    kept = recorded()
+    missing = {key_of_row(each): each for rows in parts.values() for each in rows if key_of_row(each) not in kept}
+    foretold = [foretell(each, known) for each in missing.values()]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, rows in foretold.items():
-            for each in pool.map(partial(kept_or_measured, kept=recorded()), rows):
-                found[name].append(each)
-                record(found)  # as they come: all of them take the better part of an hour
+        for key, measured in zip(missing, pool.map(row, foretold), strict=True):
+            kept[key] = {"key": key, **measured}
+            record(found_of(keys, kept))  # as they come: all of them take the better part of an hour
+    found = found_of(keys, kept)
     low, high = ratio_range(found)
     print(f"measured / predicted: {low:.3f} to {high:.3f} over {sum(map(len, found.values()))} workloads")
 
@@ -138,10 +139,14 @@ def recorded() -> dict[str, dict[str, Any]]:
     return {row["key"]: row for name in ("methods", "lengths", "hybrid") for row in known.get(name, [])}
 
 
-def kept_or_measured(each: Foretold, kept: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is recorded of a workload by the code and the libraries of today; else measured."""
-    key = key_of({"kind": "memory", "device": "cpu", "steps": STEPS, **each.options})
-    return kept.get(key) or {"key": key, **row(each)}
+def key_of_row(options: dict[str, Any]) -> str:
+    """What a row is a result of: these options, by the code and the libraries of today."""
+    return key_of({"kind": "memory", "device": "cpu", "steps": STEPS, **options})
+
+
+def found_of(keys: dict[str, list[str]], kept: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows that are there, part by part in their order."""
+    return {name: [kept[key] for key in part if key in kept] for name, part in keys.items()}
 
 
 def ratio_range(found: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
