@@ -78,6 +78,48 @@ def coefficient(model, loss, u):
     return estimated(model, loss, u).terms[0][0]
 
 
+class Terms(nn.Module):
+    """A matrix, a vector and a number that are tuned, and a tensor that is not."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.v, self.s = (nn.Parameter(torch.randn(shape, dtype=DOUBLE)) for shape in ((3, 4), (4,), ()))
+        self.c = torch.randn(2, 3, 4, dtype=DOUBLE)
+
+
+def moved_in_place(m):
+    x = m.w * 1.0
+    y = x + m.c
+    x.add_(m.v)
+    return y * x
+
+
+SUMS_AND_PRODUCTS = {
+    "both": lambda m: m.w * m.v + m.s,
+    "a tensor": lambda m: (m.c * m.w + m.c) * (m.v + m.c),
+    "a number": lambda m: 2 * m.w + 1 + (3 + m.v * 0.5),
+    "by name": lambda m: torch.add(torch.mul(m.w, m.c), m.c) + torch.add(input=m.w, other=m.v),
+    "alpha": lambda m: torch.add(m.w, m.v, alpha=3) + torch.add(m.c, m.s, alpha=2),
+    "grown": lambda m: (m.s + m.c) * (m.s * m.c),
+    "of other precision": lambda m: m.w.float() * m.v + m.c.float() * m.w + m.w.float() * m.c,
+    "moved in place": moved_in_place,
+    "written over": lambda m: (m.w + 1.0).mul_(m.v).add_(m.s),
+}
+
+
+@pytest.mark.parametrize("form", SUMS_AND_PRODUCTS)
+def test_sums_and_products_have_the_derivative_of_back_propagation(form):
+    model, u = Terms(), zo.Direction(3, sampler=zo.gaussian)
+
+    def loss():
+        values = SUMS_AND_PRODUCTS[form](model)
+        unused = sum(0.0 * p.sum() for p in model.parameters())
+        return (values.double() * torch.linspace(0.5, 1.5, values.numel(), dtype=DOUBLE).view_as(values)).sum() + unused
+
+    assert coefficient(model, loss, u) == pytest.approx(product(model, gradient(model, loss), u), rel=1e-6)
+
+
 @each_sampler
 @pytest.mark.parametrize("pieces", [1 << 20, 40, 8])
 def test_coefficient_is_the_gradients_product_with_u(monkeypatch, sampler, pieces):

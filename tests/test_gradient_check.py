@@ -139,3 +139,15 @@ def test_rounding_of_the_loss_is_never_taken_for_a_contradiction(dtype):
 def test_a_wrong_coefficient_is_a_contradiction(dtype, factor):
     said = contradiction(0.4 * factor, lambda mu: 0.4 + 3 * mu**2, 2.0, _TRIALS[dtype])
     assert said == pytest.approx(0.4, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_in_half_precision_differences_of_a_loss_far_from_linear_contradict_nothing(dtype):
+    """Of SmolLM2-135M, all weights tuned: the derivative is 37, and every μ is too large for a difference to see it."""
+    differences = iter([-3.1, -26.3, 6.2, 33.3, 13.4])  # with μ from 1e-2, 4e-2 and 2e-2 to 5e-3 and 2.5e-3
+    assert contradiction(40.4, lambda mu: next(differences), 11.0, _TRIALS[dtype]) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_in_half_precision_a_lost_derivative_is_a_contradiction_where_differences_agree(dtype):
+    assert contradiction(0.0, lambda mu: 4.0 + 300 * mu**2, 2.0, _TRIALS[dtype]) == pytest.approx(4.0, rel=0.05)

@@ -111,8 +111,7 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
     rademacher, alone, gaussian, low_rank, low_rank_gaussian = (
         zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=sampler) for sampler in samplers
     )
-    # Without the check of its first step, for which weights in half precision would have to move far.
-    forward = zo.ZerothOrder(lm.module, lr=LR, estimator=zo.forward_gradient)
+    forward = zo.forward_grad(lm.module, lr=LR)
 
     sides: dict[str, Callable[[], object]] = {
         "forwards": lambda: two_forwards(f),

@@ -70,8 +70,7 @@ def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors]) -> None:
     no number of such a precision, so it is put to x B.
     """
     if noise.adds_thin(out, x):
-        rows = [(f.left.t().contiguous(), f.right.t().contiguous()) for f in factors]
-        noise.add_thin(out, x, rows, [f.a for f in factors])
+        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors])
         return
     scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
     one, copies = factors[0], len(factors)
@@ -143,10 +142,20 @@ def _own_right_seed(seed: int) -> int:
     return derive_seed(seed, 0, 0, RIGHT)
 
 
-# Both ends of a probe, and each slice of a tensor, want the same factors one after the other.
-@lru_cache(maxsize=4)
 def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
     """Rows lo … hi - 1 of a matrix of `rank` columns, drawn from `base`."""
+    draw = _draw_small if (hi - lo) * rank <= _SMALL else _draw
+    return draw(base, rank, seed, tensor_id, lo, hi, device)
+
+
+# Both ends of a probe, and each slice of a tensor, want the same factors one after the other.
+@lru_cache(maxsize=4)
+def _draw(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
     found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
     base.fill(found.view(-1), seed, tensor_id, lo * rank)
     return found
+
+
+# And a step's update wants those of its probes: all of a small model's are kept, in up to 32 MiB.
+_SMALL = 1 << 13
+_draw_small = lru_cache(maxsize=1024)(_draw.__wrapped__)

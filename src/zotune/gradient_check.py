@@ -36,19 +36,25 @@ class Trial:
         others: further μ, around the first; each the half or the quarter of the one before.
         rounding: what the loss may be off by, relative to it.
         tolerance: what a coefficient may be off by, relative to it, in any case.
+        agreeing: how many differences with neighbouring μ are to agree with one another.
+        doubt: what they may be off by, in multiples of what they differ by.
     """
 
     first: float
     others: tuple[float, ...]
     rounding: float
     tolerance: float
+    agreeing: int = 3
+    doubt: float = 3.0
 
 
+# In half precision all five are to agree: where μ is large enough for rounding, a large model may be far from linear,
+# and then some three of five lie together by chance.
 _TRIALS = {
     torch.float64: Trial(1e-4, (1.6e-3, 4e-4, 2.5e-5, 6.25e-6), 1e-14, 0.01),
     torch.float32: Trial(1e-3, (1.6e-2, 4e-3, 2.5e-4, 6.25e-5), 2e-7, 0.03),
-    torch.float16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 1e-4, 0.2),
-    torch.bfloat16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 5e-4, 0.25),
+    torch.float16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 1e-4, 0.2, agreeing=5, doubt=2.0),
+    torch.bfloat16: Trial(1e-2, (4e-2, 2e-2, 5e-3, 2.5e-3), 5e-4, 0.25, agreeing=5, doubt=2.0),
 }
 
 
@@ -123,8 +129,8 @@ def contradiction(c: float, slope: Callable[[float], float], loss: float, trial:
         loss: |f(x)|.
         trial: how to go about it.
 
-    Three differences with neighbouring μ bound each other's error: one of O(μ²) falls by 4 or 16 from one to the
-    next, one of rounding rises by 2 or 4. The three that agree best are believed, to three times their spread.
+    Differences with neighbouring μ bound each other's error: one of O(μ²) falls by 4 or 16 from one to the next, one of
+    rounding rises by 2 or 4. Those that agree best are believed, as many and as far as the trial says.
 
     >>> trial = _TRIALS[torch.float32]
     >>> contradiction(1.0, lambda mu: 1 + 1e5 * mu**2, 1.0, trial) is None
@@ -136,14 +142,14 @@ def contradiction(c: float, slope: Callable[[float], float], loss: float, trial:
     if _near(c, slopes[trial.first], trial.tolerance):
         return None
     slopes |= {mu: slope(mu) for mu in trial.others}
-    mus = sorted(slopes)
+    mus, count = sorted(slopes), trial.agreeing
 
-    def doubt(three: Sequence[float]) -> float:
-        values = [slopes[mu] for mu in three]
-        return 3 * (max(values) - min(values)) + trial.rounding * loss / three[0]
+    def doubt(some: Sequence[float]) -> float:
+        values = [slopes[mu] for mu in some]
+        return trial.doubt * (max(values) - min(values)) + trial.rounding * loss / some[0]
 
-    best = min(zip(mus, mus[1:], mus[2:], strict=False), key=doubt)
-    said = sorted(slopes[mu] for mu in best)[1]
+    best = min((mus[i : i + count] for i in range(len(mus) - count + 1)), key=doubt)
+    said = sorted(slopes[mu] for mu in best)[count // 2]
     return None if _near(c, said, trial.tolerance, doubt(best)) else said
 
 

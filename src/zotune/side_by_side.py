@@ -35,6 +35,10 @@ _ELEMENTWISE: frozenset[Any] = frozenset(
 )
 
 
+# What arguments of a function may be that hold tensors.
+_LOOKED_INTO = (list, tuple, dict)
+
+
 class NotSeparableError(Exception):
     """The copies of a batch cannot be told apart in some computation."""
 
@@ -61,14 +65,15 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
         self._derived_bytes = 0
-        self._scratch: list[Tensor] = []
-        self._identities = frozenset(id(t.parameter) for t in tuned if t.id in self.chosen)
+        self._scratch: Tensor | None = None
+        # Identities of what differs from copy to copy. What was derived is kept, so that nothing else gets its own.
+        self._differing = {id(t.parameter) for t in tuned if t.id in self.chosen}
         self._constant = frozenset(map(id, chain(tuned.model.parameters(), tuned.model.buffers())))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._scratch.clear()
+        self._scratch = None
         self._kept.clear()
         self._derived.clear()
         super().__exit__(kind, error, trace)
@@ -77,7 +82,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA or not (self._differs(args) or (kwargs and self._differs(kwargs))):
+        if func in METADATA or not (self._differs(args) or (kwargs and self._differs(tuple(kwargs.values())))):
             return func(*args, **kwargs)
         special = self.special.get(func)
         result = None if special is None else special(self, *args, **kwargs)
@@ -85,13 +90,17 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _differs(self, value: Any) -> bool:
         """Whether there is a tensor in `value` that is not the same for all copies."""
-        if isinstance(value, Tensor):
-            if not self._offloaded:  # as `find`, which every function of a forward pass would have to wait for
-                return id(value) in self._identities or id(value) in self._derived
-            return id(value) in self._derived or self.find(value) is not None
         if isinstance(value, (list, tuple)):
-            return any(map(self._differs, value))
-        return isinstance(value, dict) and any(map(self._differs, value.values()))
+            # Written out, for every function of a forward pass waits for it.
+            for item in value:
+                if id(item) in self._differing or (isinstance(item, _LOOKED_INTO) and self._differs(item)):
+                    return True
+                if self._offloaded and self.find(item) is not None:
+                    return True
+            return False
+        if isinstance(value, dict):
+            return self._differs(tuple(value.values()))
+        return id(value) in self._differing or (bool(self._offloaded) and self.find(value) is not None)
 
     def _apart(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """The function of each copy's own arguments, put together again."""
@@ -161,6 +170,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         if num_bytes > DERIVED_BYTES or self._derived_bytes > ALL_DERIVED_BYTES:
             raise NotSeparableError("what is made of displaced tensors alone would take much memory")
         self._derived[id(results[0])] = results
+        self._differing.add(id(results[0]))
         return results[0]
 
     def _values(self, value: Tensor) -> list[Tensor]:
@@ -195,27 +205,26 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         for out, displacement in zip(outs, self._displacements, strict=True):
             displacement.move(out, x, tensor, start)
 
-    def _pieces(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> list[Tensor]:
-        """Rows lo … hi - 1 of a matrix, displaced, for each copy; in a scratch that is used again."""
-        rows = value[lo:hi].reshape(-1)
-        if not self._scratch or self._scratch[0].dtype != value.dtype or self._scratch[0].device != value.device:
+    def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
+        """(copies, hi - lo, columns): rows lo … hi - 1 of a matrix, displaced; in a scratch that is used again."""
+        rows = value[lo:hi]
+        scratch = self._scratch
+        if scratch is None or scratch.dtype != value.dtype or scratch.device != value.device:
             size = largest_piece(self.tuned, self.chosen, value.device.type)
-            self._scratch = [value.new_empty(size) for _ in self._displacements]
-        pieces = [scratch[: rows.numel()] for scratch in self._scratch]
-        self._move(pieces, rows, tensor, lo * value.shape[1])
-        return [piece.view(hi - lo, value.shape[1]) for piece in pieces]
+            self._scratch = scratch = value.new_empty(self._copies * size)
+        piece = scratch[: self._copies * rows.numel()]
+        self._move(piece.view(self._copies, -1).unbind(), rows.reshape(-1), tensor, lo * value.shape[1])
+        return piece.view(self._copies, *rows.shape)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        if self._differs(input) or not self._is_of_the_batch(input) or weight.dim() != 2:
-            return None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or weight.dim() != 2 or self._differs(input) or not self._is_of_the_batch(input):
             return None
         tensor = self.find(weight)
         if tensor is not None and (factors := self._factors(tensor, weight.device)) is not None:
             self.note(tensor)
             out = linear(input, weight.detach(), None, factors).view(self._copies, -1, weight.shape[0])
         elif 0 < weight.shape[1] <= piece_elements(weight.device.type):
-            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight)
+            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight, tensor)
         else:
             return None
         if bias is not None:
@@ -224,30 +233,30 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
         """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
+        if self._both_ways is not None:
+            return None
         found = [displacement.factors(tensor, device) for displacement in self._displacements]
         return None if None in found else [f for f in found if f is not None]
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """(copies, rows, out): each copy's (rows, in) times its own weights."""
-        if not self._differs(weight):
-            return F.linear(x, weight)
-        tensor = self.find(weight)
-        if tensor is not None and not self._keeps:
-            return self._by_pieces(x, self.note(tensor), weight.detach())
-        own = torch.stack(self._values(weight)) if tensor is None else self._displaced(self.note(tensor), weight)
-        return torch.bmm(x, own.transpose(1, 2))
+    def _product(self, x: Tensor, weight: Tensor, tensor: TunedTensor | None) -> Tensor:
+        """(copies, rows, out): each copy's (rows, in) times its own weights, of which `tensor` are those tuned."""
+        if tensor is None:
+            differs = self._differs(weight)
+            return torch.bmm(x, torch.stack(self._values(weight)).mT) if differs else F.linear(x, weight)
+        self.note(tensor)
+        if self._keeps:
+            return torch.bmm(x, self._displaced(tensor, weight).mT)
+        return self._by_pieces(x, tensor, weight.detach())
 
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
-        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         rows = piece_elements(weight.device.type) // weight.shape[1]
+        if rows >= weight.shape[0]:
+            return torch.bmm(x, self._piece(tensor, weight, 0, weight.shape[0]).mT)
+        out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for lo in range(0, weight.shape[0], rows):
             hi = min(lo + rows, weight.shape[0])
-            for own, piece, result in zip(x, self._pieces(tensor, weight, lo, hi), out, strict=True):
-                if hi - lo == weight.shape[0]:
-                    torch.mm(own, piece.t(), out=result)
-                else:
-                    result[:, lo:hi] = F.linear(own, piece)
+            out[..., lo:hi] = torch.bmm(x, self._piece(tensor, weight, lo, hi).mT)
         return out
 
     def _embedding(

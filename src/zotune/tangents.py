@@ -1,7 +1,7 @@
 """The model with tangents: each tuned tensor is dual, x with the tangent u, while a torch function reads it.
 
 The derivative rules of torch want the whole of u for a tensor, and multiply by tangents that are zero. Those that
-matter for a language model's time and memory are written out here: linear layers, embeddings, the loss over a
+matter for a language model's time and memory are written out: linear layers, embeddings, attention, the loss over a
 vocabulary; and norms, whose rule overflows in float16.
 """
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
+from zotune.attention import attention
 from zotune.directions import Direction
 from zotune.factors import add_products
-from zotune.perturb import Along, Displacement
+from zotune.perturb import Along, Displacement, largest_piece
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -36,6 +37,7 @@ class Tangents(Reading):
     def __init__(self, tuned: TunedTensors, direction: Direction, scale: float = 1.0) -> None:
         super().__init__(tuned, direction.tensors)
         self._u: Displacement = Along(direction, scale)
+        self._zeros: Tensor | None = None
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor with its tangent."""
@@ -61,6 +63,13 @@ class Tangents(Reading):
             self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
         return dual(y, tangent)
 
+    def pair(self, args: tuple[Any, ...]) -> tuple[tuple[Any, Tensor | None], tuple[Any, Tensor | None]] | None:
+        """What is read of two arguments, each with its tangent; None for other arguments, or without a tangent."""
+        if len(args) != 2 or not any(isinstance(arg, Tensor) and self._has_tangent(arg) for arg in args):
+            return None
+        one, other = (unpack(self.replace(a)) if isinstance(a, Tensor) else (a, None) for a in args)
+        return one, other
+
     def _has_tangent(self, value: Tensor | None) -> bool:
         return value is not None and (self.find(value) is not None or tangent_of(value) is not None)
 
@@ -71,11 +80,14 @@ class Tangents(Reading):
             return
         width = x.shape[1]
         rows = _PIECE // width
-        scratch = torch.empty(min(rows, out.shape[1]) * width, dtype=out.dtype, device=out.device)
+        zeros = self._zeros
+        if zeros is None or zeros.dtype != out.dtype or zeros.device != out.device:
+            self._zeros = zeros = out.new_zeros(min(_PIECE, largest_piece(self.tuned, self.chosen, out.device.type)))
+        scratch = torch.empty_like(zeros)
         for lo in range(0, out.shape[1], rows):
             hi = min(lo + rows, out.shape[1])
-            piece = scratch[: (hi - lo) * width].zero_()
-            self._u.move(piece, piece, tensor, lo * width)
+            piece = scratch[: (hi - lo) * width]
+            self._u.move(piece, zeros[: piece.numel()], tensor, lo * width)
             out[:, lo:hi].addmm_(x, piece.view(hi - lo, width).t())
 
     def _embedding(
@@ -96,6 +108,28 @@ class Tangents(Reading):
         tangents = torch.zeros_like(rows)
         self._u.move_rows(tangents, indices, tensor)
         return F.embedding(places, dual(rows, tangents))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor | None:
+        """As `zotune.attention.attention`."""
+        device, given = query.device.type, (query, key, value)
+        if torch.is_grad_enabled() or dropout_p or torch.is_autocast_enabled(device) or self._has_tangent(attn_mask):
+            return None
+        if any(t.dim() != 4 for t in given) or not any(map(self._has_tangent, given)):
+            return None
+        pairs = [unpack(self.replace(t)) for t in given]
+        q, k, v = (primal for primal, _ in pairs)
+        dq, dk, dv = (torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs)
+        return dual(*attention((q, k, v), (dq, dk, dv), attn_mask, is_causal=is_causal, scale=scale))
 
     def _cross_entropy(
         self,
@@ -120,6 +154,28 @@ class Tangents(Reading):
         return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
 
 
+def _product(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The product x y, with ẋ y + x ẏ in a pass less than torch's rule takes."""
+    if kwargs or (pair := reading.pair(args)) is None:
+        return None
+    (x, dx), (y, dy) = pair
+    if dx is None or dy is None:
+        return dual(x * y, x * dy if dx is None else dx * y)
+    return dual(x * y, (dx * y).addcmul_(x, dy) if x.dtype == y.dtype else dx * y + x * dy)
+
+
+def _sum(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
+    """The sum x + y, with ẋ + ẏ."""
+    if kwargs or (pair := reading.pair(args)) is None:
+        return None
+    (x, dx), (y, dy) = pair
+    total = x + y
+    if dx is not None and dy is not None:
+        return dual(total, dx + dy)
+    # A copy: what is done to one dual tensor in place is done to its tangent too.
+    return dual(total, (dy if dx is None else dx).to(total.dtype).expand_as(total).clone())
+
+
 def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
     """A norm's rule for half precision, where its derivative has a factor 1/σ³ that float16 cannot hold."""
 
@@ -139,7 +195,13 @@ def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | 
 Tangents.special = {
     F.linear: Tangents._linear,
     F.embedding: Tangents._embedding,
+    F.scaled_dot_product_attention: Tangents._attention,
     F.cross_entropy: Tangents._cross_entropy,
+    # Of tangents that are zero torch's rules for these make tensors, by a detour through Python.
+    torch.mul: _product,
+    Tensor.mul: _product,
+    torch.add: _sum,
+    Tensor.add: _sum,
     **{norm: _in_single_precision(norm) for norm in (F.layer_norm, F.group_norm, F.rms_norm)},
 }
 

@@ -150,18 +150,20 @@ def step(
 
 
 def adds_thin(out: Tensor, x: Tensor) -> bool:
-    """Whether `add_thin` has a kernel for tensors like these: for half precision, of which torch's are slow."""
+    """Whether `add_thin` has a kernel for tensors like these."""
     alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous()
-    return alike and x.dtype in _HALF and hasattr(_cpu(), "add_thin")
+    return alike and x.dtype != torch.float64 and hasattr(_cpu(), "add_thin")
 
 
 def add_thin(out: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float]) -> None:
-    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a rightᵀ left. Only where `adds_thin`.
+    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a right leftᵀ. Only where `adds_thin`.
 
-    Of each share `factors` holds left (r, m) and right (r, n), float32 and contiguous, `scales` a. Sums are float32.
+    Of each share `factors` holds left (m, r) and right (n, r), float32 and contiguous, `scales` a. Sums are float32.
     """
-    shape = out.shape[0], out.shape[1], x.shape[1]
-    _cpu().add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], shape, factors, scales)
+    rank, shape = factors[0][0].shape[1], (out.shape[0], out.shape[1], x.shape[1])
+    if rank > 1:  # else the one column lies in memory as a row does
+        factors = [(left.t().contiguous(), right.t().contiguous()) for left, right in factors]
+    _cpu().add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], shape, rank, factors, scales)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:

@@ -52,6 +52,12 @@ static inline tile_range tile_at(int64_t index, uint64_t start, int64_t size) {
 #define FOR_EACH_TILE(t, start, size, threads) for (int64_t t = 0; t < num_tiles(start, size); t++)
 #endif
 
+/* Ask for what the next tile is to read, while this one is being computed. */
+static inline void prefetch_after(const char *x, int kind, tile_range t) {
+    const char *next = x + (t.at + t.count) * BYTES[kind];
+    for (int k = 0; k < TILE * BYTES[kind]; k += 64) __builtin_prefetch(next + k, 0, 2);
+}
+
 /* ---- words ---- */
 
 /* A few counters at a time, each in the low half of 64 bits, where a multiplication leaves both of its halves;
@@ -62,7 +68,8 @@ typedef __m512i wide;
 #define WIDE_ADD(a, b) _mm512_add_epi64(a, b)
 #define WIDE_XOR(a, b) _mm512_xor_si512(a, b)
 #define WIDE_MUL(a, b) _mm512_mul_epu32(a, b)
-#define WIDE_HIGH(a) _mm512_srli_epi64(a, 32)
+#define WIDE_HIGH(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)
+#define WIDE_JOIN(low, high) _mm512_mask_shuffle_epi32(low, 0xAAAA, high, _MM_PERM_CCAA)
 #elif defined(__AVX2__)
 typedef __m256i wide;
 #define WIDE_SET(x) _mm256_set1_epi64x((long long)(x))
@@ -70,6 +77,7 @@ typedef __m256i wide;
 #define WIDE_XOR(a, b) _mm256_xor_si256(a, b)
 #define WIDE_MUL(a, b) _mm256_mul_epu32(a, b)
 #define WIDE_HIGH(a) _mm256_srli_epi64(a, 32)
+#define WIDE_JOIN(low, high) _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA)
 #else
 typedef uint64_t wide;
 #define WIDE_SET(x) ((uint64_t)(x))
@@ -77,29 +85,53 @@ typedef uint64_t wide;
 #define WIDE_XOR(a, b) ((a) ^ (b))
 #define WIDE_MUL(a, b) ((uint64_t)(uint32_t)(a) * (uint32_t)(b))
 #define WIDE_HIGH(a) ((a) >> 32)
+#define WIDE_JOIN(low, high) ((uint64_t)(uint32_t)(low) | (high) << 32)
 #endif
 enum { WIDTH = sizeof(wide) / 8 };
 
-/* w[j][l] = word j of block first + l. */
-static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4][LANES]) {
-    uint64_t number[WIDTH], word[WIDTH];
+/* The lanes of a and b in turn: a₀, b₀, a₁, b₁, … */
+static inline void store_alternating(uint32_t *out, wide a, wide b) {
+#if defined(__AVX512F__)
+    const wide low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64(a, low, b));
+    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64(a, high, b));
+#elif defined(__AVX2__)
+    const wide low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
+    _mm256_storeu_si256((wide *)out, _mm256_permute2x128_si256(low, high, 0x20));
+    _mm256_storeu_si256((wide *)(out + 8), _mm256_permute2x128_si256(low, high, 0x31));
+#else
+    memcpy(out, &a, sizeof a);
+    memcpy(out + 2, &b, sizeof b);
+#endif
+}
+
+/* The four words of a group of WIDTH blocks: word j of block first + l in the low half of lane l of c[j]. */
+static inline void philox_group(wide c[4], uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed) {
+    uint64_t number[WIDTH];
     for (int l = 0; l < WIDTH; l++) number[l] = l;
     wide lane;
     memcpy(&lane, number, sizeof lane);
+    const wide block = WIDE_ADD(WIDE_SET(first), lane);
+    wide c0 = block, c1 = WIDE_HIGH(block), c2 = WIDE_SET(tensor), c3 = WIDE_SET(stream);
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        const wide p0 = WIDE_MUL(c0, WIDE_SET(0xD2511F53u)), p1 = WIDE_MUL(c2, WIDE_SET(0xCD9E8D57u));
+        c0 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p1), c1), WIDE_SET(k0));
+        c2 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p0), c3), WIDE_SET(k1));
+        c1 = p1;
+        c3 = p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    c[0] = c0, c[1] = c1, c[2] = c2, c[3] = c3;
+}
+
+/* w[j][l] = word j of block first + l. */
+static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4][LANES]) {
     for (int part = 0; part < LANES; part += WIDTH) {
-        const wide block = WIDE_ADD(WIDE_SET(first + part), lane);
-        wide c0 = block, c1 = WIDE_HIGH(block), c2 = WIDE_SET(tensor), c3 = WIDE_SET(stream);
-        uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-        for (int round = 0; round < 10; round++) {
-            const wide p0 = WIDE_MUL(c0, WIDE_SET(0xD2511F53u)), p1 = WIDE_MUL(c2, WIDE_SET(0xCD9E8D57u));
-            c0 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p1), c1), WIDE_SET(k0));
-            c2 = WIDE_XOR(WIDE_XOR(WIDE_HIGH(p0), c3), WIDE_SET(k1));
-            c1 = p1;
-            c3 = p0;
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
-        const wide c[4] = {c0, c1, c2, c3};
+        wide c[4];
+        uint64_t word[WIDTH];
+        philox_group(c, first + part, tensor, stream, seed);
         for (int j = 0; j < 4; j++) {
             memcpy(word, &c[j], sizeof word);
             for (int l = 0; l < WIDTH; l++) w[j][part + l] = (uint32_t)word[l];
@@ -110,11 +142,10 @@ static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint
 /* words[4 b + j] = word j of block first + b, for b from lo to hi, in whole groups of LANES. */
 static inline void words_in_order(uint32_t *words, uint64_t first, int lo, int hi, uint32_t tensor, uint32_t stream,
                                   uint64_t seed) {
-    for (int b = lo / LANES * LANES; b < hi; b += LANES) {
-        uint32_t w[4][LANES];
-        philox(first + b, tensor, stream, seed, w);
-        for (int l = 0; l < LANES; l++)
-            for (int j = 0; j < 4; j++) words[4 * (b + l) + j] = w[j][l];
+    for (int b = lo / LANES * LANES; b < hi; b += WIDTH) {
+        wide c[4];
+        philox_group(c, first + b, tensor, stream, seed);
+        store_alternating(words + 4 * b, WIDE_JOIN(c[0], c[1]), WIDE_JOIN(c[2], c[3]));
     }
 }
 
@@ -237,9 +268,10 @@ static inline uint16_t nearest_bfloat16(float y) {
 }
 
 static inline uint16_t stochastic_bfloat16(float y, uint32_t random) {
-    uint32_t bits = bits_of(y) & 0x7FFFFFFFu, up = (bits + random) >> 16;
-    up = up < 0x7F80u ? up : bits >> 16; /* the largest finite number stays, and so do infinity and NaN */
-    return (uint16_t)(up | ((bits_of(y) >> 16) & 0x8000u));
+    const uint32_t bits = bits_of(y);
+    /* The largest finite number stays, and so do infinity and NaN. */
+    const int stays = (bits & 0x7FFFFFFFu) + random >= 0x7F800000u;
+    return (uint16_t)((stays ? bits : bits + random) >> 16);
 }
 
 /* Without a branch: of several conditions on one number the compiler would make jumps, and of jumps no vectors. */
@@ -382,6 +414,7 @@ static inline void add_terms(char *out, const char *x, int kind, const terms *al
         const tile_range t = tile_at(i, start, size);
         char *to = out + t.at * BYTES[kind];
         const char *of = x + t.at * BYTES[kind];
+        prefetch_after(x, kind, t);
         const float *sum = nth(total, (float)scales[0], all, 0, start, t);
         float *more = total + t.from;
         for (int n = 1; n < all->count; n++) {
@@ -511,7 +544,7 @@ static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64
 }
 
 /* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank. These are
- * not bits of the specification: a forward pass may sum in any order. For half precision, where libraries are slow. */
+ * not bits of the specification: a forward pass may sum in any order. Not for double precision. */
 void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
                      const float *const *left, const float *const *right, const double *scales, int threads) {
 #ifdef _OPENMP
@@ -531,6 +564,7 @@ void zotune_pair(char *plus, char *minus, const char *x, int kind, int stream, u
         float room[TILE] ALIGNED, opposite[TILE] ALIGNED;
         const tile_range t = tile_at(i, start, size);
         const int64_t at = t.at * BYTES[kind];
+        prefetch_after(x, kind, t);
         const float *u = term(room, (float)scale, stream, seed, tensor, t);
         for (int k = 0; k < t.count; k++) opposite[k] = -u[k];
         write_sum(plus + at, x + at, u, kind, t.count);

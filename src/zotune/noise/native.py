@@ -242,11 +242,12 @@ def add_thin(
     x: int,
     kind: int,
     shape: tuple[int, int, int],
+    rank: int,
     factors: Sequence[tuple[Any, Any]],
     scales: Sequence[float],
 ) -> None:
-    """As `noise.add_thin`, of addresses; `shape` is rows, m and n."""
-    q, rank = len(scales), factors[0][0].shape[0]
+    """As `noise.add_thin`, of addresses and of factors with contiguous columns; `shape` is rows, m and n."""
+    q = len(scales)
     lefts, rights = ((ctypes.c_void_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
     threads = _threads(shape[0] * (shape[1] + shape[2]))
     library().zotune_add_thin(out, x, kind, *shape, q, rank, lefts, rights, (_double * q)(*scales), threads)
