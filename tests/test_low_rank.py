@@ -225,8 +225,8 @@ def test_no_weight_is_made_or_written(monkeypatch):
     before, made = copy.deepcopy(model), []
     for kind, name in ((displaced, "read"), (side_by_side, "_displaced")):
         monkeypatch.setattr(kind, name, noted(made, getattr(kind, name)))
-    for kind, name in ((displaced, "_piece"), (side_by_side, "_pieces")):
-        monkeypatch.setattr(kind, name, None)
+    for kind in (displaced, side_by_side):
+        monkeypatch.setattr(kind, "_piece", None)
     for closure in (lambda: objective(model)(), objective(model, most=6)):
         opt.estimate(closure)
         assert {t.name for t in made} == {"norm.weight", "norm.bias", "up.bias"}

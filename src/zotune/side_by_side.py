@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
-from zotune.directions import PhiloxSampler
+from zotune.directions import Direction, PhiloxSampler
 from zotune.factors import Factors, linear
 from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, takes
 from zotune.reading import METADATA, Reading
@@ -60,7 +60,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def __init__(self, tuned: TunedTensors, displacements: Sequence[Displacement]) -> None:
         super().__init__(tuned, displacements[0].tensors)
         self._displacements, self._copies = tuple(displacements), len(displacements)
-        self._both_ways = _both_ways(displacements)
+        self._ends = _ends(displacements)
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
@@ -198,10 +198,12 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
         """Write the displaced x, flat slices from element `start` on, for each copy."""
-        if self._both_ways is not None:
-            (stream, seed, a) = self._both_ways
-            noise.add_both(outs[0], outs[1], x, stream, seed, a, tensor.id, start)
-            return
+        if self._ends is not None:
+            u, a = self._ends
+            sampler = u.sampler_of(tensor.id)
+            if isinstance(sampler, PhiloxSampler):
+                noise.add_both(outs[0], outs[1], x, sampler.stream, u.seed, a, tensor.id, start)
+                return
         for out, displacement in zip(outs, self._displacements, strict=True):
             displacement.move(out, x, tensor, start)
 
@@ -233,8 +235,10 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
         """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
-        if self._both_ways is not None:
-            return None
+        if self._ends is not None:
+            u, a = self._ends
+            both = u.factors(tensor.id, device)
+            return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
         found = [displacement.factors(tensor, device) for displacement in self._displacements]
         return None if None in found else [f for f in found if f is not None]
 
@@ -292,17 +296,14 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 side_by_side.special = {F.linear: side_by_side._linear, F.embedding: side_by_side._embedding}
 
 
-def _both_ways(displacements: Sequence[Displacement]) -> tuple[int, int, float] | None:
-    """Stream, seed and a of x + a·u and x - a·u, where that is what the displacements are and there is a kernel."""
+def _ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | None:
+    """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
     if len(displacements) != 2:
         return None
     one, other = displacements
     if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
         return None
-    sampler = one.direction.sampler
-    if one.a != -other.a or not isinstance(sampler, PhiloxSampler):
-        return None
-    return sampler.stream, one.direction.seed, one.a
+    return (one.direction, one.a) if one.a == -other.a else None
 
 
 def _joined(results: list[Any]) -> Any:

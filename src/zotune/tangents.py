@@ -172,8 +172,10 @@ def _sum(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
     total = x + y
     if dx is not None and dy is not None:
         return dual(total, dx + dy)
+    tangent = dy if dx is None else dx
+    assert tangent is not None
     # A copy: what is done to one dual tensor in place is done to its tangent too.
-    return dual(total, (dy if dx is None else dx).to(total.dtype).expand_as(total).clone())
+    return dual(total, tangent.to(total.dtype).expand_as(total).clone())
 
 
 def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
