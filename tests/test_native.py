@@ -1,5 +1,6 @@
 """The C kernels are used where they can be built and are right, and never otherwise."""
 
+import platform
 import subprocess
 import sys
 
@@ -44,3 +45,13 @@ def test_a_library_that_differs_from_the_specification_is_not_used(tmp_path, mon
     monkeypatch.setattr(native, "_SOURCE", source)
     monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path / "cache"))
     assert native.library.__wrapped__() is None
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
+@pytest.mark.parametrize("vectors", [("-mavx2", "-mf16c"), ("-mavx2",), ()], ids=["256 bits", "no float16", "none"])
+def test_narrower_vectors_make_the_same_bits(tmp_path, monkeypatch, vectors):
+    flags = [flag for flag in native._FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(native, "_FLAGS", (*flags, *vectors))
+    monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path / "cache"))
+    assert native.library.__wrapped__() is not None

@@ -121,8 +121,10 @@ class Tangents(Reading):
         enable_gqa: bool = False,
     ) -> Tensor | None:
         """As `zotune.attention.attention`."""
-        device, given = query.device.type, (query, key, value)
-        if torch.is_grad_enabled() or dropout_p or torch.is_autocast_enabled(device) or self._has_tangent(attn_mask):
+        given, device = (query, key, value), query.device.type
+        # Autocast would take the products to half precision that are made in single precision here.
+        is_cast = device != "meta" and torch.is_autocast_enabled(device)
+        if torch.is_grad_enabled() or dropout_p or is_cast or self._has_tangent(attn_mask):
             return None
         if any(t.dim() != 4 for t in given) or not any(map(self._has_tangent, given)):
             return None
