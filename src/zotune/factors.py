@@ -142,20 +142,11 @@ def _own_right_seed(seed: int) -> int:
     return derive_seed(seed, 0, 0, RIGHT)
 
 
+# Each slice of a tensor wants the same factors one after the other. Those of a whole step are not kept: small tensors
+# that stay, between activations that go, leave holes in the heap.
+@lru_cache(maxsize=4)
 def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
     """Rows lo … hi - 1 of a matrix of `rank` columns, drawn from `base`."""
-    draw = _draw_small if (hi - lo) * rank <= _SMALL else _draw
-    return draw(base, rank, seed, tensor_id, lo, hi, device)
-
-
-# Both ends of a probe, and each slice of a tensor, want the same factors one after the other.
-@lru_cache(maxsize=4)
-def _draw(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
     found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
     base.fill(found.view(-1), seed, tensor_id, lo * rank)
     return found
-
-
-# And a step's update wants those of its probes: all of a small model's are kept, in up to 32 MiB.
-_SMALL = 1 << 13
-_draw_small = lru_cache(maxsize=1024)(_draw.__wrapped__)

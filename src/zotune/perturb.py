@@ -31,9 +31,9 @@ from zotune.factors import Factors, linear, product
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a perturbed piece of a linear layer, 16 MiB in single precision: the layers of most models are one piece,
-# and products of few rows are slow.
-SCRATCH_ELEMENTS = 1 << 22
+# Elements of a perturbed piece of a linear layer, 8 MiB in single precision: products of few rows are slow, and a scratch
+# for both ends of a probe is to stay in the heap from step to step (`zotune.heap`).
+SCRATCH_ELEMENTS = 1 << 21
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26
 _META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
@@ -101,7 +101,7 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all (on a GPU the
+    Extra memory: the largest single tuned tensor, or 8 MiB where linear layers and embeddings are all (on a GPU the
     largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
@@ -235,7 +235,7 @@ class perturbed(displaced):  # noqa: N801
     Raises:
         UnreadTensorError: on leaving, if a tuned tensor was not read: its part of u had no effect.
 
-    Extra memory: the largest single tuned tensor, or 16 MiB where linear layers and embeddings are all.
+    Extra memory: the largest single tuned tensor, or 8 MiB where linear layers and embeddings are all.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> u = Direction(seed=7)
