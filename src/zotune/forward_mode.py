@@ -43,7 +43,7 @@ def forward_gradient(closure: Closure, tuned: TunedTensors, directions: Sequence
     pass, so some 1.4 to 1.9 times the two passes of a central difference. float16 takes a second pass where tangents
     leave its range. Memory: that of inference, with a second tensor beside each activation in use; of u a piece that
     stays in the cache, and of a tensor that is read neither by a linear layer nor by an embedding its part of u
-    meanwhile. Attention is computed by the kernel that has a derivative, with its matrix of scores.
+    meanwhile. Attention has a matrix of scores, of some examples at a time.
 
     Raises:
         UsageError: an operation has no forward-mode derivative, the model is compiled or scripted, or the loss has

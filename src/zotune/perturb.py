@@ -31,8 +31,8 @@ from zotune.factors import Factors, linear, product
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a perturbed piece of a linear layer, 8 MiB in single precision: products of few rows are slow, and a scratch
-# for both ends of a probe is to stay in the heap from step to step (`zotune.heap`).
+# Elements of a perturbed piece of a linear layer, 8 MiB in single precision: products of few rows are slow, and a
+# scratch for both ends of a probe is to stay in the heap from step to step (`zotune.heap`).
 SCRATCH_ELEMENTS = 1 << 21
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26

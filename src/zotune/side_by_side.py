@@ -61,6 +61,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         super().__init__(tuned, displacements[0].tensors)
         self._displacements, self._copies = tuple(displacements), len(displacements)
         self._ends = _ends(displacements)
+        self._factors_of_u: dict[int, Factors] | None = None
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
@@ -73,7 +74,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._scratch = None
+        self._scratch = self._factors_of_u = None
         self._kept.clear()
         self._derived.clear()
         super().__exit__(kind, error, trace)
@@ -237,7 +238,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
         if self._ends is not None:
             u, a = self._ends
-            both = u.factors(tensor.id, device)
+            if self._factors_of_u is None:
+                self._factors_of_u = u.all_factors(self.chosen, device)
+            both = self._factors_of_u.get(tensor.id) or u.factors(tensor.id, device)
             return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
         found = [displacement.factors(tensor, device) for displacement in self._displacements]
         return None if None in found else [f for f in found if f is not None]

@@ -513,33 +513,41 @@ void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule
 
 /* ---- thin products ---- */
 
-/* Σ x_k right_k in single precision, in LANES sums. */
+/* n numbers in single precision: where they are, if that is what they are, else in `room`. */
+static inline const float *as_floats(float *room, const char *x, int kind, int n) {
+    if (kind == FLOAT) return (const float *)x;
+    widen(room, x, kind, n);
+    return room;
+}
+
+/* Σ x_k right_k in single precision, in as many sums as an addition takes cycles. */
 static inline float dot(const char *x, int kind, const float *right, int64_t n) {
-    float wide[TILE] ALIGNED, sums[LANES] = {0}, total = 0;
+    enum { SUMS = 4 * LANES };
+    float room[TILE] ALIGNED, sums[SUMS] = {0}, total = 0;
     for (int64_t at = 0; at < n; at += TILE) {
         const int count = n - at < TILE ? (int)(n - at) : TILE;
-        widen(wide, x + at * BYTES[kind], kind, count);
+        const float *of = as_floats(room, x + at * BYTES[kind], kind, count);
         int k = 0;
-        for (; k + LANES <= count; k += LANES)
-            for (int l = 0; l < LANES; l++) sums[l] += wide[k + l] * right[at + k + l];
-        for (; k < count; k++) total += wide[k] * right[at + k];
+        for (; k + SUMS <= count; k += SUMS)
+            for (int l = 0; l < SUMS; l++) sums[l] += of[k + l] * right[at + k + l];
+        for (; k < count; k++) total += of[k] * right[at + k];
     }
-    for (int l = 0; l < LANES; l++) total += sums[l];
+    for (int l = 0; l < SUMS; l++) total += sums[l];
     return total;
 }
 
 /* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n): one row. */
 static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
                             const float *right, float a) {
-    float y[TILE] ALIGNED, thin[rank];
+    float room[TILE] ALIGNED, thin[rank];
     for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
     for (int64_t at = 0; at < m; at += TILE) {
         const int count = m - at < TILE ? (int)(m - at) : TILE;
         char *to = out + at * BYTES[kind];
-        widen(y, to, kind, count);
+        float *y = (float *)as_floats(room, to, kind, count);
         for (int s = 0; s < rank; s++)
             for (int k = 0; k < count; k++) y[k] += thin[s] * left[s * m + at + k];
-        narrow(to, y, kind, count);
+        if (kind != FLOAT) narrow(to, y, kind, count);
     }
 }
 
