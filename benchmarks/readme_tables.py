@@ -76,28 +76,39 @@ _GOALS = {
 
 
 def goals() -> str:
-    """What was to be reached, with the built-in model, and what is."""
-    found, peers_, peaks = _read("speed-step")["models"]["smollm2-135m"], _read("speed-peers"), _read("speed-memory")
-    rows = [
-        (f"{_SIDES[side]}, {size.replace(' ', ', ').replace('x', ' × ')}", goal, found[size][f"{side}_ratio"])
-        for side, sizes in _GOALS.items()
-        for size, goal in sizes.items()
-    ]
+    """What a step was to cost and what it does, by model."""
+    models = _read("speed-step")["models"]
+    lines = [f"| | goal | {' | '.join(name.removeprefix('random:') for name in models)} |"]
+    lines.append("|---|--:|" + "--:|" * len(models))
+    sides = [(side, size, goal) for side, sizes in _GOALS.items() for size, goal in sizes.items()]
+    for side, size, goal in sides:
+        ratios = [_beside(found[size][f"{side}_ratio"], goal) for found in models.values()]
+        name = f"{_SIDES[side]}, {size.replace(' ', ', ').replace('x', ' × ')}"
+        lines.append(f"| {name} | ≤ {goal} | {' | '.join(ratios)} |")
     for dtype in ("float32", "bfloat16"):
-        of_zo_sgd = found[f"{dtype} 16x32"]["forward_grad_to_zo_sgd"]
-        rows.append((f"`forward_grad` over `zo_sgd`, {dtype}, 16 × 32", 1.6, of_zo_sgd))
-    for dtype in ("float32", "bfloat16"):
-        peak = peaks["peaks"][f"opt-350m {dtype} full"]["ratio"]
-        rows.append((f"peak memory over evaluation's, opt-350m, {dtype}, all weights", 1.05, peak))
-    lines = ["| | goal | measured | |", "|---|--:|--:|---|"]
-    lines += [
-        f"| {name} | ≤ {goal} | {is_:.2f} | {'' if round(is_, 2) <= goal else 'missed'} |" for name, goal, is_ in rows
-    ]
-    for dtype, goal in (("float32", 3), ("bfloat16", 8)):
-        is_ = peers_["seconds"]["float32"]["loop as published"] / peers_["seconds"][dtype]["zotune"]
-        missed = "" if round(is_, 2) >= goal else "missed"
-        lines.append(f"| the loop as published over `zo_sgd`, {dtype} | ≥ {goal} | {is_:.2f} | {missed} |")
+        ratios = [_beside(found[f"{dtype} 16x32"]["forward_grad_to_zo_sgd"], 1.6) for found in models.values()]
+        lines.append(f"| `forward_grad` over `zo_sgd`, {dtype}, 16 × 32 | ≤ 1.6 | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def other_goals() -> str:
+    """What was to be reached besides, and what is."""
+    seconds, peaks = _read("speed-peers")["seconds"], _read("speed-memory")["peaks"]
+    lines = ["| | goal | measured |", "|---|--:|--:|"]
+    for dtype in ("float32", "bfloat16"):
+        peak = _beside(peaks[f"opt-350m {dtype} full"]["ratio"], 1.05)
+        lines.append(f"| peak memory over evaluation's, opt-350m, {dtype}, all weights | ≤ 1.05 | {peak} |")
+    for dtype, goal in (("float32", 3), ("bfloat16", 8)):
+        found = _beside(seconds["float32"]["loop as published"] / seconds[dtype]["zotune"], goal, at_least=True)
+        lines.append(f"| the loop as published over `zo_sgd`, {dtype} | ≥ {goal} | {found} |")
+    return "\n".join(lines)
+
+
+def _beside(found: float, goal: float, *, at_least: bool = False) -> str:
+    """A figure as it is shown, and whether, as it is shown, it misses its goal."""
+    shown = round(found, 2)
+    misses = shown < goal if at_least else shown > goal
+    return f"{shown:.2f}{', missed' if misses else ''}"
 
 
 def peers() -> str:
@@ -205,6 +216,7 @@ TABLES = {
     "step_in_short": step_in_short,
     "step": step,
     "goals": goals,
+    "other_goals": other_goals,
     "peers": peers,
     "growth": growth,
     "forward_gradient": forward_gradient,

@@ -90,7 +90,7 @@ class Terms(nn.Module):
 
 def moved_in_place(m):
     x = m.w * 1.0
-    y = x + m.c
+    y = x + m.c[0]
     x.add_(m.v)
     return y * x
 
