@@ -84,6 +84,7 @@ def test_links_between_pages_lead_somewhere(page):
         ("step_in_short", "README.md"),
         ("step", "docs/speed.md"),
         ("goals", "docs/speed.md"),
+        ("other_goals", "docs/speed.md"),
         ("peers", "docs/speed.md"),
         ("growth", "docs/speed.md"),
         ("forward_gradient", "docs/speed.md"),
