@@ -128,7 +128,7 @@ class Factored:
         """
         rows, columns = self.shapes[tensor_id]
         lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
-        right_seed = _own_right_seed(seed) if self.right_seed is None else self.right_seed
+        right_seed = self._right_seed_of(seed)
         left = _drawn(self.base, self.rank, seed, tensor_id, lo, hi, device)
         return Factors(
             left if self.rank == 1 else left * (1.0 / math.sqrt(self.rank)),
@@ -141,7 +141,7 @@ class Factored:
         total = sum(map(sum, sizes.values()))
         if total > _TOGETHER:
             return {}
-        right_seed = _own_right_seed(seed) if self.right_seed is None else self.right_seed
+        right_seed = self._right_seed_of(seed)
         room = torch.empty(total, dtype=torch.float32, device=device)
         sides = iter(torch.split(room, list(chain(*sizes.values()))))
         found = {}
@@ -152,6 +152,9 @@ class Factored:
             left = left if self.rank == 1 else left.mul_(1.0 / math.sqrt(self.rank))
             found[i] = Factors(left.view(-1, self.rank), right.view(-1, self.rank))
         return found
+
+    def _right_seed_of(self, seed: int) -> int:
+        return _own_right_seed(seed) if self.right_seed is None else self.right_seed
 
     def state(self) -> dict[str, Any]:
         """As `zotune.sampling.SamplerOfAStep.state`."""

@@ -61,7 +61,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         super().__init__(tuned, displacements[0].tensors)
         self._displacements, self._copies = tuple(displacements), len(displacements)
         self._ends = _ends(displacements)
-        self._factors_of_u: dict[int, Factors] | None = None
+        self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._derived: dict[int, list[Tensor]] = {}
@@ -74,7 +74,8 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._scratch = self._factors_of_u = None
+        self._scratch = None
+        self._factors_of_u.clear()
         self._kept.clear()
         self._derived.clear()
         super().__exit__(kind, error, trace)
@@ -83,7 +84,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA or not (self._differs(args) or (kwargs and self._differs(tuple(kwargs.values())))):
+        if func in METADATA or not (self._differs(args) or (kwargs and self._differs(kwargs))):
             return func(*args, **kwargs)
         special = self.special.get(func)
         result = None if special is None else special(self, *args, **kwargs)
@@ -238,9 +239,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
         if self._ends is not None:
             u, a = self._ends
-            if self._factors_of_u is None:
-                self._factors_of_u = u.all_factors(self.chosen, device)
-            both = self._factors_of_u.get(tensor.id) or u.factors(tensor.id, device)
+            if device not in self._factors_of_u:
+                self._factors_of_u[device] = u.all_factors(self.chosen, device)
+            both = self._factors_of_u[device].get(tensor.id) or u.factors(tensor.id, device)
             return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
         found = [displacement.factors(tensor, device) for displacement in self._displacements]
         return None if None in found else [f for f in found if f is not None]
