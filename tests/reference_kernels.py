@@ -1,61 +1,71 @@
 """The noise's specification in NumPy behind the interface of the CPU's kernels: slow, plain, what they must equal."""
 
 import numpy as np
+import torch
 
 from zotune.noise import reference
 
 FILLS = {reference.RADEMACHER: reference.rademacher, reference.GAUSSIAN: reference.gaussian}
-FLOAT, BFLOAT16, FLOAT16, DOUBLE = range(4)
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def fill(out, stream, seed, tensor_id, start):
-    out[:] = FILLS[stream](seed, tensor_id, start, start + out.size)
+    out.numpy()[:] = FILLS[stream](seed, tensor_id, start, start + out.numel())
 
 
 def mask(out, threshold, seed, tensor_id, start):
-    out[reference.masked(seed, tensor_id, start, start + out.size, threshold)] = 0
+    out.numpy()[reference.masked(seed, tensor_id, start, start + out.numel(), threshold)] = 0
 
 
-def add(out, x, kind, stream, seeds, scales, rounding_seed, tensor_id, start):
-    of = np.float64 if kind == DOUBLE else np.float32
+def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
+    of = np.float64 if x.dtype == torch.float64 else np.float32
     total = None
     for seed, scale in zip(seeds, scales, strict=True):
-        part = of(scale) * FILLS[stream](seed, tensor_id, start, start + x.size).astype(of)
+        part = of(scale) * FILLS[stream](seed, tensor_id, start, start + x.numel()).astype(of)
         total = part if total is None else total + part
-    moved = widened(x, kind) + total
-    if kind in (FLOAT, DOUBLE):
-        out[:] = moved
-    elif rounding_seed is None:
-        out[:] = nearest(moved, kind)
+    moved = widened(x) + total
+    if x.dtype in NAMES and rounding_seed is not None:
+        round_half(out, torch.from_numpy(moved), rounding_seed, tensor_id, start)
     else:
-        round_half(out, moved, kind, rounding_seed, tensor_id, start)
+        array_of(out)[:] = nearest(moved, x.dtype) if x.dtype in NAMES else moved
 
 
-def add_both(plus, minus, x, kind, stream, seed, scale, tensor_id, start):
+def add_both(plus, minus, x, stream, seed, scale, tensor_id, start):
     for out, a in ((plus, scale), (minus, -scale)):
-        add(out, x, kind, stream, [seed], [a], None, tensor_id, start)
+        add(out, x, stream, [seed], [a], tensor_id, start, None)
 
 
-def add_rows(rows, indices, kind, stream, seed, scale, tensor_id):
-    for row, index in zip(rows, indices, strict=True):
-        add(row, row, kind, stream, [seed], [scale], None, tensor_id, int(index) * row.size)
+def add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed):
+    for x, tensor_id in zip(xs, tensor_ids, strict=True):
+        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
-def round_half(out, y, kind, rounding_seed, tensor_id, start):
-    random = reference.random16(rounding_seed, tensor_id, start, start + y.size)
-    out[:] = reference.round_stochastically(y, random, "bfloat16" if kind == BFLOAT16 else "float16")
+def add_rows(rows, indices, stream, seed, scale, tensor_id):
+    for row, index in zip(rows, indices.tolist(), strict=True):
+        add(row, row, stream, [seed], [scale], tensor_id, index * row.numel(), None)
 
 
-def widened(x, kind):
-    """16-bit numbers, given as their bits, in single precision."""
-    if kind == BFLOAT16:
+def round_half(out, y, rounding_seed, tensor_id, start):
+    random = reference.random16(rounding_seed, tensor_id, start, start + y.numel())
+    array_of(out)[:] = reference.round_stochastically(y.numpy(), random, NAMES[out.dtype])
+
+
+def array_of(t):
+    """A NumPy view; 16-bit numbers as their bits."""
+    return (t.view(torch.uint16) if t.dtype in NAMES else t).numpy()
+
+
+def widened(t):
+    """16-bit numbers in single precision."""
+    x = array_of(t)
+    if t.dtype == torch.bfloat16:
         return (x.astype(np.uint32) << 16).view(np.float32)
-    return x.view(np.float16).astype(np.float32) if kind == FLOAT16 else x
+    return x.view(np.float16).astype(np.float32) if t.dtype == torch.float16 else x
 
 
-def nearest(y, kind):
+def nearest(y, dtype):
     """The bits of finite numbers rounded to nearest, ties to even."""
-    if kind == FLOAT16:
+    if dtype == torch.float16:
         return y.astype(np.float16).view(np.uint16)
     bits = y.view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

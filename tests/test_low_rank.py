@@ -201,7 +201,8 @@ def test_thin_products_are_right_in_every_family_and_precision(tiny, family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize(("m", "n"), [(5, 3), (2500, 40), (31, 4200)])
-def test_thin_products_of_shares_are_those_in_double_precision(dtype, rank, m, n):
+@pytest.mark.parametrize("bias", [True, False])
+def test_thin_products_of_shares_are_those_in_double_precision(dtype, rank, m, n, bias):
     """Equal shares with matrices of their own, and with the same one both ways, to the rounding of their precision."""
     g = torch.Generator().manual_seed(0)
     x, out = torch.randn(6, n, generator=g).to(dtype), torch.randn(6, m, generator=g).to(dtype)
@@ -209,8 +210,11 @@ def test_thin_products_of_shares_are_those_in_double_precision(dtype, rank, m, n
     for pair in (made, [made[0], made[0]]):
         factors = [Factors(f.left, f.right, a) for f, a in zip(pair, (0.3, -0.3), strict=True)]
         found, expected = out.clone(), out.double()
-        add_products(found, x, factors)
+        biases = torch.randn(2, m, generator=g).to(dtype) if bias else None
+        add_products(found, x, factors, biases)
         for i, f in enumerate(factors):
+            if biases is not None:
+                expected[3 * i : 3 * i + 3] += biases[i].double()
             expected[3 * i : 3 * i + 3] += f.a * x[3 * i : 3 * i + 3].double() @ (f.left @ f.right.T).double().T
         bound = {torch.bfloat16: 2**-7, torch.float16: 2**-9}.get(dtype, 1e-5) * 0.3 * (n * rank) ** 0.5
         assert (found.double() - expected).abs().max() <= 6 * bound + 2**-7 * (dtype == torch.bfloat16)

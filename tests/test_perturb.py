@@ -15,6 +15,7 @@ from torch import nn
 import zotune as zo
 from zotune import perturb
 from zotune.noise import reference
+from zotune.tuned import TunedTensors
 
 A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
 
@@ -209,6 +210,23 @@ def test_linear_layer_in_pieces_equals_the_whole(monkeypatch, rows, bias):
     with torch.no_grad(), zo.perturbed(model, u, 0.5):
         out = model(x)
     assert torch.equal(out, moved_copy(model, u, 0.5)(x))
+
+
+@pytest.mark.parametrize("shape", [(37, 10), (1, 3), (100, 7), (8, 400), (50, 399)])
+def test_pieces_are_a_matrixs_rows_in_order_as_even_as_can_be(monkeypatch, shape):
+    """A small rest would be a slow product; none is larger than the scratch, unless a single row is."""
+    monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", 400)
+    ranges = perturb.pieces(shape, "cpu")
+    assert [row for lo, hi in ranges for row in range(lo, hi)] == list(range(shape[0]))
+    sizes = [hi - lo for lo, hi in ranges]
+    at_once = max(1, 400 // shape[1])
+    assert max(sizes) <= at_once
+    assert len(sizes) == -(-shape[0] // at_once)
+    assert sizes[:-1] == [sizes[0]] * (len(sizes) - 1)
+    assert sizes[0] - sizes[-1] < len(sizes)
+    model = nn.Linear(shape[1], shape[0])
+    tuned = TunedTensors(model)
+    assert perturb.largest_piece(tuned, frozenset(t.id for t in tuned), "cpu") == sizes[0] * shape[1]
 
 
 def test_linear_layer_wider_than_the_scratch_is_still_perturbed(monkeypatch):

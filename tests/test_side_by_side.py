@@ -258,14 +258,40 @@ def test_what_is_wrong_with_a_batched_objective_is_said():
 
 def test_reads_and_noise_are_shared(monkeypatch):
     """The reason for all this: each weight is read and each direction made once for both ends of a probe."""
-    made = []
+    made, ends = [], []
     monkeypatch.setattr(side_by_side.noise, "add_both", lambda *a: made.append(a[6]))
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    monkeypatch.setattr(side_by_side.noise, "add_many", lambda *a: ends.append((a[1], *a[-1])))
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.LayerNorm(3))
     tuned = TunedTensors(model)
     points = [Along(Direction(1), 0.1), Along(Direction(1), -0.1)]
     with torch.no_grad(), side_by_side.side_by_side(tuned, points):
         model(torch.randn(8, 6))
-    assert sorted(made) == sorted(t.id for t in tuned)
+    assert sorted(made) == sorted(t.id for t in tuned if t.parameter.dim() == 2)
+    # Those of all vectors in two calls, one an end.
+    vectors = [t.id for t in tuned if t.parameter.dim() == 1]
+    assert ends == [(vectors, 0.1), (vectors, -0.1)]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("most", [1 << 20, 1])
+def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtypes, most):
+    """To the bit; of several precisions, and where together they are too large."""
+    monkeypatch.setattr(side_by_side, "KEPT_BYTES", most)
+    model = nn.ModuleList(nn.LayerNorm(7).to(dtype) for dtype in dtypes)
+    tuned, u = TunedTensors(model), Direction(1, gaussian)
+    x = torch.randn(6, 7)
+
+    def outs(x):
+        return [layer(x.to(layer.weight.dtype)) for layer in model]
+
+    with torch.no_grad(), side_by_side.side_by_side(tuned, [Along(u, 0.1), Along(u, -0.1)]):
+        found = outs(x)
+    for part, a in ((slice(0, 3), 0.1), (slice(3, 6), -0.1)):
+        with torch.no_grad(), zo.perturbed(model, u, a):
+            expected = outs(x[part])
+        for y, z in zip(found, expected, strict=True):
+            assert y.dtype == z.dtype
+            assert torch.equal(y[part], z)
 
 
 def test_the_built_in_model_is_tuned_side_by_side():

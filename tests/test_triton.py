@@ -49,7 +49,7 @@ each_rounding = pytest.mark.parametrize("rounding_seed", [None, 2**63 + 3], ids=
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch):
     """The Triton kernels, whatever the device; NumPy says nothing of infinities, as a GPU does not."""
-    monkeypatch.setattr(noise, "_accelerated", lambda t: gpu)
+    monkeypatch.setattr(noise, "_kernels", lambda t: gpu)
     with np.errstate(all="ignore"):
         yield
 
@@ -307,7 +307,7 @@ def same_weights(a, b):
 )
 def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(noise, "_accelerated", lambda t: None)
+        patch.setattr(noise, "_kernels", lambda t: noise._cpu())
         there, losses = trained(method, dtype, "cpu", path=tmp_path / "run.zol")
     assert len(set(losses)) == 2
     here = Small(dtype)
@@ -320,7 +320,7 @@ def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_pat
 @each_dtype
 def test_whole_steps_are_those_of_the_cpus_kernels_bit_for_bit(dtype, monkeypatch):
     here, losses = trained("sgd", dtype, "cpu")
-    monkeypatch.setattr(noise, "_accelerated", lambda t: None)
+    monkeypatch.setattr(noise, "_kernels", lambda t: noise._cpu())
     there, expected = trained("sgd", dtype, "cpu")
     assert losses == expected
     assert same_weights(here, there)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune import noise
+from zotune import gemm, noise
 from zotune.noise import derive_seed
 
 if TYPE_CHECKING:
@@ -58,23 +58,27 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors]) -> Tensor:
     """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W: (…, n) to (…, m).
 
-    The product with W is that of all shares together; each then needs two thin ones.
+    The product with W is that of all shares together; each then needs two thin ones. b is (m), or of each share its
+    own: (shares, m).
     """
     rows = x.reshape(-1, x.shape[-1])
-    out = F.linear(rows, weight, bias)
-    add_products(out, rows, factors)
+    shared = None if bias is None or bias.dim() == 2 else bias
+    out = gemm.linear(rows, weight, shared)
+    add_products(out, rows, factors, bias if shared is None else None)
     return out.view(*x.shape[:-1], -1)
 
 
-def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors]) -> None:
-    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ.
+def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Tensor | None = None) -> None:
+    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ, and biases[i].
 
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
     """
     if noise.adds_thin(out, x):
-        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors])
+        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
         return
+    if biases is not None:
+        out.view(len(factors), -1, out.shape[-1]).add_(biases[:, None])
     scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
     one, copies = factors[0], len(factors)
     if all(f.left is one.left and f.right is one.right for f in factors) and len(set(powers)) == 1:

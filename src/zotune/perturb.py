@@ -14,7 +14,7 @@ generates text, or one in micro-batches, reads it many times.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ from zotune.factors import Factors, linear, product
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a perturbed piece of a linear layer, 8 MiB in single precision: products of few rows are slow, and a
+# Elements of a perturbed piece of a linear layer, 12 MiB in single precision: products of few rows are slow, and a
 # scratch for both ends of a probe is to stay in the heap from step to step (`zotune.heap`).
-SCRATCH_ELEMENTS = 1 << 21
+SCRATCH_ELEMENTS = 3 << 20
 # Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
 _DEVICE_ELEMENTS = 1 << 26
 _META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
@@ -101,7 +101,7 @@ def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tens
 class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
-    Extra memory: the largest single tuned tensor, or 8 MiB where linear layers and embeddings are all (on a GPU the
+    Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all (on a GPU the
     largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
@@ -165,10 +165,8 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
         # A matrix: of more dimensions with gaps between them, torch would copy the weights for every example.
         x = input.reshape(-1, input.shape[-1])
-        rows = largest // value.shape[1]
         parts = []
-        for lo in range(0, value.shape[0], rows):
-            hi = min(lo + rows, value.shape[0])
+        for lo, hi in pieces(value.shape, value.device.type):
             piece = self._piece(tensor, value, lo, hi)
             parts.append(F.linear(x, piece, None if bias is None else moved_bias[lo:hi]))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -202,6 +200,14 @@ def piece_elements(device_type: str) -> int:
     return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
 
 
+def pieces(shape: Sequence[int], device_type: str) -> list[tuple[int, int]]:
+    """The ranges of a matrix's rows that are perturbed at a time, as even as can be: a small rest is a slow product."""
+    rows, columns = shape
+    at_once = max(1, piece_elements(device_type) // columns)
+    size = -(-rows // -(-rows // at_once)) if rows else 1
+    return [(lo, min(lo + size, rows)) for lo in range(0, rows, size)]
+
+
 @contextmanager
 def meta_as(device_type: str) -> Iterator[None]:
     """Within this context tensors on `meta` are perturbed in such pieces as on another device: to count their bytes."""
@@ -221,7 +227,9 @@ def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
 def largest_piece(tuned: TunedTensors, ids: frozenset[int], device_type: str) -> int:
     """Elements of the largest piece in which a matrix of these tensors is taken on a device."""
     most = piece_elements(device_type)
-    return max((min(t.parameter.numel(), most) for t in tuned if t.id in ids), default=0)
+    shapes = [t.parameter.shape for t in tuned if t.id in ids and t.parameter.dim() == 2]
+    fitting = [shape for shape in shapes if 0 < shape[1] <= most]
+    return max((pieces(shape, device_type)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)
 
 
 class perturbed(displaced):  # noqa: N801
@@ -235,7 +243,7 @@ class perturbed(displaced):  # noqa: N801
     Raises:
         UnreadTensorError: on leaving, if a tuned tensor was not read: its part of u had no effect.
 
-    Extra memory: the largest single tuned tensor, or 8 MiB where linear layers and embeddings are all.
+    Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> u = Direction(seed=7)

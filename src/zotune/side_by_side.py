@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from zotune import noise
+from zotune import gemm, noise
 from zotune.directions import Direction, PhiloxSampler
 from zotune.factors import Factors, linear
-from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, takes
+from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, pieces, takes
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -64,6 +64,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
+        self._vectors_apart = not self._offloaded
         self._derived: dict[int, list[Tensor]] = {}
         self._derived_bytes = 0
         self._scratch: Tensor | None = None
@@ -85,7 +86,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     ) -> Any:
         kwargs = kwargs or {}
         if func in METADATA or not (self._differs(args) or (kwargs and self._differs(kwargs))):
-            return func(*args, **kwargs)
+            return gemm.linear(*args, **kwargs) if func is F.linear else func(*args, **kwargs)
         special = self.special.get(func)
         result = None if special is None else special(self, *args, **kwargs)
         return self._apart(func, args, kwargs) if result is None else result
@@ -189,6 +190,9 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _displaced(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """(copies, *shape): the whole tensor, displaced."""
+        if value.dim() == 1 and self._vectors_apart:
+            self._vectors_apart = False
+            self._keep_vectors(value.dtype)
         if tensor.id in self._kept:
             return self._kept[tensor.id]
         source = value.detach().contiguous()
@@ -197,6 +201,25 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         if self._keeps:
             self._kept[tensor.id] = out
         return out
+
+    def _keep_vectors(self, dtype: torch.dtype) -> None:
+        """Displace all vectors of a dtype at once: with many small tensors most of the time is that of the calls.
+
+        Not on a GPU, which is sent a table for many tensors: a pass that is captured as a graph must not wait for one.
+        """
+        chosen = (t for t in self.tuned if t.id in self.chosen)
+        found = [t for t in chosen if t.parameter.dim() == 1 and t.parameter.dtype == dtype]
+        ids, sizes = [t.id for t in found], [t.parameter.numel() for t in found]
+        small = sum(sizes) * dtype.itemsize * self._copies <= KEPT_BYTES
+        if self._ends is None or not small or any(t.parameter.device.type != "cpu" for t in found):
+            return
+        u, a = self._ends
+        sampler = u.sampler_of(ids[0])
+        if isinstance(sampler, PhiloxSampler):
+            both = torch.cat([t.parameter.detach() for t in found]).repeat(2, 1)
+            for end, scale in zip(both, (a, -a), strict=True):
+                noise.add_many(torch.split(end, sizes), ids, sampler.stream, [u.seed], [scale])
+            self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
         """Write the displaced x, flat slices from element `start` on, for each copy."""
@@ -226,14 +249,23 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         tensor = self.find(weight)
         if tensor is not None and (factors := self._factors(tensor, weight.device)) is not None:
             self.note(tensor)
-            out = linear(input, weight.detach(), None, factors).view(self._copies, -1, weight.shape[0])
+            own = bias if bias is None or not self._differs(bias) else self._stacked(bias)
+            out = linear(input, weight.detach(), own, factors)
         elif 0 < weight.shape[1] <= piece_elements(weight.device.type):
-            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight, tensor)
+            out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight, bias, tensor)
         else:
             return None
-        if bias is not None:
-            out += torch.stack(self._values(bias))[:, None] if self._differs(bias) else bias
         return out.view(*input.shape[:-1], weight.shape[0])
+
+    def _bias(self, bias: Tensor) -> Tensor:
+        """(copies or 1, 1, out)."""
+        return (self._stacked(bias) if self._differs(bias) else bias[None]).unsqueeze(1)
+
+    def _stacked(self, value: Tensor) -> Tensor:
+        """(copies, *shape): each copy's own version of a tensor."""
+        if id(value) in self._derived:
+            return torch.stack(self._derived[id(value)])
+        return self._displaced(self._noted(value), value)
 
     def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
         """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
@@ -246,25 +278,28 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         found = [displacement.factors(tensor, device) for displacement in self._displacements]
         return None if None in found else [f for f in found if f is not None]
 
-    def _product(self, x: Tensor, weight: Tensor, tensor: TunedTensor | None) -> Tensor:
-        """(copies, rows, out): each copy's (rows, in) times its own weights, of which `tensor` are those tuned."""
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, tensor: TunedTensor | None) -> Tensor:
+        """(copies, rows, out): each copy's (rows, in) times its own weights, of which `tensor` are those tuned, + b."""
+        own = None if bias is None else self._bias(bias)
+        if tensor is None and not self._differs(weight):
+            out = gemm.linear(x, weight)
+            return out if own is None else out.add_(own)
         if tensor is None:
-            differs = self._differs(weight)
-            return torch.bmm(x, torch.stack(self._values(weight)).mT) if differs else F.linear(x, weight)
+            return _products(x, self._stacked(weight), own)
         self.note(tensor)
         if self._keeps:
-            return torch.bmm(x, self._displaced(tensor, weight).mT)
-        return self._by_pieces(x, tensor, weight.detach())
+            return _products(x, self._displaced(tensor, weight), own)
+        return self._by_pieces(x, tensor, weight.detach(), own)
 
-    def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor) -> Tensor:
+    def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
-        rows = piece_elements(weight.device.type) // weight.shape[1]
-        if rows >= weight.shape[0]:
-            return torch.bmm(x, self._piece(tensor, weight, 0, weight.shape[0]).mT)
+        ranges = pieces(weight.shape, weight.device.type)
+        if len(ranges) == 1:
+            return _products(x, self._piece(tensor, weight, 0, weight.shape[0]), bias)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        for lo in range(0, weight.shape[0], rows):
-            hi = min(lo + rows, weight.shape[0])
-            out[..., lo:hi] = torch.bmm(x, self._piece(tensor, weight, lo, hi).mT)
+        for lo, hi in ranges:
+            own = None if bias is None else bias[..., lo:hi]
+            out[..., lo:hi] = _products(x, self._piece(tensor, weight, lo, hi), own)
         return out
 
     def _embedding(
@@ -308,6 +343,11 @@ def _ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | No
     if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
         return None
     return (one.direction, one.a) if one.a == -other.a else None
+
+
+def _products(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """(copies, rows, out): each copy's (rows, in) times its own (out, in) transposed, + (copies or 1, 1, out)."""
+    return torch.bmm(x, weights.mT) if bias is None else torch.baddbmm(bias, x, weights.mT)
 
 
 def _joined(results: list[Any]) -> Any:

@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zotune.noise import kernels
-from zotune.noise.kernels import DOUBLE, FLOAT
+from zotune.noise.kernels import BFLOAT16, DOUBLE, FLOAT, FLOAT16
+
+# What the kernels call each dtype.
+_KINDS = {torch.float32: FLOAT, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: DOUBLE}
+_HALF = (torch.bfloat16, torch.float16)
 
 # A range shorter than this is not worth handing to a second thread.
 _THREAD_ELEMENTS = 1 << 17
@@ -19,65 +24,87 @@ _THREAD_ELEMENTS = 1 << 17
 _ALIGNMENT = 1024
 
 
-def fill(out: Any, stream: int, seed: int, tensor_id: int, start: int) -> None:
-    """Fill `out` (float32) with elements start, start + 1, … of a direction."""
-    key = np.uint64(seed)
-    _parallel(lambda lo, hi: kernels.fill(out, stream, key, tensor_id, start, lo, hi), out.size)
+def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.fill`."""
+    array, key = out.numpy(), np.uint64(seed)
+    _parallel(lambda lo, hi: kernels.fill(array, stream, key, tensor_id, start, lo, hi), array.size)
 
 
 def add(
-    out: Any,
-    x: Any,
-    kind: int,
+    out: Tensor,
+    x: Tensor,
     stream: int,
     seeds: Sequence[int],
     scales: Sequence[float],
-    rounding_seed: int | None,
     tensor_id: int,
     start: int,
+    rounding_seed: int | None,
 ) -> None:
-    """Out = x + Σ scales[i] uᵢ; 16-bit results at random if given a seed, else to nearest."""
+    """As `noise.add`."""
+    kind, to, given = _KINDS[x.dtype], _array(out), _array(x)
     u, a = np.array(seeds, np.uint64), np.array(scales, np.float64 if kind == DOUBLE else np.float32)
 
     def run(lo: int, hi: int) -> None:
         if kind in (FLOAT, DOUBLE):
-            kernels.add(out, x, stream, u, a, tensor_id, start, lo, hi)
+            kernels.add(to, given, stream, u, a, tensor_id, start, lo, hi)
         elif rounding_seed is None:
-            kernels.add_half(out, x, kind, stream, u, a, tensor_id, start, lo, hi)
+            kernels.add_half(to, given, kind, stream, u, a, tensor_id, start, lo, hi)
         else:
             random = np.uint64(rounding_seed)
-            kernels.add_half_stochastic(out, x, kind, stream, u, a, random, tensor_id, start, lo, hi)
+            kernels.add_half_stochastic(to, given, kind, stream, u, a, random, tensor_id, start, lo, hi)
 
-    _parallel(run, x.size)
+    _parallel(run, given.size)
 
 
 def add_both(
-    plus: Any, minus: Any, x: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int, start: int
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """Plus = x + scale · u and minus = x - scale · u."""
+    """As `noise.add_both`."""
     for out, a in ((plus, scale), (minus, -scale)):
-        add(out, x, kind, stream, [seed], [a], None, tensor_id, start)
+        add(out, x, stream, [seed], [a], tensor_id, start, None)
 
 
-def add_rows(rows: Any, indices: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int) -> None:
-    """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor."""
+def add_many(
+    xs: Sequence[Tensor],
+    tensor_ids: Sequence[int],
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    rounding_seed: int | None,
+) -> None:
+    """As `noise.add_many`, one by one."""
+    for x, tensor_id in zip(xs, tensor_ids, strict=True):
+        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
+
+
+def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
+    """As `noise.add_rows`."""
+    kind, array, places = _KINDS[rows.dtype], _array(rows), indices.numpy()
     u, a = np.array([seed], np.uint64), np.array([scale], np.float64 if kind == DOUBLE else np.float32)
     if kind in (FLOAT, DOUBLE):
-        kernels.add_rows(rows, indices, stream, u, a, tensor_id)
+        kernels.add_rows(array, places, stream, u, a, tensor_id)
     else:
-        kernels.add_rows_half(rows, indices, kind, stream, u, a, tensor_id)
+        kernels.add_rows_half(array, places, kind, stream, u, a, tensor_id)
 
 
-def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, start: int) -> None:
-    """Write y (float32) into 16-bit `out`, at random so that the mean is y."""
-    random = np.uint64(rounding_seed)
-    _parallel(lambda lo, hi: kernels.round_half(out, y, kind, random, tensor_id, start, lo, hi), y.size)
+def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.round_to`, at random."""
+    kind, to, given, random = _KINDS[out.dtype], _array(out), y.numpy(), np.uint64(rounding_seed)
+    _parallel(
+        lambda lo, hi: kernels.round_half(to, given, kind, random, tensor_id, start, lo, hi),
+        given.size,
+    )
 
 
-def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> None:
-    """Set elements of `out` (float32) to zero where the mask stream says so."""
-    limit, key = np.uint64(threshold), np.uint64(seed)
-    _parallel(lambda lo, hi: kernels.mask(out, limit, key, tensor_id, start, lo, hi), out.size)
+def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.mask`; the threshold is that of the mask stream's words."""
+    array, limit, key = out.numpy(), np.uint64(threshold), np.uint64(seed)
+    _parallel(lambda lo, hi: kernels.mask(array, limit, key, tensor_id, start, lo, hi), array.size)
+
+
+def _array(t: Tensor) -> Any:
+    """A NumPy view; 16-bit floats as their bit patterns."""
+    return (t.view(torch.uint16) if t.dtype in _HALF else t).numpy()
 
 
 @cache

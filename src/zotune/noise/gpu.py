@@ -103,7 +103,7 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
         return
     count, width = rows.shape
     terms = _terms_on(rows.device, (seed,), (scale,), None)
-    arguments = _bits(rows), indices.long(), width, terms, _signed(tensor_id)
+    arguments = _bits(rows), indices, width, terms, _signed(tensor_id)
     # A row may begin within a tile, and so reach into one more.
     grid = (count, -(-width // _ROW_TILE) + 1)
     _launch(kernels.add_rows, rows, grid, *arguments, STREAM=stream, KIND=_KINDS[rows.dtype], TILE=_ROW_TILE)

@@ -438,7 +438,16 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
     add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
 }
 
-/* The same where uᵢ is the product of left[i], whose first row is that of element `start`, and right[i]. */
+/* The same in place for each of some whole tensors, on so many threads each. */
+void zotune_add_many(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
+                     int kind, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
+                     uint64_t rounding_seed) {
+    for (int i = 0; i < count; i++)
+        zotune_add(xs[i], xs[i], kind, stream, q, seeds, scales, stochastic, rounding_seed, tensors[i], 0, sizes[i],
+                   threads[i]);
+}
+
+/* As zotune_add, where uᵢ is the product of left[i], whose first row is that of element `start`, and right[i]. */
 void zotune_add_products(char *out, const char *x, int kind, int q, const float *const *left,
                          const float *const *right, int rank, int64_t columns, const double *scales, int stochastic,
                          uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
@@ -536,32 +545,37 @@ static inline float dot(const char *x, int kind, const float *right, int64_t n) 
     return total;
 }
 
-/* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n): one row. */
+/* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n), and bias (m) if there is
+ * one: one row. */
 static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
-                            const float *right, float a) {
+                            const float *right, float a, const float *bias) {
     float room[TILE] ALIGNED, thin[rank];
     for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
     for (int64_t at = 0; at < m; at += TILE) {
         const int count = m - at < TILE ? (int)(m - at) : TILE;
         char *to = out + at * BYTES[kind];
         float *y = (float *)as_floats(room, to, kind, count);
+        if (bias)
+            for (int k = 0; k < count; k++) y[k] += bias[at + k];
         for (int s = 0; s < rank; s++)
             for (int k = 0; k < count; k++) y[k] += thin[s] * left[s * m + at + k];
         if (kind != FLOAT) narrow(to, y, kind, count);
     }
 }
 
-/* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank. These are
- * not bits of the specification: a forward pass may sum in any order. Not for double precision. */
+/* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank, and plus
+ * its own of `biases` (shares, m), if there are any. These are not bits of the specification: a forward pass may sum in
+ * any order. Not for double precision. */
 void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
-                     const float *const *left, const float *const *right, const double *scales, int threads) {
+                     const float *const *left, const float *const *right, const double *scales, const float *biases,
+                     int threads) {
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
 #endif
     for (int64_t i = 0; i < rows; i++) {
         const int64_t share = i / (rows / shares);
         add_thin(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
-                 (float)scales[share]);
+                 (float)scales[share], biases ? biases + share * m : 0);
     }
 }
 

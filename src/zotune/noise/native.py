@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from zotune.cache import cache_folder
 from zotune.noise import reference
@@ -40,15 +41,18 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_many": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
     "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _int),
+    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
     "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
     "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _int),
 }
-_DOUBLE = 3
+# What the kernels call each dtype.
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_HALF = (torch.bfloat16, torch.float16)
 # A thread for every so many elements: fewer are made faster than a second thread is woken.
 _THREAD_ELEMENTS = 1 << 14
 
@@ -112,7 +116,8 @@ def _reproduces_the_specification(loaded: Any) -> bool:
     left, right = np.ascontiguousarray(out[:15].reshape(5, 3)), out[:2700].reshape(900, 3)
     product, room = reference.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
     left = left * np.float32(1 / np.sqrt(3))
-    _add_products(loaded, room, room, 0, [(left, right)], [0.7], None, tensor_id, 130)
+    x, *factors = map(torch.from_numpy, (room, left, right))
+    _add_products(loaded, x, x, [factors], [0.7], tensor_id, 130, None)
     if not np.array_equal(room, np.float32(0.7) * product):
         return False
     expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
@@ -155,68 +160,95 @@ def _threads(size: int) -> int:
     return max(1, min(torch.get_num_threads(), size // _THREAD_ELEMENTS))
 
 
-def fill(out: Any, stream: int, seed: int, tensor_id: int, start: int) -> None:
-    """As `cpu.fill`."""
-    library().zotune_fill(_at(out), stream, seed, tensor_id, start, out.size, _threads(out.size))
+def _span(x: Tensor, tensor_id: int, start: int) -> tuple[int, int, int, int]:
+    """Which elements of which tensor x holds, and on how many threads they are made."""
+    size = x.numel()
+    return tensor_id, start, size, _threads(size)
+
+
+def _terms(seeds: Sequence[int], scales: Sequence[float]) -> tuple[int, Any, Any]:
+    q = len(seeds)
+    return q, (_u64 * q)(*seeds), (_double * q)(*scales)
+
+
+def _rounding(dtype: torch.dtype, rounding_seed: int | None) -> tuple[bool, int]:
+    """Whether results are rounded at random, and by which seed: single and double precision are not."""
+    random = None if dtype not in _HALF else rounding_seed
+    return random is not None, random or 0
+
+
+def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.fill`."""
+    library().zotune_fill(out.data_ptr(), stream, seed, *_span(out, tensor_id, start))
 
 
 def add(
-    out: Any,
-    x: Any,
-    kind: int,
+    out: Tensor,
+    x: Tensor,
+    stream: int,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int,
+    rounding_seed: int | None,
+) -> None:
+    """As `noise.add`."""
+    rest = (*_terms(seeds, scales), *_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    library().zotune_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], stream, *rest)
+
+
+def add_many(
+    xs: Sequence[Tensor],
+    tensor_ids: Sequence[int],
     stream: int,
     seeds: Sequence[int],
     scales: Sequence[float],
     rounding_seed: int | None,
-    tensor_id: int,
-    start: int,
 ) -> None:
-    """As `cpu.add`."""
-    q = len(seeds)
-    u, a = (_u64 * q)(*seeds), (_double * q)(*scales)
-    # Single and double precision are not rounded further.
-    random = None if kind in (0, 3) else rounding_seed
-    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
-    library().zotune_add(_at(out), _at(x), kind, stream, q, u, a, *rest)
+    """As `noise.add_many`: one call."""
+    n, dtype = len(xs), xs[0].dtype
+    addresses, sizes = (_p * n)(*(x.data_ptr() for x in xs)), (_i64 * n)(*(x.numel() for x in xs))
+    rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed))
+    # As many threads as the largest is worth; the smallest end before another thread would have woken.
+    threads = (_int * n)(*map(_threads, sizes))
+    library().zotune_add_many(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
 
 
 def add_products(
-    out: Any,
-    x: Any,
-    kind: int,
-    factors: Sequence[tuple[Any, Any]],
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
-    rounding_seed: int | None,
     tensor_id: int,
     start: int,
+    rounding_seed: int | None,
 ) -> None:
-    """Out = x + Σ scales[i] uᵢ with uᵢ = Aᵢ Bᵢᵀ; as `noise.add_products`. There is no such kernel by numba."""
-    _add_products(library(), out, x, kind, factors, scales, rounding_seed, tensor_id, start)
+    """As `noise.add_products`. There is no such kernel by numba."""
+    _add_products(library(), out, x, factors, scales, tensor_id, start, rounding_seed)
 
 
 def _add_products(
     loaded: Any,
-    out: Any,
-    x: Any,
-    kind: int,
-    factors: Sequence[tuple[Any, Any]],
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[Sequence[Tensor]],
     scales: Sequence[float],
-    *place: Any,
+    tensor_id: int,
+    start: int,
+    rounding_seed: int | None,
 ) -> None:
     q, (columns, rank) = len(scales), factors[0][1].shape
     # Bᵀ, so that a row of U is made of rows.
-    lefts, rights = zip(*((left, np.ascontiguousarray(right.T)) for left, right in factors), strict=True)
-    where = [(ctypes.c_void_p * q)(*map(_at, arrays)) for arrays in (lefts, rights)]
-    rounding_seed, tensor_id, start = place
-    random = None if kind in (0, 3) else rounding_seed
-    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
-    loaded.zotune_add_products(_at(out), _at(x), kind, q, *where, rank, columns, (_double * q)(*scales), *rest)
+    lefts, rights = zip(*((left, right.t().contiguous()) for left, right in factors), strict=True)
+    where = [(_p * q)(*(t.data_ptr() for t in side)) for side in (lefts, rights)]
+    rest = (*_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    terms = (q, *where, rank, columns, (_double * q)(*scales))
+    loaded.zotune_add_products(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *terms, *rest)
 
 
 def step(
-    x: Any,
-    states: Sequence[Any],
-    kind: int,
+    x: Tensor,
+    states: Sequence[Tensor],
     rule: int,
     constants: Any,
     terms: tuple[int, Sequence[int], Sequence[float]],
@@ -227,56 +259,57 @@ def step(
     first: bool,
     writes: bool,
 ) -> None:
-    """x, float32 or 16-bit patterns, one step on, and the one to three `states` of its rule; see `zotune.fused`."""
+    """As `noise.step`. There is no such kernel by numba."""
     stream, seeds, scales = terms
-    q = len(seeds)
-    u, a = (_u64 * q)(*seeds), (_double * q)(*scales)
-    random = None if kind == 0 else rounding_seed
-    addresses = [*map(_at, states), None, None][:3]
-    rest = (random is not None, random or 0, tensor_id, start, x.size, _threads(x.size))
-    library().zotune_step(_at(x), *addresses, kind, rule, first, writes, _at(constants), stream, q, u, a, *rest)
+    addresses = [*(state.data_ptr() for state in states), None, None][:3]
+    how = (_KINDS[x.dtype], rule, first, writes, _at(constants), stream, *_terms(seeds, scales))
+    rest = (*_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    library().zotune_step(x.data_ptr(), *addresses, *how, *rest)
 
 
 def add_thin(
-    out: int,
-    x: int,
-    kind: int,
-    shape: tuple[int, int, int],
-    rank: int,
-    factors: Sequence[tuple[Any, Any]],
+    out: Tensor,
+    x: Tensor,
+    factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
+    biases: Tensor | None,
 ) -> None:
-    """As `noise.add_thin`, of addresses and of factors with contiguous columns; `shape` is rows, m and n."""
-    q = len(scales)
-    lefts, rights = ((ctypes.c_void_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
-    threads = _threads(shape[0] * (shape[1] + shape[2]))
-    library().zotune_add_thin(out, x, kind, *shape, q, rank, lefts, rights, (_double * q)(*scales), threads)
+    """As `noise.add_thin`. There is no such kernel by numba."""
+    q, rank, shape = len(scales), factors[0][0].shape[1], (out.shape[0], out.shape[1], x.shape[1])
+    if rank > 1:  # else the one column lies in memory as a row does
+        factors = [(left.t().contiguous(), right.t().contiguous()) for left, right in factors]
+    lefts, rights = ((_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
+    own = None if biases is None else biases.float().contiguous()
+    where = (lefts, rights, (_double * q)(*scales), None if own is None else own.data_ptr())
+    rest = (q, rank, *where, _threads(shape[0] * (shape[1] + shape[2])))
+    library().zotune_add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
 
 
 def add_both(
-    plus: Any, minus: Any, x: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int, start: int
+    plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """As `cpu.add_both`."""
-    if kind == _DOUBLE:
+    """As `noise.add_both`."""
+    if x.dtype == torch.float64:
         for out, a in ((plus, scale), (minus, -scale)):
-            add(out, x, kind, stream, [seed], [a], None, tensor_id, start)
+            add(out, x, stream, [seed], [a], tensor_id, start, None)
         return
-    place = (tensor_id, start, x.size, _threads(x.size))
-    library().zotune_pair(_at(plus), _at(minus), _at(x), kind, stream, seed, scale, *place)
+    rest = (_KINDS[x.dtype], stream, seed, scale, *_span(x, tensor_id, start))
+    library().zotune_pair(plus.data_ptr(), minus.data_ptr(), x.data_ptr(), *rest)
 
 
-def add_rows(rows: Any, indices: Any, kind: int, stream: int, seed: int, scale: float, tensor_id: int) -> None:
-    """As `cpu.add_rows`."""
-    count, width = rows.shape
-    size = (_at(rows), _at(indices), count, width, rows.strides[0])
-    library().zotune_add_rows(*size, kind, stream, seed, scale, tensor_id)
+def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
+    """As `noise.add_rows`."""
+    indices = indices.contiguous()
+    size = (rows.data_ptr(), indices.data_ptr(), *rows.shape, rows.stride(0) * rows.element_size())
+    library().zotune_add_rows(*size, _KINDS[rows.dtype], stream, seed, scale, tensor_id)
 
 
-def round_half(out: Any, y: Any, kind: int, rounding_seed: int, tensor_id: int, start: int) -> None:
-    """As `cpu.round_half`."""
-    library().zotune_round(_at(out), _at(y), kind, rounding_seed, tensor_id, start, y.size, _threads(y.size))
+def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.round_to`, at random."""
+    rest = (_KINDS[out.dtype], rounding_seed, *_span(y, tensor_id, start))
+    library().zotune_round(out.data_ptr(), y.data_ptr(), *rest)
 
 
-def mask(out: Any, threshold: int, seed: int, tensor_id: int, start: int) -> None:
-    """As `cpu.mask`."""
-    library().zotune_mask(_at(out), threshold, seed, tensor_id, start, out.size, _threads(out.size))
+def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> None:
+    """As `noise.mask`; the threshold is that of the mask stream's words."""
+    library().zotune_mask(out.data_ptr(), threshold, seed, *_span(out, tensor_id, start))
