@@ -65,10 +65,10 @@ class Tangents(Reading):
 
     def pair(self, args: tuple[Any, ...]) -> tuple[tuple[Any, Tensor | None], tuple[Any, Tensor | None]] | None:
         """What is read of two arguments, each with its tangent; None for other arguments, or without a tangent."""
-        if len(args) != 2 or not any(isinstance(arg, Tensor) and self._has_tangent(arg) for arg in args):
+        if len(args) != 2:
             return None
         one, other = (unpack(self.replace(a)) if isinstance(a, Tensor) else (a, None) for a in args)
-        return one, other
+        return None if one[1] is None and other[1] is None else (one, other)
 
     def _has_tangent(self, value: Tensor | None) -> bool:
         return value is not None and (self.find(value) is not None or tangent_of(value) is not None)
