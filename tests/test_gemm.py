@@ -3,9 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from zotune import gemm
 from zotune.gemm import linear
+
+
+class Quantised(torch.Tensor):
+    """Weights with products of their own."""
 
 
 @pytest.fixture
@@ -49,16 +54,18 @@ def test_halves_are_taken_from_as_many_rows_as_columns_to_twice_as_many(halves, 
 
 
 @pytest.mark.parametrize(
-    ("threads", "dtype", "grad", "taken"),
+    ("threads", "dtype", "grad", "kind", "taken"),
     [
-        (2, torch.bfloat16, False, True),
-        (1, torch.bfloat16, False, False),
-        (2, torch.float32, False, False),
-        (2, torch.bfloat16, True, False),
+        (2, torch.bfloat16, False, torch.Tensor, True),
+        (2, torch.bfloat16, False, nn.Parameter, True),
+        (1, torch.bfloat16, False, torch.Tensor, False),
+        (2, torch.float32, False, torch.Tensor, False),
+        (2, torch.bfloat16, True, torch.Tensor, False),
+        (2, torch.bfloat16, False, Quantised, False),
     ],
 )
-def test_halves_are_for_two_threads_half_precision_and_no_gradient(monkeypatch, threads, dtype, grad, taken):
+def test_halves_are_for_two_threads_plain_bfloat16_and_no_gradient(monkeypatch, threads, dtype, grad, kind, taken):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = torch.zeros(4, 4, dtype=dtype)
     with torch.set_grad_enabled(grad):
-        assert gemm._takes_halves(x, x) == taken
+        assert gemm._takes_halves(x, kind(x)) == taken

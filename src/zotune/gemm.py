@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Columns for which that was measured: with fewer, both halves are small and slow; with more, it does not happen.
 _COLUMNS = range(384, 1153)
@@ -36,5 +36,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _takes_halves(x: Tensor, weight: Tensor) -> bool:
-    plain = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
-    return plain and torch.get_num_threads() == 2 and not torch.is_grad_enabled()
+    bfloat16 = x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
+    # Quantised weights are of a type that says it is of half precision, and whose products are its own.
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return bfloat16 and plain and torch.get_num_threads() == 2 and not torch.is_grad_enabled()
