@@ -213,10 +213,9 @@ def test_linear_layer_in_pieces_equals_the_whole(monkeypatch, rows, bias):
 
 
 @pytest.mark.parametrize("shape", [(37, 10), (1, 3), (100, 7), (8, 400), (50, 399)])
-def test_pieces_are_a_matrixs_rows_in_order_as_even_as_can_be(monkeypatch, shape):
+def test_pieces_are_a_matrixs_rows_in_order_as_even_as_can_be(shape):
     """A small rest would be a slow product; none is larger than the scratch, unless a single row is."""
-    monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", 400)
-    ranges = perturb.pieces(shape, "cpu")
+    ranges = perturb.pieces(shape, 400)
     assert [row for lo, hi in ranges for row in range(lo, hi)] == list(range(shape[0]))
     sizes = [hi - lo for lo, hi in ranges]
     at_once = max(1, 400 // shape[1])
@@ -226,7 +225,7 @@ def test_pieces_are_a_matrixs_rows_in_order_as_even_as_can_be(monkeypatch, shape
     assert sizes[0] - sizes[-1] < len(sizes)
     model = nn.Linear(shape[1], shape[0])
     tuned = TunedTensors(model)
-    assert perturb.largest_piece(tuned, frozenset(t.id for t in tuned), "cpu") == sizes[0] * shape[1]
+    assert perturb.largest_piece(tuned, frozenset(t.id for t in tuned), 400) == sizes[0] * shape[1]
 
 
 def test_linear_layer_wider_than_the_scratch_is_still_perturbed(monkeypatch):

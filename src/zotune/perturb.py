@@ -145,7 +145,8 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
         rows = value[lo:hi]
         if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
-            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, value.device.type))
+            most = piece_elements(value.device.type)
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, most))
         piece = self._scratch[: rows.numel()]
         self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
@@ -166,7 +167,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         # A matrix: of more dimensions with gaps between them, torch would copy the weights for every example.
         x = input.reshape(-1, input.shape[-1])
         parts = []
-        for lo, hi in pieces(value.shape, value.device.type):
+        for lo, hi in pieces(value.shape, largest):
             piece = self._piece(tensor, value, lo, hi)
             parts.append(F.linear(x, piece, None if bias is None else moved_bias[lo:hi]))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -200,10 +201,10 @@ def piece_elements(device_type: str) -> int:
     return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
 
 
-def pieces(shape: Sequence[int], device_type: str) -> list[tuple[int, int]]:
-    """The ranges of a matrix's rows that are perturbed at a time, as even as can be: a small rest is a slow product."""
+def pieces(shape: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Ranges of a matrix's rows, of `most` elements or fewer, as even as can be: a small rest is a slow product."""
     rows, columns = shape
-    at_once = max(1, piece_elements(device_type) // columns)
+    at_once = max(1, most // columns)
     size = -(-rows // -(-rows // at_once)) if rows else 1
     return [(lo, min(lo + size, rows)) for lo in range(0, rows, size)]
 
@@ -224,12 +225,11 @@ def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
-def largest_piece(tuned: TunedTensors, ids: frozenset[int], device_type: str) -> int:
-    """Elements of the largest piece in which a matrix of these tensors is taken on a device."""
-    most = piece_elements(device_type)
+def largest_piece(tuned: TunedTensors, ids: frozenset[int], most: int) -> int:
+    """Elements of the largest of the pieces in which matrices of these tensors are taken, each of `most` or fewer."""
     shapes = [t.parameter.shape for t in tuned if t.id in ids and t.parameter.dim() == 2]
     fitting = [shape for shape in shapes if 0 < shape[1] <= most]
-    return max((pieces(shape, device_type)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)
+    return max((pieces(shape, most)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)
 
 
 class perturbed(displaced):  # noqa: N801

@@ -237,7 +237,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         rows = value[lo:hi]
         scratch = self._scratch
         if scratch is None or scratch.dtype != value.dtype or scratch.device != value.device:
-            size = largest_piece(self.tuned, self.chosen, value.device.type)
+            size = largest_piece(self.tuned, self.chosen, piece_elements(value.device.type))
             self._scratch = scratch = value.new_empty(self._copies * size)
         piece = scratch[: self._copies * rows.numel()]
         self._move(piece.view(self._copies, -1).unbind(), rows.reshape(-1), tensor, lo * value.shape[1])
@@ -293,7 +293,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
-        ranges = pieces(weight.shape, weight.device.type)
+        ranges = pieces(weight.shape, piece_elements(weight.device.type))
         if len(ranges) == 1:
             return _products(x, self._piece(tensor, weight, 0, weight.shape[0]), bias)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -1,13 +1,13 @@
 """The model with tangents: each tuned tensor is dual, x with the tangent u, while a torch function reads it.
 
 The derivative rules of torch want the whole of u for a tensor, and multiply by tangents that are zero. Those that
-matter for a language model's time and memory are written out: linear layers, embeddings, attention, the loss over a
-vocabulary; and norms, whose rule overflows in float16.
+matter for a language model's time and memory are written out: linear layers, embeddings, attention, layer norms, the
+loss over a vocabulary. Norms are taken in single precision, for their rule overflows in float16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,15 @@ from torch.utils._pytree import tree_map_only
 from zotune.attention import attention
 from zotune.directions import Direction
 from zotune.factors import add_products
-from zotune.perturb import Along, Displacement, largest_piece
+from zotune.layer_norm import layer_norm
+from zotune.perturb import Along, Displacement, largest_piece, pieces
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
-# Elements of a piece of a matrix's tangent: 4 MiB in single precision.
-_PIECE = 1 << 20
+# Elements of a piece of a matrix's tangent: 12 MiB in single precision.
+_PIECE = 3 << 20
+# Logits whose losses are taken at a time.
+_LOGITS = 1 << 20
 
 
 class Tangents(Reading):
@@ -56,9 +59,10 @@ class Tangents(Reading):
         (x, x_tangent), w = unpack(self.replace(input)), weight.detach()
         b, b_tangent = (None, None) if bias is None else unpack(self.replace(bias))
         y = F.linear(x, w, b)
-        tangent = torch.zeros_like(y) if x_tangent is None else F.linear(x_tangent, w)
-        if b_tangent is not None:
-            tangent += b_tangent
+        if x_tangent is not None:
+            tangent = F.linear(x_tangent, w, b_tangent)
+        else:
+            tangent = torch.zeros_like(y) if b_tangent is None else b_tangent.expand_as(y).contiguous()
         if tensor is not None:
             self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
         return dual(y, tangent)
@@ -78,14 +82,11 @@ class Tangents(Reading):
         if (factors := self._u.factors(tensor, out.device)) is not None:
             add_products(out, x, [factors])
             return
-        width = x.shape[1]
-        rows = _PIECE // width
-        zeros = self._zeros
+        zeros, width = self._zeros, x.shape[1]
         if zeros is None or zeros.dtype != out.dtype or zeros.device != out.device:
-            self._zeros = zeros = out.new_zeros(min(_PIECE, largest_piece(self.tuned, self.chosen, out.device.type)))
+            self._zeros = zeros = out.new_zeros(largest_piece(self.tuned, self.chosen, _PIECE))
         scratch = torch.empty_like(zeros)
-        for lo in range(0, out.shape[1], rows):
-            hi = min(lo + rows, out.shape[1])
+        for lo, hi in pieces((out.shape[1], width), _PIECE):
             piece = scratch[: (hi - lo) * width]
             self._u.move(piece, zeros[: piece.numel()], tensor, lo * width)
             out[:, lo:hi].addmm_(x, piece.view(hi - lo, width).t())
@@ -133,6 +134,23 @@ class Tangents(Reading):
         dq, dk, dv = (torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in pairs)
         return dual(*attention((q, k, v), (dq, dk, dv), attn_mask, is_causal=is_causal, scale=scale))
 
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        """As `zotune.layer_norm.layer_norm`."""
+        # Autocast computes it in single precision, and leaves it there.
+        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+            return None
+        x, w, b = ((None, None) if t is None else unpack(self.replace(t)) for t in (input, weight, bias))
+        primal, tangent = x
+        assert primal is not None
+        return dual(*layer_norm(primal, tangent, normalized_shape, w, b, eps))
+
     def _cross_entropy(
         self,
         input: Tensor,
@@ -146,9 +164,9 @@ class Tangents(Reading):
     ) -> Tensor | None:
         """Some rows of a large vocabulary's logits at a time."""
         unusual = weight is not None or size_average is not None or reduce is not None or target.is_floating_point()
-        if unusual or input.dim() != 2 or input.numel() <= _PIECE or self.find(input) is not None:
+        if unusual or input.dim() != 2 or input.numel() <= _LOGITS or self.find(input) is not None:
             return None
-        rows = max(1, _PIECE // input.shape[1])
+        rows = max(1, _LOGITS // input.shape[1])
         each = partial(F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         losses = torch.cat(list(map(each, torch.split(input, rows), torch.split(target, rows))))
         if reduction == "none":
@@ -206,7 +224,8 @@ Tangents.special = {
     Tensor.mul: _product,
     torch.add: _sum,
     Tensor.add: _sum,
-    **{norm: _in_single_precision(norm) for norm in (F.layer_norm, F.group_norm, F.rms_norm)},
+    F.layer_norm: Tangents._layer_norm,
+    **{norm: _in_single_precision(norm) for norm in (F.group_norm, F.rms_norm)},
 }
 
 
