@@ -124,6 +124,7 @@ def test_sums_and_products_have_the_derivative_of_back_propagation(form):
 @pytest.mark.parametrize("pieces", [1 << 20, 40, 8])
 def test_coefficient_is_the_gradients_product_with_u(monkeypatch, sampler, pieces):
     monkeypatch.setattr(tangents, "_PIECE", pieces)
+    monkeypatch.setattr(tangents, "_LOGITS", pieces)
     model = network()
     g = gradient(model, partial(loss_of, model))
     for seed in range(5):
@@ -185,7 +186,7 @@ def test_the_loss_over_a_vocabulary_has_the_same_tangent_in_pieces(data):
     logits, tangent = torch.randn(2, count, vocabulary, dtype=DOUBLE)
     model = nn.Linear(1, 1).double()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), forward_ad.dual_level():
-        patch.setattr(tangents, "_PIECE", scratch)
+        patch.setattr(tangents, "_LOGITS", scratch)
         z = forward_ad.make_dual(logits, tangent)
         expected = F.cross_entropy(z, target, weight, **options)
         with tangents.Tangents(zo.TunedTensors(model), zo.Direction(0)):
@@ -334,6 +335,40 @@ def test_compiled_and_scripted_modules_are_refused(how):
     model = nn.Sequential(inner)
     with pytest.raises(zo.UsageError, match=r"'0' is (compiled|scripted).*before torch\.compile"):
         estimated(model, lambda: model(torch.ones(1, 2)).sum(), zo.Direction(1))
+
+
+def test_a_layer_norm_in_front_of_what_is_tuned_has_no_tangent():
+    """Else all that follows would carry zeros along, and a loss that was cut off would have a derivative of zero."""
+    model = nn.Sequential(nn.LayerNorm(4).requires_grad_(False), nn.Linear(4, 4))
+    with torch.no_grad(), forward_ad.dual_level(), tangents.Tangents(zo.TunedTensors(model), zo.Direction(0)):
+        x = model[0](torch.randn(3, 4))
+        assert forward_ad.unpack_dual(x).tangent is None
+        model[1](x)
+    with pytest.raises(zo.UsageError, match="no tangent"):
+        estimated(model, lambda: model[0](model[1](torch.ones(2, 4)).detach()).sum(), zo.Direction(1))
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (3,)])
+def test_the_tangent_of_a_bias_is_not_written_by_the_layer_that_adds_it(rows):
+    """One whose tangent is what another computation made, and is read again."""
+    layer, x = nn.Linear(4, 4), torch.randn(*rows, 4)
+    tangent = torch.randn(4)
+    tuned = zo.TunedTensors(layer, [layer.weight])
+    with torch.no_grad(), forward_ad.dual_level(), tangents.Tangents(tuned, zo.Direction(0)):
+        bias = forward_ad.make_dual(layer.bias.detach(), tangent)
+        before = tangent.clone()
+        found = forward_ad.unpack_dual(F.linear(x, layer.weight, bias)).tangent
+    assert torch.equal(tangent, before)
+    torch.testing.assert_close(found, x @ zo.Direction(0).of(layer, "weight").T + tangent)
+
+
+def test_under_autocast_a_bias_alone_has_a_tangent_in_the_outputs_precision():
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    reading = tangents.Tangents(zo.TunedTensors(layer), zo.Direction(0))
+    with torch.no_grad(), forward_ad.dual_level(), torch.autocast("cpu", torch.bfloat16), reading:
+        y, tangent = forward_ad.unpack_dual(layer(torch.randn(3, 4)))
+    assert y.dtype == tangent.dtype == torch.bfloat16
 
 
 def test_layer_norm_of_a_narrow_input_is_right_in_float16():

@@ -5,8 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import zotune as zo
 from zotune import gemm
 from zotune.gemm import linear
+from zotune.perturb import Along
+from zotune.side_by_side import side_by_side
 
 
 class Quantised(torch.Tensor):
@@ -42,6 +45,21 @@ def test_a_product_in_halves_is_the_product(halves, dtype, bias, shape):
     assert found.dtype == dtype
     bound = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.25}[dtype]
     assert (found.double() - expected).abs().max() <= bound
+
+
+def test_passes_side_by_side_take_halves_of_layers_that_are_frozen_and_of_low_rank(halves):
+    frozen, tuned = nn.Linear(4, 400).requires_grad_(False), nn.Linear(400, 400, bias=False)
+    (u,) = zo.zo_sgd(tuned, lr=1.0, sampler=zo.low_rank(zo.rademacher)).directions()
+    with torch.no_grad(), side_by_side(zo.TunedTensors(tuned), [Along(u, 0.1), Along(u, -0.1)]):
+        x = frozen(torch.randn(500, 4))
+        assert halves == [250, 250]
+        tuned(x)
+    assert halves == [250] * 4
+
+
+def test_a_layer_without_inputs_is_its_bias(halves):
+    b = torch.randn(400)
+    assert torch.equal(linear(torch.zeros(400, 0), torch.zeros(400, 0), b), b.expand(400, 400))
 
 
 @pytest.mark.parametrize(

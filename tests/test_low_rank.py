@@ -20,7 +20,7 @@ from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
 from zotune.noise import reference
 from zotune.noise.reference import derive_seed
-from zotune.perturb import displaced
+from zotune.perturb import Along, displaced
 from zotune.probes import values_at
 from zotune.side_by_side import side_by_side
 from zotune.tuned import TunedTensors, tensor_id
@@ -218,6 +218,29 @@ def test_thin_products_of_shares_are_those_in_double_precision(dtype, rank, m, n
             expected[3 * i : 3 * i + 3] += f.a * x[3 * i : 3 * i + 3].double() @ (f.left @ f.right.T).double().T
         bound = {torch.bfloat16: 2**-7, torch.float16: 2**-9}.get(dtype, 1e-5) * 0.3 * (n * rank) ** 0.5
         assert (found.double() - expected).abs().max() <= 6 * bound + 2**-7 * (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 5), (5,)])
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_bias_of_any_shape_that_is_broadcast_is_added_to_each_end(shape, tuned):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 4).double())
+            self.bias = nn.Parameter(torch.randn(shape).double(), requires_grad=tuned)
+
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    model, x = Layer(), torch.randn(6, 4, dtype=torch.float64)
+    for of in (sampler("rademacher", 2), zo.rademacher):
+        (u,) = zo.zo_sgd(model, lr=0.1, sampler=of).directions()
+        with torch.no_grad(), side_by_side(TunedTensors(model), [Along(u, 0.3), Along(u, -0.3)]):
+            found = model(x)
+        for part, a in ((slice(0, 3), 0.3), (slice(3, 6), -0.3)):
+            moved = {t.name: t.parameter + a * u.of(model, t.name) for t in TunedTensors(model)}
+            expected = torch.func.functional_call(model, moved, x[part])
+            assert torch.allclose(found[part], expected, rtol=0, atol=1e-7)
 
 
 def test_no_weight_is_made_or_written(monkeypatch):

@@ -64,10 +64,11 @@ def test_every_scheme_on_every_family_has_the_same_values(tiny, family, scheme, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("sampler", [rademacher, gaussian], ids=str)
-@pytest.mark.parametrize("kept", [0, 16 << 20])
-def test_in_every_precision_the_values_are_the_same_up_to_its_rounding(tiny, monkeypatch, kept, dtype, sampler):
+@pytest.mark.parametrize("kept", [0, 1 << 12, 16 << 20], ids=["nothing", "vectors", "all"])
+@pytest.mark.parametrize("of", ["llama", "opt"])
+def test_in_every_precision_the_values_are_the_same_up_to_its_rounding(tiny, monkeypatch, of, kept, dtype, sampler):
     monkeypatch.setattr(side_by_side, "KEPT_BYTES", kept)
-    lm = tiny("llama", dtype)
+    lm = tiny(of, dtype)
     alone, together = objectives(lm, encode(lm, EXAMPLES))
     tuned, points = TunedTensors(lm.module), [(a, Direction(9, sampler)) for a in (0.01, -0.01)]
     assert is_separable(together, tuned)

@@ -55,16 +55,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors]) -> Tensor:
-    """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W: (…, n) to (…, m).
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors], biases: Tensor | None = None
+) -> Tensor:
+    """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W, and biases[i]: (…, n) to (…, m).
 
-    The product with W is that of all shares together; each then needs two thin ones. b is (m), or of each share its
-    own: (shares, m).
+    The product with W is that of all shares together; each then needs two thin ones. `biases` are (shares, m).
     """
     rows = x.reshape(-1, x.shape[-1])
-    shared = None if bias is None or bias.dim() == 2 else bias
-    out = gemm.linear(rows, weight, shared)
-    add_products(out, rows, factors, bias if shared is None else None)
+    out = gemm.linear(rows, weight, bias)
+    add_products(out, rows, factors, biases)
     return out.view(*x.shape[:-1], -1)
 
 

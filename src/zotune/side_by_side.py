@@ -54,7 +54,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         NotSeparableError: within the context, where a result would mix the copies.
         UnreadTensorError: as `Reading`.
 
-    Extra memory: as `zotune.perturb.displaced`, for each displacement.
+    Extra memory: as `zotune.perturb.displaced`, for each displacement; and the vectors of all, of up to 16 MiB.
     """
 
     def __init__(self, tuned: TunedTensors, displacements: Sequence[Displacement]) -> None:
@@ -64,7 +64,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
-        self._vectors_apart = not self._offloaded
+        self._vectors_are_to_come = not self._offloaded
         self._derived: dict[int, list[Tensor]] = {}
         self._derived_bytes = 0
         self._scratch: Tensor | None = None
@@ -190,8 +190,8 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     def _displaced(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """(copies, *shape): the whole tensor, displaced."""
-        if value.dim() == 1 and self._vectors_apart:
-            self._vectors_apart = False
+        if value.dim() == 1 and self._vectors_are_to_come:
+            self._vectors_are_to_come = False
             self._keep_vectors(value.dtype)
         if tensor.id in self._kept:
             return self._kept[tensor.id]
@@ -203,7 +203,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         return out
 
     def _keep_vectors(self, dtype: torch.dtype) -> None:
-        """Displace all vectors of a dtype at once: with many small tensors most of the time is that of the calls.
+        """Displace all vectors of one dtype at once: with many small tensors most of the time is that of the calls.
 
         Not on a GPU, which is sent a table for many tensors: a pass that is captured as a graph must not wait for one.
         """
@@ -246,11 +246,13 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         if torch.is_grad_enabled() or weight.dim() != 2 or self._differs(input) or not self._is_of_the_batch(input):
             return None
+        if bias is not None and bias.shape != weight.shape[:1]:  # one that is broadcast
+            return None
         tensor = self.find(weight)
         if tensor is not None and (factors := self._factors(tensor, weight.device)) is not None:
             self.note(tensor)
-            own = bias if bias is None or not self._differs(bias) else self._stacked(bias)
-            out = linear(input, weight.detach(), own, factors)
+            own = None if bias is None or not self._differs(bias) else self._stacked(bias)
+            out = linear(input, weight.detach(), bias if own is None else None, factors, own)
         elif 0 < weight.shape[1] <= piece_elements(weight.device.type):
             out = self._product(input.reshape(self._copies, -1, input.shape[-1]), weight, bias, tensor)
         else:

@@ -62,7 +62,7 @@ class Tangents(Reading):
         if x_tangent is not None:
             tangent = F.linear(x_tangent, w, b_tangent)
         else:
-            tangent = torch.zeros_like(y) if b_tangent is None else b_tangent.expand_as(y).contiguous()
+            tangent = torch.zeros_like(y) if b_tangent is None else torch.empty_like(y).copy_(b_tangent)
         if tensor is not None:
             self._add_product(tangent.view(-1, y.shape[-1]), x.to(y.dtype).reshape(-1, x.shape[-1]), self.note(tensor))
         return dual(y, tangent)
@@ -144,7 +144,8 @@ class Tangents(Reading):
     ) -> Tensor | None:
         """As `zotune.layer_norm.layer_norm`."""
         # Autocast computes it in single precision, and leaves it there.
-        if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        is_cast = input.is_cuda and torch.is_autocast_enabled("cuda")
+        if is_cast or not any(map(self._has_tangent, (input, weight, bias))):
             return None
         x, w, b = ((None, None) if t is None else unpack(self.replace(t)) for t in (input, weight, bias))
         primal, tangent = x

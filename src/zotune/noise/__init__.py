@@ -73,7 +73,7 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None = None,
 ) -> None:
-    """As `add` in place for whole tensors of one device and dtype: one call, or launch, for all of them."""
+    """As `add` in place for whole tensors of one device and dtype: in one launch, or call of the C kernels."""
     _kernels(xs[0]).add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed)
 
 
@@ -127,7 +127,7 @@ def step(
 
 def adds_thin(out: Tensor, x: Tensor) -> bool:
     """Whether `add_thin` has a kernel for tensors like these."""
-    alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous()
+    alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous() and out.is_contiguous()
     return alike and x.dtype != torch.float64 and hasattr(_cpu(), "add_thin")
 
 

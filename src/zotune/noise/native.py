@@ -37,7 +37,7 @@ _EXTRAS = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ("-mprefer-
 
 _u64, _i64, _u32, _int, _p = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 _double = ctypes.c_double
-# The last three of those with threads: the index of the first element, how many there are, and how many threads.
+# The last three of most: the index of the first element, how many there are, and how many threads.
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
@@ -209,7 +209,6 @@ def add_many(
     n, dtype = len(xs), xs[0].dtype
     addresses, sizes = (_p * n)(*(x.data_ptr() for x in xs)), (_i64 * n)(*(x.numel() for x in xs))
     rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed))
-    # As many threads as the largest is worth; the smallest end before another thread would have woken.
     threads = (_int * n)(*map(_threads, sizes))
     library().zotune_add_many(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
 
