@@ -21,7 +21,7 @@ from zotune.attention import attention
 from zotune.directions import Direction
 from zotune.factors import add_products
 from zotune.layer_norm import layer_norm
-from zotune.perturb import Along, Displacement, largest_piece, pieces
+from zotune.perturb import Along, Displacement, pieces
 from zotune.reading import Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -40,7 +40,6 @@ class Tangents(Reading):
     def __init__(self, tuned: TunedTensors, direction: Direction, scale: float = 1.0) -> None:
         super().__init__(tuned, direction.tensors)
         self._u: Displacement = Along(direction, scale)
-        self._zeros: Tensor | None = None
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor with its tangent."""
@@ -82,13 +81,11 @@ class Tangents(Reading):
         if (factors := self._u.factors(tensor, out.device)) is not None:
             add_products(out, x, [factors])
             return
-        zeros, width = self._zeros, x.shape[1]
-        if zeros is None or zeros.dtype != out.dtype or zeros.device != out.device:
-            self._zeros = zeros = out.new_zeros(largest_piece(self.tuned, self.chosen, _PIECE))
-        scratch = torch.empty_like(zeros)
-        for lo, hi in pieces((out.shape[1], width), _PIECE):
-            piece = scratch[: (hi - lo) * width]
-            self._u.move(piece, zeros[: piece.numel()], tensor, lo * width)
+        ranges, width = pieces((out.shape[1], x.shape[1]), _PIECE), x.shape[1]
+        scratch = out.new_empty(ranges[0][1] * width if ranges else 0)
+        for lo, hi in ranges:
+            piece = scratch[: (hi - lo) * width].zero_()
+            self._u.move(piece, piece, tensor, lo * width)
             out[:, lo:hi].addmm_(x, piece.view(hi - lo, width).t())
 
     def _embedding(
