@@ -38,6 +38,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
+def products(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(copies, rows, out): each copy's (rows, in) times its own (out, in) transposed, + (copies or 1, 1, out)."""
+    return torch.bmm(x, weights.mT) if bias is None else torch.baddbmm(bias, x, weights.mT)
+
+
 def _takes_halves(x: Tensor, weight: Tensor) -> bool:
     # Quantised weights are of a type that says it is of half precision, and whose products are its own.
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2

@@ -92,6 +92,16 @@ class Along:
         return None if found is None else Factors(found.left, found.right, self.a)
 
 
+def ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | None:
+    """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
+    if len(displacements) != 2:
+        return None
+    one, other = displacements
+    if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
+        return None
+    return (one.direction, one.a) if one.a == -other.a else None
+
+
 def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
     """`Displacement.move_rows` by `Displacement.move`."""
     for row, index in zip(rows, indices.tolist(), strict=True):

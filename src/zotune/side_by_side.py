@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import gemm, noise
-from zotune.directions import Direction, PhiloxSampler
+from zotune.directions import PhiloxSampler
 from zotune.factors import Factors, linear
-from zotune.perturb import KEPT_BYTES, Along, Displacement, largest_piece, piece_elements, pieces, takes
+from zotune.perturb import KEPT_BYTES, Displacement, ends, largest_piece, piece_elements, pieces, takes
 from zotune.reading import METADATA, Reading
 from zotune.tuned import TunedTensor, TunedTensors
 
@@ -60,7 +60,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
     def __init__(self, tuned: TunedTensors, displacements: Sequence[Displacement]) -> None:
         super().__init__(tuned, displacements[0].tensors)
         self._displacements, self._copies = tuple(displacements), len(displacements)
-        self._ends = _ends(displacements)
+        self._ends = ends(displacements)
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
@@ -287,21 +287,21 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
             out = gemm.linear(x, weight)
             return out if own is None else out.add_(own)
         if tensor is None:
-            return _products(x, self._stacked(weight), own)
+            return gemm.products(x, self._stacked(weight), own)
         self.note(tensor)
         if self._keeps:
-            return _products(x, self._displaced(tensor, weight), own)
+            return gemm.products(x, self._displaced(tensor, weight), own)
         return self._by_pieces(x, tensor, weight.detach(), own)
 
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
         ranges = pieces(weight.shape, piece_elements(weight.device.type))
         if len(ranges) == 1:
-            return _products(x, self._piece(tensor, weight, 0, weight.shape[0]), bias)
+            return gemm.products(x, self._piece(tensor, weight, 0, weight.shape[0]), bias)
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
         for lo, hi in ranges:
             own = None if bias is None else bias[..., lo:hi]
-            out[..., lo:hi] = _products(x, self._piece(tensor, weight, lo, hi), own)
+            out[..., lo:hi] = gemm.products(x, self._piece(tensor, weight, lo, hi), own)
         return out
 
     def _embedding(
@@ -335,21 +335,6 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
 
 side_by_side.special = {F.linear: side_by_side._linear, F.embedding: side_by_side._embedding}
-
-
-def _ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | None:
-    """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
-    if len(displacements) != 2:
-        return None
-    one, other = displacements
-    if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
-        return None
-    return (one.direction, one.a) if one.a == -other.a else None
-
-
-def _products(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """(copies, rows, out): each copy's (rows, in) times its own (out, in) transposed, + (copies or 1, 1, out)."""
-    return torch.bmm(x, weights.mT) if bias is None else torch.baddbmm(bias, x, weights.mT)
 
 
 def _joined(results: list[Any]) -> Any:
