@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from zotune.ledger import LedgerError
-from zotune.llm.ledgers import find_ledger, rebuild
-from zotune.llm.train import train
+from zotune.llm.ledger.rebuild import find_ledger, rebuild
+from zotune.llm.training.train import train
 
 FROZEN = Path(__file__).parent / "frozen"
 CASES = json.loads((FROZEN / "digests.json").read_text(encoding="utf-8"))
