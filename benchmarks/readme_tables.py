@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zotune.bench.results.quantities import quantity
-from zotune.bench.results.records import SCALES, mean_and_error, read_results
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Cell, interval
-from zotune.bench.spec.experiments import cells, find, names
+from zotune.bench.results.records import mean_and_error, read_results
+from zotune.bench.results.tables import Cell, budgets, interval
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.vocabulary import SCALES
 from zotune.llm.config.method import MethodName
 
 RESULTS = Path(__file__).parent / "results"

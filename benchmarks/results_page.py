@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zotune.bench.cells import read_result, result_path
-from zotune.bench.experiments import CellSpec, cells, find, names
-from zotune.bench.markdown_page import markdown_page
-from zotune.bench.sections import Section, assembled
-from zotune.bench.tables import Cell
+from zotune.bench.report.markdown import markdown_page
+from zotune.bench.report.sections import Section, assembled
+from zotune.bench.results.records import read_result, result_path
+from zotune.bench.results.tables import Cell
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.schema import CellSpec
 
 RESULTS = Path(__file__).parent / "results" / "bench"
 _INTRODUCTION = """

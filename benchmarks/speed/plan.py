@@ -2,9 +2,9 @@
 
     python benchmarks/speed/plan.py
 
-Each measurement is a fresh process (`zotune.bench.measure.process_memory`): the most resident memory of the whole run
-over that of the process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2). Rows that are
-recorded, by the same code and libraries, are not measured again.
+Each measurement is a fresh process (`zotune.plan.process_memory`): the peak resident memory of the whole run over that of
+the process with its libraries. The paper's formulas (Tables 5, A1 and A2) stand beside it at the same scale. Rows that
+the same code and libraries have already recorded are not measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
 
-from zotune.bench.measure.process_memory import measure
 from zotune.bench.run.content_key import key_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import validate
@@ -29,6 +28,7 @@ from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS
 from zotune.plan.memory import Memory
 from zotune.plan.predict import Architecture
+from zotune.plan.process_memory import measure
 from zotune.plan.workload import Workload
 
 MODELS = ("random:opt-125m", "smollm2-135m", "random:opt-350m")

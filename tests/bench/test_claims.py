@@ -6,11 +6,11 @@ import scipy.stats
 
 from bench_results import answers, cell, table_of_methods
 from zotune.bench.results.intervals import Outcomes, contrast
-from zotune.bench.results.records import SCALES
 from zotune.bench.results.tables import Cell
 from zotune.bench.results.verdicts import judge, matches, verdicts
 from zotune.bench.spec.claims import Claim
-from zotune.bench.spec.experiments import cells, find, names
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.vocabulary import SCALES
 from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
 

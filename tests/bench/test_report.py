@@ -22,9 +22,8 @@ from zotune.bench.report.sections import assembled
 from zotune.bench.report.svg import draw
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import Trial, mean_and_error, read_result, result_path, write_result
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Cell, table
-from zotune.cli.main import main as cli
+from zotune.bench.results.tables import Cell, budgets, table
+from zotune.cli import main as cli
 
 HOSTILE = "<script>alert('x')</script>&\"|_%\\"
 BEST = {"sentence": "A is best", "where": "Tab. 2", "more": [{"method": "fo_sgd"}], "less": [{"method": "zo_adam"}]}

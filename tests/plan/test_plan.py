@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig
 
-from zotune.cli.plan import PlanConfig, memory_bytes
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import ModelOptions
@@ -17,6 +16,7 @@ from zotune.llm.models import load
 from zotune.llm.models.random_models import ARCHITECTURES
 from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS
+from zotune.plan.options import PlanConfig, memory_bytes
 from zotune.plan.planning import plan
 from zotune.plan.predict import Architecture, predict
 from zotune.plan.search import largest

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zotune.bench.measure.process_memory import measure
-from zotune.cli.plan import PlanConfig
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import validate
 from zotune.llm.models.builtin import BUILT_IN
 from zotune.plan.formulas import FORMULAS, Terms
 from zotune.plan.memory import Memory
+from zotune.plan.options import PlanConfig
 from zotune.plan.predict import HUB_IDS, Architecture, on_cpu
+from zotune.plan.process_memory import measure
 from zotune.plan.search import largest
 from zotune.plan.workload import Workload
 from zotune.system.peak_memory import free_memory, resident_memory

@@ -12,9 +12,10 @@ from itertools import groupby
 
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide, style_of
 from zotune.bench.results.quantities import Quantity, label_of, quantity, readings
-from zotune.bench.results.records import CellResult, Coordinate
-from zotune.bench.results.tables import Cell, Column, Place, Table, in_our_unit, interval, metric_of, papers
-from zotune.bench.spec.experiments import Experiment
+from zotune.bench.results.records import CellResult
+from zotune.bench.results.tables import Cell, Column, Place, Table, in_our_unit, interval, metric_of, paper_numbers
+from zotune.bench.spec.schema import Experiment
+from zotune.bench.spec.vocabulary import Coordinate
 
 _COSTS = ("num_forwards", "seconds", "peak_memory")
 _PAPER = "the paper"
@@ -99,7 +100,7 @@ def _of_paper(
     """The paper's numbers in the same panel, by what sets them apart."""
     there = [
         (label, paper, value)
-        for paper, label in papers(experiment, here)
+        for paper, label in paper_numbers(experiment, here)
         if paper.metric == q.name
         and axis in paper.coordinates
         and (value := in_our_unit(paper, q)) is not None

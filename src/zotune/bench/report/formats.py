@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterable
 
 from zotune.bench.results.quantities import Quantity, signed
-from zotune.bench.results.tables import Beside, Column, Entry, Table
+from zotune.bench.results.tables import Column, Entry, PaperNumber, Table
 
 # How states look in a table that has no number there.
 STATES = {
@@ -42,11 +42,11 @@ def ours(entry: Entry, q: Quantity) -> str:
     return text + (" †" if entry.state == "stale" else "")
 
 
-def theirs(beside: Beside, q: Quantity) -> str:
+def theirs(beside: PaperNumber, q: Quantity) -> str:
     """The paper's number, of what, and how far ours is from it.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> theirs(Beside("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
+    >>> theirs(PaperNumber("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
     '(opt-1.3b) 90.1, ours −2.3'
     """
     text = f"({beside.label}) {q.text(beside.value)}" if beside.label else q.text(beside.value)
@@ -59,7 +59,7 @@ def markdown(table: Table) -> str:
     """A pipe table; the paper's numbers after a line break in the same cell.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(Beside("Tab. 2", "", 91.0, -1.0),))
+    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(PaperNumber("Tab. 2", "", 91.0, -1.0),))
     >>> print(markdown(Table("t", ("method",), ("task",), (("zo_sgd",),), (Column(("sst2",), quantity("accuracy")),),
     ...                      ((entry,),))))
     | method | sst2 |

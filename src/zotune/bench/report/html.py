@@ -23,8 +23,7 @@ from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.report.svg import draw, marker
 from zotune.bench.results.quantities import Quantity, label_of, significant
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Entry, Table
+from zotune.bench.results.tables import Entry, Table, budgets
 from zotune.bench.results.verdicts import Finding, Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"

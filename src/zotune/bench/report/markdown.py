@@ -8,7 +8,7 @@ from zotune.bench.report.formats import markdown
 from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.results.quantities import significant
-from zotune.bench.results.spent import budgets
+from zotune.bench.results.tables import budgets
 from zotune.bench.results.verdicts import Verdict
 
 # Of what a cell spent, the columns that say most; the others are in its JSON.

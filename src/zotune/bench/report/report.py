@@ -10,8 +10,9 @@ from zotune.bench.report.html import page
 from zotune.bench.report.markdown import markdown_page
 from zotune.bench.report.print_figures import pressed
 from zotune.bench.report.sections import Section, section
-from zotune.bench.results.records import Scale
-from zotune.bench.spec.experiments import CellSpec, names
+from zotune.bench.spec.resolve import names
+from zotune.bench.spec.schema import CellSpec
+from zotune.bench.spec.vocabulary import Scale
 
 PAGE = "index.html"
 

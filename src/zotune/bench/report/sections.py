@@ -8,11 +8,13 @@ from pathlib import Path
 
 from zotune.bench.report.choose_figures import figures
 from zotune.bench.report.figures import Figure
-from zotune.bench.results.records import Scale, read_result, result_path
+from zotune.bench.results.records import read_result, result_path
 from zotune.bench.results.tables import Cell, Table, table
 from zotune.bench.results.verdicts import Verdict, verdicts
 from zotune.bench.run.runner import state_of
-from zotune.bench.spec.experiments import CellSpec, Experiment, cells, find
+from zotune.bench.spec.resolve import cells, find
+from zotune.bench.spec.schema import CellSpec, Experiment
+from zotune.bench.spec.vocabulary import Scale
 
 
 @dataclass(frozen=True)

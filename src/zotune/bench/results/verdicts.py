@@ -16,9 +16,9 @@ import numpy as np
 
 from zotune.bench.results.intervals import Estimate, Outcomes, contrast
 from zotune.bench.results.quantities import Quantity, outcomes, quantity
-from zotune.bench.results.records import Coordinate
 from zotune.bench.results.tables import Cell
 from zotune.bench.spec.claims import Claim, Selection
+from zotune.bench.spec.vocabulary import Coordinate
 
 Finding = Literal["holds", "does not hold", "cannot be told"]
 # Of two runs the interval of what seeds do is some thirteen standard errors wide, and of one there is none.

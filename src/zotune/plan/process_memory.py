@@ -131,7 +131,7 @@ def measure(options: dict[str, Any], *, num_steps: int = 2) -> Measurement:
     workload = validate(Workload, options, "measure")
     if num_steps < 1:
         raise ValueError(f"num_steps is how many steps are timed, at least 1, got {num_steps}")
-    command = [sys.executable, "-m", "zotune.bench.measure.process_memory", workload.model_dump_json(), str(num_steps)]
+    command = [sys.executable, "-m", "zotune.plan.process_memory", workload.model_dump_json(), str(num_steps)]
     with_heap = {**os.environ, **heap_environment()}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=with_heap)
     if done.returncode:
