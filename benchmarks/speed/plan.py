@@ -2,9 +2,9 @@
 
     python benchmarks/speed/plan.py
 
-Each measurement is a fresh process (`zotune.plan.process_memory`): the peak resident memory of the whole run over that of
-the process with its libraries. The paper's formulas (Tables 5, A1 and A2) stand beside it at the same scale. Rows that
-the same code and libraries have already recorded are not measured again.
+Each measurement is a fresh process (`zotune.plan.process_memory`): the peak resident memory of the whole run minus
+that of the process with its libraries. The paper's formulas (Tables 5, A1 and A2) stand beside it at the same
+scale. Rows that the same code and libraries have already recorded are not measured again.
 """
 
 from __future__ import annotations

@@ -221,7 +221,8 @@ def test_settings_that_lack_a_cell_do_not_count_and_are_named():
     assert [(c.num_settings, c.of_settings) for c in verdict.comparisons] == [(1, 2)]
     assert judge(claim(), [found[0], found[3]]).finding == "cannot be told"
     assert (
-        judge(claim(more=[{"method": "z"}]), found).reason == "none of the cells that it is about was run at this scale"
+        judge(claim(more=[{"method": "z"}]), found).reason
+        == "none of the cells that the claim compares was run at this scale"
     )
 
 

@@ -40,7 +40,7 @@ def test_training_writes_a_page_with_its_results(run):
     read = sound(html)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert f"{100 * results['test']['accuracy']:.1f} %" in html
-    assert f"{results['num_tuned']:,} numbers tuned" in html
+    assert f"{results['num_tuned']:,} tuned parameters" in html
     assert "learning_rate: " in html
     drawn = {a["id"]: int(a["data-points"]) for tag, a in read.tags if tag == "figure"}
     # 3 logged losses, and at steps 0, 3 and 6 the held-out loss and metric, over passes and over seconds.

@@ -220,7 +220,7 @@ def test_a_plan_shows_every_method_and_says_what_to_consider(zotune):
     for row in ("before the layers: embedding", "model.decoder.layers.0 to 1", "after the layers: norm, head, logits"):
         assert row in said.out
     few = zotune("plan", "--model", "random:opt-tiny", "--memory", "1MB", "--method", "zo_sgd", "zo_adam")
-    assert "Nothing fits" in few.out and "forward_grad" not in few.out
+    assert "No method fits" in few.out and "forward_grad" not in few.out
 
 
 def test_json_is_one_object_whose_parts_add_up(zotune):

@@ -34,7 +34,7 @@ from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
-from zotune.plan.workload import Workload, made_up
+from zotune.plan.workload import Workload, synthetic_examples
 from zotune.system.malloc import heap_environment, keep_activations, keep_freed_memory
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
@@ -246,7 +246,7 @@ def prepared(workload: Workload) -> Callable[[Recorder], float]:
     lm = load(workload, seed=workload.seed)
     prepare(lm, workload)
     _read(lm.module)
-    examples, objective = made_up(workload, lm), OBJECTIVES[workload.objective]
+    examples, objective = synthetic_examples(workload, lm), OBJECTIVES[workload.objective]
     closure = partial(scored, lm, objective, lm.score)
     optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()))
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
