@@ -24,9 +24,10 @@ zotune bench run --scale cpu --jobs 2
 ```
 
 An entry is the mean over seeds ± its standard error. Below it stands the paper's number with the model that it belongs
-to. Models, rows and steps differ from the paper's, so the order of methods can be compared and their levels cannot; each
-table says more. A claim of the paper *holds* or *does not hold* on this model if the 95 % interval of its comparison
-lies on one side of the claimed difference; otherwise it *cannot be told*. Intervals cover evaluation rows and seeds.
+to. Models, rows and steps differ from the paper's, so the order of methods can be compared and their levels cannot;
+each table says more. A claim of the paper *holds* or *does not hold* on this model if the 95 % interval of its
+comparison lies on one side of the claimed difference; otherwise it *cannot be told*. Intervals cover evaluation rows
+and seeds.
 [How the benchmark works](benchmark.md). `zotune bench report --scale cpu` writes the same as a page with figures.
 """.strip()
 
