@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch, fetch_gguf
+from zotune.llm.cache_argument import accept_old_name
 from zotune.llm.config import ModelOptions
 from zotune.llm.encoding import Batch
 from zotune.llm.gguf_models import read_model
@@ -314,6 +315,8 @@ def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> Lang
     quantization = options.quantization or saved_quantization(folder)
     lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    if lm.num_virtual_tokens:
+        accept_old_name(lm.base)
     lm.name = options.model
     return lm
 

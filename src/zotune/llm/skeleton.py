@@ -11,6 +11,7 @@ import torch
 from zotune.errors import UsageError
 from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
 from zotune.llm.builtin import BUILT_IN, fetch
+from zotune.llm.cache_argument import accept_old_name
 from zotune.llm.config import ModelOptions
 from zotune.llm.heads import with_head
 from zotune.llm.models import LanguageModel, load, quiet_libraries
@@ -101,5 +102,7 @@ def _adapted(folder: Path, options: ModelOptions, labels: tuple[str, ...]) -> tu
     lm, stored = skeleton(base, labels)
     with torch.device("meta"):
         lm.module = get_peft_model(lm.module, adapter)
+    if lm.num_virtual_tokens:
+        accept_old_name(lm.base)
     lm.name = options.model
     return lm, stored
