@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 
 @pytest.fixture
 def small(tiny):
-    """A function: a family to a tiny model with random weights; of GPT-2 too, whose layers get the cache by position."""
+    """A function: a family to a tiny random model; of GPT-2 too, whose layers get the cache by position."""
 
     def make(kind):
         if kind != "gpt2":
