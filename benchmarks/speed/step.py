@@ -27,7 +27,8 @@ import zotune as zo
 from zotune import noise
 from zotune.estimate.objective import Batched
 from zotune.llm.config.run import EvalConfig, TrainConfig
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
 

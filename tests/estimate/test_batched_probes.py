@@ -17,9 +17,10 @@ from zotune.estimate.finite_difference import central_difference, forward_differ
 from zotune.estimate.objective import Batched, batched
 from zotune.estimate.perturb import Along
 from zotune.estimate.probes import is_separable, values_at, values_side_by_side
-from zotune.llm.config.run import ModelOptions, TrainConfig
-from zotune.llm.data.tokenization import collate
-from zotune.llm.models import load
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.data.collator import collate
+from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
 from zotune.model.parameters import TunedTensors

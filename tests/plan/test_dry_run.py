@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import ModelOptions, TrainConfig
-from zotune.llm.models import load
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 from zotune.llm.models.meta_model import skeleton
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.training.optimizers import make_optimizer

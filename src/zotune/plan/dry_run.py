@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions, TrainConfig
+from zotune.llm.config.data import DataOptions
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
 from zotune.llm.models.activation_cache import ReusedActivations
 from zotune.llm.models.cache_storage import Kept
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import skeleton
 from zotune.llm.models.prompt_cache import ReusedPrompts
 from zotune.llm.models.tuned_parameters import prepare

@@ -16,8 +16,9 @@ from zotune.apply.update import Rounding
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Batch, Candidate, Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.tokenization import Candidate, Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import by_length
 from zotune.llm.scoring.objectives import Objective
 from zotune.llm.training.optimizers import AnyOptimizer

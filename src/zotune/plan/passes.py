@@ -21,8 +21,8 @@ from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.dual_numbers import Tangents
 from zotune.estimate.perturb import KEPT_BYTES, Displacement, displaced, meta_as, takes
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Batch
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import gives_rows
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of

@@ -9,7 +9,7 @@ import torch
 
 from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import bare, skeleton
 from zotune.llm.models.random_models import ARCHITECTURES
 from zotune.llm.models.tuned_parameters import prepare

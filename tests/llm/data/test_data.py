@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.tasks import TASKS, find_task
 from zotune.llm.tasks.sst2 import SST2, masked

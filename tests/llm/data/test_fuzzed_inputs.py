@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import RECIPES, DataOptions, TrainConfig, read_recipe, write_yaml
+from zotune.llm.config.data import DataOptions
+from zotune.llm.config.run import RECIPES, TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.tasks.user_data import own_data

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.activation_cache import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
 from zotune.llm.models.cache_storage import File, Kept, Memory
 from zotune.llm.models.tuned_parameters import prepare

@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 import zotune as zo
 from tuning_schemes import EXAMPLES, SCHEMES, moved, prepared, tuned_of
 from zotune.errors import UsageError
-from zotune.llm.config.run import FIRST_ORDER, ModelOptions
+from zotune.llm.config.run import FIRST_ORDER
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import adapters
-from zotune.llm.models.load import LanguageModel, load, quiet_libraries
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.training.train import train
 

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 import zotune as zo
 from zotune.errors import UnreadTensorError, UsageError
-from zotune.llm.config.run import EvalConfig, ModelOptions
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.ledger.rebuild import export, find_ledger, rebuild
 from zotune.llm.ledger.verify import verify
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.quantized.block_formats import FORMATS
 from zotune.llm.quantized.gguf_reader import read_file

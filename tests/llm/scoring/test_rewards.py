@@ -13,10 +13,12 @@ from zotune.errors import RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import probing
+from zotune.llm.config.data import DataOptions
 from zotune.llm.config.objective import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
-from zotune.llm.config.run import DataOptions, TrainConfig, read_recipe
+from zotune.llm.config.run import TrainConfig, read_recipe
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.cache_storage import Kept, Memory
 from zotune.llm.models.prompt_cache import ReusedPrompts
 from zotune.llm.models.tuned_parameters import prepare
@@ -28,9 +30,9 @@ from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.scoring.rewards import Completion, Generated, checked, find_reward, open_ended
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.training.checks import check_first_estimate
 from zotune.llm.training.loop import Run
 from zotune.llm.training.output_folder import OutputFolder
+from zotune.llm.training.step import check_first_estimate
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of
 from zotune.model.parameters import TunedTensors

@@ -9,11 +9,13 @@ import torch
 import zotune as zo
 from zotune.estimate.objective import accumulate
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import load as models
+from zotune.llm.models.logprobs import losses
 from zotune.llm.scoring.accuracy import evaluate
-from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, losses, mean_loss
+from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss
 from zotune.llm.tasks import TASKS
 from zotune.llm.tasks.load_data import Rows, load_rows
 from zotune.llm.training.loop import Run

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE

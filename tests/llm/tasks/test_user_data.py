@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.scoring.accuracy import evaluate
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.intervals import ratio_interval

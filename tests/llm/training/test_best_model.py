@@ -11,7 +11,8 @@ from torch import nn
 
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.selection import SelectionOptions
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.scoring.accuracy import Evaluation, evaluate
 from zotune.llm.scoring.perplexity import LogLossEvaluation
 from zotune.llm.tasks.load_data import load_rows

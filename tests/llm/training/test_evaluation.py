@@ -12,7 +12,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.demonstrations import choose, prepend
 from zotune.llm.data.examples import Example
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.llm.scoring.baselines import majority, paired_difference
 from zotune.llm.tasks.user_data import own_data
 from zotune.llm.training.evaluation import base_of, evaluate_tasks
@@ -196,7 +196,7 @@ def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, t
 
 def test_zero_shot_reads_the_same_prompts_where_virtual_tokens_leave_less_room(config, own, tmp_path, monkeypatch):
     """The base has room for more demonstrations; it is asked what the tuned model was asked."""
-    from zotune.llm.models.load import LanguageModel
+    from zotune.llm.models.language_model import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "context", property(lambda self: 160 - self.num_virtual_tokens))
     train(config(tuning="prompt", num_virtual_tokens=40, template="{text} is", num_dev=6))

@@ -9,7 +9,7 @@ import torch
 
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.ledger import LedgerError, read
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}

@@ -11,7 +11,7 @@ import yaml
 import zotune as zo
 from zotune.errors import RunError
 from zotune.llm.config.run import TrainConfig, read_recipe
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.tasks.user_data import own_data
 from zotune.llm.training.loop import Run
 from zotune.llm.training.train import train

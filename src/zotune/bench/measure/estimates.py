@@ -20,8 +20,9 @@ from zotune.bench.results.records import RunRecord
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
-from zotune.llm.data.tokenization import collate
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.data.collator import collate
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.scoring.objectives import mean_loss
 from zotune.llm.tasks import head_labels

@@ -6,13 +6,8 @@ Candidates that share the tokens the model must read share one sequence, and so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from zotune.errors import UsageError
 from zotune.llm.data.examples import Example
@@ -52,53 +47,6 @@ class Encoded:
     def is_right(self, prediction: int) -> bool:
         """Whether a candidate is one of the right ones."""
         return prediction == self.label or prediction in self.also_right
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Encoded examples as tensors: S sequences of at most L tokens, N scored positions, C candidates.
-
-    Attributes:
-        sequences: the token ids of each sequence, unpadded; S tuples.
-        input_ids, attention_mask: (S, L), padded on the right.
-        positions: (N,) indices into the S·L positions.
-        rows, tokens, owners: (M,) for each candidate token, the scored position (index into N) where it is
-            predicted, its id, and its candidate (index into C).
-        lengths: (C,) tokens of each candidate.
-        counts: candidates of each example; labels: (examples,) the right ones.
-        right: (examples, most candidates) which ones count as right.
-        exact: whether scores must be log-probabilities; else a constant an example may be missing from them.
-    """
-
-    sequences: tuple[tuple[int, ...], ...]
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    rows: Tensor
-    tokens: Tensor
-    owners: Tensor
-    lengths: Tensor
-    counts: tuple[int, ...]
-    labels: Tensor
-    right: Tensor
-    exact: bool = False
-
-    @cached_property
-    def distinct(self) -> tuple[Tensor, Tensor]:
-        """The ids among the candidates' tokens, (K,), and which of them each token is, (M,)."""
-        ids, places = torch.unique(self.tokens, return_inverse=True)
-        return ids, places
-
-    # Kept, as the distinct tokens are: a GPU would have to be waited for in each forward pass.
-    @cached_property
-    def only_single_tokens(self) -> bool:
-        """Whether each candidate is one token, and the candidates of an example are scored at one position."""
-        return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
-
-    @property
-    def needs_only_candidates(self) -> bool:
-        """Whether logits of the candidates' own tokens are enough: the normaliser cancels."""
-        return not self.exact and self.only_single_tokens
 
 
 class Encoder:
@@ -239,47 +187,3 @@ def check_distinct(encoded: Encoded, example: Example) -> None:
                 f"{example.place}: the candidates {other!r} and {text!r} are the same tokens to the model; "
                 "choose other words."
             )
-
-
-def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers, by way of pinned memory: the host does not wait for what a GPU is doing."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
-    """Tensors for some examples; padding is on the right, where no causal position sees it."""
-    sequences = [s for e in examples for s in e.sequences]
-    length = max(map(len, sequences))
-    most = max(len(e.candidates) for e in examples)
-    first_sequence = 0
-    slots: dict[int, int] = {}
-    rows: list[int] = []
-    tokens: list[int] = []
-    owners: list[int] = []
-    lengths: list[int] = []
-    for e in examples:
-        for c in e.candidates:
-            for position, token in zip(c.positions, c.tokens, strict=True):
-                rows.append(slots.setdefault((first_sequence + c.sequence) * length + position, len(slots)))
-                tokens.append(token)
-                owners.append(len(lengths))
-            lengths.append(len(c.tokens))
-        first_sequence += len(e.sequences)
-
-    def tensor(values: Any) -> Tensor:
-        return on_device(values, device)
-
-    return Batch(
-        sequences=tuple(sequences),
-        input_ids=tensor([list(s) + [pad_token_id] * (length - len(s)) for s in sequences]),
-        attention_mask=tensor([[1] * len(s) + [0] * (length - len(s)) for s in sequences]),
-        positions=tensor(list(slots)),
-        rows=tensor(rows),
-        tokens=tensor(tokens),
-        owners=tensor(owners),
-        lengths=tensor(lengths),
-        counts=tuple(len(e.candidates) for e in examples),
-        labels=tensor([e.label for e in examples]),
-        right=tensor([[e.is_right(i) for i in range(most)] for e in examples]),
-        exact=exact,
-    )

@@ -16,7 +16,8 @@ from zotune.ledger.replay import replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 from zotune.llm.ledger.streaming import NotStreamedError, Streamed, base_of
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.quantized.backends import is_quantised

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from zotune.ledger import Ledger, LedgerError
 from zotune.ledger.replay import check, digest_of
 from zotune.ledger.stream import Trace
-from zotune.llm.config.run import ModelOptions, TrainConfig
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
-from zotune.llm.models.load import LanguageModel, find_device
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import skeleton
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare

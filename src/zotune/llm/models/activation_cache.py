@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.llm.data.tokenization import Batch
+from zotune.llm.data.collator import Batch
 from zotune.llm.models.cache_storage import Kept
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import entered, output_of
 from zotune.model.layers import stack_of
 from zotune.model.parameters import TunedTensors

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.classification_head import parts_of_head
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import ModelOptions
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.classification_head import with_head
-from zotune.llm.models.load import LanguageModel, load, quiet_libraries
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import check_quantization, load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.quantized.backends import check_quantization, put_shapes, saved_quantization
+from zotune.llm.quantized.backends import put_shapes, saved_quantization
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,8 +1,8 @@
 """Prompts that text is generated from: what lies below the lowest tuned layer is computed once a prompt and kept.
 
 As `zotune.llm.models.activation_cache` does for scores. A prompt leaves keys and values in every layer's cache and an
-input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts them
-into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
+input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts
+them into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
 alone, so the bits do not depend on what it is batched with, nor on whether there was room to keep it.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside
 from zotune.llm.models.cache_storage import Kept
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import output_of
 from zotune.model.layers import stack_of
 

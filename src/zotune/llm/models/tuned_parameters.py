@@ -13,8 +13,8 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
 from zotune.llm.models.adapters import add_by_name, add_lora, add_prefix, add_prompt, first_layer
 from zotune.llm.models.classification_head import parts_of_head
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.models.scored_positions import head_of
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.partial_forward import head_of
 from zotune.llm.quantized.backends import is_packed, is_quantised
 from zotune.llm.quantized.scales import SCALES, add_scales, layers_with_scales
 from zotune.model.layers import stack_of

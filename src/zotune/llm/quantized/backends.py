@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import ModelOptions, read_recipe
-from zotune.llm.models.builtin import BUILT_IN
+from zotune.llm.config.run import read_recipe
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.quantized.layers import PackedLinear
 
 
@@ -52,31 +52,12 @@ def _torchao_int4(dtype: torch.dtype) -> Any:
     )
 
 
-_CONFIGS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
+QUANTIZERS: dict[str, tuple[str, Callable[[torch.dtype], Any]]] = {
     "bnb-nf4": ("bitsandbytes", _nf4),
     "bnb-int8": ("bitsandbytes", _int8),
     "torchao-int8": ("torchao", _torchao_int8),
     "torchao-int4": ("torchao", _torchao_int4),
 }
-
-
-def check_quantization(options: ModelOptions) -> None:
-    """Refuse a quantisation that the model cannot be had in.
-
-    Raises:
-        UsageError: with what can be done.
-    """
-    name, model = options.quantization, options.model
-    is_file = model.endswith(".gguf")
-    if is_file and name not in (None, "gguf"):
-        raise UsageError(f"{model} is packed as it comes; leave out --quantization {name}.")
-    if name == "gguf" and not is_file and model not in BUILT_IN and not Path(model).is_dir():
-        raise UsageError(
-            f"quantization: gguf takes a built-in model or the path of a GGUF file, not {model!r}. Of other models "
-            f"there are: {', '.join(_CONFIGS)}."
-        )
-    if name in _CONFIGS and model.startswith("random:"):
-        raise UsageError(f"{model} is in no file that {_CONFIGS[name][0]} could quantise; leave out --quantization.")
 
 
 def check_head(model: nn.Module, options: ModelOptions) -> None:
@@ -94,7 +75,7 @@ def check_head(model: nn.Module, options: ModelOptions) -> None:
 
 def quantised_on_load(name: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is told so that it quantises a model, and puts it where it computes."""
-    if name not in _CONFIGS:
+    if name not in QUANTIZERS:
         return {}
     place = {} if device.type == "cpu" else {"device_map": {"": device}}
     return {"quantization_config": config_for(name, dtype), **place}
@@ -139,7 +120,7 @@ def config_for(name: str, dtype: torch.dtype) -> Any:
     Raises:
         UsageError: the library that does it is not here, or does not work here.
     """
-    package, make = _CONFIGS[name]
+    package, make = QUANTIZERS[name]
     if importlib.util.find_spec(package) is None:
         raise UsageError(f"quantization: {name} needs {package}, which is not installed: pip install {package}")
     try:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from zotune.llm.data.tokenization import Batch, Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.intervals import wilson
 from zotune.llm.scoring.objectives import CLASSIFICATION, Objective
 

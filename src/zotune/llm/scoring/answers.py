@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zotune.llm.data.tokenization import Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.intervals import mean_interval

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50

@@ -17,43 +17,11 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.llm.data.tokenization import Batch, Candidate, Encoded, on_device
-
-
-def scores(logits: Tensor, batch: Batch) -> Tensor:
-    """(examples, most candidates) mean log-probabilities from (N, V) logits; absent candidates are -inf."""
-    return scores_of_tokens(log_probabilities(logits, batch.rows, batch.tokens), batch)
-
-
-def log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """(M,) log-probabilities in float32 of the `tokens` (M,) at the `rows` (M,) of (N, V) logits."""
-    logits = logits.float()
-    return logits[rows, tokens] - torch.logsumexp(logits, dim=1)[rows]
-
-
-def scores_of_tokens(picked: Tensor, batch: Batch) -> Tensor:
-    """(examples, most candidates) means of (M,) log-probabilities of the candidates' tokens."""
-    total = torch.zeros(len(batch.lengths), dtype=torch.float64, device=picked.device)
-    return _by_example(total.index_add(0, batch.owners, picked.double()) / batch.lengths, batch)
-
-
-def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
-    """The same up to a constant an example, from (N, K) logits of the candidates' distinct tokens alone."""
-    return _by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
-
-
-def _by_example(values: Tensor, batch: Batch) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(torch.split(values, list(batch.counts))), batch_first=True, padding_value=float("-inf")
-    )
-
-
-def losses(score: Tensor, batch: Batch) -> Tensor:
-    """(examples,) softmax cross-entropy over the candidates, in double precision."""
-    return F.cross_entropy(score, batch.labels, reduction="none")
+from zotune.llm.data.collator import Batch, on_device
+from zotune.llm.data.tokenization import Candidate, Encoded
+from zotune.llm.models.logprobs import losses
 
 
 class Objective(Protocol):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zotune.llm.data.tokenization import Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
 from zotune.llm.scoring.intervals import ratio_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective

@@ -27,7 +27,7 @@ from zotune.errors import RunError, UsageError, did_you_mean
 from zotune.llm.config.objective import ObjectiveOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
 from zotune.llm.scoring.answers import answers_found, exact_match, f1
 from zotune.llm.scoring.generation import Sampling, Starting, generate

@@ -1,7 +1,7 @@
 """The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.tasks.boolq import BOOLQ
 from zotune.llm.tasks.cb import CB
 from zotune.llm.tasks.copa import COPA

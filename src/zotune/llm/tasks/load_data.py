@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measure, evaluate
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import Generated, check_examples, check_kind, find_generated, open_ended

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.chat_template import assistant_spans, opening
 from zotune.llm.data.examples import Example
 from zotune.llm.data.readers import Located

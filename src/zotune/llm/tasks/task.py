@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.readers import Row, hub_rows, read_rows
 from zotune.llm.scoring.accuracy import Measure, evaluate

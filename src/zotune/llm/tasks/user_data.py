@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.readers import Located, located_rows
 from zotune.llm.scoring.accuracy import Measure

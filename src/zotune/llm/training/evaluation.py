@@ -15,7 +15,8 @@ from zotune.errors import UsageError
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.demonstrations import choose, prepend
 from zotune.llm.data.examples import Example, Splits
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.quantized.backends import saved_quantization
 from zotune.llm.scoring.accuracy import Measured
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference

@@ -18,8 +18,9 @@ from zotune.estimate.probes import NOT_SEPARABLE, is_separable
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Batch, Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measured, Scorer
 from zotune.llm.scoring.objectives import Objective, mean_losses
 from zotune.llm.tasks.load_data import Rows
@@ -27,10 +28,11 @@ from zotune.llm.training.best_model import Selection
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
 from zotune.llm.training.output_folder import OutputFolder
+from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import Stop
 from zotune.llm.training.step import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
-from zotune.messages import Display, Status, say
+from zotune.messages import say
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.malloc import keep_activations

@@ -21,14 +21,14 @@ from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
-from zotune.llm.models.builtin import BUILT_IN
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
 from zotune.llm.scoring.accuracy import Measured
 from zotune.llm.training.metrics_log import MetricsLog, plain
+from zotune.llm.training.model_card import model_card
 
 # What a run writes, by pattern; the first four may be all that is left of one that failed.
 _WORTH_KEEPING = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
@@ -137,7 +137,7 @@ class OutputFolder:
     def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Measured | None) -> None:
         """Write results.json and the model card, which shows what was found on the evaluation rows."""
         write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(_card(results, config, lm, test), encoding="utf-8")
+        (self.path / "README.md").write_text(model_card(results, config, lm, test), encoding="utf-8")
 
 
 def _is_worth_keeping(path: Path) -> bool:
@@ -209,64 +209,3 @@ def environment() -> dict[str, str]:
         "cpu_threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
-
-
-def _card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Measured | None) -> str:
-    """The model card: what this is, how it was made, how well it does, how to load it."""
-    metric, found = "accuracy", "not evaluated"
-    if test is not None:
-        metric, found = f"{test.metric} (95 % interval)", str(test)
-    best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
-    return f"""---
-library_name: {"peft" if config.is_adapter else "transformers"}
-tags: [zotune, zeroth-order]
----
-
-# {config.model}, tuned on {config.task or config.train_file}
-
-Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
-({results["num_tuned"]:,} numbers tuned).
-
-| | |
-|---|---|
-| {metric} | {found} |
-| steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |{best}
-| objective | {config.objective or "the task's own"} |
-| learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
-| seed | {config.seed} |
-| training time | {results["seconds"]:.0f} s |
-| peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
-
-```python
-{_loading(config, lm)}
-```
-
-`config.yaml` holds every option; `zotune train config.yaml` runs it again.
-"""
-
-
-def _loading(config: TrainConfig, lm: LanguageModel) -> str:
-    """The lines of Python that load what was saved, on any machine."""
-    kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
-    auto = f"AutoModelFor{kind}"
-    if not config.is_adapter and has_packed_layers(lm.module):
-        # The base is its file, and what was tuned lies beside this card.
-        lines = "from zotune.llm.config.run import ModelOptions\nfrom zotune.llm.models.load import load"
-        return f"{lines}\n\nmodel = load(ModelOptions(model=FOLDER)).module"
-    if config.is_adapter and lm.classifies:
-        # The base knows nothing of the labels; the head is saved with the adapter.
-        loader = f"AutoPeft{auto[4:]}"
-        labels = f"num_labels={lm.config.num_labels}"
-        return f"from peft import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER, {labels})"
-    if not config.is_adapter:
-        return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(FOLDER)"
-    if config.model in BUILT_IN:
-        terms = ", accept_terms=True" if BUILT_IN[config.model].terms else ""
-        base = f"{auto}.from_pretrained(fetch({config.model!r}{terms}))"
-        imports = f"from transformers import {auto}\nfrom zotune.llm.models.builtin import fetch"
-    elif config.model.startswith("random:"):
-        base = f"load(ModelOptions(model={config.model!r})).module"
-        imports = "from zotune.llm.config.run import ModelOptions\nfrom zotune.llm.models.load import load"
-    else:
-        base, imports = f"{auto}.from_pretrained({config.model!r})", f"from transformers import {auto}"
-    return f"from peft import PeftModel\n{imports}\n\nmodel = PeftModel.from_pretrained({base}, FOLDER)"

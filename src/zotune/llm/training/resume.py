@@ -25,7 +25,7 @@ from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord
 from zotune.ledger.replay import check, digests_of, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError

@@ -14,7 +14,8 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.activation_cache import ReusedActivations
 from zotune.llm.models.cache_storage import File, Kept, Memory
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import ReusedPrompts
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.scoring.accuracy import Measured, Scorer
@@ -24,9 +25,10 @@ from zotune.llm.tasks.user_data import RESOLVED
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.loop import Run
 from zotune.llm.training.output_folder import OutputFolder, environment
+from zotune.llm.training.progress import Display
 from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import Stop, stoppable
-from zotune.messages import Display, say
+from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
 
 
