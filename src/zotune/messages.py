@@ -6,5 +6,5 @@ import sys
 
 
 def say(message: str) -> None:
-    """A line of log."""
+    """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)  # noqa: T201

@@ -21,7 +21,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.models.load import load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
 from zotune.model.parameters import TunedTensors
 
@@ -299,7 +299,7 @@ def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtype
 
 def test_the_built_in_model_is_tuned_side_by_side():
     lm = load(ModelOptions(model="smollm2-135m", dtype="float32", device="cpu"))
-    prepare(lm, TrainConfig(task="sst2", tuning="lora"))
+    prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))
     moved(lm, 0.01)
     alone, together = objectives(lm, encode(lm, EXAMPLES), most=4)
     tuned = TunedTensors(lm.module)

@@ -245,7 +245,7 @@ def test_schemes_of_peft_tune_by_their_name(tiny, name):
 
 
 def test_unknown_schemes_keys_and_values_are_named_with_what_there_is(tiny):
-    with pytest.raises(UsageError, match=r"peft has no scheme 'ia4'\. Did you mean 'ia3'"):
+    with pytest.raises(UsageError, match=r"peft has no adapter 'ia4'\. Did you mean 'ia3'"):
         prepared(tiny("llama"), tuning="peft", peft_type="ia4")
     with pytest.raises(UsageError, match=r"vera of peft has no key 'target_module'\. Did you mean 'target_modules'"):
         prepared(tiny("llama"), tuning="peft", peft_type="vera", peft_config={"target_module": ["q_proj"]})

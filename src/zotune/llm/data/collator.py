@@ -1,4 +1,4 @@
-"""Batches: encoded examples as tensors, padded on the right."""
+"""Collating tokenised examples into batches of tensors, padded on the right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zotune.llm.data.tokenization import Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded examples as tensors: S sequences of at most L tokens, N scored positions, C candidates.
+    """Tokenised examples as tensors: S sequences of at most L tokens, N scored positions, C candidates.
 
     Attributes:
         sequences: the token ids of each sequence, unpadded; S tuples.
@@ -24,9 +24,9 @@ class Batch:
         rows, tokens, owners: (M,) for each candidate token, the scored position (index into N) where it is
             predicted, its id, and its candidate (index into C).
         lengths: (C,) tokens of each candidate.
-        counts: candidates of each example; labels: (examples,) the right ones.
-        right: (examples, most candidates) which ones count as right.
-        exact: whether scores must be log-probabilities; else a constant an example may be missing from them.
+        counts: candidates of each example; labels: (examples,) indices of the right ones.
+        right: (examples, most candidates) whether each candidate counts as right.
+        exact: whether scores must be log-probabilities, not only up to a constant per example.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -44,29 +44,29 @@ class Batch:
 
     @cached_property
     def distinct(self) -> tuple[Tensor, Tensor]:
-        """The ids among the candidates' tokens, (K,), and which of them each token is, (M,)."""
+        """The distinct ids of the candidates' tokens, (K,), and the index among them of each token, (M,)."""
         ids, places = torch.unique(self.tokens, return_inverse=True)
         return ids, places
 
-    # Kept, as the distinct tokens are: a GPU would have to be waited for in each forward pass.
+    # Cached, as the distinct tokens are: each evaluation would wait for the GPU.
     @cached_property
     def only_single_tokens(self) -> bool:
-        """Whether each candidate is one token, and the candidates of an example are scored at one position."""
+        """Whether each candidate is a single token, and all candidates of an example share one position."""
         return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
 
     @property
     def needs_only_candidates(self) -> bool:
-        """Whether logits of the candidates' own tokens are enough: the normaliser cancels."""
+        """Whether the logits of the candidates' tokens suffice, because the normaliser cancels."""
         return not self.exact and self.only_single_tokens
 
 
 def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of numbers, by way of pinned memory: the host does not wait for what a GPU is doing."""
+    """Return a tensor of numbers on a device, copied from pinned memory so that the host does not wait for the GPU."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
-    """Tensors for some examples; padding is on the right, where no causal position sees it."""
+    """Collate examples into a batch, padded on the right, where no causal position attends to padding."""
     sequences = [s for e in examples for s in e.sequences]
     length = max(map(len, sequences))
     most = max(len(e.candidates) for e in examples)

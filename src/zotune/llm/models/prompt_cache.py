@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside
-from zotune.llm.models.cache_storage import Kept
+from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside_base
+from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.partial_forward import output_of
+from zotune.llm.models.partial_forward import output_of_module
 from zotune.model.layers import stack_of
 
 Tokens = tuple[int, ...]
 
 
-class ReusedPrompts:
+class PromptCache:
     """A language model's passes over prompts, the lower layers' part computed once as far as there is room to keep it.
 
     Args:
@@ -37,19 +37,19 @@ class ReusedPrompts:
         num_layers: how many there are in all.
     """
 
-    def __init__(self, lm: LanguageModel, kept: Kept) -> None:
+    def __init__(self, lm: LanguageModel, kept: ActivationStore) -> None:
         from transformers import DynamicCache
 
         _, layers = stack_of(lm.base)
         slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=lm.config).layers)
         self.num_layers = len(layers)
-        self.depth = 0 if slides or tunes_outside(lm) else lowest_tuned_layer(lm.base)
+        self.depth = 0 if slides or tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
         self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
         self._returns_tuple = False
         self._heads: list[tuple[int, int]] = []
 
     @contextmanager
-    def starting(self, prompts: Sequence[Tokens]) -> Iterator[None]:
+    def prefill(self, prompts: Sequence[Tokens]) -> Iterator[None]:
         """Within this context the first pass, of `prompts` padded on the left, begins at the lowest tuned layer."""
         if not self.depth:
             yield
@@ -100,7 +100,7 @@ class ReusedPrompts:
 
         cache = DynamicCache()
         ids = torch.tensor([prompt], device=self._lm.device)
-        output = output_of(self._layers[-1], lambda: self._lm.base(input_ids=ids, past_key_values=cache))
+        output = output_of_module(self._layers[-1], lambda: self._lm.base(input_ids=ids, past_key_values=cache))
         self._returns_tuple = isinstance(output, tuple)
         pairs = [t[0].transpose(0, 1) for layer in cache.layers[: self.depth] for t in (layer.keys, layer.values)]
         self._heads = [(t.shape[1], t.shape[2]) for t in pairs]

@@ -9,14 +9,14 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.builtin import BUILT_IN
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.layers import has_packed_layers
-from zotune.llm.scoring.accuracy import Measured
+from zotune.llm.scoring.accuracy import Evaluation
 
 
-def model_card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Measured | None) -> str:
-    """The model card: what this is, how it was made, how well it does, how to load it."""
-    metric, found = "accuracy", "not evaluated"
+def model_card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Evaluation | None) -> str:
+    """Return the text of the model card."""
+    metric, result = "accuracy", "not evaluated"
     if test is not None:
-        metric, found = f"{test.metric} (95 % interval)", str(test)
+        metric, result = f"{test.metric} (95 % interval)", str(test)
     best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
@@ -30,7 +30,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 | | |
 |---|---|
-| {metric} | {found} |
+| {metric} | {result} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |{best}
 | objective | {config.objective or "the task's own"} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
@@ -39,23 +39,23 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 | peak memory | {results["peak_memory"] / 2**20:.0f} MiB |
 
 ```python
-{_loading(config, lm)}
+{_loading_code(config, lm)}
 ```
 
 `config.yaml` holds every option; `zotune train config.yaml` runs it again.
 """
 
 
-def _loading(config: TrainConfig, lm: LanguageModel) -> str:
-    """The lines of Python that load what was saved, on any machine."""
+def _loading_code(config: TrainConfig, lm: LanguageModel) -> str:
+    """Return the lines of Python that load the saved model, on any machine."""
     kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
     auto = f"AutoModelFor{kind}"
     if not config.is_adapter and has_packed_layers(lm.module):
-        # The base is its file, and what was tuned lies beside this card.
+        # The base model is the GGUF file; the tuned tensors are in the folder of this card.
         lines = "from zotune.llm.config.run import ModelOptions\nfrom zotune.llm.models.load import load"
         return f"{lines}\n\nmodel = load(ModelOptions(model=FOLDER)).module"
     if config.is_adapter and lm.classifies:
-        # The base knows nothing of the labels; the head is saved with the adapter.
+        # The base model has no labels; the head is saved with the adapter.
         loader = f"AutoPeft{auto[4:]}"
         labels = f"num_labels={lm.config.num_labels}"
         return f"from peft import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER, {labels})"

@@ -17,9 +17,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 @dataclass(frozen=True)
 class Status:
-    """Where a run stands: step of steps, recent mean loss, forward passes, seconds, peak bytes, held-out metric.
+    """The state of a run: step, recent mean loss, forward passes, seconds, peak memory in bytes, held-out metric.
 
-    And in how many steps all probes had the same value, so that nothing was learned.
+    `num_flat` counts the steps in which all probes had the same value, so that the weights did not change.
     """
 
     step: int
@@ -43,7 +43,7 @@ class Status:
 
 
 def clock(seconds: float) -> str:
-    """A duration as people read it.
+    """Format a duration in hours, minutes and seconds.
 
     >>> clock(75), clock(4000)
     ('1:15', '1:06:40')
@@ -54,7 +54,7 @@ def clock(seconds: float) -> str:
 
 
 class Display:
-    """A context that shows `Status` as it comes, and single messages above it."""
+    """A context that shows the latest `Status`, and single messages above it."""
 
     def __init__(self, max_steps: int) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -77,7 +77,7 @@ class Display:
             self._bar.stop()
 
     def update(self, status: Status) -> None:
-        """Show a status: at once on a terminal, at most every ten seconds elsewhere, always the last."""
+        """Show a status: always on a terminal, elsewhere at most every ten seconds and at the last step."""
         if self._live:
             self._bar.update(self._task, completed=status.step, description=str(status))
         elif status.step == status.max_steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
@@ -85,5 +85,5 @@ class Display:
             say(str(status))
 
     def say(self, message: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the progress bar."""
         self._console.print(message, markup=False) if self._live else say(message)
