@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
+from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import check_labels, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
@@ -199,6 +200,8 @@ def _load_adapter(folder: Path, options: ModelOptions, labels: Sequence[str]) ->
     quantization = options.quantization or saved_quantization(folder)
     lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    if lm.num_virtual_tokens:
+        accept_old_name(lm.base)
     lm.name = options.model
     return lm
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.apply.update import Rounding
+from zotune.apply.tensor_update import Rounding
+from zotune.apply.update import updated_slice
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import accumulate
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
@@ -105,7 +106,7 @@ class FirstOrderStep:
         return total
 
 
-def check_mu(tuned: TunedTensors, mu: float) -> None:
+def check_mu(tuned: ParameterSet, mu: float) -> None:
     """Refuse a μ that is too small for the precision of the weights.
 
     Raises:
@@ -150,7 +151,7 @@ def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
     for update in optimizer.updates(estimate).values():
         x = _sample(update.tensor)
         after = torch.empty_like(x)
-        update.move(after, x, start=0, scale=1.0)
+        updated_slice(update, after, x, start=0, scale=1.0)
         pairs.append((x, after))
     return _changed_fraction(pairs) >= _MIN_FRACTION
 
@@ -166,7 +167,7 @@ def _changed_fraction(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(moved for _, moved in counts) / total if total else 1.0
 
 
-def _smallest_mu(tuned: TunedTensors) -> float:
+def _smallest_mu(tuned: ParameterSet) -> float:
     """Return a power of ten that changes the median weight."""
     sizes = [_sample(t).float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
     return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())
