@@ -17,8 +17,9 @@ from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import SCALES, Scale
 from zotune.errors import UsageError
-from zotune.llm.training.signals import listening
-from zotune.messages import clock, say
+from zotune.llm.training.progress import clock
+from zotune.llm.training.signals import signal_handler
+from zotune.messages import say
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -252,5 +253,5 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
         came.append(number)
         stop.set()
 
-    with listening(note):
+    with signal_handler(note):
         yield came

@@ -44,15 +44,15 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def evaluated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Score the untuned model and the majority class on a task's evaluation rows."""
-    from zotune.llm.training.evaluation import evaluate_tasks
+    from zotune.llm.training.evaluation import evaluate
 
     config = validate(EvalConfig, {**options, "baselines": True}, "the benchmark's zero-shot")
-    measured, _ = evaluate_tasks(config)
+    measured, _ = evaluate(config)
     (task,) = measured.values()
-    scores = {"zero_shot": _score(task.measured)}
+    scores = {"zero_shot": _score(task.evaluation)}
     if task.majority is not None:
         m = task.majority
-        rows = task.measured.num_examples
+        rows = task.evaluation.num_examples
         scores["majority"] = Score(value=m.accuracy, low=m.low, high=m.high, num_examples=rows)
     return {"scores": {name: score.model_dump(mode="json") for name, score in scores.items() if score}}
 

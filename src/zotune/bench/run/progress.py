@@ -13,7 +13,8 @@ from rich.table import Table
 
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import State
-from zotune.messages import clock, say
+from zotune.llm.training.progress import clock
+from zotune.messages import say
 
 
 class Progress:

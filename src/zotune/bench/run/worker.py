@@ -22,7 +22,7 @@ from zotune.bench.run.jobs import Job
 from zotune.bench.run.processes import FAILED, OUT_OF_MEMORY
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean, is_out_of_memory
 from zotune.llm.training.output_folder import environment, write_json
-from zotune.system.malloc import keep_freed_memory
+from zotune.system.malloc import tune_malloc
 
 # Does a job, given its options and a folder of its own; returns JSON values.
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]
@@ -70,7 +70,7 @@ def main() -> int:
     """Do the job that is read from standard input; return the exit code."""
     line = json.loads(sys.stdin.readline())
     threading.Thread(target=_exit_with_runner, daemon=True).start()
-    keep_freed_memory()
+    tune_malloc()
     try:
         found = do(line)
     except (ZotuneError, OSError, MemoryError, RuntimeError) as error:
