@@ -2,15 +2,15 @@
 
     make lock
 
-It needs uv and packaging, and reads pyproject.toml. It resolves for Linux and macOS and every supported Python at once, always to the
-newest versions that the ranges allow, and writes beside itself:
+It needs uv and packaging, and reads pyproject.toml. It resolves for Linux and macOS and every supported Python at once,
+always to the newest versions that the ranges allow, and writes beside itself:
 
 - `llm.txt`: what `make quickstart` installs, and the build backend, without torch;
 - `dev.txt`: the same packages and those of `make test`;
 - `oldest.txt`: the lower end of every range, for `make test-oldest`; what the ranges leave open is newest there too;
 - `torch-cuda.txt`: torch's build of PyPI and the NVIDIA libraries that it asks for;
-- `torch-cpu.txt`: torch's CPU build, whose hashes come from PyTorch's own index. Where that index cannot be reached, the
-  file stays as it is as long as it holds the version asked for.
+- `torch-cpu.txt`: torch's CPU build, whose hashes come from PyTorch's own index. Where that index cannot be reached,
+  the file stays as it is as long as it holds the version asked for.
 """
 
 import html
@@ -39,23 +39,29 @@ ENVIRONMENTS = [
 
 # The first and the last version of each Python, on each machine.
 PLACES = [
-    {"sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.{patch}", "python_version": python}
+    {
+        "sys_platform": system,
+        "platform_machine": machine,
+        "python_full_version": f"{python}.{patch}",
+        "python_version": python,
+    }
     for system, machine in MACHINES
     for python in PYTHONS
     for patch in (0, 99)
 ]
 
 OF_CUDA = re.compile(r"torch|triton|(nvidia|cuda)-[a-z0-9-]+")
+TAGS = "|".join(f"cp{python.replace('.', '')}" for python in PYTHONS)
 WHEEL = re.compile(
     rf"torch-{re.escape(TORCH.removeprefix('torch=='))}(\+cpu)?"
-    rf"-cp({'|'.join(p.replace('.', '') for p in PYTHONS)})-cp\2-(manylinux_2_28_(x86_64|aarch64)|macosx_\w+_arm64)\.whl"
+    rf"-({TAGS})-\2-(manylinux_2_28_(x86_64|aarch64)|macosx_\w+_arm64)\.whl"
 )
 
 
 def main() -> None:
     """Writes the five files."""
     project = tomllib.loads(PROJECT.read_text())
-    build = project["build-system"]["requires"]
+    build = [*project["build-system"]["requires"], "editables"]  # hatchling's own requirement for an editable install
 
     dev = resolve(["llm", "dev"], [TORCH, *build], "--generate-hashes")
     llm_names = {name_of(entry) for entry in resolve(["llm"], [TORCH, *build], constraints=dev)}
@@ -85,10 +91,11 @@ def resolve(extras: list[str], also: list[str], *options: str, constraints: list
         project.write_text(f"{PROJECT.read_text()}\n[tool.uv]\nenvironments = {ENVIRONMENTS}\n")
         fixed.write_text("\n".join(constraints or []))
         asked.write_text("\n".join(also))
-        command = ["uv", "pip", "compile", "--universal", "--only-binary=:all:", "--no-header", "--no-annotate", "--quiet"]
-        command += ["--constraints", str(fixed), "--python-version", PYTHONS[0], *options]
+        command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0], "--no-header"]
+        command += ["--no-annotate", "--only-binary=:all:", "--constraints", str(fixed), *options]
         command += [word for extra in extras for word in ("--extra", extra)]
-        done = subprocess.run([*command, str(project), str(asked)], stdout=subprocess.PIPE, text=True, check=False, cwd=folder)
+        command += [str(project), str(asked)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=folder)
     if done.returncode:
         sys.exit("The ranges of pyproject.toml cannot be resolved; uv says above which of them exclude each other.")
     entries = re.split(r"\n(?=\S)", done.stdout.strip("\n"))
