@@ -15,7 +15,8 @@ TORCH_LOCK := requirements/torch-$(TORCH_BUILD).txt
 OLDEST_TORCH := torch==2.11.*
 OLDEST_INDEX := $(TORCH_INDEX:--extra-index-url=--index-url)
 
-INSTALL := python -m pip install --quiet
+# --no-compile: Python compiles what is imported, a small part of what is installed, in less time than pip compiles all.
+INSTALL := python -m pip install --quiet --no-compile
 # --no-deps and --no-build-isolation: nothing comes from outside the lock, the build backend neither.
 LOCKED := $(INSTALL) --require-hashes --no-deps
 EDITABLE := $(INSTALL) --no-deps --no-build-isolation --editable .
