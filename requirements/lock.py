@@ -61,7 +61,7 @@ WHEEL = re.compile(
 def main() -> None:
     """Writes the five files."""
     project = tomllib.loads(PROJECT.read_text())
-    build = [*project["build-system"]["requires"], "editables"]  # hatchling's own requirement for an editable install
+    build = [*project["build-system"]["requires"], "editables>=0.5"]  # hatchling's own requirement for an editable install
 
     dev = resolve(["llm", "dev"], [TORCH, *build], "--generate-hashes")
     llm_names = {name_of(entry) for entry in resolve(["llm"], [TORCH, *build], constraints=dev)}
