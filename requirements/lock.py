@@ -61,7 +61,8 @@ WHEEL = re.compile(
 def main() -> None:
     """Writes the five files."""
     project = tomllib.loads(PROJECT.read_text())
-    build = [*project["build-system"]["requires"], "editables>=0.5"]  # hatchling's own requirement for an editable install
+    # hatchling itself asks for editables when it installs a source tree in place.
+    build = [*project["build-system"]["requires"], "editables>=0.5"]
 
     dev = resolve(["llm", "dev"], [TORCH, *build], "--generate-hashes")
     llm_names = {name_of(entry) for entry in resolve(["llm"], [TORCH, *build], constraints=dev)}
