@@ -18,14 +18,14 @@ from zotune.factors import Factors, add_products
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
-from zotune.noise import reference
-from zotune.noise.reference import derive_seed
+from zotune.noise import spec
+from zotune.noise.spec import derive_seed
 from zotune.perturb import Along, displaced
 from zotune.probes import values_at
 from zotune.side_by_side import side_by_side
 from zotune.tuned import TunedTensors, tensor_id
 
-BASES = {"rademacher": reference.rademacher, "gaussian": reference.gaussian}
+BASES = {"rademacher": spec.rademacher, "gaussian": spec.gaussian}
 each_base = pytest.mark.parametrize("base", BASES)
 each_rank = pytest.mark.parametrize("rank", [1, 2, 5])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -100,7 +100,7 @@ def test_a_direction_is_the_specifications_to_the_bit_and_has_its_rank(base, ran
             if p.dim() == 1:
                 expected = BASES[base](u.seed, tensor_id(name), 0, p.numel())
             else:
-                expected = reference.low_rank(*factors(u, name, p.shape, base, rank)).reshape(p.shape)
+                expected = spec.low_rank(*factors(u, name, p.shape, base, rank)).reshape(p.shape)
                 assert torch.linalg.matrix_rank(found.view(len(p), -1).double(), rtol=1e-5) <= rank
             assert np.array_equal(found.numpy(), expected), name
 
@@ -337,7 +337,7 @@ def test_the_right_factor_stays_for_an_interval_and_changes_after_it(interval):
     for step in range(6):
         for u in opt.directions():
             right_seed = None if interval == 1 else derive_seed(seed, step // interval, 0, 3)
-            expected = reference.low_rank(*factors(u, "weight", (10, 20), base, rank, right_seed))
+            expected = spec.low_rank(*factors(u, "weight", (10, 20), base, rank, right_seed))
             assert np.array_equal(u.of(model, "weight").numpy(), expected)
             spaces.append(torch.linalg.svd(torch.from_numpy(expected).double()).Vh[:rank])
         opt.step(lambda: model.weight.square().sum())

@@ -199,7 +199,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, str]:
     """Versions and machine, as every result records them."""
-    libraries = ("transformers", "peft", "numba")
+    libraries = ("transformers", "peft")
     return {
         "zotune": zotune.__version__,
         "torch": torch.__version__,
