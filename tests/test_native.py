@@ -1,4 +1,4 @@
-"""The C kernels serve where the installation has them and they are right; else torch operations do, to the same bits."""
+"""The C kernels serve where they are installed and right; else torch operations do, to the same bits."""
 
 import importlib.util
 import json
@@ -50,17 +50,17 @@ def bare(tmp_path, **more):
 
 
 def steps(python, variables):
-    """What a process says of some steps: which back end served, from where zotune comes, the weights' digest; stderr."""
+    """Of a process that takes some steps: its back end, where zotune lies, the digest of the weights; stderr."""
     done = subprocess.run([python, "-c", STEPS], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return *json.loads(done.stdout), done.stderr
 
 
 @pytest.fixture(scope="module")
-def here():
-    """The back end and the digest of the same steps by torch operations on this source tree."""
-    source = str(ROOT / "src")
-    return lambda tmp_path, **more: steps(sys.executable, bare(tmp_path, PYTHONPATH=source, **more))
+def eager_steps(tmp_path_factory):
+    """The same of this source tree with torch operations."""
+    variables = bare(tmp_path_factory.mktemp("here"), PYTHONPATH=str(ROOT / "src"), ZOTUNE_NATIVE="0")
+    return steps(sys.executable, variables)
 
 
 # Installation ------------------------------------------------------------------------------------------------
@@ -95,7 +95,9 @@ def installed(tmp_path):
 
 
 @needs_compiler
-def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compiler(tree, installed, here, tmp_path):
+def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compiler(
+    tree, installed, eager_steps, tmp_path
+):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -108,10 +110,10 @@ def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compile
     assert (back_end, said) == ("native", "")
     assert Path(file).is_relative_to(tmp_path)
     assert not (tmp_path / "cache").exists()
-    assert digest == here(tmp_path, ZOTUNE_NATIVE="0")[2]
+    assert digest == eager_steps[2]
 
 
-def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree, installed, here, tmp_path):
+def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree, installed, eager_steps, tmp_path):
     variables = bare(tmp_path)
     python = installed(tree, variables)
     back_end, file, digest, said = steps(python, variables)
@@ -120,11 +122,11 @@ def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree,
     assert said.count("\n") == 1
     assert "without a C compiler" in said
     assert native._COST in said
-    assert digest == here(tmp_path, ZOTUNE_NATIVE="0")[2]
+    assert digest == eager_steps[2]
 
 
-def test_zotune_native_0_gives_torch_operations_without_a_word(here, tmp_path):
-    back_end, _, _, said = here(tmp_path, ZOTUNE_NATIVE="0")
+def test_zotune_native_0_gives_torch_operations_without_a_word(eager_steps):
+    back_end, _, _, said = eager_steps
     assert (back_end, said) == ("eager", "")
 
 

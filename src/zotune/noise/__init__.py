@@ -118,7 +118,9 @@ def step(
     The `states` of the rule are float32 and as large as x; `terms` are stream, seeds and scales of the directions.
     If it is the `first` step, the state begins here, whatever is in `states`; unless it `writes`, x stays.
     """
-    _kernels("step", x).step(x, states, rule, constants, terms, rounding_seed, tensor_id, start, first=first, writes=writes)
+    _kernels("step", x).step(
+        x, states, rule, constants, terms, rounding_seed, tensor_id, start, first=first, writes=writes
+    )
 
 
 def adds_thin(out: Tensor, x: Tensor) -> bool:

@@ -33,7 +33,7 @@ def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tens
 
 
 def _blocks(start: int, size: int, per_block: int, device: torch.device) -> tuple[Tensor, int]:
-    """The numbers of the blocks that hold elements start … start + size - 1, and the place of the first in its block."""
+    """The numbers of the blocks that hold elements start … start + size - 1, and where the first lies in its block."""
     first, last = start // per_block, -(-(start + size) // per_block)
     return torch.arange(first, last, dtype=torch.int64, device=device), start % per_block
 
@@ -193,7 +193,8 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
         return
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     a, at_once = torch.tensor(scale, dtype=dtype), _ELEMENTS // width
-    for part, places in zip(rows.split(at_once), indices.split(at_once), strict=True):
+    for lo in range(0, len(rows), at_once):
+        part, places = rows[lo : lo + at_once], indices[lo : lo + at_once]
         part.copy_(part.to(dtype) + _rows(stream, seed, tensor_id, places * width, width).to(dtype) * a)
 
 
