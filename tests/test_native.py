@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from zotune.noise import GAUSSIAN, RADEMACHER, native, spec
+from zotune.noise.back_ends import CAPABILITIES, EAGER, NATIVE
 
 ROOT = Path(__file__).parents[1]
 BUILD = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
@@ -21,7 +22,7 @@ hatch_build = importlib.util.module_from_spec(BUILD)
 BUILD.loader.exec_module(hatch_build)
 
 needs_compiler = pytest.mark.skipif(hatch_build.compiler() is None, reason="there is no C compiler here")
-CAPABILITIES = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
+WIDTHS = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
 
 STEPS = """
 import hashlib, json, torch, zotune
@@ -130,6 +131,14 @@ def test_zotune_native_0_gives_torch_operations_without_a_word(eager_steps):
     assert (back_end, said) == ("eager", "")
 
 
+@pytest.mark.parametrize("back_end", [NATIVE, EAGER], ids=lambda back_end: back_end.name)
+def test_a_back_end_has_the_functions_that_the_table_names(back_end):
+    functions = CAPABILITIES[back_end.name]
+    assert all(callable(getattr(back_end.kernels, function)) for function in functions)
+    # Whatever the table of torch operations lacks has a substitute in the callers.
+    assert all(dtypes <= functions[function] for function, dtypes in CAPABILITIES["eager"].items())
+
+
 # What is loaded ----------------------------------------------------------------------------------------------
 
 
@@ -174,17 +183,17 @@ def test_a_library_that_differs_from_the_specification_is_not_used(source, caplo
 # Widths of vectors -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=CAPABILITIES)
+@pytest.fixture(params=WIDTHS)
 def width(request, monkeypatch):
     """The library of each width that this processor has."""
-    widths = [*CAPABILITIES]
+    widths = [*WIDTHS]
     has = torch.backends.cpu.get_cpu_capability()
     if native.library() is None or widths.index(request.param) > widths.index(has if has in widths else "DEFAULT"):
         pytest.skip(f"no kernels here for {request.param}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     loaded = native.library.__wrapped__()
     assert loaded is not None
-    assert loaded._name.endswith(f"-{CAPABILITIES[request.param]}.so")
+    assert loaded._name.endswith(f"-{WIDTHS[request.param]}.so")
     return loaded
 
 

@@ -22,7 +22,7 @@ from zotune.ledger import LedgerWriter, read
 from zotune.ledger.format import StepRecord
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.noise import GAUSSIAN, RADEMACHER, back_ends, eager, spec
-from zotune.noise.back_ends import BackEnd
+from zotune.noise.back_ends import CAPABILITIES, BackEnd
 from zotune.noise.spec import MASK
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (on Linux)")
@@ -370,6 +370,11 @@ def test_the_arguments_of_a_probe_do_not_depend_on_seed_or_scale(launches):
         seen.append(([name for name, *_ in launches], plain, [constants for *_, constants in launches]))
     assert seen[0] == seen[1]
     assert set(seen[0][0]) == {"add", "add_rows"}
+
+
+def test_the_launches_are_the_functions_that_the_table_names():
+    assert all(callable(getattr(launch, function)) for function in CAPABILITIES["triton"])
+    assert CAPABILITIES["triton"].keys() == CAPABILITIES["eager"].keys()
 
 
 def test_a_device_whose_kernels_are_wrong_or_fail_gets_torch_operations(monkeypatch):
