@@ -21,7 +21,7 @@ from zotune.bench.cells import CellResult, read_result, result_path, write_resul
 from zotune.bench.experiments import CellSpec
 from zotune.bench.found import Found, Stopped
 from zotune.bench.jobs import JOBS, Executor, Store, locked
-from zotune.bench.keys import key_of
+from zotune.bench.keys import PACKAGE, key_of
 
 State = Literal["missing", "done", "stale", "failed", "timed_out", "out_of_memory"]
 _SECONDS_BETWEEN_TRIES = 0.5
@@ -158,15 +158,14 @@ class Runner:
 @cache
 def commit() -> str:
     """The commit of the code, with a + where it was changed since; "unknown" where it is not a checkout."""
-    here = Path(__file__).parent
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *args], cwd=PACKAGE, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
-    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', str(here.parent)) else ''}"
+    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', '.') else ''}"

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from zotune.noise import reference
 
+# The benchmark's content keys of results of a CPU leave out this module.
+COUNTS_FOR_RESULTS = "on cuda"
 FLOAT, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(reference.RADEMACHER), tl.constexpr(reference.GAUSSIAN)
 _ROUNDING, _MASK = tl.constexpr(reference.ROUNDING), tl.constexpr(reference.MASK)
