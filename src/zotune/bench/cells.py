@@ -21,6 +21,8 @@ Scale = Literal["smoke", "cpu", "paper"]
 # those measured; how near an estimate is to the true gradient.
 Kind = Literal["accuracy", "memory", "time", "theory", "quality"]
 Status = Literal["done", "failed", "timed_out", "out_of_memory"]
+# What makes results of one kind, of which one stands for all.
+Alike = Literal["options", "method"]
 Coordinate = str | int | float
 Number = float | None
 
@@ -132,6 +134,24 @@ class RunRecord(Record):
     phases: dict[str, dict[str, Number]] = Field(default_factory=dict)
 
 
+class Verified(Record):
+    """A result of other code was accepted as one of today's, because a job like its own gave the same numbers again.
+
+    Attributes:
+        key_before: the key that the result had.
+        by: the cell whose job was run again, `EXPERIMENT/CELL`.
+        alike: by what it was like that cell: all options but for amounts, or the method and what is tuned.
+        commit, environment, time: of that job.
+    """
+
+    key_before: str
+    by: str
+    alike: Alike = "options"
+    commit: str = "unknown"
+    environment: dict[str, str] = Field(default_factory=dict)
+    time: str = ""
+
+
 class CellResult(Record):
     """All that is known of a cell.
 
@@ -146,6 +166,7 @@ class CellResult(Record):
         runs: one a seed.
         baselines: `zero_shot` and `majority` where the cell is about accuracy.
         commit: of the code, "unknown" where it is not a checkout; time: of the end, UTC.
+        verified: how it came to have another key than it was found with, the last one last.
     """
 
     experiment: str
@@ -164,6 +185,7 @@ class CellResult(Record):
     environment: dict[str, str] = Field(default_factory=dict)
     commit: str = "unknown"
     time: str = ""
+    verified: tuple[Verified, ...] = ()
 
 
 def result_path(results: Path, scale: str, experiment: str, cell: str) -> Path:

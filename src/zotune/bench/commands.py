@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
-from zotune.bench.cells import SCALES, Scale
+from zotune.bench.cells import SCALES, Alike, Scale
 from zotune.bench.experiments import CellSpec, cells, find, names
 from zotune.errors import UsageError
 from zotune.llm.progress import clock, say
@@ -28,6 +28,7 @@ examples:
   zotune bench run table2 table6 --only 'table2/zo_sgd--*' --dry-run
   zotune bench run my-table.toml --scale cpu
   zotune bench status --scale cpu
+  zotune bench verify --scale cpu --jobs 2
   zotune bench report --scale cpu
   zotune bench report --run runs/sst2
 """
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (
         add("run", _run, "run what is not done; what failed or is stale is run again"),
         add("status", _status, "which cells are done, failed, stale or missing"),
+        add("verify", _verify, "run one job of each kind of stale results again; accept those of a kind that agrees"),
     ):
         command.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
         command.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
@@ -72,11 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("--output", type=Path, metavar="FOLDER", help="default: RESULTS/report-SCALE")
     reporting.add_argument("--run", dest="folder", type=Path, metavar="FOLDER", help="the page of one run instead")
     running = commands.choices["run"]
-    running.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
-    running.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
-    running.add_argument("--gpus-per-job", type=float, default=0.0, help="with ray: GPUs that each job takes")
     running.add_argument("--keep-stale", action="store_true", help="leave results of other code or config as they are")
-    running.add_argument("--dry-run", action="store_true", help="list the cells, run nothing")
+    commands.choices["verify"].add_argument(
+        "--alike",
+        choices=get_args(Alike),
+        default="options",
+        help="what makes a kind: all options but for amounts (default), or the method and what is tuned alone",
+    )
+    for command in (running, commands.choices["verify"]):
+        command.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
+        command.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
+        command.add_argument("--gpus-per-job", type=float, default=0.0, help="with ray: GPUs that each job takes")
+        command.add_argument("--dry-run", action="store_true", help="list the cells, run nothing")
     return parser
 
 
@@ -191,6 +200,37 @@ def _run(args: argparse.Namespace) -> Answer:
     text = f"{len(states) - len(bad)} of {len(specs)} cells done in {args.results}"
     text += "".join(f"\n{path}: {state}" for path, state in bad.items())
     return {"states": states}, text, 128 + signals[0] if signals else int(bool(bad))
+
+
+def _verify(args: argparse.Namespace) -> Answer:
+    from zotune.bench.live import Progress
+    from zotune.bench.verify import grouped, stale_of, verify
+
+    specs = [s for some in chosen_cells(args.names, args.scale, args.only, args.data_source).values() for s in some]
+    found, left = stale_of(args.results, specs)
+    unfit = len(left)
+    groups = grouped(found, args.alike)
+    rows = [(group, [one.spec.path for one in group.members]) for group in groups]
+    if args.dry_run:
+        lines = [f"{group.name}: {len(paths)} stale, by {paths[0]}" for group, paths in rows]
+        seconds = sum(group.cheapest.seconds for group in groups) / args.jobs
+        lines.append(f"{len(groups)} kinds of {len(found)} stale results, some {clock(seconds)}")
+        listed = [{"kind": group.name, "by": paths[0], "results": paths} for group, paths in rows]
+        return {"kinds": listed, "left": left}, "\n".join([*lines, *_reasons(left)]), 0
+    stop = threading.Event()
+    minutes = {group.cheapest.spec.path: group.cheapest.seconds / 60 for group in groups}
+    with stopped_by_signals(stop) as signals, Progress(minutes, args.jobs) as display:
+        verdicts = verify(args.results, groups, _slots(args, stop), stop, display)
+    kinds = [verdict.to_json() for verdict in verdicts]
+    left |= {path: reason for verdict in verdicts for path, reason in verdict.left.items()}
+    lines = [str(verdict) for verdict in verdicts]
+    accepted, stale = sum(len(verdict.accepted) for verdict in verdicts), len(found) + unfit
+    text = "\n".join([*lines, *_reasons(left), f"{accepted} of {stale} stale results accepted in {args.results}"])
+    return {"kinds": kinds, "left": left}, text, 128 + signals[0] if signals else int(accepted < stale)
+
+
+def _reasons(left: Mapping[str, str]) -> list[str]:
+    return [f"{path} is left stale: {reason}" for path, reason in left.items()]
 
 
 def _report(args: argparse.Namespace) -> Answer:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zotune.bench.cells import Status
 from zotune.bench.experiments import Limits
@@ -24,6 +24,8 @@ from zotune.bench.keys import key_of
 
 # Where finished jobs and what jobs in progress write are kept, below a scale's results; nothing of it is a result.
 JOBS = ".jobs"
+# A full run, one a seed; a trial of the search; some steps that show whether a batch fits; the untuned model.
+Role = Literal["run", "trial", "probe", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class Job:
         does: the worker's name of it: train, evaluate, quality, ….
         options: JSON; all that its result depends on.
         limits: what it may take, on which its result does not depend.
+        role: what its cell wants it for, on which its result does not depend either.
+        environment: variables of its process beside those that all have, such as the number of threads.
     """
 
     does: str
     options: dict[str, Any]
     limits: Limits = field(default_factory=Limits)
+    role: Role = field(default="run", compare=False)
+    environment: dict[str, str] = field(default_factory=dict, compare=False)
 
     @cached_property
     def key(self) -> str:

@@ -50,7 +50,7 @@ class Process:
         found, log = folder / "found.json", folder / "log.txt"
         found.unlink(missing_ok=True)
         with log.open("ab") as said:
-            worker = self._start(said)
+            worker = self._start(said, job.environment)
             try:
                 assert worker.stdin is not None
                 of_job = {"does": job.does, "options": job.options, "key": job.key}
@@ -60,7 +60,7 @@ class Process:
                 _end(worker)
         return over or _outcome(worker.returncode, found, log)
 
-    def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _start(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # The worker finds the package where this one was found, installed or not.
         source = str(Path(__file__).parents[2])
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -70,7 +70,7 @@ class Process:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment},
+            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment, **environment},
         )
 
     def _watch(self, worker: subprocess.Popen[bytes], job: Job) -> Outcome | None:

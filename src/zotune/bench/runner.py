@@ -42,6 +42,11 @@ def state_of(results: Path, spec: CellSpec) -> State:
     return "stale" if found.key != key_of_cell(spec) else found.status
 
 
+def lock_of(results: Path, spec: CellSpec) -> Path:
+    """The file whose lock whoever writes a cell's result holds."""
+    return results / spec.scale / JOBS / f"{spec.experiment}--{spec.name}.lock"
+
+
 def find_cell(spec: CellSpec, store: Store) -> CellResult:
     """Run a cell: its result, however it ended.
 
@@ -136,8 +141,7 @@ class Runner:
 
     def _one(self, spec: CellSpec, slot: Executor) -> State | None:
         """Run a cell unless it is done; None where another runner has it."""
-        scale = self.results / spec.scale
-        with locked(scale / JOBS / f"{spec.experiment}--{spec.name}.lock") as is_mine:
+        with locked(lock_of(self.results, spec)) as is_mine:
             if not is_mine():
                 return None
             state = state_of(self.results, spec)
@@ -145,7 +149,7 @@ class Runner:
                 self._show(lambda: self.display.ended(spec, state, ""))
                 return state
             self._show(lambda: self.display.began(spec))
-            result = find_cell(spec, Store(scale, slot, self.stop.is_set))
+            result = find_cell(spec, Store(self.results / spec.scale, slot, self.stop.is_set))
             write_result(self.results, result)
             self._show(lambda: self.display.ended(spec, result.status, result.message))
             return result.status
