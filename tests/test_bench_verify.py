@@ -10,9 +10,10 @@ from bench_cells import Silent, contents, here, made_up, run_cells, small_cells
 from zotune.bench import commands
 from zotune.bench.cells import read_result, repeatable, result_path
 from zotune.bench.commands import chosen_cells
-from zotune.bench.jobs import Outcome, locked
+from zotune.bench.jobs import Job, Outcome, locked
 from zotune.bench.runner import lock_of, state_of
 from zotune.bench.verify import grouped, stale_of, verify
+from zotune.errors import UsageError
 
 SEVERAL = {"axes": {"method": ["zo_sgd", "zo_adam"], "num_queries": [2, 4]}}
 MEASURED = {
@@ -44,9 +45,9 @@ def other_code(monkeypatch):
     return lambda name="other": monkeypatch.setattr("zotune.bench.keys.code_of", lambda config: name)
 
 
-def verified(results, specs, executor=made_up, alike="options"):
+def verified(results, specs, executor=made_up, before=None):
     found, left = stale_of(results, specs)
-    return verify(results, grouped(found, alike), (executor,), threading.Event(), Silent()), left
+    return verify(results, grouped(found), ((executor, before),), threading.Event(), Silent()), left
 
 
 def bytes_of(results):
@@ -289,8 +290,73 @@ def test_a_result_that_another_runner_writes_is_left_to_it(tmp_path, other_code)
     assert {k: v for verdict in verdicts for k, v in verdict.left.items()} == {spec.path: "another runner is at it"}
     (group,) = grouped(stale_of(tmp_path, [spec])[0])
     run_cells([spec], tmp_path)  # anew, by today's code
-    (verdict,) = verify(tmp_path, [group], (made_up,), threading.Event(), Silent())
+    (verdict,) = verify(tmp_path, [group], ((made_up, None),), threading.Event(), Silent())
     assert verdict.left == {spec.path: "it was written anew meanwhile"}
+
+
+# Against other code on this machine ------------------------------------------------------------------------
+
+
+def test_against_the_code_of_the_results_the_two_are_compared_and_not_the_stored_numbers(tmp_path, other_code):
+    specs = small_cells(**SEVERAL)
+    run_cells(specs, tmp_path)
+    other_code()
+
+    def rounded(job, folder):
+        """Another processor: all numbers are a little others than those that are stored."""
+        found = made_up(job).found
+        scores = found.get("scores") or {name: found["run"][name] for name in ("test",)}
+        for score in scores.values():
+            score["value"] += 1e-9
+        return Outcome("done", found=found)
+
+    verdicts, _ = verified(tmp_path, specs, rounded)
+    assert all(verdict.differences for verdict in verdicts)
+    before = Counting()
+    verdicts, _ = verified(tmp_path, specs, rounded, before)
+    # The old code is run, though jobs of the same options are kept; it is not the new one, which differs.
+    assert len(before.jobs) == 4 and all(verdict.differences for verdict in verdicts)
+    verdicts, _ = verified(tmp_path, specs, rounded, rounded)
+    assert [verdict.differences for verdict in verdicts] == [(), ()]
+    assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
+
+
+def test_against_a_checkout_results_of_other_commits_are_left(tmp_path, other_code):
+    specs = small_cells()
+    run_cells(specs, tmp_path)
+    for spec, commit in zip(specs, ("a", "b"), strict=True):
+        tamper(tmp_path, spec, lambda plain, commit=commit: plain.update(commit=commit))
+    other_code()
+    found, left = stale_of(tmp_path, specs, "a")
+    assert [one.spec.path for one in found] == [specs[0].path]
+    assert left == {specs[1].path: "it is of the code of b, and not of a"}
+
+
+def test_a_checkout_must_be_of_a_commit_and_unchanged(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="is no checkout"):
+        commands._commit_of(tmp_path)
+    (tmp_path / "src" / "zotune").mkdir(parents=True)
+    for found, said in (("unknown", "is no checkout"), ("abc+", "was changed")):
+        monkeypatch.setattr("zotune.bench.runner.commit", lambda package, found=found: found)
+        with pytest.raises(UsageError, match=said):
+            commands._commit_of(tmp_path)
+    monkeypatch.setattr("zotune.bench.runner.commit", lambda package: "abc")
+    assert commands._commit_of(tmp_path) == "abc"
+
+
+def test_a_worker_of_another_checkout_finds_its_own_code_and_is_not_asked_for_todays(tmp_path):
+    worker = tmp_path / "src" / "zotune" / "bench" / "deep" / "worker.py"
+    worker.parent.mkdir(parents=True)
+    for folder in ("", "bench", "bench/deep"):
+        (tmp_path / "src" / "zotune" / folder / "__init__.py").touch()
+    lines = "import json, os, sys\nline = json.loads(sys.stdin.readline())\n"
+    lines += "found = {'keys': sorted(line), 'threads': os.environ['OMP_NUM_THREADS']}\n"
+    worker.write_text(f"{lines}open(line['folder'] + '/found.json', 'w').write(json.dumps(found))\n")
+    args = commands._parser().parse_args(["verify", "--against", str(tmp_path)])
+    ((today, before),) = commands._slots_of_both(args, threading.Event())
+    assert today.source is None
+    outcome = before(Job("train", {}, environment={"OMP_NUM_THREADS": "7"}), tmp_path)
+    assert outcome.found == {"keys": ["does", "folder", "gib", "options"], "threads": "7"}
 
 
 # The command -----------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(Alike),
         default="options",
         help="what makes a kind: all options but for amounts (default), or the method and what is tuned alone",
+    )
+    commands.choices["verify"].add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare with what the code in this checkout of the results' commit finds here, not with the results",
     )
     for command in (running, commands.choices["verify"]):
         command.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
@@ -207,7 +215,7 @@ def _verify(args: argparse.Namespace) -> Answer:
     from zotune.bench.verify import grouped, stale_of, verify
 
     specs = [s for some in chosen_cells(args.names, args.scale, args.only, args.data_source).values() for s in some]
-    found, left = stale_of(args.results, specs)
+    found, left = stale_of(args.results, specs, None if args.against is None else _commit_of(args.against))
     unfit = len(left)
     groups = grouped(found, args.alike)
     rows = [(group, [one.spec.path for one in group.members]) for group in groups]
@@ -220,13 +228,43 @@ def _verify(args: argparse.Namespace) -> Answer:
     stop = threading.Event()
     minutes = {group.cheapest.spec.path: group.cheapest.seconds / 60 for group in groups}
     with stopped_by_signals(stop) as signals, Progress(minutes, args.jobs) as display:
-        verdicts = verify(args.results, groups, _slots(args, stop), stop, display)
+        verdicts = verify(args.results, groups, _slots_of_both(args, stop), stop, display)
     kinds = [verdict.to_json() for verdict in verdicts]
     left |= {path: reason for verdict in verdicts for path, reason in verdict.left.items()}
     lines = [str(verdict) for verdict in verdicts]
     accepted, stale = sum(len(verdict.accepted) for verdict in verdicts), len(found) + unfit
     text = "\n".join([*lines, *_reasons(left), f"{accepted} of {stale} stale results accepted in {args.results}"])
     return {"kinds": kinds, "left": left}, text, 128 + signals[0] if signals else int(accepted < stale)
+
+
+def _commit_of(checkout: Path) -> str:
+    """The commit of another checkout of this package.
+
+    Raises:
+        UsageError: it is none, or was changed.
+    """
+    from zotune.bench.keys import PACKAGE
+    from zotune.bench.runner import commit
+
+    package = checkout / "src" / PACKAGE.name
+    found = commit(package) if package.is_dir() else "unknown"
+    if found == "unknown" or found.endswith("+"):
+        why = "was changed" if found.endswith("+") else "is no checkout"
+        raise UsageError(f"--against takes a checkout of the commit that results are of, and {checkout} {why}.")
+    return found
+
+
+def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tuple[Any, Any]]:
+    """For each job that runs at a time an executor of today's code, and with `--against` one of that checkout's."""
+    slots = _slots(args, stop)
+    if args.against is None:
+        return [(slot, None) for slot in slots]
+    if args.executor != "local":
+        raise UsageError("--against runs on this machine alone; leave --executor out.")
+    source = (args.against / "src").resolve()
+    worker = next(iter(sorted(source.glob("*/bench/**/worker.py")))).relative_to(source).with_suffix("")
+    command = (sys.executable, "-m", ".".join(worker.parts))
+    return [(slot, replace(slot, command=command, source=source)) for slot in slots]
 
 
 def _reasons(left: Mapping[str, str]) -> list[str]:

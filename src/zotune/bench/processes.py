@@ -35,11 +35,13 @@ class Process:
     Attributes:
         environment: variables for the worker beside the runner's own.
         command: what the worker is.
+        source: the folder of another checkout's packages, whose code is run; else the worker refuses other code.
     """
 
     stopped: Callable[[], bool]
     environment: Mapping[str, str]
     command: tuple[str, ...] = (sys.executable, "-m", "zotune.bench.worker")
+    source: Path | None = None
 
     def __call__(self, job: Job, folder: Path) -> Outcome:
         """Run a job in `folder`.
@@ -53,7 +55,7 @@ class Process:
             worker = self._start(said, job.environment)
             try:
                 assert worker.stdin is not None
-                of_job = {"does": job.does, "options": job.options, "key": job.key}
+                of_job = {"does": job.does, "options": job.options, **({} if self.source else {"key": job.key})}
                 _send(worker.stdin, json.dumps({**of_job, "folder": str(folder), "gib": job.limits.gib}) + "\n")
                 over = self._watch(worker, job)
             finally:
@@ -62,7 +64,7 @@ class Process:
 
     def _start(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # The worker finds the package where this one was found, installed or not.
-        source = str(Path(__file__).parents[2])
+        source = str(self.source or Path(__file__).parents[2])
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             self.command,

@@ -160,12 +160,12 @@ class Runner:
 
 
 @cache
-def commit() -> str:
-    """The commit of the code, with a + where it was changed since; "unknown" where it is not a checkout."""
+def commit(package: Path = PACKAGE) -> str:
+    """The commit of a package's code, with a + where it was changed since; "unknown" where it is not a checkout."""
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=PACKAGE, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -7,6 +7,9 @@ cell is found again from its own search and runs, of which only the first seed's
 are computed, with as many threads as before. Where all numbers agree that are the same each time, to the last bit, the
 results of the kind get today's key, and a record of it. What a clock or a gauge gave cannot agree like that: cells that
 are about it (memory, time, theory with measurements) are accepted where it is near enough on the same machine.
+
+On another kind of processor last digits differ by themselves. There the code that the results are of can be run beside
+today's, from a checkout of its commit: then the two are compared, on this machine, and not the stored numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from zotune.bench.cells import (
@@ -35,7 +39,7 @@ from zotune.bench.cells import (
 )
 from zotune.bench.experiments import CellSpec
 from zotune.bench.found import Found, Stopped
-from zotune.bench.jobs import Executor, Job, Outcome, Store, locked
+from zotune.bench.jobs import JOBS, Executor, Job, Outcome, Store, locked
 from zotune.bench.runner import Display, State, commit, key_of_cell, lock_of, state_of
 
 # How far a measured number of a cell that is about it may be from the one before, as a fraction of that.
@@ -51,6 +55,11 @@ class Stale:
 
     spec: CellSpec
     result: CellResult
+
+    @property
+    def commit(self) -> str:
+        """The last code that the result is known to be of."""
+        return (self.result.verified[-1] if self.result.verified else self.result).commit
 
     @property
     def seconds(self) -> float:
@@ -108,8 +117,16 @@ class Verdict:
 # Which results ---------------------------------------------------------------------------------------------
 
 
-def stale_of(results: Path, specs: Sequence[CellSpec]) -> tuple[list[Stale], dict[str, str]]:
-    """The stale results of cells that can be verified; of the others by path why not."""
+def stale_of(
+    results: Path, specs: Sequence[CellSpec], of_commit: str | None = None
+) -> tuple[list[Stale], dict[str, str]]:
+    """The stale results of cells that can be verified; of the others by path why not.
+
+    Args:
+        results: the folder of results.
+        specs: the cells.
+        of_commit: the results must be of this commit's code.
+    """
     found: list[Stale] = []
     left: dict[str, str] = {}
     for spec in specs:
@@ -121,6 +138,8 @@ def stale_of(results: Path, specs: Sequence[CellSpec]) -> tuple[list[Stale], dic
             left[spec.path] = "its config is no longer that of the cell"
         elif result.status != "done":
             left[spec.path] = f"it is not done: {result.status}"
+        elif of_commit is not None and of_commit != (last := Stale(spec, result).commit):
+            left[spec.path] = f"it is of the code of {last}, and not of {of_commit}"
         else:
             found.append(Stale(spec, result))
     return found, left
@@ -151,7 +170,7 @@ def _kind_of(one: Stale, alike: Alike) -> str:
     named = {name: spec.options.get(name) for name in ("method", "tuning")}
     way = named if alike == "method" else without_amounts(spec.options)
     is_measured = any(run.measured for run in result.runs)
-    origin = (last.commit, result.environment, last.environment)
+    origin = (one.commit, result.environment, last.environment)
     return json.dumps([spec.kind, is_measured, origin, way], sort_keys=True)
 
 
@@ -204,23 +223,29 @@ def _of_trial(trial: Trial) -> Outcome:
     return Outcome(trial.status, trial.message, {"run": run.model_dump(mode="json"), "environment": {}})
 
 
-def differences_of(one: Stale, execute: Callable[[Job], Outcome]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The numbers of a result that are others today, each with both values; and the machine of today's.
+def found_again(one: Stale, execute: Callable[[Job], Outcome]) -> CellResult:
+    """A stale result with the jobs that are verified done again, and with the machine of these.
 
     Raises:
+        Stopped: a job could not be done.
         KeyboardInterrupt: the runner is to stop.
     """
     from zotune.bench.kinds import KINDS
 
     again, found = _Again(one, execute), Found()
-    try:
-        KINDS[one.spec.kind](one.spec, again, found)
-    except Stopped as stopped:
-        return (f"its job could not be done again: {stopped.status}, {stopped.message}",), again.environment
-    now = CellResult.model_validate(one.result.model_dump() | {part: getattr(found, part) for part in _PARTS})
-    old, new = ({part: _plain(result)[part] for part in _PARTS} for result in (one.result, now))
-    apart = [*different(old, new), *_far(one.result, now, again.environment)]
-    return tuple(apart), again.environment
+    KINDS[one.spec.kind](one.spec, again, found)
+    parts = {part: getattr(found, part) for part in _PARTS}
+    return CellResult.model_validate(one.result.model_dump() | parts | {"environment": again.environment})
+
+
+def differences_of(old: CellResult, new: CellResult) -> tuple[str, ...]:
+    """The numbers that are others in a result that was found again, each with both values."""
+    before, after = ({part: _plain(result)[part] for part in _PARTS} for result in (old, new))
+    apart = list(different(before, after))
+    was, now = (result.environment.get("processor") for result in (old, new))
+    if apart and was != now and old.kind in ("accuracy", "quality"):
+        apart.append(f"(another processor may be why: {was!r} before, {now!r} now)")
+    return (*apart, *_far(old, new))
 
 
 def _plain(result: CellResult) -> dict[str, Any]:
@@ -244,13 +269,13 @@ def different(old: Any, new: Any, place: str = "") -> Iterator[str]:
         yield f"{place}: {old!r} before, {new!r} now"
 
 
-def _far(old: CellResult, new: CellResult, environment: Mapping[str, str]) -> Iterator[str]:
+def _far(old: CellResult, new: CellResult) -> Iterator[str]:
     """Where cells that are about measured numbers have others today; there is nothing in the cells of other kinds."""
     if old.kind not in ("memory", "time", "theory") or not any(run.measured for run in (*old.runs, *new.runs)):
         return
     for name in _MACHINE:
-        if old.environment.get(name) != environment.get(name):
-            was, now = old.environment.get(name), environment.get(name)
+        was, now = (result.environment.get(name) for result in (old, new))
+        if was != now:
             yield f"environment.{name}: {was!r} before, {now!r} now; what is measured does not compare"
     for i, (run, again) in enumerate(zip(old.runs, new.runs, strict=False)):
         for name, near in NEAR_ENOUGH.items():
@@ -276,14 +301,26 @@ def accepted(results: Path, one: Stale, record: Verified) -> str | None:
 
 
 def verify(
-    results: Path, groups: Sequence[Group], slots: Sequence[Executor], stop: threading.Event, display: Display
+    results: Path,
+    groups: Sequence[Group],
+    slots: Sequence[tuple[Executor, Executor | None]],
+    stop: threading.Event,
+    display: Display,
 ) -> list[Verdict]:
     """Run a job of each group and accept the groups that agree; the verdicts there was time for.
 
     Each result is accepted by one write of a whole file, so that an interruption leaves some accepted and the others
     as they were; jobs that are done are kept, and the next call does not run them again.
+
+    Args:
+        results: the folder of results.
+        groups: the results to verify, by kinds.
+        slots: for each job that runs at a time what runs today's code, and what runs the code that the results are of;
+            without the latter the stored numbers are compared.
+        stop: set by whoever wants it to end.
+        display: is told of the cells whose jobs are run.
     """
-    free, shown = SimpleQueue[Executor](), threading.Lock()
+    free, shown = SimpleQueue[tuple[Executor, Executor | None]](), threading.Lock()
     for slot in slots:
         free.put(slot)
 
@@ -294,7 +331,9 @@ def verify(
         try:
             with shown:
                 display.began(group.cheapest.spec)
-            verdict = _judged(results, group, Store(results / group.cheapest.spec.scale, slot, stop.is_set))
+            scale = results / group.cheapest.spec.scale
+            before = None if slot[1] is None else _unkept(slot[1], scale)
+            verdict = _judged(results, group, Store(scale, slot[0], stop.is_set), before)
             with shown:
                 apart = f"{len(verdict.differences)} numbers differ" if verdict.differences else "it agrees"
                 state: State = "stale" if verdict.differences else "done"
@@ -317,8 +356,27 @@ def verify(
     return [verdict for verdict in (one.result() for one in waiting) if verdict is not None]
 
 
-def _judged(results: Path, group: Group, execute: Callable[[Job], Outcome]) -> Verdict:
-    differences, environment = differences_of(group.cheapest, execute)
+def _unkept(executor: Executor, scale: Path) -> Callable[[Job], Outcome]:
+    """Runs jobs by other code, of which nothing is kept: a job is known by today's."""
+
+    def execute(job: Job) -> Outcome:
+        (scale / JOBS).mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=scale / JOBS, prefix="before-") as folder:
+            return executor(job, Path(folder))
+
+    return execute
+
+
+def _judged(
+    results: Path, group: Group, execute: Callable[[Job], Outcome], before: Callable[[Job], Outcome] | None
+) -> Verdict:
+    one, environment = group.cheapest, dict[str, str]()
+    try:
+        new = found_again(one, execute)
+        environment = new.environment
+        differences = differences_of(one.result if before is None else found_again(one, before), new)
+    except Stopped as stopped:
+        differences = (f"its job could not be done again: {stopped.status}, {stopped.message}",)
     paths = [one.spec.path for one in group.members]
     if differences:
         return Verdict(group, differences, left=dict.fromkeys(paths, f"{group.cheapest.spec.path} differs"))
