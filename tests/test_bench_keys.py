@@ -149,6 +149,7 @@ OTHER = {
     "a constant of a module": changed("maths.py", ("2.0", "3.0")),
     "the type of a constant": changed("maths.py", ("x + 1", "x + 1.0")),
     "a default": changed("entry.py", ("= 0.5", "= 0.25")),
+    "a default of an argument by place": changed("maths.py", ("scaled(x, by)", "scaled(x, by=1)")),
     "a field's default": changed("tools.py", ("= False", "= True")),
     "a field's type": changed("tools.py", ("value: float", "value: int")),
     "a decorator": changed("tools.py", ("@dataclass", "@dataclass(frozen=True)")),
@@ -172,6 +173,17 @@ def test_the_hash_of_code_stays_with(name, tmp_path):
 @pytest.mark.parametrize("name", OTHER)
 def test_the_hash_of_code_changes_with(name, tmp_path):
     assert hash_of(tmp_path, OTHER[name]) != hash_of(tmp_path, PLAIN)
+
+
+def test_which_of_two_functions_another_one_calls_counts_where_both_are_called(tmp_path):
+    calls = (
+        "def entry(x):\n    return f(x) - g(x)\n\n\ndef f(x):\n    return a(x)\n\n\ndef g(x):\n    return 2 * b(x)\n"
+    )
+    files = {"entry.py": f"{calls}\n\ndef a(x):\n    return x\n\n\ndef b(x):\n    return -x\n"}
+    exchanged = changed(
+        "entry.py", ("return a(", "return c("), ("* b(", "* a("), ("return c(", "return b("), files=files
+    )
+    assert hash_of(tmp_path, exchanged) != hash_of(tmp_path, files)
 
 
 def test_a_module_that_is_passed_around_counts_with_its_public_names(tmp_path):
