@@ -37,7 +37,71 @@ class Options(BaseModel):
         return value
 
 
+GROUPS = ("Model", "Data", "Tuning", "Method", "Run", "Evaluation", "Output")
+"""The groups of options, in the order in which `--help` shows them."""
+
+# The options of each group; those that most people set come first.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "Model": ("model", "dtype", "quantization", "device", "accept_terms"),
+    "Data": (
+        *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
+        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
+        *("scored_turns", "data_seed"),
+    ),
+    "Tuning": (
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),
+        *("num_virtual_tokens", "peft_type", "peft_config"),
+    ),
+    "Method": (
+        *("method", "learning_rate", "mu", "num_queries", "lr_scheduler_type", "objective", "rounding", "sampler"),
+        *("difference", "weight_decay", "max_coefficient", "momentum", "sign", "adam", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "window", "blocks", "block_size", "block_order", "sparsity", "mask", "mask_group"),
+        *("mask_interval", "rank", "rank_interval", "hybrid_layers", "hybrid_method", "hybrid_learning_rate"),
+        *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
+    ),
+    "Run": (
+        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "resume"),
+        *("gradient_checkpointing", "reuse_activations", "reuse_memory", "reuse_file"),
+    ),
+    "Evaluation": (
+        *("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "exact_match"),
+        *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
+    ),
+    "Output": ("output_dir", "overwrite_output_dir", "save_steps", "logging_steps", "predictions"),
+}
+_GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}
+_PLACE_OF = {name: place for place, name in enumerate(_GROUP_OF)}
+
 Config = TypeVar("Config", bound=BaseModel)
+
+
+def group_of(schema: type[BaseModel], name: str) -> str:
+    """Return the group of an option in `--help`, one of `GROUPS`.
+
+    A field's own `json_schema_extra={"group": …}` takes precedence over the table of this module.
+
+    Raises:
+        KeyError: the schema has no such option, or the option has no group.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> group_of(TrainConfig, "learning_rate")
+    'Method'
+    """
+    extra = schema.model_fields[name].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    return str(group) if group is not None else _GROUP_OF[name]
+
+
+def options_by_group(schema: type[BaseModel]) -> dict[str, list[str]]:
+    """Return the schema's options by group, in the order of `--help`; groups without an option are left out.
+
+    >>> from zotune.llm.config.run import EvalConfig
+    >>> options_by_group(EvalConfig)["Model"][:2]
+    ['model', 'dtype']
+    """
+    names = sorted(schema.model_fields, key=lambda name: _PLACE_OF.get(name, len(_PLACE_OF)))
+    options = {group: [name for name in names if group_of(schema, name) == group] for group in GROUPS}
+    return {group: names for group, names in options.items() if names}
 
 
 def is_partial(info: ValidationInfo) -> bool:
