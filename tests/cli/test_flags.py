@@ -13,7 +13,7 @@ import tyro
 
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
-from zotune.cli.options import unchecked_record
+from zotune.cli.options import complete, unchecked_record
 from zotune.cli.plan import PlanConfig
 from zotune.llm.config.run import EvalConfig, TrainConfig
 
@@ -37,7 +37,7 @@ def plain(value):
 @pytest.mark.parametrize("verb", SCHEMAS)
 def test_no_option_of_a_schema_is_lost_or_has_another_default(verb):
     schema = SCHEMAS[verb]
-    parser = tyro.extras.get_parser(unchecked_record(schema, {}))
+    parser = tyro.extras.get_parser(unchecked_record(schema, complete(schema, {}, "defaults")))
     spellings = {a.option_strings[0]: a.option_strings for a in parser._actions if a.option_strings}
     flags = {}
     for name, info in schema.model_fields.items():
