@@ -18,8 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-from zotune import noise
-from zotune.noise import cpu, native
+from zotune.noise import back_ends, native
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -63,8 +62,8 @@ def causal_family(request):
 @pytest.fixture
 def tiny():
     """A function: family and precision to a tiny model with random weights."""
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
 
     return lambda family, dtype="float32": load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
 
@@ -72,8 +71,8 @@ def tiny():
 @pytest.fixture(scope="session")
 def smollm2():
     """The built-in model. Session-wide: tests read it and leave it as it is."""
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
 
     lm = load(ModelOptions(model="smollm2-135m", device="cpu"))
     for p in lm.module.parameters():
@@ -180,12 +179,11 @@ def plain_score():
     return score
 
 
-@pytest.fixture(params=["native", "numba"], scope="module")
+@pytest.fixture(params=[back_ends.NATIVE, back_ends.EAGER], ids=lambda back_end: back_end.name, scope="module")
 def kernels(request):
-    """Run a module's tests with the C kernels, then with numba's."""
-    if request.param == "native" and native.library() is None:
-        pytest.skip("there is no C compiler here")
-    module = native if request.param == "native" else cpu
+    """Run a module's tests with the C kernels, then with torch operations."""
+    if request.param is back_ends.NATIVE and native.library() is None:
+        pytest.skip("this installation has no C kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "_cpu", lambda: module)
-        yield module
+        patch.setattr(back_ends, "cpu", lambda: request.param)
+        yield request.param

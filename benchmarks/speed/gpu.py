@@ -25,9 +25,10 @@ import torch
 
 import zotune as zo
 from zotune import noise
-from zotune.estimate.cuda_graph import GraphedDifference
+from zotune.estimate.cuda_graph import CUDAGraphDifference
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
@@ -39,7 +40,7 @@ def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
     low_rank = zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=zo.low_rank(zo.gaussian))
-    probe = GraphedDifference(losses_of(lm, length), *tokens_and_targets(lm, batch, length), mu=MU)
+    probe = CUDAGraphDifference(losses_of(lm, length), *tokens_and_targets(lm, batch, length), mu=MU)
     graphed = zo.ZerothOrder(lm.module, lr=LR, estimator=probe)
     estimate = optimizer.estimate(f)
 
@@ -124,8 +125,7 @@ def main() -> None:
             rows[name] = row_of(lm, options.batch, options.length, options.rounds)
             print(shown(name, rows[name]), flush=True)
             del lm
-    kernels = noise._cpu() if device.type == "cpu" else noise._accelerator(device)
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": kernels.__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(device).name}
     write_result("speed-gpu", {**about, "rows": rows}, options.output)
 
 

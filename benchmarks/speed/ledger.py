@@ -33,8 +33,8 @@ import zotune as zo
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import check, header_of
 from zotune.ledger.stream import Trace
-from zotune.llm.config.run import ModelOptions
-from zotune.llm.models import load
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result, zotune
@@ -70,7 +70,7 @@ def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -
     checked = time.perf_counter() - began
     began = time.perf_counter()
     for taken in ledger:
-        again.retake(taken)
+        again.replay_step(taken)
     resumed = (time.perf_counter() - began) / num_steps
     assert all(torch.equal(p, tuned[name]) for name, p in lm.module.named_parameters())
     began = time.perf_counter()

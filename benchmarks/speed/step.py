@@ -27,9 +27,10 @@ import zotune as zo
 from zotune import noise
 from zotune.estimate.objective import Batched
 from zotune.llm.config.run import EvalConfig, TrainConfig
-from zotune.llm.models.load import LanguageModel, load
-from zotune.llm.models.tuned_parameters import prepare
-from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -134,7 +135,7 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
 
 def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """The same of an adapter alone."""
-    prepare(lm, TrainConfig(task="sst2", tuning="lora"))
+    prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
 
@@ -160,9 +161,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "random:opt-125m"])
     options = parser.parse_args()
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     sides: dict[str, dict[str, Any]] = {}
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(torch.device("cpu")).name}
     for model in options.models:
         for dtype in options.dtypes:
             for batch, length in ((4, 32), (16, 32), (16, 64)):

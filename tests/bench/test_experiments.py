@@ -25,7 +25,7 @@ from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.methods.paper import METHODS
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 SOURCE = Path(experiments.__file__).parents[2]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
@@ -180,8 +180,8 @@ def test_tokens_are_those_of_the_rows_times_the_passes(smoke):
     _, results, _ = smoke
     found = read_result(result_path(results, "smoke", "table3", "zo_sgd--lora--llama-tiny--copa"))
     (run,) = found.runs
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
     from zotune.llm.tasks.load_data import load_rows
 
     options = {k: v for k, v in found.config["options"].items() if k in TrainConfig.model_fields}
@@ -214,7 +214,7 @@ def test_the_quality_of_an_estimate_is_that_of_its_vector_against_autograds():
     def loss():
         return (model(x) - y).square().mean()
 
-    tuned = TunedTensors.of(model)
+    tuned = ParameterSet.of(model)
     gradient = true_gradient(loss, tuned)
     loss().backward()
     assert all(torch.equal(g, p.grad) for g, p in zip(gradient, model.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""The terms of the last steps, from which a transform's state is made again in place of being kept."""
+"""The coefficients and seeds of recent steps, from which a transform's state is computed again, not stored."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zotune.directions.blocks import Block
-from zotune.directions.direction import Direction, Sampler, Terms
+from zotune.directions.direction import Direction, Terms
+from zotune.directions.samplers import Sampler
 from zotune.directions.schedule import state_of
 
 
-class History:
+class CoefficientWindow:
     """The terms of the last `maxlen` steps, oldest first: coefficients and seeds, no noise. Skipped steps have none.
 
-    >>> history = History(1)
+    >>> history = CoefficientWindow(1)
     >>> for c in (1.0, 2.0):
     ...     history.add([(c, Direction(7))])
     ...     history.close()
@@ -28,11 +29,11 @@ class History:
         self._present: Terms = []
 
     def add(self, terms: Terms) -> None:
-        """The step in progress has written these; several times, where blocks go one after the other."""
+        """Add terms that the current step applied; blocks updated in sequence add theirs one after the other."""
         self._present = [*self._present, *terms]
 
     def close(self) -> None:
-        """The step is over."""
+        """Close the current step and drop the oldest one if the window is full."""
         if self._present:
             self._steps.append(self._present)
         self._present = []
@@ -43,13 +44,13 @@ class History:
         return tuple(self._steps)
 
     def state(self) -> list[dict[str, Any]]:
-        """All of it in plain values."""
+        """The window in plain values."""
         return [_to_plain(terms) for terms in self._steps]
 
     def load(
         self, state: Sequence[dict[str, Any]], sampler: Callable[[Any], Sampler], blocks: Sequence[Block | None]
     ) -> None:
-        """What `state` gave; `sampler` makes a step's sampler from its state."""
+        """Restore the window from the result of `state`; `sampler` maps a sampler's saved state to the sampler."""
         named = {None if block is None else block.name: block for block in blocks}
         self._steps.clear()
         for step in state:

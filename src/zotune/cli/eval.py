@@ -6,7 +6,7 @@ from zotune.cli.help import HelpPage, help_text
 from zotune.cli.options import complete, is_help, parse
 from zotune.cli.output import print_json, print_text
 from zotune.errors import UsageError
-from zotune.llm.config.run import EvalConfig, saved_reading
+from zotune.llm.config.run import EvalConfig, inherited_options
 
 _PAGE = HelpPage(
     usage="zotune eval [--OPTION VALUE ...]",
@@ -32,15 +32,15 @@ def run(args: list[str], as_json: bool) -> int:
         raise UsageError(_NO_DATA)
     config = parse(EvalConfig, {}, "command line", args, "zotune eval")
     # The model's training run says how its rows are read; options override that.
-    inherited, source = saved_reading(config)
+    inherited, source = inherited_options(config)
     if inherited:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
-    from zotune.llm.training.evaluation import evaluate_tasks
+    from zotune.llm.training.evaluation import evaluate
     from zotune.llm.training.output_folder import write_json
-    from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+    from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
-    evaluations, results = evaluate_tasks(config)
+    tune_malloc(OWN_PAGES_OF_PASSES)
+    evaluations, results = evaluate(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "results.json", results)

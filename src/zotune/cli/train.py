@@ -53,9 +53,9 @@ def run(args: list[str], as_json: bool) -> int:
 
 def _train(config: TrainConfig, as_json: bool) -> int:
     from zotune.llm.training.train import train
-    from zotune.system.malloc import keep_freed_memory
+    from zotune.system.malloc import tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     result = train(config)
     _write_page(result.output_dir)
     if as_json:

@@ -19,7 +19,7 @@ from torch import nn
 
 from zotune.errors import UsageError
 from zotune.model.layers import stack_of
-from zotune.model.parameters import TunedTensor, TunedTensors, canonical_name, tensor_id
+from zotune.model.parameters import ParameterSet, TunedTensor, canonical_name, tensor_id
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Block:
 
 
 class BlockOrder(StrEnum):
-    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`).
+    """Estimate all blocks at the same x (`JOINT`), or each block after the block before it was updated (`SEQUENTIAL`).
 
     A joint step whose loss is NaN or infinite moves nothing. Of a sequential one the blocks are left out whose own
     losses are; those before and after them have moved.
@@ -99,7 +99,8 @@ def blocks_by_linear(model: nn.Module, params: Params = None) -> Blocks:
 
 
 def blocks_by_size(model: nn.Module, max_elements: int, params: Params = None) -> Blocks:
-    """Neighbours together as long as they hold at most `max_elements` numbers; a larger tensor is a block alone.
+    """Blocks of neighbouring tensors with at most `max_elements` numbers together; a larger tensor is a block of its
+    own.
 
     Raises:
         ValueError: `max_elements` < 1.
@@ -111,7 +112,7 @@ def blocks_by_size(model: nn.Module, max_elements: int, params: Params = None) -
         raise ValueError(f"a block holds at least one number, got {max_elements=}")
     groups: list[list[TunedTensor]] = []
     room = 0
-    for tensor in TunedTensors(model, params):
+    for tensor in ParameterSet(model, params):
         size = tensor.parameter.numel()
         if size > room or not groups:
             groups.append([])
@@ -129,8 +130,8 @@ BLOCKS: dict[str, Callable[[nn.Module, Params], Blocks]] = {
 """Ways to cut a model by name."""
 
 
-def check_partition(blocks: Sequence[Block], tuned: TunedTensors) -> None:
-    """See that every tuned tensor is in exactly one block.
+def check_partition(blocks: Sequence[Block], tuned: ParameterSet) -> None:
+    """Check that every tuned tensor is in exactly one block.
 
     Raises:
         UsageError: one is in none or in several, a block names a tensor that is not tuned, or two have one name.
@@ -184,6 +185,6 @@ def _by_part(model: nn.Module) -> Callable[[str], str]:
 
 def _group(model: nn.Module, block_of: Callable[[str], str], params: Params) -> Blocks:
     groups: dict[str, list[str]] = {}
-    for tensor in TunedTensors(model, params):
+    for tensor in ParameterSet(model, params):
         groups.setdefault(block_of(tensor.name), []).append(tensor.name)
     return tuple(Block(name, tuple(tensors)) for name, tensors in groups.items())

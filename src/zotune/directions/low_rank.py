@@ -4,7 +4,7 @@ A is (m, r), B is (n, r), both of independent entries with mean 0 and variance 1
 E[U_ij U_kl] = Σ_s E[A_is A_ks] E[B_js B_ls] / r, which is 1 where (i, j) = (k, l) and else 0. A product with U is two
 thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is displaced without a displaced weight.
 Source: Chen et al., 2024 (LOZO, arXiv 2410.07698); Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652). The bits of an
-element: `zotune.noise.reference.low_rank`.
+element: `zotune.noise.spec.low_rank`.
 """
 
 from __future__ import annotations
@@ -14,42 +14,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zotune import noise
+from zotune.directions.samplers import Factors, Sampler
+from zotune.directions.schedule import ScheduledSampler, Weights
+from zotune.errors import UsageError
 from zotune.model import linear as gemm
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
+from zotune.system import limits
 
-if TYPE_CHECKING:
-    from zotune.directions.direction import Sampler
-
-# Numbers that are drawn together at most: 4 MiB.
-_TOGETHER = 1 << 20
-# The name of the right factors' seeds among what is derived from a seed.
-RIGHT = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """A displacement of low rank of some rows of a matrix: a · left rightᵀ.
-
-    Attributes:
-        left: (rows, r), float32; A/√r.
-        right: (columns, r), float32; B.
-        a: how far to go.
-    """
-
-    left: Tensor
-    right: Tensor
-    a: float = 1.0
+# Purpose number of the right factors' seeds in `derive_seed`.
+_RIGHT = 3
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Left rightᵀ, float32, summed in the order of the columns: no fused multiply-add, on any device."""
+    """The product left rightᵀ in float32, summed in the order of the columns; no device uses a fused multiply-add."""
     total = left[:, :1] * right[:, 0]
     for k in range(1, left.shape[1]):
         total += left[:, k : k + 1] * right[:, k]
@@ -59,9 +44,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors], biases: Tensor | None = None
 ) -> Tensor:
-    """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W, and biases[i]: (…, n) to (…, m).
+    """Compute y = x (W + offsetᵢ)ᵀ + b + biases[i] for the i-th of equal shares of x: (…, n) to (…, m).
 
-    The product with W is that of all shares together; each then needs two thin ones. `biases` are (shares, m).
+    The product with W is taken for all shares together; each share then needs two thin products. `biases`: (shares, m).
     """
     rows = x.reshape(-1, x.shape[-1])
     out = gemm.linear(rows, weight, bias)
@@ -70,7 +55,8 @@ def linear(
 
 
 def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Tensor | None = None) -> None:
-    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ, and biases[i].
+    """Add x (aᵢ leftᵢ rightᵢᵀ)ᵀ + biases[i] to the i-th of equal shares of out (rows, m), for x (rows, n) in equal
+    shares.
 
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
@@ -100,13 +86,13 @@ def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Factored:
+class LowRankSampler:
     """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.
 
     Attributes:
         base: the distribution of the factors' entries, and of the directions of tensors that are no matrices.
         rank: r ≥ 1.
-        right_seed: names the right factors of all directions; None where each has its own.
+        right_seed: seed of the right factors that all directions share; None where each direction has its own.
         shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
     """
 
@@ -114,6 +100,10 @@ class Factored:
     rank: int
     right_seed: int | None
     shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+
+    def part(self, tensor_id: int) -> Sampler:
+        """As `zotune.directions.samplers.part_of`: a tensor that is no matrix has the base's directions."""
+        return self if tensor_id in self.shapes else self.base
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
         """As `Sampler.fill`."""
@@ -127,9 +117,9 @@ class Factored:
     def factors(
         self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
     ) -> Factors:
-        """The factors of a matrix's part of a direction: of those rows that elements start … start + size - 1 are in.
+        """The factors of a matrix's part of a direction, for the rows that elements start … start + size - 1 lie in.
 
-        They are not to be written.
+        They are cached; callers must not write into them.
         """
         rows, columns = self.shapes[tensor_id]
         lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
@@ -141,10 +131,10 @@ class Factored:
         )
 
     def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
-        """As `factors`, of the matrices among some tensors; in one piece of memory, and none if that would be large."""
+        """As `factors`, for all matrices among some tensors in one allocation; empty if that would be large."""
         sizes = {i: tuple(side * self.rank for side in self.shapes[i]) for i in ids if i in self.shapes}
         total = sum(map(sum, sizes.values()))
-        if total > _TOGETHER:
+        if total > limits.FACTOR_ELEMENTS:
             return {}
         right_seed = self._right_seed_of(seed)
         room = torch.empty(total, dtype=torch.float32, device=device)
@@ -162,13 +152,13 @@ class Factored:
         return _own_right_seed(seed) if self.right_seed is None else self.right_seed
 
     def state(self) -> dict[str, Any]:
-        """As `zotune.directions.schedule.SamplerOfAStep.state`."""
+        """As `zotune.directions.schedule.StatefulSampler.state`."""
         return {"right_seed": self.right_seed}
 
 
 @lru_cache(maxsize=64)
 def _own_right_seed(seed: int) -> int:
-    return derive_seed(seed, 0, 0, RIGHT)
+    return derive_seed(seed, 0, 0, _RIGHT)
 
 
 # Each slice of a tensor wants the same factors one after the other. Those of a whole step are not kept: small tensors
@@ -179,3 +169,77 @@ def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int
     found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
     base.fill(found.view(-1), seed, tensor_id, lo * rank)
     return found
+
+
+@dataclass(frozen=True)
+class LowRank(ScheduledSampler):
+    """A sampler of directions of low rank whose right factor is renewed as a run goes on; see `low_rank`."""
+
+    base: Sampler
+    rank: int
+    interval: int
+
+    def at(
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+    ) -> LowRankSampler:
+        """As `ScheduledSampler.at`."""
+        right_seed = None if self.interval == 1 else derive_seed(seed, step // self.interval, 0, _RIGHT)
+        return self._factored(tuned, right_seed)
+
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> LowRankSampler:
+        """As `ScheduledSampler.restored`."""
+        return self._factored(tuned, state["right_seed"])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As `ScheduledSampler.constants`."""
+        return {"rank": self.rank, "interval": self.interval}
+
+    def _factored(self, tuned: ParameterSet, right_seed: int | None) -> LowRankSampler:
+        shapes = {t.id: t.parameter.shape for t in tuned if t.parameter.dim() > 1 and t.parameter.numel()}
+        return LowRankSampler(self.base, self.rank, right_seed, {i: (s[0], s[1:].numel()) for i, s in shapes.items()})
+
+
+def low_rank(base: Sampler, rank: int = 1, *, interval: int = 1) -> LowRank:
+    r"""Directions that are matrices of low rank: for an m × n tensor U = A Bᵀ/√r, known by (m + n) r numbers.
+
+    A (m × r) is drawn anew for each direction, B (n × r) with it or once for some steps. Independent entries of mean 0
+    and variance 1 give E[u uᵀ] = I, so E[ĝ] = ∇f as for any sampler. A linear layer is displaced by two thin products,
+    y = x Wᵀ + a (x B) Aᵀ/√r, and no weight is written or copied: probes cost hardly more than their forward passes, and
+    many of them (`most` of `zotune.batched`) share the product x Wᵀ.
+
+    Args:
+        base: the distribution of the entries of A and B: `gaussian` as in LOZO and EGGROLL, or `rademacher`. Tensors
+            of fewer than two dimensions (biases, gains of norms) get its directions as they are. A tensor of more than
+            two dimensions counts as a matrix of shape[0] rows.
+        rank: r ≥ 1.
+        interval: ν ≥ 1, steps between two draws of B. With 1 each direction has its own B (EGGROLL); with more, all
+            directions of ν steps share one, so that these steps move a matrix by one of rank at most r (LOZO).
+
+    Raises:
+        UsageError: a value is out of range, or the base is no sampler of independent entries.
+
+    Memory: the factors of one tensor. Where a matrix is read by something other than a linear layer or an embedding,
+    that tensor, as with other samplers.
+
+    Source: Chen et al., 2024 (LOZO, arXiv 2410.07698), who move probes by A Bᵀ and divide the update by r, where here
+    both have 1/√r; Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652).
+
+    >>> import torch
+    >>> import zotune as zo
+    >>> model = torch.nn.Linear(30, 20)
+    >>> opt = zo.zo_sgd(model, lr=0.1, sampler=zo.low_rank(zo.gaussian, rank=2, interval=50))
+    >>> (u,) = opt.directions()
+    >>> int(torch.linalg.matrix_rank(u.of(model, "weight")))
+    2
+    """
+    if isinstance(base, ScheduledSampler):
+        raise UsageError(
+            f"the factors' entries must be independent, got {base!r}; zotune.sparse(zotune.low_rank(…), …) masks the "
+            "matrix that they make."
+        )
+    if rank < 1:
+        raise UsageError(f"a matrix that is not zero has a rank of at least 1, got {rank=}")
+    if interval < 1:
+        raise UsageError(f"a factor serves at least one step, got {interval=}")
+    return LowRank(base, rank, interval)

@@ -1,4 +1,4 @@
-"""Samplers that are renewed as a run goes on, and which of them serves which step.
+"""Samplers that change as a run goes on, and the choice of the sampler for each step.
 
 A mask that stays for some steps, or a factor that directions share for a while, belongs to a run and a step, not to
 one direction. What a step draws from is a function of the run's seed and the step's number (and of weights, where
@@ -13,92 +13,107 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from zotune.directions.direction import Sampler
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.directions.samplers import Sampler
+from zotune.model.parameters import ParameterSet, TunedTensor
 
 # A tensor to its numbers.
 Weights = Callable[[TunedTensor], Tensor]
 
 
 @runtime_checkable
-class SamplerOfAStep(Sampler, Protocol):
-    """What a `Renewed` sampler is at one step."""
+class StatefulSampler(Sampler, Protocol):
+    """The sampler of one step of a `ScheduledSampler`, with a state that restores it."""
 
     def state(self) -> dict[str, Any]:
-        """What `Renewed.restored` makes this sampler from, in plain values."""
+        """The plain values from which `ScheduledSampler.restored` makes this sampler again."""
 
 
-class Renewed(ABC):
-    """A sampler that is renewed as a run goes on.
+class ScheduledSampler(ABC):
+    """A sampler that changes as a run goes on: `at` gives the sampler of each step.
 
     Attributes:
         base: the sampler that it is made from.
     """
 
-    base: Sampler | Renewed
+    base: Sampler | ScheduledSampler
 
     @abstractmethod
     def at(
-        self, tuned: TunedTensors, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
     ) -> Sampler:
-        """The sampler of one step of the run that `seed` names. `before` is that of an earlier step, if there was one.
+        """The sampler of one step of the run with this `seed`; `before` is the sampler of an earlier step, if there was
+        one.
 
         `weights` gives a tensor's numbers, where the model itself does not hold them.
         """
 
     @abstractmethod
-    def restored(self, tuned: TunedTensors, seed: int, state: dict[str, Any]) -> Sampler:
-        """The sampler that `SamplerOfAStep.state` describes."""
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> Sampler:
+        """The sampler whose `StatefulSampler.state` is given."""
 
     @property
     @abstractmethod
     def constants(self) -> dict[str, Any]:
-        """All that its directions depend on besides its base and the run's seed, in plain values; for ledgers."""
+        """The constants that the directions depend on besides the base and the run's seed, in plain values; for
+        ledgers.
+        """
 
     @property
     def depends_on_weights(self) -> bool:
         """Whether a direction can be made again only with the weights as they were."""
-        return isinstance(self.base, Renewed) and self.base.depends_on_weights
+        return depends_on_weights(self.base)
 
 
-AnySampler = Sampler | Renewed
+AnySampler = Sampler | ScheduledSampler
 
 
 def at_step(
     sampler: AnySampler,
-    tuned: TunedTensors,
+    tuned: ParameterSet,
     seed: int,
     step: int,
     before: Any = None,
     weights: Weights = TunedTensor.storage,
 ) -> Sampler:
-    """As `Renewed.at`; a sampler that is always the same is that of every step."""
-    return sampler.at(tuned, seed, step, before, weights) if isinstance(sampler, Renewed) else sampler
+    """As `ScheduledSampler.at`; a sampler that is always the same is that of every step."""
+    return sampler.at(tuned, seed, step, before, weights) if isinstance(sampler, ScheduledSampler) else sampler
 
 
-def restored(sampler: AnySampler, tuned: TunedTensors, seed: int, state: Any) -> Sampler:
-    """As `Renewed.restored`; a sampler that is always the same has no state."""
-    return sampler.restored(tuned, seed, state) if isinstance(sampler, Renewed) else sampler
+def restored(sampler: AnySampler, tuned: ParameterSet, seed: int, state: Any) -> Sampler:
+    """As `ScheduledSampler.restored`; a sampler that is always the same has no state."""
+    return sampler.restored(tuned, seed, state) if isinstance(sampler, ScheduledSampler) else sampler
 
 
 def state_of(sampler: Sampler | None) -> dict[str, Any] | None:
     """The state of a step's sampler; None where it has none."""
-    return sampler.state() if isinstance(sampler, SamplerOfAStep) else None
+    return sampler.state() if isinstance(sampler, StatefulSampler) else None
 
 
-class StepSampler:
+def depends_on_weights(sampler: AnySampler) -> bool:
+    """Whether a sampler's directions can be made again only with the weights as they were."""
+    return isinstance(sampler, ScheduledSampler) and sampler.depends_on_weights
+
+
+def description_of(sampler: AnySampler) -> Any:
+    """A sampler in plain values, for ledgers: its name, or its base and constants."""
+    if isinstance(sampler, ScheduledSampler):
+        return {"base": description_of(sampler.base), **sampler.constants}
+    return repr(sampler)
+
+
+class SamplerState:
     """The sampler of each step of a run."""
 
-    def __init__(self, tuned: TunedTensors, sampler: AnySampler) -> None:
+    def __init__(self, tuned: ParameterSet, sampler: AnySampler) -> None:
         self._tuned, self._sampler = tuned, sampler
         self._last: Sampler | None = None
 
     def begin(self, seed: int, weights: Weights) -> None:
-        """Make the first step's mask with the numbers that `weights` gives, where the model does not hold them."""
+        """Make the first step's sampler from the numbers that `weights` returns; the model need not hold them."""
         self._last = at_step(self._sampler, self._tuned, seed, 0, None, weights)
 
     def at(self, seed: int, step: int) -> Sampler:
-        """The sampler of a step of the run that `seed` names."""
+        """The sampler of a step of the run with this seed."""
         self._last = at_step(self._sampler, self._tuned, seed, step, self._last)
         return self._last
 
@@ -107,9 +122,9 @@ class StepSampler:
         return restored(self._sampler, self._tuned, seed, state)
 
     def state(self) -> dict[str, Any] | None:
-        """What the coming steps' samplers depend on besides the seed; None where there is nothing of the kind."""
+        """The state that later samplers depend on besides the seed; None if there is none."""
         return state_of(self._last)
 
     def load(self, seed: int, state: dict[str, Any] | None) -> None:
-        """Go on from `state`."""
+        """Continue from a saved `state`."""
         self._last = None if state is None else restored(self._sampler, self._tuned, seed, state)

@@ -1,4 +1,4 @@
-"""What lies before the perturbed block is computed once: the activations of the layers below it are reused.
+"""The activations of the layers below a perturbed block, computed once and reused by all probes of the block.
 
 A block of layer k leaves the outputs of layers 0 … k - 1 as they are at x. One pass at x records what each
 layer of the model's stack gives out; in a probe of the block the layers below k return that, and the rest
@@ -18,16 +18,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zotune.estimate.objective import Closure, evaluate, probing
-from zotune.model.layers import Observer, stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.intercept import intercepted_ids
+from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.parameters import ParameterSet
 
 
 class Diverged(BaseException):
-    """A later call of the stack was given something else than in the recorded pass: what came before it mattered."""
+    """A later call of the stack got other inputs than in the recorded pass, so no layer may be skipped."""
 
 
-class PrefixReuse:
-    """Closures that skip the layers which the present perturbation cannot reach; a context of one objective.
+class ActivationCache:
+    """A cache of activations for one objective: its closures skip the layers that the current perturbation cannot
+    reach.
 
     An objective may call the stack several times (micro-batches). Where a later call's input follows from an earlier
     call's output, as in generation, the perturbation reaches it: that is noticed, and the objective is run in full.
@@ -38,7 +40,7 @@ class PrefixReuse:
         num_passes: evaluations of the objective made here, less those whose value was known, since it was last counted.
     """
 
-    def __init__(self, tuned: TunedTensors) -> None:
+    def __init__(self, tuned: ParameterSet) -> None:
         self._tuned = tuned
         _, self._layers = stack_of(tuned.model)
         self.forget()
@@ -50,7 +52,7 @@ class PrefixReuse:
         self.forget()
 
     def forget(self) -> None:
-        """The objective is another one from now on."""
+        """Empty the cache: the objective changes."""
         self.num_passes = 0
         self._depth: dict[int, int] = {}
         self._outputs: list[list[Any]] = [[] for _ in self._layers]
@@ -60,17 +62,17 @@ class PrefixReuse:
         self._is_reusable = bool(self._layers)
 
     def moved(self, tensors: frozenset[int]) -> None:
-        """The weights of these tensors have changed: what comes after them is no longer what was recorded."""
+        """Drop the activations after these tensors, whose weights have changed."""
         self._valid = min([self._valid, *(self._depth.get(i, 0) for i in tensors)])
         self._value = None
 
     def record(self, closure: Closure) -> None:
-        """See to it that a whole pass at x is recorded."""
+        """Record a full pass at x, unless the cache already holds one."""
         if self._value is not None or not self._is_reusable:
             return
         outputs: list[list[Any]] = [[] for _ in self._layers]
         inputs: list[list[Any]] = []
-        observer = Observer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
+        observer = ReadTracer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
         note = self._layers[0].register_forward_pre_hook(
             lambda layer, args, kwargs: inputs.append(_copy(_given(args, kwargs)) if inputs else []), with_kwargs=True
         )
@@ -92,10 +94,10 @@ class PrefixReuse:
         self._valid = len(self._layers)
 
     def of(self, closure: Closure) -> Closure:
-        """The same objective, with what is recorded put in place of the layers that need not run."""
+        """The same objective, with cached activations in place of the layers that need not run."""
 
         def reusing() -> Tensor | float:
-            replaced = self._tuned.replaced
+            replaced = intercepted_ids(self._tuned)
             if not replaced and self._value is not None:
                 self.num_passes -= 1
                 return self._value
@@ -110,12 +112,12 @@ class PrefixReuse:
         return reusing
 
     def _stop(self) -> None:
-        """Reuse nothing more of this objective."""
+        """Stop using the cache for this objective."""
         self._is_reusable, self._valid = False, 0
 
     @contextmanager
     def _replaced(self, depth: int) -> Iterator[None]:
-        """Within this context the first `depth` layers return what was recorded of them."""
+        """Within this context the first `depth` layers return their recorded outputs."""
         layers = self._layers[:depth]
         own = [vars(layer).get("forward") for layer in layers]
         for index, (layer, outputs) in enumerate(zip(layers, self._outputs, strict=False)):
@@ -130,8 +132,8 @@ class PrefixReuse:
                     layer.forward = forward
 
 
-class NoReuse:
-    """The same contract where nothing is reused: every pass is a whole one."""
+class NoActivationCache:
+    """The same interface without a cache: every pass runs in full."""
 
     num_passes = 0
 
@@ -139,27 +141,31 @@ class NoReuse:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing was kept."""
+        """There is nothing to release."""
 
     def moved(self, tensors: frozenset[int]) -> None:
-        """As `PrefixReuse.moved`."""
+        """As `ActivationCache.moved`."""
 
     def record(self, closure: Closure) -> None:
-        """As `PrefixReuse.record`."""
+        """As `ActivationCache.record`."""
 
     def of(self, closure: Closure) -> Closure:
-        """As `PrefixReuse.of`."""
+        """As `ActivationCache.of`."""
         return closure
 
 
 def _recorded(outputs: list[Any]) -> Callable[..., Any]:
-    """A forward that returns copies of the recorded outputs in turn: what uses them may write into them."""
+    """A forward function that returns copies of the recorded outputs in turn, since the layers above may write into
+    them.
+    """
     calls = iter(outputs)
     return lambda *args, **kwargs: _copy(next(calls))
 
 
 def _checked(inputs: list[list[Any]], outputs: list[Any]) -> Callable[..., Any]:
-    """The same for the first layer, as long as its inputs are those recorded; the first call's cannot differ."""
+    """The same for the first layer, which checks that its inputs are the recorded ones (those of the first call always
+    are).
+    """
     calls = enumerate(zip(inputs, outputs, strict=True))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +178,7 @@ def _checked(inputs: list[list[Any]], outputs: list[Any]) -> Callable[..., Any]:
 
 
 def _given(*arguments: Any) -> list[Any]:
-    """What can be compared of a call's arguments: tensors and plain values."""
+    """The comparable arguments of a call: tensors and plain values."""
     return [value for value in tree_leaves(arguments) if isinstance(value, (Tensor, int, float, str))]
 
 

@@ -1,7 +1,7 @@
-"""The tensors that are tuned: who they are, what they are called, where their numbers lie.
+"""The tuned tensors: their identity, their names and ids, and the memory that holds their numbers.
 
 Noise is keyed by a tensor's name, so a name must not change with wrappers, with the order in which
-parameters are registered, or with which of two tied names comes first. `TunedTensors` settles that
+parameters are registered, or with which of two tied names comes first. `ParameterSet` settles that
 once for a model: one entry a tensor, by identity, with a canonical name and its 32-bit hash.
 """
 
@@ -56,12 +56,12 @@ class TunedTensor:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the numbers lie elsewhere and visit the model only while a module runs."""
+        """Whether the weights are offloaded: in the model only while a module runs."""
         return self.parameter.is_meta
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.storage().device if self.is_offloaded else self.parameter.device
 
     def storage(self) -> Tensor:
@@ -81,12 +81,12 @@ class TunedTensor:
         return any(owner._parameters.get(attribute) is value for owner, attribute in self.places)
 
 
-class TunedTensors:
+class ParameterSet:
     """The tuned tensors of a model, each once, in the order of the model's parameters.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> _ = model[0].requires_grad_(False)
-    >>> [t.name for t in TunedTensors(model)]
+    >>> [t.name for t in ParameterSet(model)]
     ['1.weight', '1.bias']
     """
 
@@ -110,10 +110,6 @@ class TunedTensors:
                 f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
             )
         self.model = model
-        self.replaced: frozenset[int] = frozenset()
-        """Ids of the tensors in whose place something else is read just now."""
-        self.is_separable: bool | None = None
-        """Whether copies of a batch can be told apart in this model; None until it is tried."""
         self._tensors = [self._tensor(p) for p in places.values()]
         self._by_identity = {id(t.parameter): t for t in self._tensors}
         self._by_name = {
@@ -133,9 +129,9 @@ class TunedTensors:
         return TunedTensor(name, tensor_id(name), places[0][3], owners)
 
     @classmethod
-    def of(cls, model: nn.Module | TunedTensors) -> TunedTensors:
+    def of(cls, model: nn.Module | ParameterSet) -> ParameterSet:
         """The tuned tensors of a model; those already collected are passed through."""
-        return model if isinstance(model, TunedTensors) else cls(model)
+        return model if isinstance(model, ParameterSet) else cls(model)
 
     def __iter__(self) -> Iterator[TunedTensor]:
         return iter(self._tensors)
@@ -152,7 +148,7 @@ class TunedTensors:
             ) from None
 
     def named(self, name: str) -> TunedTensor | None:
-        """The tuned tensor that has this name; None where none has."""
+        """The tuned tensor with this name; None if there is none."""
         return self._by_name.get(name)
 
     def find(self, value: object) -> TunedTensor | None:
@@ -161,12 +157,12 @@ class TunedTensors:
 
     @property
     def numel(self) -> int:
-        """How many numbers are tuned: d."""
+        """The number of tuned numbers: d."""
         return sum(t.parameter.numel() for t in self._tensors)
 
     @property
     def offloaded(self) -> list[TunedTensor]:
-        """Those whose numbers visit the model only while a module runs."""
+        """The offloaded tensors: in the model only while a module runs."""
         return [t for t in self._tensors if t.is_offloaded]
 
     def _check(self) -> None:
@@ -205,13 +201,13 @@ class TunedTensors:
 
 
 def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
-    """What two places have in common if they hold one tensor: the parameter, or the memory it is loaded from."""
+    """A key that two places share if they hold one tensor: the parameter, or the memory it is loaded from."""
     stored = _held_in_memory(module, attribute) if p.is_meta else None
     return id(p) if stored is None else (stored.data_ptr(), stored.shape)
 
 
 def _is_wrapper(p: Tensor) -> bool:
-    """Whether a tensor is but a face of other tensors, as those of torchao are; a distributed tensor is its own."""
+    """Whether a tensor only wraps other tensors, as torchao's do; a distributed tensor does not count as a wrapper."""
     return is_traceable_wrapper_subclass(p) and not hasattr(p, "device_mesh")
 
 

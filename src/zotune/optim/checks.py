@@ -1,4 +1,4 @@
-"""What `ZerothOrder` may be given, and what it refuses: values, options that exclude each other, foreign estimates."""
+"""Checks of the arguments of `ZerothOrder`: values, options that exclude each other, estimates of other directions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zotune.directions.direction import Direction
-from zotune.directions.schedule import AnySampler, Renewed
+from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
@@ -42,7 +42,7 @@ def check_window(window: int | None, sampler: AnySampler) -> None:
     Raises:
         UsageError: they depend on weights that are gone.
     """
-    if window is not None and isinstance(sampler, Renewed) and sampler.depends_on_weights:
+    if window is not None and depends_on_weights(sampler):
         raise UsageError(
             "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
             'that have moved since. Use mask="random", or keep the state (window=None).'
@@ -64,7 +64,7 @@ def check_closure(closure: Closure | None) -> Closure:
 
 
 def check_own(estimate: GradientEstimate, directions: Sequence[Direction] | None) -> None:
-    """Refuse an estimate that a record could not name.
+    """Refuse an estimate along directions that are not the optimizer's own, which no record could describe.
 
     Raises:
         UsageError: its directions are not these, those of the step; None where a step has several estimates.
@@ -77,7 +77,7 @@ def check_own(estimate: GradientEstimate, directions: Sequence[Direction] | None
 
 
 def check_skipped(num_in_a_row: int, limit: int) -> None:
-    """Refuse to go on where nothing is learned.
+    """Stop a run whose steps are all skipped.
 
     Raises:
         NonFiniteLossError: so many steps in a row were skipped.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError
 from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
-from zotune.model.layers import Observer, stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
 
@@ -63,11 +63,12 @@ class Hybrid:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both, zeroth order first; for learning-rate schedules."""
+        """The parameter groups of both optimizers, the zeroth-order one first; for learning-rate schedules."""
         return [*self.zeroth_order.param_groups, *self.first_order.param_groups]
 
     def step(self, closure: Closure) -> float:
-        """One step of both; the loss at x. `closure` returns the loss as a tensor and never calls backward.
+        """Take one step of both optimizers; returns the loss at x. `closure` returns the loss as a tensor and never
+        calls backward.
 
         A closure made by `zotune.accumulate` is differentiated one micro-batch at a time.
 
@@ -85,7 +86,7 @@ class Hybrid:
         return loss
 
     def _differentiate(self, closure: Closure) -> float:
-        """∇_D f into the gradients of the first-order parameters; f. Of micro-batches, one after the other."""
+        """Back-propagate into the gradients of the first-order parameters, micro-batch by micro-batch; returns f."""
         self.first_order.zero_grad()
         micro = closure if isinstance(closure, Accumulated) else accumulate([closure])
         total = 0.0
@@ -111,13 +112,13 @@ class Hybrid:
         return {"zeroth_order": self.zeroth_order.state_dict(), "first_order": self.first_order.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Continue exactly where `state_dict` was taken."""
         self.zeroth_order.load_state_dict(state_dict["zeroth_order"])
         self.first_order.load_state_dict(state_dict["first_order"])
 
 
 class Tied(StrEnum):
-    """Whose a tensor is that is read on both sides of the cut, as an embedding that is also the head."""
+    """The owner of a tensor that both sides of the cut read, such as an embedding that is also the head."""
 
     ZEROTH_ORDER = "zeroth_order"
     FROZEN = "frozen"
@@ -146,11 +147,11 @@ def split_at_layer(
     >>> [p.shape for p in shallow], len(deep)
     ([torch.Size([2, 2]), torch.Size([2])], 4)
     """
-    tuned = TunedTensors(model)
+    tuned = ParameterSet(model)
     _, layers = stack_of(model)
     if not 0 <= num_layers <= len(layers):
         raise UsageError(f"the model's stack has {len(layers)} layers; the first {num_layers} of them do not exist.")
-    with probing(model), Observer(tuned) as seen:
+    with probing(model), ReadTracer(tuned) as seen:
         closure()
     shallow: list[nn.Parameter] = []
     deep: list[nn.Parameter] = []
@@ -181,7 +182,7 @@ def _side_of_tied(name: str, tied: Tied | str | None, shallow: list[nn.Parameter
 
 @contextmanager
 def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within this context they require no gradient, so no graph reaches below the first that does."""
+    """Within this context the given parameters require no gradient, so that no graph reaches below the cut."""
     changed = [p for p in parameters if p.requires_grad]
     try:
         for p in changed:

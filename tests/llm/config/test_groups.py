@@ -33,3 +33,10 @@ def test_each_group_begins_with_the_option_that_most_people_set():
         "Evaluation": "eval_steps",
         "Output": "output_dir",
     }
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
+def test_every_option_has_a_help_text_of_whole_sentences(schema):
+    for name, field in schema.model_fields.items():
+        text = field.description or ""
+        assert text[:1].isupper() and text.endswith("."), name

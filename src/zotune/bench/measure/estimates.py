@@ -20,14 +20,15 @@ from zotune.bench.results.records import RunRecord
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
-from zotune.llm.data.tokenization import collate
-from zotune.llm.models.load import LanguageModel, load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.data.collator import collate
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import mean_loss
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import Rows, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.peak_memory import peak_memory
@@ -38,9 +39,9 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = validate(TrainConfig, options, "the benchmark's estimates")
     began = time.perf_counter()
     lm = load(config, head_labels(config), config.seed)
-    prepare(lm, config)
+    prepare_tuning(lm, config)
     closure = _first_batch(lm, load_rows(lm, config), config.per_device_train_batch_size)
-    tuned = TunedTensors.of(lm.module)
+    tuned = ParameterSet.of(lm.module)
     gradient = true_gradient(closure, tuned)
     before = lm.num_forwards
     found = [
@@ -61,7 +62,7 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"run": run.model_dump(mode="json")}
 
 
-def true_gradient(closure: Callable[[], Tensor], tuned: TunedTensors) -> list[Tensor]:
+def true_gradient(closure: Callable[[], Tensor], tuned: ParameterSet) -> list[Tensor]:
     """∇f of each tuned tensor, float64, by back-propagation."""
     with torch.enable_grad():
         gradients = torch.autograd.grad(closure(), [t.parameter for t in tuned], allow_unused=True)
@@ -71,7 +72,7 @@ def true_gradient(closure: Callable[[], Tensor], tuned: TunedTensors) -> list[Te
     ]
 
 
-def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: TunedTensors) -> dict[str, float]:
+def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: ParameterSet) -> dict[str, float]:
     """Cosine of the angle between ĝ and ∇f; ‖ĝ − ∇f‖² / ‖∇f‖²; and ĝ·∇f / ‖∇f‖², whose mean is 1 without a bias."""
     dot = norm = error = 0.0
     for tensor, g in zip(tuned, gradient, strict=True):
@@ -107,7 +108,7 @@ def _estimate(lm: LanguageModel, config: TrainConfig, number: int, closure: Call
         return optimizer.estimate(closure)
 
 
-def _first_batch(lm: LanguageModel, rows: Rows, size: int) -> Callable[[], Tensor]:
+def _first_batch(lm: LanguageModel, rows: EncodedData, size: int) -> Callable[[], Tensor]:
     """The mean loss of the first rows."""
     examples = rows.train[:size]
     batch = collate(examples, lm.pad_token_id, lm.device, exact=rows.objective.exact)

@@ -27,15 +27,15 @@ from zotune.errors import RunError, ZotuneError
 from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
 from zotune.llm.models.load import find_device, load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import OBJECTIVES
-from zotune.llm.training.loop import scored, try_side_by_side
+from zotune.llm.training.loop import candidate_loss, try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.workload import Workload, made_up
-from zotune.system.malloc import heap_environment, keep_activations, keep_freed_memory
+from zotune.system.malloc import heap_environment, keep_activations, tune_malloc
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
 INTERVAL = 0.005
@@ -207,9 +207,9 @@ class Recorder:
 
 def take(workload: Workload, num_steps: int) -> Measurement:
     """The measurement, of this process: it should be fresh."""
-    keep_freed_memory()
+    tune_malloc()
     _start_libraries(workload)
-    keep_freed_memory()  # again, for that step's passes had settings of their own
+    tune_malloc()  # again, for that step's passes had settings of their own
     device = find_device(workload.device)
     with Recorder(device) as recorder:
         baseline = 0 if device.type == "cuda" else resident_memory()
@@ -244,10 +244,10 @@ def _start_libraries(workload: Workload) -> None:
 def prepared(workload: Workload) -> Callable[[Recorder], float]:
     """The model as a run has it before its first step; what takes a step of it, and gives the loss."""
     lm = load(workload, seed=workload.seed)
-    prepare(lm, workload)
+    prepare_tuning(lm, workload)
     _read(lm.module)
     examples, objective = made_up(workload, lm), OBJECTIVES[workload.objective]
-    closure = partial(scored, lm, objective, lm.score)
+    closure = partial(candidate_loss, lm, objective, lm.score)
     optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()))
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
     size = workload.per_device_train_batch_size
