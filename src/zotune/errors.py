@@ -48,9 +48,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out: Python's own, or torch's, which on a CPU has no class.
+    """Return whether an error means that memory ran out: Python's own, or torch's, which has no class on a CPU.
 
-    >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(RuntimeError("another fault"))
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong option"))
     (True, False)
     """
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

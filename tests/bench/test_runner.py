@@ -21,7 +21,8 @@ from zotune.bench.run.content_key import code_hash, key_of, tree_of, unused_by
 from zotune.bench.run.jobs import JOBS, Job, Outcome, Store, locked
 from zotune.bench.run.processes import Process, resident_bytes
 from zotune.bench.run.runner import key_of_cell, state_of
-from zotune.bench.spec.experiments import Limits, cells, find
+from zotune.bench.spec.resolve import cells, find
+from zotune.bench.spec.schema import Limits
 from zotune.cli.bench import chosen_cells
 
 # Resuming --------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import tyro
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.options import complete, unchecked_record
-from zotune.cli.plan import PlanConfig
 from zotune.llm.config.run import EvalConfig, TrainConfig
+from zotune.plan.options import PlanConfig
 
 FROZEN = json.loads((Path(__file__).parent / "flags.json").read_text(encoding="utf-8"))
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}

@@ -13,11 +13,11 @@ from zotune.cli.eval import _PAGE as EVAL_PAGE
 from zotune.cli.help import help_text
 from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.options import complete
-from zotune.cli.plan import PlanConfig
-from zotune.cli.plan_command import _PAGE as PLAN_PAGE
+from zotune.cli.plan import _PAGE as PLAN_PAGE
 from zotune.cli.train import _PAGE as TRAIN_PAGE
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.schema import GROUPS, group_of
+from zotune.plan.options import PlanConfig
 
 PAGES = {"train": (TRAIN_PAGE, TrainConfig), "eval": (EVAL_PAGE, EvalConfig), "plan": (PLAN_PAGE, PlanConfig)}
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from zotune.bench.results.records import SCALES, Scale
-from zotune.bench.spec.experiments import CellSpec, cells, find, names
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.schema import CellSpec
+from zotune.bench.spec.vocabulary import SCALES, Scale
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock

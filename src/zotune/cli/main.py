@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zotune.cli.output import OutputClosedError, discard_output, print_message, print_text
-from zotune.errors import UsageError, ZotuneError, did_you_mean
-from zotune.errors import is_out_of_memory as is_out_of_memory
+from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory
 
 _HELP = """usage: zotune COMMAND [--OPTION VALUE ...]
 
@@ -44,7 +43,7 @@ command prints one JSON object on stdout. `zotune --version` shows the version.
 _VERBS = {
     "train": ("train", "run"),
     "eval": ("eval", "run"),
-    "plan": ("plan_command", "run"),
+    "plan": ("plan", "run"),
     "bench": ("bench", "run"),
     "ledger": ("ledger", "run"),
     "models": ("listings", "models"),
