@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from zotune.cli.output import OutputClosedError, discard_output, print_message, print_text
+from zotune.cli.output import OutputClosedError, print_message, print_text
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory
 
 _HELP = """usage: zotune COMMAND [--OPTION VALUE ...]
@@ -70,7 +70,6 @@ def run(argv: list[str]) -> int:
     try:
         return _dispatch(argv)
     except OutputClosedError:
-        discard_output()
         return 141
     except (ZotuneError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not is_out_of_memory(error):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -43,8 +42,3 @@ def print_table(rows: Mapping[str, str], as_json: bool) -> None:
         print_json(dict(rows))
     else:
         print_text("\n".join(lines))
-
-
-def discard_output() -> None:
-    """Send what is still printed to nowhere, so that Python exits without a message about the closed stdout."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
