@@ -135,7 +135,7 @@ def test_an_interrupt_is_one_line(zotune, monkeypatch):
     [
         (["train"], r"nothing to train on: .*\n  zotune train "),
         (["eval"], r"nothing to evaluate on: .*\n  zotune eval "),
-        (["bench"], r"a command is missing: list, run, status, report"),
+        (["bench"], r"a command is missing: list, run, status, verify, report"),
         (["bench", "rnu"], r"no command 'zotune bench rnu'\. Did you mean 'run'\?"),
         (["bench", "run", "--dryrun"], r"`zotune bench run` has no option '--dryrun'\. Did you mean '--dry-run'\?"),
         (["ledger"], r"a command is missing: show, "),

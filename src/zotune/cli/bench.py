@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.schema import CellSpec
-from zotune.bench.spec.vocabulary import SCALES, Scale
+from zotune.bench.spec.vocabulary import SCALES, Alike, Scale
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
@@ -31,6 +33,7 @@ _EXAMPLES = (
     "zotune bench run table2 table6 --only 'table2/zo_sgd--*' --dry-run",
     "zotune bench run my-table.toml --scale cpu",
     "zotune bench status --scale cpu",
+    "zotune bench verify --scale cpu --jobs 2",
     "zotune bench report --scale cpu",
     "zotune bench report --run runs/sst2",
 )
@@ -57,7 +60,11 @@ def _parser() -> VerbParser:
 
     add("list", _list, "List the experiments, their cells at each scale, and the time that these take.")
     run_parser = add("run", _run, "Run missing cells, and run failed and stale ones again.")
-    for command in (run_parser, add("status", _status, "Show which cells are done, failed, stale or missing.")):
+    status_parser = add("status", _status, "Show which cells are done, failed, stale or missing.")
+    verify_parser = add(
+        "verify", _verify, "Run one job of each kind of stale results again, and accept the kinds whose result agrees."
+    )
+    for command in (run_parser, status_parser, verify_parser):
         add_selection(command)
         command.add_argument(
             "--only",
@@ -79,23 +86,48 @@ def _parser() -> VerbParser:
         "--run", dest="folder", type=Path, metavar="FOLDER", help="Write the page of this training run instead."
     )
     run_parser.add_argument(
+        "--keep-stale", action="store_true", help="Do not run results of another code or config again."
+    )
+    _add_comparison(verify_parser)
+    for command in (run_parser, verify_parser):
+        _add_execution(command)
+    return parser
+
+
+def _add_comparison(command: CommandParser) -> None:
+    """Add the options that say which results `verify` compares."""
+    command.add_argument(
+        "--alike",
+        choices=get_args(Alike),
+        default="options",
+        help="Jobs of one kind share all options but for amounts (options), or method and tuned parameters; default: "
+        "options.",
+    )
+    command.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="Compare with results of the code in this checkout of the results' commit, computed here, instead of with "
+        "the results themselves.",
+    )
+
+
+def _add_execution(command: CommandParser) -> None:
+    """Add the options that say where and how many jobs run."""
+    command.add_argument(
         "--jobs",
         metavar="N",
         type=_count,
         default=1,
-        help="Number of cells that run at a time and share the processors; default: 1.",
+        help="Number of jobs that run at a time and share the processors; default: 1.",
     )
-    run_parser.add_argument(
+    command.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="Where jobs run; default: local."
     )
-    run_parser.add_argument(
+    command.add_argument(
         "--gpus-per-job", metavar="N", type=float, default=0.0, help="With ray: number of GPUs of each job; default: 0."
     )
-    run_parser.add_argument(
-        "--keep-stale", action="store_true", help="Do not run results of another code or config again."
-    )
-    run_parser.add_argument("--dry-run", action="store_true", help="List the cells and run nothing.")
-    return parser
+    command.add_argument("--dry-run", action="store_true", help="List the cells and run nothing.")
 
 
 def _count(text: str) -> int:
@@ -215,6 +247,68 @@ def _run(args: argparse.Namespace) -> CommandResult:
     text = f"{len(states) - len(bad)} of {len(specs)} cells done in {args.results}"
     text += "".join(f"\n{path}: {state}" for path, state in bad.items())
     return {"states": states}, text, 128 + signals[0] if signals else int(bool(bad))
+
+
+def _verify(args: argparse.Namespace) -> CommandResult:
+    from zotune.bench.run.progress import Progress
+    from zotune.bench.run.verify import grouped, stale_of, verify
+
+    selection = chosen_cells(args.names, args.scale, args.only, args.data_source)
+    specs = [spec for experiment in selection.values() for spec in experiment]
+    results, left = stale_of(args.results, specs, None if args.against is None else _commit_of(args.against))
+    unfit = len(left)
+    groups = grouped(results, args.alike)
+    rows = [(group, [one.spec.path for one in group.members]) for group in groups]
+    if args.dry_run:
+        lines = [f"{group.name}: {len(paths)} stale, by {paths[0]}" for group, paths in rows]
+        seconds = sum(group.cheapest.seconds for group in groups) / args.jobs
+        lines.append(f"{len(groups)} kinds of {len(results)} stale results, about {clock(seconds)}")
+        listed = [{"kind": group.name, "by": paths[0], "results": paths} for group, paths in rows]
+        return {"kinds": listed, "left": left}, "\n".join([*lines, *_reasons(left)]), 0
+    stop = threading.Event()
+    minutes = {group.cheapest.spec.path: group.cheapest.seconds / 60 for group in groups}
+    with stopped_by_signals(stop) as signals, Progress(minutes, args.jobs) as display:
+        verdicts = verify(args.results, groups, _slots_of_both(args, stop), stop, display)
+    kinds = [verdict.to_json() for verdict in verdicts]
+    left |= {path: reason for verdict in verdicts for path, reason in verdict.left.items()}
+    lines = [str(verdict) for verdict in verdicts]
+    accepted, stale = sum(len(verdict.accepted) for verdict in verdicts), len(results) + unfit
+    text = "\n".join([*lines, *_reasons(left), f"{accepted} of {stale} stale results accepted in {args.results}"])
+    return {"kinds": kinds, "left": left}, text, 128 + signals[0] if signals else int(accepted < stale)
+
+
+def _commit_of(checkout: Path) -> str:
+    """Return the commit of another checkout of this package.
+
+    Raises:
+        UsageError: the folder is no checkout, or was changed.
+    """
+    from zotune.bench.run.content_key import PACKAGE
+    from zotune.bench.run.runner import commit
+
+    package = checkout / "src" / PACKAGE.name
+    name = commit(package) if package.is_dir() else "unknown"
+    if name == "unknown" or name.endswith("+"):
+        why = "was changed" if name.endswith("+") else "is no checkout"
+        raise UsageError(f"--against takes a checkout of the commit that results are of, and {checkout} {why}.")
+    return name
+
+
+def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tuple[Any, Any]]:
+    """Return, for each job at a time, an executor of today's code and, with `--against`, one of that checkout's."""
+    slots = _slots(args, stop)
+    if args.against is None:
+        return [(slot, None) for slot in slots]
+    if args.executor != "local":
+        raise UsageError("--against runs on this machine only; leave --executor out.")
+    source = (args.against / "src").resolve()
+    worker = next(iter(sorted(source.glob("*/bench/**/worker.py")))).relative_to(source).with_suffix("")
+    command = (sys.executable, "-m", ".".join(worker.parts))
+    return [(slot, replace(slot, command=command, source=source)) for slot in slots]
+
+
+def _reasons(left: Mapping[str, str]) -> list[str]:
+    return [f"{path} is left stale: {reason}" for path, reason in left.items()]
 
 
 def _report(args: argparse.Namespace) -> CommandResult:

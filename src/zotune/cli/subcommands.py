@@ -15,8 +15,8 @@ CommandResult = tuple[Any, str, int]
 Command = Callable[[argparse.Namespace], CommandResult]
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help that keeps the line breaks of the examples and begins descriptions where other verbs do."""
+class HelpFormatter(argparse.HelpFormatter):
+    """Help whose descriptions begin in the same column as those of the other verbs."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
