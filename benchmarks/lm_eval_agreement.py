@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
 from record import write_result, zotune
 
-from zotune.llm.builtin import fetch
+from zotune.llm.models.builtin import fetch
 
 # Scores are log-probabilities in float32 on either side; sums over a model's 135 M numbers differ by so much.
 TOLERANCE = 1e-3

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from zotune.bench.cells import SCALES, mean_and_error, read_results
-from zotune.bench.experiments import cells, find, names
-from zotune.bench.quantities import quantity
-from zotune.bench.spent import budgets
-from zotune.bench.tables import Cell, interval
-from zotune.llm.method_options import MethodName
+from zotune.bench.results.quantities import quantity
+from zotune.bench.results.records import SCALES, mean_and_error, read_results
+from zotune.bench.results.spent import budgets
+from zotune.bench.results.tables import Cell, interval
+from zotune.bench.spec.experiments import cells, find, names
+from zotune.llm.config.method import MethodName
 
 RESULTS = Path(__file__).parent / "results"
 

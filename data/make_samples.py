@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zotune.llm.task import Task
 
 from zotune.llm.data import read_rows
-from zotune.llm.task import Task
 from zotune.llm.tasks import TASKS
 
 REPOSITORY = Path(__file__).parent

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zotune.llm.config import TrainConfig, read_recipe
-from zotune.llm.loading import load_rows
-from zotune.llm.models import load
-from zotune.llm.rewards import RewardEvaluation
-from zotune.llm.train import train
+from zotune.llm.config.run import TrainConfig, read_recipe
+from zotune.llm.models.load import load
+from zotune.llm.scoring.rewards import RewardEvaluation
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.training.train import train
 
 RECIPE = Path(__file__).parent / "one_word.yaml"
 

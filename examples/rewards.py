@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zotune.llm.rewards import Completion
+from zotune.llm.scoring.rewards import Completion
 
 WORDS = {"0": "negative", "1": "positive"}
 

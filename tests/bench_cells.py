@@ -5,11 +5,11 @@ import json
 import threading
 from pathlib import Path
 
-from zotune.bench.experiments import Experiment, cells
-from zotune.bench.jobs import Outcome
-from zotune.bench.runner import Runner
+from zotune.bench.run.jobs import Outcome
+from zotune.bench.run.runner import Runner
+from zotune.bench.spec.experiments import Experiment, cells
 from zotune.errors import ZotuneError
-from zotune.llm.schema import validate
+from zotune.llm.config.schema import validate
 
 
 class Silent:
@@ -27,7 +27,7 @@ class Silent:
 
 def here(job, folder):
     """Do a job in this process."""
-    from zotune.bench.worker import do
+    from zotune.bench.run.worker import do
 
     try:
         line = {"does": job.does, "options": job.options, "key": job.key, "folder": str(folder)}

@@ -63,8 +63,8 @@ def causal_family(request):
 @pytest.fixture
 def tiny():
     """A function: family and precision to a tiny model with random weights."""
-    from zotune.llm.config import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.run import ModelOptions
+    from zotune.llm.models.load import load
 
     return lambda family, dtype="float32": load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
 
@@ -72,8 +72,8 @@ def tiny():
 @pytest.fixture(scope="session")
 def smollm2():
     """The built-in model. Session-wide: tests read it and leave it as it is."""
-    from zotune.llm.config import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.run import ModelOptions
+    from zotune.llm.models.load import load
 
     lm = load(ModelOptions(model="smollm2-135m", device="cpu"))
     for p in lm.module.parameters():
@@ -92,7 +92,7 @@ def rows_file(tmp_path):
 @pytest.fixture
 def config(rows_file, tmp_path):
     """A function: options of a short run on the rows file to its validated config."""
-    from zotune.llm.config import TrainConfig
+    from zotune.llm.config.run import TrainConfig
 
     def make(**options):
         plain = {
@@ -124,7 +124,7 @@ def short(rows_file, tmp_path):
 @pytest.fixture
 def zotune(capsys):
     """A function: run the command line in this process; its exit code, stdout and stderr."""
-    from zotune.cli import run
+    from zotune.cli.main import run
 
     def call(*args):
         capsys.readouterr()

@@ -28,12 +28,15 @@ import torch
 import yaml
 from transformers import LlamaForCausalLM
 
-from zotune import cli, update
+from zotune.apply import update
+from zotune.cli.main import main as cli
 from zotune.ledger import files, read
-from zotune.llm import checkpoint, metrics, output
-from zotune.llm.config import ModelOptions
-from zotune.llm.models import LanguageModel, load
-from zotune.llm.train import train
+from zotune.llm.config.run import ModelOptions
+from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.training import checkpoint
+from zotune.llm.training import metrics_log as metrics
+from zotune.llm.training import output_folder as output
+from zotune.llm.training.train import train
 
 ROWS = [
     {"text": f"{a} {b}", "label": "yes" if a in ("warm", "fine") else "no"}

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zotune.llm.answers import evaluate_answers, exact_match, f1, normalised
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder
-from zotune.llm.generation import generate
-from zotune.llm.intervals import mean_interval
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder
+from zotune.llm.scoring.answers import evaluate_answers, exact_match, f1, normalised
+from zotune.llm.scoring.generation import generate
+from zotune.llm.scoring.intervals import mean_interval
 
 EXAMPLES = (
     Example("Question: who?\nAnswer:", (" abc\n",), 0, answers=("abc", "the abc")),

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zotune import attention as module
-from zotune.attention import attention
+from zotune.estimate.estimate import jvp_attention as module
+from zotune.estimate.jvp_attention import attention
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 5, 6, 7, 9, 4
 

@@ -8,9 +8,9 @@ import pytest
 
 from bench_results import METHODS, cell, experiment, table_of_methods
 from browser import CHROMIUM, Browser
-from zotune.bench.figures import COLOURS
-from zotune.bench.page import page
-from zotune.bench.sections import assembled
+from zotune.bench.report.figures import COLOURS
+from zotune.bench.report.html import page
+from zotune.bench.report.sections import assembled
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 

@@ -5,14 +5,14 @@ import pytest
 import scipy.stats
 
 from bench_results import answers, cell, table_of_methods
-from zotune.bench.cells import SCALES
-from zotune.bench.claims import Claim
-from zotune.bench.contrasts import Outcomes, contrast
-from zotune.bench.experiments import cells, find, names
-from zotune.bench.tables import Cell
-from zotune.bench.verdicts import judge, matches, verdicts
+from zotune.bench.results.intervals import Outcomes, contrast
+from zotune.bench.results.records import SCALES
+from zotune.bench.results.tables import Cell
+from zotune.bench.results.verdicts import judge, matches, verdicts
+from zotune.bench.spec.claims import Claim
+from zotune.bench.spec.experiments import cells, find, names
 from zotune.errors import UsageError
-from zotune.llm.schema import validate
+from zotune.llm.config.schema import validate
 
 
 def claim(**fields):

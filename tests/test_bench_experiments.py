@@ -14,18 +14,18 @@ import pytest
 import torch
 
 from bench_cells import contents, here, made_up, run_cells, small_cells, small_table
-from zotune.bench import experiments
-from zotune.bench.accuracy import passes_a_step
-from zotune.bench.cells import SCALES, read_result, result_path
-from zotune.bench.commands import chosen_cells
-from zotune.bench.experiments import EXPERIMENTS, SearchPlan, cells, find, names
-from zotune.bench.quality import against, true_gradient
-from zotune.bench.search import search
+from zotune.bench.measure.accuracy import passes_a_step
+from zotune.bench.measure.estimates import against, true_gradient
+from zotune.bench.measure.search import search
+from zotune.bench.results.records import SCALES, read_result, result_path
+from zotune.bench.spec import experiments
+from zotune.bench.spec.experiments import EXPERIMENTS, SearchPlan, cells, find, names
+from zotune.cli.bench import chosen_cells
 from zotune.errors import UsageError
-from zotune.estimate import GradientEstimate
-from zotune.llm.config import TrainConfig
-from zotune.methods import METHODS
-from zotune.tuned import TunedTensors
+from zotune.estimate.estimate import GradientEstimate
+from zotune.llm.config.run import TrainConfig
+from zotune.methods.paper import METHODS
+from zotune.model.parameters import TunedTensors
 
 SOURCE = Path(experiments.__file__).parents[2]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
@@ -180,9 +180,9 @@ def test_tokens_are_those_of_the_rows_times_the_passes(smoke):
     _, results, _ = smoke
     found = read_result(result_path(results, "smoke", "table3", "zo_sgd--lora--llama-tiny--copa"))
     (run,) = found.runs
-    from zotune.llm.config import ModelOptions
-    from zotune.llm.loading import load_rows
-    from zotune.llm.models import load
+    from zotune.llm.config.run import ModelOptions
+    from zotune.llm.models.load import load
+    from zotune.llm.tasks.load_data import load_rows
 
     options = {k: v for k, v in found.config["options"].items() if k in TrainConfig.model_fields}
     config = TrainConfig.model_validate(options)
@@ -319,7 +319,7 @@ def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
     file = package / "bench" / "experiments" / "table3.toml"
     assert table["axes"]["task"] == ["copa", "winogrande"]
     file.write_text(file.read_text(encoding="utf-8").replace(row, 'task = ["copa", "winogrande", "new_*"]', 1))
-    code = "from zotune.cli import run\nfor verb in ('methods', 'tasks'): run([verb])\n"
+    code = "from zotune.cli.main import run\nfor verb in ('methods', 'tasks'): run([verb])\n"
     code += (
         "for name in ('table2', 'leaderboard', 'table3'): run(['bench', 'run', name, '--scale', 'paper', '--dry-run'])"
     )
@@ -372,9 +372,9 @@ def test_ray_does_the_same_jobs(tmp_path):
         f"import sys, threading; sys.path.insert(0, {str(tests)!r})\n"
         "from bench_cells import Silent\n"
         "from pathlib import Path\n"
-        "from zotune.bench.commands import chosen_cells\n"
-        "from zotune.bench.cluster import ray_executors\n"
-        "from zotune.bench.runner import Runner\n"
+        "from zotune.cli.bench import chosen_cells\n"
+        "from zotune.bench.run.ray_executor import ray_executors\n"
+        "from zotune.bench.run.runner import Runner\n"
         "(specs,) = chosen_cells(['table8'], 'smoke').values()\n"
         "stop = threading.Event()\n"
         "slots = ray_executors(2, {'OMP_NUM_THREADS': '1'}, cpus=1, gpus=0, stopped=stop.is_set)\n"
@@ -384,7 +384,7 @@ def test_ray_does_the_same_jobs(tmp_path):
     assert done.stdout.splitlines()[-1:] == ["{'done'}"], done.stderr[-2000:]
     (specs,) = chosen_cells(["table8"], "smoke").values()
     run_cells(specs, tmp_path / "here", here)
-    from zotune.bench.cells import repeatable
+    from zotune.bench.results.records import repeatable
 
     both = [contents(tmp_path / name) for name in ("ray", "here")]
     for found in both:

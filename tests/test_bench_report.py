@@ -12,19 +12,19 @@ import pytest
 
 from bench_cells import run_cells, small_cells
 from bench_results import METHODS, answers, cell, experiment, table_of_methods
-from zotune import cli
-from zotune.bench.cells import Trial, mean_and_error, read_result, result_path, write_result
-from zotune.bench.drawing import draw
-from zotune.bench.figures import COLOURS, MARKERS, Figure, Panel, Point, Series, style_of
-from zotune.bench.markdown_page import markdown_page
-from zotune.bench.page import page
-from zotune.bench.plots import figures
-from zotune.bench.press import pressed, put
-from zotune.bench.quantities import quantity
-from zotune.bench.sections import assembled
-from zotune.bench.spent import budgets
-from zotune.bench.tables import Cell, table
-from zotune.bench.writing import comma_separated, latex, markdown
+from zotune.bench.report.choose_figures import figures
+from zotune.bench.report.figures import COLOURS, MARKERS, Figure, Panel, Point, Series, style_of
+from zotune.bench.report.formats import comma_separated, latex, markdown
+from zotune.bench.report.html import page
+from zotune.bench.report.markdown import markdown_page
+from zotune.bench.report.print_figures import pressed, put
+from zotune.bench.report.sections import assembled
+from zotune.bench.report.svg import draw
+from zotune.bench.results.quantities import quantity
+from zotune.bench.results.records import Trial, mean_and_error, read_result, result_path, write_result
+from zotune.bench.results.spent import budgets
+from zotune.bench.results.tables import Cell, table
+from zotune.cli.main import main as cli
 
 HOSTILE = "<script>alert('x')</script>&\"|_%\\"
 LOADS = r"""(?:src|href|action)\s*=\s*["']?\s*(?!["']?(?:\#|data:))|url\(|@import|<script|<iframe|<object"""

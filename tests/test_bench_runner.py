@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from bench_cells import contents, here, made_up, run_cells, small_cells
-from zotune.bench import runner as runner_module
-from zotune.bench.cells import CellResult, mean_and_error, read_result, repeatable, result_path
-from zotune.bench.commands import chosen_cells
-from zotune.bench.experiments import Limits, cells, find
-from zotune.bench.jobs import JOBS, Job, Outcome, Store, locked
-from zotune.bench.keys import code_hash, key_of, tree_of, unused_by
-from zotune.bench.processes import Process, resident_bytes
-from zotune.bench.runner import key_of_cell, state_of
+from zotune.bench.results.records import CellResult, mean_and_error, read_result, repeatable, result_path
+from zotune.bench.run import runner as runner_module
+from zotune.bench.run.content_key import code_hash, key_of, tree_of, unused_by
+from zotune.bench.run.jobs import JOBS, Job, Outcome, Store, locked
+from zotune.bench.run.processes import Process, resident_bytes
+from zotune.bench.run.runner import key_of_cell, state_of
+from zotune.bench.spec.experiments import Limits, cells, find
+from zotune.cli.bench import chosen_cells
 
 # Resuming --------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
     changed = small_cells(options={"task": "copa", "model": "random:opt-tiny", "tuning": "prefix"})
     assert {state_of(tmp_path, spec) for spec in changed} == {"stale"}
-    monkeypatch.setattr("zotune.bench.keys.code_hash", lambda unused: "other code")
+    monkeypatch.setattr("zotune.bench.run.content_key.code_hash", lambda unused: "other code")
     assert {state_of(tmp_path, spec) for spec in specs} == {"stale"}
     assert set(run_cells(specs, tmp_path, keeps_stale=True).values()) == {"stale"}
     assert contents(tmp_path) == before
@@ -247,7 +247,7 @@ def test_two_runners_over_one_folder_do_each_job_once(tmp_path):
 
 def test_a_lock_ends_with_its_process(tmp_path, start):
     path = tmp_path / "lock"
-    code = "import sys, time; from pathlib import Path; from zotune.bench.jobs import locked\n"
+    code = "import sys, time; from pathlib import Path; from zotune.bench.run.jobs import locked\n"
     code += "with locked(Path(sys.argv[1])) as mine:\n print(mine(), flush=True); time.sleep(60)"
     other = start("-c", code, path)
     assert other.stdout.readline() == "True\n"
@@ -309,7 +309,7 @@ def test_a_worker_refuses_a_job_of_other_code(tmp_path):
     line = json.dumps({"does": "train", "options": job.options, "key": "0" * 16, "folder": str(tmp_path)})
     source = str(Path(runner_module.__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-m", "zotune.bench.worker"],
+        [sys.executable, "-m", "zotune.bench.run.worker"],
         input=line + "\n",
         capture_output=True,
         text=True,
@@ -404,7 +404,7 @@ def test_a_store_waits_for_another_ones_job_and_takes_what_it_found(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_jobs_share_out_the_processors():
-    from zotune.bench.commands import _parser, _slots
+    from zotune.cli.bench import _parser, _slots
 
     slots = _slots(_parser().parse_args(["run", "--jobs", "2"]), threading.Event())
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -430,7 +430,7 @@ def test_what_ran_out_of_time_goes_on_from_what_it_had_written_and_what_failed_b
 
 def test_a_training_that_was_cut_short_ends_as_if_it_never_was(tmp_path):
     """As a worker that was killed leaves it: metrics and ledger of some steps, and the next one goes on from there."""
-    from zotune.bench.worker import do
+    from zotune.bench.run.worker import do
 
     options = {"task": "copa", "model": "random:opt-tiny", "tuning": "lora", "device": "cpu", "seed": 0}
     options |= {"num_train": 8, "num_dev": 4, "num_eval": 4, "max_steps": 6, "eval_steps": 2, "logging_steps": 2}
@@ -442,7 +442,7 @@ def test_a_training_that_was_cut_short_ends_as_if_it_never_was(tmp_path):
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        from zotune.llm.run import Run
+        from zotune.llm.training.loop import Run
 
         own = Run._count
 
@@ -460,7 +460,7 @@ def test_a_training_that_was_cut_short_ends_as_if_it_never_was(tmp_path):
 
 
 def test_the_time_left_goes_by_how_far_earlier_cells_were_from_what_was_expected(capsys, monkeypatch):
-    from zotune.bench import live
+    from zotune.bench.run import progress as live
 
     one, two = small_cells()
     now = itertools.count(0, 30)
@@ -478,7 +478,7 @@ def test_the_time_left_goes_by_how_far_earlier_cells_were_from_what_was_expected
 
 
 def test_the_speed_of_a_training_is_that_of_its_second_half(tmp_path):
-    from zotune.bench.accuracy import _speed
+    from zotune.bench.measure.accuracy import _speed
 
     metrics = tmp_path / "metrics.jsonl"
     # Ten seconds for what is computed once, then two a step.

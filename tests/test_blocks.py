@@ -12,7 +12,7 @@ from torch import nn
 import zotune as zo
 from problems import Problem, Transformer, Vector, assert_same_bits, problem
 from zotune import reference
-from zotune.tuned import TunedTensors
+from zotune.model.parameters import TunedTensors
 
 MU, ETA = 0.01, 0.02
 each_q = pytest.mark.parametrize("q", [1, 3])

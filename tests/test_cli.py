@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zotune import cli
-from zotune.llm.config import RECIPES, EvalConfig, TrainConfig, find_recipe, read_recipe
-from zotune.llm.method_options import FIRST_ORDER, MethodName
-from zotune.llm.schema import validate
-from zotune.methods import METHODS
+from zotune.cli.main import main as cli
+from zotune.llm.config.method import FIRST_ORDER, MethodName
+from zotune.llm.config.run import RECIPES, EvalConfig, TrainConfig, find_recipe, read_recipe
+from zotune.llm.config.schema import validate
+from zotune.methods.paper import METHODS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -224,7 +224,7 @@ def test_help_comes_at_once_and_loads_no_heavy_library(start, arguments):
     script = f"""
 import sys, time
 began = time.perf_counter()
-from zotune.cli import run
+from zotune.cli.main import run
 try:
     code = run({[*arguments, "--help"]!r})
 except SystemExit as leaving:

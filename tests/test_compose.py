@@ -8,8 +8,8 @@ from torch import nn
 
 import zotune as zo
 from problems import Transformer, all_bits, assert_same_bits
-from zotune.steps import conservative
-from zotune.transforms import adam, momentum, sign
+from zotune.apply.line_search import conservative
+from zotune.apply.transforms import adam, momentum, sign
 
 SAMPLERS = {
     "rademacher": zo.rademacher,

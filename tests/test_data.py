@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config import DataOptions
-from zotune.llm.data import Example
-from zotune.llm.own import own_data
+from zotune.llm.config.run import DataOptions
+from zotune.llm.data.examples import Example
 from zotune.llm.tasks import TASKS, find_task
 from zotune.llm.tasks.sst2 import SST2, masked
+from zotune.llm.tasks.user_data import own_data
 
 
 def write(path, rows):
@@ -44,8 +44,8 @@ def test_the_sample_of_sst2_has_the_papers_sizes_and_known_label_counts():
 
 
 def test_the_sample_of_sst2_is_the_first_permutation_of_the_public_split():
-    from zotune.llm.rows import read_rows
-    from zotune.llm.task import _sample_folder
+    from zotune.llm.data.readers import read_rows
+    from zotune.llm.tasks.task import _sample_folder
 
     chosen = np.random.RandomState(0).permutation(67_349)[:1500].tolist()
     found = [r["idx"] for name in ("train", "heldout") for r in read_rows(_sample_folder("sst2") / f"{name}.jsonl")]

@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
-from zotune.llm.config import ModelOptions, TrainConfig
-from zotune.llm.dry_run import dry_run, quantiles
-from zotune.llm.footprint import state_bytes
-from zotune.llm.live_memory import peak_of, peaks_of
-from zotune.llm.method_options import FIRST_ORDER
-from zotune.llm.models import load
-from zotune.llm.optimizers import make_optimizer
-from zotune.llm.skeleton import skeleton
-from zotune.llm.train import train
-from zotune.llm.tuning import prepare
-from zotune.methods import METHODS
+from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.run import ModelOptions, TrainConfig
+from zotune.llm.models.load import load
+from zotune.llm.models.meta_model import skeleton
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.training.optimizers import make_optimizer
+from zotune.llm.training.train import train
+from zotune.methods.paper import METHODS
+from zotune.plan.dry_run import dry_run, quantiles
+from zotune.plan.live_memory import peak_of, peaks_of
+from zotune.plan.memory import state_bytes
 
 # Every method, and every option that changes how often the model is called.
 RUNS = [
@@ -68,7 +68,7 @@ def test_the_state_after_a_step_has_the_size_that_was_foretold(config, options, 
         optimizers.append(make_optimizer(*args, **more))
         return optimizers[-1]
 
-    monkeypatch.setattr("zotune.llm.run.make_optimizer", remembering)
+    monkeypatch.setattr("zotune.llm.training.loop.make_optimizer", remembering)
     foretold = dry_run(made).memory.state
     train(made)
     (optimizer,) = optimizers
@@ -132,7 +132,7 @@ def test_back_propagation_takes_more_and_checkpointing_less(config):
 
 
 def test_nothing_is_written_or_read_of_the_weights(zotune, short, tmp_path, monkeypatch):
-    monkeypatch.setattr("zotune.llm.models.load", lambda *_: pytest.fail("a dry run reads no weights"))
+    monkeypatch.setattr("zotune.llm.models.load.load", lambda *_: pytest.fail("a dry run reads no weights"))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*")}
     said = zotune(*short("--dry-run"))
     assert (said.code, said.err) == (0, "")

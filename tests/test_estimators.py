@@ -10,8 +10,8 @@ from torch import nn
 
 import zotune as zo
 from zotune import reference
-from zotune.closures import evaluate, read
-from zotune.tuned import TunedTensors
+from zotune.estimate.objective import evaluate, read
+from zotune.model.parameters import TunedTensors
 
 SIGMAS = 5.0
 each_sampler = pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder
-from zotune.llm.evaluate import evaluate
-from zotune.llm.intervals import wilson
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder
+from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.intervals import wilson
 
 WORDS = (" terrible", " great")
 

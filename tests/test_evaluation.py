@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.comparison import majority, paired_difference
-from zotune.llm.config import EvalConfig
-from zotune.llm.data import Example
-from zotune.llm.demonstrations import choose, prepend
-from zotune.llm.evaluation import base_of, evaluate_tasks
-from zotune.llm.models import load
-from zotune.llm.own import own_data
-from zotune.llm.train import train
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.data.demonstrations import choose, prepend
+from zotune.llm.data.examples import Example
+from zotune.llm.models.load import load
+from zotune.llm.scoring.baselines import majority, paired_difference
+from zotune.llm.tasks.user_data import own_data
+from zotune.llm.training.evaluation import base_of, evaluate_tasks
+from zotune.llm.training.train import train
 
 Z = 1.959963984540054
 TINY = {"model": "random:llama-tiny", "device": "cpu"}
@@ -110,7 +110,7 @@ def test_data_seed_chooses_demonstrations_and_changes_no_evaluation_row_of_a_sam
 
 
 def _training(task):
-    from zotune.llm.task import _sample_folder, _sample_rows
+    from zotune.llm.tasks.task import _sample_folder, _sample_rows
 
     return _sample_rows(_sample_folder(task), "train")
 
@@ -196,7 +196,7 @@ def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, t
 
 def test_zero_shot_reads_the_same_prompts_where_virtual_tokens_leave_less_room(config, own, tmp_path, monkeypatch):
     """The base has room for more demonstrations; it is asked what the tuned model was asked."""
-    from zotune.llm.models import LanguageModel
+    from zotune.llm.models.load import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "context", property(lambda self: 160 - self.num_virtual_tokens))
     train(config(tuning="prompt", num_virtual_tokens=40, template="{text} is", num_dev=6))

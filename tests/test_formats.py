@@ -5,11 +5,11 @@ import json
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config import DataOptions
-from zotune.llm.data import Example
-from zotune.llm.formats import FORMATS, PROMPT_ALONE
-from zotune.llm.loading import load_rows
-from zotune.llm.own import own_data
+from zotune.llm.config.run import DataOptions
+from zotune.llm.data.examples import Example
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE
+from zotune.llm.tasks.user_data import own_data
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].strip() }}</s>\n{% endfor %}"

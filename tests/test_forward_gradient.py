@@ -13,9 +13,9 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import zotune as zo
-from zotune import tangents
-from zotune.blocks import blocks_by_layer, blocks_by_linear
-from zotune.forward_mode import forward_gradient
+from zotune.directions.blocks import blocks_by_layer, blocks_by_linear
+from zotune.estimate.estimate import dual_numbers as tangents
+from zotune.estimate.jvp import forward_gradient
 
 DOUBLE = torch.float64
 IDS = torch.tensor([[1, 5, 5], [12, 0, 7]])
@@ -411,7 +411,7 @@ MEMORY = """
 import torch
 from torch import nn
 import zotune as zo
-from zotune.memory import peak_memory
+from zotune.system.peak_memory import peak_memory
 
 def estimate(model, ids):
     zo.forward_gradient(lambda: model(ids).square().mean(), zo.TunedTensors(model), [zo.Direction(1)])

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import zotune as zo
-from zotune import fused, noise
-from zotune.transforms import adam, adamm, amsgrad, identity, momentum
-from zotune.tuned import TunedTensors
-from zotune.update import TensorUpdate
+from zotune import noise
+from zotune.apply import fused
+from zotune.apply.transforms import adam, adamm, amsgrad, identity, momentum
+from zotune.apply.update import TensorUpdate
+from zotune.model.parameters import TunedTensors
 
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 TRANSFORMS = {

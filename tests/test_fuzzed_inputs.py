@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zotune.errors import UsageError
-from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
-from zotune.llm.config import RECIPES, DataOptions, TrainConfig, read_recipe, write_yaml
-from zotune.llm.own import own_data
-from zotune.llm.schema import validate
+from zotune.llm.config.run import RECIPES, DataOptions, TrainConfig, read_recipe, write_yaml
+from zotune.llm.config.schema import validate
+from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
+from zotune.llm.tasks.user_data import own_data
 
 NUM_EXAMPLES = int(os.environ.get("ZOTUNE_FUZZ", "300"))
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import zotune as zo
-from zotune import gemm
-from zotune.gemm import linear
-from zotune.perturb import Along
-from zotune.side_by_side import side_by_side
+from zotune.estimate.batched_probes import side_by_side
+from zotune.estimate.perturb import Along
+from zotune.model import linear as gemm
+from zotune.model.linear import linear
 
 
 class Quantised(torch.Tensor):

@@ -9,7 +9,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import noise
-from zotune.graphs import GraphedDifference
+from zotune.estimate.cuda_graph import GraphedDifference
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import zotune as zo
-from zotune.gradient_check import _TRIALS, contradiction
+from zotune.estimate.gradient_check import _TRIALS, contradiction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

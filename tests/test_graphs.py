@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import zotune as zo
-from zotune.graphs import GraphedDifference
+from zotune.estimate.cuda_graph import GraphedDifference
 
 
 def made():

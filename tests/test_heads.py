@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from zotune.llm import models
-from zotune.llm.config import DataOptions, ModelOptions, TrainConfig
-from zotune.llm.encoding import collate
-from zotune.llm.loading import load_rows
-from zotune.llm.models import load
-from zotune.llm.objective import CLASSIFICATION, mean_loss
+from zotune.llm.config.run import DataOptions, ModelOptions, TrainConfig
+from zotune.llm.data.tokenization import collate
+from zotune.llm.models.load import load
+from zotune.llm.models.load import load as models
+from zotune.llm.scoring.objectives import CLASSIFICATION, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import train
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.training.train import train
 
 OPTIONS = {"num_train": 6, "num_dev": 4, "num_eval": 5, "max_length": 300, "prompt": "none"}
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from zotune import heap
+from zotune.system import malloc as heap
 
 _GLIBC = heap._leaves_holes(heap._libc())
 _OFF = "glibc.malloc.tcache_count=0"
@@ -37,7 +37,7 @@ def test_thread_caches_are_off_where_they_leave_holes_and_nobody_has_said_otherw
 def test_a_process_is_begun_anew_once_as_the_same_process_with_the_same_command(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom zotune.heap import restart_with_heap_environment\n"
+        "import os, sys\nfrom zotune.system.malloc import restart_with_heap_environment\n"
         "print(os.getpid(), sys.argv[1:], os.environ.get('GLIBC_TUNABLES'), flush=True)\n"
         "restart_with_heap_environment()\nprint('ran')\n"
     )

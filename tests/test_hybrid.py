@@ -11,7 +11,7 @@ from torch import nn
 import zotune as zo
 from problems import Problem, Transformer, assert_same_bits, problem
 from zotune import reference
-from zotune.tuned import TunedTensors
+from zotune.model.parameters import TunedTensors
 
 IDS = torch.tensor([[1, 5, 7, 9, 2, 4], [3, 0, 7, 3, 4, 11]])
 MU = 0.01

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from zotune.llm.kept import File, Kept, Memory
+from zotune.llm.models.cache_storage import File, Kept, Memory
 
 
 def made(n, dtype=torch.float32, seed=0):

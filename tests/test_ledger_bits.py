@@ -11,7 +11,9 @@ from torch import nn
 
 import reference_kernels
 import zotune as zo
-from zotune import directions, noise, update
+from zotune import noise
+from zotune.apply import update
+from zotune.directions.direction import direction as directions
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from zotune.ledger import read
-from zotune.llm.ledgers import plot
-from zotune.llm.train import train
+from zotune.llm.ledger.rebuild import plot
+from zotune.llm.training.train import train
 
 RUNS = {
     "full": {},

@@ -12,18 +12,18 @@ from torch import nn
 import zotune as zo
 from problems import assert_same_bits
 from zotune import noise
-from zotune.directions import add_terms, sum_terms
+from zotune.directions.direction import add_terms, sum_terms
+from zotune.directions.low_rank import Factors, add_products
 from zotune.errors import UsageError
-from zotune.factors import Factors, add_products
+from zotune.estimate.batched_probes import side_by_side
+from zotune.estimate.perturb import Along, displaced
+from zotune.estimate.probes import values_at
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
+from zotune.model.parameters import TunedTensors, tensor_id
 from zotune.noise import reference
 from zotune.noise.reference import derive_seed
-from zotune.perturb import Along, displaced
-from zotune.probes import values_at
-from zotune.side_by_side import side_by_side
-from zotune.tuned import TunedTensors, tensor_id
 
 BASES = {"rademacher": reference.rademacher, "gaussian": reference.gaussian}
 each_base = pytest.mark.parametrize("base", BASES)
@@ -290,7 +290,7 @@ def test_many_directions_share_one_pass(monkeypatch):
     model, asked = network(torch.float32), []
     model.conv.requires_grad_(False)
     f = objective(model, most=6)
-    monkeypatch.setattr("zotune.probes.KEPT_BYTES", 6 * 4 * (12 * 2 + 31))
+    monkeypatch.setattr("zotune.estimate.probes.KEPT_BYTES", 6 * 4 * (12 * 2 + 31))
     counted = type(f)(lambda copies: asked.append(copies) or f.values(copies), most=6)
     for chosen, expected in ((sampler(), [6]), (zo.rademacher, [2, 2, 2])):
         opt = zo.zo_sgd(model, lr=0.1, sampler=chosen, num_queries=3)

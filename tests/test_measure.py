@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from zotune.bench.measure import Measurement, Recorder, measure
+from zotune.bench.measure.process_memory import Measurement, Recorder, measure
 from zotune.errors import RunError, UsageError
-from zotune.llm.architectures import byte_tokenizer
-from zotune.memory import free_memory, peak_memory, resident_memory
+from zotune.llm.models.random_models import byte_tokenizer
 from zotune.plan import predict
+from zotune.system.peak_memory import free_memory, peak_memory, resident_memory
 
 MIB = 2**20
 

@@ -9,12 +9,11 @@ import torch
 import transformers
 
 from zotune.errors import UsageError
-from zotune.llm import builtin
-from zotune.llm.architectures import ARCHITECTURES
-from zotune.llm.config import ModelOptions
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.models import load
+from zotune.llm.config.run import ModelOptions
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.load import builtin, load
+from zotune.llm.models.random_models import ARCHITECTURES
 
 # Millions of parameters of the published checkpoints, tied embeddings counted once; roberta-large with its LM head.
 SIZES = {

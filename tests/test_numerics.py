@@ -12,7 +12,9 @@ from torch import nn
 
 import zotune as zo
 from problems import assert_same_bits, bits, problem
-from zotune import directions, noise, transforms, update
+from zotune import noise
+from zotune.apply import transforms, update
+from zotune.directions.direction import direction as directions
 
 TRANSFORMS = {
     "identity": transforms.identity,

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from zotune.errors import UsageError
-from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.objective import losses, scores
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
+from zotune.llm.scoring.objectives import losses, scores
 
 SINGLE = (
     Example("a gorgeous film It was", (" terrible", " great"), 1),

@@ -12,7 +12,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import reference
-from zotune.estimate import GradientEstimate
+from zotune.estimate.estimate import GradientEstimate
 
 each_sampler = pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

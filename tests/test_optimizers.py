@@ -8,11 +8,11 @@ from torch import nn
 
 import zotune as zo
 from zotune.errors import UsageError
-from zotune.llm.method_options import FIRST_ORDER, MethodOptions
-from zotune.llm.optimizers import make_optimizer, scheduled, set_learning_rates
-from zotune.llm.schema import validate
-from zotune.llm.train import train
-from zotune.methods import METHODS
+from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.schema import validate
+from zotune.llm.training.optimizers import make_optimizer, scheduled, set_learning_rates
+from zotune.llm.training.train import train
+from zotune.methods.paper import METHODS
 
 
 def options(**given):
@@ -134,7 +134,7 @@ def test_every_first_learning_rate_is_scheduled_from_its_own_value():
 @pytest.mark.parametrize(("layers", "kind"), [(0, torch.optim.SGD), (1, zo.Hybrid), (2, zo.ZerothOrder)])
 def test_hybrid_runs_split_the_model_at_the_layer(config, monkeypatch, layers, kind):
     made = []
-    from zotune.llm import run as module
+    from zotune.llm.training import loop as module
 
     real = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *args, **kw: made.append(real(*args, **kw)) or made[-1])

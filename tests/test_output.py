@@ -18,8 +18,8 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from zotune.llm.own import own_data
-from zotune.llm.train import train
+from zotune.llm.tasks.user_data import own_data
+from zotune.llm.training.train import train
 
 
 def plain_predictions(model, tokenizer, examples):
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_is_reported_as_such(zotune, short, monkeypatch, sa
     elif saved_by == "tokenizer":
         monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
     else:
-        monkeypatch.setattr("zotune.llm.output.write_json", full)
+        monkeypatch.setattr("zotune.llm.training.output_folder.write_json", full)
     said = zotune(*short())
     assert (said.code, said.out) == (1, "")
     assert "No space left on device" in said.err

@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from zotune.llm.config import DataOptions
-from zotune.llm.evaluate import evaluate
-from zotune.llm.generation import generate
-from zotune.llm.intervals import ratio_interval
-from zotune.llm.loading import load_rows
-from zotune.llm.log_loss import evaluate_log_loss
+from zotune.llm.config.run import DataOptions
+from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.generation import generate
+from zotune.llm.scoring.intervals import ratio_interval
+from zotune.llm.scoring.perplexity import evaluate_log_loss
+from zotune.llm.tasks.load_data import load_rows
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "data"

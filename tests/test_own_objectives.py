@@ -5,13 +5,13 @@ import json
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.answers import f1
-from zotune.llm.config import DataOptions, EvalConfig, TrainConfig
-from zotune.llm.dry_run import dry_run
-from zotune.llm.evaluation import evaluate_tasks
-from zotune.llm.generation import generate
-from zotune.llm.loading import load_rows
-from zotune.llm.train import train
+from zotune.llm.config.run import DataOptions, EvalConfig, TrainConfig
+from zotune.llm.scoring.answers import f1
+from zotune.llm.scoring.generation import generate
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.training.evaluation import evaluate_tasks
+from zotune.llm.training.train import train
+from zotune.plan.dry_run import dry_run
 
 CHATML = (
     "<s>{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"

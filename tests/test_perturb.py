@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import zotune as zo
-from zotune import perturb
+from zotune.estimate.estimate import perturb
+from zotune.model.parameters import TunedTensors
 from zotune.noise import reference
-from zotune.tuned import TunedTensors
 
 A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
 

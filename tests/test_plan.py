@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig
 
+from zotune.cli.plan import PlanConfig, memory_bytes
 from zotune.errors import UsageError
-from zotune.llm.architectures import ARCHITECTURES
-from zotune.llm.config import ModelOptions
-from zotune.llm.method_options import FIRST_ORDER
-from zotune.llm.models import load
-from zotune.llm.schema import validate
-from zotune.llm.workload import Workload
-from zotune.methods import METHODS
+from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.run import ModelOptions
+from zotune.llm.config.schema import validate
+from zotune.llm.models.load import load
+from zotune.llm.models.random_models import ARCHITECTURES
+from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS
-from zotune.plan.options import PlanConfig, memory_bytes
 from zotune.plan.planning import plan
 from zotune.plan.predict import Architecture, predict
 from zotune.plan.search import largest
+from zotune.plan.workload import Workload
 
 WIDTH, HEADS, LAYERS, VOCABULARY, CONTEXT = 48, 4, 3, 400, 128
 BATCH, LENGTH = 5, 24
@@ -123,7 +123,7 @@ def test_formulas_give_the_papers_numbers_for_opt_13b():
 
 
 def test_parts_are_those_counted_by_hand(monkeypatch):
-    monkeypatch.setattr("zotune.llm.passes.OWN_PAGES", 0)  # no heap with holes, in which so small a model would lie
+    monkeypatch.setattr("zotune.plan.passes.OWN_PAGES", 0)  # no heap with holes, in which so small a model would lie
     config = opt()
     weights = terms(config).x
     common = {"batch_size": BATCH, "length": LENGTH, "dtype": "float32", "device": "cpu"}

@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_leaves
 
 import zotune as zo
 from zotune.errors import UnreadTensorError, UsageError
-from zotune.llm.config import EvalConfig, ModelOptions
-from zotune.llm.dry_run import dry_run
-from zotune.llm.evaluation import evaluate_tasks
-from zotune.llm.gguf_file import read_file
-from zotune.llm.journal import frozen_digest
-from zotune.llm.ledgers import export, find_ledger, rebuild
-from zotune.llm.models import load
-from zotune.llm.packed import PackedEmbedding, PackedLinear, unpack_scales
-from zotune.llm.packed_blocks import FORMATS
-from zotune.llm.quantization import frozen_tensors
-from zotune.llm.train import train
-from zotune.llm.verifying import verify
+from zotune.llm.config.run import EvalConfig, ModelOptions
+from zotune.llm.ledger.rebuild import export, find_ledger, rebuild
+from zotune.llm.ledger.verify import verify
+from zotune.llm.models.load import load
+from zotune.llm.quantized.backends import frozen_tensors
+from zotune.llm.quantized.block_formats import FORMATS
+from zotune.llm.quantized.gguf_reader import read_file
+from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_scales
+from zotune.llm.training.evaluation import evaluate_tasks
+from zotune.llm.training.resume import frozen_digest
+from zotune.llm.training.train import train
+from zotune.plan.dry_run import dry_run
 
 # bitsandbytes and torchao are not among the packages that tests need; where they are installed they are tried.
 LIBRARIES = [
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     """A tiny model of llama's architecture, of widths that blocks of 32 and 64 go into."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from zotune.llm.architectures import byte_tokenizer
+    from zotune.llm.models.random_models import byte_tokenizer
 
     config = LlamaConfig(
         vocab_size=320,
@@ -117,7 +117,7 @@ def base(folder, gguf_model, monkeypatch):
     """A function: quantisation to the options of the tiny model that are not the defaults."""
     import transformers
 
-    from zotune.llm import models
+    from zotune.llm.models.load import load as models
 
     # A GGUF file's own configuration and tokenizer are transformers' to read; here they are the folder's.
     for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
@@ -181,7 +181,7 @@ def test_a_gguf_files_logits_are_those_of_the_dequantised_model_to_the_bit(base,
 
 
 def test_no_tensor_as_large_as_a_matrix_of_numbers_is_made_but_in_pieces(base, monkeypatch):
-    from zotune.llm import packed
+    from zotune.llm.quantized import layers as packed
 
     monkeypatch.setattr(packed, "piece_elements", lambda device: 1024)
 
@@ -267,7 +267,7 @@ def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])
 def test_a_step_on_scales_is_that_of_the_plain_formula(name, base, config):
     """Against weights that are dequantised here, their scales moved by hand."""
-    from zotune.llm.tuning import prepare
+    from zotune.llm.models.tuned_parameters import prepare
 
     options = config(**base(name), tuning="scales", tuned_layers=1, mu=1e-4)
     lm = load(options)

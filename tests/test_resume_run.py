@@ -9,8 +9,8 @@ import torch
 
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.ledger import LedgerError, read
-from zotune.llm.models import LanguageModel
-from zotune.llm.train import train
+from zotune.llm.models.load import LanguageModel
+from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
 
@@ -110,7 +110,7 @@ class Killed(BaseException):
 
 def stop_after(config, options, num_steps):
     """A run whose process is gone in the middle of a step."""
-    from zotune.llm import run as module
+    from zotune.llm.training import loop as module
 
     real = module.Run._closures
 
@@ -196,7 +196,7 @@ def test_other_rows_are_noticed(config, tmp_path, rows_file):
 
 
 def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
-    from zotune.llm.output import OutputFolder
+    from zotune.llm.training.output_folder import OutputFolder
 
     made = config(tuning="lora")
     folder = OutputFolder(made)

@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 
-from zotune.llm.config import TrainConfig
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.kept import File, Kept, Memory
-from zotune.llm.reuse import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
-from zotune.llm.train import train
-from zotune.llm.tuning import prepare
-from zotune.stack import stack_of
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.activation_cache import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
+from zotune.llm.models.cache_storage import File, Kept, Memory
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.training.train import train
+from zotune.model.layers import stack_of
 
 WORDS = (" terrible", " great")
 EXAMPLES = tuple(

@@ -9,32 +9,32 @@ import pytest
 import torch
 
 import zotune as zo
-from zotune.closures import probing
 from zotune.errors import RunError, UsageError
-from zotune.estimate import GradientEstimate
-from zotune.estimators import central_difference
-from zotune.llm import generation
-from zotune.llm.answers import exact_match, f1
-from zotune.llm.checks import check_first_estimate
-from zotune.llm.config import DataOptions, TrainConfig, read_recipe
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.evaluate import evaluate
-from zotune.llm.generation import Sampling, generate
-from zotune.llm.kept import Kept, Memory
-from zotune.llm.loading import load_rows
-from zotune.llm.objective import ACCURACY, OBJECTIVES, mean_loss
-from zotune.llm.objective_options import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
-from zotune.llm.output import OutputFolder
-from zotune.llm.prompts import ReusedPrompts
-from zotune.llm.rewards import OF_ANSWERS as REWARDS
-from zotune.llm.rewards import Completion, Generated, checked, find_reward, open_ended
-from zotune.llm.run import Run
-from zotune.llm.train import train
-from zotune.llm.tuning import prepare
+from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.finite_difference import central_difference
+from zotune.estimate.objective import probing
+from zotune.llm.config.objective import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
+from zotune.llm.config.run import DataOptions, TrainConfig, read_recipe
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.cache_storage import Kept, Memory
+from zotune.llm.models.prompt_cache import ReusedPrompts
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.scoring import generation
+from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.answers import exact_match, f1
+from zotune.llm.scoring.generation import Sampling, generate
+from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
+from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
+from zotune.llm.scoring.rewards import Completion, Generated, checked, find_reward, open_ended
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.training.checks import check_first_estimate
+from zotune.llm.training.loop import Run
+from zotune.llm.training.output_folder import OutputFolder
+from zotune.llm.training.train import train
+from zotune.model.layers import stack_of
+from zotune.model.parameters import TunedTensors
 from zotune.noise import derive_seed
-from zotune.stack import stack_of
-from zotune.tuned import TunedTensors
 
 ZEROTH_ORDER = [name for name in zo.METHODS if name != "forward_grad"]
 PROMPTS = ("Question: who?\nAnswer:", "A", "A longer prompt.\nQuestion: what is it, then?\nAnswer:", "so it", "A")
@@ -396,7 +396,7 @@ def test_the_same_run_twice_gives_the_same_bits_and_blocks_reuse_nothing_of_othe
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in ("a", "b"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     result = train(config(**options, blocks="layer", output_dir=tmp_path / "c"))
-    blocks = len(zo.blocks_by_layer(__import__("zotune.llm.models", fromlist=["load"]).load(config()).module))
+    blocks = len(zo.blocks_by_layer(__import__("zotune.llm.models.load", fromlist=["load"]).load(config()).module))
     assert result.num_forwards <= 2 * 2 * blocks * 6 and result.num_forwards % 2 == 0
 
 

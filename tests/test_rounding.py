@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zotune as zo
-from zotune.estimate import GradientEstimate
+from zotune.estimate.estimate import GradientEstimate
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

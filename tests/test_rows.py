@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from zotune.errors import UsageError
-from zotune.llm.rows import located_rows, read_rows
+from zotune.llm.data.readers import located_rows, read_rows
 
 FUZZ = settings(
     max_examples=int(os.environ.get("ZOTUNE_FUZZ", "300")),
@@ -210,6 +210,6 @@ def test_a_data_set_that_cannot_be_had_is_named(monkeypatch):
     for name in ("hub:", "hub:a/b/c/d", "hub:a/"):
         with pytest.raises(UsageError, match="names no data set"):
             # A path drops a last slash, so the text itself is what is read.
-            from zotune.llm import rows
+            from zotune.llm.data.examples import readers as rows
 
             list(rows._hub(name.removeprefix("hub:"), "train"))

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from test_bench_report import sound
-from zotune import cli
-from zotune.bench import run_page
-from zotune.bench.run_page import PAGE, figures
+from zotune.bench.report.report import run_html as run_page
+from zotune.bench.report.run_html import PAGE, figures
+from zotune.cli.main import main as cli
 
 TRAIN = [
     "train",
@@ -108,6 +108,6 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, monkeypat
 
 def test_a_new_run_in_the_folder_takes_the_old_page_away(run, monkeypatch, tmp_path):
     (tmp_path / PAGE).write_text("old", encoding="utf-8")
-    monkeypatch.setitem(sys.modules, "zotune.bench.run_page", None)
+    monkeypatch.setitem(sys.modules, "zotune.bench.report.run_html", None)
     assert cli.run([*TRAIN, *SHORT, "--output-dir", str(tmp_path), "--overwrite-output-dir"]) == 0
     assert not (tmp_path / PAGE).exists()

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 
 import zotune as zo
 from zotune.errors import UsageError
-from zotune.llm import adapters
-from zotune.llm.architectures import ARCHITECTURES, byte_tokenizer
-from zotune.llm.config import FIRST_ORDER, ModelOptions, TrainConfig
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.models import LanguageModel, load, quiet_libraries
-from zotune.llm.train import train
-from zotune.llm.tuning import prepare
+from zotune.llm.config.run import FIRST_ORDER, ModelOptions, TrainConfig
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.load import LanguageModel, adapters, load, quiet_libraries
+from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.training.train import train
 
 WORDS = (" terrible", " great")
 EXAMPLES = tuple(

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from zotune.errors import RunError, UsageError
-from zotune.llm import selection as selection_module
-from zotune.llm.evaluate import Evaluation, evaluate
-from zotune.llm.loading import load_rows
-from zotune.llm.log_loss import LogLossEvaluation
-from zotune.llm.models import LanguageModel, load
-from zotune.llm.selection import Selection
-from zotune.llm.selection_options import SelectionOptions
-from zotune.llm.train import train
+from zotune.llm.config.selection import SelectionOptions
+from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.scoring.accuracy import Evaluation, evaluate
+from zotune.llm.scoring.perplexity import LogLossEvaluation
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.training import best_model as selection_module
+from zotune.llm.training.best_model import Selection
+from zotune.llm.training.train import train
 
 PLAIN = Evaluation(
     accuracy=0.5, low=0.0, high=1.0, num_examples=10, loss=1.0, predictions=(), seconds=0.0, num_forwards=1
@@ -118,7 +118,7 @@ def test_too_little_room_for_the_best_model_is_reported_as_such(tmp_path, monkey
 
 def scripted(monkeypatch, values):
     """Let evaluations of the held-out rows find these losses, in turn; and keep the weights of each moment."""
-    from zotune.llm import run as run_module
+    from zotune.llm.training import loop as run_module
 
     waiting, weights, real = list(values), [], run_module.Run.evaluate
 
@@ -184,7 +184,7 @@ def test_a_run_that_only_gets_worse_gives_back_the_untuned_model(config, tmp_pat
 
 
 def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_path, monkeypatch):
-    from zotune.llm import run as run_module
+    from zotune.llm.training import loop as run_module
 
     weights = scripted(monkeypatch, [3.0, 1.0, 2.0])
     real = run_module._update

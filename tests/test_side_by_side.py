@@ -9,19 +9,20 @@ from torch import nn
 
 import zotune as zo
 from test_schemes import EXAMPLES, SCHEMES, moved, prepared
-from zotune import perturb, side_by_side
-from zotune.closures import Batched, batched
-from zotune.directions import Direction, gaussian, rademacher
-from zotune.estimators import central_difference, forward_difference
-from zotune.llm.config import ModelOptions, TrainConfig
-from zotune.llm.encoding import collate
-from zotune.llm.models import load
-from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
-from zotune.llm.tuning import prepare
-from zotune.perturb import Along
-from zotune.probes import is_separable, values_at, values_side_by_side
-from zotune.side_by_side import NotSeparableError
-from zotune.tuned import TunedTensors
+from zotune.directions.direction import Direction, gaussian, rademacher
+from zotune.estimate.batched_probes import NotSeparableError
+from zotune.estimate.estimate import batched_probes as side_by_side
+from zotune.estimate.estimate import perturb
+from zotune.estimate.finite_difference import central_difference, forward_difference
+from zotune.estimate.objective import Batched, batched
+from zotune.estimate.perturb import Along
+from zotune.estimate.probes import is_separable, values_at, values_side_by_side
+from zotune.llm.config.run import ModelOptions, TrainConfig
+from zotune.llm.data.tokenization import collate
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
+from zotune.model.parameters import TunedTensors
 
 
 def objectives(lm, examples, objective=CLASSIFICATION, most=2):
@@ -38,7 +39,7 @@ def objectives(lm, examples, objective=CLASSIFICATION, most=2):
 
 
 def encode(lm, examples):
-    from zotune.llm.encoding import Encoder
+    from zotune.llm.data.tokenization import Encoder
 
     encoder = Encoder(lm.tokenizer, masked=lm.masked, context=lm.context, max_length=None)
     return [encoder(e) for e in examples]
@@ -221,7 +222,7 @@ def test_a_pass_is_shared_by_as_many_probes_as_are_allowed_and_by_two_of_large_t
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
     assert sizes == [6, 2]
     sizes.clear()
-    monkeypatch.setattr("zotune.probes.KEPT_BYTES", 0)
+    monkeypatch.setattr("zotune.estimate.probes.KEPT_BYTES", 0)
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
     assert sizes == [2, 2, 2, 2]
 

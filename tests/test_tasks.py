@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm import task as task_module
-from zotune.llm.answers import evaluate_answers
-from zotune.llm.config import DataOptions
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.loading import load_rows
-from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.rows import read_rows
-from zotune.llm.task import _hub_rows, _sample_folder, _sample_rows
+from zotune.llm.config.run import DataOptions
+from zotune.llm.data.readers import read_rows
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.scoring.answers import evaluate_answers
+from zotune.llm.scoring.objectives import TEACHER_FORCING
 from zotune.llm.tasks import TASKS
+from zotune.llm.tasks import task as task_module
+from zotune.llm.tasks.load_data import load_rows
+from zotune.llm.tasks.task import _hub_rows, _sample_folder, _sample_rows
 from zotune.llm.tasks.trec import label_of
 
 HERE = Path(__file__).parent

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 import zotune as zo
-from zotune.closures import accumulate
-from zotune.llm import models
-from zotune.llm.config import TrainConfig
-from zotune.llm.data import Example
-from zotune.llm.encoding import Encoder, collate
-from zotune.llm.evaluate import evaluate
-from zotune.llm.loading import Rows, load_rows
-from zotune.llm.objective import CLASSIFICATION, TEACHER_FORCING, losses, mean_loss
-from zotune.llm.output import OutputFolder
-from zotune.llm.run import Run
+from zotune.estimate.objective import accumulate
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.examples import Example
+from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.models.load import load as models
+from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, losses, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.train import train
+from zotune.llm.tasks.load_data import Rows, load_rows
+from zotune.llm.training.loop import Run
+from zotune.llm.training.output_folder import OutputFolder
+from zotune.llm.training.train import train
 
 EXAMPLES = (
     Example("The man broke his toe because", (" he got a hole in his sock", " he dropped a hammer"), 1),

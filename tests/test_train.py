@@ -10,11 +10,11 @@ import yaml
 
 import zotune as zo
 from zotune.errors import RunError
-from zotune.llm.config import TrainConfig, read_recipe
-from zotune.llm.models import LanguageModel
-from zotune.llm.own import own_data
-from zotune.llm.run import Run
-from zotune.llm.train import train
+from zotune.llm.config.run import TrainConfig, read_recipe
+from zotune.llm.models.load import LanguageModel
+from zotune.llm.tasks.user_data import own_data
+from zotune.llm.training.loop import Run
+from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
 METHODS = ["zo_sgd", "fo_sgd", "fo_adam"]

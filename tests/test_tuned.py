@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zotune as zo
-from zotune import tuned
-from zotune.tuned import TunedTensors, canonical_name, tensor_id
+from zotune.model import parameters as tuned
+from zotune.model.parameters import TunedTensors, canonical_name, tensor_id
 
 
 class Named(nn.Module):

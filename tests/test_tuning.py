@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm.config import TrainConfig
-from zotune.llm.tuning import prepare
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.models.tuned_parameters import prepare
 
 EMBEDDINGS = {
     "llama": {"model.embed_tokens.weight"},

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS
 from step import measure, measure_lora
 
-from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
-from zotune.llm.config import EvalConfig
-from zotune.llm.models import load
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.models.load import load
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
 
 ALLOWED = 1.15
 # The loop of the older codes is not ours to keep fast, and takes the longest.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import zotune as zo
-from zotune.llm.config import EvalConfig
-from zotune.llm.models import load
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result, zotune

@@ -25,9 +25,9 @@ import torch
 
 import zotune as zo
 from zotune import noise
-from zotune.graphs import GraphedDifference
-from zotune.llm.config import EvalConfig
-from zotune.llm.models import LanguageModel, load
+from zotune.estimate.cuda_graph import GraphedDifference
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.models.load import LanguageModel, load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result

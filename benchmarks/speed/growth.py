@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 import zotune as zo
-from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
-from zotune.llm.architectures import byte_tokenizer
-from zotune.llm.config import EvalConfig
-from zotune.llm.models import LanguageModel, load
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.random_models import byte_tokenizer
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result

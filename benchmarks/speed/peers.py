@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import zotune as zo
-from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
-from zotune.llm.config import EvalConfig
-from zotune.llm.models import LanguageModel, load
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.models.load import LanguageModel, load
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/plan.py
 
-Each measurement is a fresh process (`zotune.bench.measure`): the most resident memory of the whole run over that of the
+Each measurement is a fresh process (`zotune.bench.measure.process_memory`): the most resident memory of the whole run over that of the
 process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2). Rows that are
 recorded, by the same code and libraries, are not measured again.
 """
@@ -21,15 +21,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
 
-from zotune.bench.keys import key_of
-from zotune.bench.measure import measure
-from zotune.llm.footprint import Memory
-from zotune.llm.method_options import FIRST_ORDER
-from zotune.llm.schema import validate
-from zotune.llm.workload import Workload
-from zotune.methods import METHODS
+from zotune.bench.measure.process_memory import measure
+from zotune.bench.run.content_key import key_of
+from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.schema import validate
+from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS
+from zotune.plan.memory import Memory
 from zotune.plan.predict import Architecture
+from zotune.plan.workload import Workload
 
 MODELS = ("random:opt-125m", "smollm2-135m", "random:opt-350m")
 BATCH, LENGTH, STEPS, MU, LR = 4, 128, 1, 1e-2, 1e-7

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 import zotune as zo
 from zotune import noise
-from zotune.closures import Batched
-from zotune.heap import OWN_PAGES_OF_PASSES, keep_freed_memory
-from zotune.llm.config import EvalConfig, TrainConfig
-from zotune.llm.models import LanguageModel, load
-from zotune.llm.tuning import prepare
+from zotune.estimate.objective import Batched
+from zotune.llm.config.run import EvalConfig, TrainConfig
+from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result

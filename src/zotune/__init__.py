@@ -14,64 +14,64 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zotune.blocks import BLOCKS as BLOCKS
-    from zotune.blocks import Block as Block
-    from zotune.blocks import blocks_by_layer as blocks_by_layer
-    from zotune.blocks import blocks_by_linear as blocks_by_linear
-    from zotune.blocks import blocks_by_part as blocks_by_part
-    from zotune.blocks import blocks_by_size as blocks_by_size
-    from zotune.closures import accumulate as accumulate
-    from zotune.closures import batched as batched
-    from zotune.directions import SAMPLERS as SAMPLERS
-    from zotune.directions import Direction as Direction
-    from zotune.directions import Sampler as Sampler
-    from zotune.directions import gaussian as gaussian
-    from zotune.directions import rademacher as rademacher
+    from zotune.apply.update import Rounding as Rounding
+    from zotune.directions.blocks import BLOCKS as BLOCKS
+    from zotune.directions.blocks import Block as Block
+    from zotune.directions.blocks import blocks_by_layer as blocks_by_layer
+    from zotune.directions.blocks import blocks_by_linear as blocks_by_linear
+    from zotune.directions.blocks import blocks_by_part as blocks_by_part
+    from zotune.directions.blocks import blocks_by_size as blocks_by_size
+    from zotune.directions.direction import SAMPLERS as SAMPLERS
+    from zotune.directions.direction import Direction as Direction
+    from zotune.directions.direction import Sampler as Sampler
+    from zotune.directions.direction import gaussian as gaussian
+    from zotune.directions.direction import rademacher as rademacher
+    from zotune.directions.low_rank_sampler import low_rank as low_rank
+    from zotune.directions.sparse import sparse as sparse
     from zotune.errors import NonFiniteLossError as NonFiniteLossError
     from zotune.errors import RunError as RunError
     from zotune.errors import UnreadTensorError as UnreadTensorError
     from zotune.errors import UsageError as UsageError
     from zotune.errors import ZotuneError as ZotuneError
-    from zotune.estimate import GradientEstimate as GradientEstimate
-    from zotune.estimators import central_difference as central_difference
-    from zotune.estimators import forward_difference as forward_difference
-    from zotune.forward_mode import forward_gradient as forward_gradient
-    from zotune.gradient_check import CheckedForwardGradient as CheckedForwardGradient
-    from zotune.hybrid import Hybrid as Hybrid
-    from zotune.hybrid import split_at_layer as split_at_layer
-    from zotune.methods import METHODS as METHODS
-    from zotune.methods import forward_grad as forward_grad
-    from zotune.methods import zo_adam as zo_adam
-    from zotune.methods import zo_sgd as zo_sgd
-    from zotune.methods import zo_sgd_cons as zo_sgd_cons
-    from zotune.methods import zo_sgd_mmt as zo_sgd_mmt
-    from zotune.methods import zo_sgd_sign as zo_sgd_sign
-    from zotune.optimizer import ZerothOrder as ZerothOrder
-    from zotune.perturb import perturbed as perturbed
-    from zotune.rank import low_rank as low_rank
-    from zotune.sparsity import sparse as sparse
-    from zotune.tuned import TunedTensors as TunedTensors
-    from zotune.update import Rounding as Rounding
+    from zotune.estimate.estimate import GradientEstimate as GradientEstimate
+    from zotune.estimate.finite_difference import central_difference as central_difference
+    from zotune.estimate.finite_difference import forward_difference as forward_difference
+    from zotune.estimate.gradient_check import CheckedForwardGradient as CheckedForwardGradient
+    from zotune.estimate.jvp import forward_gradient as forward_gradient
+    from zotune.estimate.objective import accumulate as accumulate
+    from zotune.estimate.objective import batched as batched
+    from zotune.estimate.perturb import perturbed as perturbed
+    from zotune.methods.paper import METHODS as METHODS
+    from zotune.methods.paper import forward_grad as forward_grad
+    from zotune.methods.paper import zo_adam as zo_adam
+    from zotune.methods.paper import zo_sgd as zo_sgd
+    from zotune.methods.paper import zo_sgd_cons as zo_sgd_cons
+    from zotune.methods.paper import zo_sgd_mmt as zo_sgd_mmt
+    from zotune.methods.paper import zo_sgd_sign as zo_sgd_sign
+    from zotune.model.parameters import TunedTensors as TunedTensors
+    from zotune.optim.hybrid import Hybrid as Hybrid
+    from zotune.optim.hybrid import split_at_layer as split_at_layer
+    from zotune.optim.zeroth_order import ZerothOrder as ZerothOrder
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "closures": ("accumulate", "batched"),
-    "blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
-    "directions": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
+    "estimate.objective": ("accumulate", "batched"),
+    "directions.blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
+    "directions.direction": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
-    "estimate": ("GradientEstimate",),
-    "estimators": ("central_difference", "forward_difference"),
-    "forward_mode": ("forward_gradient",),
-    "gradient_check": ("CheckedForwardGradient",),
-    "hybrid": ("Hybrid", "split_at_layer"),
-    "methods": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
-    "optimizer": ("ZerothOrder",),
-    "perturb": ("perturbed",),
-    "rank": ("low_rank",),
-    "sparsity": ("sparse",),
-    "tuned": ("TunedTensors",),
-    "update": ("Rounding",),
+    "estimate.estimate": ("GradientEstimate",),
+    "estimate.finite_difference": ("central_difference", "forward_difference"),
+    "estimate.jvp": ("forward_gradient",),
+    "estimate.gradient_check": ("CheckedForwardGradient",),
+    "optim.hybrid": ("Hybrid", "split_at_layer"),
+    "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "optim.zeroth_order": ("ZerothOrder",),
+    "estimate.perturb": ("perturbed",),
+    "directions.low_rank_sampler": ("low_rank",),
+    "directions.sparse": ("sparse",),
+    "model.parameters": ("TunedTensors",),
+    "apply.update": ("Rounding",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,5 +1,5 @@
 """`python -m zotune` is `zotune`."""
 
-from zotune.cli import main
+from zotune.cli.main import main
 
 main()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions import PhiloxSampler
+from zotune.directions.direction import PhiloxSampler
+from zotune.directions.schedule import Renewed
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import Header, Layout, LedgerError, StepRecord
-from zotune.optimizer import BlockOrder, ZerothOrder
-from zotune.sampling import Renewed
+from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
 
 def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> Header:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from zotune.apply.transforms import State
+from zotune.apply.update import Rounding, Step, TensorUpdate
+from zotune.directions.schedule import Renewed, Weights
 from zotune.errors import UsageError
 from zotune.ledger.format import StepRecord
+from zotune.model.parameters import TunedTensor
 from zotune.noise import compute_dtype
-from zotune.optimizer import ZerothOrder
-from zotune.sampling import Renewed, Weights
-from zotune.transforms import State
-from zotune.tuned import TunedTensor
-from zotune.update import Rounding, Step, TensorUpdate
+from zotune.optim.zeroth_order import ZerothOrder
 
 # Elements a thread that go through all steps together: a megabyte in single precision, as a core's own cache has.
 SLICE = 1 << 18

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.cache import cache_folder
 from zotune.noise import reference
+from zotune.system.cache_dir import cache_folder
 
 _SOURCE = Path(__file__).with_name("native.c")
 # No fused multiply-add and no fast-math: each would change bits. errno and traps nobody reads.

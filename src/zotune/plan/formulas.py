@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.llm.encoding import Batch
-from zotune.llm.live_memory import Assumed, fused_attention
-from zotune.llm.models import LanguageModel
-from zotune.llm.passes import score
-from zotune.stack import stack_of
+from zotune.llm.data.tokenization import Batch
+from zotune.llm.models.load import LanguageModel
+from zotune.model.layers import stack_of
+from zotune.plan.live_memory import Assumed, fused_attention
+from zotune.plan.passes import score
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zotune.bench.measure import measure
+from zotune.bench.measure.process_memory import measure
+from zotune.cli.plan import PlanConfig
 from zotune.errors import UsageError
-from zotune.llm.builtin import BUILT_IN
-from zotune.llm.footprint import Memory
-from zotune.llm.method_options import FIRST_ORDER
-from zotune.llm.schema import validate
-from zotune.llm.workload import Workload
-from zotune.memory import free_memory, resident_memory
+from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.schema import validate
+from zotune.llm.models.builtin import BUILT_IN
 from zotune.plan.formulas import FORMULAS, Terms
-from zotune.plan.options import PlanConfig
+from zotune.plan.memory import Memory
 from zotune.plan.predict import HUB_IDS, Architecture, on_cpu
 from zotune.plan.search import largest
+from zotune.plan.workload import Workload
+from zotune.system.peak_memory import free_memory, resident_memory
 
 # Examples in a batch up to which it is searched for one that fits.
 MAX_BATCH = 4096

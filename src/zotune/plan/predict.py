@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm.architectures import ARCHITECTURES
-from zotune.llm.footprint import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
-from zotune.llm.live_memory import Assumed, peak_of
-from zotune.llm.models import LanguageModel
-from zotune.llm.objective import OBJECTIVES
-from zotune.llm.optimizers import make_optimizer
-from zotune.llm.passes import Copies, Pass, largest_pass
-from zotune.llm.schema import validate
-from zotune.llm.skeleton import bare, skeleton
-from zotune.llm.tuning import prepare
-from zotune.llm.workload import Workload, made_up
+from zotune.llm.config.schema import validate
+from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.meta_model import bare, skeleton
+from zotune.llm.models.random_models import ARCHITECTURES
+from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.scoring.objectives import OBJECTIVES
+from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
+from zotune.plan.live_memory import Assumed, peak_of
+from zotune.plan.memory import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
+from zotune.plan.passes import Copies, Pass, largest_pass
+from zotune.plan.workload import Workload, made_up
 
 # Architectures that are known here, by the ids that the Hub has them under.
 HUB_IDS = {
@@ -49,7 +49,7 @@ def predict(
         dtype: of the weights: float32, bfloat16, float16; auto is the configuration's.
         batch_size: examples in one forward pass.
         length: tokens of each.
-        options: any other of `zotune.llm.workload.Workload`: objective, hybrid_layers, device, …
+        options: any other of `zotune.plan.workload.Workload`: objective, hybrid_layers, device, …
 
     Raises:
         UsageError: the model cannot be read, or an option is unknown or out of range.

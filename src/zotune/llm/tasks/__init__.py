@@ -1,8 +1,7 @@
 """The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config import DataOptions
-from zotune.llm.task import Task
+from zotune.llm.config.run import DataOptions
 from zotune.llm.tasks.boolq import BOOLQ
 from zotune.llm.tasks.cb import CB
 from zotune.llm.tasks.copa import COPA
@@ -15,6 +14,7 @@ from zotune.llm.tasks.snli import SNLI
 from zotune.llm.tasks.squad import SQUAD
 from zotune.llm.tasks.sst2 import SST2
 from zotune.llm.tasks.sst5 import SST5
+from zotune.llm.tasks.task import Task
 from zotune.llm.tasks.trec import TREC
 from zotune.llm.tasks.wic import WIC
 from zotune.llm.tasks.winogrande import WINOGRANDE

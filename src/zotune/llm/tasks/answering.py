@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from zotune.llm.answers import evaluate_answers
-from zotune.llm.data import Example
-from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.data.examples import Example
+from zotune.llm.scoring.answers import evaluate_answers
+from zotune.llm.scoring.objectives import TEACHER_FORCING
+from zotune.llm.tasks.task import MASKED_IS_NOT_DEFINED, Task
 
 
 def answered(prompt: str, answers: Iterable[str]) -> Example:

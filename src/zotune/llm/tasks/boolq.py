@@ -7,8 +7,8 @@ Source: Clark et al., 2019, "BoolQ: Exploring the surprising difficulty of natur
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.data.examples import Example, Row
+from zotune.llm.tasks.task import MASKED_IS_NOT_DEFINED, Task
 
 _WORDS = ("Yes", "No")
 

@@ -5,8 +5,8 @@ The prompt is theirs; they define no masked form.
 Source: de Marneffe et al., 2019; as SuperGLUE's card states: research use.
 """
 
-from zotune.llm.task import MASKED_IS_NOT_DEFINED, Task
 from zotune.llm.tasks.entailment import pair, suppose, unaligned
+from zotune.llm.tasks.task import MASKED_IS_NOT_DEFINED, Task
 
 _LABELS = {"entailment": "Yes", "contradiction": "No", "neutral": "Maybe"}
 

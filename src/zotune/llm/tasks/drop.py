@@ -8,7 +8,7 @@ CC BY-SA 4.0.
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
+from zotune.llm.data.examples import Example, Row
 from zotune.llm.tasks.answering import answered, answering
 
 

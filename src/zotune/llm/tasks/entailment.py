@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zotune.llm.data import Example, Row
+from zotune.llm.data.examples import Example, Row
 
 Labels = dict[str, str]
 """The labels' names in the order of their numbers, each with its word."""

@@ -6,8 +6,8 @@ Source: Williams et al., 2018, "A broad-coverage challenge corpus for sentence u
 mostly the Open American National Corpus (free), its fiction under several licences.
 """
 
-from zotune.llm.task import Task
 from zotune.llm.tasks.entailment import fill_in, pair, suppose, unaligned
+from zotune.llm.tasks.task import Task
 
 _LABELS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 

@@ -8,9 +8,9 @@ as SuperGLUE's card states: research use.
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
-from zotune.llm.objective import TEACHER_FORCING
-from zotune.llm.task import HEAD_HAS_NO_LABELS, MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.data.examples import Example, Row
+from zotune.llm.scoring.objectives import TEACHER_FORCING
+from zotune.llm.tasks.task import HEAD_HAS_NO_LABELS, MASKED_IS_NOT_DEFINED, Task
 
 
 def causal(row: Row) -> Example:

@@ -7,9 +7,9 @@ Source: Dagan et al., 2006, and the later challenges; as SuperGLUE's card states
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
-from zotune.llm.task import Task
+from zotune.llm.data.examples import Example, Row
 from zotune.llm.tasks.entailment import fill_in, pair, unaligned
+from zotune.llm.tasks.task import Task
 
 _LABELS = {"entailment": "Yes", "not_entailment": "No"}
 

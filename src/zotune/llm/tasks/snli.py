@@ -5,8 +5,8 @@ define the masked form and report on at most 1,000 validation rows; the causal f
 Source: Bowman et al., 2015, "A large annotated corpus for learning natural language inference"; CC BY-SA 4.0.
 """
 
-from zotune.llm.task import Task
 from zotune.llm.tasks.entailment import fill_in, pair, suppose, unaligned
+from zotune.llm.tasks.task import Task
 
 _LABELS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 

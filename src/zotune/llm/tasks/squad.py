@@ -7,7 +7,7 @@ Source: Rajpurkar et al., 2016, "SQuAD: 100,000+ questions for machine comprehen
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
+from zotune.llm.data.examples import Example, Row
 from zotune.llm.tasks.answering import answered, answering
 
 

@@ -7,8 +7,8 @@ Source: Socher et al., 2013; no explicit licence.
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
-from zotune.llm.task import Task
+from zotune.llm.data.examples import Example, Row
+from zotune.llm.tasks.task import Task
 
 _WORDS = (" terrible", " bad", " okay", " good", " great")
 _LABELS = ("very negative", "negative", "neutral", "positive", "very positive")

@@ -8,8 +8,8 @@ Source: Li and Roth, 2002, "Learning question classifiers"; the licence is unkno
 from __future__ import annotations
 
 from zotune.errors import UsageError
-from zotune.llm.data import Example, Row
-from zotune.llm.task import Task
+from zotune.llm.data.examples import Example, Row
+from zotune.llm.tasks.task import Task
 
 _KINDS = {
     "DESC": "Description",

@@ -7,8 +7,8 @@ Source: Levesque et al., 2012; as SuperGLUE's card states: research use.
 
 from __future__ import annotations
 
-from zotune.llm.data import Example, Row
-from zotune.llm.task import HEAD_TAKES_TWO_TEXTS, MASKED_IS_NOT_DEFINED, Task
+from zotune.llm.data.examples import Example, Row
+from zotune.llm.tasks.task import HEAD_TAKES_TWO_TEXTS, MASKED_IS_NOT_DEFINED, Task
 
 _WORDS = ("No", "Yes")
 

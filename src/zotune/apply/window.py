@@ -1,0 +1,64 @@
+"""The terms of the last steps, from which a transform's state is made again in place of being kept."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from zotune.directions.blocks import Block
+from zotune.directions.direction import Direction, Sampler, Terms
+from zotune.directions.schedule import state_of
+
+
+class History:
+    """The terms of the last `maxlen` steps, oldest first: coefficients and seeds, no noise. Skipped steps have none.
+
+    >>> history = History(1)
+    >>> for c in (1.0, 2.0):
+    ...     history.add([(c, Direction(7))])
+    ...     history.close()
+    >>> [[c for c, _ in terms] for terms in history.steps]
+    [[2.0]]
+    """
+
+    def __init__(self, maxlen: int) -> None:
+        self.maxlen = maxlen
+        self._steps: deque[Terms] = deque(maxlen=maxlen)
+        self._present: Terms = []
+
+    def add(self, terms: Terms) -> None:
+        """The step in progress has written these; several times, where blocks go one after the other."""
+        self._present = [*self._present, *terms]
+
+    def close(self) -> None:
+        """The step is over."""
+        if self._present:
+            self._steps.append(self._present)
+        self._present = []
+
+    @property
+    def steps(self) -> tuple[Terms, ...]:
+        """The terms of each step."""
+        return tuple(self._steps)
+
+    def state(self) -> list[dict[str, Any]]:
+        """All of it in plain values."""
+        return [_to_plain(terms) for terms in self._steps]
+
+    def load(
+        self, state: Sequence[dict[str, Any]], sampler: Callable[[Any], Sampler], blocks: Sequence[Block | None]
+    ) -> None:
+        """What `state` gave; `sampler` makes a step's sampler from its state."""
+        named = {None if block is None else block.name: block for block in blocks}
+        self._steps.clear()
+        for step in state:
+            u = sampler(step["sampler"])
+            self._steps.append([(c, Direction(seed, u, named[block])) for c, seed, block in step["terms"]])
+
+
+def _to_plain(terms: Terms) -> dict[str, Any]:
+    return {
+        "terms": [(c, u.seed, None if u.block is None else u.block.name) for c, u in terms],
+        "sampler": state_of(terms[0][1].sampler),
+    }

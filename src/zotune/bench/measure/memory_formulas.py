@@ -1,0 +1,57 @@
+"""The paper's formulas of peak memory by the names that tables give them, variants included; and our own prediction.
+
+The formulas and the sizes that they are made of are `zotune.plan.formulas`; here are those of mixed precision besides,
+in which activations and a copy of the weights have half their size (the paper, appendix C.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from zotune.plan.formulas import FORMULAS, Terms
+from zotune.plan.predict import Architecture
+from zotune.plan.workload import Workload
+
+
+def _mixed(terms: Terms) -> float:
+    """Max(½ a + ½ x, Σ_l max(½ a_l, x_l)): what a backward pass takes for a moment."""
+    halved = sum(max(layer.activations / 2, layer.tuned) for layer in terms.layers)
+    return max(terms.a / 2 + terms.x / 2, halved)
+
+
+_BY_NAME = {formula.name: formula.total for formula in FORMULAS}
+
+VARIANTS: dict[str, Callable[[Terms], float]] = {
+    "fo_sgd": _BY_NAME["FO-SGD"],
+    "fo_adam": _BY_NAME["FO-Adam"],
+    "fo_adam_single": _BY_NAME["FO-Adam, no foreach"],
+    "fo_sgd_mixed": lambda t: t.x + _mixed(t),
+    "fo_adam_mixed": lambda t: t.x + _mixed(t) + 3 * t.tuned,
+    "forward_grad": _BY_NAME["Forward-Grad"],
+    "zo_sgd_vanilla": _BY_NAME["vanilla ZO-SGD"],
+    **dict.fromkeys(("zo_sgd", "zo_sgd_sign", "zo_sgd_cons"), _BY_NAME["ZO-SGD"]),
+    "zo_sgd_mmt": _BY_NAME["ZO-SGD-MMT"],
+    "zo_adam": _BY_NAME["ZO-Adam"],
+}
+"""Peak bytes by the paper, for a method or a variant of it by name."""
+
+
+def said_of(workload: Workload, variant: str) -> dict[str, float | None]:
+    """What is said of a step before it is taken: the terms, the paper's formula for a variant, our prediction.
+
+    A variant that is another implementation than ours has no prediction of ours; a method that the paper does not have,
+    or a hybrid, no formula.
+
+    Raises:
+        UsageError: the model cannot be found, or tuned like that.
+    """
+    model = Architecture(workload)
+    terms = model.terms(workload)
+    formula = VARIANTS.get(variant) if workload.hybrid_layers is None else None
+    return {
+        "weight_bytes": terms.x,
+        "tuned_bytes": terms.tuned,
+        "activation_bytes": terms.a,
+        "formula_bytes": None if formula is None else formula(terms),
+        "predicted_bytes": model.predict(workload).total if variant == workload.method else None,
+    }

@@ -1,0 +1,168 @@
+"""Tables written as Markdown, CSV and LaTeX: pure functions from a table to text.
+
+Markdown and LaTeX have the table's shape, ours above the paper's; CSV has one line a number, for programs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+
+from zotune.bench.results.quantities import Quantity, signed
+from zotune.bench.results.tables import Beside, Column, Entry, Table
+
+# How states look in a table that has no number there.
+STATES = {
+    None: "",
+    "missing": "not run",
+    "failed": "failed",
+    "timed_out": "out of time",
+    "out_of_memory": "out of memory",
+    "stale": "stale",
+    "done": "–",
+}
+
+
+def ours(entry: Entry, q: Quantity) -> str:
+    """Our number with its standard error, or why there is none.
+
+    >>> from zotune.bench.results.quantities import quantity
+    >>> found = Entry("done", 91.25, 0.31, num_seeds=3)
+    >>> ours(found, quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
+    ('91.2 ± 0.3', 'not run')
+    """
+    if entry.mean is None:
+        return STATES[entry.state]
+    text = q.text(entry.mean)
+    if entry.error is not None and not q.by_ratio:
+        text += f" ± {q.text(entry.error)}"
+    if entry.ratio is not None:
+        text += f" (×{entry.ratio:.2f})"
+    return text + (" †" if entry.state == "stale" else "")
+
+
+def theirs(beside: Beside, q: Quantity) -> str:
+    """The paper's number, of what, and how far ours is from it.
+
+    >>> from zotune.bench.results.quantities import quantity
+    >>> theirs(Beside("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
+    '(opt-1.3b) 90.1, ours −2.3'
+    """
+    text = f"({beside.label}) {q.text(beside.value)}" if beside.label else q.text(beside.value)
+    if beside.ratio is not None:
+        return f"{text} (×{beside.ratio:.2f})"
+    return text if beside.difference is None else f"{text}, ours {signed(q.text(beside.difference))}"
+
+
+def markdown(table: Table) -> str:
+    """A pipe table; the paper's numbers after a line break in the same cell.
+
+    >>> from zotune.bench.results.quantities import quantity
+    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(Beside("Tab. 2", "", 91.0, -1.0),))
+    >>> print(markdown(Table("t", ("method",), ("task",), (("zo_sgd",),), (Column(("sst2",), quantity("accuracy")),),
+    ...                      ((entry,),))))
+    | method | sst2 |
+    |---|---|
+    | zo_sgd | 90.0 ± 0.5<br>paper 91.0, ours −1.0 |
+    """
+    heads = [*table.row_axes, *(table.heading(column) for column in table.columns)]
+    lines = [heads, ["---"] * len(heads)]
+    for row, entries in zip(table.rows, table.entries, strict=True):
+        texts = [_markdown_cell(e, c) for e, c in zip(entries, table.columns, strict=True)]
+        lines.append([*map(str, row), *texts])
+    for name, numbers in _baselines(table):
+        lines.append([name, *[""] * (len(table.row_axes) - 1), *numbers])
+    return "\n".join(
+        "|" + "|".join(t if t == "---" else f" {_piped(t)} ".replace("  ", " ") for t in line) + "|" for line in lines
+    )
+
+
+def _markdown_cell(entry: Entry, column: Column) -> str:
+    q = column.quantity
+    return "<br>".join([ours(entry, q), *(f"paper {theirs(beside, q)}" for beside in entry.paper)])
+
+
+def _piped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _baselines(table: Table) -> Iterable[tuple[str, list[str]]]:
+    for name, numbers in table.baselines:
+        both = zip(numbers, table.columns, strict=True)
+        yield name, ["" if n is None else c.quantity.text(n) for n, c in both]
+
+
+def comma_separated(table: Table) -> str:
+    """One line a number of ours, with the paper's (a line each where there are several)."""
+    out = io.StringIO()
+    heads = ["mean", "standard_error", "low", "high", "num_seeds", "state"]
+    paper = ["paper", "paper_source", "paper_of", "difference"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*table.row_axes, *table.column_axes, "quantity", "unit", *heads, *paper])
+    for row, entries in zip(table.rows, table.entries, strict=True):
+        for column, e in zip(table.columns, entries, strict=True):
+            place = [*row, *column.place, column.quantity.name, column.quantity.unit]
+            found = [*map(_plain, (e.mean, e.error, e.low, e.high)), e.num_seeds, e.state or ""]
+            for b in e.paper or (None,):
+                beside = ["", "", "", ""] if b is None else [_plain(b.value), b.source, b.label, _plain(b.difference)]
+                if e.state is not None:
+                    writer.writerow([*place, *found, *beside])
+    return out.getvalue()
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.10g}"
+
+
+_ESCAPES = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "–": "--",
+    "†": r"$^\dagger$",
+    "μ": r"$\mu$",
+}
+
+
+def escaped(text: str) -> str:
+    r"""Text as LaTeX sets it.
+
+    >>> print(escaped("zo_sgd, 91.2 ± 0.3 %"))
+    zo\_sgd, 91.2 $\pm$ 0.3 \%
+    """
+    return "".join(_ESCAPES.get(c, c) for c in text)
+
+
+def latex(table: Table, caption: str) -> str:
+    """A `table` with booktabs' rules; the paper's numbers in grey below ours (needs booktabs, makecell and xcolor)."""
+    heads = [*table.row_axes, *(table.heading(column) for column in table.columns)]
+    lines = [
+        r"% \usepackage{booktabs,makecell,xcolor}",
+        r"\begin{table}",
+        rf"\caption{{{escaped(caption)}}}",
+        rf"\begin{{tabular}}{{{'l' * len(table.row_axes)}{'r' * len(table.columns)}}}",
+        r"\toprule",
+        _row(map(escaped, heads)),
+        r"\midrule",
+    ]
+    for row, entries in zip(table.rows, table.entries, strict=True):
+        texts = [_latex_cell(e, c.quantity) for e, c in zip(entries, table.columns, strict=True)]
+        lines.append(_row([*(escaped(str(v)) for v in row), *texts]))
+    below = [_row([escaped(n), *[""] * (len(table.row_axes) - 1), *numbers]) for n, numbers in _baselines(table)]
+    lines += [r"\midrule", *below] if below else []
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex_cell(entry: Entry, q: Quantity) -> str:
+    papers = [rf"\textcolor{{gray}}{{{escaped(theirs(b, q))}}}" for b in entry.paper]
+    lines = r"\\".join([escaped(ours(entry, q)), *papers])
+    return rf"\makecell[r]{{{lines}}}" if papers else lines

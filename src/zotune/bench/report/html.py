@@ -1,0 +1,193 @@
+"""The page: one HTML file that needs nothing else, from sections' data by templates.
+
+Figures are inline SVG and there is no script, so the page opens anywhere, prints, follows light and dark, and can be
+read by keyboard and screen reader; a plotting library in it would weigh some megabytes. All text is escaped by the
+templates; figures escape their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import zotune
+from zotune.bench.report.figures import Figure
+from zotune.bench.report.formats import STATES, theirs
+from zotune.bench.report.phrases import provenance, reasons, summary
+from zotune.bench.report.sections import Section
+from zotune.bench.report.svg import draw, marker
+from zotune.bench.results.quantities import Quantity, label_of, significant
+from zotune.bench.results.spent import budgets
+from zotune.bench.results.tables import Entry, Table
+from zotune.bench.results.verdicts import Finding, Verdict
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_BADGES: dict[Finding, tuple[str, str]] = {
+    "holds": ("holds", "✓"),
+    "does not hold": ("fails", "✗"),
+    "cannot be told": ("open", "?"),
+}
+
+
+class Shown(NamedTuple):
+    """A figure as the templates show it: its panels and the symbols of its legend, drawn."""
+
+    figure: Figure
+    panels: list[Markup]
+    legend: list[tuple[str, Markup]]
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of `templates/` as a page."""
+    css = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
+    page = _templates().get_template(template).render(css=Markup(css), version=zotune.__version__, **values)
+    return page + "\n" if not page.endswith("\n") else page
+
+
+@cache
+def _templates() -> Environment:
+    # Names of models and messages of errors come from outside; every text is escaped, whatever the template's name.
+    loader = FileSystemLoader(_TEMPLATES)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+
+
+def shown(figure: Figure) -> Shown:
+    """A figure, drawn."""
+    panels = [Markup(draw(panel, f"{figure.name}-{i}")) for i, panel in enumerate(figure.panels)]
+    return Shown(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
+
+
+def page(sections: Sequence[Section], scale: str) -> str:
+    """The report on a scale."""
+    views = [_view(section) for section in sections]
+    found = [verdict for section in sections for verdict in section.verdicts]
+    every = [verdict for view in views for verdict in view["verdicts"]]
+    claims = {"summary": summary(found), "verdicts": every} if found else None
+    return render("report.html", scale=scale, header=provenance(sections), sections=views, claims=claims)
+
+
+# A section ------------------------------------------------------------------------------------------------
+
+
+def _view(section: Section) -> dict[str, Any]:
+    """A section as the template takes it: texts."""
+    states = Counter(cell.state for cell in section.cells)
+    stale = states["stale"]
+    warning = f"{stale} of the numbers (†) are of other code or config than today’s" if stale else ""
+    experiment = section.experiment
+    return {
+        "name": section.name,
+        "title": experiment.title,
+        "question": experiment.question,
+        "standing": _standing(states),
+        "warning": warning,
+        "comparable": [line for line in experiment.comparable.strip().split("\n") if line.strip()],
+        "table": _table(section.table),
+        "figures": [shown(figure) for figure in section.figures],
+        "verdicts": [_verdict(section.name, i, v) for i, v in enumerate(section.verdicts)],
+        "budgets": _budgets(section),
+        "failures": [
+            (c.result.cell, f"{c.state.replace('_', ' ')}: {c.result.message}")
+            for c in section.cells
+            if c.result is not None and not c.is_usable
+        ],
+    }
+
+
+def _standing(states: Counter[Any]) -> str:
+    """How much of it there is.
+
+    >>> _standing(Counter(["done", "done", "missing"]))
+    '2 of 3 cells done, 1 missing'
+    """
+    rest = [f"{n} {state}".replace("_", " ") for state, n in sorted(states.items()) if state != "done"]
+    return ", ".join([f"{states['done']} of {states.total()} cells done", *rest])
+
+
+def _table(table: Table) -> dict[str, Any]:
+    # What all rows have in common is said once.
+    vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
+    shown_axes = vary or list(range(len(table.row_axes)))[-1:]
+    return {
+        "axes": [table.row_axes[i].replace("_", " ") for i in shown_axes],
+        "heads": [table.heading(column) for column in table.columns],
+        "caption": _caption(table, shown_axes),
+        "rows": [
+            {
+                "place": [row[i] for i in shown_axes],
+                "cells": [_cell(e, c.quantity) for e, c in zip(entries, table.columns, strict=True)],
+            }
+            for row, entries in zip(table.rows, table.entries, strict=True)
+        ],
+        "baselines": [
+            (name, ["" if n is None else c.quantity.text(n) for n, c in zip(numbers, table.columns, strict=True)])
+            for name, numbers in table.baselines
+        ],
+    }
+
+
+def _caption(table: Table, shown_axes: Sequence[int]) -> str:
+    """How the table is to be read, and what is the same in all of it."""
+    shared = [
+        f"{axis.replace('_', ' ')}: {table.rows[0][i]}"
+        for i, axis in enumerate(table.row_axes)
+        if i not in shown_axes and table.rows
+    ]
+    quantities = {column.quantity.name: column.quantity for column in table.columns}
+    if len(quantities) == 1:
+        shared += [label_of(q, table.metric) for q in quantities.values()]
+    together = "; ".join(shared)
+    texts = [f"{together[0].upper()}{together[1:]}."] if shared else []
+    if any(not q.by_ratio for q in quantities.values()):
+        texts.append(
+            "Mean ± standard error over seeds, then the 95 % interval over evaluation rows and seeds, "
+            "the paper’s number, and how far ours is from it."
+        )
+    if any(q.by_ratio for q in quantities.values()):
+        texts.append("× is the multiple of the column’s first number: of ours in ours, of the paper’s in the paper’s.")
+    return " ".join(texts)
+
+
+def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
+    value, between = "", ""
+    if entry.mean is not None:
+        value = q.text(entry.mean)
+        value += f" ± {q.text(entry.error)}" if entry.error is not None and not q.by_ratio else ""
+        value += f" ×{entry.ratio:.2f}" if entry.ratio is not None else ""
+    if entry.low is not None and entry.high is not None:
+        between = f"{q.text(entry.low)} to {q.text(entry.high)}"
+    return {
+        "value": value,
+        "interval": between,
+        "mark": "stale: of other code or config than today’s" if entry.state == "stale" else "",
+        "state": STATES[entry.state],
+        "message": entry.message,
+        "paper": [f"paper {theirs(beside, q)}" for beside in entry.paper],
+    }
+
+
+def _verdict(section: str, number: int, verdict: Verdict) -> dict[str, Any]:
+    kind, sign = _BADGES[verdict.finding]
+    return {
+        "id": f"{section}-claim-{number + 1}",
+        "kind": kind,
+        "sign": sign,
+        "finding": verdict.finding,
+        "sentence": verdict.claim.sentence,
+        "where": verdict.claim.where,
+        "lines": reasons(verdict),
+    }
+
+
+def _budgets(section: Section) -> dict[str, Any] | None:
+    found = budgets(section.cells)
+    if not found:
+        return None
+    lines = [[v if isinstance(v, str) else "–" if v is None else significant(v) for v in row.values()] for row in found]
+    return {"heads": list(found[0]), "lines": lines}

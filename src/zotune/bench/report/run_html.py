@@ -1,0 +1,159 @@
+"""The page of one run, `report.html` in its folder: what it found, how it got there, how to repeat it.
+
+It reads what the run wrote (`results.json`, `metrics.jsonl`, `config.yaml`), so it can be made at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
+from zotune.bench.report.html import render, shown
+from zotune.bench.results.quantities import significant
+from zotune.errors import UsageError
+
+PAGE = "report.html"
+_SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
+_GIB = 2**30
+_START = {"step": 0, "num_forwards": 0, "seconds": 0.0}
+# What a curve of a page's width can show.
+_MOST_POINTS = 200
+
+Line = dict[str, Any]
+
+
+def write_run_page(folder: Path) -> Path:
+    """Write the page of the run in a folder, whole or not at all; where it is.
+
+    Raises:
+        UsageError: there is no finished run.
+    """
+    page = run_page(folder)
+    path = folder / PAGE
+    aside = folder / f".{PAGE}.{os.getpid()}"
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(path)
+    return path
+
+
+def run_page(folder: Path) -> str:
+    """The page as text.
+
+    Raises:
+        UsageError: there is no finished run.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        recipe = (folder / "config.yaml").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} holds no finished run: {error}. Give --run the --output-dir of a run.") from None
+    lines = _lines(folder / "metrics.jsonl")
+    config = results["config"]
+    return render(
+        "run.html",
+        title=f"{config['model']}, tuned on {config['task'] or config['train_file']}",
+        header=_header(results),
+        heads=["rows", "metric", "value", "95 % interval", "rows read", "loss"],
+        lines=[_score(label, results[name]) for name, label in _SPLITS.items() if results.get(name)],
+        figures=[shown(figure) for figure in figures(lines, results)],
+        recipe=recipe,
+    )
+
+
+def _lines(path: Path) -> list[Line]:
+    """The lines of metrics, but for a last one that is not whole."""
+    whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in whole]
+
+
+def _header(results: Line) -> list[tuple[str, str]]:
+    config = results["config"]
+    best = results["best_step"]
+    ended = "stopped early" if results["stopped_early"] else "stopped by a signal" if results["stopped_by"] else ""
+    return [
+        ("method, tuning", f"{config['method']}, {config['tuning']} ({results['num_tuned']:,} numbers tuned)"),
+        ("learning rate, μ, queries", f"{config['learning_rate']:g}, {config['mu']:g}, {config['num_queries']}"),
+        ("steps", ", ".join(filter(None, [f"{results['num_steps']} of {config['max_steps']}", ended]))),
+        *([("best step", str(best))] if best is not None else []),
+        *([("steps skipped", str(results["num_skipped"]))] if results["num_skipped"] else []),
+        ("forward passes", f"{results['num_forwards']:,}"),
+        ("training time", f"{significant(results['seconds'])} s"),
+        ("peak memory", f"{significant(results['peak_memory'] / _GIB)} GiB"),
+        ("seed", str(config["seed"])),
+        ("made with", ", ".join(f"{name} {value}" for name, value in results["environment"].items())),
+    ]
+
+
+def _score(label: str, found: Line) -> list[str]:
+    """A line of the result's table: the metric comes first, and rates are shown as percentages."""
+    metric, value = next(iter(found.items()))
+    is_rate = found["low"] >= 0 and found["high"] <= 1
+    numbers = [f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, found["low"], found["high"])]
+    loss = found.get("loss")
+    text = "–" if loss is None else f"{loss:.4f}"
+    return [label, metric, numbers[0], f"{numbers[1]} to {numbers[2]}", f"{found['num_examples']:,}", text]
+
+
+# Figures --------------------------------------------------------------------------------------------------
+
+
+def figures(lines: Sequence[Line], results: Line) -> Iterator[Figure]:
+    """Loss and held-out metric over forward passes and over seconds, and memory; those that have two points or more."""
+    training = [line for line in lines if "dev" not in line]
+    dev = [(_spent(line["step"], training), line["dev"]) for line in lines if "dev" in line]
+    if results.get("dev_before"):
+        dev.insert(0, (_spent(0, training), results["dev_before"]))
+    says = "Training loss is the mean of the last steps; the bars of the held-out metric are its 95 % interval."
+    for cost, label in (("num_forwards", "forward passes"), ("seconds", "training time, s")):
+        panels = tuple(_over(cost, label, training, dev))
+        if panels:
+            yield Figure(f"course-{cost}", f"Over {label.split(',')[0]}", says, panels)
+    memory = [Point(line["step"], line["peak_memory"] / _GIB, note=_at(line)) for line in training]
+    if len(memory) > 1:
+        panel = Panel("peak memory", "step", "GiB", (_curve("peak so far", memory, 1),), from_zero=True)
+        yield Figure("course-memory", "Memory", "The most that the process has held so far.", (panel,))
+
+
+def _spent(step: int, training: Sequence[Line]) -> Line:
+    """Passes and seconds up to a step, in proportion between the steps that are logged."""
+    before = next((line for line in reversed(training) if line["step"] <= step), _START)
+    after = next((line for line in training if line["step"] >= step), before)
+    share = (step - before["step"]) / (after["step"] - before["step"]) if after["step"] > before["step"] else 0.0
+    between = {name: before[name] + share * (after[name] - before[name]) for name in ("num_forwards", "seconds")}
+    return {"step": step, "num_forwards": round(between["num_forwards"]), "seconds": between["seconds"]}
+
+
+def _curve(name: str, points: Sequence[Point], style: int) -> Series:
+    """A line of not too many points: every so many of them, and the last."""
+    every = -(-len(points) // _MOST_POINTS)
+    kept = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    return Series(name, tuple(kept), style, joined=True)
+
+
+def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[Line, Line]]) -> Iterator[Panel]:
+    losses = [Point(line[cost], line["loss"], note=_at(line)) for line in training if line["loss"] is not None]
+    held_out = [Point(at[cost], found["loss"], note=_at(at)) for at, found in dev if found.get("loss") is not None]
+    series = (_curve("training loss", losses, 0), _curve("held-out loss", held_out, 2))
+    drawn = tuple(s for s in series if len(s.points) > 1)
+    if drawn:
+        is_log = is_wide((p.y for s in drawn for p in s.points), 100)
+        yield Panel("loss", label, "loss", drawn, log_y=is_log)
+    if len(dev) > 1:
+        metric = next(iter(dev[0][1]))
+        curve = _curve(f"held-out {metric}", [_measured(at, found, cost) for at, found in dev], 3)
+        yield Panel(f"held-out {metric}", label, metric, (curve,))
+
+
+def _measured(at: Line, found: Line, cost: str) -> Point:
+    value = next(iter(found.values()))
+    note = f"{_at(at)}: {significant(value)} ({significant(found['low'])} to {significant(found['high'])})"
+    return Point(at[cost], value, found["low"], found["high"], note)
+
+
+def _at(line: Line) -> str:
+    text = f"step {line['step']}, {line['num_forwards']} forward passes, {significant(line['seconds'])} s"
+    return text if line.get("loss") is None else f"{text}, loss {line['loss']:.4f}"

@@ -1,0 +1,219 @@
+"""Figures' panels as SVG for the page: text stays text, colours are the page's, every point says its numbers.
+
+Written out by hand rather than by a plotting library: a panel takes some kilobytes in place of megabytes of script,
+follows light and dark, prints, needs nothing from a network, and is one picture with a name to a screen reader.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from zotune.bench.report.figures import COLOURS, MARKERS, Panel, Point, Series
+from zotune.bench.results.quantities import significant
+
+# In CSS pixels at full size; a phone shows a panel at about this width.
+WIDTH, HEIGHT = 360, 250
+_TOP, _RIGHT, _BOTTOM = 26, 14, 44
+_ROW, _LETTER = 22, 6.3
+# Markers of a curve with more points than these are small, or they hide it.
+_SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From a number to pixels along one axis."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Where a number lies."""
+        turn: Callable[[float], float] = math.log10 if self.is_log else float
+        low, high = turn(self.low), turn(self.high)
+        share = (turn(value) - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        """Round numbers within, about so many."""
+        return _decades(self.low, self.high) if self.is_log else nice(self.low, self.high, count)
+
+
+def nice(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within [low, high], 1, 2 or 5 times a power of ten apart.
+
+    >>> nice(0, 97), nice(0.31, 0.42)
+    ([0.0, 20.0, 40.0, 60.0, 80.0], [0.35, 0.4])
+    """
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten within; with their double and fivefold where these are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1,) if math.log10(high / low) > 2.5 else (1, 2, 5)
+    return [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
+
+
+def short(value: float) -> str:
+    """A number as an axis shows it.
+
+    >>> short(12000.0), short(0.25), short(2e6), short(1500.0), short(-3.0)
+    ('12k', '0.25', '2M', '1.5k', '−3')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}".replace("-", "−")
+    return f"{value:.4g}".replace("-", "−")
+
+
+def draw(panel: Panel, name: str) -> str:
+    """A panel as an SVG element; `name` makes its ids the page's only ones."""
+    height = _TOP + _BOTTOM + _ROW * len(panel.categories) if panel.categories else HEIGHT
+    y = _scale(_along(panel, "y"), height - _BOTTOM, _TOP, panel.log_y)
+    if panel.categories:
+        y = Scale(-0.5, len(panel.categories) - 0.5, _TOP, height - _BOTTOM)
+    # Room for what stands to the left: names of categories, or ticks and the label beside them.
+    texts = panel.categories or [short(value) for value in y.ticks(5)]
+    left = max([_LETTER * len(text) for text in texts], default=0) + (12 if panel.categories else 30)
+    x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, WIDTH - _RIGHT, panel.log_x)
+    parts = [*_frame(panel, x, y, height)]
+    for series in panel.series:
+        parts += _series(panel, series, x, y)
+    label = escape(f"{panel.title}: {panel.y_label} against {panel.x_label}" if panel.y_label else panel.title)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}">'
+        f'<title id="{name}">{label}</title>{"".join(parts)}</svg>'
+    )
+
+
+def _along(panel: Panel, axis: str) -> list[float]:
+    """All numbers that an axis must hold."""
+    measured = "x" if panel.categories else "y"
+    found = [getattr(p, axis) for p in panel.points()]
+    if axis == measured:
+        found += [end for p in panel.points() for end in (p.low, p.high) if end is not None]
+        found += [0.0] if panel.from_zero else []
+    if panel.equal:
+        found += [v for p in panel.points() for v in (p.x, p.y)] + [0.0] * panel.from_zero
+    return found
+
+
+def _scale(values: Sequence[float], start: float, end: float, is_log: bool) -> Scale:
+    """A scale that holds all values with some air at both ends, but for a zero.
+
+    >>> _scale([1250.1, 1250.3], 0, 100, False).ticks(5)
+    [1200.0, 1250.0, 1300.0]
+    """
+    finite = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if is_log:
+        air = (high / low) ** 0.06 if high > low else 2.0
+        return Scale(low / air, high * air, start, end, is_log=True)
+    # Values a hundredth apart are alike: stretched over an axis they would look far from it.
+    air = 0.06 * (high - low) if high - low > 0.01 * abs(high) else 0.05 * abs(high) or 1.0
+    return Scale(low - air * (low != 0), high + air, start, end)
+
+
+def _frame(panel: Panel, x: Scale, y: Scale, height: float) -> list[str]:
+    """Title, grid, ticks and labels."""
+    bottom, parts = height - _BOTTOM, [_text(0, 14, panel.title, "head")]
+    for value in x.ticks(5):
+        parts.append(_line(x(value), _TOP, x(value), bottom, "grid"))
+        parts.append(_text(x(value), bottom + 15, short(value), "tick", "middle"))
+    if panel.categories:
+        for i, category in enumerate(panel.categories):
+            parts.append(_line(x.start, y(i), x.end, y(i), "grid"))
+            parts.append(_text(x.start - 6, y(i) + 4, category, "tick", "end"))
+    else:
+        for value in y.ticks(5):
+            parts.append(_line(x.start, y(value), x.end, y(value), "grid"))
+            parts.append(_text(x.start - 6, y(value) + 4, short(value), "tick", "end"))
+        parts.append(_text(13, (_TOP + bottom) / 2, panel.y_label, "label", "middle", turned=True))
+    parts.append(_text((x.start + x.end) / 2, height - 8, panel.x_label, "label", "middle"))
+    if panel.equal:
+        low, high = max(x.low, y.low), min(x.high, y.high)
+        parts.append(_line(x(low), y(low), x(high), y(high), "guide"))
+    for name, value in panel.lines:
+        parts.append(_line(x(value), _TOP, x(value), bottom, "guide", title=f"{name}: {significant(value)}"))
+    return parts
+
+
+def _series(panel: Panel, series: Series, x: Scale, y: Scale) -> list[str]:
+    parts, colour = [], colour_class(series)
+    # What an axis of powers cannot hold is left out of it, never moved.
+    kept = [p for p in series.points if not (panel.log_x and p.x <= 0) and not (panel.log_y and p.y <= 0)]
+    if series.joined and len(kept) > 1:
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in kept)
+        parts.append(f'<polyline class="run {colour}" points="{path}"/>')
+    size = _SIZE if len(kept) <= _CROWD else _SMALL
+    for p in kept:
+        if p.low is not None and p.high is not None:
+            parts.append(_whisker(panel, p, x, y, colour))
+        title = f"{series.name}: {p.note}" if p.note else f"{series.name}: {significant(p.x)}, {significant(p.y)}"
+        parts.append(marker(series, x(p.x), y(p.y), title, size))
+    return parts
+
+
+def _whisker(panel: Panel, p: Point, x: Scale, y: Scale, colour: str) -> str:
+    assert p.low is not None and p.high is not None
+    if panel.categories:
+        return _line(x(p.low), y(p.y), x(p.high), y(p.y), f"run {colour}")
+    return _line(x(p.x), y(p.low), x(p.x), y(p.high), f"run {colour}")
+
+
+def colour_class(series: Series) -> str:
+    """The classes that give a series its colour, and make it hollow."""
+    return f"c{series.style % len(COLOURS)}{' hollow' if series.hollow else ''}"
+
+
+def marker(series: Series, x: float, y: float, title: str = "", size: float = _SIZE) -> str:
+    """The marker of a series at a place."""
+    inside = f"<title>{escape(title)}</title>" if title else ""
+    kind = f'class="mark {colour_class(series)}"'
+    shape = MARKERS[series.style % len(MARKERS)]
+    if shape == "circle":
+        return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="{size}">{inside}</circle>'
+    corners = " ".join(f"{x + size * dx:.1f},{y + size * dy:.1f}" for dx, dy in SHAPES[shape])
+    return f'<polygon {kind} points="{corners}">{inside}</polygon>'
+
+
+def _star() -> tuple[tuple[float, float], ...]:
+    turns = [(math.pi * i / 5, 1.3 if i % 2 == 0 else 0.55) for i in range(10)]
+    return tuple((r * math.sin(a), -r * math.cos(a)) for a, r in turns)
+
+
+_HALF_PLUS = ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4))
+_PLUS = (*_HALF_PLUS, *((-a, -b) for a, b in _HALF_PLUS))
+# Corners around (0, 0), y downwards.
+SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    "triangle": ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)),
+    "diamond": ((0, -1.3), (1.1, 0), (0, 1.3), (-1.1, 0)),
+    "down": ((0, 1.2), (1.1, -0.8), (-1.1, -0.8)),
+    "plus": _PLUS,
+    "cross": tuple(((a - b) * 0.78, (a + b) * 0.78) for a, b in _PLUS),
+    "star": _star(),
+    "bar": ((-0.45, -1.3), (0.45, -1.3), (0.45, 1.3), (-0.45, 1.3)),
+}
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str, title: str = "") -> str:
+    inside = f"<title>{escape(title)}</title>" if title else ""
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}">{inside}</line>'
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start", *, turned: bool = False) -> str:
+    turn = f' transform="rotate(-90 {x:.1f} {y:.1f})"' if turned else ""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'

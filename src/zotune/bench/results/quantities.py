@@ -1,0 +1,163 @@
+"""What can be read from a run: accuracy, passes, seconds, bytes, and the numbers that its kind has of its own.
+
+Each has a name, a unit that people read, and a way to be compared: rates by their difference, amounts by their ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from zotune.bench.results.intervals import Outcomes
+from zotune.bench.results.records import CellResult, RunRecord
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a run.
+
+    Attributes:
+        label, unit: as tables and axes show it.
+        read: the number, in the unit; None where the run has none.
+        digits: after the decimal point; None for three significant ones.
+        by_ratio: amounts are compared by their ratio, and each number is measured anew; else by difference.
+    """
+
+    name: str
+    label: str
+    unit: str
+    read: Callable[[RunRecord], float | None]
+    digits: int | None = None
+    by_ratio: bool = False
+
+    def text(self, value: float) -> str:
+        """A value as tables show it, without its unit.
+
+        >>> quantity("accuracy").text(91.234), quantity("peak_memory").text(1234.5), quantity("seconds").text(0.01234)
+        ('91.2', '1,234', '0.0123')
+        """
+        if self.digits is not None:
+            return f"{value:.{self.digits}f}"
+        return significant(value)
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits, and no fewer than those before its point; a whole one as it is.
+
+    >>> significant(0.00012345), significant(12.345), significant(123456.7), significant(64.0), significant(1e-9)
+    ('0.000123', '12.3', '123,457', '64', '1e-09')
+    """
+    if not math.isfinite(value):
+        return f"{value:g}"
+    if value == round(value):
+        return f"{value:,.0f}"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4:
+        return f"{value:.{digits}g}"
+    return f"{value:,.{max(digits - 1 - exponent, 0)}f}"
+
+
+def signed(text: str) -> str:
+    """A formatted number with its sign, a true minus.
+
+    >>> signed("1.2"), signed("-1.2"), signed("0.0"), signed("-0.0")
+    ('+1.2', '−1.2', '±0.0', '±0.0')
+    """
+    if not text.strip("-0.,"):
+        return "±" + text.lstrip("-")
+    return "−" + text[1:] if text.startswith("-") else "+" + text
+
+
+def _score(run: RunRecord) -> float | None:
+    return None if run.test is None else 100 * run.test.value
+
+
+_GIB = 2**30
+_KNOWN = (
+    Quantity("accuracy", "accuracy", "%", _score, digits=1),
+    Quantity("num_forwards", "forward passes", "", lambda run: run.num_forwards, by_ratio=True),
+    Quantity("num_tokens", "tokens read", "", lambda run: run.num_tokens, by_ratio=True),
+    Quantity("seconds", "training time", "s", lambda run: run.seconds, by_ratio=True),
+    Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB, by_ratio=True),
+    Quantity("dev_loss", "held-out loss", "", lambda run: None if run.dev is None else run.dev.loss),
+)
+# What numbers that kinds of cells have of their own are called, where their names do not say it.
+_LABELS = {
+    "over_baseline_bytes": "memory",
+    "formula_bytes": "memory by formula",
+    "seconds_per_step": "time of a step",
+}
+QUANTITIES: dict[str, Quantity] = {q.name: q for q in _KNOWN}
+"""Those that every run has; `quantity` also knows the numbers that runs have of their own."""
+
+
+def quantity(name: str) -> Quantity:
+    """A quantity by name: one that every run has, or one of a run's `measured` or `values`.
+
+    Of these a word of the name tells the unit, `bytes` or `seconds`; others are plain numbers.
+
+    `A/B` is the ratio of two of them.
+
+    >>> quantity("seconds_per_step").unit, quantity("formula_bytes").unit, quantity("relative_variance").label
+    ('s', 'GiB', 'relative variance')
+    """
+    if "/" in name:
+        return _ratio(name, *map(quantity, name.split("/", 1)))
+    return QUANTITIES.get(name) or _own(name)
+
+
+def _ratio(name: str, above: Quantity, below: Quantity) -> Quantity:
+    def read(run: RunRecord) -> float | None:
+        a, b = above.read(run), below.read(run)
+        return a / b if a is not None and b else None
+
+    return Quantity(name, f"{above.label} ÷ {below.label}", "", read, by_ratio=True)
+
+
+def _own(name: str) -> Quantity:
+    words = name.split("_")
+    text = _LABELS.get(name, " ".join(word for word in words if word != "bytes"))
+    is_bytes, is_time = "bytes" in words, "seconds" in words
+    per = _GIB if is_bytes else 1
+
+    def read(run: RunRecord) -> float | None:
+        found = run.measured.get(name, run.values.get(name))
+        return None if found is None else found / per
+
+    unit = "GiB" if is_bytes else "s" if is_time else ""
+    return Quantity(name, text, unit, read, by_ratio=is_bytes or is_time)
+
+
+def label_of(q: Quantity, metric: str = "accuracy") -> str:
+    """A quantity's label with its unit; `metric` is what accuracy is called where answers have degrees.
+
+    >>> label_of(quantity("accuracy"), "f1"), label_of(quantity("num_forwards"))
+    ('f1, %', 'forward passes')
+    """
+    label = metric if q.name == "accuracy" else q.label
+    return f"{label}, {q.unit}" if q.unit else label
+
+
+def readings(result: CellResult, q: Quantity) -> list[float]:
+    """The numbers of a cell's runs, where they have one."""
+    found = (q.read(run) for run in result.runs)
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def outcomes(result: CellResult, q: Quantity) -> Outcomes | None:
+    """What contrasts are made of: right answers row by row, in points, where runs have these; else one number a run.
+
+    Amounts come as logarithms, so that a difference is a ratio.
+    """
+    rows = [run.right for run in result.runs]
+    if q.name == "accuracy" and rows and all(rows) and len({len(row) for row in rows}) == 1:
+        right = np.array([[100.0 * (mark == "1") for mark in row] for row in rows])
+        return Outcomes(right, str(result.config.get("options", {}).get("task", "")))
+    values = readings(result, q)
+    if not values or (q.by_ratio and min(values) <= 0):
+        return None
+    column = np.array(values)[:, None]
+    return Outcomes(np.log(column) if q.by_ratio else column, f"{result.cell}")

@@ -1,0 +1,76 @@
+"""What a runner shows while it goes, on stderr: a live table on a terminal, a line a cell elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from zotune.bench.run.runner import State
+from zotune.bench.spec.experiments import CellSpec
+from zotune.messages import clock, say
+
+
+class Progress:
+    """A context that shows cells as they begin and end, and the time left.
+
+    Time left goes by the minutes that cells are expected to take, times how far those that have ended were from that.
+    """
+
+    def __init__(self, minutes: Mapping[str, float], num_slots: int) -> None:
+        """`minutes`: of each cell by path."""
+        self._left, self._slots = dict(minutes), num_slots
+        self._all = len(self._left)
+        self._running: dict[str, float] = {}
+        self._ended: dict[str, int] = {}
+        self._expected = self._took = 0.0
+        console = Console(stderr=True)
+        self._live = Live(console=console, get_renderable=self._table) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def began(self, spec: CellSpec) -> None:
+        """A cell is being run."""
+        self._running[spec.path] = time.monotonic()
+
+    def ended(self, spec: CellSpec, state: State, message: str) -> None:
+        """A cell has ended, or was found done."""
+        expected = self._left.pop(spec.path, 0.0)
+        self._ended[state] = self._ended.get(state, 0) + 1
+        began = self._running.pop(spec.path, None)
+        if began is None:
+            return
+        took = time.monotonic() - began
+        self._expected, self._took = self._expected + 60 * expected, self._took + took
+        line = f"{spec.path}: {state}{f', {message}' if message else ''} ({clock(took)})"
+        if self._live is None:
+            done = self._all - len(self._left)
+            say(f"[{done}/{self._all}] {line}; {clock(self._seconds_left())} left")
+        else:
+            self._live.console.print(line, markup=False, highlight=False)
+
+    def _seconds_left(self) -> float:
+        pace = self._took / self._expected if self._expected else 1.0
+        return 60 * sum(self._left.values()) * pace / self._slots
+
+    def _table(self) -> Table:
+        ended = ", ".join(f"{count} {state}" for state, count in sorted(self._ended.items())) or "none ended"
+        title = f"{self._all} cells: {ended}; {clock(self._seconds_left())} left"
+        table = Table("cell", "running for", title=title, title_justify="left")
+        for path, began in list(self._running.items()):
+            table.add_row(path, clock(time.monotonic() - began))
+        return table

@@ -1,0 +1,195 @@
+"""Random directions, kept as seeds.
+
+A direction over a model with d parameters costs one integer, not d numbers: its part for a parameter,
+or for any slice of it, is made again whenever it is needed (Malladi et al., 2023, arXiv 2305.17333,
+section 2.1). Which number belongs to which element is fixed by `zotune.noise.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from zotune import noise
+from zotune.directions.blocks import Block
+from zotune.directions.low_rank import Factored, Factors
+from zotune.model.parameters import TunedTensor, TunedTensors
+
+# What a sampler without a fused kernel makes at a time: its scratch stays in the cache.
+_CHUNK = 1 << 18
+
+
+class Sampler(Protocol):
+    """A distribution over directions with mean 0 and identity covariance, E[u uᵀ] = I. Equal ones are one."""
+
+    def __hash__(self) -> int: ...
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """Write elements start, start + 1, … of u for one tensor into `out` (flat, float32)."""
+
+
+@dataclass(frozen=True)
+class PhiloxSampler:
+    """A sampler that has kernels of its own, named by its stream of the noise specification."""
+
+    name: str
+    stream: int
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
+        noise.fill(out, self.stream, seed, tensor_id, start)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+rademacher = PhiloxSampler("rademacher", noise.RADEMACHER)
+"""Independent signs ±1: the cheapest sampler, and the one with the smallest fourth moment."""
+
+gaussian = PhiloxSampler("gaussian", noise.GAUSSIAN)
+"""Independent standard normal numbers: the paper's sampler."""
+
+SAMPLERS: dict[str, Sampler] = {"rademacher": rademacher, "gaussian": gaussian}
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A random direction u ∈ Rᵈ over the tuned tensors of a model, kept as one seed.
+
+    Args:
+        seed: 0 ≤ seed < 2⁶⁴.
+        sampler: the distribution of the entries.
+        block: where u is not zero; everywhere by default.
+
+    >>> model = nn.Linear(2, 3)
+    >>> u = Direction(seed=7)
+    >>> u.of(model, "bias").tolist()
+    [1.0, -1.0, 1.0]
+    >>> u.of(model, "weight").shape, u.of(model, "weight").dtype
+    (torch.Size([3, 2]), torch.float32)
+    """
+
+    seed: int
+    sampler: Sampler = rademacher
+    block: Block | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"a direction's seed is an integer in [0, 2**64), got {self.seed}")
+
+    @property
+    def tensors(self) -> frozenset[int] | None:
+        """Ids of the tensors for which u is not zero; None for all."""
+        return None if self.block is None else self.block.ids
+
+    def within(self, block: Block | None) -> Direction:
+        """The same direction, zero outside `block`."""
+        return replace(self, block=block)
+
+    def moves(self, tensor_id: int) -> bool:
+        """Whether the part for a tensor is not zero."""
+        return self.block is None or tensor_id in self.block.ids
+
+    def sampler_of(self, tensor_id: int) -> Sampler:
+        """What the part for a tensor is drawn from."""
+        sampler = self.sampler
+        return sampler.base if isinstance(sampler, Factored) and tensor_id not in sampler.shapes else sampler
+
+    def factors(self, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None) -> Factors | None:
+        """The factors of the part for a tensor; None where it has none. See `Factored.factors`."""
+        sampler = self.sampler_of(tensor_id)
+        return sampler.factors(self.seed, tensor_id, device, start, size) if isinstance(sampler, Factored) else None
+
+    def all_factors(self, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """The factors of the parts for some tensors, where they have some and all of them are small."""
+        sampler = self.sampler
+        chosen = (i for i in ids if self.moves(i))
+        return sampler.together(self.seed, chosen, device) if isinstance(sampler, Factored) else {}
+
+    def has_factors(self, tensor_id: int) -> bool:
+        """Whether the part for a tensor is known by thin factors."""
+        return isinstance(self.sampler_of(tensor_id), Factored)
+
+    def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
+        """The part of u for the tensor called `name` (any of a tied tensor's names): its shape, float32.
+
+        Raises:
+            KeyError: no tensor of the model that requires a gradient has this name.
+        """
+        tensor = TunedTensors.of(model)[name]
+        out = torch.empty(tensor.parameter.shape, dtype=torch.float32, device=tensor.device)
+        if not self.moves(tensor.id):
+            return out.zero_()
+        self.sampler.fill(out.view(-1), self.seed, tensor.id, 0)
+        return out
+
+
+Terms = Sequence[tuple[float, Direction]]
+
+
+def moving(terms: Terms, tensor_id: int) -> Terms:
+    """Those that are not zero for a tensor."""
+    return [(a, u) for a, u in terms if u.moves(tensor_id)]
+
+
+def add_terms(
+    out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
+) -> None:
+    """Out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
+
+    One pass where there is a kernel for all directions, else chunk by chunk with a small scratch.
+    Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
+    """
+    terms = moving(terms, tensor_id)
+    if (fused := one_pass(terms, tensor_id)) is not None:
+        noise.add(out, x, *fused, tensor_id, start, rounding_seed)
+        return
+    if noise.adds_products(x.device) and (found := _all_factors(terms, tensor_id, start, x)):
+        factors = [(f.left, f.right) for f in found]
+        noise.add_products(out, x, factors, [a for a, _ in terms], tensor_id, start, rounding_seed)
+        return
+    dtype = noise.compute_dtype(x.dtype)
+    for lo in range(0, x.numel(), _CHUNK):
+        part = slice(lo, min(lo + _CHUNK, x.numel()))
+        total = x[part].to(dtype) + sum_terms(terms, tensor_id, start + lo, part.stop - lo, dtype, x.device)
+        noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
+
+
+def one_pass(terms: Terms, tensor_id: int) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
+    """Stream, seeds and scales of terms whose directions share a sampler with a kernel; None for any others."""
+    samplers = {u.sampler_of(tensor_id) for _, u in terms}
+    (sampler,) = samplers if len(samplers) == 1 else (None,)
+    if not isinstance(sampler, PhiloxSampler):
+        return None
+    return sampler.stream, tuple(u.seed for _, u in terms), tuple(a for a, _ in terms)
+
+
+def _all_factors(terms: Terms, tensor_id: int, start: int, x: Tensor) -> list[Factors]:
+    """The factors of each term, for the rows that a slice is in; nothing where one has none, or of another rank."""
+    samplers = {u.sampler_of(tensor_id) for _, u in terms}
+    if not all(isinstance(s, Factored) for s in samplers) or len({getattr(s, "rank", 0) for s in samplers}) != 1:
+        return []
+    found = (u.factors(tensor_id, x.device, start, x.numel()) for _, u in terms)
+    return [f for f in found if f is not None]
+
+
+def combine(terms: Terms, tensor: TunedTensor) -> Tensor:
+    """Σ aᵢ uᵢ for one whole tensor: its shape, float32 (float64 for a float64 tensor)."""
+    p = tensor.parameter
+    total = torch.zeros(p.numel(), dtype=noise.compute_dtype(p.dtype), device=tensor.device)
+    add_terms(total, total, terms, tensor.id)
+    return total.view(p.shape)
+
+
+def sum_terms(terms: Terms, tensor_id: int, start: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Σ aᵢ uᵢ for elements start … start + size - 1 of one tensor, in the order of the terms."""
+    u = torch.empty(size, dtype=torch.float32, device=device)
+    total = torch.zeros(size, dtype=dtype, device=device)
+    for a, direction in terms:
+        direction.sampler.fill(u, direction.seed, tensor_id, start)
+        total += u.to(dtype) * torch.tensor(a, dtype=dtype, device=device)
+    return total

@@ -1,0 +1,181 @@
+"""Directions of low rank: the part for an m × n matrix is U = A Bᵀ/√r, and is known by its two thin factors.
+
+A is (m, r), B is (n, r), both of independent entries with mean 0 and variance 1, so E[u uᵀ] = I as for any direction:
+E[U_ij U_kl] = Σ_s E[A_is A_ks] E[B_js B_ls] / r, which is 1 where (i, j) = (k, l) and else 0. A product with U is two
+thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is displaced without a displaced weight.
+Source: Chen et al., 2024 (LOZO, arXiv 2410.07698); Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652). The bits of an
+element: `zotune.noise.reference.low_rank`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zotune import noise
+from zotune.model import linear as gemm
+from zotune.noise import derive_seed
+
+if TYPE_CHECKING:
+    from zotune.directions.direction import Sampler
+
+# Numbers that are drawn together at most: 4 MiB.
+_TOGETHER = 1 << 20
+# The name of the right factors' seeds among what is derived from a seed.
+RIGHT = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A displacement of low rank of some rows of a matrix: a · left rightᵀ.
+
+    Attributes:
+        left: (rows, r), float32; A/√r.
+        right: (columns, r), float32; B.
+        a: how far to go.
+    """
+
+    left: Tensor
+    right: Tensor
+    a: float = 1.0
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Left rightᵀ, float32, summed in the order of the columns: no fused multiply-add, on any device."""
+    total = left[:, :1] * right[:, 0]
+    for k in range(1, left.shape[1]):
+        total += left[:, k : k + 1] * right[:, k]
+    return total
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors], biases: Tensor | None = None
+) -> Tensor:
+    """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W, and biases[i]: (…, n) to (…, m).
+
+    The product with W is that of all shares together; each then needs two thin ones. `biases` are (shares, m).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = gemm.linear(rows, weight, bias)
+    add_products(out, rows, factors, biases)
+    return out.view(*x.shape[:-1], -1)
+
+
+def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Tensor | None = None) -> None:
+    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ, and biases[i].
+
+    A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
+    no number of such a precision, so it is put to x B.
+    """
+    if noise.adds_thin(out, x):
+        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
+        return
+    if biases is not None:
+        out.view(len(factors), -1, out.shape[-1]).add_(biases[:, None])
+    scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
+    one, copies = factors[0], len(factors)
+    if all(f.left is one.left and f.right is one.right for f in factors) and len(set(powers)) == 1:
+        thin = _thin(x, one.right, powers[0])
+        for own, scale in zip(thin.tensor_split(copies), scales, strict=True):
+            own *= scale
+        out.addmm_(thin.to(out.dtype), one.left.to(out.dtype).t())
+        return
+    for own, its_x, f, scale, power in zip(
+        out.tensor_split(copies), x.tensor_split(copies), factors, scales, powers, strict=True
+    ):
+        own.addmm_((_thin(its_x, f.right, power) * scale).to(out.dtype), f.left.to(out.dtype).t())
+
+
+def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:
+    """2ᵖ x B: (rows, r)."""
+    return F.linear(x, (right.t() * 2.0**power).to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Factored:
+    """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.
+
+    Attributes:
+        base: the distribution of the factors' entries, and of the directions of tensors that are no matrices.
+        rank: r ≥ 1.
+        right_seed: names the right factors of all directions; None where each has its own.
+        shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
+    """
+
+    base: Sampler
+    rank: int
+    right_seed: int | None
+    shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
+        if tensor_id not in self.shapes:
+            self.base.fill(out, seed, tensor_id, start)
+            return
+        found = self.factors(seed, tensor_id, out.device, start, out.numel())
+        skipped = start % self.shapes[tensor_id][1]
+        out.copy_(product(found.left, found.right).view(-1)[skipped : skipped + out.numel()])
+
+    def factors(
+        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
+    ) -> Factors:
+        """The factors of a matrix's part of a direction: of those rows that elements start … start + size - 1 are in.
+
+        They are not to be written.
+        """
+        rows, columns = self.shapes[tensor_id]
+        lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
+        right_seed = self._right_seed_of(seed)
+        left = _drawn(self.base, self.rank, seed, tensor_id, lo, hi, device)
+        return Factors(
+            left if self.rank == 1 else left * (1.0 / math.sqrt(self.rank)),
+            _drawn(self.base, self.rank, right_seed, tensor_id, 0, columns, device),
+        )
+
+    def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """As `factors`, of the matrices among some tensors; in one piece of memory, and none if that would be large."""
+        sizes = {i: tuple(side * self.rank for side in self.shapes[i]) for i in ids if i in self.shapes}
+        total = sum(map(sum, sizes.values()))
+        if total > _TOGETHER:
+            return {}
+        right_seed = self._right_seed_of(seed)
+        room = torch.empty(total, dtype=torch.float32, device=device)
+        sides = iter(torch.split(room, list(chain(*sizes.values()))))
+        found = {}
+        for i in sizes:
+            left, right = next(sides), next(sides)
+            self.base.fill(left, seed, i, 0)
+            self.base.fill(right, right_seed, i, 0)
+            left = left if self.rank == 1 else left.mul_(1.0 / math.sqrt(self.rank))
+            found[i] = Factors(left.view(-1, self.rank), right.view(-1, self.rank))
+        return found
+
+    def _right_seed_of(self, seed: int) -> int:
+        return _own_right_seed(seed) if self.right_seed is None else self.right_seed
+
+    def state(self) -> dict[str, Any]:
+        """As `zotune.directions.schedule.SamplerOfAStep.state`."""
+        return {"right_seed": self.right_seed}
+
+
+@lru_cache(maxsize=64)
+def _own_right_seed(seed: int) -> int:
+    return derive_seed(seed, 0, 0, RIGHT)
+
+
+# Each slice of a tensor wants the same factors one after the other. Those of a whole step are not kept: small tensors
+# that stay, between activations that go, leave holes in the heap.
+@lru_cache(maxsize=4)
+def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
+    """Rows lo … hi - 1 of a matrix of `rank` columns, drawn from `base`."""
+    found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
+    base.fill(found.view(-1), seed, tensor_id, lo * rank)
+    return found

@@ -1,0 +1,189 @@
+"""What lies before the perturbed block is computed once: the activations of the layers below it are reused.
+
+A block of layer k leaves the outputs of layers 0 … k - 1 as they are at x. One pass at x records what each
+layer of the model's stack gives out; in a probe of the block the layers below k return that, and the rest
+runs. The probes of p blocks of equal depth then cost (p + 1) / 2 forward passes in place of p, for the
+same bits. No model code is involved: layers are found by `stack_of`, and which layers come before a tensor
+is observed, not guessed, each time a pass is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zotune.estimate.objective import Closure, evaluate, probing
+from zotune.model.layers import Observer, stack_of
+from zotune.model.parameters import TunedTensors
+
+
+class Diverged(BaseException):
+    """A later call of the stack was given something else than in the recorded pass: what came before it mattered."""
+
+
+class PrefixReuse:
+    """Closures that skip the layers which the present perturbation cannot reach; a context of one objective.
+
+    An objective may call the stack several times (micro-batches). Where a later call's input follows from an earlier
+    call's output, as in generation, the perturbation reaches it: that is noticed, and the objective is run in full.
+
+    Memory: the outputs of all layers of the stack for one evaluation of the objective, and the first layer's inputs.
+
+    Attributes:
+        num_passes: evaluations of the objective made here, less those whose value was known, since it was last counted.
+    """
+
+    def __init__(self, tuned: TunedTensors) -> None:
+        self._tuned = tuned
+        _, self._layers = stack_of(tuned.model)
+        self.forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The objective is another one from now on."""
+        self.num_passes = 0
+        self._depth: dict[int, int] = {}
+        self._outputs: list[list[Any]] = [[] for _ in self._layers]
+        self._inputs: list[list[Any]] = []
+        self._valid = 0
+        self._value: float | None = None
+        self._is_reusable = bool(self._layers)
+
+    def moved(self, tensors: frozenset[int]) -> None:
+        """The weights of these tensors have changed: what comes after them is no longer what was recorded."""
+        self._valid = min([self._valid, *(self._depth.get(i, 0) for i in tensors)])
+        self._value = None
+
+    def record(self, closure: Closure) -> None:
+        """See to it that a whole pass at x is recorded."""
+        if self._value is not None or not self._is_reusable:
+            return
+        outputs: list[list[Any]] = [[] for _ in self._layers]
+        inputs: list[list[Any]] = []
+        observer = Observer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
+        note = self._layers[0].register_forward_pre_hook(
+            lambda layer, args, kwargs: inputs.append(_copy(_given(args, kwargs)) if inputs else []), with_kwargs=True
+        )
+        self.num_passes += 1
+        try:
+            with probing(self._tuned.model), self._replaced(self._valid), observer as seen:
+                self._value = evaluate(closure)
+        except Diverged:
+            self._stop()
+            return
+        finally:
+            note.remove()
+        if not seen.in_order:
+            self._stop()
+            return
+        self._outputs[self._valid :], self._inputs = outputs[self._valid :], inputs
+        # A pass that skipped layers did not see what they read, but an earlier one of the same objective did.
+        self._depth = seen.first | self._depth if self._valid else seen.first
+        self._valid = len(self._layers)
+
+    def of(self, closure: Closure) -> Closure:
+        """The same objective, with what is recorded put in place of the layers that need not run."""
+
+        def reusing() -> Tensor | float:
+            replaced = self._tuned.replaced
+            if not replaced and self._value is not None:
+                self.num_passes -= 1
+                return self._value
+            try:
+                with self._replaced(min([self._valid, *(self._depth.get(i, 0) for i in replaced)])):
+                    return closure()
+            except Diverged:
+                self._stop()
+                self.num_passes += 1
+            return closure()
+
+        return reusing
+
+    def _stop(self) -> None:
+        """Reuse nothing more of this objective."""
+        self._is_reusable, self._valid = False, 0
+
+    @contextmanager
+    def _replaced(self, depth: int) -> Iterator[None]:
+        """Within this context the first `depth` layers return what was recorded of them."""
+        layers = self._layers[:depth]
+        own = [vars(layer).get("forward") for layer in layers]
+        for index, (layer, outputs) in enumerate(zip(layers, self._outputs, strict=False)):
+            layer.forward = _recorded(outputs) if index else _checked(self._inputs, outputs)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(layers, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+
+class NoReuse:
+    """The same contract where nothing is reused: every pass is a whole one."""
+
+    num_passes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing was kept."""
+
+    def moved(self, tensors: frozenset[int]) -> None:
+        """As `PrefixReuse.moved`."""
+
+    def record(self, closure: Closure) -> None:
+        """As `PrefixReuse.record`."""
+
+    def of(self, closure: Closure) -> Closure:
+        """As `PrefixReuse.of`."""
+        return closure
+
+
+def _recorded(outputs: list[Any]) -> Callable[..., Any]:
+    """A forward that returns copies of the recorded outputs in turn: what uses them may write into them."""
+    calls = iter(outputs)
+    return lambda *args, **kwargs: _copy(next(calls))
+
+
+def _checked(inputs: list[list[Any]], outputs: list[Any]) -> Callable[..., Any]:
+    """The same for the first layer, as long as its inputs are those recorded; the first call's cannot differ."""
+    calls = enumerate(zip(inputs, outputs, strict=True))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        index, (given, output) = next(calls, (0, (None, None)))
+        if given is None or (index and not _is_same(given, _given(args, kwargs))):
+            raise Diverged
+        return _copy(output)
+
+    return forward
+
+
+def _given(*arguments: Any) -> list[Any]:
+    """What can be compared of a call's arguments: tensors and plain values."""
+    return [value for value in tree_leaves(arguments) if isinstance(value, (Tensor, int, float, str))]
+
+
+def _is_same(one: list[Any], other: list[Any]) -> bool:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        return type(a) is type(b) and bool(a == b)
+
+    return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _copy(output: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, output)

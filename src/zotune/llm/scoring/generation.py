@@ -1,0 +1,159 @@
+"""Text that a model continues prompts with: the best token each time, or one drawn by counter-based noise.
+
+A drawn token is the one at which the cumulative probability passes a number in [0, 1) that is named by the
+row's seed and the token's position. So a row's text does not depend on what it is batched with, the same seeds
+give both probes of a step the same numbers (common random numbers: their difference is the weights' alone),
+and no global generator is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.llm.models.load import LanguageModel
+from zotune.noise import derive_seed
+
+MAX_NEW_TOKENS = 50
+
+Starting = Callable[[Sequence[tuple[int, ...]]], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: logits are divided by it; > 0.
+        top_p: only the likeliest tokens that together have this probability, in (0, 1], may be drawn.
+        seeds: of each row, naming its numbers.
+    """
+
+    temperature: float
+    top_p: float
+    seeds: tuple[int, ...]
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    *,
+    stops_at_newline: bool = True,
+    sampling: Sampling | None = None,
+    starting: Starting = lambda prompts: nullcontext(),
+) -> list[str]:
+    """The text that the model continues each prompt with, up to a newline (where it stops there) or the end of text.
+
+    Greedily, unless `sampling` is given. One call of the model a new token, with its keys and values kept;
+    `lm.num_forwards` counts them. Behind virtual tokens only prompts of one length go together: peft puts padding
+    between the two, where it takes up positions and sliding windows. `starting` gives a context in which the first pass
+    of some prompts is made cheaper (`zotune.llm.models.prompt_cache`).
+    """
+    if not lm.num_virtual_tokens:
+        with starting(prompts):
+            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
+    texts = [""] * len(prompts)
+    for length in sorted(set(map(len, prompts))):
+        here = [i for i, p in enumerate(prompts) if len(p) == length]
+        own = None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in here))
+        found = _generate(lm, [prompts[i] for i in here], max_new_tokens, stops_at_newline, own)
+        for i, text in zip(here, found, strict=True):
+            texts[i] = text
+    return texts
+
+
+def _generate(
+    lm: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    stops_at_newline: bool,
+    sampling: Sampling | None,
+) -> list[str]:
+    """Of prompts that are padded on the left to one length."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    length = max(map(len, prompts))
+    padded = [[lm.pad_token_id] * (length - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+    module: Any = lm.module
+    out: Tensor = module.generate(
+        input_ids=torch.tensor(padded, device=lm.device),
+        attention_mask=torch.tensor(mask, device=lm.device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            # Plainly greedy: what the checkpoint's own configuration says of sampling must not enter.
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            use_cache=True,
+            pad_token_id=lm.pad_token_id,
+            eos_token_id=lm.tokenizer.eos_token_id,
+        ),
+        stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
+        logits_processor=_processors(sampling, length),
+    )
+    lm.num_forwards += out.shape[1] - length
+    texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist()]
+    return [(text.split("\n")[0] if stops_at_newline else text).strip() for text in texts]
+
+
+def _processors(sampling: Sampling | None, prompt_length: int) -> Any:
+    """What is done to logits before the best is taken."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    found: list[Any] = []
+    if sampling is not None:
+        found += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+        found += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        found += [_Draw(sampling.seeds, prompt_length)]
+    return LogitsProcessorList(found)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Leaves one token a row: that at which the cumulative probability passes the row's number."""
+
+    seeds: tuple[int, ...]
+    prompt_length: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.prompt_length
+        numbers = [uniform(seed, position) for seed in self.seeds]
+        cumulative = scores.double().softmax(dim=1).cumsum(dim=1)
+        # Of the sum as it is rounded; below it, so that a token without probability is never the one.
+        passed = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, passed, right=True)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), a multiple of 2⁻⁵², that a seed and a position name.
+
+    >>> 0 <= uniform(7, 0) < 1, uniform(7, 0) == uniform(7, 0), uniform(7, 0) == uniform(7, 1)
+    (True, True, False)
+    """
+    return float((derive_seed(seed, position) >> 12) * 2.0**-52)
+
+
+@dataclass
+class _LineEnd:
+    """Which sequences have just ended a line: their last token is any whose text holds a newline."""
+
+    tokenizer: Any
+    _known: dict[int, bool] = field(default_factory=dict)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        last = input_ids[:, -1].tolist()
+        return torch.tensor([self._ends(token) for token in last], dtype=torch.bool, device=input_ids.device)
+
+    def _ends(self, token: int) -> bool:
+        if token not in self._known:
+            self._known[token] = "\n" in self.tokenizer.decode([token])
+        return self._known[token]

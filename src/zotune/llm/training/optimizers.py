@@ -1,0 +1,144 @@
+"""The optimizer that a run's options name, and its learning rate as the run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
+from zotune.directions.direction import SAMPLERS
+from zotune.directions.low_rank_sampler import low_rank
+from zotune.directions.schedule import AnySampler
+from zotune.directions.sparse import sparse
+from zotune.estimate.finite_difference import central_difference, forward_difference
+from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.methods.paper import METHODS
+from zotune.optim.hybrid import Hybrid, split_at_layer
+from zotune.optim.zeroth_order import ZerothOrder
+
+_DIFFERENCES = {"central": central_difference, "forward": forward_difference}
+
+AnyOptimizer = ZerothOrder | Hybrid | torch.optim.Optimizer
+
+
+def make_optimizer(
+    module: nn.Module,
+    options: MethodOptions,
+    seed: int,
+    run_once: Callable[[], Any] | None = None,
+    *,
+    reuse_prefix: bool = True,
+) -> AnyOptimizer:
+    """The method by name, over the parameters that require a gradient.
+
+    `run_once` runs the model, which a hybrid needs to see in which layers parameters are read. `reuse_prefix` is for
+    blocks: whether all evaluations of a step run the same passes, so that one's activations serve the others.
+    """
+    tuned = [p for p in module.parameters() if p.requires_grad]
+    if options.method in FIRST_ORDER:
+        return first_order(options.method, tuned, options.learning_rate, options)
+    if options.hybrid_layers is None:
+        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix)
+    assert run_once is not None
+    shallow, deep = split_at_layer(module, options.hybrid_layers, run_once, tied=options.hybrid_tied)
+    if not shallow:
+        return first_order(options.hybrid_method, deep, options.hybrid_learning_rate, options)
+    method = _zeroth_order(module, options, seed, shallow)
+    if not deep:
+        return method
+    return Hybrid(method, first_order(options.hybrid_method, deep, options.hybrid_learning_rate, options))
+
+
+def first_order(
+    name: str, parameters: Iterable[nn.Parameter], learning_rate: float, options: MethodOptions
+) -> torch.optim.Optimizer:
+    """`fo_sgd` or `fo_adam` of torch; weight decay is decoupled, and as elsewhere biases and norms are exempt."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if name == "fo_sgd":
+        # Without momentum, decay in the gradient and decay beside it are the same.
+        return torch.optim.SGD(groups, lr=learning_rate)
+    betas = (options.adam_beta1, options.adam_beta2)
+    return torch.optim.Adam(
+        groups, lr=learning_rate, betas=betas, eps=options.adam_epsilon, decoupled_weight_decay=True
+    )
+
+
+def _zeroth_order(
+    module: nn.Module,
+    options: MethodOptions,
+    seed: int,
+    params: list[nn.Parameter] | None,
+    *,
+    reuse_prefix: bool = True,
+) -> ZerothOrder:
+    own: dict[str, dict[str, Any]] = {
+        "zo_sgd_sign": {"sign": options.sign},
+        "zo_sgd_mmt": {"beta": options.momentum},
+        "zo_adam": {
+            "betas": (options.adam_beta1, options.adam_beta2),
+            "eps": options.adam_epsilon,
+            "adam": options.adam,
+        },
+    }
+    probes = (
+        {} if options.method == "forward_grad" else {"mu": options.mu, "difference": _DIFFERENCES[options.difference]}
+    )
+    return METHODS[options.method](
+        module,
+        options.learning_rate,
+        **({} if options.method == "forward_grad" else probes),
+        **own.get(options.method, {}),
+        num_queries=options.num_queries,
+        sampler=_sampler(options),
+        blocks=_blocks(module, options, params),
+        block_order=options.block_order,
+        reuse_prefix=reuse_prefix,
+        window=options.window,
+        weight_decay=options.weight_decay,
+        max_coefficient=options.max_coefficient,
+        rounding=options.rounding,
+        seed=seed,
+        params=params,
+    )
+
+
+def _sampler(options: MethodOptions) -> AnySampler:
+    base: AnySampler = SAMPLERS[options.sampler]
+    if options.rank is not None:
+        base = low_rank(SAMPLERS[options.sampler], options.rank, interval=options.rank_interval)
+    if not options.sparsity:
+        return base
+    return sparse(base, options.sparsity, mask=options.mask, group=options.mask_group, interval=options.mask_interval)
+
+
+def _blocks(module: nn.Module, options: MethodOptions, params: list[nn.Parameter] | None) -> tuple[Block, ...] | None:
+    if options.blocks is None:
+        return None
+    if options.blocks == "size":
+        return blocks_by_size(module, options.block_size, params)
+    return BLOCKS[options.blocks](module, params)
+
+
+def scheduled(kind: str, done: float) -> float:
+    """What the learning rate is multiplied with when a fraction `done` of the steps, in [0, 1), is behind.
+
+    >>> [scheduled(kind, 0.5) for kind in ("constant", "linear")], round(scheduled("cosine", 0.5), 6)
+    ([1.0, 0.5], 0.5)
+    """
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+
+
+def set_learning_rates(optimizer: AnyOptimizer, kind: str, done: float) -> float:
+    """Let each group's learning rate be its first one times `scheduled(kind, done)`; that of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scheduled(kind, done)
+    return float(optimizer.param_groups[0]["lr"])

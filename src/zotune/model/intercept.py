@@ -1,0 +1,148 @@
+"""What a model reads in place of its tuned tensors: the one place where probes and tangents come in.
+
+While a `Reading` is active, every torch function that is given a tuned tensor gets something else
+instead, made at that moment and gone after it. What is replaced is the tensor, by identity, at the
+call that reads it, so it does not matter which module owns it, how often it is used, under how many
+names, or whether a module was involved at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zotune.errors import UnreadTensorError
+from zotune.model.eager_mode import uncompiled
+from zotune.model.parameters import TunedTensor, TunedTensors
+
+_METADATA_PROPERTIES = """
+    shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized
+    is_nested itemsize nbytes grad grad_fn retains_grad
+"""
+_METADATA_METHODS = """
+    size dim numel nelement stride is_contiguous is_floating_point is_complex element_size ndimension
+    storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_
+"""
+# Reading these of a tensor says nothing about its numbers, so they neither count as a read nor cost one.
+METADATA: frozenset[Any] = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in _METADATA_PROPERTIES.split()]
+    + [getattr(torch.Tensor, name) for name in _METADATA_METHODS.split()]
+    + [torch.is_floating_point, torch.is_complex, torch.numel]
+)
+
+Special = Callable[..., Tensor | None]
+
+
+class Reading(TorchFunctionMode):
+    """Within this context, torch functions read `read(tensor, value)` in place of each chosen tuned tensor.
+
+    Args:
+        tuned: the tuned tensors of a model.
+        chosen: ids of those to replace; all by default.
+
+    Raises:
+        UnreadTensorError: on leaving, if a chosen tensor was not read: what replaces it had no effect.
+    """
+
+    special: ClassVar[dict[Any, Special]] = {}
+    """What is done, in place of replacing its arguments, for a torch function; None means: replace them after all."""
+
+    def __init__(self, tuned: TunedTensors, chosen: frozenset[int] | None = None) -> None:
+        super().__init__()
+        self.tuned = tuned
+        self.chosen = frozenset(t.id for t in tuned) if chosen is None else chosen
+        self._offloaded = [t for t in tuned.offloaded if t.id in self.chosen]
+        self._outer: frozenset[int] = frozenset()
+        self._unread = {t.id: t for t in tuned if t.id in self.chosen}
+
+    def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+        """What is read in place of `value`, the present numbers of `tensor`."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._outer = self.tuned.replaced
+        self.tuned.replaced = self._outer | self.chosen
+        self._eagerly = uncompiled()
+        self._eagerly.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._eagerly.__exit__(None, None, None)
+        self.tuned.replaced = self._outer
+        if kind is None and self._unread:
+            raise UnreadTensorError(_unread_message([t.name for t in self._unread.values()], len(self.tuned)))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in METADATA:
+            special = self.special.get(func)
+            if special is not None:
+                result = special(self, *args, **(kwargs or {}))
+                if result is not None:
+                    return result
+            args, kwargs = self.replace(args), self.replace(kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def replace(self, value: Any) -> Any:
+        """`value` with every chosen tensor in it, at any depth of lists, tuples and dicts, replaced."""
+        if isinstance(value, Tensor):
+            tensor = self.find(value)
+            return value if tensor is None else self.read(self.note(tensor), value)
+        if isinstance(value, (list, tuple)):
+            replaced = [self.replace(v) for v in value]
+            if all(new is old for new, old in zip(replaced, value, strict=True)):
+                return value
+            return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
+        if isinstance(value, dict):
+            return {k: self.replace(v) for k, v in value.items()}
+        return value
+
+    def find(self, value: object) -> TunedTensor | None:
+        """The chosen tensor that `value` is; None for anything else."""
+        found = self.tuned.find(value)
+        if found is None and self._offloaded and isinstance(value, nn.Parameter):
+            return next((t for t in self._offloaded if t.is_loaded_as(value)), None)
+        return found if found is not None and found.id in self.chosen else None
+
+    def looked_up(
+        self, input: Tensor, weight: Tensor, max_norm: float | None
+    ) -> tuple[TunedTensor, Tensor, Tensor] | None:
+        """Of an embedding: the chosen tensor, the rows that are looked up, and each input's place among them.
+
+        The rows are distinct on a CPU; elsewhere the host would have to wait until it is known how many there are.
+        None where the weights are not chosen, or where there is nothing to gain by reading rows alone.
+        """
+        tensor = self.find(weight)
+        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        if input.device.type != "cpu":
+            places = torch.arange(input.numel(), device=input.device).view_as(input)
+            return self.note(tensor), input.flatten(), places
+        rows, places = torch.unique(input, return_inverse=True)
+        if rows.numel() and rows[0] < 0:  # an error of the caller's, which the embedding itself reports
+            return None
+        return self.note(tensor), rows, places
+
+    def note(self, tensor: TunedTensor) -> TunedTensor:
+        """Take note that the tensor was read; the tensor itself."""
+        self._unread.pop(tensor.id, None)
+        return tensor
+
+
+def _unread_message(names: list[str], total: int) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return (
+        f"{len(names)} of {total} tuned tensors were not read by the forward pass: {shown}. "
+        "Their gradient estimate would be a silent zero. Freeze them with requires_grad_(False) if the objective "
+        "does not depend on them; if it does, their values reach it by a way that torch functions do not see "
+        "(a copy made earlier, a scripted or compiled module): read the parameter itself within the closure."
+    )

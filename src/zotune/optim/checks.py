@@ -1,0 +1,101 @@
+"""What `ZerothOrder` may be given, and what it refuses: values, options that exclude each other, foreign estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from zotune.directions.direction import Direction
+from zotune.directions.schedule import AnySampler, Renewed
+from zotune.errors import NonFiniteLossError, UsageError
+from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.objective import Closure
+
+
+def check_values(
+    lr: float, num_queries: int, window: int | None, weight_decay: float, max_coefficient: float | None, seed: int
+) -> None:
+    """Refuse numbers out of their ranges.
+
+    Raises:
+        ValueError: with the value and what it may be.
+    """
+    if lr < 0:
+        raise ValueError(f"the learning rate must not be negative, got {lr=}")
+    if num_queries < 1:
+        raise ValueError(f"a step needs at least one direction, got {num_queries=}")
+    if window is not None and window < 1:
+        raise ValueError(f"a window holds at least the present step, got {window=}")
+    if weight_decay < 0:
+        raise ValueError(f"weight decay must not be negative, got {weight_decay=}")
+    if max_coefficient is not None and not max_coefficient > 0:
+        raise ValueError(f"the limit of coefficients must be positive, got {max_coefficient=}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
+
+
+def check_window(window: int | None, sampler: AnySampler) -> None:
+    """Refuse a window over directions that cannot be made again.
+
+    Raises:
+        UsageError: they depend on weights that are gone.
+    """
+    if window is not None and isinstance(sampler, Renewed) and sampler.depends_on_weights:
+        raise UsageError(
+            "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
+            'that have moved since. Use mask="random", or keep the state (window=None).'
+        )
+
+
+def check_closure(closure: Closure | None) -> Closure:
+    """Refuse a step without a closure, which torch's signature allows.
+
+    Raises:
+        TypeError: always with the remedy.
+    """
+    if closure is None:
+        raise TypeError(
+            "step needs a closure that returns the loss: opt.step(lambda: loss_fn(model(x), y)); "
+            "it must not call backward()."
+        )
+    return closure
+
+
+def check_own(estimate: GradientEstimate, directions: Sequence[Direction] | None) -> None:
+    """Refuse an estimate that a record could not name.
+
+    Raises:
+        UsageError: its directions are not these, those of the step; None where a step has several estimates.
+    """
+    if [u for _, u in estimate.terms] != directions:
+        raise UsageError(
+            "a ledger holds steps along the optimizer's own directions; this estimate is of other ones, or of some "
+            "blocks only. Use step(closure), or set on_step to None."
+        )
+
+
+def check_skipped(num_in_a_row: int, limit: int) -> None:
+    """Refuse to go on where nothing is learned.
+
+    Raises:
+        NonFiniteLossError: so many steps in a row were skipped.
+    """
+    if num_in_a_row >= limit:
+        raise NonFiniteLossError(
+            f"the loss was NaN or infinite for {num_in_a_row} steps in a row (the weights are those "
+            "before them). Lower the learning rate or mu, or use bfloat16 or float32 in place of float16."
+        )
+
+
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Parameters, or torch's groups of them, as groups.
+
+    >>> as_groups([1, 2]), as_groups([{"params": [1], "lr": 0.5}])
+    ([{'params': [1, 2]}], [{'params': [1], 'lr': 0.5}])
+    """
+    given = list(params)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in given]
+    return [{"params": given}]

@@ -1,0 +1,310 @@
+"""The zeroth-order optimizer: direction → estimate → transform → apply, equation (2) of the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from zotune.apply.line_search import StepRule, fixed
+from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
+from zotune.apply.update import Rounding, Step, TensorUpdate, keep_master, write_all
+from zotune.apply.window import History
+from zotune.directions.blocks import Block, check_partition
+from zotune.directions.blocks import BlockOrder as BlockOrder
+from zotune.directions.direction import Direction, Terms, rademacher
+from zotune.directions.schedule import AnySampler, StepSampler, Weights
+from zotune.errors import UsageError
+from zotune.estimate.activation_cache import NoReuse, PrefixReuse
+from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.finite_difference import Estimator, central_difference
+from zotune.estimate.objective import Closure
+from zotune.ledger.format import StepRecord
+from zotune.model.parameters import TunedTensors
+from zotune.noise import derive_seed
+from zotune.optim.base import CountingOptimizer
+from zotune.optim.checks import as_groups, check_closure, check_own, check_values, check_window
+
+_DIRECTION, _ROUNDING = 0, 1
+
+
+class ZerothOrder(CountingOptimizer):
+    """A torch optimizer that needs forward passes only. Its closure returns the loss and never calls backward.
+
+    Args:
+        model: any `nn.Module`; its parameters that require a gradient are tuned.
+        lr: learning rate η ≥ 0.
+        estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
+        transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`.
+        coefficient: what is done to each c before ĝ is put together, such as taking its sign.
+        step: how far to go along the step, see `zotune.apply.line_search`.
+        sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
+            matrices of low rank.
+        num_queries: q ≥ 1, directions a step (and block).
+        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
+        block_order: "joint" or "sequential", see `BlockOrder`.
+        reuse_prefix: with blocks, keep the activations that a block cannot change, see `zotune.estimate.activation_cache`.
+        window: rebuild the transform's state from the last so many steps' coefficients, in place of keeping it.
+            No memory, but each step makes the noise of `window` steps; the same bits while steps ≤ window.
+        weight_decay: λ ≥ 0, decoupled: x ← x - η (h(ĝ) + λ x). Tensors of fewer than two dimensions (biases, gains of
+            norms) are exempt.
+        max_coefficient: coefficients c (before the mean over queries) are cut to ± this.
+        rounding: how half-precision weights are written; see `Rounding`.
+        seed: names the run: the same seed, model and objective give the same bits.
+        params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr` and
+            `weight_decay`.
+        max_skipped: after so many steps in a row with such an estimate, `NonFiniteLossError` is raised.
+
+    Attributes:
+        num_steps: steps taken so far, skipped ones included.
+        num_skipped: steps with an estimate that was NaN or infinite, which left weights and state untouched. Of
+            sequential blocks the others were written; the record's scale is NaN for each that was left out.
+        num_forwards: evaluations of the objective so far.
+        on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`.
+
+    Coefficients and learning rates are rounded to float32 before they are used (not where float64 weights are tuned),
+    so that a record holds exactly what was applied.
+
+    Raises:
+        ValueError: a value is out of range.
+        UsageError: nothing can be tuned, the blocks are no partition, or two options exclude each other.
+
+    >>> model = nn.Linear(3, 1)
+    >>> x, y = torch.randn(8, 3), torch.zeros(8, 1)
+    >>> opt = ZerothOrder(model, lr=0.05)
+    >>> losses = [opt.step(lambda: nn.functional.mse_loss(model(x), y)) for _ in range(100)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def __init__(  # noqa: PLR0913 - as torch's optimizers: every option by keyword, each with a default
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        estimator: Estimator | None = None,
+        transform: Transform = identity,
+        coefficient: Coefficient = unchanged,
+        step: StepRule = fixed,
+        sampler: AnySampler = rademacher,
+        num_queries: int = 1,
+        blocks: Sequence[Block] | None = None,
+        block_order: BlockOrder | str = BlockOrder.JOINT,
+        reuse_prefix: bool = True,
+        window: int | None = None,
+        weight_decay: float = 0.0,
+        max_coefficient: float | None = None,
+        rounding: Rounding | str = Rounding.STOCHASTIC,
+        seed: int = 0,
+        params: Iterable[Any] | None = None,
+        max_skipped: int = 10,
+    ) -> None:
+        check_values(lr, num_queries, window, weight_decay, max_coefficient, seed)
+        check_window(window, sampler)
+        groups = None if params is None else as_groups(params)
+        chosen = None if groups is None else [p for group in groups for p in group["params"]]
+        self.tuned = TunedTensors(model, chosen)
+        self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
+        if blocks is not None:
+            check_partition(blocks, self.tuned)
+        self.block_order = BlockOrder(block_order)
+        self._prefix = PrefixReuse(self.tuned) if blocks is not None and reuse_prefix else NoReuse()
+        self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
+        self.transform, self.coefficient, self.step_rule = transform, coefficient, step
+        self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
+        self.rounding, self.seed = Rounding(rounding), seed
+        self._sampling = StepSampler(self.tuned, sampler)
+        self._history = None if window is None else History(window - 1)
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
+
+    def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
+        """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
+        where a sparse sampler masks by magnitude).
+        """
+        sampler = self._sampling.at(self.seed, self.num_steps)
+        queries = [
+            Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
+            for query in range(self.num_queries)
+        ]
+        return [u.within(block) for block in blocks or self.blocks for u in queries]
+
+    def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
+        """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
+        with self._prefix:
+            return self._estimate(closure, blocks or self.blocks)
+
+    def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
+        directions = self.directions(blocks)
+        self._prefix.record(closure)
+        estimate = self.estimator(self.reusing(closure), self.tuned, directions)
+        self.count_forwards(estimate.num_forwards)
+        return estimate.mapped(self.recorded)
+
+    def reusing(self, closure: Closure) -> Closure:
+        """The same objective, within a step without the layers that the present perturbation cannot reach."""
+        return self._prefix.of(closure)
+
+    def count_forwards(self, num_forwards: int) -> None:
+        """So many evaluations were asked of `reusing`: count them, what was recorded, not what was known from it."""
+        self.num_forwards += num_forwards + self._prefix.num_passes
+        self._prefix.num_passes = 0
+
+    def apply(self, estimate: GradientEstimate) -> None:
+        """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
+
+        Raises:
+            NonFiniteLossError: `max_skipped` estimates in a row were not finite.
+            UsageError: it is to be recorded, and is not of this step's directions.
+        """
+        if self.on_step is not None:
+            check_own(estimate, self.directions() if len(self._rounds) == 1 else None)
+        estimate = estimate.mapped(self.recorded)
+        self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
+        self._count()
+        self.stop_if_skipping()
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | None = None, *, inspect: Callable[[GradientEstimate], None] | None = None
+    ) -> float:
+        """One step; returns the loss. `closure` returns the loss and never calls backward.
+
+        It is called several times (see `num_forwards`), so it must be a function of the weights: the same
+        batch each time. Modules are in eval mode meanwhile (no dropout). `inspect`, if given, is called with each
+        estimate before it is applied.
+        """
+        closure = check_closure(closure)
+        self._taken = []
+        with self._prefix:
+            for blocks in self._rounds:
+                estimate = self._estimate(closure, blocks)
+                if inspect is not None:
+                    inspect(estimate)
+                scale = self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan
+                self._take(estimate, scale, self._write)
+        loss = self._count()
+        self.stop_if_skipping()
+        return loss
+
+    def retake(self, record: StepRecord) -> None:
+        """Take the step of a record: the same bits, without data or a forward pass.
+
+        The optimizer must be as that which took it: made alike, over the same weights, after the same steps.
+
+        Raises:
+            UsageError: it is not the next step.
+        """
+        self._retake(record, self._write)
+
+    def begin_masks(self, weights: Weights) -> None:
+        """Before the first step: sparse directions take their masks' shares from the tensors that `weights` gives.
+
+        For replays over a model that does not hold its numbers; otherwise the first step does it.
+        """
+        self._sampling.begin(self.seed, weights)
+
+    def trace(self, record: StepRecord) -> list[tuple[Step, float]]:
+        """The step of a record, and how far to go along it; several where blocks go one after the other.
+
+        It counts as taken, but no weight is read or written: that is the caller's, see `zotune.ledger.stream`.
+
+        Raises:
+            UsageError: it is not the next step.
+        """
+        steps: list[tuple[Step, float]] = []
+        self._retake(record, lambda estimate, scale: steps.append((self._step_along(estimate), scale)))
+        return steps
+
+    def _retake(self, record: StepRecord, write: Callable[[GradientEstimate, float], None]) -> None:
+        if record.step != self.num_steps:
+            raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
+        rates = [group["lr"] for group in self.param_groups]
+        coefficients = iter(record.coefficients)
+        try:
+            for group, rate in zip(self.param_groups, record.learning_rates, strict=True):
+                group["lr"] = rate
+            for blocks, scale in zip(self._rounds, record.scales, strict=True):
+                terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
+                self._take(GradientEstimate(record.loss, terms, 0), scale, write)
+            self.num_forwards += record.num_forwards
+            self._count()
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    @property
+    def _rounds(self) -> list[tuple[Block | None, ...]]:
+        return self.block_order.rounds(self.blocks)
+
+    def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
+        """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
+        if not math.isnan(scale):
+            write(estimate, scale)
+            if self._history is not None:
+                self._history.add(self._terms(estimate))
+        self._taken.append((estimate, scale))
+
+    def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
+        """By tensor id, what applying the estimate does to each tensor that it concerns."""
+        step, found = self._step_along(estimate), {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                tensor = self.tuned.find(p)
+                assert tensor is not None
+                if step.moves(tensor):
+                    found[tensor.id] = step.on(tensor, number, keep_master(tensor, self.rounding, self.state[p]))
+        return found
+
+    def _step_along(self, estimate: GradientEstimate) -> Step:
+        """What applying the estimate does, whatever the weights."""
+        return Step(
+            self._terms(estimate),
+            self.transform,
+            tuple((self.recorded(float(group["lr"])), float(group["weight_decay"])) for group in self.param_groups),
+            self.rounding,
+            derive_seed(self.seed, self.num_steps, 0, _ROUNDING),
+            None if self._history is None else self._history.steps,
+        )
+
+    def _terms(self, estimate: GradientEstimate) -> Terms:
+        """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
+        if self.max_coefficient is None and self.coefficient is unchanged:
+            return estimate.terms
+        limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
+        q = self.num_queries
+        return [(self.coefficient(limit(c * q)) / q, u) for c, u in estimate.terms]
+
+    @torch.no_grad()
+    def _write(self, estimate: GradientEstimate, scale: float) -> None:
+        """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
+        updates = self.updates(estimate)
+        for update, state in write_all(updates.values(), scale):
+            self.state[update.tensor.parameter].update(state)
+        self._prefix.moved(frozenset(updates))
+        # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
+        torch.clear_autocast_cache()
+
+    def _count(self) -> float:
+        if self._history is not None:
+            self._history.close()
+        return super()._count()
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
+        state = super().state_dict()
+        history = None if self._history is None else self._history.state()
+        state["zeroth_order"] |= {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken; float32 state stays float32."""
+        super().load_state_dict(state_dict)
+        own = state_dict["zeroth_order"]
+        self.seed = own["seed"]
+        self._sampling.load(self.seed, own["sampler"])
+        if self._history is not None:
+            self._history.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)

@@ -1,0 +1,221 @@
+"""What the passes of a step take beside the weights: bytes, counted on the `meta` device (`zotune.plan.live_memory`).
+
+The passes run as they would: perturbed piece by piece or side by side, with tangents, back-propagated, checkpointed.
+Only the noise is left out, for there is nothing that it could be written into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zotune.directions.direction import Direction
+from zotune.errors import UnreadTensorError
+from zotune.estimate.batched_probes import side_by_side
+from zotune.estimate.dual_numbers import Tangents
+from zotune.estimate.perturb import KEPT_BYTES, Displacement, displaced, meta_as, takes
+from zotune.llm.config.step import StepOptions
+from zotune.llm.data.tokenization import Batch
+from zotune.llm.models.load import LanguageModel
+from zotune.llm.quantized.backends import gives_rows
+from zotune.llm.training.optimizers import AnyOptimizer
+from zotune.model.layers import stack_of
+from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.optim.hybrid import Hybrid
+from zotune.optim.zeroth_order import ZerothOrder
+from zotune.plan.live_memory import peak_of, peaks_of
+from zotune.system.malloc import OWN_PAGES
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes at the moment when a pass takes the most.
+
+    Attributes:
+        activations: of the forward pass, and what is kept of it for a backward pass; temporaries of the update.
+        gradients: of first-order parameters.
+        scratch: what a probe adds: perturbed weights, tangents.
+    """
+
+    activations: int
+    gradients: int = 0
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.activations + self.gradients + self.scratch
+
+
+# A batch of so many copies of the same examples.
+Copies = Callable[[int], Batch]
+
+
+def largest_pass(lm: LanguageModel, optimizer: AnyOptimizer, options: StepOptions, batch: Copies, device: str) -> Pass:
+    """The pass of a step that takes the most memory on a device ("cpu" or "cuda").
+
+    `options` are those that the optimizer was made of; probes of `batch` share passes where there is room for copies.
+    """
+    with meta_as(device):
+        if isinstance(optimizer, ZerothOrder):
+            return probe(lm, optimizer, options, batch)
+        if not isinstance(optimizer, Hybrid):
+            return back_propagation(lm, optimizer, options, batch(1), device)
+        shallow = [t.parameter for t in optimizer.zeroth_order.tuned]
+        with _frozen(shallow):
+            deep = back_propagation(lm, optimizer.first_order, options, batch(1), device)
+        # The deep layers' gradients wait for the probes of the shallow ones.
+        probes = replace(probe(lm, optimizer.zeroth_order, options, batch), gradients=_gradients(optimizer.first_order))
+        return max(deep, probes, key=lambda found: found.total)
+
+
+def forward(lm: LanguageModel, batch: Batch) -> Pass:
+    """Scoring a batch, without a graph."""
+    with torch.no_grad(), _few_layers(lm):
+        return Pass(peak_of(lambda: score(lm, batch)))
+
+
+def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Copies) -> Pass:
+    """The objective at displaced weights, or with tangents; several points at once as the optimizer does it."""
+    is_dual = options.method == "forward_grad"
+    copies = 1 if is_dual else _points_at_once(lm, optimizer, options, batch(1))
+    many = batch(copies)
+    plain = forward(lm, many).activations
+    with torch.no_grad():
+        if is_dual:
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                whole = peak_of(lambda: _within(_Tangents(optimizer.tuned), lm, many), fused=False)
+        elif copies == 1:
+            whole = peak_of(lambda: _within(displaced(optimizer.tuned, _Nowhere()), lm, many))
+        else:
+            points = [_Nowhere() for _ in range(copies)]
+            whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, many))
+    return Pass(plain, scratch=max(0, whole - plain))
+
+
+def back_propagation(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, options: StepOptions, batch: Batch, device: str
+) -> Pass:
+    """Updates by back-propagation; where they leave a state, the second, which finds that of the first."""
+    has_state = isinstance(optimizer, torch.optim.Adam)
+    if options.gradient_checkpointing:
+        lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    tuned = _parameters(optimizer)
+    for group in optimizer.param_groups:
+        group["foreach"] = device == "cuda"  # as torch chooses, which cannot tell what `meta` stands for
+    alive: dict[int, int] = {}
+
+    def count(p: Tensor) -> None:
+        alive[id(p)] = p.nbytes
+
+    def steps() -> None:
+        for _ in range(1 + has_state):
+            optimizer.zero_grad()
+            alive.clear()
+            for _ in range(min(2, options.gradient_accumulation_steps)):
+                score(lm, batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    handles = [p.register_post_accumulate_grad_hook(count) for p in tuned]  # type: ignore[no-untyped-call]
+    lm.module.train()
+    try:
+        own_pages = OWN_PAGES if device == "cpu" else 0
+        peak, gradients = peaks_of(steps, lambda: sum(alive.values()), own_pages=own_pages)
+    finally:
+        lm.module.eval()
+        if options.gradient_checkpointing:
+            lm.module.gradient_checkpointing_disable()  # type: ignore[operator]
+        optimizer.zero_grad()
+        for handle in handles:
+            handle.remove()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim())
+    return Pass(peak - state - gradients, gradients)
+
+
+def score(lm: LanguageModel, batch: Batch) -> Tensor:
+    """The computation of `LanguageModel.score` as far as it takes memory; a number without one."""
+    on_meta = replace(batch, input_ids=batch.input_ids.to("meta"), attention_mask=batch.attention_mask.to("meta"))
+    if lm.classifies:
+        return lm.logits(on_meta).float().sum()
+    if batch.needs_only_candidates and gives_rows(lm.base.get_output_embeddings()):
+        return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
+    return lm.token_log_probabilities(on_meta).double().sum()
+
+
+def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch) -> int:
+    """How many probes share a forward pass: as `zotune.estimate.probes` groups them."""
+    most = lm.copies_at_once(batch)
+    if most > 2 and takes(optimizer.tuned, None) * most > KEPT_BYTES:
+        most = 2
+    points = optimizer.num_queries * (2 if options.difference == "central" else 1)
+    return min(most, points)
+
+
+def _within(context: displaced | side_by_side | Tangents, lm: LanguageModel, batch: Batch) -> None:
+    # Where displaced tensors are kept, those of all layers are. Layers that are left out leave theirs unread.
+    keeps = takes(context.tuned, None) <= KEPT_BYTES
+    with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError), context:
+        score(lm, batch)
+
+
+@contextmanager
+def _few_layers(lm: LanguageModel) -> Iterator[None]:
+    """Within this context the model has two of its layers, if all are alike: without a graph none leaves anything."""
+    path, layers = stack_of(lm.base)
+    shapes = [[p.shape for p in layer.parameters()] for layer in layers]
+    whole = lm.base.get_submodule(path)
+    above, _, name = path.rpartition(".")
+    are_alike = isinstance(whole, nn.ModuleList) and all(shape == shapes[0] for shape in shapes)
+    if are_alike:
+        setattr(lm.base.get_submodule(above), name, nn.ModuleList(layers[:2]))
+    try:
+        yield
+    finally:
+        setattr(lm.base.get_submodule(above), name, whole)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+class _Nowhere:
+    """A displacement that leaves what it is given as it is."""
+
+    tensors = None
+
+    def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
+        """Nothing."""
+
+    def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+        """Nothing."""
+
+    def factors(self, tensor: TunedTensor, device: torch.device) -> None:
+        """None: it is of no rank."""
+
+
+class _Tangents(Tangents):
+    def __init__(self, tuned: TunedTensors) -> None:
+        super().__init__(tuned, Direction(seed=0))
+        self._u: Displacement = _Nowhere()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all gradients of a first-order optimizer."""
+    return sum(p.nbytes for p in _parameters(optimizer))
