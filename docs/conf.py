@@ -12,7 +12,7 @@ import zotune  # noqa: E402
 
 project = "zotune"
 author = "The zotune authors"
-copyright = "the zotune authors, Apache-2.0"  # noqa: A001
+copyright = "the zotune authors, Apache-2.0"
 version = release = zotune.__version__
 language = "en"
 
@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "zotune_options",
+    "public_names",
     "built_links",
 ]
 exclude_patterns = ["_ext", "_static"]
@@ -41,10 +42,13 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 add_module_names = False
 
-# Names of other packages have no page here, and their own sites are on the network.
+# Names of other packages have no page here, and their own sites are on the network. Types of zotune's own modules have
+# one where they are public; links in text name those, and are checked.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|transformers|peft|pydantic|collections|pathlib|typing|dataclasses|enum)(\..*)?"),
-    (r"py:.*", r"(Tensor|nn\.Module|Module|Parameter|Path|Any|Self|T|Config|BaseModel|Callable|Iterable|Sequence)"),
+    (r"py:.*", r"(torch|numpy|np|transformers|peft|pydantic|collections|pathlib|typing|types|dataclasses)\..*"),
+    (r"py:(class|obj|data|exc)", r"zotune\.\w+\..*"),
+    (r"py:(class|obj|data|exc)", r"(nn\.)?[A-Za-z]\w*"),
+    (r"py:class", r"\w+\[.*"),
 ]
 
 html_theme = "furo"
@@ -54,3 +58,14 @@ html_css_files = ["custom.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def keep_colon(app, what, name, obj, options, lines):
+    """Keep a property's first line whole: napoleon takes what stands before a colon in it for a type."""
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
+def setup(app):
+    """Run before napoleon."""
+    app.connect("autodoc-process-docstring", keep_colon, priority=400)

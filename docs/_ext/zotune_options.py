@@ -1,8 +1,8 @@
 """Directives that write the reference of the command line from the code: options cannot drift from their pages.
 
-    {zotune-options} MODULE:CLASS      the options of a pydantic schema, by group
-    {zotune-parser} MODULE:FUNCTION    the commands of an argparse parser
-    {zotune-list} VERB                 the rows that `zotune VERB --json` prints
+{zotune-options} MODULE:CLASS      the options of a pydantic schema, by group
+{zotune-parser} MODULE:FUNCTION    the commands of an argparse parser
+{zotune-list} VERB                 the rows that `zotune VERB --json` prints
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Listing(_Generated):
 
     def text(self) -> str:
         """The Markdown."""
-        from zotune.cli import main  # noqa: PLC0415
+        from zotune.cli import main
 
         run = main if inspect.isfunction(main) else main.main
         with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
