@@ -1,6 +1,6 @@
-"""docs/results.md, made from the results in benchmarks/results/bench/cpu; a test holds the page to them.
+"""docs/benchmark/results.md, made from the results in benchmarks/results/bench/cpu; a test holds the page to them.
 
-python benchmarks/results_page.py > docs/results.md
+python benchmarks/results_page.py > docs/benchmark/results.md
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ An entry is the mean over seeds ± its standard error; below it stands what the 
 that it names. Models, rows and steps are not the paper's, so what may be compared is the order of methods, not their
 levels; each table says more. A claim of the paper *holds* or *does not hold* on this model where the 95 % interval of
 what it compares lies on one side of the line that it draws; else it *cannot be told*. Intervals cover evaluation rows
-and seeds. [How it works](benchmark.md); the same with figures, as a page: `zotune bench report --scale cpu`.
+and seeds. [How it works](running.md); the same with figures, as a page: `zotune bench report --scale cpu`.
 """.strip()
 
 
