@@ -20,6 +20,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "docstrings",
     "zotune_options",
     "public_names",
     "built_links",
@@ -41,6 +42,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 add_module_names = False
+# Single backticks in docstrings are code.
+default_role = "code"
 
 # Names of other packages have no page here, and their own sites are on the network. Types of zotune's own modules have
 # one where they are public; links in text name those, and are checked.
@@ -58,14 +61,3 @@ html_css_files = ["custom.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
-
-
-def keep_colon(app, what, name, obj, options, lines):
-    """Keep a property's first line whole: napoleon takes what stands before a colon in it for a type."""
-    if what == "property" and lines:
-        lines[0] = lines[0].replace(": ", " – ")
-
-
-def setup(app):
-    """Run before napoleon."""
-    app.connect("autodoc-process-docstring", keep_colon, priority=400)

@@ -26,6 +26,16 @@ from sphinx.util.docutils import SphinxDirective
 
 _PLAIN = {str: "TEXT", int: "INTEGER", float: "NUMBER", Path: "PATH", bool: ""}
 
+# The headings of records that have no word of their own, and the order of headings.
+_TITLES = {
+    "EvalConfig": "Evaluation",
+    "PlanConfig": "Plan",
+    "SelectionOptions": "Evaluation",
+    "StepOptions": "Run",
+    "TrainConfig": "Run",
+}
+_ORDER = ("Model", "Data", "Objective", "Tuning", "Method", "Run", "Evaluation", "Output")
+
 
 def named(place: str) -> Any:
     """What `module:name` names."""
@@ -53,7 +63,8 @@ def type_text(annotation: Any) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text in which Markdown finds no markup but code."""
+    """Text in which Markdown finds no markup but code; options become code."""
+    text = re.sub(r"(?<![`\w-])(--[a-z][a-z-]*)", r"`\1`", text)
     return re.sub(r"(?<!`)([*_<>\[\]|])(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", r"\\\1", text)
 
 
@@ -72,9 +83,8 @@ def group_of(schema: Any, name: str) -> str:
     extra = schema.model_fields[name].json_schema_extra
     if isinstance(extra, dict) and "group" in extra:
         return str(extra["group"])
-    owner = next(c for c in reversed(schema.__mro__) if name in c.__dict__.get("__annotations__", {}))
-    title = re.sub(r"(Options|Config|Workload)$", "", owner.__name__)
-    return {"Train": "Run", "Eval": "Evaluation", "Step": "Batch and seed", "Plan": "Plan"}.get(title, title)
+    owner = next(c for c in reversed(schema.__mro__) if name in inspect.get_annotations(c))
+    return _TITLES.get(owner.__name__, owner.__name__.removesuffix("Options"))
 
 
 def option_text(name: str, annotation: Any, text: str, default: str) -> str:
@@ -117,8 +127,8 @@ class Options(_Generated):
             written = option_text(name, field.annotation, field.description or "", default_text(field))
             groups.setdefault(group_of(schema, name), []).append(written)
         parts = [f"```{{program}} {self.options['program']}\n```"]
-        for group, written in groups.items():
-            parts += [f"## {group}", *written]
+        for group in sorted(groups, key=lambda g: _ORDER.index(g) if g in _ORDER else len(_ORDER)):
+            parts += [f"## {group}", *groups[group]]
         return "\n\n".join(parts)
 
 
