@@ -26,12 +26,12 @@ test: $(VENV)/dev
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev
 	$(BIN)/python tests/faults.py --count 330 --output benchmarks/results/faults.json
-	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/test_ledger.py tests/test_fuzzed_inputs.py tests/test_rows.py
+	ZOTUNE_FUZZ=10000 $(BIN)/pytest tests/ledger/test_ledger.py tests/llm/data/test_fuzzed_inputs.py tests/llm/data/test_readers.py
 
 # The kernels of a GPU on a GPU; `make test` runs them in Triton's interpreter.
 test-gpu: $(VENV)/dev
 	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU and a CUDA build of torch; here torch.cuda.is_available() is False.")'
-	TRITON_INTERPRET=0 $(BIN)/pytest tests/test_triton.py tests/test_gpu.py
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/noise/test_triton.py tests/test_gpu.py
 
 test-lm-eval: $(VENV)/lm-eval
 	$(BIN)/python benchmarks/lm_eval_agreement.py

@@ -2,8 +2,8 @@
 
     python benchmarks/speed/plan.py
 
-Each measurement is a fresh process (`zotune.bench.measure.process_memory`): the most resident memory of the whole run over that of the
-process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2). Rows that are
+Each measurement is a fresh process (`zotune.bench.measure.process_memory`): the most resident memory of the whole run
+over that of the process with its libraries. Beside it, at the same scale, the paper's formulas (its Tables 5, A1 and A2). Rows that are
 recorded, by the same code and libraries, are not measured again.
 """
 

@@ -68,6 +68,15 @@ def escaped(text: str) -> str:
     return re.sub(r"(?<!`)([*_<>\[\]|])(?![^`]*`(?:[^`]*`[^`]*`)*[^`]*$)", r"\\\1", text)
 
 
+def sentence(text: str) -> str:
+    """A help text with a capital letter and a full stop.
+
+    >>> sentence("how many steps stay"), sentence("")
+    ('How many steps stay.', '')
+    """
+    return f"{escaped(text[:1].upper() + text[1:]).rstrip('.')}." if text else ""
+
+
 def default_text(field: Any) -> str:
     """A field's default as it would be written, or nothing where its description says what happens without it."""
     value = field.get_default(call_default_factory=True)
@@ -142,7 +151,7 @@ class Parser(_Generated):
         parts = []
         for name, command in commands.choices.items():
             usage = " ".join(command.format_usage().removeprefix("usage: ").split())
-            parts += [f"## `{parser.prog} {name}`", f"{escaped(command.description or '')}."]
+            parts += [f"## {parser.prog} {name}", sentence(command.description or "")]
             parts += [f"```text\n{wrapped(usage)}\n```", f"```{{program}} {parser.prog} {name}\n```"]
             parts += [argument_text(a) for a in command._actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         return "\n\n".join(parts)
@@ -155,7 +164,7 @@ def argument_text(action: argparse.Action) -> str:
     if not action.option_strings:
         line = str(action.metavar or action.dest)
     choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
-    return f"::::{{option}} {line.strip()}\n{escaped(action.help or '')}.{choices}\n::::\n"
+    return f"::::{{option}} {line.strip()}\n{sentence(action.help or '')}{choices}\n::::\n"
 
 
 def wrapped(usage: str, width: int = 76) -> str:

@@ -1,7 +1,7 @@
 """One step of a made-up run: a model, what of it is tuned, how, and a batch of so many examples of so many tokens.
 
-It needs no data, and so can be predicted (`zotune plan`) and measured (`zotune.bench.measure.process_memory`) for any model. The
-texts are random ids, as in the paper's figure 3.
+It needs no data, and so can be predicted (`zotune plan`) and measured (`zotune.bench.measure.process_memory`) for any
+model. The texts are random ids, as in the paper's figure 3.
 """
 
 from __future__ import annotations

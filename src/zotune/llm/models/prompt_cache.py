@@ -1,7 +1,7 @@
 """Prompts that text is generated from: what lies below the lowest tuned layer is computed once a prompt and kept.
 
-As `zotune.llm.models.activation_cache` does for scores. A prompt leaves keys and values in every layer's cache and an input for the
-next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts them
+As `zotune.llm.models.activation_cache` does for scores. A prompt leaves keys and values in every layer's cache and an
+input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts them
 into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
 alone, so the bits do not depend on what it is batched with, nor on whether there was room to keep it.
 """

@@ -1,7 +1,7 @@
 """The scales of a quantised base as what is tuned: W = Δ ⊙ W̄, the integers W̄ stay as they are (QZO).
 
-The method is that of arXiv:2505.13430. Layers of a GGUF file have theirs unpacked (`zotune.llm.quantized.layers`). bitsandbytes
-keeps its scales beside its integers, as tensors that its kernels are given at each forward pass: here they are given
+The method is that of arXiv:2505.13430. Layers of a GGUF file have theirs unpacked (`zotune.llm.quantized.layers`).
+bitsandbytes keeps its scales beside its integers, as tensors that its kernels are given at each forward pass: here they are given
 those of a parameter.
 """
 

@@ -1,0 +1,116 @@
+"""README and docs tell the truth: their examples run, their file tree is the repository's, their commands parse."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import zotune as zo
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_library_example_of_the_readme_runs_and_is_short():
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_file_tree_of_the_readme_lists_every_module_and_nothing_else():
+    tree = re.search(r"## Files\n\n```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert tree is not None
+    named = {line.split()[0] for line in tree.group(1).splitlines() if line.strip()}
+    modules = {
+        str(p.relative_to(ROOT)) for p in (ROOT / "src").rglob("*.py") if p.name not in ("__init__.py", "__main__.py")
+    }
+    missing = modules - named
+    assert not missing, f"the README's file tree lacks {sorted(missing)}"
+    gone = {name for name in named if not (ROOT / name).exists()}
+    assert not gone, f"the README's file tree lists {sorted(gone)}, which do not exist"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=relative)
+def test_the_examples_of_a_page_run_in_order(page, capsys):
+    names = {}
+    for number, example in enumerate(blocks(page, "python")):
+        exec(compile(example, f"{page.name}, example {number + 1}", "exec"), names)
+
+
+def test_each_method_has_a_section_and_a_row_and_nothing_else_has():
+    documented = set(re.findall(r"^## `(\w+)`", (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8"), re.M))
+    assert documented == set(method_table()) == set(zo.METHODS)
+
+
+def method_table():
+    """The README's methods: forward passes a step (a function of q) and bytes of state a tuned number."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\d?)q(?: dual)?(?: \+ (\d))? \| (\d+) \|$", readme, re.M)
+    return {name: (int(each or 1), int(more or 0), int(size)) for name, each, more, size in rows}
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("name", zo.METHODS)
+def test_a_method_costs_what_the_readme_says(name, q):
+    each, more, size = method_table()[name]
+    model = torch.nn.Linear(3, 5).bfloat16()
+    x = torch.ones(2, 3).bfloat16()
+    optimizer = zo.METHODS[name](model, lr=1e-3, num_queries=q)
+    # The first step may take a few passes more to see that all is well.
+    optimizer.step(lambda: model(x).float().square().mean())
+    before = optimizer.num_forwards
+    optimizer.step(lambda: model(x).float().square().mean())
+    assert optimizer.num_forwards - before == each * q + more
+    kept = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    assert sum(v.nbytes for v in kept) == size * (3 * 5 + 5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("quickstart", "README.md"),
+        ("step_in_short", "README.md"),
+        ("step", "docs/benchmark/speed.md"),
+        ("goals", "docs/benchmark/speed.md"),
+        ("other_goals", "docs/benchmark/speed.md"),
+        ("peers", "docs/benchmark/speed.md"),
+        ("growth", "docs/benchmark/speed.md"),
+        ("forward_gradient", "docs/benchmark/speed.md"),
+        ("methods", "README.md"),
+        ("memory", "README.md"),
+        ("experiments", "README.md"),
+        ("zero_shot", "docs/howto/evaluate.md"),
+        ("reward", "docs/howto/rewards.md"),
+    ],
+)
+def test_every_table_of_results_comes_from_a_file(name, page):
+    assert benchmark("readme_tables").TABLES[name]() in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_page_of_results_is_that_of_the_results():
+    assert benchmark("results_page").results_page() == (ROOT / "docs" / "benchmark" / "results.md").read_text(encoding="utf-8")
+
+
+def benchmark(name):
+    """A module of the folder of benchmarks, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
