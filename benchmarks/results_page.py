@@ -7,25 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zotune.bench.cells import read_result, result_path
-from zotune.bench.experiments import CellSpec, cells, find, names
-from zotune.bench.markdown_page import markdown_page
-from zotune.bench.sections import Section, assembled
-from zotune.bench.tables import Cell
+from zotune.bench.report.markdown import markdown_page
+from zotune.bench.report.sections import Section, assembled
+from zotune.bench.results.records import read_result, result_path
+from zotune.bench.results.tables import Cell
+from zotune.bench.spec.experiments import CellSpec, cells, find, names
 
 RESULTS = Path(__file__).parent / "results" / "bench"
 _INTRODUCTION = """
-SmolLM2-135M (its accuracies) and small models with random weights (memory and time) on two cores of a CPU, by
+These tables were computed with SmolLM2-135M (accuracies) and small models with random weights (memory and time) on two
+cores of a CPU:
 
 ```sh
 zotune bench run --scale cpu --jobs 2
 ```
 
-An entry is the mean over seeds ± its standard error; below it stands what the paper has in that place, of the model
-that it names. Models, rows and steps are not the paper's, so what may be compared is the order of methods, not their
-levels; each table says more. A claim of the paper *holds* or *does not hold* on this model where the 95 % interval of
-what it compares lies on one side of the line that it draws; else it *cannot be told*. Intervals cover evaluation rows
-and seeds. [How it works](running.md); the same with figures, as a page: `zotune bench report --scale cpu`.
+An entry is the mean over seeds ± its standard error. Below it stands the paper's number in the same place, with the model
+that it belongs to. Models, rows and steps differ from the paper's, so compare the order of methods, not their levels; each
+table says more. A claim of the paper *holds* or *does not hold* on this model if the 95 % interval of the compared quantity
+lies on one side of the line that the claim draws; otherwise it *cannot be told*. Intervals cover evaluation rows and seeds.
+[Running the benchmark](running.md) describes the method. `zotune bench report --scale cpu` writes the same tables with
+figures.
 """.strip()
 
 
