@@ -9,7 +9,7 @@ from torch import nn
 
 import zotune as zo
 from zotune import noise
-from zotune.estimate.cuda_graph import GraphedDifference
+from zotune.estimate.cuda_graph import CUDAGraphDifference
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 
@@ -117,7 +117,7 @@ def test_a_run_by_the_command_line_finishes_on_a_gpu(dtype, zotune, rows_file, t
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
 def test_a_captured_graph_gives_the_bits_of_the_passes_that_it_repeats(dtype, sampler):
     here, there = Small("cuda", dtype), Small("cuda", dtype)
-    probe = GraphedDifference(there.losses, there.x, there.y, mu=1e-2)
+    probe = CUDAGraphDifference(there.losses, there.x, there.y, mu=1e-2)
     options = {"lr": 1e-3, "sampler": sampler, "num_queries": 2}
     plain = zo.zo_sgd(here, mu=1e-2, **options)
     graphed = zo.ZerothOrder(there, estimator=probe, **options)
@@ -135,6 +135,6 @@ def test_an_objective_that_reads_numbers_of_the_gpu_is_refused_as_a_graph():
         found = model.losses(x, y)
         return found * (2.0 if found.sum().item() > 0 else 1.0)
 
-    probe = GraphedDifference(losses, model.x, model.y, mu=1e-2)
+    probe = CUDAGraphDifference(losses, model.x, model.y, mu=1e-2)
     with pytest.raises(zo.UsageError, match="cannot be captured"):
         zo.ZerothOrder(model, lr=1e-3, estimator=probe).step(probe.on(model.x, model.y))

@@ -19,7 +19,7 @@ from step import measure, measure_lora
 
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.models import load
-from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 ALLOWED = 1.15
 # The loop of the older codes is not ours to keep fast, and takes the longest.
@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--size", default="16x32")
     parser.add_argument("--recorded", type=Path, default=RESULTS / "speed-step.json")
     options = parser.parse_args()
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     batch, length = map(int, options.size.split("x"))
     recorded = json.loads(options.recorded.read_text(encoding="utf-8"))["models"][options.model]
     failed = False

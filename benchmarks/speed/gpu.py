@@ -25,7 +25,7 @@ import torch
 
 import zotune as zo
 from zotune import noise
-from zotune.estimate.cuda_graph import GraphedDifference
+from zotune.estimate.cuda_graph import CUDAGraphDifference
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.models.load import LanguageModel, load
 
@@ -39,7 +39,7 @@ def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
     low_rank = zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=zo.low_rank(zo.gaussian))
-    probe = GraphedDifference(losses_of(lm, length), *tokens_and_targets(lm, batch, length), mu=MU)
+    probe = CUDAGraphDifference(losses_of(lm, length), *tokens_and_targets(lm, batch, length), mu=MU)
     graphed = zo.ZerothOrder(lm.module, lr=LR, estimator=probe)
     estimate = optimizer.estimate(f)
 

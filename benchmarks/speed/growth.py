@@ -25,7 +25,7 @@ import zotune as zo
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.models.load import LanguageModel, load
 from zotune.llm.models.random_models import byte_tokenizer
-from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     lm = load(EvalConfig(task="sst2", dtype="float32"))
     by_tokens = seconds(
         dict.fromkeys((b * LENGTH for b in BATCHES), lm), {b * LENGTH: b for b in BATCHES}, options.rounds

@@ -70,7 +70,7 @@ def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -
     checked = time.perf_counter() - began
     began = time.perf_counter()
     for taken in ledger:
-        again.retake(taken)
+        again.replay_step(taken)
     resumed = (time.perf_counter() - began) / num_steps
     assert all(torch.equal(p, tuned[name]) for name, p in lm.module.named_parameters())
     began = time.perf_counter()

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import zotune as zo
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.models.load import LanguageModel, load
-from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32)
     options = parser.parse_args()
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     seconds = {
         dtype: measure(options.model, dtype, options.batch, options.length, options.rounds)
         for dtype in ("float32", "bfloat16")

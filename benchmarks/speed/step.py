@@ -29,7 +29,7 @@ from zotune.estimate.objective import Batched
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.models.load import LanguageModel, load
 from zotune.llm.models.tuned_parameters import prepare
-from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "random:opt-125m"])
     options = parser.parse_args()
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     sides: dict[str, dict[str, Any]] = {}
     about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
     for model in options.models:

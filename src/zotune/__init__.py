@@ -10,23 +10,24 @@ Names are imported at their first use, so that the command line answers before t
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zotune.apply.update import Rounding as Rounding
+    from zotune.apply.tensor_update import Rounding as Rounding
     from zotune.directions.blocks import BLOCKS as BLOCKS
     from zotune.directions.blocks import Block as Block
     from zotune.directions.blocks import blocks_by_layer as blocks_by_layer
     from zotune.directions.blocks import blocks_by_linear as blocks_by_linear
     from zotune.directions.blocks import blocks_by_part as blocks_by_part
     from zotune.directions.blocks import blocks_by_size as blocks_by_size
-    from zotune.directions.direction import SAMPLERS as SAMPLERS
     from zotune.directions.direction import Direction as Direction
-    from zotune.directions.direction import Sampler as Sampler
-    from zotune.directions.direction import gaussian as gaussian
-    from zotune.directions.direction import rademacher as rademacher
-    from zotune.directions.low_rank_sampler import low_rank as low_rank
+    from zotune.directions.low_rank import low_rank as low_rank
+    from zotune.directions.samplers import SAMPLERS as SAMPLERS
+    from zotune.directions.samplers import Sampler as Sampler
+    from zotune.directions.samplers import gaussian as gaussian
+    from zotune.directions.samplers import rademacher as rademacher
     from zotune.directions.sparse import sparse as sparse
     from zotune.errors import NonFiniteLossError as NonFiniteLossError
     from zotune.errors import RunError as RunError
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from zotune.methods.paper import zo_sgd_cons as zo_sgd_cons
     from zotune.methods.paper import zo_sgd_mmt as zo_sgd_mmt
     from zotune.methods.paper import zo_sgd_sign as zo_sgd_sign
-    from zotune.model.parameters import TunedTensors as TunedTensors
+    from zotune.model.parameters import ParameterSet as ParameterSet
     from zotune.optim.hybrid import Hybrid as Hybrid
     from zotune.optim.hybrid import split_at_layer as split_at_layer
     from zotune.optim.zeroth_order import ZerothOrder as ZerothOrder
@@ -58,7 +59,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "estimate.objective": ("accumulate", "batched"),
     "directions.blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
-    "directions.direction": ("SAMPLERS", "Direction", "Sampler", "gaussian", "rademacher"),
+    "directions.direction": ("Direction",),
+    "directions.samplers": ("SAMPLERS", "Sampler", "gaussian", "rademacher"),
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate.estimate": ("GradientEstimate",),
     "estimate.finite_difference": ("central_difference", "forward_difference"),
@@ -68,17 +70,25 @@ _MODULES = {
     "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optim.zeroth_order": ("ZerothOrder",),
     "estimate.perturb": ("perturbed",),
-    "directions.low_rank_sampler": ("low_rank",),
+    "directions.low_rank": ("low_rank",),
     "directions.sparse": ("sparse",),
-    "model.parameters": ("TunedTensors",),
-    "apply.update": ("Rounding",),
+    "model.parameters": ("ParameterSet",),
+    "apply.tensor_update": ("Rounding",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted([*_HOME, "__version__"])
 
 
+# Former names, each with its present one; they go with the version after the next.
+_RENAMED = {"TunedTensors": "ParameterSet"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        message = f"zotune.{name} is now zotune.{_RENAMED[name]}; the former name will be removed in version 0.3."
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name not in _HOME:
         raise AttributeError(f"module 'zotune' has no attribute {name!r}")
     value = getattr(import_module(f"zotune.{_HOME[name]}"), name)

@@ -9,9 +9,9 @@ import torch
 import zotune as zo
 from zotune import noise
 from zotune.apply import fused
+from zotune.apply.tensor_update import TensorUpdate
 from zotune.apply.transforms import adam, adamm, amsgrad, identity, momentum
-from zotune.apply.update import TensorUpdate
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 TRANSFORMS = {
@@ -21,7 +21,7 @@ TRANSFORMS = {
     "amsgrad": partial(amsgrad, **ADAM),
 }
 LR, DECAY, ROUNDING = 1e-2, 0.1, 5
-WEIGHT = TunedTensors.of(torch.nn.Linear(100, 50, bias=False))["weight"]
+WEIGHT = ParameterSet.of(torch.nn.Linear(100, 50, bias=False))["weight"]
 
 needs_kernels = pytest.mark.skipif(not noise.has_steps(torch.zeros(1)), reason="there is no C compiler")
 
@@ -57,7 +57,7 @@ def test_steps_in_one_pass_have_the_bits_of_separate_operations_whatever_the_sli
         state = by_operations(expected, transform, step, state, sampler, scale)
         for lo in range(0, len(x), size):
             update = TensorUpdate(WEIGHT, terms(step, sampler), transform, {}, LR, DECAY, ROUNDING)
-            slices[lo] = fused.take(update, x[lo : lo + size], slices.get(lo, {}), lo, scale)
+            slices[lo] = fused.fused_update_(update, x[lo : lo + size], slices.get(lo, {}), lo, scale)
     assert torch.equal(x, expected)
     assert slices[0].keys() == state.keys()
     for key, value in state.items():
@@ -76,7 +76,7 @@ def test_an_optimizer_steps_alike_with_and_without_the_kernel(monkeypatch):
         return torch.cat([p.detach().flatten() for p in model.parameters()]), opt.state[model.weight]["exp_avg_sq"]
 
     taken = []
-    original = fused.take
+    original = fused.fused_update_
     monkeypatch.setattr(fused, "take", lambda *args: taken.append(original(*args)) or taken[-1])
     first = trained()
     assert len(taken) == 10
@@ -97,7 +97,7 @@ def test_an_optimizer_steps_alike_with_and_without_the_kernel(monkeypatch):
 def test_what_has_no_kernel_is_left_to_the_transform_untouched(transform, sampler, dtype):
     x = torch.ones(50, dtype=dtype)
     update = TensorUpdate(WEIGHT, terms(0, sampler), transform, {}, LR, DECAY, None)
-    assert fused.take(update, x, {}, 0, 1.0) is None
+    assert fused.fused_update_(update, x, {}, 0, 1.0) is None
     assert torch.equal(x, torch.ones(50, dtype=dtype))
 
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import zotune as zo
 from problems import all_bits, assert_all_moved, assert_same_bits, problem
-from zotune.apply import update
 from zotune.apply.line_search import conservative
 from zotune.apply.transforms import adam, elementwise_sign, identity, momentum
+from zotune.system import limits
 
 TRANSFORMS = {
     "identity": identity,
@@ -137,8 +137,8 @@ def test_forward_passes_are_two_or_one_a_query_and_three(q):
 @each_transform
 def test_a_point_is_looked_at_with_the_bits_it_will_have_however_it_is_read(dtype, rounding, transform, monkeypatch):
     """Whole, by rows of an embedding, in pieces of a linear layer; written in chunks of another size."""
-    monkeypatch.setattr(update, "_CHUNK", 7)
-    monkeypatch.setattr("zotune.estimate.perturb.SCRATCH_ELEMENTS", 12)
+    monkeypatch.setattr(limits, "UPDATE_ELEMENTS", 7)
+    monkeypatch.setattr(limits, "PERTURBED_ELEMENTS", 12)
     torch.manual_seed(0)
     model = nn.ModuleDict({"embed": nn.Embedding(9, 5), "linear": nn.Linear(5, 8)}).to(dtype)
     ids, seen = torch.tensor([3, 1, 3]), []

@@ -13,8 +13,8 @@ from torch import nn
 import zotune as zo
 from problems import assert_same_bits, bits, problem
 from zotune import noise
-from zotune.apply import transforms, update
-from zotune.directions import direction as directions
+from zotune.apply import transforms
+from zotune.system import limits
 
 TRANSFORMS = {
     "identity": transforms.identity,
@@ -58,8 +58,7 @@ def test_an_update_does_not_depend_on_how_it_is_cut(shape, dtype, transform, chu
     for size in (1 << 18, chunk):
         model = nn.ParameterDict({"w": numbers(shape, dtype)})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(update, "_CHUNK", size)
-            patch.setattr(directions, "_CHUNK", size)
+            patch.setattr(limits, "UPDATE_ELEMENTS", size)
             stepped(model, transform, seed=seed, num_queries=2, rounding=rounding, weight_decay=decay, sampler=sampler)
         models.append(model)
     assert_same_bits(*models)

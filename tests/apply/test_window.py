@@ -113,7 +113,7 @@ def test_a_rejected_conservative_step_advances_state_and_window_alike(method):
             p.model,
             0.02 if method == "momentum" else 0.2,
             transform=transform,
-            step=zo.zo_sgd_cons(p.model, 0.1).step_rule,
+            step=zo.zo_sgd_cons(p.model, 0.1).line_search,
             window=window,
         )
         path = [p.position()]

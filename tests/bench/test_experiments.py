@@ -25,7 +25,7 @@ from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.methods.paper import METHODS
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 SOURCE = Path(experiments.__file__).parents[2]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
@@ -214,7 +214,7 @@ def test_the_quality_of_an_estimate_is_that_of_its_vector_against_autograds():
     def loss():
         return (model(x) - y).square().mean()
 
-    tuned = TunedTensors.of(model)
+    tuned = ParameterSet.of(model)
     gradient = true_gradient(loss, tuned)
     loss().backward()
     assert all(torch.equal(g, p.grad) for g, p in zip(gradient, model.parameters(), strict=True))

@@ -12,7 +12,7 @@ from torch import nn
 import zotune as zo
 from problems import Problem, Transformer, Vector, assert_same_bits, problem
 from zotune import reference
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 MU, ETA = 0.01, 0.02
 each_q = pytest.mark.parametrize("q", [1, 3])
@@ -70,7 +70,7 @@ def test_blocks_hold_every_tuned_tensor_once(kind, way):
     model = MODELS[kind]()
     blocks = WAYS[way](model)
     names = [name for block in blocks for name in block.tensors]
-    assert sorted(names) == sorted(t.name for t in TunedTensors(model))
+    assert sorted(names) == sorted(t.name for t in ParameterSet(model))
     assert len(names) == len(set(names))
     assert all(block.tensors for block in blocks)
     assert len({block.name for block in blocks}) == len(blocks)
@@ -125,7 +125,7 @@ def test_one_block_is_the_plain_method_to_the_bit(q, difference, order, dtype):
     ends = []
     for cut in (False, True):
         p = problem("transformer", dtype)
-        names = tuple(t.name for t in TunedTensors(p.model))
+        names = tuple(t.name for t in ParameterSet(p.model))
         blocks = {"blocks": [zo.Block("all", names)], "block_order": order} if cut else {}
         opt = zo.zo_adam(p.model, ETA, mu=0.05, difference=difference, num_queries=q, sampler=zo.gaussian, **blocks)
         ends.append(([opt.step(p.closure) for _ in range(5)], p.model))
@@ -135,7 +135,7 @@ def test_one_block_is_the_plain_method_to_the_bit(q, difference, order, dtype):
 
 def by_tensor(p):
     """One block a tensor, and the vectors of 0 and 1 of the reference."""
-    names = [t.name for t in TunedTensors(p.model)]
+    names = [t.name for t in ParameterSet(p.model)]
     return [zo.Block(name, (name,)) for name in names], [p.vector(**{name: 1.0}) for name in names]
 
 
@@ -251,5 +251,5 @@ def test_a_sequential_step_leaves_out_the_block_whose_loss_is_no_number_and_its_
         expected = old if k == bad else old - 0.5 * slopes[k] * u.within(None).of(before, name)
         torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(p, old) == (k == bad)
-    zo.zo_sgd(again, **options).retake(record)
+    zo.zo_sgd(again, **options).replay_step(record)
     assert_same_bits(model, again)

@@ -15,15 +15,17 @@ from zotune import noise
 from zotune.directions.direction import add_terms, sum_terms
 from zotune.directions.low_rank import Factors, add_products
 from zotune.errors import UsageError
+from zotune.estimate import probes
 from zotune.estimate.batched_probes import side_by_side
-from zotune.estimate.perturb import Along, displaced
-from zotune.estimate.probes import values_at
+from zotune.estimate.perturb import OffsetAlong
+from zotune.estimate.probes import set_separable, values_at
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
-from zotune.model.parameters import TunedTensors, tensor_id
+from zotune.model.parameters import ParameterSet, tensor_id
 from zotune.noise import reference
 from zotune.noise.reference import derive_seed
+from zotune.system import limits
 
 BASES = {"rademacher": reference.rademacher, "gaussian": reference.gaussian}
 each_base = pytest.mark.parametrize("base", BASES)
@@ -141,7 +143,7 @@ def test_the_kernel_of_an_update_gives_the_bits_of_the_general_mechanism(base, r
 def test_the_covariance_is_the_identity(base, rank):
     """Every entry of E[u uᵀ] of a 3 × 2 matrix, within its confidence interval; the mean too."""
     n, model = 20_000, nn.Linear(2, 3, bias=False)
-    bound = sampler(base, rank).at(TunedTensors(model), 0, 0)
+    bound = sampler(base, rank).at(ParameterSet(model), 0, 0)
     rows = [zo.Direction(seed, bound).of(model, "weight").flatten() for seed in range(n)]
     u = torch.stack(rows).double()
     products = u[:, :, None] * u[:, None, :]
@@ -191,7 +193,7 @@ def test_thin_products_are_right_in_every_family_and_precision(tiny, family):
             with zo.perturbed(model, u, 0.02):
                 found = model(input_ids=tokens).logits.double()
             moved = copy.deepcopy(model).double()
-            tuned = TunedTensors(model)
+            tuned = ParameterSet(model)
             for name, p in moved.named_parameters():
                 p += 0.02 * u.of(tuned, name).double()
             expected = moved(input_ids=tokens).logits
@@ -235,10 +237,10 @@ def test_a_bias_of_any_shape_that_is_broadcast_is_added_to_each_end(shape, tuned
     model, x = Layer(), torch.randn(6, 4, dtype=torch.float64)
     for of in (sampler("rademacher", 2), zo.rademacher):
         (u,) = zo.zo_sgd(model, lr=0.1, sampler=of).directions()
-        with torch.no_grad(), side_by_side(TunedTensors(model), [Along(u, 0.3), Along(u, -0.3)]):
+        with torch.no_grad(), side_by_side(ParameterSet(model), [OffsetAlong(u, 0.3), OffsetAlong(u, -0.3)]):
             found = model(x)
         for part, a in ((slice(0, 3), 0.3), (slice(3, 6), -0.3)):
-            moved = {t.name: t.parameter + a * u.of(model, t.name) for t in TunedTensors(model)}
+            moved = {t.name: t.parameter + a * u.of(model, t.name) for t in ParameterSet(model)}
             expected = torch.func.functional_call(model, moved, x[part])
             assert torch.allclose(found[part], expected, rtol=0, atol=1e-7)
 
@@ -248,11 +250,11 @@ def test_no_weight_is_made_or_written(monkeypatch):
     model = network(torch.float32, vocabulary=200, places=200)
     model.conv.requires_grad_(False)
     opt = zo.zo_sgd(model, lr=0.1, sampler=sampler(), num_queries=3)
-    opt.tuned.is_separable = True
+    set_separable(opt.tuned, True)
     before, made = copy.deepcopy(model), []
-    for kind, name in ((displaced, "read"), (side_by_side, "_displaced")):
+    for kind, name in ((perturbed_by, "read"), (side_by_side, "_displaced")):
         monkeypatch.setattr(kind, name, noted(made, getattr(kind, name)))
-    for kind in (displaced, side_by_side):
+    for kind in (perturbed_by, side_by_side):
         monkeypatch.setattr(kind, "_piece", None)
     for closure in (lambda: objective(model)(), objective(model, most=6)):
         opt.estimate(closure)
@@ -281,7 +283,7 @@ def test_side_by_side_is_one_by_one(most, interval):
     with torch.no_grad():
         together = values_at(f, opt.tuned, points)
         alone = values_at(lambda: f(), opt.tuned, points)
-    assert opt.tuned.is_separable
+    assert probes._IS_SEPARABLE[opt.tuned]
     assert np.allclose([float(v) for v in together], [float(v) for v in alone], rtol=0, atol=1e-12)
 
 
@@ -290,11 +292,11 @@ def test_many_directions_share_one_pass(monkeypatch):
     model, asked = network(torch.float32), []
     model.conv.requires_grad_(False)
     f = objective(model, most=6)
-    monkeypatch.setattr("zotune.estimate.probes.KEPT_BYTES", 6 * 4 * (12 * 2 + 31))
+    monkeypatch.setattr(limits, "CACHED_BYTES", 6 * 4 * (12 * 2 + 31))
     counted = type(f)(lambda copies: asked.append(copies) or f.values(copies), most=6)
     for chosen, expected in ((sampler(), [6]), (zo.rademacher, [2, 2, 2])):
         opt = zo.zo_sgd(model, lr=0.1, sampler=chosen, num_queries=3)
-        opt.tuned.is_separable = True
+        set_separable(opt.tuned, True)
         opt.estimate(counted)
         assert asked == expected
         asked.clear()
@@ -387,7 +389,7 @@ def test_a_ledger_replays_to_the_bit_whole_and_tensor_by_tensor(chosen, make, dt
     shaped = network(dtype).to("meta")
     shaped.head.weight = shaped.embed.weight
     meta = make(shaped, **options)
-    weights = {t.name: t.storage() for t in TunedTensors(base)}
+    weights = {t.name: t.storage() for t in ParameterSet(base)}
     trace = Trace(meta, ledger, lambda t: weights[t.name])
     for t in opt.tuned:
         x = weights[t.name].clone().view(-1)

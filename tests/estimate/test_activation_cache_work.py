@@ -87,4 +87,4 @@ def test_tied_tensors_are_reused_only_up_to_their_first_reading():
     opt = zo.zo_sgd(model, 1e-3, blocks=[tied, rest, last])
     opt.estimate(model)
     assert model.runs == [1 + 4] * 3 + [1 + 6]
-    assert zo.TunedTensors(model)["layers.3.weight"].name == "layers.0.weight"
+    assert zo.ParameterSet(model)["layers.3.weight"].name == "layers.0.weight"

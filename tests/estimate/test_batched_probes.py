@@ -9,20 +9,22 @@ from torch import nn
 
 import zotune as zo
 from tuning_schemes import EXAMPLES, SCHEMES, moved, prepared
-from zotune.directions.direction import Direction, gaussian, rademacher
+from zotune.directions.direction import Direction
+from zotune.directions.samplers import gaussian, rademacher
 from zotune.estimate import batched_probes as side_by_side
-from zotune.estimate import perturb
+from zotune.estimate import probes
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.estimate.objective import Batched, batched
-from zotune.estimate.perturb import Along
-from zotune.estimate.probes import is_separable, values_at, values_side_by_side
+from zotune.estimate.perturb import OffsetAlong
+from zotune.estimate.probes import is_separable, set_separable, values_at, values_side_by_side
 from zotune.llm.config.run import ModelOptions, TrainConfig
 from zotune.llm.data.tokenization import collate
 from zotune.llm.models import load
 from zotune.llm.models.tuned_parameters import prepare
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
+from zotune.system import limits
 
 
 def objectives(lm, examples, objective=CLASSIFICATION, most=2):
@@ -56,7 +58,7 @@ def test_every_scheme_on_every_family_has_the_same_values(tiny, family, scheme, 
     lm = doubled(moved(prepared(tiny(family), **SCHEMES[scheme]), 0.1))
     examples = encode(lm, EXAMPLES)
     alone, together = objectives(lm, examples, objective, most=6)
-    tuned = TunedTensors(lm.module)
+    tuned = ParameterSet(lm.module)
     assert is_separable(together, tuned)
     points = [(a, Direction(seed, gaussian)) for seed in (3, 4, 5) for a in (1e-2, -1e-2)]
     with torch.no_grad():
@@ -68,10 +70,10 @@ def test_every_scheme_on_every_family_has_the_same_values(tiny, family, scheme, 
 @pytest.mark.parametrize("kept", [0, 1 << 12, 16 << 20], ids=["nothing", "vectors", "all"])
 @pytest.mark.parametrize("of", ["llama", "opt"])
 def test_in_every_precision_the_values_are_the_same_up_to_its_rounding(tiny, monkeypatch, of, kept, dtype, sampler):
-    monkeypatch.setattr(side_by_side, "KEPT_BYTES", kept)
+    monkeypatch.setattr(limits, "CACHED_BYTES", kept)
     lm = tiny(of, dtype)
     alone, together = objectives(lm, encode(lm, EXAMPLES))
-    tuned, points = TunedTensors(lm.module), [(a, Direction(9, sampler)) for a in (0.01, -0.01)]
+    tuned, points = ParameterSet(lm.module), [(a, Direction(9, sampler)) for a in (0.01, -0.01)]
     assert is_separable(together, tuned)
     tolerance = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}[dtype]
     with torch.no_grad():
@@ -82,11 +84,11 @@ def test_in_every_precision_the_values_are_the_same_up_to_its_rounding(tiny, mon
 def test_values_do_not_depend_on_the_pieces_of_a_layer(tiny, monkeypatch, scratch):
     lm = doubled(tiny("opt"))
     alone, together = objectives(lm, encode(lm, EXAMPLES))
-    tuned, points = TunedTensors(lm.module), [(0.01, Direction(9)), (-0.01, Direction(9))]
-    monkeypatch.setattr(side_by_side, "KEPT_BYTES", 0)
+    tuned, points = ParameterSet(lm.module), [(0.01, Direction(9)), (-0.01, Direction(9))]
+    monkeypatch.setattr(limits, "CACHED_BYTES", 0)
     with torch.no_grad():
         expected = values_at(alone, tuned, points)
-        monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", scratch)
+        monkeypatch.setattr(limits, "PERTURBED_ELEMENTS", scratch)
         assert values_side_by_side(together, tuned, points) == pytest.approx(expected, abs=1e-12)
 
 
@@ -120,7 +122,7 @@ def test_weights_that_are_reshaped_added_to_and_shared_have_the_same_values():
     torch.manual_seed(0)
     model = Odd()
     together = batched(lambda ids, y: F.cross_entropy(model(ids), y, reduction="none"), IDS, LABELS, most=4)
-    tuned, points = TunedTensors(model), [(a, Direction(s)) for s in (1, 2) for a in (0.1, -0.1)]
+    tuned, points = ParameterSet(model), [(a, Direction(s)) for s in (1, 2) for a in (0.1, -0.1)]
     assert is_separable(together, tuned)
     with torch.no_grad():
         expected = values_at(lambda: F.cross_entropy(model(IDS), LABELS), tuned, points)
@@ -153,11 +155,11 @@ def test_a_model_that_mixes_examples_is_found_out_and_probed_one_by_one(how):
     model, x = Mixes(how), torch.randn(5, 4, 6, dtype=torch.float64)
     together = batched(lambda x: model(x).square().sum(1), x)
     alone = lambda: model(x).square().sum(1).mean()  # noqa: E731
-    tuned, u = TunedTensors(model), [Direction(3)]
+    tuned, u = ParameterSet(model), [Direction(3)]
     with pytest.warns(UserWarning, match="could not be told apart"):
         found = central_difference(together, tuned, u, mu=1e-3)
-    assert tuned.is_separable is False
-    expected = central_difference(alone, TunedTensors(model), u, mu=1e-3)
+    assert probes._IS_SEPARABLE[tuned] is False
+    expected = central_difference(alone, ParameterSet(model), u, mu=1e-3)
     assert found.terms[0][0] == pytest.approx(expected.terms[0][0], rel=1e-9)
 
 
@@ -165,13 +167,13 @@ def test_copies_that_stay_apart_pass_although_the_batch_is_centred_over_each_cop
     """The trial is of values, not of code: what does not differ from copy to copy may do as it likes."""
     torch.manual_seed(0)
     model, x = Mixes("centred"), torch.randn(5, 4, 6, dtype=torch.float64)
-    assert is_separable(batched(lambda x: model(x).square().sum(1), x), TunedTensors(model))
+    assert is_separable(batched(lambda x: model(x).square().sum(1), x), ParameterSet(model))
 
 
 def test_an_objective_that_hardly_depends_on_the_weights_is_not_trusted():
     model = nn.Linear(3, 1)
     together = batched(lambda x: 0 * model(x)[:, 0] + 1, torch.randn(4, 3))
-    assert not is_separable(together, TunedTensors(model))
+    assert not is_separable(together, ParameterSet(model))
 
 
 def test_steps_are_the_same_and_the_trial_passes_without_a_word(tiny):
@@ -192,7 +194,7 @@ def test_steps_are_the_same_and_the_trial_passes_without_a_word(tiny):
 def test_one_sided_differences_and_blocks_share_passes_too(tiny):
     lm = doubled(tiny("llama"))
     alone, together = objectives(lm, encode(lm, EXAMPLES))
-    tuned = TunedTensors(lm.module)
+    tuned = ParameterSet(lm.module)
     blocks = zo.blocks_by_layer(lm.module)
     u = [Direction(s).within(b) for b in blocks for s in (1, 2)]
     for estimator in (central_difference, forward_difference):
@@ -204,7 +206,7 @@ def test_a_micro_batch_shares_passes_within_itself(tiny):
     lm = doubled(tiny("llama"))
     examples = encode(lm, EXAMPLES)
     parts = [objectives(lm, examples[:1]), objectives(lm, examples[1:])]
-    tuned, u = TunedTensors(lm.module), [Direction(5)]
+    tuned, u = ParameterSet(lm.module), [Direction(5)]
     one, other = (central_difference(zo.accumulate([p[i] for p in parts], [1, 3]), tuned, u, mu=1e-2) for i in (0, 1))
     assert one.terms[0][0] == pytest.approx(other.terms[0][0], rel=1e-9)
 
@@ -217,12 +219,12 @@ def test_a_pass_is_shared_by_as_many_probes_as_are_allowed_and_by_two_of_large_t
         sizes.append(len(x) // 4)
         return model(x).square().sum(1)
 
-    tuned, u = TunedTensors(model), [Direction(s) for s in range(4)]
-    tuned.is_separable = True
+    tuned, u = ParameterSet(model), [Direction(s) for s in range(4)]
+    set_separable(tuned, True)
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
     assert sizes == [6, 2]
     sizes.clear()
-    monkeypatch.setattr("zotune.estimate.probes.KEPT_BYTES", 0)
+    monkeypatch.setattr(limits, "CACHED_BYTES", 0)
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
     assert sizes == [2, 2, 2, 2]
 
@@ -233,8 +235,8 @@ def test_a_later_batch_that_cannot_be_told_apart_is_probed_one_by_one():
     def losses(x):
         return model(x).square().sum(1) * float(model.weight.sum())
 
-    tuned = TunedTensors(model)
-    tuned.is_separable = True
+    tuned = ParameterSet(model)
+    set_separable(tuned, True)
     with pytest.raises(NotSeparableError), torch.no_grad():
         values_side_by_side(batched(losses, x), tuned, [(1.0, Direction(1)), (2.0, Direction(1))])
     assert central_difference(batched(losses, x), tuned, [Direction(1)], mu=1e-2).is_finite
@@ -242,8 +244,8 @@ def test_a_later_batch_that_cannot_be_told_apart_is_probed_one_by_one():
 
 def test_a_tensor_that_is_not_read_is_found_side_by_side_too():
     model = nn.ModuleDict({"read": nn.Linear(6, 3), "not": nn.Linear(2, 2)})
-    tuned = TunedTensors(model)
-    tuned.is_separable = True
+    tuned = ParameterSet(model)
+    set_separable(tuned, True)
     with pytest.raises(zo.UnreadTensorError, match=r"not\.weight"):
         central_difference(batched(lambda x: model["read"](x).sum(1), torch.randn(4, 6)), tuned, [Direction(1)], mu=1)
 
@@ -264,8 +266,8 @@ def test_reads_and_noise_are_shared(monkeypatch):
     monkeypatch.setattr(side_by_side.noise, "add_both", lambda *a: made.append(a[6]))
     monkeypatch.setattr(side_by_side.noise, "add_many", lambda *a: ends.append((a[1], *a[-1])))
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.LayerNorm(3))
-    tuned = TunedTensors(model)
-    points = [Along(Direction(1), 0.1), Along(Direction(1), -0.1)]
+    tuned = ParameterSet(model)
+    points = [OffsetAlong(Direction(1), 0.1), OffsetAlong(Direction(1), -0.1)]
     with torch.no_grad(), side_by_side.side_by_side(tuned, points):
         model(torch.randn(8, 6))
     assert sorted(made) == sorted(t.id for t in tuned if t.parameter.dim() == 2)
@@ -278,15 +280,15 @@ def test_reads_and_noise_are_shared(monkeypatch):
 @pytest.mark.parametrize("most", [1 << 20, 1])
 def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtypes, most):
     """To the bit; of several precisions, and where together they are too large."""
-    monkeypatch.setattr(side_by_side, "KEPT_BYTES", most)
+    monkeypatch.setattr(limits, "CACHED_BYTES", most)
     model = nn.ModuleList(nn.LayerNorm(7).to(dtype) for dtype in dtypes)
-    tuned, u = TunedTensors(model), Direction(1, gaussian)
+    tuned, u = ParameterSet(model), Direction(1, gaussian)
     x = torch.randn(6, 7)
 
     def outs(x):
         return [layer(x.to(layer.weight.dtype)) for layer in model]
 
-    with torch.no_grad(), side_by_side.side_by_side(tuned, [Along(u, 0.1), Along(u, -0.1)]):
+    with torch.no_grad(), side_by_side.side_by_side(tuned, [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]):
         found = outs(x)
     for part, a in ((slice(0, 3), 0.1), (slice(3, 6), -0.1)):
         with torch.no_grad(), zo.perturbed(model, u, a):
@@ -301,7 +303,7 @@ def test_the_built_in_model_is_tuned_side_by_side():
     prepare(lm, TrainConfig(task="sst2", tuning="lora"))
     moved(lm, 0.01)
     alone, together = objectives(lm, encode(lm, EXAMPLES), most=4)
-    tuned = TunedTensors(lm.module)
+    tuned = ParameterSet(lm.module)
     assert is_separable(together, tuned)
     u = [Direction(1), Direction(2)]
     one, other = (central_difference(f, tuned, u, mu=1e-2) for f in (alone, together))
@@ -313,15 +315,15 @@ def test_what_is_kept_of_displaced_tensors_alone_is_bounded_in_all(monkeypatch):
 
     model = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
     u = Direction(seed=1)
-    pair = [Along(u, 0.1), Along(u, -0.1)]
+    pair = [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]
 
     def read_all():
-        with torch.no_grad(), side_by_side.side_by_side(TunedTensors(model), pair):
+        with torch.no_grad(), side_by_side.side_by_side(ParameterSet(model), pair):
             return [layer.weight * 2 for layer in model]
 
     kept = 2 * 4 * 16 * 16 * 4
-    monkeypatch.setattr(side_by_side, "ALL_DERIVED_BYTES", kept)
+    monkeypatch.setattr(limits, "ALL_DERIVED_BYTES", kept)
     assert len(read_all()) == 4
-    monkeypatch.setattr(side_by_side, "ALL_DERIVED_BYTES", kept - 1)
+    monkeypatch.setattr(limits, "ALL_DERIVED_BYTES", kept - 1)
     with pytest.raises(NotSeparableError):
         read_all()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import zotune as zo
-from zotune.estimate.cuda_graph import GraphedDifference
+from zotune.estimate.cuda_graph import CUDAGraphDifference
 
 
 def made():
@@ -16,7 +16,7 @@ def made():
 
 def test_without_a_gpu_it_is_the_central_difference_of_the_batch_that_it_was_given():
     (model, x, y, losses), (other, _, _, others) = made(), made()
-    probe = GraphedDifference(losses, x, y, mu=1e-2)
+    probe = CUDAGraphDifference(losses, x, y, mu=1e-2)
     graphed = zo.ZerothOrder(model, lr=0.1, estimator=probe, num_queries=3)
     plain = zo.zo_sgd(other, lr=0.1, mu=1e-2, num_queries=3)
     for _ in range(5):
@@ -28,7 +28,7 @@ def test_without_a_gpu_it_is_the_central_difference_of_the_batch_that_it_was_giv
 
 def test_another_shape_dtype_or_objective_is_refused_with_what_to_do():
     model, x, y, losses = made()
-    probe = GraphedDifference(losses, x, y, mu=1e-2)
+    probe = CUDAGraphDifference(losses, x, y, mu=1e-2)
     opt = zo.ZerothOrder(model, lr=0.1, estimator=probe)
     for wrong in ((x[:4], y[:4]), (x.double(), y), (x,)):
         with pytest.raises(zo.UsageError, match=r"pad the batch"):

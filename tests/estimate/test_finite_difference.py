@@ -11,7 +11,7 @@ from torch import nn
 import zotune as zo
 from zotune import reference
 from zotune.estimate.objective import evaluate, read
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 SIGMAS = 5.0
 each_sampler = pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
@@ -65,7 +65,7 @@ def position(model):
 def test_central_difference_is_exact_on_quadratics_for_any_mu(sampler, mu):
     model = Vector()
     gradient = H @ position(model) + B
-    estimate = zo.central_difference(lambda: quadratic(model()), TunedTensors(model), directions(sampler, 3), mu=mu)
+    estimate = zo.central_difference(lambda: quadratic(model()), ParameterSet(model), directions(sampler, 3), mu=mu)
     for c, u in estimate.terms:
         assert c == pytest.approx(gradient @ model.whole(u.of) / 3, abs=1e-14 / mu * 20 + 1e-12)
 
@@ -75,7 +75,7 @@ def test_central_difference_is_exact_on_quadratics_for_any_mu(sampler, mu):
 def test_forward_difference_has_the_known_bias_on_quadratics(sampler, mu):
     model = Vector()
     gradient = H @ position(model) + B
-    estimate = zo.forward_difference(lambda: quadratic(model()), TunedTensors(model), directions(sampler, 3), mu=mu)
+    estimate = zo.forward_difference(lambda: quadratic(model()), ParameterSet(model), directions(sampler, 3), mu=mu)
     assert estimate.loss == pytest.approx(quadratic(position(model)), abs=1e-13)
     for c, direction in estimate.terms:
         u = model.whole(direction.of)
@@ -86,7 +86,7 @@ def test_forward_difference_has_the_known_bias_on_quadratics(sampler, mu):
 def test_central_difference_has_the_known_bias_of_second_order_on_cubes(mu):
     model = Vector()
     (c, direction), *_ = zo.central_difference(
-        lambda: (model() ** 3).sum(), TunedTensors(model), directions(zo.gaussian, 1), mu=mu
+        lambda: (model() ** 3).sum(), ParameterSet(model), directions(zo.gaussian, 1), mu=mu
     ).terms
     u = model.whole(direction.of)
     assert c == pytest.approx(3 * position(model) ** 2 @ u + mu**2 * (u**3).sum(), abs=1e-11)
@@ -96,7 +96,7 @@ def test_central_difference_has_the_known_bias_of_second_order_on_cubes(mu):
 def test_estimates_of_a_linear_function_do_not_depend_on_mu(mu):
     model, us = Vector(), directions(zo.gaussian, 2)
     for difference in (zo.central_difference, zo.forward_difference):
-        terms = difference(lambda: model() @ torch.from_numpy(B), TunedTensors(model), us, mu=mu).terms
+        terms = difference(lambda: model() @ torch.from_numpy(B), ParameterSet(model), us, mu=mu).terms
         for c, u in terms:
             assert c == pytest.approx(B @ model.whole(u.of) / 2, abs=1e-12)
 
@@ -110,7 +110,7 @@ def test_estimates_of_a_linear_function_do_not_depend_on_mu(mu):
 def test_an_estimate_equals_the_plain_reference(sampler, q, difference, plain):
     model, us = Vector(), directions(sampler, q, first=100)
     expected = plain(lambda x: float(rosenbrock(x)), position(model), 0.01, [model.whole(u.of) for u in us])
-    estimate = difference(lambda: rosenbrock(model()), TunedTensors(model), us, mu=0.01)
+    estimate = difference(lambda: rosenbrock(model()), ParameterSet(model), us, mu=0.01)
     assert [u for _, u in estimate.terms] == us
     np.testing.assert_allclose(model.whole(estimate.of), expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
 
@@ -118,7 +118,7 @@ def test_an_estimate_equals_the_plain_reference(sampler, q, difference, plain):
 @each_sampler
 def test_an_estimate_with_q_directions_is_the_mean_of_those_with_one(sampler):
     model, us = Vector(), directions(sampler, 4)
-    tensors, closure = TunedTensors(model), lambda: rosenbrock(model())
+    tensors, closure = ParameterSet(model), lambda: rosenbrock(model())
     together = zo.central_difference(closure, tensors, us, mu=0.01)
     apart = [zo.central_difference(closure, tensors, [u], mu=0.01) for u in us]
     assert together.loss == pytest.approx(np.mean([e.loss for e in apart]), rel=1e-14)
@@ -131,7 +131,7 @@ def test_an_estimate_with_q_directions_is_the_mean_of_those_with_one(sampler):
 def test_expectation_is_the_gradient_and_second_moment_that_of_theory(sampler, q):
     """E|ĝ|² = (1 + (d + 1)/q) |∇f|² for Gaussian, (1 + (d - 1)/q) |∇f|² for Rademacher directions."""
     model, runs = Vector(), 1500
-    tensors, closure = TunedTensors(model), lambda: quadratic(model())
+    tensors, closure = ParameterSet(model), lambda: quadratic(model())
     gradient = H @ position(model) + B
     batches = (directions(sampler, q, first=q * run) for run in range(runs))
     g = np.stack([model.whole(zo.central_difference(closure, tensors, us, mu=0.1).of) for us in batches])
@@ -147,7 +147,7 @@ def test_expectation_is_the_gradient_and_second_moment_that_of_theory(sampler, q
 @each_sampler
 def test_variance_falls_as_one_over_q(sampler):
     model, runs = Vector(), 600
-    tensors, closure = TunedTensors(model), lambda: quadratic(model())
+    tensors, closure = ParameterSet(model), lambda: quadratic(model())
     gradient, errors = H @ position(model) + B, {}
     for q in (1, 2, 8):
         batches = (directions(sampler, q, first=q * run) for run in range(runs))

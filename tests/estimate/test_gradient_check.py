@@ -42,7 +42,7 @@ def loss_of(model):
 
 def estimated(model, seed=0, estimator=None):
     estimator = estimator or zo.CheckedForwardGradient()
-    return estimator(lambda: loss_of(model), zo.TunedTensors(model), [zo.Direction(seed)])
+    return estimator(lambda: loss_of(model), zo.ParameterSet(model), [zo.Direction(seed)])
 
 
 @each_dtype
@@ -51,7 +51,7 @@ def test_a_right_coefficient_is_never_refused(dtype, std):
     for seed in range(30):
         model = network(nn.Tanh(), dtype, std)
         assert estimated(model, seed) == zo.forward_gradient(
-            lambda model=model: loss_of(model), zo.TunedTensors(model), [zo.Direction(seed)]
+            lambda model=model: loss_of(model), zo.ParameterSet(model), [zo.Direction(seed)]
         )
 
 
@@ -93,7 +93,7 @@ def test_a_loss_whose_tangents_nearly_all_vanish_is_refused_in_every_precision(d
         )
 
     with pytest.raises(zo.UsageError, match="differences of the loss say"):
-        zo.CheckedForwardGradient()(loss, zo.TunedTensors(model), [zo.Direction(0)])
+        zo.CheckedForwardGradient()(loss, zo.ParameterSet(model), [zo.Direction(0)])
 
 
 def test_only_the_first_finite_estimate_is_checked():
@@ -105,7 +105,7 @@ def test_only_the_first_finite_estimate_is_checked():
 
     counts = []
     for _ in range(4):
-        found = estimator(loss, zo.TunedTensors(model), [zo.Direction(0), zo.Direction(1)])
+        found = estimator(loss, zo.ParameterSet(model), [zo.Direction(0), zo.Direction(1)])
         assert found.num_forwards == 2
         counts.append(len(calls))
     assert counts == [2, 6, 8, 10]

@@ -16,6 +16,7 @@ import zotune as zo
 from zotune.directions.blocks import blocks_by_layer, blocks_by_linear
 from zotune.estimate import dual_numbers as tangents
 from zotune.estimate.jvp import forward_gradient
+from zotune.system import limits
 
 DOUBLE = torch.float64
 IDS = torch.tensor([[1, 5, 5], [12, 0, 7]])
@@ -71,7 +72,7 @@ def product(model, g, u):
 
 
 def estimated(model, loss, *directions):
-    return forward_gradient(loss, zo.TunedTensors(model), directions)
+    return forward_gradient(loss, zo.ParameterSet(model), directions)
 
 
 def coefficient(model, loss, u):
@@ -123,8 +124,8 @@ def test_sums_and_products_have_the_derivative_of_back_propagation(form):
 @each_sampler
 @pytest.mark.parametrize("pieces", [1 << 20, 40, 8])
 def test_coefficient_is_the_gradients_product_with_u(monkeypatch, sampler, pieces):
-    monkeypatch.setattr(tangents, "_PIECE", pieces)
-    monkeypatch.setattr(tangents, "_LOGITS", pieces)
+    monkeypatch.setattr(limits, "TANGENT_ELEMENTS", pieces)
+    monkeypatch.setattr(limits, "LOGIT_ELEMENTS", pieces)
     model = network()
     g = gradient(model, partial(loss_of, model))
     for seed in range(5):
@@ -161,8 +162,8 @@ def test_a_linear_layer_of_any_shape_has_the_tangent_of_the_formula(data):
     layer, u = nn.Linear(inner, outer, bias=has_bias).double(), zo.Direction(data.draw(st.integers(0, 99)), zo.gaussian)
     x, x_tangent = torch.randn(2, *leading, inner, dtype=DOUBLE)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), forward_ad.dual_level():
-        patch.setattr(tangents, "_PIECE", scratch)
-        with tangents.Tangents(zo.TunedTensors(layer), u, 0.25):
+        patch.setattr(limits, "TANGENT_ELEMENTS", scratch)
+        with tangents.DualParameters(zo.ParameterSet(layer), u, 0.25):
             y = layer(forward_ad.make_dual(x, x_tangent) if dual_input else x)
         value, tangent = forward_ad.unpack_dual(y)
     expected = 0.25 * x @ u.of(layer, "weight").double().T
@@ -186,10 +187,10 @@ def test_the_loss_over_a_vocabulary_has_the_same_tangent_in_pieces(data):
     logits, tangent = torch.randn(2, count, vocabulary, dtype=DOUBLE)
     model = nn.Linear(1, 1).double()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), forward_ad.dual_level():
-        patch.setattr(tangents, "_LOGITS", scratch)
+        patch.setattr(limits, "LOGIT_ELEMENTS", scratch)
         z = forward_ad.make_dual(logits, tangent)
         expected = F.cross_entropy(z, target, weight, **options)
-        with tangents.Tangents(zo.TunedTensors(model), zo.Direction(0)):
+        with tangents.DualParameters(zo.ParameterSet(model), zo.Direction(0)):
             model(torch.ones(1, 1, dtype=DOUBLE))
             found = F.cross_entropy(z, target, weight, **options)
         for a, b in zip(forward_ad.unpack_dual(found), forward_ad.unpack_dual(expected), strict=True):
@@ -340,7 +341,7 @@ def test_compiled_and_scripted_modules_are_refused(how):
 def test_a_layer_norm_in_front_of_what_is_tuned_has_no_tangent():
     """Else all that follows would carry zeros along, and a loss that was cut off would have a derivative of zero."""
     model = nn.Sequential(nn.LayerNorm(4).requires_grad_(False), nn.Linear(4, 4))
-    with torch.no_grad(), forward_ad.dual_level(), tangents.Tangents(zo.TunedTensors(model), zo.Direction(0)):
+    with torch.no_grad(), forward_ad.dual_level(), tangents.DualParameters(zo.ParameterSet(model), zo.Direction(0)):
         x = model[0](torch.randn(3, 4))
         assert forward_ad.unpack_dual(x).tangent is None
         model[1](x)
@@ -353,8 +354,8 @@ def test_the_tangent_of_a_bias_is_not_written_by_the_layer_that_adds_it(rows):
     """One whose tangent is what another computation made, and is read again."""
     layer, x = nn.Linear(4, 4), torch.randn(*rows, 4)
     tangent = torch.randn(4)
-    tuned = zo.TunedTensors(layer, [layer.weight])
-    with torch.no_grad(), forward_ad.dual_level(), tangents.Tangents(tuned, zo.Direction(0)):
+    tuned = zo.ParameterSet(layer, [layer.weight])
+    with torch.no_grad(), forward_ad.dual_level(), tangents.DualParameters(tuned, zo.Direction(0)):
         bias = forward_ad.make_dual(layer.bias.detach(), tangent)
         before = tangent.clone()
         found = forward_ad.unpack_dual(F.linear(x, layer.weight, bias)).tangent
@@ -365,7 +366,7 @@ def test_the_tangent_of_a_bias_is_not_written_by_the_layer_that_adds_it(rows):
 def test_under_autocast_a_bias_alone_has_a_tangent_in_the_outputs_precision():
     layer = nn.Linear(4, 4)
     layer.weight.requires_grad_(False)
-    reading = tangents.Tangents(zo.TunedTensors(layer), zo.Direction(0))
+    reading = tangents.DualParameters(zo.ParameterSet(layer), zo.Direction(0))
     with torch.no_grad(), forward_ad.dual_level(), torch.autocast("cpu", torch.bfloat16), reading:
         y, tangent = forward_ad.unpack_dual(layer(torch.randn(3, 4)))
     assert y.dtype == tangent.dtype == torch.bfloat16
@@ -414,7 +415,7 @@ import zotune as zo
 from zotune.system.peak_memory import peak_memory
 
 def estimate(model, ids):
-    zo.forward_gradient(lambda: model(ids).square().mean(), zo.TunedTensors(model), [zo.Direction(1)])
+    zo.forward_gradient(lambda: model(ids).square().mean(), zo.ParameterSet(model), [zo.Direction(1)])
 
 ids = torch.arange(16)
 estimate(nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8)), ids)  # what torch loads at the first use

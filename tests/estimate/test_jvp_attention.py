@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zotune.estimate import jvp_attention as module
-from zotune.estimate.jvp_attention import attention
+from zotune.estimate.jvp_rules import attention
+from zotune.system import limits
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 5, 6, 7, 9, 4
 
@@ -51,7 +51,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("scores", [1 << 20, 2 * HEADS * LENGTH * KEYS, 1], ids=["all", "two examples", "each alone"])
 def test_it_is_torchs_rule_whatever_the_mask_the_groups_and_the_pieces(monkeypatch, groups, scale, mask, scores):
-    monkeypatch.setattr(module, "_SCORES", scores)
+    monkeypatch.setattr(limits, "SCORE_ELEMENTS", scores)
     (primals, tangents), (tensor, is_causal) = drawn(groups=groups), MASKS[mask]
     found = attention(primals, tangents, tensor, is_causal=is_causal, scale=scale)
     expected = by_torch(primals, tangents, tensor, is_causal, scale)

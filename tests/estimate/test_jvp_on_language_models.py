@@ -95,7 +95,7 @@ def by_autograd(model, u):
 
 
 def coefficient(model, u):
-    estimate = zo.forward_gradient(lambda: loss_of(model), zo.TunedTensors(model), [u])
+    estimate = zo.forward_gradient(lambda: loss_of(model), zo.ParameterSet(model), [u])
     assert estimate.num_forwards == 1
     with torch.no_grad():
         assert estimate.loss == pytest.approx(float(loss_of(model)), rel=1e-2)
@@ -153,7 +153,7 @@ def test_under_autocast_the_coefficient_is_that_of_single_precision_to_half_prec
 def test_the_check_passes_on_every_family_and_precision(family):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         model = built(family, dtype=dtype)
-        estimator, tuned = zo.CheckedForwardGradient(), zo.TunedTensors(model)
+        estimator, tuned = zo.CheckedForwardGradient(), zo.ParameterSet(model)
         for seed in range(3):
             estimator(lambda model=model: loss_of(model), tuned, [zo.Direction(seed)])
             estimator._is_checked = False

@@ -14,8 +14,9 @@ from torch import nn
 
 import zotune as zo
 from zotune.estimate import perturb
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.noise import reference
+from zotune.system import limits
 
 A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
 
@@ -201,7 +202,7 @@ def test_perturbed_forward_equals_that_of_a_moved_copy(name, sampler):
 @pytest.mark.parametrize("rows", [37, 16, 8, 1])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layer_in_pieces_equals_the_whole(monkeypatch, rows, bias):
-    monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", 10 * rows + 3)
+    monkeypatch.setattr(limits, "PERTURBED_ELEMENTS", 10 * rows + 3)
     model = nn.Linear(10, 37, bias=bias)
     for p in model.parameters():
         p.data = p.data.mul(64).round()  # integers, so that sums are exact in any order
@@ -224,12 +225,12 @@ def test_pieces_are_a_matrixs_rows_in_order_as_even_as_can_be(shape):
     assert sizes[:-1] == [sizes[0]] * (len(sizes) - 1)
     assert sizes[0] - sizes[-1] < len(sizes)
     model = nn.Linear(shape[1], shape[0])
-    tuned = TunedTensors(model)
+    tuned = ParameterSet(model)
     assert perturb.largest_piece(tuned, frozenset(t.id for t in tuned), 400) == sizes[0] * shape[1]
 
 
 def test_linear_layer_wider_than_the_scratch_is_still_perturbed(monkeypatch):
-    monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", 5)
+    monkeypatch.setattr(limits, "PERTURBED_ELEMENTS", 5)
     model, u = nn.Linear(6, 4), zo.Direction(5)
     x = torch.ones(2, 6)
     with torch.no_grad(), zo.perturbed(model, u, A):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zotune as zo
-from zotune.estimate import perturb
+from zotune.system import limits
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 
@@ -254,7 +254,7 @@ def test_frozen_tensors_and_buffers_are_read_as_they_are():
 
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
 def test_linear_layers_and_embeddings_need_no_more_than_the_scratch(monkeypatch, sampler):
-    monkeypatch.setattr(perturb, "SCRATCH_ELEMENTS", 2048)
+    monkeypatch.setattr(limits, "PERTURBED_ELEMENTS", 2048)
     model = nn.Sequential(nn.Embedding(500, 64), *(nn.Linear(64, 64) for _ in range(20)))
     ids = torch.arange(4)
     with torch.no_grad(), Allocations(*model.parameters()) as made, zo.perturbed(model, zo.Direction(1, sampler), 0.1):

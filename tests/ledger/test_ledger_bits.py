@@ -12,12 +12,11 @@ from torch import nn
 import reference_kernels
 import zotune as zo
 from zotune import noise
-from zotune.apply import update
-from zotune.directions import direction as directions
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
 from zotune.noise import cpu, eager, native
+from zotune.system import limits
 
 # What makes the noise; a further kind of kernels is a further line.
 BACK_ENDS = {"C": native, "numba": cpu, "NumPy": reference_kernels, "torch": eager}
@@ -107,8 +106,7 @@ def test_whatever_makes_the_noise(recorded, method, dtype, back_end, monkeypatch
 def test_whatever_the_size_of_a_slice_and_the_number_of_threads(recorded, method, dtype, size, threads, monkeypatch):
     path, expected = recorded[method, dtype]
     elements = size // DTYPES[dtype].itemsize
-    monkeypatch.setattr(update, "_CHUNK", elements)
-    monkeypatch.setattr(directions, "_CHUNK", elements)
+    monkeypatch.setattr(limits, "UPDATE_ELEMENTS", elements)
     for module in (native, cpu):
         monkeypatch.setattr(module, "_THREAD_ELEMENTS", 1 << 10)
     before = torch.get_num_threads()

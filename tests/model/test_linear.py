@@ -7,7 +7,7 @@ from torch import nn
 
 import zotune as zo
 from zotune.estimate.batched_probes import side_by_side
-from zotune.estimate.perturb import Along
+from zotune.estimate.perturb import OffsetAlong
 from zotune.model import linear as gemm
 from zotune.model.linear import linear
 
@@ -50,7 +50,7 @@ def test_a_product_in_halves_is_the_product(halves, dtype, bias, shape):
 def test_passes_side_by_side_take_halves_of_layers_that_are_frozen_and_of_low_rank(halves):
     frozen, tuned = nn.Linear(4, 400).requires_grad_(False), nn.Linear(400, 400, bias=False)
     (u,) = zo.zo_sgd(tuned, lr=1.0, sampler=zo.low_rank(zo.rademacher)).directions()
-    with torch.no_grad(), side_by_side(zo.TunedTensors(tuned), [Along(u, 0.1), Along(u, -0.1)]):
+    with torch.no_grad(), side_by_side(zo.ParameterSet(tuned), [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]):
         x = frozen(torch.randn(500, 4))
         assert halves == [250, 250]
         tuned(x)

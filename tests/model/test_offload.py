@@ -50,7 +50,7 @@ def test_steps_update_offloaded_weights_as_they_do_others(dtype, rounding):
         runs.append([opt.step(lambda model=model: model(IDS).float().square().mean()) for _ in range(5)])
     assert runs[0] == runs[1]
     for tensor in opt.tuned:
-        stored = zo.TunedTensors(offloaded)[tensor.name].storage()
+        stored = zo.ParameterSet(offloaded)[tensor.name].storage()
         assert torch.equal(stored, tensor.parameter)
     assert not torch.equal(plain[1].weight, network(dtype)[1].weight)
 

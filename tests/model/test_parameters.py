@@ -10,7 +10,7 @@ from torch import nn
 
 import zotune as zo
 from zotune.model import parameters as tuned
-from zotune.model.parameters import TunedTensors, canonical_name, tensor_id
+from zotune.model.parameters import ParameterSet, canonical_name, tensor_id
 
 
 class Named(nn.Module):
@@ -23,11 +23,11 @@ class Named(nn.Module):
 
 
 def names(model):
-    return [t.name for t in TunedTensors(model)]
+    return [t.name for t in ParameterSet(model)]
 
 
 def ids(model):
-    return {t.name: t.id for t in TunedTensors(model)}
+    return {t.name: t.id for t in ParameterSet(model)}
 
 
 def test_ids_are_frozen():
@@ -75,13 +75,13 @@ def test_wrapping_a_model_changes_neither_names_nor_noise():
     u = zo.Direction(4)
     for wrapper in (compiled, adapted, torch.compile(model)):
         assert ids(wrapper) == ids(model)
-        for t in TunedTensors(model):
+        for t in ParameterSet(model):
             assert torch.equal(u.of(wrapper, t.name), u.of(model, t.name))
 
 
 def test_a_wrapped_tensor_is_found_under_its_full_name_too():
     model = nn.Linear(3, 2)
-    tensors = TunedTensors(Named(_orig_mod=model))
+    tensors = ParameterSet(Named(_orig_mod=model))
     assert tensors["weight"] is tensors["_orig_mod.weight"]
     assert tensors["weight"].parameter is model.weight
 
@@ -89,7 +89,7 @@ def test_a_wrapped_tensor_is_found_under_its_full_name_too():
 def test_tied_tensors_are_one_tensor_with_every_name():
     first, second = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     second.weight = first.weight
-    tensors = TunedTensors(Named(z=first, a=second))
+    tensors = ParameterSet(Named(z=first, a=second))
     assert [t.name for t in tensors] == ["a.weight"]
     assert tensors["z.weight"] is tensors["a.weight"]
     assert tensors.numel == 15
@@ -134,19 +134,19 @@ def test_only_parameters_that_require_a_gradient_are_tuned():
 
 def test_given_parameters_are_tuned_instead():
     model = nn.Linear(2, 2).requires_grad_(False)
-    assert [t.name for t in TunedTensors(model, [model.bias])] == ["bias"]
+    assert [t.name for t in ParameterSet(model, [model.bias])] == ["bias"]
 
 
 def test_two_tensors_with_one_id_are_refused(monkeypatch):
     monkeypatch.setattr(tuned, "tensor_id", lambda name: 7)
     with pytest.raises(zo.UsageError, match="'weight' and 'bias' have the same 32-bit id; rename"):
-        TunedTensors(nn.Linear(2, 2))
+        ParameterSet(nn.Linear(2, 2))
 
 
 def test_two_tensors_with_one_canonical_name_are_refused():
     model = Named(fc=nn.Linear(2, 2), _orig_mod=Named(fc=nn.Linear(2, 2)))
     with pytest.raises(zo.UsageError, match=r"'fc\.weight'"):
-        TunedTensors(model)
+        ParameterSet(model)
 
 
 def test_integer_tensors_are_refused_by_name():
@@ -154,13 +154,13 @@ def test_integer_tensors_are_refused_by_name():
     model.quantized = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
     assert names(model) == ["weight", "bias"]
     with pytest.raises(zo.UsageError, match=r"'quantized' has dtype torch\.int8; only floating-point.*Freeze it"):
-        TunedTensors(model, [model.weight, model.quantized])
+        ParameterSet(model, [model.weight, model.quantized])
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2).requires_grad_(False), nn.ReLU()], ids=["frozen", "empty"])
 def test_a_model_with_nothing_to_tune_is_refused(model):
     with pytest.raises(zo.UsageError, match=r"no parameter to tune.*requires_grad_"):
-        TunedTensors(model)
+        ParameterSet(model)
 
 
 @pytest.mark.parametrize("other", [slice(0, 12), slice(11, 23), slice(3, 5)], ids=["same", "overlap", "within"])
@@ -168,7 +168,7 @@ def test_parameters_that_share_memory_are_refused(other):
     memory = torch.zeros(24)
     model = Named(a=nn.Parameter(memory[:12]), b=nn.Parameter(memory[other]))
     with pytest.raises(zo.UsageError, match=r"'a' and 'b'|'b' and 'a'"):
-        TunedTensors(model)
+        ParameterSet(model)
 
 
 def test_parameters_that_lie_side_by_side_in_one_memory_are_accepted():
@@ -181,9 +181,9 @@ def test_parameters_that_lie_side_by_side_in_one_memory_are_accepted():
 def test_parameters_of_another_model_are_refused():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     with pytest.raises(zo.UsageError, match=r"1 of the parameters.*do not belong to the model \(Linear\)"):
-        TunedTensors(model, [model.weight, other.weight])
+        ParameterSet(model, [model.weight, other.weight])
 
 
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(KeyError, match="no tuned tensor is called 'weigth'; there is: bias, weight"):
-        TunedTensors(nn.Linear(2, 2))["weigth"]
+        ParameterSet(nn.Linear(2, 2))["weigth"]

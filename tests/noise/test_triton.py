@@ -19,10 +19,10 @@ from torch import nn
 import zotune as zo
 from zotune import noise
 from zotune.ledger import LedgerWriter, read
-from zotune.ledger.format import StepRecord
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.noise import GAUSSIAN, RADEMACHER, eager, reference
 from zotune.noise.reference import MASK
+from zotune.optim.record import StepRecord
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (on Linux)")
 
@@ -348,7 +348,7 @@ def test_tensors_of_different_dtypes_or_rates_take_a_launch_each(launches):
     groups = [{"params": [model.gain, *model.up.parameters()]}, {"params": [*model.down.parameters()], "lr": 0.1}]
     opt = zo.ZerothOrder(model, lr=0.05, params=groups)
     before = copy.deepcopy(model)
-    opt.retake(record(opt))
+    opt.replay_step(record(opt))
     assert [name for name, *_ in launches] == ["add_many"] * 3
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert moved == ["gain", "up.weight", "up.bias", "down.weight", "down.bias"]
@@ -360,7 +360,7 @@ def record(opt):
 
 def test_the_arguments_of_a_probe_do_not_depend_on_seed_or_scale(launches):
     model = Small()
-    tuned, seen = zo.TunedTensors(model), []
+    tuned, seen = zo.ParameterSet(model), []
     for seed, mu in ((3, 1e-3), (2**63, -1.0)):
         launches.clear()
         with torch.no_grad(), zo.perturbed(tuned, zo.Direction(seed), mu):

@@ -72,7 +72,7 @@ def make(tuning):
 def begin(model, method, setting, **options):
     if setting.startswith("hybrid"):
         shallow, deep = zo.split_at_layer(model, 1, model, tied="zeroth_order")
-        names = tuple(t.name for t in zo.TunedTensors(model, shallow))
+        names = tuple(t.name for t in zo.ParameterSet(model, shallow))
         if setting == "hybrid of blocks":
             options["blocks"] = [zo.Block("odd", names[1::2]), zo.Block("even", names[::2])]
         return zo.Hybrid(method(model, params=shallow, **options), torch.optim.Adam(deep, lr=1e-2))

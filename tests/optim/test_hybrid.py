@@ -11,7 +11,7 @@ from torch import nn
 import zotune as zo
 from problems import Problem, Transformer, assert_same_bits, problem
 from zotune import reference
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 IDS = torch.tensor([[1, 5, 7, 9, 2, 4], [3, 0, 7, 3, 4, 11]])
 MU = 0.01
@@ -245,4 +245,4 @@ def test_what_cannot_be_split_is_refused_with_a_reason():
     opt = zo.Hybrid(zo.zo_sgd(p.model, 0.1, params=[p.model.embed]), torch.optim.SGD([p.model.final_norm], lr=0.1))
     with pytest.raises(zo.UsageError, match=r"does not depend.*without .item\(\)"):
         opt.step(p.value)
-    assert len(TunedTensors(p.model)) > 2
+    assert len(ParameterSet(p.model)) > 2

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zotune import noise
+from zotune.apply.tensor_update import TensorUpdate
 from zotune.apply.transforms import State, adam, adamm, amsgrad, momentum
 from zotune.directions.direction import one_pass
 
-if TYPE_CHECKING:
-    from zotune.apply.update import TensorUpdate
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-# What the kernel calls each transform, and the tensors of its state.
+# By transform: its number in the kernel, and the tensors of its state.
 _RULES: dict[Callable[..., Any], tuple[int, tuple[str, ...]]] = {
     momentum: (0, ("momentum_buffer",)),
     adam: (1, _MOMENTS),
@@ -31,8 +29,8 @@ _RULES: dict[Callable[..., Any], tuple[int, tuple[str, ...]]] = {
 }
 
 
-def take(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State | None:
-    """As `TensorUpdate.take`; None, and nothing done, where no kernel is for the transform, dtype or sampler."""
+def fused_update_(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State | None:
+    """As `zotune.apply.update.update_slice_`; returns None, with nothing done, where no kernel serves the update."""
     transform, terms = update.transform, one_pass(update.terms, update.tensor.id)
     if not isinstance(transform, partial) or transform.func not in _RULES or terms is None:
         return None

@@ -1,180 +1,120 @@
-"""One tensor's update, x ← (1 - ηλ) x - a η h(ĝ), for any slice of it and without writing x unless told to.
+"""Updates: x ← (1 - ηλ) x - a η h(ĝ), for a slice, a tensor or all tensors, in place or into other memory.
 
-The same computation serves to apply a step and to look at it beforehand: a slice comes out with the
-same bits either way, rounding included.
+The same computation applies a step and evaluates it beforehand (`Updated`): a slice comes out with the same bits
+either way, rounding included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zotune.apply import fused
-from zotune.apply.transforms import State, Transform, identity
+from zotune.apply.tensor_update import HALF, Rounding, TensorUpdate
+from zotune.apply.transforms import State, Transform
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
 from zotune.estimate.perturb import move_rows_one_by_one
 from zotune.model.parameters import TunedTensor
 from zotune.noise import add_many, compute_dtype, round_to
-
-# Elements at a time where ĝ or its transform is made: the temporaries stay at some megabytes.
-_CHUNK = 1 << 18
-_HALF = (torch.bfloat16, torch.float16)
+from zotune.system import limits
 
 
-class Rounding(StrEnum):
-    """How an update is written into bfloat16 or float16 weights. It concerns no other dtype.
+def updated_slice(update: TensorUpdate, out: Tensor, x: Tensor, start: int, scale: float) -> State:
+    """Write the updated x into `out`: flat slices from element `start` on. `scale` is a; returns the slice's state."""
+    if update.is_sum:
+        add_terms(out, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
+        return {}
+    return _step(update, out, x, update.state_slice(start, x.numel()), start, scale)
 
-    `STOCHASTIC` rounds up or down at random so that the mean is exact and nothing is stored; `MASTER`
-    keeps a float32 copy (4 bytes a number); `NEAREST` loses every update below half a rounding unit.
+
+def update_slice_(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State:
+    """Update a flat slice in place, given the state of its elements; returns the slice's new state.
+
+    The given state may be overwritten. With a = 0 the slice stays as it is and the state advances.
     """
-
-    STOCHASTIC = "stochastic"
-    MASTER = "master"
-    NEAREST = "nearest"
-
-
-@dataclass(frozen=True)
-class TensorUpdate:
-    """What a step does to one tensor.
-
-    Attributes:
-        terms: (cᵢ, uᵢ) of ĝ.
-        history: the terms of earlier steps, oldest first, from which the transform's state is made again;
-            None if it is kept in `state`.
-        state: the transform's state; tensors of the tensor's shape, and plain numbers.
-        lr, weight_decay: η, λ.
-        rounding_seed: names the stochastic rounding of half-precision weights; None for rounding to nearest.
-        master: float32 weights that take the update in place of the half-precision ones.
-    """
-
-    tensor: TunedTensor
-    terms: Terms
-    transform: Transform
-    state: State
-    lr: float
-    weight_decay: float
-    rounding_seed: int | None
-    history: Sequence[Terms] | None = None
-    master: Tensor | None = None
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether the terms are all that is added to the weights, so that no ĝ need be in memory."""
-        return self.transform is identity and not self.weight_decay
-
-    def moves(self, scale: float) -> Terms:
-        """The terms as they are added where `is_sum`."""
-        return [(-scale * self.lr * c, u) for c, u in self.terms]
-
-    def move(self, out: Tensor, x: Tensor, start: int, scale: float) -> State:
-        """Write the updated x into `out`, flat slices from element `start` on; the slice's new state. `scale` is a."""
-        if self.is_sum:
-            add_terms(out, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
-            return {}
-        return self._step(out, x, self._state(start, x), start, scale)
-
-    def take(self, x: Tensor, state: State, start: int, scale: float) -> State:
-        """Update a flat slice in place, given the state of just its elements; the slice's new state.
-
-        What is given as the state may be written too. With a = 0 the slice stays, and the state advances.
-        """
-        if self.is_sum:
-            if scale:
-                add_terms(x, x, self.moves(scale), self.tensor.id, start, self.rounding_seed)
-            return {}
-        if (after := fused.take(self, x, state, start, scale)) is not None:
-            return after
-        return self._step(x if scale else torch.empty_like(x), x, state, start, scale)
-
-    def _step(self, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
-        before = state if self.history is None else self._rebuilt(start, x)
-        step, after = self.transform(self._gradient(self.terms, start, x), before)
-        y = x.to(compute_dtype(x.dtype)) * (1 - self.lr * self.weight_decay) - scale * self.lr * step
-        round_to(out, y, self.rounding_seed, self.tensor.id, start)
-        return after
-
-    def write(self, scale: float) -> State:
-        """Update the weights; the tensor's new state. With a = 0 the weights stay, and the state advances."""
-        if self.is_sum and not scale:
-            return self.state
-        x = self.read()
-        after: State = {}
-        size = max(1, x.numel()) if self.is_sum else _CHUNK
-        for lo in range(0, x.numel(), size):
-            part = x[lo : lo + size]
-            new = self.take(part, self._state(lo, part), lo, scale)
-            for key, value in new.items() if self.history is None else ():
-                if isinstance(value, Tensor):
-                    whole = after.setdefault(key, self._room(key, value)).view(-1)[lo : lo + size]
-                    if whole.data_ptr() != value.data_ptr():
-                        whole.copy_(value)
-                else:
-                    after[key] = value
+    if update.is_sum:
         if scale:
-            self.keep(x)
+            add_terms(x, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
+        return {}
+    if (after := fused.fused_update_(update, x, state, start, scale)) is not None:
         return after
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether what takes the update lies in memory in the order of its elements."""
-        return self.master is not None or self.tensor.storage().is_contiguous()
-
-    def read(self) -> Tensor:
-        """What takes the update, flat: the weights themselves if that can be, or else their master or a copy."""
-        return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
-
-    def keep(self, x: Tensor) -> None:
-        """Put what `read` gave, updated, into the weights, if it is not they."""
-        weights = self.tensor.storage()
-        if x.data_ptr() != weights.data_ptr():
-            weights.copy_(x.view(weights.shape))
-
-    def _room(self, key: str, like: Tensor) -> Tensor:
-        if key in self.state:
-            return self.state[key]  # type: ignore[no-any-return]
-        return torch.empty(self.tensor.parameter.shape, dtype=like.dtype, device=like.device)
-
-    def _gradient(self, terms: Terms, start: int, like: Tensor) -> Tensor:
-        total = torch.zeros(like.numel(), dtype=compute_dtype(like.dtype), device=like.device)
-        add_terms(total, total, terms, self.tensor.id, start)
-        return total
-
-    def _state(self, start: int, like: Tensor) -> State:
-        """The state of a slice, as it is kept."""
-        part = slice(start, start + like.numel())
-        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
-
-    def _rebuilt(self, start: int, like: Tensor) -> State:
-        """The state of a slice, made again from the terms of earlier steps."""
-        state: State = {}
-        for terms in self.history or ():
-            _, state = self.transform(self._gradient(terms, start, like), state)
-        return state
+    return _step(update, x if scale else torch.empty_like(x), x, state, start, scale)
 
 
-def write_all(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[TensorUpdate, State]]:
-    """`TensorUpdate.write` for many tensors; those that are moved by the same terms are moved together."""
+def _step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
+    before = state if update.history is None else _state_from_history(update, start, x)
+    step, after = update.transform(_gradient(update, update.terms, start, x), before)
+    y = x.to(compute_dtype(x.dtype)) * (1 - update.lr * update.weight_decay) - scale * update.lr * step
+    round_to(out, y, update.rounding_seed, update.tensor.id, start)
+    return after
+
+
+def _gradient(update: TensorUpdate, terms: Terms, start: int, like: Tensor) -> Tensor:
+    """ĝ for the elements of a slice."""
+    total = torch.zeros(like.numel(), dtype=compute_dtype(like.dtype), device=like.device)
+    add_terms(total, total, terms, update.tensor.id, start)
+    return total
+
+
+def _state_from_history(update: TensorUpdate, start: int, like: Tensor) -> State:
+    """The state of a slice, computed again from the terms of earlier steps."""
+    state: State = {}
+    for terms in update.history or ():
+        _, state = update.transform(_gradient(update, terms, start, like), state)
+    return state
+
+
+def update_tensor_(update: TensorUpdate, scale: float) -> State:
+    """Update a tensor's weights; returns its new state. With a = 0 the weights stay and the state advances."""
+    if update.is_sum and not scale:
+        return update.state
+    x = update.flat_weights()
+    after: State = {}
+    size = max(1, x.numel()) if update.is_sum else limits.UPDATE_ELEMENTS
+    for lo in range(0, x.numel(), size):
+        part = x[lo : lo + size]
+        new = update_slice_(update, part, update.state_slice(lo, part.numel()), lo, scale)
+        for key, value in new.items() if update.history is None else ():
+            if isinstance(value, Tensor):
+                whole = after.setdefault(key, _state_tensor(update, key, value)).view(-1)[lo : lo + size]
+                if whole.data_ptr() != value.data_ptr():
+                    whole.copy_(value)
+            else:
+                after[key] = value
+    if scale:
+        update.store(x)
+    return after
+
+
+def _state_tensor(update: TensorUpdate, key: str, like: Tensor) -> Tensor:
+    """The tensor that holds one entry of the whole state: the present one, or a new one."""
+    if key in update.state:
+        return update.state[key]  # type: ignore[no-any-return]
+    return torch.empty(update.tensor.parameter.shape, dtype=like.dtype, device=like.device)
+
+
+def update_tensors_(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[TensorUpdate, State]]:
+    """`update_tensor_` for many tensors; those that are moved by the same terms share one call of the kernels."""
     together: dict[Any, list[tuple[TensorUpdate, Tensor]]] = {}
     states = []
     for update in updates:
         # A tensor that has to be copied is written alone: one copy at a time.
         alone = not (update.is_sum and scale and update.is_flat)
-        shared = None if alone else one_pass(update.moves(scale), update.tensor.id)
+        shared = None if alone else one_pass(update.scaled_terms(scale), update.tensor.id)
         if shared is None:
-            states.append((update, update.write(scale)))
+            states.append((update, update_tensor_(update, scale)))
         else:
-            x = update.read()
+            x = update.flat_weights()
             together.setdefault((x.device, x.dtype, *shared, update.rounding_seed), []).append((update, x))
     for (_, _, stream, seeds, scales, rounding_seed), members in together.items():
         ids = [update.tensor.id for update, _ in members]
         add_many([x for _, x in members], ids, stream, seeds, scales, rounding_seed)
         for update, x in members:
-            update.keep(x)
+            update.store(x)
     return states
 
 
@@ -207,7 +147,7 @@ class Step:
         """
         p = tensor.parameter
         lr, weight_decay = self.rates[group]
-        is_stochastic = p.dtype in _HALF and self.rounding == Rounding.STOCHASTIC
+        is_stochastic = p.dtype in HALF and self.rounding == Rounding.STOCHASTIC
         return TensorUpdate(
             tensor,
             moving(self.terms, tensor.id),
@@ -221,40 +161,40 @@ class Step:
         )
 
 
-def keep_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
+def with_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
     """A tensor's state, with its master weights where `rounding` wants them and they are not there yet."""
     weights = tensor.storage()
-    if weights.dtype in _HALF and rounding == Rounding.MASTER and "master" not in state:
+    if weights.dtype in HALF and rounding == Rounding.MASTER and "master" not in state:
         state["master"] = weights.float().contiguous()
     return state
 
 
 @dataclass(frozen=True)
 class Updated:
-    """The model after a step that has not been taken: a displacement for `zotune.estimate.perturb.displaced`."""
+    """The model after a step that has not been taken: a displacement for `zotune.estimate.perturb.perturbed_by`."""
 
     updates: dict[int, TensorUpdate]
     scale: float
 
     @property
     def tensors(self) -> frozenset[int]:
-        """As `Displacement.tensors`."""
+        """As `WeightOffset.tensors`."""
         return frozenset(self.updates)
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
-        """As `Displacement.move`."""
+        """As `WeightOffset.move`."""
         update = self.updates[tensor.id]
         if update.master is None:
-            update.move(out, x, start, self.scale)
+            updated_slice(update, out, x, start, self.scale)
             return
         master = update.master.view(-1)[start : start + x.numel()]
         moved = torch.empty_like(master)
-        update.move(moved, master, start, self.scale)
+        updated_slice(update, moved, master, start, self.scale)
         out.copy_(moved)
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
-        """As `Displacement.move_rows`."""
+        """As `WeightOffset.move_rows`."""
         move_rows_one_by_one(self, rows, indices, tensor)
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> None:
-        """As `Displacement.factors`: the update that is written is known as a sum of matrices, not by its factors."""
+        """As `WeightOffset.factors`: the update that is written is known as a sum of matrices, not by its factors."""

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zotune.directions.blocks import Block
-from zotune.directions.direction import Direction, Sampler, Terms
+from zotune.directions.direction import Direction, Terms
+from zotune.directions.samplers import Sampler
 from zotune.directions.schedule import state_of
 
 
-class History:
+class CoefficientWindow:
     """The terms of the last `maxlen` steps, oldest first: coefficients and seeds, no noise. Skipped steps have none.
 
-    >>> history = History(1)
+    >>> history = CoefficientWindow(1)
     >>> for c in (1.0, 2.0):
     ...     history.add([(c, Direction(7))])
     ...     history.close()

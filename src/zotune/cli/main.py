@@ -110,9 +110,9 @@ def _train(args: list[str], as_json: bool) -> int:
     if is_dry:
         return _dry_run(config, as_json)
     from zotune.llm.training.train import train
-    from zotune.system.malloc import keep_freed_memory
+    from zotune.system.malloc import tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     result = train(config)
     _write_page(result.output_dir)
     if as_json:
@@ -162,9 +162,9 @@ def _eval(args: list[str], as_json: bool) -> int:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
     from zotune.llm.training.evaluation import evaluate_tasks
     from zotune.llm.training.output_folder import write_json
-    from zotune.system.malloc import OWN_PAGES_OF_PASSES, keep_freed_memory
+    from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
-    keep_freed_memory(OWN_PAGES_OF_PASSES)
+    tune_malloc(OWN_PAGES_OF_PASSES)
     found, results = evaluate_tasks(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)

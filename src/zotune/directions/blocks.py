@@ -19,7 +19,7 @@ from torch import nn
 
 from zotune.errors import UsageError
 from zotune.model.layers import stack_of
-from zotune.model.parameters import TunedTensor, TunedTensors, canonical_name, tensor_id
+from zotune.model.parameters import ParameterSet, TunedTensor, canonical_name, tensor_id
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def blocks_by_size(model: nn.Module, max_elements: int, params: Params = None) -
         raise ValueError(f"a block holds at least one number, got {max_elements=}")
     groups: list[list[TunedTensor]] = []
     room = 0
-    for tensor in TunedTensors(model, params):
+    for tensor in ParameterSet(model, params):
         size = tensor.parameter.numel()
         if size > room or not groups:
             groups.append([])
@@ -129,7 +129,7 @@ BLOCKS: dict[str, Callable[[nn.Module, Params], Blocks]] = {
 """Ways to cut a model by name."""
 
 
-def check_partition(blocks: Sequence[Block], tuned: TunedTensors) -> None:
+def check_partition(blocks: Sequence[Block], tuned: ParameterSet) -> None:
     """See that every tuned tensor is in exactly one block.
 
     Raises:
@@ -184,6 +184,6 @@ def _by_part(model: nn.Module) -> Callable[[str], str]:
 
 def _group(model: nn.Module, block_of: Callable[[str], str], params: Params) -> Blocks:
     groups: dict[str, list[str]] = {}
-    for tensor in TunedTensors(model, params):
+    for tensor in ParameterSet(model, params):
         groups.setdefault(block_of(tensor.name), []).append(tensor.name)
     return tuple(Block(name, tuple(tensors)) for name, tensors in groups.items())

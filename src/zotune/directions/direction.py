@@ -9,51 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.blocks import Block
-from zotune.directions.low_rank import Factored, Factors
-from zotune.model.parameters import TunedTensor, TunedTensors
-
-# What a sampler without a fused kernel makes at a time: its scratch stays in the cache.
-_CHUNK = 1 << 18
-
-
-class Sampler(Protocol):
-    """A distribution over directions with mean 0 and identity covariance, E[u uᵀ] = I. Equal ones are one."""
-
-    def __hash__(self) -> int: ...
-
-    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
-        """Write elements start, start + 1, … of u for one tensor into `out` (flat, float32)."""
-
-
-@dataclass(frozen=True)
-class PhiloxSampler:
-    """A sampler that has kernels of its own, named by its stream of the noise specification."""
-
-    name: str
-    stream: int
-
-    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
-        """As `Sampler.fill`."""
-        noise.fill(out, self.stream, seed, tensor_id, start)
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-rademacher = PhiloxSampler("rademacher", noise.RADEMACHER)
-"""Independent signs ±1: the cheapest sampler, and the one with the smallest fourth moment."""
-
-gaussian = PhiloxSampler("gaussian", noise.GAUSSIAN)
-"""Independent standard normal numbers: the paper's sampler."""
-
-SAMPLERS: dict[str, Sampler] = {"rademacher": rademacher, "gaussian": gaussian}
+from zotune.directions.low_rank import Factors
+from zotune.directions.samplers import Sampler, factored, kernel_of, part_of, rademacher
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
 
 @dataclass(frozen=True)
@@ -95,32 +60,37 @@ class Direction:
         return self.block is None or tensor_id in self.block.ids
 
     def sampler_of(self, tensor_id: int) -> Sampler:
-        """What the part for a tensor is drawn from."""
-        sampler = self.sampler
-        return sampler.base if isinstance(sampler, Factored) and tensor_id not in sampler.shapes else sampler
+        """The sampler of the part for a tensor."""
+        return part_of(self.sampler, tensor_id)
+
+    def kernel(self, tensor_id: int) -> int | None:
+        """The noise stream whose kernels make the part for a tensor; None where no kernel does."""
+        return kernel_of(self.sampler_of(tensor_id))
 
     def factors(self, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None) -> Factors | None:
-        """The factors of the part for a tensor; None where it has none. See `Factored.factors`."""
-        sampler = self.sampler_of(tensor_id)
-        return sampler.factors(self.seed, tensor_id, device, start, size) if isinstance(sampler, Factored) else None
+        """The thin factors of the part for a tensor, of the rows that elements start … start + size - 1 lie in.
+
+        None where the part has no factors.
+        """
+        sampler = factored(self.sampler_of(tensor_id))
+        return None if sampler is None else sampler.factors(self.seed, tensor_id, device, start, size)
 
     def all_factors(self, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
-        """The factors of the parts for some tensors, where they have some and all of them are small."""
-        sampler = self.sampler
-        chosen = (i for i in ids if self.moves(i))
-        return sampler.together(self.seed, chosen, device) if isinstance(sampler, Factored) else {}
+        """The factors of the parts for some tensors, drawn together; empty where there are none or they are large."""
+        sampler = factored(self.sampler)
+        return {} if sampler is None else sampler.together(self.seed, filter(self.moves, ids), device)
 
     def has_factors(self, tensor_id: int) -> bool:
         """Whether the part for a tensor is known by thin factors."""
-        return isinstance(self.sampler_of(tensor_id), Factored)
+        return factored(self.sampler_of(tensor_id)) is not None
 
-    def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
+    def of(self, model: nn.Module | ParameterSet, name: str) -> Tensor:
         """The part of u for the tensor called `name` (any of a tied tensor's names): its shape, float32.
 
         Raises:
             KeyError: no tensor of the model that requires a gradient has this name.
         """
-        tensor = TunedTensors.of(model)[name]
+        tensor = ParameterSet.of(model)[name]
         out = torch.empty(tensor.parameter.shape, dtype=torch.float32, device=tensor.device)
         if not self.moves(tensor.id):
             return out.zero_()
@@ -153,8 +123,9 @@ def add_terms(
         noise.add_products(out, x, factors, [a for a, _ in terms], tensor_id, start, rounding_seed)
         return
     dtype = noise.compute_dtype(x.dtype)
-    for lo in range(0, x.numel(), _CHUNK):
-        part = slice(lo, min(lo + _CHUNK, x.numel()))
+    size = limits.UPDATE_ELEMENTS
+    for lo in range(0, x.numel(), size):
+        part = slice(lo, min(lo + size, x.numel()))
         total = x[part].to(dtype) + sum_terms(terms, tensor_id, start + lo, part.stop - lo, dtype, x.device)
         noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
 
@@ -162,19 +133,19 @@ def add_terms(
 def one_pass(terms: Terms, tensor_id: int) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:
     """Stream, seeds and scales of terms whose directions share a sampler with a kernel; None for any others."""
     samplers = {u.sampler_of(tensor_id) for _, u in terms}
-    (sampler,) = samplers if len(samplers) == 1 else (None,)
-    if not isinstance(sampler, PhiloxSampler):
+    kernel = kernel_of(samplers.pop()) if len(samplers) == 1 else None
+    if kernel is None:
         return None
-    return sampler.stream, tuple(u.seed for _, u in terms), tuple(a for a, _ in terms)
+    return kernel, tuple(u.seed for _, u in terms), tuple(a for a, _ in terms)
 
 
 def _all_factors(terms: Terms, tensor_id: int, start: int, x: Tensor) -> list[Factors]:
     """The factors of each term, for the rows that a slice is in; nothing where one has none, or of another rank."""
-    samplers = {u.sampler_of(tensor_id) for _, u in terms}
-    if not all(isinstance(s, Factored) for s in samplers) or len({getattr(s, "rank", 0) for s in samplers}) != 1:
+    samplers = [factored(u.sampler_of(tensor_id)) for _, u in terms]
+    if None in samplers or len({s.rank for s in samplers if s is not None}) != 1:
         return []
-    found = (u.factors(tensor_id, x.device, start, x.numel()) for _, u in terms)
-    return [f for f in found if f is not None]
+    factors = (u.factors(tensor_id, x.device, start, x.numel()) for _, u in terms)
+    return [f for f in factors if f is not None]
 
 
 def combine(terms: Terms, tensor: TunedTensor) -> Tensor:

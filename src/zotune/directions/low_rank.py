@@ -14,23 +14,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zotune import noise
+from zotune.directions.samplers import Sampler
+from zotune.directions.schedule import ScheduledSampler, Weights
+from zotune.errors import UsageError
 from zotune.model import linear as gemm
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
+from zotune.system import limits
 
-if TYPE_CHECKING:
-    from zotune.directions.direction import Sampler
-
-# Numbers that are drawn together at most: 4 MiB.
-_TOGETHER = 1 << 20
-# The name of the right factors' seeds among what is derived from a seed.
-RIGHT = 3
+# Purpose number of the right factors' seeds in `derive_seed`.
+_RIGHT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Factored:
+class LowRankSampler:
     """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.
 
     Attributes:
@@ -114,6 +114,10 @@ class Factored:
     rank: int
     right_seed: int | None
     shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+
+    def part(self, tensor_id: int) -> Sampler:
+        """As `zotune.directions.samplers.part_of`: a tensor that is no matrix has the base's directions."""
+        return self if tensor_id in self.shapes else self.base
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
         """As `Sampler.fill`."""
@@ -144,7 +148,7 @@ class Factored:
         """As `factors`, of the matrices among some tensors; in one piece of memory, and none if that would be large."""
         sizes = {i: tuple(side * self.rank for side in self.shapes[i]) for i in ids if i in self.shapes}
         total = sum(map(sum, sizes.values()))
-        if total > _TOGETHER:
+        if total > limits.FACTOR_ELEMENTS:
             return {}
         right_seed = self._right_seed_of(seed)
         room = torch.empty(total, dtype=torch.float32, device=device)
@@ -162,13 +166,13 @@ class Factored:
         return _own_right_seed(seed) if self.right_seed is None else self.right_seed
 
     def state(self) -> dict[str, Any]:
-        """As `zotune.directions.schedule.SamplerOfAStep.state`."""
+        """As `zotune.directions.schedule.StatefulSampler.state`."""
         return {"right_seed": self.right_seed}
 
 
 @lru_cache(maxsize=64)
 def _own_right_seed(seed: int) -> int:
-    return derive_seed(seed, 0, 0, RIGHT)
+    return derive_seed(seed, 0, 0, _RIGHT)
 
 
 # Each slice of a tensor wants the same factors one after the other. Those of a whole step are not kept: small tensors
@@ -179,3 +183,77 @@ def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int
     found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
     base.fill(found.view(-1), seed, tensor_id, lo * rank)
     return found
+
+
+@dataclass(frozen=True)
+class LowRank(ScheduledSampler):
+    """A sampler of directions of low rank whose right factor is renewed as a run goes on; see `low_rank`."""
+
+    base: Sampler
+    rank: int
+    interval: int
+
+    def at(
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+    ) -> LowRankSampler:
+        """As `ScheduledSampler.at`."""
+        right_seed = None if self.interval == 1 else derive_seed(seed, step // self.interval, 0, _RIGHT)
+        return self._factored(tuned, right_seed)
+
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> LowRankSampler:
+        """As `ScheduledSampler.restored`."""
+        return self._factored(tuned, state["right_seed"])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As `ScheduledSampler.constants`."""
+        return {"rank": self.rank, "interval": self.interval}
+
+    def _factored(self, tuned: ParameterSet, right_seed: int | None) -> LowRankSampler:
+        shapes = {t.id: t.parameter.shape for t in tuned if t.parameter.dim() > 1 and t.parameter.numel()}
+        return LowRankSampler(self.base, self.rank, right_seed, {i: (s[0], s[1:].numel()) for i, s in shapes.items()})
+
+
+def low_rank(base: Sampler, rank: int = 1, *, interval: int = 1) -> LowRank:
+    r"""Directions that are matrices of low rank: for an m × n tensor U = A Bᵀ/√r, known by (m + n) r numbers.
+
+    A (m × r) is drawn anew for each direction, B (n × r) with it or once for some steps. Independent entries of mean 0
+    and variance 1 give E[u uᵀ] = I, so E[ĝ] = ∇f as for any sampler. A linear layer is displaced by two thin products,
+    y = x Wᵀ + a (x B) Aᵀ/√r, and no weight is written or copied: probes cost hardly more than their forward passes, and
+    many of them (`most` of `zotune.batched`) share the product x Wᵀ.
+
+    Args:
+        base: the distribution of the entries of A and B: `gaussian` as in LOZO and EGGROLL, or `rademacher`. Tensors
+            of fewer than two dimensions (biases, gains of norms) get its directions as they are. A tensor of more than
+            two dimensions counts as a matrix of shape[0] rows.
+        rank: r ≥ 1.
+        interval: ν ≥ 1, steps between two draws of B. With 1 each direction has its own B (EGGROLL); with more, all
+            directions of ν steps share one, so that these steps move a matrix by one of rank at most r (LOZO).
+
+    Raises:
+        UsageError: a value is out of range, or the base is no sampler of independent entries.
+
+    Memory: the factors of one tensor. Where a matrix is read by something other than a linear layer or an embedding,
+    that tensor, as with other samplers.
+
+    Source: Chen et al., 2024 (LOZO, arXiv 2410.07698), who move probes by A Bᵀ and divide the update by r, where here
+    both have 1/√r; Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652).
+
+    >>> import torch
+    >>> import zotune as zo
+    >>> model = torch.nn.Linear(30, 20)
+    >>> opt = zo.zo_sgd(model, lr=0.1, sampler=zo.low_rank(zo.gaussian, rank=2, interval=50))
+    >>> (u,) = opt.directions()
+    >>> int(torch.linalg.matrix_rank(u.of(model, "weight")))
+    2
+    """
+    if isinstance(base, ScheduledSampler):
+        raise UsageError(
+            f"the factors' entries must be independent, got {base!r}; zotune.sparse(zotune.low_rank(…), …) masks the "
+            "matrix that they make."
+        )
+    if rank < 1:
+        raise UsageError(f"a matrix that is not zero has a rank of at least 1, got {rank=}")
+    if interval < 1:
+        raise UsageError(f"a factor serves at least one step, got {interval=}")
+    return LowRank(base, rank, interval)

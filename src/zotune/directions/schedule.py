@@ -13,33 +13,33 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from zotune.directions.direction import Sampler
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.directions.samplers import Sampler
+from zotune.model.parameters import ParameterSet, TunedTensor
 
 # A tensor to its numbers.
 Weights = Callable[[TunedTensor], Tensor]
 
 
 @runtime_checkable
-class SamplerOfAStep(Sampler, Protocol):
-    """What a `Renewed` sampler is at one step."""
+class StatefulSampler(Sampler, Protocol):
+    """What a `ScheduledSampler` sampler is at one step."""
 
     def state(self) -> dict[str, Any]:
-        """What `Renewed.restored` makes this sampler from, in plain values."""
+        """What `ScheduledSampler.restored` makes this sampler from, in plain values."""
 
 
-class Renewed(ABC):
+class ScheduledSampler(ABC):
     """A sampler that is renewed as a run goes on.
 
     Attributes:
         base: the sampler that it is made from.
     """
 
-    base: Sampler | Renewed
+    base: Sampler | ScheduledSampler
 
     @abstractmethod
     def at(
-        self, tuned: TunedTensors, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
     ) -> Sampler:
         """The sampler of one step of the run that `seed` names. `before` is that of an earlier step, if there was one.
 
@@ -47,8 +47,8 @@ class Renewed(ABC):
         """
 
     @abstractmethod
-    def restored(self, tuned: TunedTensors, seed: int, state: dict[str, Any]) -> Sampler:
-        """The sampler that `SamplerOfAStep.state` describes."""
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> Sampler:
+        """The sampler that `StatefulSampler.state` describes."""
 
     @property
     @abstractmethod
@@ -58,38 +58,50 @@ class Renewed(ABC):
     @property
     def depends_on_weights(self) -> bool:
         """Whether a direction can be made again only with the weights as they were."""
-        return isinstance(self.base, Renewed) and self.base.depends_on_weights
+        return depends_on_weights(self.base)
 
 
-AnySampler = Sampler | Renewed
+AnySampler = Sampler | ScheduledSampler
 
 
 def at_step(
     sampler: AnySampler,
-    tuned: TunedTensors,
+    tuned: ParameterSet,
     seed: int,
     step: int,
     before: Any = None,
     weights: Weights = TunedTensor.storage,
 ) -> Sampler:
-    """As `Renewed.at`; a sampler that is always the same is that of every step."""
-    return sampler.at(tuned, seed, step, before, weights) if isinstance(sampler, Renewed) else sampler
+    """As `ScheduledSampler.at`; a sampler that is always the same is that of every step."""
+    return sampler.at(tuned, seed, step, before, weights) if isinstance(sampler, ScheduledSampler) else sampler
 
 
-def restored(sampler: AnySampler, tuned: TunedTensors, seed: int, state: Any) -> Sampler:
-    """As `Renewed.restored`; a sampler that is always the same has no state."""
-    return sampler.restored(tuned, seed, state) if isinstance(sampler, Renewed) else sampler
+def restored(sampler: AnySampler, tuned: ParameterSet, seed: int, state: Any) -> Sampler:
+    """As `ScheduledSampler.restored`; a sampler that is always the same has no state."""
+    return sampler.restored(tuned, seed, state) if isinstance(sampler, ScheduledSampler) else sampler
 
 
 def state_of(sampler: Sampler | None) -> dict[str, Any] | None:
     """The state of a step's sampler; None where it has none."""
-    return sampler.state() if isinstance(sampler, SamplerOfAStep) else None
+    return sampler.state() if isinstance(sampler, StatefulSampler) else None
 
 
-class StepSampler:
+def depends_on_weights(sampler: AnySampler) -> bool:
+    """Whether a sampler's directions can be made again only with the weights as they were."""
+    return isinstance(sampler, ScheduledSampler) and sampler.depends_on_weights
+
+
+def description_of(sampler: AnySampler) -> Any:
+    """A sampler in plain values, for ledgers: its name, or its base and constants."""
+    if isinstance(sampler, ScheduledSampler):
+        return {"base": description_of(sampler.base), **sampler.constants}
+    return repr(sampler)
+
+
+class SamplerState:
     """The sampler of each step of a run."""
 
-    def __init__(self, tuned: TunedTensors, sampler: AnySampler) -> None:
+    def __init__(self, tuned: ParameterSet, sampler: AnySampler) -> None:
         self._tuned, self._sampler = tuned, sampler
         self._last: Sampler | None = None
 

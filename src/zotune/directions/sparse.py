@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions.direction import Sampler
-from zotune.directions.schedule import AnySampler, Renewed, Weights, at_step, restored, state_of
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.directions.samplers import Sampler
+from zotune.directions.schedule import AnySampler, ScheduledSampler, Weights, at_step, restored, state_of
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
-_CHUNK = 1 << 20
 # The name of mask seeds among what is derived from a run's seed.
 _PURPOSE = 2
 
@@ -52,7 +52,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Sparse(Renewed):
+class Sparse(ScheduledSampler):
     """A sampler whose entries are set to zero by a mask that is renewed as a run goes on; see `sparse`."""
 
     base: AnySampler
@@ -63,13 +63,13 @@ class Sparse(Renewed):
 
     def at(
         self,
-        tuned: TunedTensors,
+        tuned: ParameterSet,
         seed: int,
         step: int,
         before: Masked | None = None,
         weights: Weights = TunedTensor.storage,
     ) -> Masked:
-        """As `Renewed.at`: the levels of the step before may still hold."""
+        """As `ScheduledSampler.at`: the levels of the step before may still hold."""
         epoch = step // self.interval
         base = at_step(self.base, tuned, seed, step, before and before.base, weights)
         if before is not None and before.epoch == epoch:
@@ -79,27 +79,27 @@ class Sparse(Renewed):
             return self._masked(tuned, seed, epoch, before.levels, base)
         return self._masked(tuned, seed, epoch, self._levels(tuned, weights), base)
 
-    def restored(self, tuned: TunedTensors, seed: int, state: dict[str, Any]) -> Masked:
-        """As `Renewed.restored`."""
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> Masked:
+        """As `ScheduledSampler.restored`."""
         levels = {int(key): Level(*level) for key, level in state["levels"].items()}
         return self._masked(tuned, seed, state["epoch"], levels, restored(self.base, tuned, seed, state.get("base")))
 
     @property
     def constants(self) -> dict[str, Any]:
-        """As `Renewed.constants`."""
+        """As `ScheduledSampler.constants`."""
         own = {"sparsity": self.sparsity, "mask": str(self.mask), "group": str(self.group)}
         return {**own, "interval": self.interval}
 
     @property
     def depends_on_weights(self) -> bool:
-        """As `Renewed.depends_on_weights`."""
+        """As `ScheduledSampler.depends_on_weights`."""
         return self.mask == Mask.MAGNITUDE or super().depends_on_weights
 
-    def _masked(self, tuned: TunedTensors, seed: int, epoch: int, levels: dict[int, Level], base: Sampler) -> Masked:
+    def _masked(self, tuned: ParameterSet, seed: int, epoch: int, levels: dict[int, Level], base: Sampler) -> Masked:
         weights = {t.id: t for t in tuned} if self.depends_on_weights else {}
         return Masked(base, noise.derive_seed(seed, epoch, 0, _PURPOSE), epoch, levels, weights)
 
-    def _levels(self, tuned: TunedTensors, weights: Weights) -> dict[int, Level]:
+    def _levels(self, tuned: ParameterSet, weights: Weights) -> dict[int, Level]:
         groups = [list(tuned)] if self.group == Group.GLOBAL else [[t] for t in tuned]
         return {i: level for tensors in groups for i, level in self._levels_of(tensors, weights).items()}
 
@@ -146,7 +146,7 @@ class Masked:
         out.masked_fill_((magnitude < level.threshold) | ((magnitude == level.threshold) & (ties == 0)), 0.0)
 
     def state(self) -> dict[str, Any]:
-        """As `zotune.directions.schedule.SamplerOfAStep.state`."""
+        """As `zotune.directions.schedule.StatefulSampler.state`."""
         levels = {i: (level.ratio, level.threshold) for i, level in self.levels.items()}
         return {"epoch": self.epoch, "levels": levels, "base": state_of(self.base)}
 
@@ -199,8 +199,8 @@ def sparse(
 def _magnitudes(x: Tensor) -> Iterator[Tensor]:
     """|x| of one tensor in single precision, chunk by chunk."""
     flat = x.contiguous().view(-1)
-    for lo in range(0, flat.numel(), _CHUNK):
-        yield flat[lo : lo + _CHUNK].abs().float()
+    for lo in range(0, flat.numel(), limits.STATISTIC_ELEMENTS):
+        yield flat[lo : lo + limits.STATISTIC_ELEMENTS].abs().float()
 
 
 def _quantile(

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zotune.estimate.objective import Closure, evaluate, probing
-from zotune.model.layers import Observer, stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.intercept import intercepted_ids
+from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.parameters import ParameterSet
 
 
 class Diverged(BaseException):
     """A later call of the stack was given something else than in the recorded pass: what came before it mattered."""
 
 
-class PrefixReuse:
+class ActivationCache:
     """Closures that skip the layers which the present perturbation cannot reach; a context of one objective.
 
     An objective may call the stack several times (micro-batches). Where a later call's input follows from an earlier
@@ -38,7 +39,7 @@ class PrefixReuse:
         num_passes: evaluations of the objective made here, less those whose value was known, since it was last counted.
     """
 
-    def __init__(self, tuned: TunedTensors) -> None:
+    def __init__(self, tuned: ParameterSet) -> None:
         self._tuned = tuned
         _, self._layers = stack_of(tuned.model)
         self.forget()
@@ -70,7 +71,7 @@ class PrefixReuse:
             return
         outputs: list[list[Any]] = [[] for _ in self._layers]
         inputs: list[list[Any]] = []
-        observer = Observer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
+        observer = ReadTracer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
         note = self._layers[0].register_forward_pre_hook(
             lambda layer, args, kwargs: inputs.append(_copy(_given(args, kwargs)) if inputs else []), with_kwargs=True
         )
@@ -95,7 +96,7 @@ class PrefixReuse:
         """The same objective, with what is recorded put in place of the layers that need not run."""
 
         def reusing() -> Tensor | float:
-            replaced = self._tuned.replaced
+            replaced = intercepted_ids(self._tuned)
             if not replaced and self._value is not None:
                 self.num_passes -= 1
                 return self._value
@@ -130,7 +131,7 @@ class PrefixReuse:
                     layer.forward = forward
 
 
-class NoReuse:
+class NoActivationCache:
     """The same contract where nothing is reused: every pass is a whole one."""
 
     num_passes = 0
@@ -142,13 +143,13 @@ class NoReuse:
         """Nothing was kept."""
 
     def moved(self, tensors: frozenset[int]) -> None:
-        """As `PrefixReuse.moved`."""
+        """As `ActivationCache.moved`."""
 
     def record(self, closure: Closure) -> None:
-        """As `PrefixReuse.record`."""
+        """As `ActivationCache.record`."""
 
     def of(self, closure: Closure) -> Closure:
-        """As `PrefixReuse.of`."""
+        """As `ActivationCache.of`."""
         return closure
 
 

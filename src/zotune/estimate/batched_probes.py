@@ -20,15 +20,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
-from zotune.directions.direction import PhiloxSampler
 from zotune.directions.low_rank import Factors, linear
-from zotune.estimate.perturb import KEPT_BYTES, Displacement, ends, largest_piece, piece_elements, pieces, takes
+from zotune.estimate.perturb import WeightOffset, antithetic_pair, largest_piece, nbytes, piece_elements, pieces
 from zotune.model import linear as gemm
-from zotune.model.intercept import METADATA, Reading
-from zotune.model.parameters import TunedTensor, TunedTensors
-
-# What may be made of displaced tensors alone, and is then kept for all copies: at a time, and in all.
-DERIVED_BYTES, ALL_DERIVED_BYTES = 16 << 20, 64 << 20
+from zotune.model.intercept import METADATA, Interceptor
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
 # Each number of their result depends on the numbers at its own place alone.
 _ELEMENTWISE: frozenset[Any] = frozenset(
@@ -44,7 +41,7 @@ class NotSeparableError(Exception):
     """The copies of a batch cannot be told apart in some computation."""
 
 
-class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
+class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a verb
     """Within this context the i-th of equal shares of a batch meets the tuned tensors as displacement i has them.
 
     Args:
@@ -53,17 +50,17 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
 
     Raises:
         NotSeparableError: within the context, where a result would mix the copies.
-        UnreadTensorError: as `Reading`.
+        UnreadTensorError: as `ParameterInterceptor`.
 
-    Extra memory: as `zotune.estimate.perturb.displaced`, for each displacement; and the vectors of all, of up to 16 MiB.
+    Extra memory: as `zotune.estimate.perturb.perturbed_by`, once for each displacement, and all vectors, up to 16 MiB.
     """
 
-    def __init__(self, tuned: TunedTensors, displacements: Sequence[Displacement]) -> None:
+    def __init__(self, tuned: ParameterSet, displacements: Sequence[WeightOffset]) -> None:
         super().__init__(tuned, displacements[0].tensors)
         self._displacements, self._copies = tuple(displacements), len(displacements)
-        self._ends = ends(displacements)
+        self._ends = antithetic_pair(displacements)
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
-        self._keeps = takes(tuned, self.chosen) * self._copies <= KEPT_BYTES
+        self._keeps = nbytes(tuned, self.chosen) * self._copies <= limits.CACHED_BYTES
         self._kept: dict[int, Tensor] = {}
         self._vectors_are_to_come = not self._offloaded
         self._derived: dict[int, list[Tensor]] = {}
@@ -171,7 +168,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
             raise NotSeparableError("a number was read off a displaced tensor")
         num_bytes = sum(r.numel() * r.element_size() for r in results)
         self._derived_bytes += num_bytes
-        if num_bytes > DERIVED_BYTES or self._derived_bytes > ALL_DERIVED_BYTES:
+        if num_bytes > limits.DERIVED_BYTES or self._derived_bytes > limits.ALL_DERIVED_BYTES:
             raise NotSeparableError("what is made of displaced tensors alone would take much memory")
         self._derived[id(results[0])] = results
         self._differing.add(id(results[0]))
@@ -211,24 +208,22 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         chosen = (t for t in self.tuned if t.id in self.chosen)
         found = [t for t in chosen if t.parameter.dim() == 1 and t.parameter.dtype == dtype]
         ids, sizes = [t.id for t in found], [t.parameter.numel() for t in found]
-        small = sum(sizes) * dtype.itemsize * self._copies <= KEPT_BYTES
+        small = sum(sizes) * dtype.itemsize * self._copies <= limits.CACHED_BYTES
         if self._ends is None or not small or any(t.parameter.device.type != "cpu" for t in found):
             return
         u, a = self._ends
-        sampler = u.sampler_of(ids[0])
-        if isinstance(sampler, PhiloxSampler):
+        if (kernel := u.kernel(ids[0])) is not None:
             both = torch.cat([t.parameter.detach() for t in found]).repeat(2, 1)
             for end, scale in zip(both, (a, -a), strict=True):
-                noise.add_many(torch.split(end, sizes), ids, sampler.stream, [u.seed], [scale])
+                noise.add_many(torch.split(end, sizes), ids, kernel, [u.seed], [scale])
             self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
         """Write the displaced x, flat slices from element `start` on, for each copy."""
         if self._ends is not None:
             u, a = self._ends
-            sampler = u.sampler_of(tensor.id)
-            if isinstance(sampler, PhiloxSampler):
-                noise.add_both(outs[0], outs[1], x, sampler.stream, u.seed, a, tensor.id, start)
+            if (kernel := u.kernel(tensor.id)) is not None:
+                noise.add_both(outs[0], outs[1], x, kernel, u.seed, a, tensor.id, start)
                 return
         for out, displacement in zip(outs, self._displacements, strict=True):
             displacement.move(out, x, tensor, start)
@@ -314,7 +309,7 @@ class side_by_side(Reading):  # noqa: N801 - a context manager reads like a verb
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        found = self.looked_up(input, weight, max_norm)
+        found = self.lookup(input, weight, max_norm)
         if found is None:
             return None
         tensor, indices, places = found

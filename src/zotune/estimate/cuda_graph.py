@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions.direction import Direction, PhiloxSampler
+from zotune.directions.direction import Direction
+from zotune.directions.samplers import kernel_of
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate, averaged
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import Batched, Closure, batched, probing
 from zotune.estimate.probes import values_at
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _Captured:
     values: Tensor
 
 
-class GraphedDifference:
+class CUDAGraphDifference:
     """`zotune.central_difference` of one objective over batches of one shape, captured once and replayed at each step.
 
     On a GPU where a step takes long to launch and not to compute (small batches, many layers), it takes no longer
@@ -59,7 +60,7 @@ class GraphedDifference:
     >>> from torch import nn
     >>> from zotune import ZerothOrder
     >>> model, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.zeros(8, 1)
-    >>> probe = GraphedDifference(lambda x, y: (model(x) - y).square().mean(dim=1), x, y, mu=1e-3)
+    >>> probe = CUDAGraphDifference(lambda x, y: (model(x) - y).square().mean(dim=1), x, y, mu=1e-3)
     >>> opt = ZerothOrder(model, lr=0.05, estimator=probe)
     >>> losses = [opt.step(probe.on(x, y)) for _ in range(100)]
     >>> losses[-1] < losses[0]
@@ -88,7 +89,7 @@ class GraphedDifference:
             own.copy_(x, non_blocking=True)
         return self._objective
 
-    def __call__(self, closure: Closure, tuned: TunedTensors, directions: Sequence[Direction]) -> GradientEstimate:
+    def __call__(self, closure: Closure, tuned: ParameterSet, directions: Sequence[Direction]) -> GradientEstimate:
         """As `zotune.estimate.finite_difference.Estimator`; `closure` is what `on` gave."""
         if closure is not self._objective:
             raise UsageError("a graphed estimator knows its own objective alone: opt.step(probe.on(x, y)).")
@@ -107,7 +108,7 @@ class GraphedDifference:
         terms = averaged([(plus - minus) / (2 * self._mu) for plus, minus in pairs], directions)
         return GradientEstimate(sum(values) / len(values), terms, num_forwards=len(values))
 
-    def _capture(self, key: Any, tuned: TunedTensors, directions: Sequence[Direction]) -> _Captured:
+    def _capture(self, key: Any, tuned: ParameterSet, directions: Sequence[Direction]) -> _Captured:
         from zotune.noise.gpu import Rebinding
 
         points = [(a, u) for u in directions for a in (self._mu, -self._mu)]
@@ -136,13 +137,13 @@ class GraphedDifference:
         return _Captured(key, tuple(u.seed for u in directions), graph, noise, found)
 
 
-def _places(tuned: TunedTensors) -> tuple[int, ...]:
+def _places(tuned: ParameterSet) -> tuple[int, ...]:
     """Where a model's numbers lie: a graph reads and writes there."""
     return tuple(t.data_ptr() for t in (*tuned.model.parameters(), *tuned.model.buffers()))
 
 
 def _check_sampler(directions: Sequence[Direction]) -> None:
-    if any(not isinstance(u.sampler, PhiloxSampler) for u in directions):
+    if any(kernel_of(u.sampler) is None for u in directions):
         raise UsageError(
             "only directions of zotune.rademacher and zotune.gaussian have kernels that a graph can repeat, got "
             f"{directions[0].sampler!r}: use zotune.central_difference."

@@ -19,27 +19,22 @@ from torch.utils._pytree import tree_map_only
 
 from zotune.directions.direction import Direction
 from zotune.directions.low_rank import add_products
-from zotune.estimate.jvp_attention import attention
-from zotune.estimate.jvp_layer_norm import layer_norm
-from zotune.estimate.perturb import Along, Displacement, pieces
-from zotune.model.intercept import Reading
-from zotune.model.parameters import TunedTensor, TunedTensors
-
-# Elements of a piece of a matrix's tangent: 12 MiB in single precision.
-_PIECE = 3 << 20
-# Logits whose losses are taken at a time.
-_LOGITS = 1 << 20
+from zotune.estimate.jvp_rules import attention, layer_norm
+from zotune.estimate.perturb import OffsetAlong, WeightOffset, pieces
+from zotune.model.intercept import ParameterInterceptor
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
 
-class Tangents(Reading):
+class DualParameters(ParameterInterceptor):
     """Within this context each tuned tensor is read as a dual one: x with the tangent `scale` · u, made at that moment.
 
     It belongs into a `torch.autograd.forward_ad.dual_level()`.
     """
 
-    def __init__(self, tuned: TunedTensors, direction: Direction, scale: float = 1.0) -> None:
+    def __init__(self, tuned: ParameterSet, direction: Direction, scale: float = 1.0) -> None:
         super().__init__(tuned, direction.tensors)
-        self._u: Displacement = Along(direction, scale)
+        self._u: WeightOffset = OffsetAlong(direction, scale)
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor with its tangent."""
@@ -51,7 +46,7 @@ class Tangents(Reading):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Y = x Wᵀ + b and Ẏ = ẋ Wᵀ + x Uᵀ + ḃ, without products of what is zero and without a whole U."""
         tensor = self.find(weight)
-        if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= _PIECE:
+        if torch.is_grad_enabled() or weight.dim() != 2 or not 0 < weight.shape[1] <= limits.TANGENT_ELEMENTS:
             return None
         if tensor is None and (tangent_of(weight) is not None or not any(map(self._has_tangent, (input, bias)))):
             return None
@@ -81,7 +76,7 @@ class Tangents(Reading):
         if (factors := self._u.factors(tensor, out.device)) is not None:
             add_products(out, x, [factors])
             return
-        ranges, width = pieces((out.shape[1], x.shape[1]), _PIECE), x.shape[1]
+        ranges, width = pieces((out.shape[1], x.shape[1]), limits.TANGENT_ELEMENTS), x.shape[1]
         scratch = out.new_empty(ranges[0][1] * width if ranges else 0)
         for lo, hi in ranges:
             piece = scratch[: (hi - lo) * width].zero_()
@@ -98,7 +93,7 @@ class Tangents(Reading):
         **kwargs: Any,
     ) -> Tensor | None:
         """As an embedding of the distinct rows that are looked up."""
-        found = self.looked_up(input, weight, max_norm)
+        found = self.lookup(input, weight, max_norm)
         if found is None:
             return None
         tensor, indices, places = found
@@ -118,7 +113,7 @@ class Tangents(Reading):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """As `zotune.estimate.jvp_attention.attention`."""
+        """As `zotune.estimate.jvp_rules.attention`."""
         given, device = (query, key, value), query.device.type
         # Autocast would take the products to half precision that are made in single precision here.
         is_cast = device != "meta" and torch.is_autocast_enabled(device)
@@ -139,7 +134,7 @@ class Tangents(Reading):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        """As `zotune.estimate.jvp_layer_norm.layer_norm`."""
+        """As `zotune.estimate.jvp_rules.layer_norm`."""
         # Autocast computes it in single precision, and leaves it there.
         is_cast = input.is_cuda and torch.is_autocast_enabled("cuda")
         if is_cast or not any(map(self._has_tangent, (input, weight, bias))):
@@ -162,9 +157,9 @@ class Tangents(Reading):
     ) -> Tensor | None:
         """Some rows of a large vocabulary's logits at a time."""
         unusual = weight is not None or size_average is not None or reduce is not None or target.is_floating_point()
-        if unusual or input.dim() != 2 or input.numel() <= _LOGITS or self.find(input) is not None:
+        if unusual or input.dim() != 2 or input.numel() <= limits.LOGIT_ELEMENTS or self.find(input) is not None:
             return None
-        rows = max(1, _LOGITS // input.shape[1])
+        rows = max(1, limits.LOGIT_ELEMENTS // input.shape[1])
         each = partial(F.cross_entropy, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
         losses = torch.cat(list(map(each, torch.split(input, rows), torch.split(target, rows))))
         if reduction == "none":
@@ -172,7 +167,7 @@ class Tangents(Reading):
         return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()
 
 
-def _product(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
+def _product(reading: DualParameters, *args: Any, **kwargs: Any) -> Tensor | None:
     """The product x y, with ẋ y + x ẏ in a pass less than torch's rule takes."""
     if kwargs or (pair := reading.pair(args)) is None:
         return None
@@ -182,7 +177,7 @@ def _product(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
     return dual(x * y, (dx * y).addcmul_(x, dy) if x.dtype == y.dtype else dx * y + x * dy)
 
 
-def _sum(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
+def _sum(reading: DualParameters, *args: Any, **kwargs: Any) -> Tensor | None:
     """The sum x + y, with ẋ + ẏ."""
     if kwargs or (pair := reading.pair(args)) is None:
         return None
@@ -199,7 +194,7 @@ def _sum(reading: Tangents, *args: Any, **kwargs: Any) -> Tensor | None:
 def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
     """A norm's rule for half precision, where its derivative has a factor 1/σ³ that float16 cannot hold."""
 
-    def special(reading: Tangents, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def special(reading: DualParameters, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         device = input.device.type
         if input.dtype not in (torch.float16, torch.bfloat16) or (
             device == "cuda" and torch.is_autocast_enabled(device)  # which computes it in single precision itself
@@ -212,17 +207,17 @@ def _in_single_precision(norm: Callable[..., Tensor]) -> Callable[..., Tensor | 
     return special
 
 
-Tangents.special = {
-    F.linear: Tangents._linear,
-    F.embedding: Tangents._embedding,
-    F.scaled_dot_product_attention: Tangents._attention,
-    F.cross_entropy: Tangents._cross_entropy,
+DualParameters.special = {
+    F.linear: DualParameters._linear,
+    F.embedding: DualParameters._embedding,
+    F.scaled_dot_product_attention: DualParameters._attention,
+    F.cross_entropy: DualParameters._cross_entropy,
     # Of tangents that are zero torch's rules for these make tensors, by a detour through Python.
     torch.mul: _product,
     Tensor.mul: _product,
     torch.add: _sum,
     Tensor.add: _sum,
-    F.layer_norm: Tangents._layer_norm,
+    F.layer_norm: DualParameters._layer_norm,
     **{norm: _in_single_precision(norm) for norm in (F.group_norm, F.rms_norm)},
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.directions.direction import Direction, combine
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -47,9 +47,9 @@ class GradientEstimate:
         """The estimate with f(c) in place of each c."""
         return replace(self, terms=tuple((f(c), u) for c, u in self.terms))
 
-    def of(self, model: nn.Module | TunedTensors, name: str) -> Tensor:
+    def of(self, model: nn.Module | ParameterSet, name: str) -> Tensor:
         """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""
-        return combine(self.terms, TunedTensors.of(model)[name])
+        return combine(self.terms, ParameterSet.of(model)[name])
 
 
 def averaged(coefficients: Sequence[float], directions: Sequence[Direction]) -> tuple[tuple[float, Direction], ...]:

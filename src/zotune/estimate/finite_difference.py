@@ -13,13 +13,13 @@ from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
 from zotune.estimate.objective import Closure, objective, probing, read
 from zotune.estimate.probes import values_at
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
-Estimator = Callable[[Closure, TunedTensors, Sequence[Direction]], GradientEstimate]
+Estimator = Callable[[Closure, ParameterSet, Sequence[Direction]], GradientEstimate]
 
 
 def central_difference(
-    closure: Closure, tuned: TunedTensors, directions: Sequence[Direction], *, mu: float
+    closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:
     """Two-sided differences: cᵢ = (f(x + μuᵢ) - f(x - μuᵢ)) / 2μ, ĝ = (1/q) Σ cᵢ uᵢ. 2q forward passes.
 
@@ -27,7 +27,7 @@ def central_difference(
 
     >>> from torch import nn
     >>> model = nn.Linear(2, 1, bias=False).double()
-    >>> tuned, u = TunedTensors(model), Direction(seed=7)
+    >>> tuned, u = ParameterSet(model), Direction(seed=7)
     >>> estimate = central_difference(lambda: model.weight.square().sum(), tuned, [u], mu=0.1)
     >>> (c, _), = estimate.terms
     >>> slope = (2 * model.weight.detach() * u.of(model, "weight")).sum()
@@ -44,7 +44,7 @@ def central_difference(
 
 
 def forward_difference(
-    closure: Closure, tuned: TunedTensors, directions: Sequence[Direction], *, mu: float
+    closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:
     """One-sided differences: cᵢ = (f(x + μuᵢ) - f(x)) / μ, ĝ = (1/q) Σ cᵢ uᵢ. q + 1 forward passes.
 
@@ -52,7 +52,7 @@ def forward_difference(
 
     >>> from torch import nn
     >>> model = nn.Linear(2, 1, bias=False).double()
-    >>> estimate = forward_difference(lambda: model.weight.sum(), TunedTensors(model), [Direction(7)], mu=0.1)
+    >>> estimate = forward_difference(lambda: model.weight.sum(), ParameterSet(model), [Direction(7)], mu=0.1)
     >>> estimate.num_forwards
     2
     """

@@ -24,7 +24,7 @@ from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.jvp import forward_gradient
 from zotune.estimate.objective import Closure
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CheckedForwardGradient:
             that lost tangents are named.
 
     >>> model, estimator = nn.Linear(2, 1, bias=False), CheckedForwardGradient()
-    >>> tuned, u = TunedTensors(model), Direction(seed=7)
+    >>> tuned, u = ParameterSet(model), Direction(seed=7)
     >>> estimator(lambda: model.weight.square().sum(), tuned, [u]).num_forwards
     1
     >>> wrong = CheckedForwardGradient()
@@ -84,7 +84,7 @@ class CheckedForwardGradient:
     def __init__(self) -> None:
         self._is_checked = False
 
-    def __call__(self, closure: Closure, tuned: TunedTensors, directions: Sequence[Direction]) -> GradientEstimate:
+    def __call__(self, closure: Closure, tuned: ParameterSet, directions: Sequence[Direction]) -> GradientEstimate:
         """As `forward_gradient`."""
         if self._is_checked:
             return forward_gradient(closure, tuned, directions)
@@ -96,7 +96,7 @@ class CheckedForwardGradient:
         return estimate
 
 
-def _check(closure: Closure, tuned: TunedTensors, estimate: GradientEstimate, lost: _Losing) -> None:
+def _check(closure: Closure, tuned: ParameterSet, estimate: GradientEstimate, lost: _Losing) -> None:
     remedy = "Use central_difference, or operations that torch can differentiate (weights that are not quantised)."
     if lost.operators:
         raise UsageError(

@@ -18,17 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions.direction import Direction
 from zotune.errors import UsageError
-from zotune.estimate.dual_numbers import Tangents, tangent_of
+from zotune.estimate.dual_numbers import DualParameters, tangent_of
 from zotune.estimate.estimate import GradientEstimate, averaged
 from zotune.estimate.objective import Closure, objective, probing
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 # Tangents are linear in u, so a power of two in front of u changes no digit. This one puts those of a language model,
 # up to some thousands, in the middle of what float16 can hold; the others are for a model where they leave it.
 _SCALE, _LOWER, _HIGHER = 2.0**-6, 2.0**-18, 2.0**6
 
 
-def forward_gradient(closure: Closure, tuned: TunedTensors, directions: Sequence[Direction]) -> GradientEstimate:
+def forward_gradient(closure: Closure, tuned: ParameterSet, directions: Sequence[Direction]) -> GradientEstimate:
     r"""Exact directional derivatives by forward-mode differentiation: cᵢ = ∇f(x)·uᵢ, ĝ = (1/q) Σ cᵢ uᵢ.
 
     Unbiased, E[ĝ] = ∇f, with no μ to choose and no difference of losses to round, so that it suits half precision.
@@ -54,7 +54,7 @@ def forward_gradient(closure: Closure, tuned: TunedTensors, directions: Sequence
     (arXiv 2210.03310).
 
     >>> model = nn.Linear(2, 1, bias=False).double()
-    >>> tuned, u = TunedTensors(model), Direction(seed=7)
+    >>> tuned, u = ParameterSet(model), Direction(seed=7)
     >>> estimate = forward_gradient(lambda: model.weight.pow(3).sum(), tuned, [u])
     >>> (c, _), = estimate.terms
     >>> slope = (3 * model.weight.detach() ** 2 * u.of(model, "weight")).sum()
@@ -68,7 +68,7 @@ def forward_gradient(closure: Closure, tuned: TunedTensors, directions: Sequence
     return GradientEstimate(found[0][0], terms, num_forwards=sum(passes for *_, passes in found))
 
 
-def _derivative(closure: Closure, tuned: TunedTensors, direction: Direction) -> tuple[float, float, int]:
+def _derivative(closure: Closure, tuned: ParameterSet, direction: Direction) -> tuple[float, float, int]:
     """f(x), ∇f·u, and how many passes that took: one, or two if the tangents left the range of float16."""
     value, slope = _dual(closure, tuned, direction, _SCALE)
     if not math.isfinite(value) or (math.isfinite(slope) and slope != 0) or not _uses_float16(tuned.model):
@@ -84,10 +84,10 @@ def _uses_float16(model: nn.Module) -> bool:
     )
 
 
-def _dual(closure: Closure, tuned: TunedTensors, direction: Direction, scale: float) -> tuple[float, float]:
+def _dual(closure: Closure, tuned: ParameterSet, direction: Direction, scale: float) -> tuple[float, float]:
     """f(x) and ∇f·u, from one pass whose tangents are those of scale · u."""
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _explained():
-        with Tangents(tuned, direction, scale):
+        with DualParameters(tuned, direction, scale):
             loss = objective(closure)
         tangent = tangent_of(loss) if isinstance(loss, Tensor) else None
         if not isinstance(loss, Tensor) or tangent is None:

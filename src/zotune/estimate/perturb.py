@@ -26,23 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune import noise
-from zotune.directions.direction import Direction, PhiloxSampler, add_terms
+from zotune.directions.direction import Direction, add_terms
 from zotune.directions.low_rank import Factors, linear, product
-from zotune.model.intercept import Reading
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.model.intercept import ParameterInterceptor
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
-# Elements of a perturbed piece of a linear layer, 12 MiB in single precision: products of few rows are slow, and a
-# scratch for both ends of a probe is to stay in the heap from step to step (`zotune.system.malloc`).
-SCRATCH_ELEMENTS = 3 << 20
-# Elsewhere than on a CPU: whole matrices but for the largest, for many small products leave a GPU idle.
-_DEVICE_ELEMENTS = 1 << 26
 _META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
 
-# Displaced tensors are kept for the context's duration where all together take no more bytes than this.
-KEPT_BYTES = 16 << 20
 
-
-class Displacement(Protocol):
+class WeightOffset(Protocol):
     """Where the tuned tensors are taken to be: computed for any slice of any tensor, whenever it is read."""
 
     @property
@@ -60,7 +53,7 @@ class Displacement(Protocol):
 
 
 @dataclass(frozen=True)
-class Along:
+class OffsetAlong:
     """X + a·u."""
 
     direction: Direction
@@ -68,18 +61,17 @@ class Along:
 
     @property
     def tensors(self) -> frozenset[int] | None:
-        """As `Displacement.tensors`."""
+        """As `WeightOffset.tensors`."""
         return self.direction.tensors
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
-        """As `Displacement.move`."""
+        """As `WeightOffset.move`."""
         add_terms(out, x, ((self.a, self.direction),), tensor.id, start)
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
-        """As `Displacement.move_rows`."""
-        sampler = self.direction.sampler
-        if isinstance(sampler, PhiloxSampler):
-            noise.add_rows(rows, indices, sampler.stream, self.direction.seed, self.a, tensor.id)
+        """As `WeightOffset.move_rows`."""
+        if (kernel := self.direction.kernel(tensor.id)) is not None:
+            noise.add_rows(rows, indices, kernel, self.direction.seed, self.a, tensor.id)
         elif (factors := self.factors(tensor, rows.device)) is not None:
             dtype = noise.compute_dtype(rows.dtype)
             rows.copy_(rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a)
@@ -87,40 +79,40 @@ class Along:
             move_rows_one_by_one(self, rows, indices, tensor)
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
-        """As `Displacement.factors`."""
+        """As `WeightOffset.factors`."""
         found = self.direction.factors(tensor.id, device)
         return None if found is None else Factors(found.left, found.right, self.a)
 
 
-def ends(displacements: Sequence[Displacement]) -> tuple[Direction, float] | None:
+def antithetic_pair(displacements: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
     """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
     if len(displacements) != 2:
         return None
     one, other = displacements
-    if not isinstance(one, Along) or not isinstance(other, Along) or one.direction != other.direction:
+    if not isinstance(one, OffsetAlong) or not isinstance(other, OffsetAlong) or one.direction != other.direction:
         return None
     return (one.direction, one.a) if one.a == -other.a else None
 
 
-def move_rows_one_by_one(displacement: Displacement, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
-    """`Displacement.move_rows` by `Displacement.move`."""
+def move_rows_one_by_one(displacement: WeightOffset, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+    """`WeightOffset.move_rows` by `WeightOffset.move`."""
     for row, index in zip(rows, indices.tolist(), strict=True):
         displacement.move(row, row, tensor, start=index * row.numel())
 
 
-class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
+class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
 
     Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all (on a GPU the
     largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
     """
 
-    def __init__(self, tuned: TunedTensors, displacement: Displacement) -> None:
+    def __init__(self, tuned: ParameterSet, displacement: WeightOffset) -> None:
         super().__init__(tuned, displacement.tensors)
         self._displacement = displacement
         self._scratch: Tensor | None = None
         self._kept: dict[int, Tensor] = {}
-        self._keeps = takes(self.tuned, self.chosen) <= KEPT_BYTES
+        self._keeps = nbytes(self.tuned, self.chosen) <= limits.CACHED_BYTES
         self._reads: Counter[int] = Counter()
 
     def __exit__(
@@ -143,7 +135,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         return out
 
     def note(self, tensor: TunedTensor) -> TunedTensor:
-        """As `Reading.note`; how often it was read is counted."""
+        """As `ParameterInterceptor.note`; how often it was read is counted."""
         self._reads[tensor.id] += 1
         return super().note(tensor)
 
@@ -193,7 +185,7 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         **kwargs: Any,
     ) -> Tensor | None:
         read = self.find(weight)
-        found = None if read is None or self._is_read_again(read) else self.looked_up(input, weight, max_norm)
+        found = None if read is None or self._is_read_again(read) else self.lookup(input, weight, max_norm)
         if found is None:
             return None
         tensor, indices, places = found
@@ -202,13 +194,13 @@ class displaced(Reading):  # noqa: N801 - a context manager reads like a verb
         return F.embedding(places, rows)
 
 
-displaced.special = {F.linear: displaced._linear, F.embedding: displaced._embedding}
+perturbed_by.special = {F.linear: perturbed_by._linear, F.embedding: perturbed_by._embedding}
 
 
 def piece_elements(device_type: str) -> int:
     """The most elements of a matrix that are perturbed at a time."""
     where = _META_STANDS_FOR.get() if device_type == "meta" else device_type
-    return SCRATCH_ELEMENTS if where == "cpu" else _DEVICE_ELEMENTS
+    return limits.PERTURBED_ELEMENTS if where == "cpu" else limits.DEVICE_PERTURBED_ELEMENTS
 
 
 def pieces(shape: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -229,20 +221,20 @@ def meta_as(device_type: str) -> Iterator[None]:
         _META_STANDS_FOR.reset(token)
 
 
-def takes(tuned: TunedTensors, ids: frozenset[int] | None) -> int:
+def nbytes(tuned: ParameterSet, ids: frozenset[int] | None) -> int:
     """Bytes of some of the tuned tensors, or of all."""
     chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
-def largest_piece(tuned: TunedTensors, ids: frozenset[int], most: int) -> int:
+def largest_piece(tuned: ParameterSet, ids: frozenset[int], most: int) -> int:
     """Elements of the largest of the pieces in which matrices of these tensors are taken, each of `most` or fewer."""
     shapes = [t.parameter.shape for t in tuned if t.id in ids and t.parameter.dim() == 2]
     fitting = [shape for shape in shapes if 0 < shape[1] <= most]
     return max((pieces(shape, most)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)
 
 
-class perturbed(displaced):  # noqa: N801
+class perturbed(perturbed_by):  # noqa: N801
     """Within this context the model computes with x + a·u; x itself is never written.
 
     Args:
@@ -264,5 +256,5 @@ class perturbed(displaced):  # noqa: N801
     True
     """
 
-    def __init__(self, model: nn.Module | TunedTensors, direction: Direction, a: float) -> None:
-        super().__init__(TunedTensors.of(model), Along(direction, a))
+    def __init__(self, model: nn.Module | ParameterSet, direction: Direction, a: float) -> None:
+        super().__init__(ParameterSet.of(model), OffsetAlong(direction, a))

@@ -6,4 +6,4 @@ from zotune.ledger.files import read as read
 from zotune.ledger.format import Header as Header
 from zotune.ledger.format import Layout as Layout
 from zotune.ledger.format import LedgerError as LedgerError
-from zotune.ledger.format import StepRecord as StepRecord
+from zotune.optim.record import StepRecord as StepRecord

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zotune.errors import NotWrittenError
-from zotune.ledger.format import Header, LedgerError, StepRecord, checksum, parse_header
+from zotune.ledger.format import Header, LedgerError, checksum, parse_header
+from zotune.optim.record import StepRecord
 
 _SECONDS_BETWEEN_SYNCS = 1.0
 

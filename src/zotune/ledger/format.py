@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from zotune.errors import UsageError
 from zotune.noise.reference import NOISE_VERSION
+from zotune.optim.record import StepRecord
 
 FORMAT_VERSION = 1
 MAGIC = b"ZOLEDGER"
@@ -35,33 +36,6 @@ _MAX_PASSES = (1 << 24) - 1
 
 class LedgerError(UsageError):
     """A file that is no ledger, is damaged, or does not belong to what it is used with."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did, without the directions, which its number and the run's seed name.
-
-    Attributes:
-        step: how many steps came before.
-        loss: the objective before the step.
-        learning_rates: η of each parameter group.
-        scales: a of x ← x - a η h(ĝ), one an estimate (several where blocks go one after the other): 1, 0 or -1;
-            NaN where the estimate was not finite and left out.
-        coefficients: c of each term, block by block, query by query.
-        num_forwards: forward passes that the step took.
-    """
-
-    step: int
-    loss: float
-    learning_rates: tuple[float, ...]
-    scales: tuple[float, ...]
-    coefficients: tuple[float, ...]
-    num_forwards: int
-
-    @property
-    def is_skipped(self) -> bool:
-        """Whether some estimate was left out."""
-        return any(map(math.isnan, self.scales))
 
 
 @dataclass(frozen=True)

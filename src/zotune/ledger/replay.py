@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions.direction import PhiloxSampler
-from zotune.directions.schedule import Renewed
+from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
-from zotune.ledger.format import Header, Layout, LedgerError, StepRecord
+from zotune.ledger.format import Header, Layout, LedgerError
+from zotune.optim.record import StepRecord
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
+
+# Functions are recorded by names that do not follow the package's layout, so that a ledger outlives it: by module of
+# today, the module name that ledgers hold.
+_RECORDED_MODULES = {
+    "zotune.apply.line_search": "zotune.steps",
+    "zotune.apply.transforms": "zotune.transforms",
+    "zotune.estimate.cuda_graph": "zotune.graphs",
+    "zotune.estimate.finite_difference": "zotune.estimators",
+    "zotune.estimate.gradient_check": "zotune.gradient_check",
+    "zotune.estimate.jvp": "zotune.forward_mode",
+}
 
 
 def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> Header:
@@ -76,7 +87,7 @@ def replay(
     check(optimizer, ledger)
     for step in range(optimizer.num_steps, len(ledger)):
         record = ledger[step]
-        optimizer.retake(record)
+        optimizer.replay_step(record)
         each(record)
     return optimizer
 
@@ -118,7 +129,7 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
     place = {t.id: i for i, t in enumerate(optimizer.tuned)}
     own = {
         "seed": optimizer.seed,
-        "sampler": _sampler(optimizer.sampler),
+        "sampler": description_of(optimizer.sampler),
         "num_queries": optimizer.num_queries,
         "blocks": [b and {"name": b.name, "tensors": sorted(place[i] for i in b.ids)} for b in optimizer.blocks],
         "block_order": str(optimizer.block_order),
@@ -126,8 +137,8 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
         "coefficient": _function(optimizer.coefficient),
         "max_coefficient": optimizer.max_coefficient,
         "transform": _function(optimizer.transform),
-        "step": _function(optimizer.step_rule),
-        "window": None if optimizer._history is None else (optimizer._history.maxlen or 0) + 1,
+        "step": _function(optimizer.line_search),
+        "window": optimizer.window,
         "rounding": str(optimizer.rounding),
         "groups": [
             {"weight_decay": group["weight_decay"], "tensors": [place[_id(optimizer, p)] for p in group["params"]]}
@@ -175,19 +186,14 @@ def _bytes(tensor: Tensor) -> Iterator[Any]:
         yield flat[lo : lo + (1 << 22)].cpu().view(torch.uint8).numpy()
 
 
-def _sampler(sampler: Any) -> Any:
-    if isinstance(sampler, Renewed):
-        return {"base": _sampler(sampler.base), **sampler.constants}
-    return sampler.name if isinstance(sampler, PhiloxSampler) else repr(sampler)
-
-
 def _function(function: Any) -> dict[str, Any]:
     """A function by name, with the arguments that are bound to it."""
     if isinstance(function, partial):
         bound = {k: _function(v) if callable(v) else v for k, v in function.keywords.items()}
         return {**_function(function.func), **bound}
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return {"name": f"{getattr(function, '__module__', '')}.{name}"}
+    module = getattr(function, "__module__", "")
+    return {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}
 
 
 def _id(optimizer: ZerothOrder, parameter: Any) -> int:

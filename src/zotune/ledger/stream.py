@@ -12,19 +12,16 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import State
-from zotune.apply.update import Rounding, Step, TensorUpdate
-from zotune.directions.schedule import Renewed, Weights
+from zotune.apply.update import Step, update_slice_
+from zotune.directions.schedule import Weights, depends_on_weights
 from zotune.errors import UsageError
-from zotune.ledger.format import StepRecord
 from zotune.model.parameters import TunedTensor
 from zotune.noise import compute_dtype
+from zotune.optim.record import StepRecord
 from zotune.optim.zeroth_order import ZerothOrder
-
-# Elements a thread that go through all steps together: a megabyte in single precision, as a core's own cache has.
-SLICE = 1 << 18
-# Elsewhere a launch costs more than a trip to memory.
-_SLICE_OF_A_DEVICE = 1 << 24
+from zotune.system import limits
 
 
 class Trace:
@@ -60,12 +57,12 @@ class Trace:
         self._tuned = optimizer.tuned
         self._keeps_master = optimizer.rounding == Rounding.MASTER
         self._groups = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        self._steps: list[tuple[Step, float]] = [step for record in records for step in optimizer.trace(record)]
+        self._steps: list[tuple[Step, float]] = [step for record in records for step in optimizer.plan_step(record)]
 
     @staticmethod
     def is_possible(optimizer: ZerothOrder) -> bool:
         """Whether each tensor can be moved without the others: not if masks follow the weights as they move."""
-        return not (isinstance(optimizer.sampler, Renewed) and optimizer.sampler.depends_on_weights)
+        return not depends_on_weights(optimizer.sampler)
 
     def apply(self, name: str, x: Tensor, size: int | None = None) -> None:
         """Move x, all numbers of the tensor called `name` as one flat, contiguous tensor, through all steps, in place.
@@ -80,7 +77,8 @@ class Trace:
         if not updates:
             return
         if size is None:
-            size = SLICE * torch.get_num_threads() if x.device.type == "cpu" else _SLICE_OF_A_DEVICE
+            on_cpu = x.device.type == "cpu"
+            size = limits.REPLAY_ELEMENTS * torch.get_num_threads() if on_cpu else limits.DEVICE_REPLAY_ELEMENTS
         kept = compute_dtype(x.dtype) if self._keeps_master else x.dtype
         for start in range(0, x.numel(), size):
             _move(x[start : start + size], start, updates, kept)
@@ -94,5 +92,5 @@ def _move(x: Tensor, start: int, updates: Sequence[tuple[TensorUpdate, float]], 
     """Take all steps with the slice x, which begins at `start`; its state begins empty, as that of a run."""
     y, state = x.to(kept), State()
     for update, scale in updates:
-        state = update.take(y, state, start, scale)
+        state = update_slice_(update, y, state, start, scale)
     x.copy_(y)

@@ -18,9 +18,9 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from zotune.apply.line_search import conservative
+from zotune.apply.tensor_update import Rounding
 from zotune.apply.transforms import ADAMS, elementwise_sign, momentum
 from zotune.apply.transforms import sign as sign_of
-from zotune.apply.update import Rounding
 from zotune.directions.blocks import Block, BlockOrder
 from zotune.directions.schedule import AnySampler
 from zotune.estimate.finite_difference import Estimator, central_difference

@@ -1,14 +1,15 @@
-"""What a model reads in place of its tuned tensors: the one place where probes and tangents come in.
+"""Intercepted reads: the one place where probes and tangents enter a model.
 
-While a `Reading` is active, every torch function that is given a tuned tensor gets something else
-instead, made at that moment and gone after it. What is replaced is the tensor, by identity, at the
-call that reads it, so it does not matter which module owns it, how often it is used, under how many
-names, or whether a module was involved at all.
+While a `ParameterInterceptor` is active, every torch function that is given a tuned tensor gets a replacement instead,
+computed at that moment and freed after the call. The tensor is recognised by identity at the call that reads it, so it
+does not matter which module owns it, how often it is used, under how many names, or whether a module reads it at all.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from zotune.errors import UnreadTensorError
 from zotune.model.eager_mode import uncompiled
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.model.parameters import ParameterSet, TunedTensor
 
 _METADATA_PROPERTIES = """
     shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized
@@ -35,38 +36,42 @@ METADATA: frozenset[Any] = frozenset(
     + [torch.is_floating_point, torch.is_complex, torch.numel]
 )
 
-Special = Callable[..., Tensor | None]
+SpecialCase = Callable[..., Tensor | None]
+
+_ACTIVE: ContextVar[tuple[Interceptor, ...]] = ContextVar("active_interceptors", default=())
 
 
-class Reading(TorchFunctionMode):
-    """Within this context, torch functions read `read(tensor, value)` in place of each chosen tuned tensor.
+def intercepted_ids(tuned: ParameterSet) -> frozenset[int]:
+    """Ids of the tensors of a set that an active interceptor replaces at this moment."""
+    return frozenset().union(*(active.chosen for active in _ACTIVE.get() if active.tuned is tuned))
+
+
+class Interceptor(TorchFunctionMode):
+    """A context in which torch functions do not read some tuned tensors themselves; it checks that each was read.
+
+    Subclasses decide what the functions read instead, in `__torch_function__`. Probes run uncompiled: compiled code
+    calls no torch function (see `zotune.model.eager_mode`).
 
     Args:
         tuned: the tuned tensors of a model.
         chosen: ids of those to replace; all by default.
 
     Raises:
-        UnreadTensorError: on leaving, if a chosen tensor was not read: what replaces it had no effect.
+        UnreadTensorError: on leaving, if a chosen tensor was not read: its replacement had no effect.
     """
 
-    special: ClassVar[dict[Any, Special]] = {}
-    """What is done, in place of replacing its arguments, for a torch function; None means: replace them after all."""
+    special: ClassVar[dict[Any, SpecialCase]] = {}
+    """By torch function, a rule that computes its result from the arguments as they are; None means no rule applies."""
 
-    def __init__(self, tuned: TunedTensors, chosen: frozenset[int] | None = None) -> None:
+    def __init__(self, tuned: ParameterSet, chosen: frozenset[int] | None = None) -> None:
         super().__init__()
         self.tuned = tuned
         self.chosen = frozenset(t.id for t in tuned) if chosen is None else chosen
         self._offloaded = [t for t in tuned.offloaded if t.id in self.chosen]
-        self._outer: frozenset[int] = frozenset()
         self._unread = {t.id: t for t in tuned if t.id in self.chosen}
 
-    def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
-        """What is read in place of `value`, the present numbers of `tensor`."""
-        raise NotImplementedError
-
     def __enter__(self) -> Self:
-        self._outer = self.tuned.replaced
-        self.tuned.replaced = self._outer | self.chosen
+        self._token = _ACTIVE.set((*_ACTIVE.get(), self))
         self._eagerly = uncompiled()
         self._eagerly.__enter__()
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
@@ -76,9 +81,51 @@ class Reading(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._eagerly.__exit__(None, None, None)
-        self.tuned.replaced = self._outer
+        _ACTIVE.reset(self._token)
         if kind is None and self._unread:
             raise UnreadTensorError(_unread_message([t.name for t in self._unread.values()], len(self.tuned)))
+
+    def find(self, value: object) -> TunedTensor | None:
+        """The chosen tensor that `value` is; None for anything else."""
+        found = self.tuned.find(value)
+        if found is None and self._offloaded and isinstance(value, nn.Parameter):
+            return next((t for t in self._offloaded if t.is_loaded_as(value)), None)
+        return found if found is not None and found.id in self.chosen else None
+
+    def note(self, tensor: TunedTensor) -> TunedTensor:
+        """Record that the tensor was read, and return it."""
+        self._unread.pop(tensor.id, None)
+        return tensor
+
+    def lookup(
+        self, input: Tensor, weight: Tensor, max_norm: float | None
+    ) -> tuple[TunedTensor, Tensor, Tensor] | None:
+        """The reads of an embedding: the chosen tensor, the rows looked up, and each input's index among these rows.
+
+        The rows are distinct on a CPU; elsewhere the host would have to wait until their number is known.
+        None where the weights are not chosen, or where reading rows alone saves nothing.
+        """
+        tensor = self.find(weight)
+        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        if input.device.type != "cpu":
+            places = torch.arange(input.numel(), device=input.device).view_as(input)
+            return self.note(tensor), input.flatten(), places
+        rows, places = torch.unique(input, return_inverse=True)
+        if rows.numel() and rows[0] < 0:  # an error of the caller's, which the embedding itself reports
+            return None
+        return self.note(tensor), rows, places
+
+
+class ParameterInterceptor(Interceptor, ABC):
+    """Within this context, torch functions read `read(tensor, value)` in place of each chosen tuned tensor.
+
+    Arguments and exceptions are those of `Interceptor`.
+    """
+
+    @abstractmethod
+    def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+        """The replacement of `value`, the present numbers of `tensor`."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
@@ -105,37 +152,6 @@ class Reading(TorchFunctionMode):
         if isinstance(value, dict):
             return {k: self.replace(v) for k, v in value.items()}
         return value
-
-    def find(self, value: object) -> TunedTensor | None:
-        """The chosen tensor that `value` is; None for anything else."""
-        found = self.tuned.find(value)
-        if found is None and self._offloaded and isinstance(value, nn.Parameter):
-            return next((t for t in self._offloaded if t.is_loaded_as(value)), None)
-        return found if found is not None and found.id in self.chosen else None
-
-    def looked_up(
-        self, input: Tensor, weight: Tensor, max_norm: float | None
-    ) -> tuple[TunedTensor, Tensor, Tensor] | None:
-        """Of an embedding: the chosen tensor, the rows that are looked up, and each input's place among them.
-
-        The rows are distinct on a CPU; elsewhere the host would have to wait until it is known how many there are.
-        None where the weights are not chosen, or where there is nothing to gain by reading rows alone.
-        """
-        tensor = self.find(weight)
-        if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
-            return None
-        if input.device.type != "cpu":
-            places = torch.arange(input.numel(), device=input.device).view_as(input)
-            return self.note(tensor), input.flatten(), places
-        rows, places = torch.unique(input, return_inverse=True)
-        if rows.numel() and rows[0] < 0:  # an error of the caller's, which the embedding itself reports
-            return None
-        return self.note(tensor), rows, places
-
-    def note(self, tensor: TunedTensor) -> TunedTensor:
-        """Take note that the tensor was read; the tensor itself."""
-        self._unread.pop(tensor.id, None)
-        return tensor
 
 
 def _unread_message(names: list[str], total: int) -> str:

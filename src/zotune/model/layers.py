@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zotune.model.intercept import METADATA
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 
 def stack_of(model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -31,7 +31,7 @@ def _is_inside(path: str, other: str) -> bool:
     return path != other and (not other or path.startswith(f"{other}."))
 
 
-class Observer(TorchFunctionMode):
+class ReadTracer(TorchFunctionMode):
     """Within this context it is noted where in the stack each tuned tensor is read, by whatever runs the model.
 
     What is read outside of the model that holds the stack belongs to the layer that runs next, or comes after all.
@@ -41,7 +41,7 @@ class Observer(TorchFunctionMode):
         in_order: whether the layers ran one after the other.
     """
 
-    def __init__(self, tuned: TunedTensors, collect: Callable[[int, Any], None] = lambda index, output: None) -> None:
+    def __init__(self, tuned: ParameterSet, collect: Callable[[int, Any], None] = lambda index, output: None) -> None:
         """`collect` is given each layer's index and output."""
         super().__init__()
         path, self._layers = stack_of(tuned.model)

@@ -1,7 +1,7 @@
 """The tensors that are tuned: who they are, what they are called, where their numbers lie.
 
 Noise is keyed by a tensor's name, so a name must not change with wrappers, with the order in which
-parameters are registered, or with which of two tied names comes first. `TunedTensors` settles that
+parameters are registered, or with which of two tied names comes first. `ParameterSet` settles that
 once for a model: one entry a tensor, by identity, with a canonical name and its 32-bit hash.
 """
 
@@ -81,12 +81,12 @@ class TunedTensor:
         return any(owner._parameters.get(attribute) is value for owner, attribute in self.places)
 
 
-class TunedTensors:
+class ParameterSet:
     """The tuned tensors of a model, each once, in the order of the model's parameters.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> _ = model[0].requires_grad_(False)
-    >>> [t.name for t in TunedTensors(model)]
+    >>> [t.name for t in ParameterSet(model)]
     ['1.weight', '1.bias']
     """
 
@@ -110,10 +110,6 @@ class TunedTensors:
                 f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
             )
         self.model = model
-        self.replaced: frozenset[int] = frozenset()
-        """Ids of the tensors in whose place something else is read just now."""
-        self.is_separable: bool | None = None
-        """Whether copies of a batch can be told apart in this model; None until it is tried."""
         self._tensors = [self._tensor(p) for p in places.values()]
         self._by_identity = {id(t.parameter): t for t in self._tensors}
         self._by_name = {
@@ -133,9 +129,9 @@ class TunedTensors:
         return TunedTensor(name, tensor_id(name), places[0][3], owners)
 
     @classmethod
-    def of(cls, model: nn.Module | TunedTensors) -> TunedTensors:
+    def of(cls, model: nn.Module | ParameterSet) -> ParameterSet:
         """The tuned tensors of a model; those already collected are passed through."""
-        return model if isinstance(model, TunedTensors) else cls(model)
+        return model if isinstance(model, ParameterSet) else cls(model)
 
     def __iter__(self) -> Iterator[TunedTensor]:
         return iter(self._tensors)

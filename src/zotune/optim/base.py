@@ -13,8 +13,8 @@ import torch
 
 from zotune.apply.transforms import Coefficient, unchanged
 from zotune.estimate.estimate import GradientEstimate, merged
-from zotune.ledger.format import StepRecord
 from zotune.optim.checks import check_skipped
+from zotune.optim.record import StepRecord
 
 _COUNTERS = ("num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zotune.directions.direction import Direction
-from zotune.directions.schedule import AnySampler, Renewed
+from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
@@ -42,7 +42,7 @@ def check_window(window: int | None, sampler: AnySampler) -> None:
     Raises:
         UsageError: they depend on weights that are gone.
     """
-    if window is not None and isinstance(sampler, Renewed) and sampler.depends_on_weights:
+    if window is not None and depends_on_weights(sampler):
         raise UsageError(
             "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
             'that have moved since. Use mask="random", or keep the state (window=None).'

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError
 from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
-from zotune.model.layers import Observer, stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
 
@@ -146,11 +146,11 @@ def split_at_layer(
     >>> [p.shape for p in shallow], len(deep)
     ([torch.Size([2, 2]), torch.Size([2])], 4)
     """
-    tuned = TunedTensors(model)
+    tuned = ParameterSet(model)
     _, layers = stack_of(model)
     if not 0 <= num_layers <= len(layers):
         raise UsageError(f"the model's stack has {len(layers)} layers; the first {num_layers} of them do not exist.")
-    with probing(model), Observer(tuned) as seen:
+    with probing(model), ReadTracer(tuned) as seen:
         closure()
     shallow: list[nn.Parameter] = []
     deep: list[nn.Parameter] = []

@@ -10,24 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from zotune.apply.line_search import StepRule, fixed
+from zotune.apply.line_search import LineSearch, fixed
+from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
-from zotune.apply.update import Rounding, Step, TensorUpdate, keep_master, write_all
-from zotune.apply.window import History
+from zotune.apply.update import Step, Updated, update_tensors_, with_master
+from zotune.apply.window import CoefficientWindow
 from zotune.directions.blocks import Block, check_partition
 from zotune.directions.blocks import BlockOrder as BlockOrder
-from zotune.directions.direction import Direction, Terms, rademacher
-from zotune.directions.schedule import AnySampler, StepSampler, Weights
+from zotune.directions.direction import Direction, Terms
+from zotune.directions.samplers import rademacher
+from zotune.directions.schedule import AnySampler, SamplerState, Weights
 from zotune.errors import UsageError
-from zotune.estimate.activation_cache import NoReuse, PrefixReuse
+from zotune.estimate.activation_cache import ActivationCache, NoActivationCache
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import Estimator, central_difference
-from zotune.estimate.objective import Closure
-from zotune.ledger.format import StepRecord
-from zotune.model.parameters import TunedTensors
+from zotune.estimate.objective import Closure, evaluate, probing
+from zotune.estimate.perturb import perturbed_by
+from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
 from zotune.optim.checks import as_groups, check_closure, check_own, check_values, check_window
+from zotune.optim.record import StepRecord
 
 _DIRECTION, _ROUNDING = 0, 1
 
@@ -47,7 +50,8 @@ class ZerothOrder(CountingOptimizer):
         num_queries: q ≥ 1, directions a step (and block).
         blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
         block_order: "joint" or "sequential", see `BlockOrder`.
-        reuse_prefix: with blocks, keep the activations that a block cannot change, see `zotune.estimate.activation_cache`.
+        reuse_prefix: with blocks, cache the activations that a block cannot change, see
+            `zotune.estimate.activation_cache`.
         window: rebuild the transform's state from the last so many steps' coefficients, in place of keeping it.
             No memory, but each step makes the noise of `window` steps; the same bits while steps ≤ window.
         weight_decay: λ ≥ 0, decoupled: x ← x - η (h(ĝ) + λ x). Tensors of fewer than two dimensions (biases, gains of
@@ -89,7 +93,7 @@ class ZerothOrder(CountingOptimizer):
         estimator: Estimator | None = None,
         transform: Transform = identity,
         coefficient: Coefficient = unchanged,
-        step: StepRule = fixed,
+        step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
         num_queries: int = 1,
         blocks: Sequence[Block] | None = None,
@@ -107,18 +111,18 @@ class ZerothOrder(CountingOptimizer):
         check_window(window, sampler)
         groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
-        self.tuned = TunedTensors(model, chosen)
+        self.tuned = ParameterSet(model, chosen)
         self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
         if blocks is not None:
             check_partition(blocks, self.tuned)
         self.block_order = BlockOrder(block_order)
-        self._prefix = PrefixReuse(self.tuned) if blocks is not None and reuse_prefix else NoReuse()
+        self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
-        self.transform, self.coefficient, self.step_rule = transform, coefficient, step
+        self.transform, self.coefficient, self.line_search = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
         self.rounding, self.seed = Rounding(rounding), seed
-        self._sampling = StepSampler(self.tuned, sampler)
-        self._history = None if window is None else History(window - 1)
+        self._sampling = SamplerState(self.tuned, sampler)
+        self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
 
@@ -184,13 +188,13 @@ class ZerothOrder(CountingOptimizer):
                 estimate = self._estimate(closure, blocks)
                 if inspect is not None:
                     inspect(estimate)
-                scale = self.step_rule(self, closure, estimate) if estimate.is_finite else math.nan
+                scale = self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
                 self._take(estimate, scale, self._write)
         loss = self._count()
         self.stop_if_skipping()
         return loss
 
-    def retake(self, record: StepRecord) -> None:
+    def replay_step(self, record: StepRecord) -> None:
         """Take the step of a record: the same bits, without data or a forward pass.
 
         The optimizer must be as that which took it: made alike, over the same weights, after the same steps.
@@ -198,7 +202,7 @@ class ZerothOrder(CountingOptimizer):
         Raises:
             UsageError: it is not the next step.
         """
-        self._retake(record, self._write)
+        self._replay(record, self._write)
 
     def begin_masks(self, weights: Weights) -> None:
         """Before the first step: sparse directions take their masks' shares from the tensors that `weights` gives.
@@ -207,7 +211,7 @@ class ZerothOrder(CountingOptimizer):
         """
         self._sampling.begin(self.seed, weights)
 
-    def trace(self, record: StepRecord) -> list[tuple[Step, float]]:
+    def plan_step(self, record: StepRecord) -> list[tuple[Step, float]]:
         """The step of a record, and how far to go along it; several where blocks go one after the other.
 
         It counts as taken, but no weight is read or written: that is the caller's, see `zotune.ledger.stream`.
@@ -216,10 +220,10 @@ class ZerothOrder(CountingOptimizer):
             UsageError: it is not the next step.
         """
         steps: list[tuple[Step, float]] = []
-        self._retake(record, lambda estimate, scale: steps.append((self._step_along(estimate), scale)))
+        self._replay(record, lambda estimate, scale: steps.append((self._step_along(estimate), scale)))
         return steps
 
-    def _retake(self, record: StepRecord, write: Callable[[GradientEstimate, float], None]) -> None:
+    def _replay(self, record: StepRecord, write: Callable[[GradientEstimate, float], None]) -> None:
         if record.step != self.num_steps:
             raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
         rates = [group["lr"] for group in self.param_groups]
@@ -237,6 +241,11 @@ class ZerothOrder(CountingOptimizer):
                 group["lr"] = rate
 
     @property
+    def window(self) -> int | None:
+        """The number of steps whose coefficients the transform's state is rebuilt from; None where it is kept."""
+        return None if self._window is None else self._window.maxlen + 1
+
+    @property
     def _rounds(self) -> list[tuple[Block | None, ...]]:
         return self.block_order.rounds(self.blocks)
 
@@ -244,8 +253,8 @@ class ZerothOrder(CountingOptimizer):
         """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
         if not math.isnan(scale):
             write(estimate, scale)
-            if self._history is not None:
-                self._history.add(self._terms(estimate))
+            if self._window is not None:
+                self._window.add(self._terms(estimate))
         self._taken.append((estimate, scale))
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
@@ -256,7 +265,7 @@ class ZerothOrder(CountingOptimizer):
                 tensor = self.tuned.find(p)
                 assert tensor is not None
                 if step.moves(tensor):
-                    found[tensor.id] = step.on(tensor, number, keep_master(tensor, self.rounding, self.state[p]))
+                    found[tensor.id] = step.on(tensor, number, with_master(tensor, self.rounding, self.state[p]))
         return found
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
@@ -267,7 +276,7 @@ class ZerothOrder(CountingOptimizer):
             tuple((self.recorded(float(group["lr"])), float(group["weight_decay"])) for group in self.param_groups),
             self.rounding,
             derive_seed(self.seed, self.num_steps, 0, _ROUNDING),
-            None if self._history is None else self._history.steps,
+            None if self._window is None else self._window.steps,
         )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
@@ -282,21 +291,21 @@ class ZerothOrder(CountingOptimizer):
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
         updates = self.updates(estimate)
-        for update, state in write_all(updates.values(), scale):
+        for update, state in update_tensors_(updates.values(), scale):
             self.state[update.tensor.parameter].update(state)
         self._prefix.moved(frozenset(updates))
         # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
         torch.clear_autocast_cache()
 
     def _count(self) -> float:
-        if self._history is not None:
-            self._history.close()
+        if self._window is not None:
+            self._window.close()
         return super()._count()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
         state = super().state_dict()
-        history = None if self._history is None else self._history.state()
+        history = None if self._window is None else self._window.state()
         state["zeroth_order"] |= {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
         return state
 
@@ -306,5 +315,25 @@ class ZerothOrder(CountingOptimizer):
         own = state_dict["zeroth_order"]
         self.seed = own["seed"]
         self._sampling.load(self.seed, own["sampler"])
-        if self._history is not None:
-            self._history.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)
+        if self._window is not None:
+            self._window.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)
+
+
+class _StepLine:
+    """The objective along a step that has not been taken: a `zotune.apply.line_search.Line`."""
+
+    def __init__(self, optimizer: ZerothOrder, closure: Closure, estimate: GradientEstimate) -> None:
+        self._optimizer, self._closure, self._base = optimizer, optimizer.reusing(closure), estimate.base
+        self._updates = optimizer.updates(estimate)
+
+    def value(self, a: float) -> float:
+        """As `Line.value`; f(x) is known where the estimate computed it."""
+        if not a and self._base is not None:
+            return self._base
+        optimizer = self._optimizer
+        optimizer.count_forwards(1)
+        with probing(optimizer.tuned.model):
+            if not a:
+                return evaluate(self._closure)
+            with perturbed_by(optimizer.tuned, Updated(self._updates, a)):
+                return evaluate(self._closure)

@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from zotune.apply.update import Rounding
+from zotune.apply.tensor_update import Rounding
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions

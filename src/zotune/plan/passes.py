@@ -18,18 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zotune.directions.direction import Direction
 from zotune.errors import UnreadTensorError
 from zotune.estimate.batched_probes import side_by_side
-from zotune.estimate.dual_numbers import Tangents
-from zotune.estimate.perturb import KEPT_BYTES, Displacement, displaced, meta_as, takes
+from zotune.estimate.dual_numbers import DualParameters
+from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.tokenization import Batch
 from zotune.llm.models.load import LanguageModel
 from zotune.llm.quantized.backends import gives_rows
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.live_memory import peak_of, peaks_of
+from zotune.system import limits
 from zotune.system.malloc import OWN_PAGES
 
 
@@ -90,9 +91,9 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
     with torch.no_grad():
         if is_dual:
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-                whole = peak_of(lambda: _within(_Tangents(optimizer.tuned), lm, many), fused=False)
+                whole = peak_of(lambda: _within(_CountedTangents(optimizer.tuned), lm, many), fused=False)
         elif copies == 1:
-            whole = peak_of(lambda: _within(displaced(optimizer.tuned, _Nowhere()), lm, many))
+            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _Nowhere()), lm, many))
         else:
             points = [_Nowhere() for _ in range(copies)]
             whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, many))
@@ -151,15 +152,15 @@ def score(lm: LanguageModel, batch: Batch) -> Tensor:
 def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch) -> int:
     """How many probes share a forward pass: as `zotune.estimate.probes` groups them."""
     most = lm.copies_at_once(batch)
-    if most > 2 and takes(optimizer.tuned, None) * most > KEPT_BYTES:
+    if most > 2 and nbytes(optimizer.tuned, None) * most > limits.CACHED_BYTES:
         most = 2
     points = optimizer.num_queries * (2 if options.difference == "central" else 1)
     return min(most, points)
 
 
-def _within(context: displaced | side_by_side | Tangents, lm: LanguageModel, batch: Batch) -> None:
+def _within(context: perturbed_by | side_by_side | DualParameters, lm: LanguageModel, batch: Batch) -> None:
     # Where displaced tensors are kept, those of all layers are. Layers that are left out leave theirs unread.
-    keeps = takes(context.tuned, None) <= KEPT_BYTES
+    keeps = nbytes(context.tuned, None) <= limits.CACHED_BYTES
     with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError), context:
         score(lm, batch)
 
@@ -206,10 +207,10 @@ class _Nowhere:
         """None: it is of no rank."""
 
 
-class _Tangents(Tangents):
-    def __init__(self, tuned: TunedTensors) -> None:
+class _CountedTangents(DualParameters):
+    def __init__(self, tuned: ParameterSet) -> None:
         super().__init__(tuned, Direction(seed=0))
-        self._u: Displacement = _Nowhere()
+        self._u: WeightOffset = _Nowhere()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

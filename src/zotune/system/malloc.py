@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _keeps = False
 
 
-def keep_freed_memory(own_pages: int = OWN_PAGES) -> None:
+def tune_malloc(own_pages: int = OWN_PAGES) -> None:
     """Let the C library keep what is freed in small pieces for the next request, and give back large ones at once.
 
     Left to itself, the library comes to put pieces of up to 32 MiB into one heap, where what stays leaves holes between
@@ -37,7 +37,7 @@ def keep_freed_memory(own_pages: int = OWN_PAGES) -> None:
 
 
 def keep_activations() -> None:
-    """From now on keep larger pieces too, if `keep_freed_memory` was called: what forward passes ask for each time."""
+    """From now on keep larger pieces too, if `tune_malloc` was called: what forward passes ask for each time."""
     if _keeps:
         _set(_M_MMAP_THRESHOLD, OWN_PAGES_OF_PASSES)
 

@@ -33,8 +33,9 @@ from zotune.llm.training.loop import Run
 from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
+from zotune.system import limits
 
 ZEROTH_ORDER = [name for name in zo.METHODS if name != "forward_grad"]
 PROMPTS = ("Question: who?\nAnswer:", "A", "A longer prompt.\nQuestion: what is it, then?\nAnswer:", "so it", "A")
@@ -233,10 +234,10 @@ def test_both_probes_see_the_same_completions_as_mu_vanishes(tiny, options):
         return letters(completions)
 
     closure = generated(remember, **options).closure(lm, encode(lm), 0, range(5))
-    estimate = central_difference(closure, TunedTensors(lm.module), [zo.Direction(1)], mu=1e-7)
+    estimate = central_difference(closure, ParameterSet(lm.module), [zo.Direction(1)], mu=1e-7)
     assert seen[0] == seen[1] and estimate.terms[0][0] == 0
     closure = generated(remember, **options).closure(lm, encode(lm), 0, range(5))
-    central_difference(closure, TunedTensors(lm.module), [zo.Direction(1)], mu=0.1)
+    central_difference(closure, ParameterSet(lm.module), [zo.Direction(1)], mu=0.1)
     assert seen[2] != seen[3]
 
 
@@ -245,7 +246,7 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
     """Whether what is displaced is kept or made anew at each token; an adapter is first moved off its start."""
     lm = tiny(causal_family)
     prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuning": scheme}))
-    tuned, u = TunedTensors(lm.module), zo.Direction(seed=2)
+    tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)
     with torch.no_grad():
         for t in tuned:
             t.parameter.add_(0.05)
@@ -273,7 +274,7 @@ def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, opt
     """At x and in a probe; the lower layers see a prompt once if there is room, and new tokens always."""
     lm = tiny(causal_family)
     prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuned_layers": 1, **options}))
-    tuned, prompts = TunedTensors(lm.module), [e.prompt for e in encode(lm)]
+    tuned, prompts = ParameterSet(lm.module), [e.prompt for e in encode(lm)]
     sampling = Sampling(1.0, 1.0, (1, 2, 3, 4, 5))
     reused = ReusedPrompts(lm, Kept([Memory(room)]))
     slides = causal_family in ("mistral", "gemma3")
@@ -332,13 +333,13 @@ def test_text_behind_virtual_tokens_is_that_of_plain_peft_whatever_the_batch(tin
 def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny, monkeypatch):
     lm = tiny("llama")
     prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuning": "lora"}))
-    tuned, u = TunedTensors(lm.module), zo.Direction(seed=2)
+    tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)
     moved = []
-    real = zo.perturb.Along.move
-    monkeypatch.setattr(zo.perturb.Along, "move", lambda self, *args: (moved.append(1), real(self, *args))[1])
+    real = zo.perturb.OffsetAlong.move
+    monkeypatch.setattr(zo.perturb.OffsetAlong, "move", lambda self, *args: (moved.append(1), real(self, *args))[1])
     found = {}
     for limit in (1 << 24, 0):
-        monkeypatch.setattr(zo.perturb, "KEPT_BYTES", limit)
+        monkeypatch.setattr(limits, "CACHED_BYTES", limit)
         moved.clear()
         with probing(lm.module), zo.perturbed(tuned, u, 0.5):
             found[limit] = generate(lm, [(0, 70)], 8, stops_at_newline=False), len(moved)

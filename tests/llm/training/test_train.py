@@ -10,6 +10,7 @@ import yaml
 
 import zotune as zo
 from zotune.errors import RunError
+from zotune.estimate.probes import set_separable
 from zotune.llm.config.run import TrainConfig, read_recipe
 from zotune.llm.models.load import LanguageModel
 from zotune.llm.tasks.user_data import own_data
@@ -216,7 +217,7 @@ def test_single_losses_that_are_no_numbers_are_counted_and_left_out(config, monk
 
     monkeypatch.setattr(LanguageModel, "score", break_down)
     # The trial whether probes may share a pass would take calls of its own.
-    monkeypatch.setattr(Run, "_try_side_by_side", lambda self: setattr(self.optimizer.tuned, "is_separable", True))
+    monkeypatch.setattr(Run, "_try_side_by_side", lambda self: set_separable(self.optimizer.tuned, True))
     result = train(config(max_steps=6, num_dev=0, reuse_activations=False))
     assert (result.num_steps, result.num_skipped) == (6, 2)
 

@@ -27,7 +27,7 @@ from zotune.llm.scoring.objectives import mean_loss
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import Rows, load_rows
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.peak_memory import peak_memory
@@ -40,7 +40,7 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     lm = load(config, head_labels(config), config.seed)
     prepare(lm, config)
     closure = _first_batch(lm, load_rows(lm, config), config.per_device_train_batch_size)
-    tuned = TunedTensors.of(lm.module)
+    tuned = ParameterSet.of(lm.module)
     gradient = true_gradient(closure, tuned)
     before = lm.num_forwards
     found = [
@@ -61,7 +61,7 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"run": run.model_dump(mode="json")}
 
 
-def true_gradient(closure: Callable[[], Tensor], tuned: TunedTensors) -> list[Tensor]:
+def true_gradient(closure: Callable[[], Tensor], tuned: ParameterSet) -> list[Tensor]:
     """∇f of each tuned tensor, float64, by back-propagation."""
     with torch.enable_grad():
         gradients = torch.autograd.grad(closure(), [t.parameter for t in tuned], allow_unused=True)
@@ -71,7 +71,7 @@ def true_gradient(closure: Callable[[], Tensor], tuned: TunedTensors) -> list[Te
     ]
 
 
-def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: TunedTensors) -> dict[str, float]:
+def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: ParameterSet) -> dict[str, float]:
     """Cosine of the angle between ĝ and ∇f; ‖ĝ − ∇f‖² / ‖∇f‖²; and ĝ·∇f / ‖∇f‖², whose mean is 1 without a bias."""
     dot = norm = error = 0.0
     for tensor, g in zip(tuned, gradient, strict=True):

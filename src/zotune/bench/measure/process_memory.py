@@ -35,7 +35,7 @@ from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.workload import Workload, made_up
-from zotune.system.malloc import heap_environment, keep_activations, keep_freed_memory
+from zotune.system.malloc import heap_environment, keep_activations, tune_malloc
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
 INTERVAL = 0.005
@@ -207,9 +207,9 @@ class Recorder:
 
 def take(workload: Workload, num_steps: int) -> Measurement:
     """The measurement, of this process: it should be fresh."""
-    keep_freed_memory()
+    tune_malloc()
     _start_libraries(workload)
-    keep_freed_memory()  # again, for that step's passes had settings of their own
+    tune_malloc()  # again, for that step's passes had settings of their own
     device = find_device(workload.device)
     with Recorder(device) as recorder:
         baseline = 0 if device.type == "cuda" else resident_memory()

@@ -23,7 +23,7 @@ from zotune.bench.run.processes import FAILED, OUT_OF_MEMORY
 from zotune.cli.main import is_out_of_memory
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean
 from zotune.llm.training.output_folder import environment, write_json
-from zotune.system.malloc import keep_freed_memory
+from zotune.system.malloc import tune_malloc
 
 # What a job does, given its options and a folder of its own; what it found, as JSON holds it.
 Work = Callable[[dict[str, Any], Path], dict[str, Any]]
@@ -68,7 +68,7 @@ def main() -> int:
     """Do the job on standard input; the exit code."""
     line = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_the_runner, daemon=True).start()
-    keep_freed_memory()
+    tune_malloc()
     try:
         found = do(line)
     except (ZotuneError, OSError, MemoryError, RuntimeError) as error:

@@ -31,7 +31,7 @@ from zotune.llm.ledger.rebuild import (
 from zotune.llm.ledger.streaming import NotStreamedError, Streamed, base_of, mean
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import write_json
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
 
 
@@ -154,7 +154,7 @@ def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Reb
         optimizer = make_optimizer(rebuilt.lm.module, config, config.seed)
         assert isinstance(optimizer, ZerothOrder)
         for record in other:
-            optimizer.retake(record)
+            optimizer.replay_step(record)
         rebuilt = Rebuilt(rebuilt.lm, optimizer, config)
     return rebuilt
 
@@ -169,11 +169,11 @@ def _mean(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Re
     sums: dict[str, Tensor] = {}
     for ledger in ledgers:
         rebuilt = rebuild_in_memory(ledger, config_of(ledger, base, device))
-        for t in TunedTensors(rebuilt.lm.module):
+        for t in ParameterSet(rebuilt.lm.module):
             value = t.parameter.detach().double()
             sums[t.name] = sums[t.name] + value if t.name in sums else value
     with torch.no_grad():
-        for t in TunedTensors(rebuilt.lm.module):
+        for t in ParameterSet(rebuilt.lm.module):
             t.parameter.copy_(sums[t.name] / len(ledgers))
     return rebuilt
 

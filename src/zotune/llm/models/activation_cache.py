@@ -25,7 +25,7 @@ from zotune.llm.models.cache_storage import Kept
 from zotune.llm.models.load import LanguageModel
 from zotune.llm.models.partial_forward import entered, output_of
 from zotune.model.layers import stack_of
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 
 Tokens = tuple[int, ...]
 
@@ -41,7 +41,7 @@ def lowest_tuned_layer(model: nn.Module) -> int:
     path, layers = stack_of(model)
     lowest = len(layers)
     below = parameters_below(model, layers)
-    for tensor in TunedTensors(model):
+    for tensor in ParameterSet(model):
         places = [name for name, p in model.named_parameters(remove_duplicate=False) if p is tensor.parameter]
         for place in places:
             if place.startswith(f"{path}."):

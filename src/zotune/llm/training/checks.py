@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from zotune.apply.update import Rounding
+from zotune.apply.tensor_update import Rounding
+from zotune.apply.update import updated_slice
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
-from zotune.model.parameters import TunedTensor, TunedTensors
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.optim.zeroth_order import ZerothOrder
 
 # Elements of each tensor that are tried.
@@ -19,7 +20,7 @@ _SAMPLE = 4096
 _LEAST = 0.001
 
 
-def check_mu(tuned: TunedTensors, mu: float) -> None:
+def check_mu(tuned: ParameterSet, mu: float) -> None:
     """Refuse a μ that leaves every tuned number as it is once rounded to its precision.
 
     Raises:
@@ -64,7 +65,7 @@ def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
     for update in optimizer.updates(estimate).values():
         x = _sample(update.tensor)
         after = torch.empty_like(x)
-        update.move(after, x, start=0, scale=1.0)
+        updated_slice(update, after, x, start=0, scale=1.0)
         pairs.append((x, after))
     return _changed(pairs) >= _LEAST
 
@@ -80,7 +81,7 @@ def _changed(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return sum(moved for _, moved in counts) / total if total else 1.0
 
 
-def _least_mu(tuned: TunedTensors) -> float:
+def _least_mu(tuned: ParameterSet) -> float:
     """A power of ten at which the median weight moves."""
     sizes = [_sample(t).float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
     return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zotune.estimate.objective import Batched
-from zotune.estimate.probes import NOT_SEPARABLE, is_separable
+from zotune.estimate.probes import NOT_SEPARABLE, is_separable, set_separable
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
@@ -243,12 +243,12 @@ def try_side_by_side(
     if not isinstance(own, ZerothOrder):
         return
     if options.method == "forward_grad":  # whose check probes but once
-        own.tuned.is_separable = False
+        set_separable(own.tuned, False)
     elif isinstance(closure, Batched) and closure.most > 1:
         before = lm.num_forwards
-        own.tuned.is_separable = is_separable(closure, own.tuned)
+        separable = set_separable(own.tuned, is_separable(closure, own.tuned))
         lm.num_forwards = before
-        if not own.tuned.is_separable:
+        if not separable:
             say(NOT_SEPARABLE)
 
 

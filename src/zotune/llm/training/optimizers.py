@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
-from zotune.directions.direction import SAMPLERS
-from zotune.directions.low_rank_sampler import low_rank
+from zotune.directions.low_rank import low_rank
+from zotune.directions.samplers import SAMPLERS
 from zotune.directions.schedule import AnySampler
 from zotune.directions.sparse import sparse
 from zotune.estimate.finite_difference import central_difference, forward_difference

@@ -33,7 +33,7 @@ from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.llm.training.output_folder import OutputFolder
 from zotune.messages import say
-from zotune.model.parameters import TunedTensors
+from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
 
 LEDGER, CHECKPOINT = "ledger.zol", "checkpoint.safetensors"
@@ -66,7 +66,7 @@ class Journal:
         passes: Callable[[], int],
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
-        self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in TunedTensors(lm.module)}
+        self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         self._run = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
         self._run["data"] = data_digest(train)
         self._writer: LedgerWriter | None = None

@@ -1,0 +1,88 @@
+"""The record of one tensor's update: x ← (1 - ηλ) x - a η h(ĝ), with everything it depends on.
+
+`zotune.apply.update` carries it out with torch operations, `zotune.apply.fused` in one pass of a kernel; both take
+this record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from zotune.apply.transforms import State, Transform, identity
+from zotune.directions.direction import Terms
+from zotune.model.parameters import TunedTensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Rounding(StrEnum):
+    """How an update is written into bfloat16 or float16 weights. Other dtypes are not concerned.
+
+    `STOCHASTIC` rounds up or down at random so that the mean is exact, and stores nothing; `MASTER` keeps a float32
+    copy (4 bytes a number); `NEAREST` loses every update below half a rounding unit.
+    """
+
+    STOCHASTIC = "stochastic"
+    MASTER = "master"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True)
+class TensorUpdate:
+    """The update of one tensor by one step.
+
+    Attributes:
+        tensor: the tensor x.
+        terms: (cᵢ, uᵢ) of ĝ.
+        transform: h.
+        state: the transform's state: tensors of the tensor's shape, and plain numbers.
+        lr, weight_decay: η, λ.
+        rounding_seed: seed of the stochastic rounding of half-precision weights; None for rounding to nearest.
+        history: the terms of earlier steps, oldest first, from which the transform's state is computed again;
+            None if the state is kept in `state`.
+        master: float32 weights that take the update in place of the half-precision ones.
+    """
+
+    tensor: TunedTensor
+    terms: Terms
+    transform: Transform
+    state: State
+    lr: float
+    weight_decay: float
+    rounding_seed: int | None
+    history: Sequence[Terms] | None = None
+    master: Tensor | None = None
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the step only adds the terms to the weights, so that ĝ need not be in memory."""
+        return self.transform is identity and not self.weight_decay
+
+    def scaled_terms(self, scale: float) -> Terms:
+        """The terms with the coefficients that are added to the weights where `is_sum`: -a η cᵢ."""
+        return [(-scale * self.lr * c, u) for c, u in self.terms]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the memory that takes the update holds the elements in order."""
+        return self.master is not None or self.tensor.storage().is_contiguous()
+
+    def flat_weights(self) -> Tensor:
+        """The weights to update, flat: their master copy, or their own memory where it is in order, or else a copy."""
+        return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
+
+    def store(self, x: Tensor) -> None:
+        """Copy the updated `flat_weights` into the weights, unless they already share their memory."""
+        weights = self.tensor.storage()
+        if x.data_ptr() != weights.data_ptr():
+            weights.copy_(x.view(weights.shape))
+
+    def state_slice(self, start: int, size: int) -> State:
+        """The kept state of elements start … start + size - 1."""
+        part = slice(start, start + size)
+        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}

@@ -1,0 +1,78 @@
+"""Samplers: the distributions that directions are drawn from.
+
+A sampler is any object with `fill`, which writes any slice of a direction's part for one tensor. Optional members say
+what else a sampler can do; this module alone looks for them:
+
+    kernel                the stream of the noise specification whose kernels make the numbers (`kernel_of`)
+    part(tensor_id)       the sampler of one tensor's part, where tensors have samplers of their own (`part_of`)
+    factors(…), together  the thin factors of a matrix's part, for products without the matrix (`factored`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+from zotune import noise
+
+if TYPE_CHECKING:
+    from zotune.directions.low_rank import LowRankSampler
+
+
+class Sampler(Protocol):
+    """A distribution over directions with mean 0 and identity covariance, E[u uᵀ] = I.
+
+    Samplers that compare equal are the same distribution.
+    """
+
+    def __hash__(self) -> int: ...
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """Write elements start, start + 1, … of the direction `seed` for one tensor into `out` (flat, float32)."""
+
+
+@dataclass(frozen=True)
+class PhiloxSampler:
+    """A sampler with kernels of its own: `kernel` is its stream of the noise specification."""
+
+    name: str
+    kernel: int
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
+        noise.fill(out, self.kernel, seed, tensor_id, start)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+rademacher = PhiloxSampler("rademacher", noise.RADEMACHER)
+"""Independent signs ±1: the cheapest sampler, and the one with the smallest fourth moment."""
+
+gaussian = PhiloxSampler("gaussian", noise.GAUSSIAN)
+"""Independent standard normal numbers: the paper's sampler."""
+
+SAMPLERS: dict[str, Sampler] = {"rademacher": rademacher, "gaussian": gaussian}
+
+
+def kernel_of(sampler: Sampler) -> int | None:
+    """The noise stream whose kernels make a sampler's numbers; None for a sampler without kernels.
+
+    >>> kernel_of(rademacher) == noise.RADEMACHER
+    True
+    """
+    kernel: int | None = getattr(sampler, "kernel", None)
+    return kernel
+
+
+def part_of(sampler: Sampler, tensor_id: int) -> Sampler:
+    """The sampler that one tensor's part of a direction is drawn from; for most samplers, the sampler itself."""
+    part = getattr(sampler, "part", None)
+    return sampler if part is None else cast(Sampler, part(tensor_id))
+
+
+def factored(sampler: Sampler) -> LowRankSampler | None:
+    """The sampler as one that knows the thin factors of matrices; None where it does not."""
+    return cast("LowRankSampler", sampler) if hasattr(sampler, "factors") else None

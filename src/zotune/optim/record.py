@@ -1,0 +1,33 @@
+"""The record of one step: its numbers, from which the step can be taken again without data or a forward pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one step. Its directions are not among them: step number and seed of the run determine these.
+
+    Attributes:
+        step: how many steps came before.
+        loss: the objective before the step.
+        learning_rates: η of each parameter group.
+        scales: a of x ← x - a η h(ĝ), one an estimate (several where blocks go one after the other): 1, 0 or -1;
+            NaN where the estimate was not finite and left out.
+        coefficients: c of each term, block by block, query by query.
+        num_forwards: forward passes that the step took.
+    """
+
+    step: int
+    loss: float
+    learning_rates: tuple[float, ...]
+    scales: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    num_forwards: int
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether some estimate was left out."""
+        return any(map(math.isnan, self.scales))
