@@ -87,13 +87,16 @@ def default_text(field: Any) -> str:
     return f"Default: `{str(value).lower() if isinstance(value, bool) else value}`."
 
 
-def group_of(schema: Any, name: str) -> str:
-    """The heading that an option stands under: the schema's own word for it, else the record that declares it."""
-    extra = schema.model_fields[name].json_schema_extra
-    if isinstance(extra, dict) and "group" in extra:
-        return str(extra["group"])
-    owner = next(c for c in reversed(schema.__mro__) if name in inspect.get_annotations(c))
-    return _TITLES.get(owner.__name__, owner.__name__.removesuffix("Options"))
+def options_by_group(schema: Any) -> dict[str, list[str]]:
+    """The names of options by group, as `--help` shows them, else by the record that declares them."""
+    by_help = getattr(import_module("zotune.llm.config.schema"), "options_by_group", None)
+    if by_help is not None:
+        return dict(by_help(schema))
+    groups: dict[str, list[str]] = {}
+    for name in schema.model_fields:
+        owner = next(c for c in reversed(schema.__mro__) if name in inspect.get_annotations(c))
+        groups.setdefault(_TITLES.get(owner.__name__, owner.__name__.removesuffix("Options")), []).append(name)
+    return dict(sorted(groups.items(), key=lambda g: _ORDER.index(g[0]) if g[0] in _ORDER else len(_ORDER)))
 
 
 def option_text(name: str, annotation: Any, text: str, default: str) -> str:
@@ -131,13 +134,12 @@ class Options(_Generated):
     def text(self) -> str:
         """The Markdown."""
         schema = named(self.arguments[0])
-        groups: dict[str, list[str]] = {}
-        for name, field in schema.model_fields.items():
-            written = option_text(name, field.annotation, field.description or "", default_text(field))
-            groups.setdefault(group_of(schema, name), []).append(written)
         parts = [f"```{{program}} {self.options['program']}\n```"]
-        for group in sorted(groups, key=lambda g: _ORDER.index(g) if g in _ORDER else len(_ORDER)):
-            parts += [f"## {group}", *groups[group]]
+        for group, names in options_by_group(schema).items():
+            parts.append(f"## {group}")
+            for name in names:
+                field = schema.model_fields[name]
+                parts.append(option_text(name, field.annotation, field.description or "", default_text(field)))
         return "\n\n".join(parts)
 
 
@@ -162,7 +164,7 @@ def argument_text(action: argparse.Action) -> str:
     value = action.metavar or action.dest.upper() if action.nargs != 0 else ""
     line = " ".join([", ".join(action.option_strings) or str(action.metavar or action.dest), str(value)])
     if not action.option_strings:
-        line = str(action.metavar or action.dest)
+        line = f"{action.metavar or action.dest}{' …' if action.nargs in ('+', '*') else ''}"
     choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
     return f"::::{{option}} {line.strip()}\n{sentence(action.help or '')}{choices}\n::::\n"
 
