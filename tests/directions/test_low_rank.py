@@ -17,7 +17,7 @@ from zotune.directions.low_rank import Factors, add_products
 from zotune.errors import UsageError
 from zotune.estimate import probes
 from zotune.estimate.batched_probes import side_by_side
-from zotune.estimate.perturb import OffsetAlong
+from zotune.estimate.perturb import OffsetAlong, perturbed_by
 from zotune.estimate.probes import set_separable, values_at
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from zotune.llm.cache_argument import cache_argument
 
 import zotune as zo
 from problems import Transformer, assert_same_bits
@@ -67,10 +68,11 @@ def generated(model, use_cache=True):
     """The score of what the model itself goes on to say: each call's tokens come from the last call's logits."""
     cache, ids, total = None, IDS[:, :3], 0.0
     for _ in range(4):
+        name = cache_argument(model)
         out = model(
-            input_ids=ids if cache is None or not use_cache else ids[:, -1:], past_key_values=cache, use_cache=use_cache
+            input_ids=ids if cache is None or not use_cache else ids[:, -1:], use_cache=use_cache, **{name: cache}
         )
-        cache = out.past_key_values
+        cache = getattr(out, name)
         scores = out.logits[:, -1].double().log_softmax(-1)
         ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
         total = total - scores.max(-1).values.sum()

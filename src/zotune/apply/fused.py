@@ -47,7 +47,7 @@ def fused_update_(update: TensorUpdate, x: Tensor, state: State, start: int, sca
 
 
 def _constants(options: dict[str, float], t: int, keep: float, rate: float) -> Any:
-    """In the kernel's order, in single precision, as torch takes the plain numbers that it multiplies tensors by."""
+    """The step's constants in the kernel's order, in single precision: torch rounds plain factors of tensors alike."""
     beta1, beta2 = options.get("beta1", options.get("beta", 0.0)), options.get("beta2", 0.0)
     averages = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, 1 - beta2**t)
     return np.array([*averages, options.get("eps", 0.0), keep, rate], dtype=np.float32)

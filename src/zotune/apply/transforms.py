@@ -33,13 +33,15 @@ def elementwise_sign(gradient: Tensor, state: State) -> tuple[Tensor, State]:
 
 
 def momentum(gradient: Tensor, state: State, *, beta: float) -> tuple[Tensor, State]:
-    """M ← β m + ĝ; h = m, beginning with m = 0. The paper, appendix A; no average: ĝ is not scaled by 1 - β."""
+    """Momentum: m ← β m + ĝ and h = m, starting from m = 0. The paper, appendix A; no average: ĝ is not scaled by 1 -
+    β.
+    """
     m = beta * state["momentum_buffer"] + gradient if state else gradient
     return m, {"momentum_buffer": m}
 
 
 def adam(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: float) -> tuple[Tensor, State]:
-    """H = m̂ / (√v̂ + ε) with m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ): Kingma and Ba, 2015; `torch.optim.Adam`."""
+    """Adam: h = m̂ / (√v̂ + ε) with m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ): Kingma and Ba, 2015; `torch.optim.Adam`."""
     m, v, t = _moments(gradient, state, beta1, beta2)
     step = (m / (1 - beta1**t)) / (_root(v / (1 - beta2**t)) + eps)
     return step, {"exp_avg": m, "exp_avg_sq": v, "step": t}
@@ -56,14 +58,14 @@ def adamm(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: fl
 
 
 def amsgrad(gradient: Tensor, state: State, *, beta1: float, beta2: float, eps: float) -> tuple[Tensor, State]:
-    """H = m / (√v̂ + ε) with v̂ₜ = max(v̂ₜ₋₁, vₜ), the largest v so far: ZO-AdaMM (Chen et al., 2019), which is cited."""
+    """AMSGrad: h = m / (√v̂ + ε) with v̂ₜ = max(v̂ₜ₋₁, vₜ), the largest v so far: ZO-AdaMM (Chen et al., 2019)."""
     m, v, t = _moments(gradient, state, beta1, beta2)
     largest = torch.maximum(v, state["max_exp_avg_sq"]) if state else v
     return m / (_root(largest) + eps), {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": largest, "step": t}
 
 
 def _moments(gradient: Tensor, state: State, beta1: float, beta2: float) -> tuple[Tensor, Tensor, int]:
-    """M ← β₁ m + (1 - β₁) ĝ, v ← β₂ v + (1 - β₂) ĝ², both beginning with 0; and the step's number t ≥ 1."""
+    """The moments m ← β₁ m + (1 - β₁) ĝ and v ← β₂ v + (1 - β₂) ĝ², both starting from 0, and the step number t ≥ 1."""
     m, v = (1 - beta1) * gradient, (1 - beta2) * gradient.square()
     if state:
         m, v = beta1 * state["exp_avg"] + m, beta2 * state["exp_avg_sq"] + v
@@ -71,7 +73,8 @@ def _moments(gradient: Tensor, state: State, beta1: float, beta2: float) -> tupl
 
 
 def _root(v: Tensor) -> Tensor:
-    """√v to the nearest float, on any machine: the mathematical library that torch calls may be a bit off.
+    """√v rounded to the nearest float on every machine: the mathematical library that torch calls may err in the last
+    bit.
 
     Of a root taken in double precision no error is left by rounding it.
     """
@@ -97,7 +100,7 @@ def sign(c: float) -> float:
 
 
 def clipped(c: float, *, limit: float) -> float:
-    """C cut to [-limit, limit].
+    """Clip the coefficient to [-limit, limit].
 
     >>> clipped(7.0, limit=2.0)
     2.0

@@ -120,7 +120,7 @@ def update_tensors_(updates: Iterable[TensorUpdate], scale: float) -> list[tuple
 
 @dataclass(frozen=True)
 class Step:
-    """What a step does, whatever the weights: from it each tensor's update is made.
+    """A step as it is independently of the weights; it gives each tensor's update.
 
     Attributes:
         terms: (cᵢ, uᵢ) of ĝ over all tensors, with coefficients as they are applied.
@@ -137,13 +137,14 @@ class Step:
     history: Sequence[Terms] | None
 
     def moves(self, tensor: TunedTensor) -> bool:
-        """Whether the step concerns a tensor."""
+        """Whether the step changes a tensor."""
         return any(u.moves(tensor.id) for _, u in self.terms)
 
     def on(self, tensor: TunedTensor, group: int, state: State) -> TensorUpdate:
-        """The update of a tensor in parameter group number `group`, as its dtype and shape have it.
+        """The update of a tensor of parameter group number `group`, with the rules for its dtype and shape.
 
-        `state` is the transform's, with the tensor's `master`, where there is one. Of the tensor no number is read.
+        `state` is the transform's state, with the tensor's `master` weights if it has any. The tensor's numbers are not
+        read.
         """
         p = tensor.parameter
         lr, weight_decay = self.rates[group]
@@ -162,7 +163,9 @@ class Step:
 
 
 def with_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
-    """A tensor's state, with its master weights where `rounding` wants them and they are not there yet."""
+    """Add float32 master weights to a tensor's state where `rounding` needs them and they are missing; returns the
+    state.
+    """
     weights = tensor.storage()
     if weights.dtype in HALF and rounding == Rounding.MASTER and "master" not in state:
         state["master"] = weights.float().contiguous()
@@ -171,7 +174,7 @@ def with_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
 
 @dataclass(frozen=True)
 class Updated:
-    """The model after a step that has not been taken: a displacement for `zotune.estimate.perturb.perturbed_by`."""
+    """The weights after a step that has not been taken, as a `WeightOffset` for `perturbed_by`."""
 
     updates: dict[int, TensorUpdate]
     scale: float
@@ -197,4 +200,4 @@ class Updated:
         move_rows_one_by_one(self, rows, indices, tensor)
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> None:
-        """As `WeightOffset.factors`: the update that is written is known as a sum of matrices, not by its factors."""
+        """As `WeightOffset.factors`: none, for an update is a sum of many matrices."""

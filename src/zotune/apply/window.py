@@ -1,4 +1,4 @@
-"""The terms of the last steps, from which a transform's state is made again in place of being kept."""
+"""The coefficients and seeds of recent steps, from which a transform's state is computed again, not stored."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class CoefficientWindow:
         self._present: Terms = []
 
     def add(self, terms: Terms) -> None:
-        """The step in progress has written these; several times, where blocks go one after the other."""
+        """Add terms that the current step applied; blocks updated in sequence add theirs one after the other."""
         self._present = [*self._present, *terms]
 
     def close(self) -> None:
-        """The step is over."""
+        """Close the current step and drop the oldest one if the window is full."""
         if self._present:
             self._steps.append(self._present)
         self._present = []
@@ -44,13 +44,13 @@ class CoefficientWindow:
         return tuple(self._steps)
 
     def state(self) -> list[dict[str, Any]]:
-        """All of it in plain values."""
+        """The window in plain values."""
         return [_to_plain(terms) for terms in self._steps]
 
     def load(
         self, state: Sequence[dict[str, Any]], sampler: Callable[[Any], Sampler], blocks: Sequence[Block | None]
     ) -> None:
-        """What `state` gave; `sampler` makes a step's sampler from its state."""
+        """Restore the window from the result of `state`; `sampler` maps a sampler's saved state to the sampler."""
         named = {None if block is None else block.name: block for block in blocks}
         self._steps.clear()
         for step in state:

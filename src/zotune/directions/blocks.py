@@ -40,7 +40,7 @@ class Block:
 
 
 class BlockOrder(StrEnum):
-    """Whether blocks are estimated all at the same x (`JOINT`), or each after the last was updated (`SEQUENTIAL`).
+    """Estimate all blocks at the same x (`JOINT`), or each block after the block before it was updated (`SEQUENTIAL`).
 
     A joint step whose loss is NaN or infinite moves nothing. Of a sequential one the blocks are left out whose own
     losses are; those before and after them have moved.
@@ -99,7 +99,8 @@ def blocks_by_linear(model: nn.Module, params: Params = None) -> Blocks:
 
 
 def blocks_by_size(model: nn.Module, max_elements: int, params: Params = None) -> Blocks:
-    """Neighbours together as long as they hold at most `max_elements` numbers; a larger tensor is a block alone.
+    """Blocks of neighbouring tensors with at most `max_elements` numbers together; a larger tensor is a block of its
+    own.
 
     Raises:
         ValueError: `max_elements` < 1.
@@ -130,7 +131,7 @@ BLOCKS: dict[str, Callable[[nn.Module, Params], Blocks]] = {
 
 
 def check_partition(blocks: Sequence[Block], tuned: ParameterSet) -> None:
-    """See that every tuned tensor is in exactly one block.
+    """Check that every tuned tensor is in exactly one block.
 
     Raises:
         UsageError: one is in none or in several, a block names a tensor that is not tuned, or two have one name.

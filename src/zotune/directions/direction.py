@@ -102,16 +102,16 @@ Terms = Sequence[tuple[float, Direction]]
 
 
 def moving(terms: Terms, tensor_id: int) -> Terms:
-    """Those that are not zero for a tensor."""
+    """The terms whose directions are not zero for a tensor."""
     return [(a, u) for a, u in terms if u.moves(tensor_id)]
 
 
 def add_terms(
     out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
 ) -> None:
-    """Out = x + Σ aᵢ uᵢ for flat, contiguous tensors that begin at element `start` of tensor `tensor_id`.
+    """Compute out = x + Σ aᵢ uᵢ for flat, contiguous slices that begin at element `start` of tensor `tensor_id`.
 
-    One pass where there is a kernel for all directions, else chunk by chunk with a small scratch.
+    One pass where a kernel serves all directions, otherwise chunk by chunk with a small scratch.
     Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
     """
     terms = moving(terms, tensor_id)
@@ -140,7 +140,7 @@ def one_pass(terms: Terms, tensor_id: int) -> tuple[int, tuple[int, ...], tuple[
 
 
 def _all_factors(terms: Terms, tensor_id: int, start: int, x: Tensor) -> list[Factors]:
-    """The factors of each term, for the rows that a slice is in; nothing where one has none, or of another rank."""
+    """The factors of each term for the rows of a slice; empty unless all terms have factors of one rank."""
     samplers = [factored(u.sampler_of(tensor_id)) for _, u in terms]
     if None in samplers or len({s.rank for s in samplers if s is not None}) != 1:
         return []

@@ -35,7 +35,7 @@ _RIGHT = 3
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A displacement of low rank of some rows of a matrix: a · left rightᵀ.
+    """An offset of low rank for some rows of a matrix: a · left rightᵀ.
 
     Attributes:
         left: (rows, r), float32; A/√r.
@@ -49,7 +49,7 @@ class Factors:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Left rightᵀ, float32, summed in the order of the columns: no fused multiply-add, on any device."""
+    """The product left rightᵀ in float32, summed in the order of the columns; no device uses a fused multiply-add."""
     total = left[:, :1] * right[:, 0]
     for k in range(1, left.shape[1]):
         total += left[:, k : k + 1] * right[:, k]
@@ -59,9 +59,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Factors], biases: Tensor | None = None
 ) -> Tensor:
-    """Y = x Wᵀ + b, and for the i-th of equal shares of x its displacement of W, and biases[i]: (…, n) to (…, m).
+    """Compute y = x (W + offsetᵢ)ᵀ + b + biases[i] for the i-th of equal shares of x: (…, n) to (…, m).
 
-    The product with W is that of all shares together; each then needs two thin ones. `biases` are (shares, m).
+    The product with W is taken for all shares together; each share then needs two thin products. `biases`: (shares, m).
     """
     rows = x.reshape(-1, x.shape[-1])
     out = gemm.linear(rows, weight, bias)
@@ -70,7 +70,8 @@ def linear(
 
 
 def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Tensor | None = None) -> None:
-    """Add to the i-th of equal shares of out (rows, m) that of x (rows, n) times (aᵢ leftᵢ rightᵢᵀ)ᵀ, and biases[i].
+    """Add x (aᵢ leftᵢ rightᵢᵀ)ᵀ + biases[i] to the i-th of equal shares of out (rows, m), for x (rows, n) in equal
+    shares.
 
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
@@ -106,7 +107,7 @@ class LowRankSampler:
     Attributes:
         base: the distribution of the factors' entries, and of the directions of tensors that are no matrices.
         rank: r ≥ 1.
-        right_seed: names the right factors of all directions; None where each has its own.
+        right_seed: seed of the right factors that all directions share; None where each direction has its own.
         shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
     """
 
@@ -131,9 +132,9 @@ class LowRankSampler:
     def factors(
         self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
     ) -> Factors:
-        """The factors of a matrix's part of a direction: of those rows that elements start … start + size - 1 are in.
+        """The factors of a matrix's part of a direction, for the rows that elements start … start + size - 1 lie in.
 
-        They are not to be written.
+        They are cached; callers must not write into them.
         """
         rows, columns = self.shapes[tensor_id]
         lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
@@ -145,7 +146,7 @@ class LowRankSampler:
         )
 
     def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
-        """As `factors`, of the matrices among some tensors; in one piece of memory, and none if that would be large."""
+        """As `factors`, for all matrices among some tensors in one allocation; empty if that would be large."""
         sizes = {i: tuple(side * self.rank for side in self.shapes[i]) for i in ids if i in self.shapes}
         total = sum(map(sum, sizes.values()))
         if total > limits.FACTOR_ELEMENTS:

@@ -1,4 +1,4 @@
-"""Samplers that are renewed as a run goes on, and which of them serves which step.
+"""Samplers that change as a run goes on, and the choice of the sampler for each step.
 
 A mask that stays for some steps, or a factor that directions share for a while, belongs to a run and a step, not to
 one direction. What a step draws from is a function of the run's seed and the step's number (and of weights, where
@@ -22,14 +22,14 @@ Weights = Callable[[TunedTensor], Tensor]
 
 @runtime_checkable
 class StatefulSampler(Sampler, Protocol):
-    """What a `ScheduledSampler` sampler is at one step."""
+    """The sampler of one step of a `ScheduledSampler`, with a state that restores it."""
 
     def state(self) -> dict[str, Any]:
-        """What `ScheduledSampler.restored` makes this sampler from, in plain values."""
+        """The plain values from which `ScheduledSampler.restored` makes this sampler again."""
 
 
 class ScheduledSampler(ABC):
-    """A sampler that is renewed as a run goes on.
+    """A sampler that changes as a run goes on: `at` gives the sampler of each step.
 
     Attributes:
         base: the sampler that it is made from.
@@ -41,19 +41,22 @@ class ScheduledSampler(ABC):
     def at(
         self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
     ) -> Sampler:
-        """The sampler of one step of the run that `seed` names. `before` is that of an earlier step, if there was one.
+        """The sampler of one step of the run with this `seed`; `before` is the sampler of an earlier step, if there was
+        one.
 
         `weights` gives a tensor's numbers, where the model itself does not hold them.
         """
 
     @abstractmethod
     def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> Sampler:
-        """The sampler that `StatefulSampler.state` describes."""
+        """The sampler whose `StatefulSampler.state` is given."""
 
     @property
     @abstractmethod
     def constants(self) -> dict[str, Any]:
-        """All that its directions depend on besides its base and the run's seed, in plain values; for ledgers."""
+        """The constants that the directions depend on besides the base and the run's seed, in plain values; for
+        ledgers.
+        """
 
     @property
     def depends_on_weights(self) -> bool:
@@ -106,11 +109,11 @@ class SamplerState:
         self._last: Sampler | None = None
 
     def begin(self, seed: int, weights: Weights) -> None:
-        """Make the first step's mask with the numbers that `weights` gives, where the model does not hold them."""
+        """Make the first step's sampler from the numbers that `weights` returns; the model need not hold them."""
         self._last = at_step(self._sampler, self._tuned, seed, 0, None, weights)
 
     def at(self, seed: int, step: int) -> Sampler:
-        """The sampler of a step of the run that `seed` names."""
+        """The sampler of a step of the run with this seed."""
         self._last = at_step(self._sampler, self._tuned, seed, step, self._last)
         return self._last
 
@@ -119,9 +122,9 @@ class SamplerState:
         return restored(self._sampler, self._tuned, seed, state)
 
     def state(self) -> dict[str, Any] | None:
-        """What the coming steps' samplers depend on besides the seed; None where there is nothing of the kind."""
+        """The state that later samplers depend on besides the seed; None if there is none."""
         return state_of(self._last)
 
     def load(self, seed: int, state: dict[str, Any] | None) -> None:
-        """Go on from `state`."""
+        """Continue from a saved `state`."""
         self._last = None if state is None else restored(self._sampler, self._tuned, seed, state)

@@ -27,14 +27,16 @@ _PURPOSE = 2
 
 
 class Mask(StrEnum):
-    """Which entries are set to zero: `RANDOM` ones, or by `MAGNITUDE` those of the smallest weights."""
+    """The entries that a mask sets to zero: `RANDOM` entries, or those of the smallest weights (`MAGNITUDE`)."""
 
     RANDOM = "random"
     MAGNITUDE = "magnitude"
 
 
 class Group(StrEnum):
-    """What shares the sparsity: all tensors together (`GLOBAL`: one magnitude threshold), or each tensor alone."""
+    """How sparsity is divided: by one magnitude threshold over all tensors (`GLOBAL`), or equally in every tensor
+    (`LAYER`).
+    """
 
     GLOBAL = "global"
     LAYER = "layer"
@@ -42,9 +44,10 @@ class Group(StrEnum):
 
 @dataclass(frozen=True)
 class Level:
-    """How one tensor is masked: weights below `threshold` surely, all others in `ties` with probability `ratio`.
+    """The mask of one tensor: it covers every weight below `threshold`, and weights at the threshold with probability
+    `ratio`.
 
-    A random mask has no threshold, and every weight is in its ties.
+    A random mask has no threshold and covers every weight with probability `ratio`.
     """
 
     ratio: float
@@ -53,7 +56,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Sparse(ScheduledSampler):
-    """A sampler whose entries are set to zero by a mask that is renewed as a run goes on; see `sparse`."""
+    """A sampler whose directions are masked, with a mask that is drawn again as a run goes on; see `sparse`."""
 
     base: AnySampler
     sparsity: float

@@ -1,4 +1,4 @@
-"""What lies before the perturbed block is computed once: the activations of the layers below it are reused.
+"""The activations of the layers below a perturbed block, computed once and reused by all probes of the block.
 
 A block of layer k leaves the outputs of layers 0 … k - 1 as they are at x. One pass at x records what each
 layer of the model's stack gives out; in a probe of the block the layers below k return that, and the rest
@@ -24,11 +24,12 @@ from zotune.model.parameters import ParameterSet
 
 
 class Diverged(BaseException):
-    """A later call of the stack was given something else than in the recorded pass: what came before it mattered."""
+    """A later call of the stack got other inputs than in the recorded pass, so no layer may be skipped."""
 
 
 class ActivationCache:
-    """Closures that skip the layers which the present perturbation cannot reach; a context of one objective.
+    """A cache of activations for one objective: its closures skip the layers that the current perturbation cannot
+    reach.
 
     An objective may call the stack several times (micro-batches). Where a later call's input follows from an earlier
     call's output, as in generation, the perturbation reaches it: that is noticed, and the objective is run in full.
@@ -51,7 +52,7 @@ class ActivationCache:
         self.forget()
 
     def forget(self) -> None:
-        """The objective is another one from now on."""
+        """Empty the cache: the objective changes."""
         self.num_passes = 0
         self._depth: dict[int, int] = {}
         self._outputs: list[list[Any]] = [[] for _ in self._layers]
@@ -61,12 +62,12 @@ class ActivationCache:
         self._is_reusable = bool(self._layers)
 
     def moved(self, tensors: frozenset[int]) -> None:
-        """The weights of these tensors have changed: what comes after them is no longer what was recorded."""
+        """Drop the activations after these tensors, whose weights have changed."""
         self._valid = min([self._valid, *(self._depth.get(i, 0) for i in tensors)])
         self._value = None
 
     def record(self, closure: Closure) -> None:
-        """See to it that a whole pass at x is recorded."""
+        """Record a full pass at x, unless the cache already holds one."""
         if self._value is not None or not self._is_reusable:
             return
         outputs: list[list[Any]] = [[] for _ in self._layers]
@@ -93,7 +94,7 @@ class ActivationCache:
         self._valid = len(self._layers)
 
     def of(self, closure: Closure) -> Closure:
-        """The same objective, with what is recorded put in place of the layers that need not run."""
+        """The same objective, with cached activations in place of the layers that need not run."""
 
         def reusing() -> Tensor | float:
             replaced = intercepted_ids(self._tuned)
@@ -111,12 +112,12 @@ class ActivationCache:
         return reusing
 
     def _stop(self) -> None:
-        """Reuse nothing more of this objective."""
+        """Stop using the cache for this objective."""
         self._is_reusable, self._valid = False, 0
 
     @contextmanager
     def _replaced(self, depth: int) -> Iterator[None]:
-        """Within this context the first `depth` layers return what was recorded of them."""
+        """Within this context the first `depth` layers return their recorded outputs."""
         layers = self._layers[:depth]
         own = [vars(layer).get("forward") for layer in layers]
         for index, (layer, outputs) in enumerate(zip(layers, self._outputs, strict=False)):
@@ -132,7 +133,7 @@ class ActivationCache:
 
 
 class NoActivationCache:
-    """The same contract where nothing is reused: every pass is a whole one."""
+    """The same interface without a cache: every pass runs in full."""
 
     num_passes = 0
 
@@ -140,7 +141,7 @@ class NoActivationCache:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing was kept."""
+        """There is nothing to release."""
 
     def moved(self, tensors: frozenset[int]) -> None:
         """As `ActivationCache.moved`."""
@@ -154,13 +155,17 @@ class NoActivationCache:
 
 
 def _recorded(outputs: list[Any]) -> Callable[..., Any]:
-    """A forward that returns copies of the recorded outputs in turn: what uses them may write into them."""
+    """A forward function that returns copies of the recorded outputs in turn, since the layers above may write into
+    them.
+    """
     calls = iter(outputs)
     return lambda *args, **kwargs: _copy(next(calls))
 
 
 def _checked(inputs: list[list[Any]], outputs: list[Any]) -> Callable[..., Any]:
-    """The same for the first layer, as long as its inputs are those recorded; the first call's cannot differ."""
+    """The same for the first layer, which checks that its inputs are the recorded ones (those of the first call always
+    are).
+    """
     calls = enumerate(zip(inputs, outputs, strict=True))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -173,7 +178,7 @@ def _checked(inputs: list[list[Any]], outputs: list[Any]) -> Callable[..., Any]:
 
 
 def _given(*arguments: Any) -> list[Any]:
-    """What can be compared of a call's arguments: tensors and plain values."""
+    """The comparable arguments of a call: tensors and plain values."""
     return [value for value in tree_leaves(arguments) if isinstance(value, (Tensor, int, float, str))]
 
 

@@ -1,4 +1,4 @@
-"""Several displaced models in one forward pass: the batch is repeated, and each copy of it meets weights of its own.
+"""Several probes in one forward pass: the batch is repeated, and each copy of it meets its own perturbed weights.
 
 The probes of one step differ in nothing but the weights. Run side by side, a probe's two ends read W and make u
 once, what is not tuned is computed for all copies at once, and a small adapter's copies are one batched product.
@@ -38,11 +38,11 @@ _LOOKED_INTO = (list, tuple, dict)
 
 
 class NotSeparableError(Exception):
-    """The copies of a batch cannot be told apart in some computation."""
+    """Some computation mixes the copies of a batch."""
 
 
 class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a verb
-    """Within this context the i-th of equal shares of a batch meets the tuned tensors as displacement i has them.
+    """Within this context the i-th of equal shares of a batch meets the tuned tensors with the i-th offset.
 
     Args:
         tuned: the tuned tensors of a model.
@@ -90,7 +90,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return self._apart(func, args, kwargs) if result is None else result
 
     def _differs(self, value: Any) -> bool:
-        """Whether there is a tensor in `value` that is not the same for all copies."""
+        """Whether `value` holds a tensor that differs between the copies."""
         if isinstance(value, (list, tuple)):
             # Written out, for every function of a forward pass waits for it.
             for item in value:
@@ -104,7 +104,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return id(value) in self._differing or (bool(self._offloaded) and self.find(value) is not None)
 
     def _apart(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The function of each copy's own arguments, put together again."""
+        """Call the function with each copy's own arguments and join the results."""
         leaves, structure = tree_flatten((args, kwargs))
         own = [self._values(leaf) if isinstance(leaf, Tensor) and self._differs(leaf) else None for leaf in leaves]
         shared = [values is None and self._is_of_the_batch(leaf) for leaf, values in zip(leaves, own, strict=True)]
@@ -129,7 +129,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return _joined(results) if any(shared) else self._derive(results)
 
     def _shares(self, leaf: Tensor, values: list[Tensor], sizes: set[int]) -> list[Tensor]:
-        """Of what was made of displaced tensors for the whole batch, as virtual tokens are, each copy's own share."""
+        """Each copy's share of a value that perturbed tensors gave for the whole batch, such as virtual tokens."""
         if id(leaf) not in self._derived or leaf.dim() < 3 or leaf.shape[0] not in sizes:
             return values
         return [value.tensor_split(self._copies)[copy] for copy, value in enumerate(values)]
@@ -137,7 +137,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
     def _elementwise(
         self, func: Callable[..., Any], leaves: list[Any], own: list[list[Tensor] | None]
     ) -> Tensor | None:
-        """The same in one call, where a vector of each copy meets a batch along its last dimensions."""
+        """The same in one call, where each copy's vector meets the batch along its last dimensions."""
         if sum(values is not None for values in own) != 1:
             return None
         place = 0 if own[0] is not None else 1
@@ -152,7 +152,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return result.flatten(0, 1)
 
     def _is_of_the_batch(self, value: Any) -> bool:
-        """Whether `value` holds a share for each copy, as far as can be seen."""
+        """Whether `value` appears to hold a share for each copy."""
         return (
             isinstance(value, Tensor)
             and value.dim() >= 2
@@ -161,7 +161,9 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         )
 
     def _derive(self, results: list[Any]) -> Any:
-        """What came of displaced tensors alone: the first copy's stands for all."""
+        """Keep the copies' values that were computed from perturbed tensors alone; the first copy's tensor represents
+        them.
+        """
         if all(isinstance(result, (tuple, list)) for result in results):
             return type(results[0])(self._derive(list(parts)) for parts in zip(*results, strict=True))
         if not all(isinstance(result, Tensor) for result in results):
@@ -181,13 +183,13 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return list(self._displaced(self._noted(value), value))
 
     def _noted(self, value: Tensor) -> TunedTensor:
-        """The tuned tensor that `value` is; that it was read is noted."""
+        """The tuned tensor that `value` is, recorded as read."""
         tensor = self.find(value)
         assert tensor is not None
         return self.note(tensor)
 
     def _displaced(self, tensor: TunedTensor, value: Tensor) -> Tensor:
-        """(copies, *shape): the whole tensor, displaced."""
+        """The whole tensor perturbed, once a copy: (copies, *shape)."""
         if value.dim() == 1 and self._vectors_are_to_come:
             self._vectors_are_to_come = False
             self._keep_vectors(value.dtype)
@@ -201,9 +203,9 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return out
 
     def _keep_vectors(self, dtype: torch.dtype) -> None:
-        """Displace all vectors of one dtype at once: with many small tensors most of the time is that of the calls.
+        """Perturb all vectors of one dtype in one call: for many small tensors the calls take most of the time.
 
-        Not on a GPU, which is sent a table for many tensors: a pass that is captured as a graph must not wait for one.
+        Not on a GPU, where many tensors need a table on the device: a pass captured as a graph must not wait for it.
         """
         chosen = (t for t in self.tuned if t.id in self.chosen)
         found = [t for t in chosen if t.parameter.dim() == 1 and t.parameter.dtype == dtype]
@@ -219,7 +221,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
-        """Write the displaced x, flat slices from element `start` on, for each copy."""
+        """Write the perturbed x for each copy: flat slices from element `start` on."""
         if self._ends is not None:
             u, a = self._ends
             if (kernel := u.kernel(tensor.id)) is not None:
@@ -229,7 +231,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             displacement.move(out, x, tensor, start)
 
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
-        """(copies, hi - lo, columns): rows lo … hi - 1 of a matrix, displaced; in a scratch that is used again."""
+        """Rows lo … hi - 1 of a matrix perturbed for each copy, in a shared scratch: (copies, hi - lo, columns)."""
         rows = value[lo:hi]
         scratch = self._scratch
         if scratch is None or scratch.dtype != value.dtype or scratch.device != value.device:
@@ -260,13 +262,13 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return (self._stacked(bias) if self._differs(bias) else bias[None]).unsqueeze(1)
 
     def _stacked(self, value: Tensor) -> Tensor:
-        """(copies, *shape): each copy's own version of a tensor."""
+        """Each copy's own version of a tensor: (copies, *shape)."""
         if id(value) in self._derived:
             return torch.stack(self._derived[id(value)])
         return self._displaced(self._noted(value), value)
 
     def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
-        """How far each copy's matrix is displaced; None where one of them is not by one of low rank."""
+        """The thin factors of each copy's offset; None where an offset is not of low rank."""
         if self._ends is not None:
             u, a = self._ends
             if device not in self._factors_of_u:
@@ -277,7 +279,9 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return None if None in found else [f for f in found if f is not None]
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, tensor: TunedTensor | None) -> Tensor:
-        """(copies, rows, out): each copy's (rows, in) times its own weights, of which `tensor` are those tuned, + b."""
+        """Each copy's product with its own weights, plus bias: (copies, rows, out). `tensor` is the tuned tensor, if
+        any.
+        """
         own = None if bias is None else self._bias(bias)
         if tensor is None and not self._differs(weight):
             out = gemm.linear(x, weight)
@@ -290,7 +294,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return self._by_pieces(x, tensor, weight.detach(), own)
 
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(copies, rows, out): each copy's (rows, in) times its own displaced weights, piece by piece."""
+        """Each copy's product with its own perturbed weights, piece by piece: (copies, rows, out)."""
         ranges = pieces(weight.shape, piece_elements(weight.device.type))
         if len(ranges) == 1:
             return gemm.products(x, self._piece(tensor, weight, 0, weight.shape[0]), bias)
@@ -321,7 +325,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         return torch.cat([F.embedding(share, rows) for share, rows in zip(shares, each, strict=True)])
 
     def _rows(self, tensor: TunedTensor, weight: Tensor, indices: Tensor) -> list[Tensor]:
-        """Some rows of a matrix, displaced, for each copy."""
+        """Some rows of a matrix, perturbed for each copy."""
         found = []
         for displacement in self._displacements:
             rows = F.embedding(indices, weight.detach())
@@ -334,7 +338,7 @@ side_by_side.special = {F.linear: side_by_side._linear, F.embedding: side_by_sid
 
 
 def _joined(results: list[Any]) -> Any:
-    """The copies' results as one: tensors, or tuples of them, one after the other along the first dimension."""
+    """Concatenate the copies' results (tensors, or tuples of tensors) along the first dimension."""
     if all(isinstance(result, Tensor) and result.dim() for result in results):
         return torch.cat(results)
     if all(isinstance(result, tuple) for result in results):

@@ -62,7 +62,7 @@ class DualParameters(ParameterInterceptor):
         return dual(y, tangent)
 
     def pair(self, args: tuple[Any, ...]) -> tuple[tuple[Any, Tensor | None], tuple[Any, Tensor | None]] | None:
-        """What is read of two arguments, each with its tangent; None for other arguments, or without a tangent."""
+        """Two arguments, each with its tangent; None for other arguments, or where neither has a tangent."""
         if len(args) != 2:
             return None
         one, other = (unpack(self.replace(a)) if isinstance(a, Tensor) else (a, None) for a in args)
@@ -92,7 +92,7 @@ class DualParameters(ParameterInterceptor):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        """As an embedding of the distinct rows that are looked up."""
+        """Look up the distinct rows alone, with their tangents."""
         found = self.lookup(input, weight, max_norm)
         if found is None:
             return None
@@ -168,7 +168,7 @@ class DualParameters(ParameterInterceptor):
 
 
 def _product(reading: DualParameters, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The product x y, with ẋ y + x ẏ in a pass less than torch's rule takes."""
+    """The product x y with the tangent ẋ y + x ẏ, in one pass less than torch's rule takes."""
     if kwargs or (pair := reading.pair(args)) is None:
         return None
     (x, dx), (y, dy) = pair

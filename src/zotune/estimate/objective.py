@@ -1,4 +1,4 @@
-"""What is minimised: an objective as a closure, which may know its parts or its batch."""
+"""Objectives as closures: plain ones, ones that know their micro-batches, and ones that know their batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def evaluate(closure: Closure) -> float:
 
 
 def read(values: Sequence[Tensor | float]) -> list[float]:
-    """What `objective` gave as numbers; the host waits for a GPU once, not once a value."""
+    """Convert results of `objective` to numbers; the host waits for a GPU once, not once a value."""
     waiting = [value for value in values if isinstance(value, Tensor)]
     numbers = iter(torch.stack(waiting).tolist() if waiting else ())
     return [next(numbers) if isinstance(value, Tensor) else value for value in values]
@@ -161,7 +161,7 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Without a graph, uncompiled and with every module in eval mode: the objective is a function of x alone."""
+    """A context without autograd and compiled code, all modules in eval mode: the objective depends on x alone."""
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:

@@ -36,25 +36,25 @@ _META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda"
 
 
 class WeightOffset(Protocol):
-    """Where the tuned tensors are taken to be: computed for any slice of any tensor, whenever it is read."""
+    """An offset of the tuned tensors, computed for any slice of any tensor whenever it is read."""
 
     @property
     def tensors(self) -> frozenset[int] | None:
-        """Ids of the tensors that are displaced; None for all."""
+        """Ids of the tensors that have an offset; None for all."""
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
-        """Write the displaced x into `out`: flat, contiguous slices that begin at element `start` of the tensor."""
+        """Write x plus its offset into `out`: flat, contiguous slices that begin at element `start` of the tensor."""
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
-        """Displace rows[i], which is row indices[i] of a matrix, in place."""
+        """Add the offset of row indices[i] of a matrix to rows[i], in place."""
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
-        """How far a matrix is displaced, where that is of low rank: products then need nothing else. Else None."""
+        """The thin factors of a matrix's offset, which are all that products need; None where it is not of low rank."""
 
 
 @dataclass(frozen=True)
 class OffsetAlong:
-    """X + a·u."""
+    """The offset a·u along one direction."""
 
     direction: Direction
     a: float
@@ -85,7 +85,7 @@ class OffsetAlong:
 
 
 def antithetic_pair(displacements: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
-    """U and a of x + a·u and x - a·u, the two ends of a probe, where that is what the displacements are."""
+    """The (u, a) of an antithetic pair x + a·u and x - a·u, the two ends of a probe; None for any other offsets."""
     if len(displacements) != 2:
         return None
     one, other = displacements
@@ -101,7 +101,7 @@ def move_rows_one_by_one(displacement: WeightOffset, rows: Tensor, indices: Tens
 
 
 class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager reads like a verb
-    """Within this context the model computes with its tuned tensors displaced; they themselves are never written.
+    """Within this context the model computes with its tuned tensors plus an offset; the tensors are never written.
 
     Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all (on a GPU the
     largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
@@ -124,7 +124,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         super().__exit__(kind, error, trace)
 
     def read(self, tensor: TunedTensor, value: Tensor) -> Tensor:
-        """The whole tensor, displaced."""
+        """The whole tensor plus its offset."""
         if tensor.id in self._kept:
             return self._kept[tensor.id]
         source = value.detach().contiguous()
@@ -135,16 +135,16 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         return out
 
     def note(self, tensor: TunedTensor) -> TunedTensor:
-        """As `ParameterInterceptor.note`; how often it was read is counted."""
+        """As `ParameterInterceptor.note`; counts the reads of each tensor."""
         self._reads[tensor.id] += 1
         return super().note(tensor)
 
     def _is_read_again(self, tensor: TunedTensor) -> bool:
-        """Whether it is worth making whole, to be kept."""
+        """Whether the tensor is read again in this context, so that caching it whole saves time."""
         return self._keeps and self._reads[tensor.id] > 0
 
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
-        """Rows lo … hi - 1 of a displaced matrix, in the shared scratch."""
+        """Rows lo … hi - 1 of a perturbed matrix, in the shared scratch."""
         rows = value[lo:hi]
         if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
             most = piece_elements(value.device.type)
@@ -204,7 +204,7 @@ def piece_elements(device_type: str) -> int:
 
 
 def pieces(shape: Sequence[int], most: int) -> list[tuple[int, int]]:
-    """Ranges of a matrix's rows, of `most` elements or fewer, as even as can be: a small rest is a slow product."""
+    """Ranges of a matrix's rows with at most `most` elements each, as even as possible: small rests are slow."""
     rows, columns = shape
     at_once = max(1, most // columns)
     size = -(-rows // -(-rows // at_once)) if rows else 1
@@ -213,7 +213,9 @@ def pieces(shape: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 @contextmanager
 def meta_as(device_type: str) -> Iterator[None]:
-    """Within this context tensors on `meta` are perturbed in such pieces as on another device: to count their bytes."""
+    """Within this context tensors on `meta` are perturbed in the pieces of another device, so that their bytes can be
+    counted.
+    """
     token = _META_STANDS_FOR.set(device_type)
     try:
         yield
@@ -222,13 +224,13 @@ def meta_as(device_type: str) -> Iterator[None]:
 
 
 def nbytes(tuned: ParameterSet, ids: frozenset[int] | None) -> int:
-    """Bytes of some of the tuned tensors, or of all."""
+    """Bytes of the tuned tensors with these ids, or of all."""
     chosen = (t.parameter for t in tuned if ids is None or t.id in ids)
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
 def largest_piece(tuned: ParameterSet, ids: frozenset[int], most: int) -> int:
-    """Elements of the largest of the pieces in which matrices of these tensors are taken, each of `most` or fewer."""
+    """Elements of the largest piece when matrices of these tensors are cut into pieces of at most `most` elements."""
     shapes = [t.parameter.shape for t in tuned if t.id in ids and t.parameter.dim() == 2]
     fitting = [shape for shape in shapes if 0 < shape[1] <= most]
     return max((pieces(shape, most)[0][1] * shape[1] for shape in fitting if shape[0]), default=0)

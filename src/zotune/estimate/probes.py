@@ -1,4 +1,4 @@
-"""The objective at several points at once, where its batch can be had in copies, else at one after the other.
+"""The objective at several points: in one forward pass where the batch can be repeated, otherwise one after the other.
 
 Whether copies can be told apart is found out by trying: two of them run side by side, one at x, the other far away
 at x + a·u. Where a model mixes its examples, or carries them elsewhere than along the first dimension, at least one
@@ -65,7 +65,7 @@ def _groups(tuned: ParameterSet, points: Sequence[Point], most: int) -> Iterator
 
 
 def made_whole(tuned: ParameterSet, direction: Direction) -> frozenset[int]:
-    """Ids of the tensors that a direction displaces otherwise than by thin factors."""
+    """Ids of the tensors that a direction moves by a full matrix instead of thin factors."""
     return frozenset(t.id for t in tuned if direction.moves(t.id) and not direction.has_factors(t.id))
 
 
@@ -101,7 +101,7 @@ def _at(closure: Closure, tuned: ParameterSet, a: float, direction: Direction) -
 
 
 def is_separable(closure: Batched, tuned: ParameterSet) -> bool:
-    """Whether x and x + a·u, side by side, have the values that they have alone."""
+    """Whether x and x + a·u have the same values side by side as alone."""
     # A piece at a time: the squares of a large embedding are as large as it is.
     pieces = (x for t in tuned for x in torch.split(t.storage().detach().flatten(), limits.STATISTIC_ELEMENTS))
     squares = sum(float(x.float().square().sum()) for x in pieces)
@@ -122,7 +122,7 @@ def is_separable(closure: Batched, tuned: ParameterSet) -> bool:
 
 
 def values_side_by_side(closure: Batched, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
-    """The objective at each of some points, which displace the same tensors, from one forward pass.
+    """The objective at several points that perturb the same tensors, from one forward pass.
 
     Raises:
         NotSeparableError: some computation would mix the copies of the batch.

@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_SYNCS = 1.0
 
 @dataclass(frozen=True)
 class Ledger:
-    """A ledger that was read: its header, and its good records.
+    """A ledger read from a file: its header and its intact records.
 
     Attributes:
         cut_bytes: how many bytes after the last good record were left out: a torn or damaged tail.
@@ -52,7 +52,7 @@ class Ledger:
         return (self[step] for step in range(len(self)))
 
     def first(self, num_steps: int | None) -> Ledger:
-        """The ledger of the first so many steps; of all, for None.
+        """The ledger of the first steps only; of all steps for None.
 
         Raises:
             LedgerError: it has fewer.
@@ -65,12 +65,12 @@ class Ledger:
         return Ledger(self.name, self.header, self.rows[:num_steps], 0, end, self.content)
 
     def to_bytes(self) -> bytes:
-        """The file without what was cut."""
+        """The file's bytes without the damaged tail."""
         return self.content[: self.end]
 
 
 def read(path: Path | str) -> Ledger:
-    """The ledger in a file. A torn or damaged tail is left out and counted; the file is not touched.
+    """Read the ledger in a file. A torn or damaged tail is skipped and counted; the file is not changed.
 
     Raises:
         LedgerError: it cannot be read, is no ledger, is of another version, its header is damaged, or good records
@@ -117,7 +117,7 @@ class LedgerWriter:
 
     @classmethod
     def create(cls, path: Path | str, header: Header) -> Self:
-        """A new ledger; the file is there whole, with its header, or not at all.
+        """Create a new ledger; the file appears with its whole header or not at all.
 
         Raises:
             LedgerError: there is a file of that name already.
@@ -142,7 +142,8 @@ class LedgerWriter:
 
     @classmethod
     def resume(cls, path: Path | str) -> tuple[Self, Ledger]:
-        """Go on after the last good record, cutting what follows it; and what is there so far.
+        """Open a ledger to append after its last intact record, cutting the rest; returns the writer and the present
+        ledger.
 
         Raises:
             LedgerError: as `read`, or another process writes the file. It is left as it is.
@@ -165,7 +166,7 @@ class LedgerWriter:
         return cls(path, file, ledger.header, len(ledger), ledger.end, _stored_crc(file)), ledger
 
     def append(self, record: StepRecord) -> None:
-        """Write a step down.
+        """Append the record of a step.
 
         Raises:
             LedgerError: it is not the next step, or does not fit the header.
@@ -190,14 +191,14 @@ class LedgerWriter:
         self.num_steps += 1
 
     def sync(self) -> None:
-        """Return when all records are on the disk."""
+        """Sync all records to the disk."""
         if not os.fstat(self._file).st_nlink:
             raise FileNotFoundError(2, "the file was removed")
         os.fdatasync(self._file)
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync, and let others write."""
+        """Sync and release the lock."""
         if self._file >= 0:
             file, self._file = self._file, -1
             try:
@@ -219,7 +220,7 @@ def _stored_crc(file: int) -> int:
 
 
 def _write_all(file: int, content: bytes) -> None:
-    """Write everything; a disk that takes only a part gives its error at the next try."""
+    """Write all bytes; a disk that takes only a part of them raises its error at the next call."""
     done = 0
     while done < len(content):
         done += os.write(file, content[done:])
@@ -233,7 +234,7 @@ def _lock(file: int, path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Return when the folder's entries are on the disk."""
+    """Sync the folder's entries to the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -35,7 +35,7 @@ _MAX_PASSES = (1 << 24) - 1
 
 
 class LedgerError(UsageError):
-    """A file that is no ledger, is damaged, or does not belong to what it is used with."""
+    """The file is no ledger, is damaged, or does not belong to the model or run it is used with."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Header:
-    """What a run is: all that its weights depend on besides the base model and the records.
+    """The description of a run: all that its weights depend on besides the base model and the records.
 
     Attributes:
         layout: of its records.
@@ -167,7 +167,7 @@ def _from_body(body: bytes, name: str) -> Header:
 
 
 def _check_types(header: Header) -> None:
-    """A checksum says that nothing was changed, not that a header means something."""
+    """Check the types of a header: a checksum shows that nothing was changed, not that the content has a meaning."""
     if not (isinstance(header.method, dict) and isinstance(header.about, dict) and isinstance(header.tensors, list)):
         raise ValueError("method and about are no objects, or tensors no list")
     if type(header.method.get("seed")) is not int:
@@ -178,5 +178,5 @@ def _check_types(header: Header) -> None:
 
 
 def checksum(row: bytes, index: int, header_crc: int) -> int:
-    """CRC-32 of a record without its first four bytes, begun with its place and the header's checksum."""
+    """CRC-32 of a record without its first four bytes, seeded with its position and the header's checksum."""
     return zlib.crc32(row[4:], zlib.crc32(index.to_bytes(8, "little"), header_crc))

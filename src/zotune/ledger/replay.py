@@ -93,7 +93,7 @@ def replay(
 
 
 def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> None:
-    """See that the ledger's records mean what they mean to this optimizer, over these weights.
+    """Check that the ledger's records belong to this optimizer and these weights.
 
     Without `digests` no number is read. Once steps have been taken, numbers are others and their digests pass.
 
@@ -122,7 +122,7 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
 
 
 def describe(optimizer: ZerothOrder) -> dict[str, Any]:
-    """Every constant that an update depends on, in plain values (and the estimator's, for people).
+    """Every constant that an update depends on, in plain values (and the estimator's constants, for readers).
 
     Tensors are named by their place in the header's list.
     """

@@ -25,7 +25,7 @@ from zotune.system import limits
 
 
 class Trace:
-    """The steps of a ledger as they concern any one tensor.
+    """The steps of a ledger, ready to be applied to any one tensor.
 
     Args:
         optimizer: made as the run's was; of its weights only shape and dtype are looked at, so they may be on `meta`.
@@ -89,7 +89,7 @@ class Trace:
 
 @torch.no_grad()
 def _move(x: Tensor, start: int, updates: Sequence[tuple[TensorUpdate, float]], kept: torch.dtype) -> None:
-    """Take all steps with the slice x, which begins at `start`; its state begins empty, as that of a run."""
+    """Take all steps with the slice x, which begins at element `start`; its state starts empty, as in a run."""
     y, state = x.to(kept), State()
     for update, scale in updates:
         state = update_slice_(update, y, state, start, scale)

@@ -1,1 +1,5 @@
-"""TODO."""
+"""What the core knows of a model: its tuned tensors, its layers, and where a forward pass reads them.
+
+Read `parameters` (names and ids of the tuned tensors), then `intercept` (the one place where probes and tangents enter
+a model). `layers` finds the stack of layers, `linear` takes products, `eager_mode` suspends compiled code.
+"""

@@ -16,7 +16,7 @@ import torch
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within this context compiled code runs as it was written; what was compiled before is kept for after it."""
+    """Within this context compiled code runs as plain Python; earlier compilations stay valid after it."""
     # Where the compiler was never imported (it takes a second), nothing is compiled.
     if "torch._dynamo" not in sys.modules:
         yield

@@ -32,9 +32,9 @@ def _is_inside(path: str, other: str) -> bool:
 
 
 class ReadTracer(TorchFunctionMode):
-    """Within this context it is noted where in the stack each tuned tensor is read, by whatever runs the model.
+    """A context that records at which depth of the stack each tuned tensor is read, whatever runs the model.
 
-    What is read outside of the model that holds the stack belongs to the layer that runs next, or comes after all.
+    A read outside the model that holds the stack counts for the layer that runs next, or comes after all layers.
 
     Attributes:
         first, last: by tensor id, how many layers had run when the tensor was first and last read.
@@ -42,7 +42,7 @@ class ReadTracer(TorchFunctionMode):
     """
 
     def __init__(self, tuned: ParameterSet, collect: Callable[[int, Any], None] = lambda index, output: None) -> None:
-        """`collect` is given each layer's index and output."""
+        """`collect` is called with each layer's index and output."""
         super().__init__()
         path, self._layers = stack_of(tuned.model)
         self._above = [m for p, m in tuned.model.named_modules() if _is_inside(path, p) or p == path]

@@ -1,4 +1,4 @@
-"""Products of a batch with a layer's weights, where the library that computes them can be helped.
+"""Products of a batch with a layer's weights, arranged for the library that computes them.
 
 oneDNN 3.12 (torch 2.13) gives a product of bfloat16 matrices to one thread of two where it has from n to 2n rows and n
 columns, n up to about a thousand: at n = 768 these take twice the time a row that fewer or more rows take. A batch of
@@ -39,7 +39,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def products(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(copies, rows, out): each copy's (rows, in) times its own (out, in) transposed, + (copies or 1, 1, out)."""
+    """Each copy's (rows, in) times the transpose of its own (out, in), plus bias (copies or 1, 1, out): (copies, rows,
+    out).
+    """
     return torch.bmm(x, weights.mT) if bias is None else torch.baddbmm(bias, x, weights.mT)
 
 

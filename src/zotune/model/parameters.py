@@ -1,4 +1,4 @@
-"""The tensors that are tuned: who they are, what they are called, where their numbers lie.
+"""The tuned tensors: their identity, their names and ids, and the memory that holds their numbers.
 
 Noise is keyed by a tensor's name, so a name must not change with wrappers, with the order in which
 parameters are registered, or with which of two tied names comes first. `ParameterSet` settles that
@@ -56,12 +56,12 @@ class TunedTensor:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the numbers lie elsewhere and visit the model only while a module runs."""
+        """Whether the weights are offloaded: in the model only while a module runs."""
         return self.parameter.is_meta
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.storage().device if self.is_offloaded else self.parameter.device
 
     def storage(self) -> Tensor:
@@ -148,7 +148,7 @@ class ParameterSet:
             ) from None
 
     def named(self, name: str) -> TunedTensor | None:
-        """The tuned tensor that has this name; None where none has."""
+        """The tuned tensor with this name; None if there is none."""
         return self._by_name.get(name)
 
     def find(self, value: object) -> TunedTensor | None:
@@ -157,12 +157,12 @@ class ParameterSet:
 
     @property
     def numel(self) -> int:
-        """How many numbers are tuned: d."""
+        """The number of tuned numbers: d."""
         return sum(t.parameter.numel() for t in self._tensors)
 
     @property
     def offloaded(self) -> list[TunedTensor]:
-        """Those whose numbers visit the model only while a module runs."""
+        """The offloaded tensors: in the model only while a module runs."""
         return [t for t in self._tensors if t.is_offloaded]
 
     def _check(self) -> None:
@@ -201,13 +201,13 @@ class ParameterSet:
 
 
 def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
-    """What two places have in common if they hold one tensor: the parameter, or the memory it is loaded from."""
+    """A key that two places share if they hold one tensor: the parameter, or the memory it is loaded from."""
     stored = _held_in_memory(module, attribute) if p.is_meta else None
     return id(p) if stored is None else (stored.data_ptr(), stored.shape)
 
 
 def _is_wrapper(p: Tensor) -> bool:
-    """Whether a tensor is but a face of other tensors, as those of torchao are; a distributed tensor is its own."""
+    """Whether a tensor only wraps other tensors, as torchao's do; a distributed tensor does not count as a wrapper."""
     return is_traceable_wrapper_subclass(p) and not hasattr(p, "device_mesh")
 
 

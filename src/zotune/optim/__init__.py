@@ -1,1 +1,5 @@
-"""TODO."""
+"""The optimizers: `zeroth_order` composes direction, estimate, transform and update into a torch optimizer.
+
+Read `zeroth_order`, then `hybrid` (the lower layers by forward passes, the upper ones by back-propagation). `base`
+counts steps, `record` holds the numbers of one step, `checks` refuses options that cannot work.
+"""

@@ -1,4 +1,4 @@
-"""A torch optimizer that counts its steps and forward passes, and tells of each step what it came to."""
+"""A torch optimizer that counts its steps and forward passes and reports a record of each step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COUNTERS = ("num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
 
 
 class CountingOptimizer(torch.optim.Optimizer):
-    """What is counted and recorded of an optimizer's steps, whatever they are; the base of `ZerothOrder`.
+    """Counters and records of an optimizer's steps; the base class of `ZerothOrder`.
 
     Args:
         params, defaults: as torch's.
@@ -41,18 +41,18 @@ class CountingOptimizer(torch.optim.Optimizer):
 
     @cached_property
     def recorded(self) -> Coefficient:
-        """A number as a record holds it: in single precision, but for float64 weights."""
+        """Round a number as a record holds it: to single precision, unless float64 weights are tuned."""
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         return unchanged if torch.float64 in dtypes else lambda x: ctypes.c_float(x).value
 
     def skip(self) -> None:
-        """Count a step that is left out, because something else about it is not finite."""
+        """Count a skipped step, for a caller who found something else in it that is not finite."""
         self._taken = [(GradientEstimate(math.nan, (), 0), math.nan)]
         self._count()
         self.stop_if_skipping()
 
     def _count(self) -> float:
-        """The step is over: count it, report it, and return its loss: the mean over the blocks' estimates."""
+        """Finish the step: count it, report its record, and return its loss, the mean over the blocks' estimates."""
         taken, self._taken = self._taken, []
         estimate = merged([e for e, _ in taken])
         record = StepRecord(
@@ -72,7 +72,7 @@ class CountingOptimizer(torch.optim.Optimizer):
         return estimate.loss
 
     def stop_if_skipping(self) -> None:
-        """See that not all of the last steps were left out.
+        """Stop the run if all of the last steps were skipped.
 
         Raises:
             NonFiniteLossError: the last `max_skipped` were.

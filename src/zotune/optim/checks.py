@@ -1,4 +1,4 @@
-"""What `ZerothOrder` may be given, and what it refuses: values, options that exclude each other, foreign estimates."""
+"""Checks of the arguments of `ZerothOrder`: values, options that exclude each other, estimates of other directions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_closure(closure: Closure | None) -> Closure:
 
 
 def check_own(estimate: GradientEstimate, directions: Sequence[Direction] | None) -> None:
-    """Refuse an estimate that a record could not name.
+    """Refuse an estimate along directions that are not the optimizer's own, which no record could describe.
 
     Raises:
         UsageError: its directions are not these, those of the step; None where a step has several estimates.
@@ -77,7 +77,7 @@ def check_own(estimate: GradientEstimate, directions: Sequence[Direction] | None
 
 
 def check_skipped(num_in_a_row: int, limit: int) -> None:
-    """Refuse to go on where nothing is learned.
+    """Stop a run whose steps are all skipped.
 
     Raises:
         NonFiniteLossError: so many steps in a row were skipped.

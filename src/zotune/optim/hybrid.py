@@ -63,11 +63,12 @@ class Hybrid:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both, zeroth order first; for learning-rate schedules."""
+        """The parameter groups of both optimizers, the zeroth-order one first; for learning-rate schedules."""
         return [*self.zeroth_order.param_groups, *self.first_order.param_groups]
 
     def step(self, closure: Closure) -> float:
-        """One step of both; the loss at x. `closure` returns the loss as a tensor and never calls backward.
+        """Take one step of both optimizers; returns the loss at x. `closure` returns the loss as a tensor and never
+        calls backward.
 
         A closure made by `zotune.accumulate` is differentiated one micro-batch at a time.
 
@@ -85,7 +86,7 @@ class Hybrid:
         return loss
 
     def _differentiate(self, closure: Closure) -> float:
-        """∇_D f into the gradients of the first-order parameters; f. Of micro-batches, one after the other."""
+        """Back-propagate into the gradients of the first-order parameters, micro-batch by micro-batch; returns f."""
         self.first_order.zero_grad()
         micro = closure if isinstance(closure, Accumulated) else accumulate([closure])
         total = 0.0
@@ -111,13 +112,13 @@ class Hybrid:
         return {"zeroth_order": self.zeroth_order.state_dict(), "first_order": self.first_order.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken."""
+        """Continue exactly where `state_dict` was taken."""
         self.zeroth_order.load_state_dict(state_dict["zeroth_order"])
         self.first_order.load_state_dict(state_dict["first_order"])
 
 
 class Tied(StrEnum):
-    """Whose a tensor is that is read on both sides of the cut, as an embedding that is also the head."""
+    """The owner of a tensor that both sides of the cut read, such as an embedding that is also the head."""
 
     ZEROTH_ORDER = "zeroth_order"
     FROZEN = "frozen"
@@ -181,7 +182,7 @@ def _side_of_tied(name: str, tied: Tied | str | None, shallow: list[nn.Parameter
 
 @contextmanager
 def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within this context they require no gradient, so no graph reaches below the first that does."""
+    """Within this context the given parameters require no gradient, so that no graph reaches below the cut."""
     changed = [p for p in parameters if p.requires_grad]
     try:
         for p in changed:

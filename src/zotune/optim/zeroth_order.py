@@ -43,8 +43,8 @@ class ZerothOrder(CountingOptimizer):
         lr: learning rate η ≥ 0.
         estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
         transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`.
-        coefficient: what is done to each c before ĝ is put together, such as taking its sign.
-        step: how far to go along the step, see `zotune.apply.line_search`.
+        coefficient: a function applied to each c before ĝ is summed, such as its sign.
+        step: the line search along the step, see `zotune.apply.line_search`.
         sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
             matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
@@ -58,7 +58,7 @@ class ZerothOrder(CountingOptimizer):
             norms) are exempt.
         max_coefficient: coefficients c (before the mean over queries) are cut to ± this.
         rounding: how half-precision weights are written; see `Rounding`.
-        seed: names the run: the same seed, model and objective give the same bits.
+        seed: seed of all directions and roundings of the run: the same seed, model and objective give the same bits.
         params: tune these instead: parameters of `model`, or groups of them as in torch, with their own `lr` and
             `weight_decay`.
         max_skipped: after so many steps in a row with such an estimate, `NonFiniteLossError` is raised.
@@ -138,7 +138,7 @@ class ZerothOrder(CountingOptimizer):
         return [u.within(block) for block in blocks or self.blocks for u in queries]
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
-        """ĝ at the present weights, from forward passes only; the weights are untouched. Of some `blocks`, if given."""
+        """Estimate the gradient at the present weights, of some `blocks` if given. The weights are not changed."""
         with self._prefix:
             return self._estimate(closure, blocks or self.blocks)
 
@@ -150,16 +150,19 @@ class ZerothOrder(CountingOptimizer):
         return estimate.mapped(self.recorded)
 
     def reusing(self, closure: Closure) -> Closure:
-        """The same objective, within a step without the layers that the present perturbation cannot reach."""
+        """The same objective; within a step its layers that the current perturbation cannot reach are skipped."""
         return self._prefix.of(closure)
 
     def count_forwards(self, num_forwards: int) -> None:
-        """So many evaluations were asked of `reusing`: count them, what was recorded, not what was known from it."""
+        """Count evaluations of closures of `reusing`: passes that the activation cache added count, values it knew do
+        not.
+        """
         self.num_forwards += num_forwards + self._prefix.num_passes
         self._prefix.num_passes = 0
 
     def apply(self, estimate: GradientEstimate) -> None:
-        """X ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and left out.
+        """Update the weights, x ← x - η h(ĝ), one tensor at a time. An estimate that is not finite is counted and
+        skipped.
 
         Raises:
             NonFiniteLossError: `max_skipped` estimates in a row were not finite.
@@ -195,7 +198,7 @@ class ZerothOrder(CountingOptimizer):
         return loss
 
     def replay_step(self, record: StepRecord) -> None:
-        """Take the step of a record: the same bits, without data or a forward pass.
+        """Take the step of a record again: the same bits, without data or a forward pass.
 
         The optimizer must be as that which took it: made alike, over the same weights, after the same steps.
 
@@ -205,14 +208,14 @@ class ZerothOrder(CountingOptimizer):
         self._replay(record, self._write)
 
     def begin_masks(self, weights: Weights) -> None:
-        """Before the first step: sparse directions take their masks' shares from the tensors that `weights` gives.
+        """Before the first step: derive the masks of sparse directions from the tensors that `weights` returns.
 
         For replays over a model that does not hold its numbers; otherwise the first step does it.
         """
         self._sampling.begin(self.seed, weights)
 
     def plan_step(self, record: StepRecord) -> list[tuple[Step, float]]:
-        """The step of a record, and how far to go along it; several where blocks go one after the other.
+        """The step of a record and its factor a; several pairs where blocks are updated in sequence.
 
         It counts as taken, but no weight is read or written: that is the caller's, see `zotune.ledger.stream`.
 
@@ -250,7 +253,7 @@ class ZerothOrder(CountingOptimizer):
         return self.block_order.rounds(self.blocks)
 
     def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
-        """Write an estimate `scale` times; not at all, the state neither, where that is NaN."""
+        """Apply an estimate times `scale`; with NaN neither weights nor state change."""
         if not math.isnan(scale):
             write(estimate, scale)
             if self._window is not None:
@@ -258,7 +261,7 @@ class ZerothOrder(CountingOptimizer):
         self._taken.append((estimate, scale))
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
-        """By tensor id, what applying the estimate does to each tensor that it concerns."""
+        """The update of each tensor that the estimate moves, by tensor id."""
         step, found = self._step_along(estimate), {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -269,7 +272,7 @@ class ZerothOrder(CountingOptimizer):
         return found
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
-        """What applying the estimate does, whatever the weights."""
+        """The step along the estimate, independent of the weights."""
         return Step(
             self._terms(estimate),
             self.transform,
@@ -280,7 +283,7 @@ class ZerothOrder(CountingOptimizer):
         )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
-        """The estimate's terms with `coefficient` and the limit applied to each c as it was measured."""
+        """The estimate's terms after `coefficient` and the limit were applied to each measured c."""
         if self.max_coefficient is None and self.coefficient is unchanged:
             return estimate.terms
         limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
@@ -303,14 +306,14 @@ class ZerothOrder(CountingOptimizer):
         return super()._count()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and under "zeroth_order" what names the next step: seed, counters, masks, a window's terms."""
+        """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
         history = None if self._window is None else self._window.state()
         state["zeroth_order"] |= {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken; float32 state stays float32."""
+        """Continue exactly where `state_dict` was taken; float32 state stays float32."""
         super().load_state_dict(state_dict)
         own = state_dict["zeroth_order"]
         self.seed = own["seed"]

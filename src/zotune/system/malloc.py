@@ -37,13 +37,13 @@ def tune_malloc(own_pages: int = OWN_PAGES) -> None:
 
 
 def keep_activations() -> None:
-    """From now on keep larger pieces too, if `tune_malloc` was called: what forward passes ask for each time."""
+    """From now on keep larger pieces too, if `tune_malloc` was called: forward passes request them again and again."""
     if _keeps:
         _set(_M_MMAP_THRESHOLD, OWN_PAGES_OF_PASSES)
 
 
 def heap_environment() -> dict[str, str]:
-    """Variables for a new process, on top of this one's, with which its heap keeps fewer holes; none where none help.
+    """Environment variables that keep the heap of a new process less fragmented; empty where none help.
 
     Before 2.38 glibc cuts splinters off memory that is to be aligned, as all of torch's is, and keeps them in a cache:
     a freed piece between two of them is not joined with its neighbours and serves no request of its own size. With
@@ -58,7 +58,7 @@ def heap_environment() -> dict[str, str]:
 
 
 def restart_with_heap_environment() -> None:
-    """Begin this process anew, by the command that it was begun with, where its heap would be better for it."""
+    """Restart this process with the same command and `heap_environment`, where that helps its heap."""
     better = heap_environment()
     if better and sys.orig_argv[1:]:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **better})

@@ -12,7 +12,7 @@ import torch
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes: the most this process has held at once, on the GPU for a CUDA device, else resident in RAM.
+    """The most bytes that this process has held at once: on the GPU for a CUDA device, else resident in RAM.
 
     On Linux the kernel's high-water mark of the process image (VmHWM), which, unlike `ru_maxrss`, does
     not inherit the size of the process that started this one.
@@ -50,6 +50,8 @@ def free_memory() -> int:
 
 
 def forget_peak() -> None:
-    """Set the kernel's high-water mark, which `peak_memory` reads, to what is resident now (Linux, where it may)."""
+    """Reset the kernel's high-water mark, which `peak_memory` reads, to the resident bytes of now (Linux, if
+    permitted).
+    """
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

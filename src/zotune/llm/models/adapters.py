@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.step import StepOptions
+from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import parts_of_head
 from zotune.llm.models.load import LanguageModel
 from zotune.model.layers import stack_of
@@ -136,7 +137,7 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
 
     cache = DynamicCache()
     device = next(model.parameters()).device
-    model(input_ids=tokens[None].to(device), past_key_values=cache)
+    model(input_ids=tokens[None].to(device), **{cache_argument(model): cache})
     pairs = torch.stack([t[0] for layer in cache.layers for t in (layer.keys, layer.values)])
     # (2 · layers, heads, T, head size) → a row for each token
     return pairs.permute(2, 0, 1, 3).reshape(len(tokens), -1).float()
@@ -164,6 +165,8 @@ def _task_type(lm: LanguageModel) -> str:
 def _wrap(lm: LanguageModel, adapter: Any, seed: int) -> None:
     from peft import get_peft_model
 
+    if adapter.is_prompt_learning:
+        accept_old_name(lm.base)
     # peft draws an adapter's first weights from torch's global generators; leave those as they were.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -19,6 +19,7 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.run import ModelOptions
 from zotune.llm.data.tokenization import Batch
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
+from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import check_labels, with_head
 from zotune.llm.models.partial_forward import entered, output_of
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
@@ -314,6 +315,8 @@ def _adapted(folder: Path, options: ModelOptions, labels: Sequence[str]) -> Lang
     quantization = options.quantization or saved_quantization(folder)
     lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
     lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+    if lm.num_virtual_tokens:
+        accept_old_name(lm.base)
     lm.name = options.model
     return lm
 

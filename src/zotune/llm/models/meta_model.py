@@ -11,6 +11,7 @@ import torch
 from zotune.errors import UsageError
 from zotune.llm.config.run import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
+from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import with_head
 from zotune.llm.models.load import LanguageModel, load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
@@ -101,5 +102,7 @@ def _adapted(folder: Path, options: ModelOptions, labels: tuple[str, ...]) -> tu
     lm, stored = skeleton(base, labels)
     with torch.device("meta"):
         lm.module = get_peft_model(lm.module, adapter)
+    if lm.num_virtual_tokens:
+        accept_old_name(lm.base)
     lm.name = options.model
     return lm, stored

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside
+from zotune.llm.models.cache_argument import cache_argument, cache_in_call
 from zotune.llm.models.cache_storage import Kept
 from zotune.llm.models.load import LanguageModel
 from zotune.llm.models.partial_forward import output_of
@@ -72,9 +73,10 @@ class ReusedPrompts:
     def _first(self, index: int, own: Any, keys: Tensor, values: Tensor, output: Tensor | None) -> Callable[..., Any]:
         """A forward that fills the layer's cache, gives `output` or its input, and hands back to the layer's own."""
 
-        def forward(hidden_states: Tensor, *args: Any, past_key_values: Any, **kwargs: Any) -> Any:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._restore(index, own)
-            past_key_values.update(keys, values, index)
+            cache = cache_in_call(self._layers[index], (hidden_states, *args), kwargs)
+            cache.update(keys, values, index)
             found = hidden_states if output is None else output
             return (found,) if self._returns_tuple else found
 
@@ -100,7 +102,8 @@ class ReusedPrompts:
 
         cache = DynamicCache()
         ids = torch.tensor([prompt], device=self._lm.device)
-        output = output_of(self._layers[-1], lambda: self._lm.base(input_ids=ids, past_key_values=cache))
+        inputs = {"input_ids": ids, cache_argument(self._lm.base): cache}
+        output = output_of(self._layers[-1], lambda: self._lm.base(**inputs))
         self._returns_tuple = isinstance(output, tuple)
         pairs = [t[0].transpose(0, 1) for layer in cache.layers[: self.depth] for t in (layer.keys, layer.values)]
         self._heads = [(t.shape[1], t.shape[2]) for t in pairs]

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from zotune.llm.models.cache_argument import cache_argument
 from zotune.llm.models.load import LanguageModel
 from zotune.noise import derive_seed
 
@@ -81,10 +83,13 @@ def _generate(
     length = max(map(len, prompts))
     padded = [[lm.pad_token_id] * (length - len(p)) + list(p) for p in prompts]
     mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
-    module: Any = lm.module
-    out: Tensor = module.generate(
-        input_ids=torch.tensor(padded, device=lm.device),
-        attention_mask=torch.tensor(mask, device=lm.device),
+    input_ids, attention_mask = (torch.tensor(rows, device=lm.device) for rows in (padded, mask))
+    if lm.num_virtual_tokens:
+        model, inputs, length = lm.base, *_behind_virtual_tokens(lm, input_ids)
+    else:
+        model, inputs = lm.module, {"input_ids": input_ids, "attention_mask": attention_mask}
+    out: Tensor = model.generate(
+        **inputs,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             # Plainly greedy: what the checkpoint's own configuration says of sampling must not enter.
@@ -102,6 +107,31 @@ def _generate(
     lm.num_forwards += out.shape[1] - length
     texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist()]
     return [(text.split("\n")[0] if stops_at_newline else text).strip() for text in texts]
+
+
+@torch.no_grad()
+def _behind_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[dict[str, Any], int]:
+    """How transformers' own `generate` reads (S, L) prompts without padding behind the virtual tokens.
+
+    peft's `generate` looks for the cache under a name that transformers 5.24 changed, and would put the virtual
+    tokens before each new token again.
+
+    Returns:
+        the inputs, and the length of what `generate` gives back before the first new token.
+    """
+    from transformers import Cache
+
+    module: Any = lm.module
+    virtual = module.get_prompt(len(input_ids))
+    length = lm.num_virtual_tokens + input_ids.shape[1]
+    mask = torch.ones(len(input_ids), length, dtype=torch.long, device=lm.device)
+    if isinstance(virtual, Cache):
+        # A prefix stands in the cache; `generate` leaves out as many of the first tokens as it holds.
+        held = F.pad(input_ids, (lm.num_virtual_tokens, 0), value=lm.pad_token_id)
+        return {"input_ids": held, "attention_mask": mask, cache_argument(lm.base): virtual}, length
+    embeddings = module.word_embeddings(input_ids)
+    # `generate` does not give embeddings back.
+    return {"inputs_embeds": torch.cat([virtual.to(embeddings.dtype), embeddings], 1), "attention_mask": mask}, 0
 
 
 def _processors(sampling: Sampling | None, prompt_length: int) -> Any:
