@@ -91,7 +91,8 @@ def options_by_group(schema: Any) -> dict[str, list[str]]:
     """The names of options by group, as `--help` shows them, else by the record that declares them."""
     by_help = getattr(import_module("zotune.llm.config.schema"), "options_by_group", None)
     if by_help is not None:
-        return dict(by_help(schema))
+        with contextlib.suppress(KeyError):  # `zotune plan` has options that no run has
+            return dict(by_help(schema))
     groups: dict[str, list[str]] = {}
     for name in schema.model_fields:
         owner = next(c for c in reversed(schema.__mro__) if name in inspect.get_annotations(c))
