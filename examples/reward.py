@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.llm.config.run import TrainConfig, read_recipe
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.llm.scoring.rewards import RewardEvaluation
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training.train import train

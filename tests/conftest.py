@@ -63,8 +63,8 @@ def causal_family(request):
 @pytest.fixture
 def tiny():
     """A function: family and precision to a tiny model with random weights."""
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
 
     return lambda family, dtype="float32": load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
 
@@ -72,8 +72,8 @@ def tiny():
 @pytest.fixture(scope="session")
 def smollm2():
     """The built-in model. Session-wide: tests read it and leave it as it is."""
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
 
     lm = load(ModelOptions(model="smollm2-135m", device="cpu"))
     for p in lm.module.parameters():

@@ -31,8 +31,9 @@ from transformers import LlamaForCausalLM
 from zotune.apply import update
 from zotune.cli.main import main as cli
 from zotune.ledger import files, read
-from zotune.llm.config.run import ModelOptions
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.training import checkpoint
 from zotune.llm.training import metrics_log as metrics
 from zotune.llm.training import output_folder as output

@@ -4,7 +4,7 @@ import torch
 
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 
 WORDS = (" terrible", " great")
 EXAMPLES = tuple(
@@ -25,7 +25,7 @@ SCHEMES = {
 
 
 def prepared(lm, **options):
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", **options}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", **options}))
     return lm
 
 

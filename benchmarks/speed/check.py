@@ -18,7 +18,7 @@ from record import RESULTS
 from step import measure, measure_lora
 
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 ALLOWED = 1.15

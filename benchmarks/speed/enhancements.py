@@ -20,7 +20,7 @@ import torch
 
 import zotune as zo
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result, zotune

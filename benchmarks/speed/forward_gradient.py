@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import zotune as zo
 from zotune import noise
-from zotune.llm.config.run import ModelOptions
-from zotune.llm.models import load
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 from zotune.system.peak_memory import peak_memory
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -27,7 +27,8 @@ import zotune as zo
 from zotune import noise
 from zotune.estimate.cuda_graph import CUDAGraphDifference
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result

@@ -23,7 +23,8 @@ import torch
 
 import zotune as zo
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.random_models import byte_tokenizer
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 

@@ -33,8 +33,8 @@ import zotune as zo
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import check, header_of
 from zotune.ledger.stream import Trace
-from zotune.llm.config.run import ModelOptions
-from zotune.llm.models import load
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import write_result, zotune

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 
 import zotune as zo
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))

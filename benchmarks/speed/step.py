@@ -27,8 +27,9 @@ import zotune as zo
 from zotune import noise
 from zotune.estimate.objective import Batched
 from zotune.llm.config.run import EvalConfig, TrainConfig
-from zotune.llm.models.load import LanguageModel, load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -134,7 +135,7 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
 
 def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
     """The same of an adapter alone."""
-    prepare(lm, TrainConfig(task="sst2", tuning="lora"))
+    prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
 

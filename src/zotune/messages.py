@@ -1,93 +1,10 @@
-"""What a run shows while it goes: a live line on a terminal, plain lines elsewhere. All on stderr."""
+"""Messages to the person who runs zotune; all on stderr."""
 
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
-_SECONDS_BETWEEN_LINES = 10.0
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a run stands: step of steps, recent mean loss, forward passes, seconds, peak bytes, held-out metric.
-
-    And in how many steps all probes had the same value, so that nothing was learned.
-    """
-
-    step: int
-    max_steps: int
-    loss: float
-    num_forwards: int
-    seconds: float
-    peak_memory: int
-    held_out: str | None = None
-    num_flat: int = 0
-
-    def __str__(self) -> str:
-        rate = self.num_forwards / max(self.seconds, 1e-9)
-        left = self.seconds / max(self.step, 1) * (self.max_steps - self.step)
-        held_out = "" if self.held_out is None else f" · held-out {self.held_out}"
-        flat = f" · {self.num_flat} steps without a difference" if self.num_flat else ""
-        return (
-            f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {rate:.1f} forwards/s · "
-            f"{clock(left)} left · peak {self.peak_memory / 2**20:.0f} MiB{held_out}{flat}"
-        )
-
-
-def clock(seconds: float) -> str:
-    """A duration as people read it.
-
-    >>> clock(75), clock(4000)
-    ('1:15', '1:06:40')
-    """
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-class Display:
-    """A context that shows `Status` as it comes, and single messages above it."""
-
-    def __init__(self, max_steps: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._live = self._console.is_terminal
-        self._bar = Progress(
-            BarColumn(bar_width=20), TextColumn("{task.description}"), console=self._console, transient=True
-        )
-        self._task = self._bar.add_task("starting", total=max_steps)
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._bar.stop()
-
-    def update(self, status: Status) -> None:
-        """Show a status: at once on a terminal, at most every ten seconds elsewhere, always the last."""
-        if self._live:
-            self._bar.update(self._task, completed=status.step, description=str(status))
-        elif status.step == status.max_steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            say(str(status))
-
-    def say(self, message: str) -> None:
-        """A line that stays."""
-        self._console.print(message, markup=False) if self._live else say(message)
 
 
 def say(message: str) -> None:
-    """A line of log."""
+    """Print a message on stderr."""
     print(message, file=sys.stderr, flush=True)  # noqa: T201

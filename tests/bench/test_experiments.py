@@ -180,8 +180,8 @@ def test_tokens_are_those_of_the_rows_times_the_passes(smoke):
     _, results, _ = smoke
     found = read_result(result_path(results, "smoke", "table3", "zo_sgd--lora--llama-tiny--copa"))
     (run,) = found.runs
-    from zotune.llm.config.run import ModelOptions
-    from zotune.llm.models import load
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
     from zotune.llm.tasks.load_data import load_rows
 
     options = {k: v for k, v in found.config["options"].items() if k in TrainConfig.model_fields}

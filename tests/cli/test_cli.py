@@ -207,7 +207,7 @@ def test_broken_rows_are_named_by_line(zotune, short, rows_file):
         file.write('{"text": "unfinished\n')
     said = zotune(*short())
     assert said.code == 2
-    assert re.search(r"rows.jsonl, line 12: broken JSON", said.err)
+    assert re.search(r"rows.jsonl, line 12: malformed JSON", said.err)
 
 
 def test_evaluating_no_rows_is_refused(zotune, rows_file):

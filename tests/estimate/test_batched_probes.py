@@ -18,10 +18,11 @@ from zotune.estimate.finite_difference import central_difference, forward_differ
 from zotune.estimate.objective import Batched, batched
 from zotune.estimate.perturb import OffsetAlong
 from zotune.estimate.probes import is_separable, set_separable, values_at, values_side_by_side
-from zotune.llm.config.run import ModelOptions, TrainConfig
-from zotune.llm.data.tokenization import collate
-from zotune.llm.models import load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.data.collator import collate
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
 from zotune.model.parameters import ParameterSet
 from zotune.system import limits
@@ -300,7 +301,7 @@ def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtype
 
 def test_the_built_in_model_is_tuned_side_by_side():
     lm = load(ModelOptions(model="smollm2-135m", dtype="float32", device="cpu"))
-    prepare(lm, TrainConfig(task="sst2", tuning="lora"))
+    prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))
     moved(lm, 0.01)
     alone, together = objectives(lm, encode(lm, EXAMPLES), most=4)
     tuned = ParameterSet(lm.module)

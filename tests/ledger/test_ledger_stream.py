@@ -19,7 +19,7 @@ from zotune.ledger.stream import Trace
 from zotune.llm.ledger import merge as merging
 from zotune.llm.ledger import rebuild as ledgers
 from zotune.llm.models.safetensors_shards import Checkpoint
-from zotune.llm.training.output_folder import saving
+from zotune.llm.training.output_folder import staged_folder
 from zotune.llm.training.train import train
 
 SPARSE = {f"random masks, {i}": zo.sparse(zo.gaussian, 0.4, group="layer", interval=i) for i in (1, 3)}
@@ -356,7 +356,7 @@ def test_a_merge_whose_ledgers_are_not_its_own_is_refused(config, zotune, tmp_pa
     assert (said.code, "no --step" in said.err) == (2, True)
     shutil.copy(tmp_path / "0/ledger.zol", tmp_path / "m/2.zol")
     said = zotune("ledger", "verify", tmp_path / "m")
-    assert (said.code, "its digest is another" in said.err) == (2, True)
+    assert (said.code, "its digest differs" in said.err) == (2, True)
     for text in ("", "[]", "{}", '{"kind": "row", "ledgers": [{"file": "../x", "steps": 1, "digest": ""}]}'):
         (tmp_path / "m/merge.json").write_text(text, encoding="utf-8")
         said = zotune("ledger", "verify", tmp_path / "m")
@@ -372,10 +372,10 @@ def test_files_of_another_cut_do_not_stay_beside_what_is_saved(tmp_path):
         "adapter.safetensors",
     ):
         (tmp_path / name).write_text("old", encoding="utf-8")
-    with saving(tmp_path) as aside:
+    with staged_folder(tmp_path) as aside:
         (aside / "model.safetensors").write_text("new", encoding="utf-8")
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "notes.txt", "adapter.safetensors"}
-    with pytest.raises(OSError, match="full"), saving(tmp_path) as aside:
+    with pytest.raises(OSError, match="full"), staged_folder(tmp_path) as aside:
         (aside / "model.safetensors").write_text("half", encoding="utf-8")
         raise OSError("full")
     assert (tmp_path / "model.safetensors").read_text(encoding="utf-8") == "new"

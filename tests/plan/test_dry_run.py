@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import ModelOptions, TrainConfig
-from zotune.llm.models import load
-from zotune.llm.models.meta_model import skeleton
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
+from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
 from zotune.methods.paper import METHODS
@@ -81,11 +82,11 @@ def test_the_state_after_a_step_has_the_size_that_was_foretold(config, options, 
 def test_a_skeleton_has_the_models_shapes_and_no_weight(family, tuning):
     options = TrainConfig(model=f"random:{family}-tiny", task="sst2", tuning=tuning, device="cpu")
     whole = load(options)
-    prepare(whole, options)
+    prepare_tuning(whole, options)
     found = dry_run(options.model_copy(update={"num_train": 4, "num_dev": 2, "num_eval": 2}))
     assert found.num_tuned == sum(p.numel() for p in whole.module.parameters() if p.requires_grad)
     assert found.memory.weights == sum(p.nbytes for p in whole.module.parameters())
-    bare, _ = skeleton(ModelOptions(model=options.model))
+    bare, _ = load_meta_model(ModelOptions(model=options.model))
     assert {p.device.type for p in bare.module.parameters()} == {"meta"}
 
 

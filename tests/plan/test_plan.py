@@ -11,9 +11,9 @@ from transformers import LlamaConfig, OPTConfig
 from zotune.cli.plan import PlanConfig, memory_bytes
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import ModelOptions
 from zotune.llm.config.schema import validate
-from zotune.llm.models import load
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 from zotune.llm.models.random_models import ARCHITECTURES
 from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS

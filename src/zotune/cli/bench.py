@@ -16,8 +16,9 @@ from typing import Any
 from zotune.bench.results.records import SCALES, Scale
 from zotune.bench.spec.experiments import CellSpec, cells, find, names
 from zotune.errors import UsageError
-from zotune.llm.training.signals import listening
-from zotune.messages import clock, say
+from zotune.llm.training.progress import clock
+from zotune.llm.training.signals import signal_handler
+from zotune.messages import say
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -251,5 +252,5 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
         came.append(number)
         stop.set()
 
-    with listening(note):
+    with signal_handler(note):
         yield came

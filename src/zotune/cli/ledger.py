@@ -132,14 +132,14 @@ def _undo(args: argparse.Namespace) -> Answer:
 def _merge(args: argparse.Namespace) -> Answer:
     from zotune.llm.ledger.merge import Merge
     from zotune.llm.ledger.rebuild import check_empty, find_ledger
-    from zotune.llm.training.output_folder import saving
+    from zotune.llm.training.output_folder import staged_folder
 
     ledgers = tuple(find_ledger(path) for path in (args.path, *args.others))
     merge = Merge("average" if args.average else "row", ledgers)
     size = _shard_size(args.max_shard_size)
     check_empty(args.output_dir)
     rebuilt = merge.rebuild(args.base, args.device)
-    with saving(args.output_dir) as aside:
+    with staged_folder(args.output_dir) as aside:
         rebuilt.write(aside, size)
         merge.write(aside)
     return _saved(args.output_dir, len(merge))

@@ -154,18 +154,18 @@ def _dry_run(config: Any, as_json: bool) -> int:
 
 
 def _eval(args: list[str], as_json: bool) -> int:
-    from zotune.llm.config.run import EvalConfig, saved_reading
+    from zotune.llm.config.run import EvalConfig, inherited_options
 
     config = _parse(EvalConfig, {}, "command line", args, "zotune eval")
-    inherited, source = saved_reading(config)
+    inherited, source = inherited_options(config)
     if inherited:
         config = _parse(EvalConfig, inherited, source, args, "zotune eval")
-    from zotune.llm.training.evaluation import evaluate_tasks
+    from zotune.llm.training.evaluation import evaluate
     from zotune.llm.training.output_folder import write_json
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
     tune_malloc(OWN_PAGES_OF_PASSES)
-    found, results = evaluate_tasks(config)
+    found, results = evaluate(config)
     if config.output_dir is not None:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / "results.json", results)

@@ -1,1 +1,48 @@
-"""Fine-tuning language models: models, data, objectives, evaluation and the training run."""
+"""Fine-tuning language models from Python: the same options, runs and results as the command line.
+
+    from zotune.llm import TrainConfig, train
+
+    result = train(TrainConfig(model="smollm2-135m", task="sst2", max_steps=100, output_dir="runs/first"))
+
+Read the packages in the order in which they depend on each other: `config`, `data`, `quantized`, `models`, `scoring`,
+`tasks`, `training`, `ledger`. Names are imported at their first use, so that importing this package loads neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zotune.llm.config.run import EvalConfig as EvalConfig
+    from zotune.llm.config.run import TrainConfig as TrainConfig
+    from zotune.llm.models.language_model import LanguageModel as LanguageModel
+    from zotune.llm.models.load import load as load
+    from zotune.llm.training.evaluation import evaluate as evaluate
+    from zotune.llm.training.train import Result as Result
+    from zotune.llm.training.train import train as train
+
+_MODULE_OF = {
+    "EvalConfig": "config.run",
+    "LanguageModel": "models.language_model",
+    "Result": "training.train",
+    "TrainConfig": "config.run",
+    "evaluate": "training.evaluation",
+    "load": "models.load",
+    "train": "training.train",
+}
+
+__all__ = ["EvalConfig", "LanguageModel", "Result", "TrainConfig", "evaluate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'zotune.llm' has no attribute {name!r}")
+    value = getattr(import_module(f"zotune.llm.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,18 +12,19 @@ import torch
 import yaml
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions, TrainConfig
+from zotune.llm.config.data import DataOptions
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
-from zotune.llm.models.activation_cache import ReusedActivations
-from zotune.llm.models.cache_storage import Kept
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.models.meta_model import skeleton
-from zotune.llm.models.prompt_cache import ReusedPrompts
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.activation_cache import SequenceCache
+from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.models.prompt_cache import PromptCache
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
-from zotune.llm.tasks.user_data import RESOLVED, Data
+from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import Assumed
 from zotune.plan.memory import (
@@ -111,13 +112,13 @@ def dry_run(config: TrainConfig) -> DryRun:
         UsageError: the run could not start as asked. Rows that are merely too long are listed instead.
     """
     with Assumed():
-        lm, stored = skeleton(config, head_labels(config))
+        lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
-        prepare(lm, config)
+        prepare_tuning(lm, config)
         data = load_examples(lm, config)
         if not data.splits.train:
             raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
-        config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED})
+        config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         read = _Reading(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
@@ -221,7 +222,7 @@ def _memory(
 def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[Encoded]]) -> int:
     """Bytes of activations below the tuned layers that are kept in memory."""
     sequences = [[s for e in split for s in e.sequences] for split in splits]
-    reused = ReusedActivations(lm, Kept(), sequences)
+    reused = SequenceCache(lm, ActivationStore(), sequences)
     if not reused.depth or not config.reuse_activations:
         return 0
     return min(reused.num_bytes, int(config.reuse_memory * 2**30))
@@ -229,7 +230,7 @@ def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[En
 
 def _prompts_reused(lm: LanguageModel, config: TrainConfig, read: _Reading) -> int:
     """Bytes of what prompts leave below the tuned layers: keys, values, and what enters the first of these."""
-    depth = ReusedPrompts(lm, Kept()).depth
+    depth = PromptCache(lm, ActivationStore()).depth
     if not depth or not config.reuse_activations:
         return 0
     num_tokens = sum(map(len, {e.prompt for encoded in read.encoded.values() for e in encoded}))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.llm.data.tokenization import Batch
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch
+from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
 from zotune.plan.live_memory import Assumed, fused_attention
 from zotune.plan.passes import score

@@ -16,9 +16,10 @@ from zotune.apply.tensor_update import Rounding
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Batch, Candidate, Encoded, collate
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.scoring.accuracy import by_length
+from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.tokenization import Candidate, Encoded
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import batches_by_length
 from zotune.llm.scoring.objectives import Objective
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of
@@ -140,7 +141,7 @@ def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
 
 def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Copies:
     """The batch of `size` examples of similar length with the most tokens, padding included; in so many copies."""
-    groups = [[examples[i] for i in chosen] for chosen in by_length(examples, size)]
+    groups = [[examples[i] for i in chosen] for chosen in batches_by_length(examples, size)]
     largest = max(groups, key=lambda some: sum(len(e.sequences) for e in some) * max(e.length for e in some))
     # A batch of more rows than there are takes some of them again.
     largest = (largest * size)[:size] if len(examples) < size else largest

@@ -21,9 +21,9 @@ from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.dual_numbers import DualParameters
 from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Batch
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.quantized.backends import gives_rows
+from zotune.llm.data.collator import Batch
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of
 from zotune.model.parameters import ParameterSet, TunedTensor
@@ -144,7 +144,7 @@ def score(lm: LanguageModel, batch: Batch) -> Tensor:
     on_meta = replace(batch, input_ids=batch.input_ids.to("meta"), attention_mask=batch.attention_mask.to("meta"))
     if lm.classifies:
         return lm.logits(on_meta).float().sum()
-    if batch.needs_only_candidates and gives_rows(lm.base.get_output_embeddings()):
+    if batch.needs_only_candidates and supports_row_lookup(lm.base.get_output_embeddings()):
         return lm.logits(on_meta, batch.distinct[0].to("meta")).float().sum()
     return lm.token_log_probabilities(on_meta).double().sum()
 

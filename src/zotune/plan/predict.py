@@ -9,10 +9,10 @@ import torch
 
 from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.models.meta_model import bare, skeleton
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.meta_model import load_meta_model, meta_model_from_config
 from zotune.llm.models.random_models import ARCHITECTURES
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
@@ -79,7 +79,7 @@ class Architecture:
             making = peak_of(lambda: made.append(_skeleton(options, config)))
             self.lm, stored = made[0]
             self._stays = weight_bytes(self.lm)
-            prepare(self.lm, options)
+            prepare_tuning(self.lm, options)
         self.weights = weight_bytes(self.lm)
         self._is_random = config is not None or options.model.startswith("random:")
         self._stored, self._making = stored, making
@@ -155,13 +155,13 @@ def _key(workload: Workload) -> Any:
 
 def _skeleton(options: Workload, config: Any) -> tuple[LanguageModel, torch.dtype]:
     if config is not None:
-        return bare(options, config)
+        return meta_model_from_config(options, config)
     if options.model in HUB_IDS:
-        return bare(options, ARCHITECTURES[HUB_IDS[options.model]]())
+        return meta_model_from_config(options, ARCHITECTURES[HUB_IDS[options.model]]())
     folder = Path(options.model)
     if (folder / "config.json").is_file():
-        return bare(options, _config_of(folder))
-    return skeleton(options)
+        return meta_model_from_config(options, _config_of(folder))
+    return load_meta_model(options)
 
 
 def _config_of(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from pydantic import Field
 from zotune.errors import UsageError
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.tokenization import Candidate, Encoded
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 
 
 class Workload(StepOptions):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.tasks import TASKS, find_task
 from zotune.llm.tasks.sst2 import SST2, masked
-from zotune.llm.tasks.user_data import own_data
+from zotune.llm.tasks.user_data import load_user_data
 
 
 def write(path, rows):
@@ -21,7 +21,7 @@ def write(path, rows):
 
 
 def splits_of(path, **options):
-    return own_data(DataOptions(train_file=path, **options), None).splits
+    return load_user_data(DataOptions(train_file=path, **options), None).splits
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_user_rows_are_split_without_overlap(tmp_path):
 
 def test_evaluation_rows_alone_are_enough(tmp_path):
     path = write(tmp_path / "test.jsonl", [{"text": f"test {i}", "label": i % 2} for i in range(5)])
-    splits = own_data(DataOptions(eval_file=path, num_eval=3), None).splits
+    splits = load_user_data(DataOptions(eval_file=path, num_eval=3), None).splits
     assert (splits.train, splits.dev) == ((), ())
     assert numbers(splits.test) == [0, 1, 2]
 
@@ -157,7 +157,7 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ('{"text": "a", "label": 1}\n\n{"text": oops}\n', {}, r"rows.jsonl, line 3: broken JSON .*column 10"),
+        ('{"text": "a", "label": 1}\n\n{"text": oops}\n', {}, r"rows.jsonl, line 3: malformed JSON .*column 10"),
         ('{"text": "a", "label": 1}\n[1, 2]\n', {}, r"rows.jsonl, line 2: a row must be an object"),
         (
             '{"txt": "a", "label": 1}\n{"txt": "b", "label": 0}\n',
@@ -181,7 +181,7 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
         ),
         ('{"text": "a", "label": "yess"}\n', {"verbalizer": {"yes": "Yes", "no": "No"}}, r"Did you mean 'yes'\?"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 1}\n', {}, r"holds 1 different labels; at least two"),
-        ("", {}, r"holds no row"),
+        ("", {}, r"contains no row"),
         ("".join(f'{{"text": "a", "label": {i}}}\n' for i in range(101)), {}, r"101 different labels, too many"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', {"template": "{text"}, r"template"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', {"template": "{}"}, r"template"),
@@ -200,7 +200,7 @@ def test_unusable_files_are_named(tmp_path):
         splits_of(tmp_path / "nothing.jsonl")
     for name in ("rows.parquet.gz", "rows.txt.gz", "rows"):
         (tmp_path / name).write_text("x", encoding="utf-8")
-        with pytest.raises(UsageError, match=r"files end in \.jsonl"):
+        with pytest.raises(UsageError, match=r"extension must be \.jsonl"):
             splits_of(tmp_path / name)
     for name in ("rows.jsonl", "rows.csv"):
         (tmp_path / name).write_bytes("text,label\ngröße,1\n".encode("latin-1"))

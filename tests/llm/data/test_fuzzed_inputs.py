@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import RECIPES, DataOptions, TrainConfig, read_recipe, write_yaml
+from zotune.llm.config.data import DataOptions
+from zotune.llm.config.run import RECIPES, TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.tasks.user_data import own_data
+from zotune.llm.tasks.user_data import load_user_data
 
 NUM_EXAMPLES = int(os.environ.get("ZOTUNE_FUZZ", "300"))
 
@@ -170,7 +171,7 @@ def test_what_upsets_readers_of_yaml_is_refused_by_name(tmp_path, content):
 
 def test_a_key_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("task: sst2\nmu: 1e-3\nmu: 1e-2\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="the key 'mu' is there twice"):
+    with pytest.raises(UsageError, match="the key 'mu' appears twice"):
         read_recipe(tmp_path / "recipe.yaml")
 
 
@@ -229,7 +230,7 @@ def examples_of(path, content, shape, tokenizer):
     path.write_bytes(content)
     options = validate(DataOptions, {"train_file": path, "data_format": shape, "num_dev": 0}, "options")
     try:
-        return own_data(options, tokenizer).splits.train
+        return load_user_data(options, tokenizer).splits.train
     except UsageError as error:
         assert path.name in str(error) or "label" in str(error) or "option" in str(error), str(error)
         assert len(str(error)) < 5000

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from zotune.errors import UsageError
-from zotune.llm.data.readers import located_rows, read_rows
+from zotune.llm.data.readers import read_located_rows, read_rows
 
 FUZZ = settings(
     max_examples=int(os.environ.get("ZOTUNE_FUZZ", "300")),
@@ -30,7 +30,7 @@ NAMES = st.lists(TEXT, min_size=2, max_size=4, unique=True)
 
 def read(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return list(located_rows(path))
+    return list(read_located_rows(path))
 
 
 def refusal(path, content):
@@ -90,8 +90,8 @@ def test_what_is_written_as_parquet_is_read_again(tmp_path, rows):
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
     missing = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    assert [row.columns for row in located_rows(path)] == missing
-    assert [row.place for row in located_rows(path)] == [f"{path}, row {i}" for i in range(1, len(rows) + 1)]
+    assert [row.columns for row in read_located_rows(path)] == missing
+    assert [row.place for row in read_located_rows(path)] == [f"{path}, row {i}" for i in range(1, len(rows) + 1)]
 
 
 SOUND = {
@@ -139,21 +139,21 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, name):
         ("a.csv", "text,label\na,1\nb\n", "a.csv, line 3: 1 cells, but the header names 2 columns"),
         ("a.csv", "text,label\n\n\na,1,2\n", "a.csv, line 4: 3 cells, but the header names 2 columns"),
         ("a.csv", 'text,label\n"a\nb",1\nc,d,e\n', "a.csv, line 4: 3 cells"),
-        ("a.csv", 'text,label\n"a,1\nb,2\n', "a.csv, line 2: broken CSV"),
-        ("a.csv", 'text,label\n"a"b,1\n', "a.csv, line 2: broken CSV"),
+        ("a.csv", 'text,label\n"a,1\nb,2\n', "a.csv, line 2: malformed CSV"),
+        ("a.csv", 'text,label\n"a"b,1\n', "a.csv, line 2: malformed CSV"),
         ("a.csv", "text,text\na,b\n", "a.csv, line 1: two columns are called 'text'"),
         ("a.csv", b"text,label\na,1\n\xff,2\n", "a.csv, line 3: not UTF-8 text"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "a.csv, line 1: not UTF-8 text"),
         ("a.csv.gz", gzip.compress(b"text,label\na,1\n" * 99)[:-9], "a.csv.gz is not a whole gzip file"),
         ("a.csv.gz", b"text,label\n", "a.csv.gz is not a whole gzip file"),
-        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: unusable JSON (the key 'a' is there twice)"),
-        ("a.jsonl", '{"a": 1}\r\n{"a": }\r\n', "a.jsonl, line 2: broken JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: unusable JSON (the key 'a' appears twice)"),
+        ("a.jsonl", '{"a": 1}\r\n{"a": }\r\n', "a.jsonl, line 2: malformed JSON"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: "),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 1: unusable JSON"),
-        ("a.json", '[\n{"a": 1}\n]\n', "a.json, line 1: broken JSON"),
-        ("a.jsonl", '{"a": 1}{"a": 2}\n', "a.jsonl, line 1: broken JSON"),
-        ("a.parquet", b"PAR1 no PAR1", "a.parquet, after row 0: not a sound Parquet file"),
-        ("a.tsv", "a\tb\n", "files end in .jsonl"),
+        ("a.json", '[\n{"a": 1}\n]\n', "a.json, line 1: malformed JSON"),
+        ("a.jsonl", '{"a": 1}{"a": 2}\n', "a.jsonl, line 1: malformed JSON"),
+        ("a.parquet", b"PAR1 no PAR1", "a.parquet, after row 0: not a valid Parquet file"),
+        ("a.tsv", "a\tb\n", "the extension must be .jsonl"),
     ],
 )
 def test_what_is_wrong_is_said_by_file_and_line(tmp_path, name, content, message):
@@ -194,7 +194,7 @@ def test_data_sets_of_the_hub_are_asked_for_by_name_configuration_and_split(tmp_
     data = datasets.Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": -1}], features=features)
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: calls.append((*args, split)) or data)
-    found = list(located_rows(Path(source)))
+    found = list(read_located_rows(Path(source)))
     assert calls == [asked]
     assert [row.columns["label_name"] for row in found] == ["yes", None]
     assert found[1].place == f"{source.removesuffix(':test')}:{asked[2]}, row 2"
@@ -206,9 +206,9 @@ def test_a_data_set_that_cannot_be_had_is_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", nothing)
     with pytest.raises(UsageError, match=r"the data set me/mine could not be loaded from the Hub: no network"):
-        list(located_rows(Path("hub:me/mine")))
+        list(read_located_rows(Path("hub:me/mine")))
     for name in ("hub:", "hub:a/b/c/d", "hub:a/"):
-        with pytest.raises(UsageError, match="names no data set"):
+        with pytest.raises(UsageError, match="is not the name of a data set"):
             # A path drops a last slash, so the text itself is what is read.
             from zotune.llm.data.examples import readers as rows
 

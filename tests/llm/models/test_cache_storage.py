@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from zotune.llm.models.cache_storage import File, Kept, Memory
+from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 
 
 def made(n, dtype=torch.float32, seed=0):
@@ -15,8 +15,8 @@ def made(n, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("tier", ["memory", "file", "both"])
 def test_tensors_of_every_precision_come_back_bit_for_bit(tmp_path, tier):
-    memory, file = Memory(1000), File(1000, tmp_path)
-    kept = {"memory": memory, "file": file, "both": Kept([Memory(40), file])}[tier]
+    memory, file = MemoryTier(1000), FileTier(1000, tmp_path)
+    kept = {"memory": memory, "file": file, "both": ActivationStore([MemoryTier(40), file])}[tier]
     values = {
         (i,): made(n, dtype, i)
         for i, (n, dtype) in enumerate(
@@ -39,7 +39,7 @@ def test_tensors_of_every_precision_come_back_bit_for_bit(tmp_path, tier):
 
 @pytest.mark.parametrize("bound", [0, 35, 36, 71, 72])
 def test_no_more_is_kept_than_the_bound(tmp_path, bound):
-    tiers = [Memory(bound), *([File(bound, tmp_path)] if bound else [])]
+    tiers = [MemoryTier(bound), *([FileTier(bound, tmp_path)] if bound else [])]
     for tier in tiers:
         fits = [tier.put((i,), made(3)) for i in range(3)]
         assert fits[0] == (bound >= 36)
@@ -49,21 +49,21 @@ def test_no_more_is_kept_than_the_bound(tmp_path, bound):
 
 
 def test_tiers_fill_in_their_order(tmp_path):
-    memory, file = Memory(36), File(72, tmp_path)
-    kept = Kept([memory, file])
+    memory, file = MemoryTier(36), FileTier(72, tmp_path)
+    kept = ActivationStore([memory, file])
     assert [kept.put((i,), made(3, seed=i)) for i in range(4)] == [True, True, False, False]
     assert memory.get((0,)) is not None
     assert torch.equal(file.get((1,)), made(3, seed=1))
 
 
 def test_the_file_has_no_name(tmp_path):
-    file = File(1 << 20, tmp_path)
+    file = FileTier(1 << 20, tmp_path)
     file.put((1,), made(3))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_run(tmp_path, monkeypatch):
-    file = File(1 << 20, tmp_path)
+    file = FileTier(1 << 20, tmp_path)
     assert file.put((1,), made(3))
 
     def full(*_):
@@ -80,7 +80,7 @@ def test_what_the_system_writes_piece_by_piece_comes_back_whole(tmp_path, monkey
     """Linux writes at most 2 GiB at a time; here it is seven bytes."""
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, bytes(data[:7]), offset))
-    file = File(max_bytes=400, folder=tmp_path)
+    file = FileTier(max_bytes=400, folder=tmp_path)
     values = [torch.randn(5, 9), torch.arange(20).bfloat16()]
     for i, value in enumerate(values):
         assert file.put((i,), value)

@@ -12,11 +12,12 @@ import torch
 import transformers
 
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
-from zotune.llm.models.activation_cache import GROUP_TOKENS, ReusedActivations, groups_of, lowest_tuned_layer
-from zotune.llm.models.cache_storage import File, Kept, Memory
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.data.tokenization import Encoder
+from zotune.llm.models.activation_cache import GROUP_TOKENS, SequenceCache, groups_of, lowest_tuned_layer
+from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of
 
@@ -40,12 +41,12 @@ each_tuning = pytest.mark.parametrize("tuning", TUNINGS)
 
 
 def prepared(lm, **options):
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", **options}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", **options}))
     return lm
 
 
 def reusing(lm, max_bytes=1 << 20, splits=()):
-    return ReusedActivations(lm, Kept([Memory(max_bytes)]), splits)
+    return SequenceCache(lm, ActivationStore([MemoryTier(max_bytes)]), splits)
 
 
 def batch_of(lm, examples):
@@ -97,8 +98,12 @@ def test_every_bit_is_the_same_with_and_without_reuse_whatever_the_batch(tiny, f
     examples = EXAMPLES if lm.masked else (*EXAMPLES, *LONG)
     splits = [batch_of(lm, examples[:3]).sequences, batch_of(lm, examples).sequences]
     scorers = [
-        ReusedActivations(lm, kept, splits).score
-        for kept in (Kept(), Kept([Memory(1 << 20)]), Kept([Memory(2000), File(3000, tmp_path)]))
+        SequenceCache(lm, kept, splits).score
+        for kept in (
+            ActivationStore(),
+            ActivationStore([MemoryTier(1 << 20)]),
+            ActivationStore([MemoryTier(2000), FileTier(3000, tmp_path)]),
+        )
     ]
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 5, 3, 6, 4):
@@ -225,8 +230,8 @@ def test_what_is_kept_stays_within_its_bound(tiny):
     batch, width = batch_of(lm, EXAMPLES), 32
     sizes = [4 * width * len(s) for s in batch.sequences]
     for bound in (0, sizes[0], sum(sizes) - 1, sum(sizes)):
-        memory, runs = Memory(bound), count_runs(lm)
-        reused = ReusedActivations(lm, Kept([memory]))
+        memory, runs = MemoryTier(bound), count_runs(lm)
+        reused = SequenceCache(lm, ActivationStore([memory]))
         for _ in range(2):
             torch.testing.assert_close(reused.score(batch), lm.score(batch), rtol=0, atol=2e-6)
         assert sum(t.untyped_storage().nbytes() for t in memory._kept.values()) <= bound
@@ -292,6 +297,6 @@ def test_a_run_with_reuse_passes_far_fewer_tokens_through_the_lower_layers(confi
         train(config(tuned_layers=1, max_steps=6, overwrite_output_dir=True, **options))
         counts.append(sum(tokens))
         said = capsys.readouterr().err
-        assert ("reusing activations: layers 1 to 1 of 2" in said) == (not options)
+        assert ("caching activations: layers 1 to 1 of 2" in said) == (not options)
     # Rows are read once, where each step and two evaluations would read them many times.
     assert counts[1] > 5 * counts[0] > 0

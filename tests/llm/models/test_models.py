@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import ModelOptions
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import builtin, load
 from zotune.llm.models.random_models import ARCHITECTURES
 

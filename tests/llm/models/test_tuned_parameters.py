@@ -5,7 +5,7 @@ import torch
 
 from zotune.errors import UsageError
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 
 EMBEDDINGS = {
     "llama": {"model.embed_tokens.weight"},
@@ -47,7 +47,7 @@ PROJECTIONS = {"roberta": ("attention.self.query", "attention.self.value")}
 
 def prepared(lm, **options):
     """The names of the parameters that are tuned."""
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", **options}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", **options}))
     return {name for name, p in lm.module.named_parameters() if p.requires_grad}
 
 

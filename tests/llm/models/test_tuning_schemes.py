@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 import zotune as zo
 from tuning_schemes import EXAMPLES, SCHEMES, moved, prepared, tuned_of
 from zotune.errors import UsageError
-from zotune.llm.config.run import FIRST_ORDER, ModelOptions
+from zotune.llm.config.run import FIRST_ORDER
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import adapters
-from zotune.llm.models.load import LanguageModel, load, quiet_libraries
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.training.train import train
 
@@ -242,7 +245,7 @@ def test_schemes_of_peft_tune_by_their_name(tiny, name):
 
 
 def test_unknown_schemes_keys_and_values_are_named_with_what_there_is(tiny):
-    with pytest.raises(UsageError, match=r"peft has no scheme 'ia4'\. Did you mean 'ia3'"):
+    with pytest.raises(UsageError, match=r"peft has no adapter 'ia4'\. Did you mean 'ia3'"):
         prepared(tiny("llama"), tuning="peft", peft_type="ia4")
     with pytest.raises(UsageError, match=r"vera of peft has no key 'target_module'\. Did you mean 'target_modules'"):
         prepared(tiny("llama"), tuning="peft", peft_type="vera", peft_config={"target_module": ["q_proj"]})

@@ -15,15 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 import zotune as zo
 from zotune.errors import UnreadTensorError, UsageError
-from zotune.llm.config.run import EvalConfig, ModelOptions
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.ledger.rebuild import export, find_ledger, rebuild
 from zotune.llm.ledger.verify import verify
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.quantized.block_formats import FORMATS
-from zotune.llm.quantized.gguf_reader import read_file
+from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_scales
-from zotune.llm.training.evaluation import evaluate_tasks
+from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.resume import frozen_digest
 from zotune.llm.training.train import train
 from zotune.plan.dry_run import dry_run
@@ -243,9 +244,7 @@ def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, b
     assert kept["base_model_name_or_path"] == base(name)["model"]
     ours, theirs = (frozen_tensors(m) for m in (lm.module, load(ModelOptions(**base(name), device="cpu")).module))
     assert set(bits(theirs).values()) <= set(bits(ours).values())
-    found, _ = evaluate_tasks(
-        EvalConfig(model=str(result.output_dir), eval_file=rows_file, device="cpu", baselines=True)
-    )
+    found, _ = evaluate(EvalConfig(model=str(result.output_dir), eval_file=rows_file, device="cpu", baselines=True))
     assert found["rows"].base == base(name)["model"]
 
 
@@ -267,11 +266,11 @@ def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])
 def test_a_step_on_scales_is_that_of_the_plain_formula(name, base, config):
     """Against weights that are dequantised here, their scales moved by hand."""
-    from zotune.llm.models.tuned_parameters import prepare
+    from zotune.llm.models.tuned_parameters import prepare_tuning
 
     options = config(**base(name), tuning="scales", tuned_layers=1, mu=1e-4)
     lm = load(options)
-    prepare(lm, options)
+    prepare_tuning(lm, options)
     opt = zo.zo_sgd(lm.module, lr=1e-3, mu=1e-4, seed=5)
     closure = lambda: lm.module(IDS, labels=IDS).loss  # noqa: E731
     scales = {t.name: t.parameter.detach().clone() for t in opt.tuned}
@@ -295,7 +294,7 @@ def test_a_step_on_scales_is_that_of_the_plain_formula(name, base, config):
 def test_whole_tuning_of_packed_weights_is_refused_by_name(name, base, config):
     with pytest.raises(UsageError, match=r"tuning: full would tune model\.\S+"):
         train(config(**base(name)))
-    with pytest.raises(UsageError, match=r"q_proj\.weight, whose numbers are packed integers .*--tuning lora"):
+    with pytest.raises(UsageError, match=r"q_proj\.weight, whose values are packed integers .*--tuning lora"):
         train(config(**base(name), tuned_parameters="q_proj"))
 
 
@@ -361,7 +360,7 @@ def test_a_mu_that_would_wipe_blocks_out_is_refused(base, config):
 
 def test_scales_of_torchao_are_refused(base, config):
     pytest.importorskip("torchao")
-    with pytest.raises(UsageError, match="scales needs a base whose scales are numbers of their own"):
+    with pytest.raises(UsageError, match="scales needs a base that stores its scales as floating-point numbers"):
         train(config(**base("torchao-int8"), tuning="scales"))
 
 
@@ -384,9 +383,9 @@ def test_scales_that_no_forward_pass_reads_are_an_error():
 
 
 def test_what_cannot_be_had_quantised_is_refused(base, config, tmp_path):
-    with pytest.raises(UsageError, match="takes a built-in model or the path of a GGUF file"):
+    with pytest.raises(UsageError, match="needs a built-in model or the path of a GGUF file"):
         load(ModelOptions(model="org/name", quantization="gguf"))
-    with pytest.raises(UsageError, match="is packed as it comes"):
+    with pytest.raises(UsageError, match="is a quantised file already"):
         load(ModelOptions(**base("gguf") | {"quantization": "bnb-nf4"}))
     with pytest.raises(UsageError, match="in no file that bitsandbytes could quantise"):
         load(ModelOptions(model="random:llama-tiny", quantization="bnb-nf4"))
@@ -401,13 +400,13 @@ def test_a_missing_library_is_named(monkeypatch, base):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"GGUF\x03\x00", "no GGUF file"), (b"PK\x03\x04" + bytes(60), "no GGUF file"), (None, "cut short")],
+    [(b"GGUF\x03\x00", "no GGUF file"), (b"PK\x03\x04" + bytes(60), "no GGUF file"), (None, "is truncated")],
 )
 def test_a_damaged_gguf_file_is_named(content, message, gguf_model, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(gguf_model[0].read_bytes()[:-5000] if content is None else content)
     with pytest.raises(UsageError, match=message):
-        read_file(path)
+        read_gguf(path)
 
 
 def test_a_dry_run_knows_the_size_of_packed_weights(base, config):

@@ -7,7 +7,7 @@ import torch
 
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.intervals import wilson
 
 WORDS = (" terrible", " great")
@@ -27,7 +27,7 @@ def encoded(lm, examples):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 100])
 def test_batches_of_any_size_are_examples_one_by_one(tiny, causal_family, examples, batch_size, plain_score):
     lm = tiny(causal_family)
-    found = evaluate(lm, encoded(lm, examples), batch_size)
+    found = evaluate_accuracy(lm, encoded(lm, examples), batch_size)
     predictions, losses = [], []
     for example in examples:
         values = [plain_score(lm, example.prompt, c) for c in example.candidates]
@@ -42,7 +42,7 @@ def test_batches_of_any_size_are_examples_one_by_one(tiny, causal_family, exampl
 
 def test_masked_models_score_the_same_in_any_batch(tiny, examples):
     lm = tiny("roberta")
-    alone, together = (evaluate(lm, encoded(lm, examples), size) for size in (1, 4))
+    alone, together = (evaluate_accuracy(lm, encoded(lm, examples), size) for size in (1, 4))
     assert alone.predictions == together.predictions
     assert alone.loss == pytest.approx(together.loss, abs=1e-6)
 
@@ -58,7 +58,7 @@ def test_predictions_come_in_the_order_of_the_examples(tiny, examples, batch_siz
         batches.append(lengths)
         return torch.tensor([[0.0, 1.0] if n % 3 == 0 else [1.0, 0.0] for n in lengths], dtype=torch.float64)
 
-    found = evaluate(lm, rows, batch_size, scorer)
+    found = evaluate_accuracy(lm, rows, batch_size, scorer)
     assert found.predictions == tuple(int(row.length % 3 == 0) for row in rows)
     flat = [n for batch in batches for n in batch]
     assert flat == sorted(flat, reverse=True)

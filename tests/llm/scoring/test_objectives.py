@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from zotune.errors import UsageError
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
+from zotune.llm.models.logprobs import losses, scores
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.scoring.objectives import losses, scores
 
 SINGLE = (
     Example("a gorgeous film It was", (" terrible", " great"), 1),

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions, EvalConfig, TrainConfig
+from zotune.llm.config.data import DataOptions
+from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.scoring.answers import f1
 from zotune.llm.scoring.generation import generate
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.training.evaluation import evaluate_tasks
+from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.train import train
 from zotune.plan.dry_run import dry_run
 
@@ -75,7 +76,7 @@ def test_a_function_is_given_the_prompt_and_what_the_row_knows_of_the_answer(jud
 
 def test_a_prompt_alone_needs_a_function_and_a_missing_column_is_named(tmp_path, tiny, judged):
     path = write(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
-    with pytest.raises(UsageError, match=r"say nothing of what is right: give --objective MODULE:FUNCTION"):
+    with pytest.raises(UsageError, match=r"contain no right answer: give --objective MODULE:FUNCTION"):
         load_rows(tiny("llama"), DataOptions(eval_file=path, data_format="prompt"))
     with pytest.raises(UsageError, match=r"line 1: there is no column 'text'"):
         judged({"txt": "p"})
@@ -98,7 +99,7 @@ def test_completions_are_what_generated_text_is_compared_with(tmp_path, tiny, na
 @pytest.mark.parametrize("name", ["classification", "accuracy"])
 def test_objectives_that_choose_refuse_rows_without_a_choice(tmp_path, tiny, name):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "A", "completion": " x"}])
-    with pytest.raises(UsageError, match="of these rows each has one answer"):
+    with pytest.raises(UsageError, match="each of these rows has a single answer"):
         load_rows(tiny("llama"), DataOptions(eval_file=path, objective=name))
 
 
@@ -125,7 +126,7 @@ def test_what_was_tuned_on_a_reward_is_evaluated_by_it_with_demonstrations_and_p
     result = train(TrainConfig.model_validate(made.model_dump()))
     assert result.dev.value == pytest.approx(sum(result.dev.values) / 2) and result.best_step is not None
     options = {"num_demonstrations": 2, "baselines": True, "predictions": tmp_path / "predictions.jsonl"}
-    found, results = evaluate_tasks(
+    found, results = evaluate(
         EvalConfig(
             model=str(made.output_dir),
             device="cpu",
@@ -137,7 +138,7 @@ def test_what_was_tuned_on_a_reward_is_evaluated_by_it_with_demonstrations_and_p
             **options,
         )
     )
-    assert results["reward"] == pytest.approx(found["rows"].measured.reward)
+    assert results["reward"] == pytest.approx(found["rows"].evaluation.reward)
     records = [json.loads(line) for line in options["predictions"].read_text(encoding="utf-8").splitlines()]
     for record, row in zip(records, rows, strict=False):
         assert record["prompt"].endswith(f"\n\n{row['prompt']}") and record["answers"] == [row["label"]]

@@ -13,24 +13,26 @@ from zotune.errors import RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import probing
+from zotune.llm.config.data import DataOptions
 from zotune.llm.config.objective import OF_ANSWERS, OF_CANDIDATES, ObjectiveOptions
-from zotune.llm.config.run import DataOptions, TrainConfig, read_recipe
+from zotune.llm.config.run import TrainConfig, read_recipe
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
-from zotune.llm.models.cache_storage import Kept, Memory
-from zotune.llm.models.prompt_cache import ReusedPrompts
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.data.tokenization import Encoder
+from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
+from zotune.llm.models.prompt_cache import PromptCache
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring import generation
-from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.answers import exact_match, f1
 from zotune.llm.scoring.generation import Sampling, generate
 from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
-from zotune.llm.scoring.rewards import Completion, Generated, checked, find_reward, open_ended
+from zotune.llm.scoring.rewards import Completion, GeneratedObjective, checked_rewards, load_reward, open_ended
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.training.checks import check_first_estimate
 from zotune.llm.training.loop import Run
 from zotune.llm.training.output_folder import OutputFolder
+from zotune.llm.training.step import check_first_estimate
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of
 from zotune.model.parameters import ParameterSet
@@ -53,7 +55,7 @@ def encode(lm, prompts=PROMPTS):
 
 
 def generated(reward=letters, seed=3, **options):
-    return Generated("tests:letters", reward, ObjectiveOptions(objective="tests:letters", **options), seed)
+    return GeneratedObjective("tests:letters", reward, ObjectiveOptions(objective="tests:letters", **options), seed)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_accuracy_is_minus_the_share_of_best_candidates_that_are_right(tiny, cau
         values = [plain_score(lm, e.prompt, c) for c in e.candidates]
         hits += values.index(max(values)) in (e.label, *e.also_right)
     assert 0 < hits < len(examples)
-    found = evaluate(lm, encoded, batch_size, objective=ACCURACY)
+    found = evaluate_accuracy(lm, encoded, batch_size, objective=ACCURACY)
     assert found.loss == pytest.approx(-hits / len(examples)) and found.accuracy == pytest.approx(hits / len(examples))
     batch = collate(encoded, lm.pad_token_id, lm.device)
     assert mean_loss(ACCURACY, lm.score(batch), batch, encoded).item() == pytest.approx(-hits / len(examples))
@@ -107,7 +109,7 @@ def test_objectives_of_answers_are_minus_their_mean(tiny, name):
     encoded = [encoder(Example(p, (), 0, answers=("q", texts[i] if i % 2 else "r"))) for i, p in enumerate(PROMPTS)]
     score = {"f1": f1, "exact_match": exact_match}[name]
     expected = -sum(score(t, e.answers) for t, e in zip(texts, encoded, strict=True)) / len(texts)
-    objective = Generated(name, REWARDS[name], ObjectiveOptions(objective=name))
+    objective = GeneratedObjective(name, REWARDS[name], ObjectiveOptions(objective=name))
     assert objective.closure(lm, encoded, 0, range(5))().item() == pytest.approx(expected)
     assert expected < 0
     found = objective.measure(lm, encoded, 2)
@@ -245,7 +247,7 @@ def test_both_probes_see_the_same_completions_as_mu_vanishes(tiny, options):
 def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_family, scheme):
     """Whether what is displaced is kept or made anew at each token; an adapter is first moved off its start."""
     lm = tiny(causal_family)
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuning": scheme}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", "tuning": scheme}))
     tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)
     with torch.no_grad():
         for t in tuned:
@@ -273,10 +275,10 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
 def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, options, room):
     """At x and in a probe; the lower layers see a prompt once if there is room, and new tokens always."""
     lm = tiny(causal_family)
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuned_layers": 1, **options}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", "tuned_layers": 1, **options}))
     tuned, prompts = ParameterSet(lm.module), [e.prompt for e in encode(lm)]
     sampling = Sampling(1.0, 1.0, (1, 2, 3, 4, 5))
-    reused = ReusedPrompts(lm, Kept([Memory(room)]))
+    reused = PromptCache(lm, ActivationStore([MemoryTier(room)]))
     slides = causal_family in ("mistral", "gemma3")
     assert (reused.depth, reused.num_layers) == (0 if slides else 1, 2)
     seen = []
@@ -291,7 +293,7 @@ def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, opt
             with zo.perturbed(tuned, zo.Direction(1), a):
                 expected = generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling)
                 seen.clear()
-                found = generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling, starting=reused.starting)
+                found = generate(lm, prompts, 6, stops_at_newline=False, sampling=sampling, prefill=reused.prefill)
             assert found == expected
             # Two of the five prompts are the same.
             computed = 5 if not room else 4 if a == 0 else 0
@@ -299,12 +301,23 @@ def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, opt
     assert all("forward" not in vars(m) for m in lm.module.modules())
 
 
+@torch.no_grad()
+def greedy(lm, prompt, n):
+    """The text of the best token at a time, by whole passes."""
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(lm.module(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == lm.tokenizer.eos_token_id:
+            break
+    return lm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("scheme", ["prefix", "prompt"])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_text_behind_virtual_tokens_is_that_of_plain_peft_whatever_the_batch(tiny, causal_family, scheme, drawn):
-    """Each prompt alone, without a cache, through peft's own forward; and by peft's own `generate`."""
+    """Each prompt alone, by a whole pass of peft's own forward for each token."""
     lm = tiny(causal_family)
-    prepare(lm, TrainConfig.model_validate({"task": "squad", "tuning": scheme}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "squad", "tuning": scheme}))
     generator = torch.Generator().manual_seed(1)
     for p in lm.module.parameters():
         if p.requires_grad:
@@ -314,25 +327,20 @@ def test_text_behind_virtual_tokens_is_that_of_plain_peft_whatever_the_batch(tin
     if drawn:
         expected = [sampled(lm, p, s, 6) for p, s in zip(prompts, seeds, strict=True)]
     else:
-        eos = lm.tokenizer.eos_token_id
-        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "eos_token_id": eos}
-        expected = []
-        for p in prompts:
-            out = lm.module.generate(input_ids=torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **options)[0]
-            expected.append(lm.tokenizer.decode(out[len(p) :], skip_special_tokens=True).strip())
+        expected = [greedy(lm, p, 6) for p in prompts]
     for cut in (1, 5):
         found = []
         for lo in range(0, 5, cut):
             sampling = Sampling(1.0, 1.0, seeds[lo : lo + cut]) if drawn else None
             found += generate(lm, prompts[lo : lo + cut], 6, stops_at_newline=False, sampling=sampling)
         assert found == expected
-    objective = Generated("f1", REWARDS["f1"], ObjectiveOptions(objective="f1"))
+    objective = GeneratedObjective("f1", REWARDS["f1"], ObjectiveOptions(objective="f1"))
     assert objective.measure(lm, encoded, 5).predictions == objective.measure(lm, encoded, 1).predictions
 
 
 def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny, monkeypatch):
     lm = tiny("llama")
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", "tuning": "lora"}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", "tuning": "lora"}))
     tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)
     moved = []
     real = zo.perturb.OffsetAlong.move
@@ -452,8 +460,8 @@ def test_objectives_that_do_not_exist_and_idle_options_are_refused(config, optio
 @pytest.mark.parametrize(
     ("model", "task", "options", "message"),
     [
-        ("llama", "sst2", {"objective": "f1"}, "which these rows have not"),
-        ("llama", "squad", {"objective": "accuracy"}, "of these rows each has one answer"),
+        ("llama", "sst2", {"objective": "f1"}, "which these rows lack"),
+        ("llama", "squad", {"objective": "accuracy"}, "each of these rows has a single answer"),
         ("roberta", "sst2", {"objective": "a:b"}, "is no causal model"),
     ],
 )
@@ -480,7 +488,7 @@ def test_objectives_that_make_no_sense_for_rows_or_model_are_refused(tiny, model
 def test_what_is_wrong_with_a_function_is_said_by_name_and_place(module, returns, message):
     name = module(f"def r(batch):\n    return {returns}\n")
     with pytest.raises(RunError, match=message) as error:
-        find_reward(f"{name}:r")([Completion("p", "a"), Completion("q", "b")])
+        load_reward(f"{name}:r")([Completion("p", "a"), Completion("q", "b")])
     assert f"{name}:r" in str(error.value)
 
 
@@ -489,23 +497,23 @@ def test_what_is_wrong_with_a_function_is_said_by_name_and_place(module, returns
     [[1, 2.5], (True, 2.5), np.array([1.0, 2.5]), torch.tensor([1.0, 2.5]), [np.float32(1), torch.tensor(2.5)]],
 )
 def test_any_numbers_will_do(values):
-    assert checked("m:f", lambda batch: values, [Completion("p", "a")] * 2) == [1.0, 2.5]
+    assert checked_rewards("m:f", lambda batch: values, [Completion("p", "a")] * 2) == [1.0, 2.5]
 
 
 def test_functions_that_cannot_be_imported_are_refused_with_what_to_do(module):
-    with pytest.raises(UsageError, match=r"no module 'no_such_rewards'.*add that to PYTHONPATH"):
-        find_reward("no_such_rewards:f")
+    with pytest.raises(UsageError, match=r"no module 'no_such_rewards'.*add it to PYTHONPATH"):
+        load_reward("no_such_rewards:f")
     name = module("def length(batch):\n    return [0.0] * len(batch)\n\nWORDS = 3\n")
     with pytest.raises(UsageError, match=r"has no function 'lenght'. Did you mean 'length'"):
-        find_reward(f"{name}:lenght")
+        load_reward(f"{name}:lenght")
     with pytest.raises(UsageError, match="has no function 'WORDS'"):
-        find_reward(f"{name}:WORDS")
+        load_reward(f"{name}:WORDS")
     broken = module("import json\nraise LookupError('mine')\n")
     with pytest.raises(UsageError, match=r"importing .* failed, .*\.py, line 2: LookupError: mine"):
-        find_reward(f"{broken}:f")
+        load_reward(f"{broken}:f")
     needs = module("import no_such_library\n")
     with pytest.raises(UsageError, match=r"importing .* failed, .*line 1: ModuleNotFoundError: .*no_such_library"):
-        find_reward(f"{needs}:f")
+        load_reward(f"{needs}:f")
 
 
 def test_a_recipe_names_the_function_and_rows_need_no_label(short, zotune, tmp_path, module):

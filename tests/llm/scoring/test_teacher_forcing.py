@@ -9,13 +9,15 @@ import torch
 import zotune as zo
 from zotune.estimate.objective import accumulate
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import load as models
-from zotune.llm.scoring.accuracy import evaluate
-from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, losses, mean_loss
+from zotune.llm.models.logprobs import losses
+from zotune.llm.scoring.accuracy import evaluate_accuracy
+from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss
 from zotune.llm.tasks import TASKS
-from zotune.llm.tasks.load_data import Rows, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.training.loop import Run
 from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.train import train
@@ -80,7 +82,7 @@ def test_an_evaluation_reports_the_loss_over_all_tokens_and_predicts_by_mean_log
     tiny, causal_family, plain_score, batch_size
 ):
     lm = tiny(causal_family)
-    found = evaluate(lm, encode(lm), batch_size, objective=TEACHER_FORCING)
+    found = evaluate_accuracy(lm, encode(lm), batch_size, objective=TEACHER_FORCING)
     assert found.loss == pytest.approx(expected(lm).item(), abs=1e-5)
     values = [[plain_score(lm, e.prompt, c) for c in e.candidates] for e in EXAMPLES]
     assert found.predictions == tuple(v.index(max(v)) for v in values)
@@ -128,7 +130,7 @@ def test_gradient_accumulation_is_one_batch_as_large(tiny, tmp_path):
 def test_right_candidates_of_one_token_keep_their_normaliser_in_training(tiny, tmp_path):
     lm, some = tiny("llama"), [Example(f"{text} was", (" great", " terrible"), 1) for text in ("It", "This")]
     config = TrainConfig(model="random:llama-tiny", task="copa", device="cpu", output_dir=tmp_path)
-    rows = Rows(tuple(map(TEACHER_FORCING.reads, encode(lm, some))), (), (), TEACHER_FORCING)
+    rows = EncodedData(tuple(map(TEACHER_FORCING.reads, encode(lm, some))), (), (), TEACHER_FORCING)
     with closing(OutputFolder(config)) as output:
         (closure,), weights = Run(lm, rows, config, lm.score, output)._closures(rows.train)
     with torch.no_grad():

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE
-from zotune.llm.tasks.user_data import own_data
+from zotune.llm.tasks.user_data import load_user_data
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].strip() }}</s>\n{% endfor %}"
@@ -38,7 +38,7 @@ def own(tmp_path, tiny):
     def make(rows, chat_template=None, **options):
         lm.tokenizer.chat_template = chat_template
         path = write(tmp_path / "rows.jsonl", rows)
-        return own_data(DataOptions(train_file=path, num_dev=0, **options), lm.tokenizer)
+        return load_user_data(DataOptions(train_file=path, num_dev=0, **options), lm.tokenizer)
 
     return make
 
@@ -169,7 +169,7 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"text": ["a"], "label": 1}, {"text": "b", "label": 0}], {}, r"line 1: the column 'text' holds \['a'\]"),
         ([{"text": "\ud800", "label": 1}, {"text": "b", "label": 0}], {}, "line 1: .*half a character"),
         ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "the label '' has no word"),
-        ([{"text": "a", "label": 1}], {"verbalizer": {"1": "x", "0": "x "}}, "one word for all labels"),
+        ([{"text": "a", "label": 1}], {"verbalizer": {"1": "x", "0": "x "}}, "same word for all labels"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"template": "same"}, "names no column"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"exact_match": True}, "no effect on rows of a text"),
         ([{"text": "a", "label": 1}], {"scored_turns": "all"}, "scored_turns has no effect"),
@@ -179,20 +179,24 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"prompt": "", "completion": "x"}], {}, "line 1: the text is empty"),
         ([{"prompt": "a", "completion": "b\nc"}], {"exact_match": True}, "line 1: exact_match compares one generated"),
         ([{"prompt": "a", "completion": "b" * 51}], {"exact_match": True}, "51 tokens"),
-        ([{"messages": []}], {}, "line 1: the last message is the assistant's"),
+        ([{"messages": []}], {}, "line 1: the last message must have the role 'assistant'"),
         ([{"messages": CHAT[:2]}], {}, "here its role is 'user'"),
         ([{"messages": "hello"}], {}, "line 1: the column 'messages' must hold a list of messages"),
-        ([{"messages": [{"role": "assistant", "content": ""}]}], {}, "line 1: each message has a role and a content"),
-        ([{"messages": [["assistant", "x"]]}], {}, "line 1: each message has a role and a content"),
-        ([{"messages": [{"role": "assistant", "content": [{"text": "x"}]}]}], {}, "each message has a role"),
-        ([{"prompt": "a", "choices": ["x"], "label": 0}], {}, "line 1: .*two choices or more"),
-        ([{"prompt": "a", "choices": ["x", " "], "label": 0}], {}, "line 1: .*none empty"),
-        ([{"prompt": "a", "choices": ["x", "x "], "label": 0}], {}, "line 1: the choice 'x' is there twice"),
+        (
+            [{"messages": [{"role": "assistant", "content": ""}]}],
+            {},
+            "line 1: each message must have a role and a content",
+        ),
+        ([{"messages": [["assistant", "x"]]}], {}, "line 1: each message must have a role and a content"),
+        ([{"messages": [{"role": "assistant", "content": [{"text": "x"}]}]}], {}, "each message must have a role"),
+        ([{"prompt": "a", "choices": ["x"], "label": 0}], {}, "line 1: .*at least two choices"),
+        ([{"prompt": "a", "choices": ["x", " "], "label": 0}], {}, "line 1: .*none of them empty"),
+        ([{"prompt": "a", "choices": ["x", "x "], "label": 0}], {}, "line 1: the choice 'x' appears twice"),
         ([{"prompt": "a", "choices": ["x", "y"], "label": 2}], {}, r"is 2, but must be .* 0 to 1"),
         ([{"prompt": "a", "choices": ["x", "y"], "label": -1}], {}, "is -1, but must be"),
         ([{"prompt": "a", "choices": ["x", "y"], "label": "z"}], {}, "is 'z', but must be"),
-        ([{"prompt": "a", "choices": ["1", "2"], "label": "1"}], {}, "one choice's text and another's index"),
-        ([{"prompt": "a", "choices": [1, 0], "label": 1}], {}, "one choice's text and another's index"),
+        ([{"prompt": "a", "choices": ["1", "2"], "label": "1"}], {}, "the text of one choice and the index of another"),
+        ([{"prompt": "a", "choices": [1, 0], "label": 1}], {}, "the text of one choice and the index of another"),
         ([{"prompt": "a", "choices": {"text": ["x"]}, "label": 0}], {}, "must hold a list of choices"),
     ],
 )
@@ -223,8 +227,8 @@ def test_masked_models_take_texts_with_labels_alone(tiny, tmp_path):
 def test_rows_that_are_trained_and_measured_on_are_counted(own, tmp_path):
     rows = [{"text": "a", "label": i % 2} for i in range(10)]
     path = write(tmp_path / "rows2.jsonl", rows)
-    found = own_data(DataOptions(train_file=path), None)
-    assert found.notes[1] == "2 of 2 held-out rows are training rows too, which flatters what is measured"
+    found = load_user_data(DataOptions(train_file=path), None)
+    assert found.notes[1] == "2 of 2 held-out rows are training rows too, so the result on them is too optimistic"
     assert len(own([{"text": str(i), "label": i % 2} for i in range(10)]).notes) == 1
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from zotune.errors import UsageError
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
+from zotune.llm.data.collator import collate
 from zotune.llm.data.readers import read_rows
-from zotune.llm.data.tokenization import Encoder, collate
+from zotune.llm.data.tokenization import Encoder
 from zotune.llm.scoring.answers import evaluate_answers
 from zotune.llm.scoring.objectives import TEACHER_FORCING
 from zotune.llm.tasks import TASKS

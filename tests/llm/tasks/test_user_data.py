@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from zotune.llm.config.run import DataOptions
-from zotune.llm.scoring.accuracy import evaluate
+from zotune.llm.config.data import DataOptions
+from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.intervals import ratio_interval
 from zotune.llm.scoring.perplexity import evaluate_log_loss
@@ -87,7 +87,7 @@ def test_choices_are_scored_as_candidates_are(tiny, plain_score, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "It is", "choices": choices, "label": 1}])
     rows = load_rows(lm, DataOptions(eval_file=path))
     scores = [plain_score(lm, "It is", f" {c}") for c in choices]
-    found = evaluate(lm, rows.test, 1, objective=rows.objective)
+    found = evaluate_accuracy(lm, rows.test, 1, objective=rows.objective)
     assert found.predictions == (scores.index(max(scores)),)
     assert found.loss == pytest.approx(-scores[1], rel=1e-5)
 

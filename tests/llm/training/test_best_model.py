@@ -11,15 +11,16 @@ from torch import nn
 
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.selection import SelectionOptions
-from zotune.llm.models.load import LanguageModel, load
-from zotune.llm.scoring.accuracy import Evaluation, evaluate
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
+from zotune.llm.scoring.accuracy import AccuracyEvaluation, evaluate_accuracy
 from zotune.llm.scoring.perplexity import LogLossEvaluation
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training import best_model as selection_module
-from zotune.llm.training.best_model import Selection
+from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.train import train
 
-PLAIN = Evaluation(
+PLAIN = AccuracyEvaluation(
     accuracy=0.5, low=0.0, high=1.0, num_examples=10, loss=1.0, predictions=(), seconds=0.0, num_forwards=1
 )
 KEEPING = {"eval_steps": 1, "load_best_model_at_end": True}
@@ -28,11 +29,11 @@ KEEPING = {"eval_steps": 1, "load_best_model_at_end": True}
 def seen(tmp_path, evaluations, **options):
     """A selection after evaluations 0, 1, … given as (loss, accuracy), and the weight that it restores."""
     weight = nn.Parameter(torch.zeros(1))
-    chosen = Selection(SelectionOptions(eval_steps=1, **options), [weight], tmp_path)
+    chosen = BestModelTracker(SelectionOptions(eval_steps=1, **options), [weight], tmp_path)
     for step, (loss, accuracy) in enumerate(evaluations):
         weight.data.fill_(step)
-        chosen.see(step, replace(PLAIN, loss=loss, accuracy=accuracy))
-        if chosen.is_over:
+        chosen.observe(step, replace(PLAIN, loss=loss, accuracy=accuracy))
+        if chosen.is_exhausted:
             break
     chosen.restore()
     return chosen, float(weight.detach())
@@ -57,11 +58,11 @@ def test_the_best_is_restored_and_of_equals_the_earlier(tmp_path, by, evaluation
 
 @pytest.mark.parametrize("by", ["loss", "metric"])
 def test_of_log_losses_the_lower_is_better(tmp_path, by):
-    chosen = Selection(
+    chosen = BestModelTracker(
         SelectionOptions(eval_steps=1, early_stopping_patience=9, metric_for_best_model=by), [], tmp_path
     )
     for step, value in enumerate((3.0, 1.0, 2.0)):
-        chosen.see(step, LogLossEvaluation(0.0, 9.0, 5, value, (), 0.0, 1, value, math.exp(value)))
+        chosen.observe(step, LogLossEvaluation(0.0, 9.0, 5, value, (), 0.0, 1, value, math.exp(value)))
     assert chosen.step == 1
 
 
@@ -79,7 +80,7 @@ def test_patience_counts_evaluations_in_a_row_without_a_new_best(tmp_path, patie
     chosen, weight = seen(tmp_path, [(float(loss), 0.5) for loss in losses], early_stopping_patience=patience)
     # Nothing was to be kept, so the last weights stay.
     assert weight == last
-    assert chosen.is_over == (chosen.waited == patience)
+    assert chosen.is_exhausted == (chosen.num_waited == patience)
     assert chosen.step == losses.index(min(v for v in losses[: last + 1] if v == v))
 
 
@@ -92,11 +93,11 @@ def test_restored_weights_are_the_same_bits_wherever_they_were_kept(tmp_path, mo
     tuned.append(nn.Parameter(torch.randn(4, 6).to(dtype).t()))
     tuned[0].data[0, 0], tuned[0].data[0, 1] = -0.0, math.nan
     before = [p.detach().clone() for p in tuned]
-    chosen = Selection(SelectionOptions(**KEEPING), tuned, tmp_path)
-    chosen.see(0, PLAIN)
+    chosen = BestModelTracker(SelectionOptions(**KEEPING), tuned, tmp_path)
+    chosen.observe(0, PLAIN)
     for p in tuned:
         p.data.add_(1.0)
-    chosen.see(1, replace(PLAIN, loss=2.0))
+    chosen.observe(1, replace(PLAIN, loss=2.0))
     chosen.restore()
     bits = {2: torch.int16, 4: torch.int32}[before[0].element_size()]
     for p, was in zip(tuned, before, strict=True):
@@ -108,9 +109,9 @@ def test_restored_weights_are_the_same_bits_wherever_they_were_kept(tmp_path, mo
 def test_too_little_room_for_the_best_model_is_reported_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(selection_module, "MAX_MEMORY", 0)
     monkeypatch.setattr("os.pwrite", lambda *_: 0)
-    chosen = Selection(SelectionOptions(**KEEPING), [nn.Parameter(torch.zeros(9))], tmp_path)
-    with pytest.raises(RunError, match=r"could not be kept in .*leave out --load-best-model-at-end"):
-        chosen.see(0, PLAIN)
+    chosen = BestModelTracker(SelectionOptions(**KEEPING), [nn.Parameter(torch.zeros(9))], tmp_path)
+    with pytest.raises(RunError, match=r"could not be stored in .*leave out --load-best-model-at-end"):
+        chosen.observe(0, PLAIN)
 
 
 # Whole runs ------------------------------------------------------------------------------------------------
@@ -122,14 +123,14 @@ def scripted(monkeypatch, values):
 
     waiting, weights, real = list(values), [], run_module.Run.evaluate
 
-    def evaluate(self, examples):
+    def evaluate_accuracy(self, examples):
         found = real(self, examples)
         if examples != self.rows.dev or not waiting:
             return found
         weights.append({name: p.detach().clone() for name, p in self.lm.module.named_parameters()})
         return replace(found, loss=waiting.pop(0))
 
-    monkeypatch.setattr(run_module.Run, "evaluate", evaluate)
+    monkeypatch.setattr(run_module.Run, "evaluate_accuracy", evaluate_accuracy)
     return weights
 
 
@@ -171,7 +172,7 @@ def test_what_is_reported_is_what_the_saved_model_does(config, tmp_path):
     result = train(made)
     assert result.best_step < 5
     lm = load(made.model_copy(update={"model": str(tmp_path / "out")}))
-    found = evaluate(lm, load_rows(lm, made).dev, 32)
+    found = evaluate_accuracy(lm, load_rows(lm, made).dev, 32)
     assert (found.predictions, found.loss) == (result.dev.predictions, pytest.approx(result.dev.loss, abs=1e-6))
 
 
@@ -247,7 +248,9 @@ def test_reported_rows_are_read_by_no_forward_pass_before_the_end(config, tmp_pa
 
 def test_choosing_by_the_rows_that_are_reported_is_said_aloud(config, capsys, tmp_path, rows_file):
     train(config(**KEEPING))
-    assert re.search("makes the report optimistic; give --eval-file", capsys.readouterr().err)
+    assert re.search(
+        "makes the report too optimistic; give other evaluation rows with --eval-file", capsys.readouterr().err
+    )
     train(config(**KEEPING, eval_file=rows_file, output_dir=tmp_path / "other"))
     assert "optimistic" not in capsys.readouterr().err
 
@@ -255,11 +258,14 @@ def test_choosing_by_the_rows_that_are_reported_is_said_aloud(config, capsys, tm
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_best_model_at_end": True}, "load_best_model_at_end compares evaluations on the way: give --eval-steps"),
+        (
+            {"load_best_model_at_end": True},
+            "load_best_model_at_end compares evaluations during the run: give --eval-steps",
+        ),
         ({"early_stopping_patience": 2}, "early_stopping_patience compares .* give --eval-steps"),
         ({"metric_for_best_model": "metric"}, "metric_for_best_model has no effect here"),
         ({"early_stopping_patience": 0, "eval_steps": 1}, "greater than or equal to 1"),
-        ({**KEEPING, "num_dev": 0}, "no held-out row to choose the best step by: give --num-dev above 0"),
+        ({**KEEPING, "num_dev": 0}, "no held-out row to select the best step by: give --num-dev above 0"),
     ],
 )
 def test_a_selection_that_cannot_work_is_refused_before_the_run(config, options, message):

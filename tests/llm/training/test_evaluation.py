@@ -10,12 +10,12 @@ import pytest
 
 from zotune.errors import UsageError
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.data.demonstrations import choose, prepend
+from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example
-from zotune.llm.models import load
+from zotune.llm.models.load import load
 from zotune.llm.scoring.baselines import majority, paired_difference
-from zotune.llm.tasks.user_data import own_data
-from zotune.llm.training.evaluation import base_of, evaluate_tasks
+from zotune.llm.tasks.user_data import load_user_data
+from zotune.llm.training.evaluation import base_model_of, evaluate
 from zotune.llm.training.train import train
 
 Z = 1.959963984540054
@@ -29,7 +29,7 @@ def steady(entry):
 
 @pytest.fixture
 def own(rows_file):
-    """A function: options of an evaluation of six rows, five to choose demonstrations from."""
+    """A function: options of an evaluation of six rows, five to choose_demonstrations demonstrations from."""
     plain = {**TINY, "train_file": rows_file, "num_dev": 6, "template": "{text} is"}
     return lambda **options: EvalConfig.model_validate({**plain, **options})
 
@@ -86,11 +86,11 @@ def test_the_majority_class_is_the_training_rows_most_frequent_label():
 def test_demonstrations_are_training_rows_with_their_answers_between_blank_lines(own, plain_score):
     """Prompts and scores against a plain reading of the file and the model run on one whole sequence at a time."""
     config = own(num_demonstrations=3, data_seed=4)
-    (found,) = evaluate_tasks(config)[0].values()
-    splits, lm = own_data(config, None).splits, load(config)
+    (found,) = evaluate(config)[0].values()
+    splits, lm = load_user_data(config, None).splits, load(config)
     order = np.random.RandomState(4).permutation(5)[:3]
     shown = [f"{splits.train[i].prompt}{splits.train[i].candidates[splits.train[i].label]}" for i in order]
-    for e, asked, prediction in zip(splits.test, found.examples, found.measured.predictions, strict=True):
+    for e, asked, prediction in zip(splits.test, found.examples, found.evaluation.predictions, strict=True):
         prompt = "\n\n".join([*shown, e.prompt])
         assert asked.prompt == prompt
         values = [plain_score(lm, prompt, c) for c in e.candidates]
@@ -102,7 +102,7 @@ def test_data_seed_chooses_demonstrations_and_changes_no_evaluation_row_of_a_sam
     asked = []
     for seed in (0, 1):
         config = EvalConfig(**TINY, task="sst2", num_eval=3, num_demonstrations=2, data_seed=seed, max_length=500)
-        asked.append([e.prompt.split("\n\n") for e in evaluate_tasks(config)[0]["sst2"].examples])
+        asked.append([e.prompt.split("\n\n") for e in evaluate(config)[0]["sst2"].examples])
     assert [parts[-1] for parts in asked[0]] == [parts[-1] for parts in asked[1]]
     assert [parts[:-1] for parts in asked[0]] != [parts[:-1] for parts in asked[1]]
     texts = {f"{row['sentence'].strip()} It was {('terrible', 'great')[row['label']]}" for row in _training("sst2")}
@@ -121,7 +121,7 @@ def test_what_the_context_has_no_room_for_is_left_out_whole_and_said():
     for _ in range(200):
         texts = tuple("x" * draw.randint(1, 9) for _ in range(draw.randint(0, 6)))
         example, limit = Example("p" * draw.randint(1, 9), ("a", "bcd"), 0), draw.randint(10, 60)
-        ((asked,), (count,)) = prepend([example], texts, len, limit)
+        ((asked,), (count,)) = prepend_demonstrations([example], texts, len, limit)
         room, expected = limit - len(example.prompt) - 3, 0
         for text in reversed(texts):
             room -= len(text) + 2
@@ -134,9 +134,9 @@ def test_what_the_context_has_no_room_for_is_left_out_whole_and_said():
 
 
 def test_fewer_demonstrations_than_asked_are_reported(own, capsys):
-    found, results = evaluate_tasks(own(num_demonstrations=5, max_length=120))
+    found, results = evaluate(own(num_demonstrations=5, max_length=120))
     assert re.search(
-        r"rows have no room for 5 demonstrations in 120 tokens; the longest have \d, the last ones",
+        r"rows have no room for 5 demonstrations in 120 tokens; they get the last ones that fit, at least \d",
         capsys.readouterr().err,
     )
     counts = found["rows"].counts
@@ -146,9 +146,9 @@ def test_fewer_demonstrations_than_asked_are_reported(own, capsys):
 
 def test_demonstrations_come_from_no_other_rows_than_there_are():
     rows = [Example(str(i), (" a",), 0) for i in range(9)]
-    assert sorted(choose(rows, 9, 3)) == [f"{i} a" for i in range(9)]
+    assert sorted(choose_demonstrations(rows, 9, 3)) == [f"{i} a" for i in range(9)]
     with pytest.raises(UsageError, match=r"10 demonstrations were asked for, but there are 9.*Lower --num-demon"):
-        choose(rows, 10, 0)
+        choose_demonstrations(rows, 10, 0)
 
 
 def test_a_chat_has_no_demonstrations(tmp_path):
@@ -156,8 +156,8 @@ def test_a_chat_has_no_demonstrations(tmp_path):
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
     path.write_text("".join(json.dumps({"messages": turns, "n": i}) + "\n" for i in range(6)), encoding="utf-8")
     config = EvalConfig(model="smollm2-135m", device="cpu", train_file=path, num_dev=2, num_demonstrations=1)
-    with pytest.raises(UsageError, match="no form for chats"):
-        evaluate_tasks(config)
+    with pytest.raises(UsageError, match="cannot be combined with chats"):
+        evaluate(config)
 
 
 # Whole evaluations -----------------------------------------------------------------------------------------
@@ -179,16 +179,16 @@ def test_several_tasks_are_each_alone(zotune):
 def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, tmp_path, tuning):
     made = config(tuning=tuning, max_steps=4, learning_rate=0.5, template="{text} is", num_dev=6)
     train(made)
-    found, results = evaluate_tasks(own(model=str(tmp_path / "out"), baselines=True))
-    alone, _ = evaluate_tasks(own())
-    one, base = found["rows"], alone["rows"].measured
+    found, results = evaluate(own(model=str(tmp_path / "out"), baselines=True))
+    alone, _ = evaluate(own())
+    one, base = found["rows"], alone["rows"].evaluation
     zero_shot = results["baselines"]["zero_shot"]
     assert zero_shot["model"] == "random:llama-tiny"
     assert one.zero_shot.predictions == base.predictions
     assert (zero_shot["accuracy"], zero_shot["loss"]) == (base.accuracy, base.loss)
-    assert one.measured.loss != base.loss
-    assert zero_shot["difference"]["value"] == pytest.approx(one.measured.accuracy - base.accuracy)
-    labels = [e.label for e in own_data(made, None).splits.train]
+    assert one.evaluation.loss != base.loss
+    assert zero_shot["difference"]["value"] == pytest.approx(one.evaluation.accuracy - base.accuracy)
+    labels = [e.label for e in load_user_data(made, None).splits.train]
     most = max((0, 1), key=labels.count)
     assert results["baselines"]["majority"]["accuracy"] == sum(e.label == most for e in one.examples) / 6
     assert f"zero-shot (random:llama-tiny): {one.zero_shot}; difference" in "\n".join(one.lines())
@@ -196,44 +196,44 @@ def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, t
 
 def test_zero_shot_reads_the_same_prompts_where_virtual_tokens_leave_less_room(config, own, tmp_path, monkeypatch):
     """The base has room for more demonstrations; it is asked what the tuned model was asked."""
-    from zotune.llm.models.load import LanguageModel
+    from zotune.llm.models.language_model import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "context", property(lambda self: 160 - self.num_virtual_tokens))
     train(config(tuning="prompt", num_virtual_tokens=40, template="{text} is", num_dev=6))
     asked = {"baselines": True, "num_demonstrations": 5}
-    tuned, _ = evaluate_tasks(own(model=str(tmp_path / "out"), **asked))
-    alone, _ = evaluate_tasks(own(**asked))
+    tuned, _ = evaluate(own(model=str(tmp_path / "out"), **asked))
+    alone, _ = evaluate(own(**asked))
     assert sum(tuned["rows"].counts) < sum(alone["rows"].counts)
     monkeypatch.setattr(LanguageModel, "context", 120)
-    as_short, _ = evaluate_tasks(own(**asked))
-    assert tuned["rows"].zero_shot.loss == as_short["rows"].measured.loss != alone["rows"].measured.loss
+    as_short, _ = evaluate(own(**asked))
+    assert tuned["rows"].zero_shot.loss == as_short["rows"].evaluation.loss != alone["rows"].evaluation.loss
 
 
 def test_zero_shot_has_the_precision_of_what_was_tuned(config, own, tmp_path):
     train(config(dtype="bfloat16", template="{text} is", num_dev=6))
-    found, _ = evaluate_tasks(own(model=str(tmp_path / "out"), baselines=True))
-    alone, _ = evaluate_tasks(own(dtype="bfloat16"))
-    assert found["rows"].zero_shot.loss == alone["rows"].measured.loss
+    found, _ = evaluate(own(model=str(tmp_path / "out"), baselines=True))
+    alone, _ = evaluate(own(dtype="bfloat16"))
+    assert found["rows"].zero_shot.loss == alone["rows"].evaluation.loss
 
 
 def test_what_was_tuned_twice_has_the_first_base(config, tmp_path):
     train(config(output_dir=tmp_path / "once"))
     train(config(model=str(tmp_path / "once"), tuning="lora", output_dir=tmp_path / "twice"))
-    assert base_of(str(tmp_path / "twice")) == base_of(str(tmp_path / "once")) == "random:llama-tiny"
-    assert base_of("random:llama-tiny") is None
+    assert base_model_of(str(tmp_path / "twice")) == base_model_of(str(tmp_path / "once")) == "random:llama-tiny"
+    assert base_model_of("random:llama-tiny") is None
 
 
 def test_a_model_that_was_not_tuned_has_no_zero_shot_beside_it(own):
-    _, results = evaluate_tasks(own(baselines=True))
+    _, results = evaluate(own(baselines=True))
     assert results["baselines"]["zero_shot"] is None
 
 
 def test_predictions_are_rows_in_order_with_the_scores_by_definition(own, tmp_path, plain_score):
     """Scores against whole unpadded sequences in float64, normalised over the candidates."""
     config = own(predictions=tmp_path / "said.jsonl")
-    _, results = evaluate_tasks(config)
+    _, results = evaluate(config)
     lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
-    examples, lm = own_data(config, None).splits.test, load(config)
+    examples, lm = load_user_data(config, None).splits.test, load(config)
     assert len(lines) == len(examples)
     for line, e in zip(lines, examples, strict=True):
         values = [plain_score(lm, e.prompt, c) for c in e.candidates]
@@ -249,9 +249,9 @@ def test_predictions_are_rows_in_order_with_the_scores_by_definition(own, tmp_pa
 
 def test_predictions_of_generated_answers_are_texts_with_their_f1(tmp_path):
     config = EvalConfig(**TINY, task="squad", num_eval=2, max_length=120, predictions=tmp_path / "said.jsonl")
-    found, results = evaluate_tasks(config)
+    found, results = evaluate(config)
     lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["prediction"] for line in lines] == list(found["squad"].measured.predictions)
+    assert [line["prediction"] for line in lines] == list(found["squad"].evaluation.predictions)
     assert [tuple(line["answers"]) for line in lines] == [e.answers for e in found["squad"].examples]
     assert sum(line["f1"] for line in lines) / 2 == results["f1"]
     assert all("candidates" not in line for line in lines)
@@ -263,9 +263,9 @@ def test_a_log_loss_is_written_row_by_row_and_has_no_paired_difference(config, t
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     train(config(train_file=path, num_dev=2))
     asked = {**TINY, "model": str(tmp_path / "out"), "train_file": path, "num_dev": 2, "baselines": True}
-    found, results = evaluate_tasks(EvalConfig(**asked, predictions=tmp_path / "said.jsonl"))
+    found, results = evaluate(EvalConfig(**asked, predictions=tmp_path / "said.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["log_loss"] for line in lines] == list(found["rows"].measured.predictions)
+    assert [line["log_loss"] for line in lines] == list(found["rows"].evaluation.predictions)
     assert all("prediction" not in line and "label" not in line for line in lines)
     assert results["baselines"]["majority"] is None
     assert results["baselines"]["zero_shot"]["difference"] is None
@@ -275,7 +275,7 @@ def test_a_log_loss_is_written_row_by_row_and_has_no_paired_difference(config, t
 def test_predictions_take_the_place_of_no_file(own, rows_file):
     before = rows_file.read_bytes()
     with pytest.raises(UsageError, match=r"rows.jsonl' is there already; remove it or name another"):
-        evaluate_tasks(own(predictions=rows_file))
+        evaluate(own(predictions=rows_file))
     assert rows_file.read_bytes() == before
 
 
@@ -294,4 +294,4 @@ def test_predictions_take_the_place_of_no_file(own, rows_file):
 )
 def test_evaluations_that_cannot_be_are_refused_with_a_reason(options, message):
     with pytest.raises(UsageError, match=message):
-        evaluate_tasks(EvalConfig.model_validate({**TINY, **options}))
+        evaluate(EvalConfig.model_validate({**TINY, **options}))

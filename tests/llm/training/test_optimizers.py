@@ -10,7 +10,7 @@ import zotune as zo
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import validate
-from zotune.llm.training.optimizers import make_optimizer, scheduled, set_learning_rates
+from zotune.llm.training.optimizers import learning_rate_factor, make_optimizer, set_learning_rates
 from zotune.llm.training.train import train
 from zotune.methods.paper import METHODS
 
@@ -108,7 +108,7 @@ def test_weight_decay_of_a_baseline_is_decoupled_and_spares_biases_and_norms(nam
         ({"mask": "magnitude"}, "mask has no effect here"),
         ({"method": "fo_sgd", "sparsity": 0.5}, "sparsity has no effect here: it needs a zeroth-order method"),
         ({"hybrid_tied": "frozen"}, "hybrid_tied has no effect here: it needs hybrid_layers"),
-        ({"method": "fo_adam", "hybrid_layers": 2}, "hybrid_layers leaves the first layers to a zeroth-order method"),
+        ({"method": "fo_adam", "hybrid_layers": 2}, "hybrid_layers tunes the first layers to a zeroth-order method"),
         ({"blocks": "layers"}, "Did you mean 'layer'?"),
         ({"sparsity": 1.0}, "less than 1"),
     ],
@@ -126,7 +126,7 @@ def test_every_first_learning_rate_is_scheduled_from_its_own_value():
         ("cosine", tuple((1 + math.cos(math.pi * t)) / 2 for t in (0, 0.25, 0.75))),
     ):
         for done, factor in zip((0.0, 0.25, 0.75), factors, strict=True):
-            assert scheduled(kind, done) == pytest.approx(factor)
+            assert learning_rate_factor(kind, done) == pytest.approx(factor)
             assert set_learning_rates(optimizer, kind, done) == pytest.approx(0.4 * factor)
             assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.4 * factor, 8 * factor])
 

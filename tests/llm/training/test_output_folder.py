@@ -18,7 +18,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from zotune.llm.tasks.user_data import own_data
+from zotune.llm.tasks.user_data import load_user_data
 from zotune.llm.training.train import train
 
 
@@ -45,7 +45,7 @@ def test_what_is_saved_loads_elsewhere_and_predicts_what_was_reported(config, ti
     result = train(made)
     auto = AutoPeftModelForCausalLM if tuning == "lora" else AutoModelForCausalLM
     model, tokenizer = auto.from_pretrained(tmp_path / "out").eval(), AutoTokenizer.from_pretrained(tmp_path / "out")
-    found = plain_predictions(model, tokenizer, own_data(made, None).splits.dev)
+    found = plain_predictions(model, tokenizer, load_user_data(made, None).splits.dev)
     assert tuple(found) == result.dev.predictions
     assert result.dev.loss != result.dev_before.loss
 
@@ -55,7 +55,7 @@ def test_a_tuned_masked_model_loads_elsewhere(config, tmp_path):
     result = train(made)
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
     tokenizer, found = AutoTokenizer.from_pretrained(tmp_path / "out"), []
-    for e in own_data(made, None).splits.dev:
+    for e in load_user_data(made, None).splits.dev:
         ids = tokenizer(f"{e.prompt}{tokenizer.mask_token}{e.suffix}")["input_ids"]
         with torch.no_grad():
             row = model(torch.tensor([ids])).logits[0, ids.index(tokenizer.mask_token_id)]
@@ -84,7 +84,7 @@ def test_the_built_in_model_is_tuned_where_asked_and_saved_as_it_was_evaluated(c
     }
     assert result.num_tuned == 3 * 576
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tuple(plain_predictions(model, tokenizer, own_data(made, None).splits.dev)) == result.dev.predictions
+    assert tuple(plain_predictions(model, tokenizer, load_user_data(made, None).splits.dev)) == result.dev.predictions
 
 
 # Output folder ---------------------------------------------------------------------------------------------

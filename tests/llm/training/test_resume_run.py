@@ -9,7 +9,7 @@ import torch
 
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.ledger import LedgerError, read
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
@@ -172,10 +172,10 @@ def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"learning_rate": 0.5}, "with learning_rate: 0.01, so it cannot go on with 0.5"),
+        ({"learning_rate": 0.5}, "with learning_rate: 0.01, so it cannot resume with 0.5"),
         ({"seed": 1}, "with seed: 0"),
         ({"lr_scheduler_type": "linear"}, "with lr_scheduler_type: constant"),
-        ({"overwrite_output_dir": True}, "give one of them"),
+        ({"overwrite_output_dir": True}, "give only one of them"),
     ],
 )
 def test_a_run_asked_for_differently_is_not_resumed(config, tmp_path, changed, said):

@@ -12,8 +12,8 @@ import zotune as zo
 from zotune.errors import RunError
 from zotune.estimate.probes import set_separable
 from zotune.llm.config.run import TrainConfig, read_recipe
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.tasks.user_data import own_data
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.tasks.user_data import load_user_data
 from zotune.llm.training.loop import Run
 from zotune.llm.training.train import train
 
@@ -92,7 +92,7 @@ def test_a_step_is_its_formula(config, tiny, tmp_path, difference, plain_score):
     made = config(
         max_steps=1, num_dev=0, per_device_train_batch_size=11, learning_rate=lr, mu=mu, difference=difference, seed=5
     )
-    examples = own_data(made, None).splits.train
+    examples = load_user_data(made, None).splits.train
     lm = tiny("llama")
     (u,) = zo.zo_sgd(lm.module, lr, mu=mu, seed=5).directions()
     x = {name: p.detach().clone() for name, p in lm.module.named_parameters()}

@@ -208,15 +208,15 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def evaluated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The untuned model and the majority class on a task's evaluation rows."""
-    from zotune.llm.training.evaluation import evaluate_tasks
+    from zotune.llm.training.evaluation import evaluate
 
     config = validate(EvalConfig, {**options, "baselines": True}, "the benchmark's zero-shot")
-    measured, _ = evaluate_tasks(config)
+    measured, _ = evaluate(config)
     (found,) = measured.values()
-    scores = {"zero_shot": _score(found.measured)}
+    scores = {"zero_shot": _score(found.evaluation)}
     if found.majority is not None:
         m = found.majority
-        rows = found.measured.num_examples
+        rows = found.evaluation.num_examples
         scores["majority"] = Score(value=m.accuracy, low=m.low, high=m.high, num_examples=rows)
     return {"scores": {name: score.model_dump(mode="json") for name, score in scores.items() if score}}
 

@@ -20,12 +20,13 @@ from zotune.bench.results.records import RunRecord
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
-from zotune.llm.data.tokenization import collate
-from zotune.llm.models.load import LanguageModel, load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.data.collator import collate
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import mean_loss
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import Rows, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
@@ -38,7 +39,7 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = validate(TrainConfig, options, "the benchmark's estimates")
     began = time.perf_counter()
     lm = load(config, head_labels(config), config.seed)
-    prepare(lm, config)
+    prepare_tuning(lm, config)
     closure = _first_batch(lm, load_rows(lm, config), config.per_device_train_batch_size)
     tuned = ParameterSet.of(lm.module)
     gradient = true_gradient(closure, tuned)
@@ -107,7 +108,7 @@ def _estimate(lm: LanguageModel, config: TrainConfig, number: int, closure: Call
         return optimizer.estimate(closure)
 
 
-def _first_batch(lm: LanguageModel, rows: Rows, size: int) -> Callable[[], Tensor]:
+def _first_batch(lm: LanguageModel, rows: EncodedData, size: int) -> Callable[[], Tensor]:
     """The mean loss of the first rows."""
     examples = rows.train[:size]
     batch = collate(examples, lm.pad_token_id, lm.device, exact=rows.objective.exact)

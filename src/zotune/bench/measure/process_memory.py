@@ -27,9 +27,9 @@ from zotune.errors import RunError, ZotuneError
 from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
 from zotune.llm.models.load import find_device, load
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import OBJECTIVES
-from zotune.llm.training.loop import scored, try_side_by_side
+from zotune.llm.training.loop import candidate_loss, try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
@@ -244,10 +244,10 @@ def _start_libraries(workload: Workload) -> None:
 def prepared(workload: Workload) -> Callable[[Recorder], float]:
     """The model as a run has it before its first step; what takes a step of it, and gives the loss."""
     lm = load(workload, seed=workload.seed)
-    prepare(lm, workload)
+    prepare_tuning(lm, workload)
     _read(lm.module)
     examples, objective = made_up(workload, lm), OBJECTIVES[workload.objective]
-    closure = partial(scored, lm, objective, lm.score)
+    closure = partial(candidate_loss, lm, objective, lm.score)
     optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()))
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
     size = workload.per_device_train_batch_size

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from zotune.bench.run.runner import State
 from zotune.bench.spec.experiments import CellSpec
-from zotune.messages import clock, say
+from zotune.llm.training.progress import clock
+from zotune.messages import say
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""The options of a run that say how it optimises: method, estimate, blocks, masks, numerics, hybrid."""
+"""The options of the optimisation: method, gradient estimate, blocks, sparsity, low rank, rounding, hybrid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field, ValidationInfo, model_validator
 
 from zotune.llm.config.schema import Options, is_partial
 
-# Which methods there are, for help and validation without loading torch; a test holds it against the tables.
+# The names of the methods, for help and validation without loading torch; a test compares them with the tables.
 MethodName = Literal[
     "zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad", "fo_sgd", "fo_adam"
 ]
@@ -16,76 +16,113 @@ FIRST_ORDER = ("fo_sgd", "fo_adam")
 
 
 class MethodOptions(Options):
-    """How a run optimises."""
+    """The options of the optimisation."""
 
-    method: MethodName = Field("zo_sgd", description="See `methods`.")
-    learning_rate: float = Field(1e-3, ge=0, description="η, at the first step.")
+    method: MethodName = Field("zo_sgd", description="Optimisation method (see `methods`).")
+    learning_rate: float = Field(1e-3, ge=0, description="Learning rate η at the first step.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="How the learning rate goes from its first value: stays, or falls to 0."
+        "constant", description="Schedule of the learning rate: constant, or a linear or cosine decay to 0."
     )
     mu: float = Field(
         1e-3,
         gt=0,
         validation_alias=AliasChoices("mu", "zo_eps"),
-        description="μ, the distance moved along a direction, in units of the parameters (elsewhere: zo_eps).",
+        description="Smoothing parameter μ: distance of the probes from the weights along a direction, in units of the "
+        "weights (elsewhere: zo_eps).",
     )
-    num_queries: int = Field(1, ge=1, description="q, directions a step.")
+    num_queries: int = Field(
+        1, ge=1, description="Number q of random directions per step; the gradient estimate averages over them."
+    )
     sampler: Literal["rademacher", "gaussian"] = Field("rademacher", description="Distribution of the directions.")
-    difference: Literal["central", "forward"] = Field("central", description="Two-sided or one-sided differences.")
+    difference: Literal["central", "forward"] = Field(
+        "central", description="Finite differences: two-sided (central) or one-sided (forward)."
+    )
     rounding: Literal["stochastic", "master", "nearest"] = Field(
-        "stochastic", description="How updates enter half-precision weights."
+        "stochastic",
+        description="Rounding of updates to half-precision weights: stochastic, to the nearest, or none with a float32 "
+        "master copy of the weights.",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="λ of decoupled weight decay; biases and norms (fewer than two dimensions) are exempt."
+        0.0,
+        ge=0,
+        description="Decoupled weight decay λ; biases and norms (parameters of fewer than two dimensions) are exempt.",
     )
     max_coefficient: float | None = Field(
-        None, gt=0, description="Cut directional derivatives to plus or minus this; default: no limit."
+        None, gt=0, description="Clip directional derivatives to plus or minus this value; default: no clipping."
     )
 
     sign: Literal["scalar", "elementwise"] = Field(
-        "scalar", description="zo_sgd_sign: the sign of each coefficient, or of each element of the estimate."
+        "scalar",
+        description="Take the sign of each coefficient (scalar) or of each element of the gradient estimate "
+        "(zo_sgd_sign).",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="zo_sgd_mmt: β.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum β (zo_sgd_mmt).")
     adam: Literal["torch", "adamm", "amsgrad"] = Field(
-        "torch", description="zo_adam: torch's Adam, the paper's appendix, or AMSGrad."
+        "torch",
+        description="Variant of Adam: as in torch, as in the paper's appendix (adamm), or AMSGrad (zo_adam).",
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="zo_adam, fo_adam: β₁.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="zo_adam, fo_adam: β₂.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="zo_adam, fo_adam: ε.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay β₁ of Adam's first moment (zo_adam, fo_adam).")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay β₂ of Adam's second moment (zo_adam, fo_adam).")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Term ε added to Adam's denominator (zo_adam, fo_adam).")
     window: int | None = Field(
-        None, ge=1, description="zo_sgd_mmt, zo_adam: rebuild moments from so many last steps instead of storing them."
+        None,
+        ge=1,
+        description="Recompute the moments from the last N steps instead of storing them (zo_sgd_mmt, zo_adam); "
+        "default: "
+        "store them.",
     )
 
     blocks: Literal["layer", "part", "linear", "size"] | None = Field(
-        None, description="Estimate the gradient block by block; default: all tuned parameters at once."
+        None,
+        description="Blocks of parameters whose gradient is estimated separately: per layer, per attention or "
+        "feed-forward "
+        "part, per linear layer, or by size; default: all tuned parameters at once.",
     )
-    block_size: int = Field(1_000_000, ge=1, description="With blocks: size, numbers in a block at most.")
+    block_size: int = Field(1_000_000, ge=1, description="Parameters per block at most (with blocks: size).")
     block_order: Literal["joint", "sequential"] = Field(
-        "joint", description="All blocks at the same weights, or each after the last was updated."
+        "joint",
+        description="Estimate all blocks at the same weights (joint), or each after the previous block was updated "
+        "(sequential).",
     )
-    sparsity: float = Field(0.0, ge=0, lt=1, description="Fraction of a direction's entries that are zero.")
+    sparsity: float = Field(0.0, ge=0, lt=1, description="Fraction of the entries of a direction that are set to zero.")
     mask: Literal["random", "magnitude"] = Field(
-        "random", description="With sparsity: zeros at random places, or at the smallest weights."
+        "random",
+        description="Positions of a direction's zeros: random, or the weights of smallest magnitude (with sparsity).",
     )
     mask_group: Literal["global", "layer"] = Field(
-        "global", description="With sparsity: each tensor's share from one magnitude threshold, or the same for all."
+        "global",
+        description="Choose each tensor's sparsity from one magnitude threshold over all tensors (global), or use the "
+        "same "
+        "sparsity in every tensor (layer).",
     )
-    mask_interval: int = Field(1, ge=1, description="With sparsity: steps between two masks.")
+    mask_interval: int = Field(1, ge=1, description="Steps between two new masks (with sparsity).")
 
     rank: int | None = Field(
-        None, ge=1, description="Directions that are matrices of so low a rank, made by thin products; default: dense."
+        None, ge=1, description="Rank of the directions of matrices, as products of thin factors; default: full rank."
     )
     rank_interval: int = Field(
-        1, ge=1, description="With rank: steps that share the right factors; 1: each direction has its own."
+        1,
+        ge=1,
+        description="Steps that share the right factors (with rank); 1: each direction has right factors of its own.",
     )
 
     hybrid_layers: int | None = Field(
-        None, ge=0, description="Use the method for the first so many layers only, and back-propagation for the rest."
+        None,
+        ge=0,
+        description="Use the method in the first N layers only, and back-propagation in the layers above; default: the "
+        "method everywhere.",
     )
-    hybrid_method: Literal["fo_sgd", "fo_adam"] = Field("fo_sgd", description="With hybrid_layers: for the rest.")
-    hybrid_learning_rate: float = Field(1e-3, ge=0, description="With hybrid_layers: the rest's learning rate.")
+    hybrid_method: Literal["fo_sgd", "fo_adam"] = Field(
+        "fo_sgd", description="First-order method of the layers above (with hybrid_layers)."
+    )
+    hybrid_learning_rate: float = Field(
+        1e-3, ge=0, description="Learning rate of the layers above (with hybrid_layers)."
+    )
     hybrid_tied: Literal["zeroth_order", "frozen"] | None = Field(
-        None, description="With hybrid_layers: whose weights are that are read on both sides, as tied embeddings."
+        None,
+        description="Treatment of weights that both parts read, such as tied embeddings: tune them with the "
+        "zeroth-order "
+        "method, or freeze them (with hybrid_layers); default: refuse them.",
     )
 
     @model_validator(mode="after")
@@ -96,11 +133,13 @@ class MethodOptions(Options):
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
-            raise ValueError("hybrid_layers leaves the first layers to a zeroth-order method; choose one as method")
+            raise ValueError(
+                "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
+            )
         return self
 
     def _uses(self) -> dict[str, tuple[bool, str]]:
-        """For each option that not every run uses, whether this one does, and what it needs."""
+        """For each option that only some runs use: whether this run uses it, and the requirement that errors name."""
         zeroth_order = self.method not in FIRST_ORDER
         is_hybrid = self.hybrid_layers is not None
         adam = self.method in ("zo_adam", "fo_adam") or (is_hybrid and self.hybrid_method == "fo_adam")

@@ -1,4 +1,4 @@
-"""The options of a run that say what is minimised, and how text is generated where that takes generated text."""
+"""The options of the objective, and of text generation for objectives that need it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,36 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from zotune.errors import did_you_mean
 from zotune.llm.config.schema import Options, is_partial
 
-# A test holds them against the objectives' tables.
+# A test compares them with the tables of objectives.
 OF_CANDIDATES = ("classification", "teacher_forcing", "accuracy")
 OF_ANSWERS = ("f1", "exact_match")
 
 
 class ObjectiveOptions(Options):
-    """What is minimised."""
+    """The options of the objective."""
 
     objective: str | None = Field(
         None,
-        description="What is minimised: classification, teacher_forcing, or without a gradient accuracy, f1, "
-        "exact_match, or a function MODULE:FUNCTION of generated text; default: the task's own.",
+        description="Objective to minimise: classification or teacher_forcing; without a gradient also accuracy, f1, "
+        "exact_match, or a reward MODULE:FUNCTION of generated text. Default: the objective of the task.",
     )
     generation: Literal["greedy", "sample"] = Field(
-        "greedy", description="Objectives of generated text: the best token each time, or drawn ones."
+        "greedy", description="Decoding for objectives of generated text: greedy, or sampling."
     )
-    temperature: float = Field(1.0, gt=0, description="With generation: sample, what logits are divided by.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature: logits are divided by it (with generation: sample)."
+    )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="With generation: sample, only the likeliest tokens that have this probability."
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample only among the most likely tokens whose probabilities add up to this value (with "
+        "generation: "
+        "sample).",
     )
-    max_new_tokens: int = Field(50, ge=1, description="Objectives of generated text: tokens at most.")
+    max_new_tokens: int = Field(50, ge=1, description="Generated tokens per text at most.")
     stop_at: Literal["newline", "end"] = Field(
-        "newline", description="Objectives of generated text: stop at a newline, or only at the end of text."
+        "newline", description="End of a generated text: the first newline, or only the end-of-text token."
     )
 
     @field_validator("objective")
@@ -42,9 +49,9 @@ class ObjectiveOptions(Options):
         module, colon, function = name.partition(":")
         if not colon:
             hint = did_you_mean(name, (*OF_CANDIDATES, *OF_ANSWERS))
-            raise ValueError(f"there is no such objective.{hint} A function of your own is module:function")
+            raise ValueError(f"there is no such objective.{hint} Name a function of your own as module:function")
         if not all(part.isidentifier() for part in (*module.split("."), function)):
-            raise ValueError("a function of your own is named module:function, for instance rewards:length")
+            raise ValueError("name a function of your own as module:function, for instance rewards:length")
         return name
 
     @model_validator(mode="after")
@@ -52,13 +59,13 @@ class ObjectiveOptions(Options):
         if is_partial(info):
             return self
         sampled, of_text = ("temperature", "top_p"), ("generation", "max_new_tokens", "stop_at")
-        for names, used, needs in (
+        for names, used, requirement in (
             (of_text, self.is_generated, "an objective of generated text: f1, exact_match or module:function"),
             (sampled, self.generation == "sample", "generation: sample"),
         ):
             for name in names:
                 if not used and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} has no effect here: it needs {needs}")
+                    raise ValueError(f"{name} has no effect here: it needs {requirement}")
         return self
 
     @property
@@ -68,7 +75,7 @@ class ObjectiveOptions(Options):
 
     @property
     def is_function(self) -> bool:
-        """Whether the objective is a function of the user's."""
+        """Whether the objective is a function of the user."""
         return self.objective is not None and ":" in self.objective
 
     @property

@@ -1,4 +1,4 @@
-"""Records that check themselves: the base of every config, and errors that name the key and the nearest known one."""
+"""The base class of all configs: validated records, errors that suggest the nearest key, and groups for `--help`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from zotune.errors import UsageError, did_you_mean
 
-# Values in messages: some lines of text at most, for a list may be a list of lists of lists.
+# Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
-_MOST_ERRORS = 3
+_MAX_ERRORS = 3
 
 
 class Options(BaseModel):
@@ -26,33 +26,104 @@ class Options(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _is_usable(cls, value: Any) -> Any:
-        """What no machine integer, file name or file can hold is refused here, not where it is first used."""
+        """Refuse here, before its first use, a value that no machine integer, file name or file can hold."""
         if isinstance(value, int) and abs(value) >= 1 << 63:
-            raise ValueError("no option takes a number of 2**63 or more")
+            raise ValueError("the number is 2**63 or more, which no option can hold; give a smaller one")
         text = str(value) if isinstance(value, str | Path | tuple | dict) else ""
         if "\0" in text or r"\x00" in text:
-            raise ValueError("no option takes a text with a NUL character")
+            raise ValueError("the text contains a NUL character, which no option can hold; remove it")
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError("no option takes a text with half a character (a lone surrogate)")
+            raise ValueError(
+                "the text contains half a character (a lone surrogate), which no option can hold; remove it"
+            )
         return value
 
+
+GROUPS = ("Model", "Data", "Tuning", "Method", "Run", "Evaluation", "Output")
+"""The groups of options, in the order in which `--help` shows them."""
+
+# The options of each group; those that most people set come first.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "Model": ("model", "dtype", "quantization", "device", "accept_terms"),
+    "Data": (
+        *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
+        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
+        *("scored_turns", "data_seed"),
+    ),
+    "Tuning": (
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),
+        *("num_virtual_tokens", "peft_type", "peft_config"),
+    ),
+    "Method": (
+        *("method", "learning_rate", "mu", "num_queries", "lr_scheduler_type", "objective", "rounding", "sampler"),
+        *("difference", "weight_decay", "max_coefficient", "momentum", "sign", "adam", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "window", "blocks", "block_size", "block_order", "sparsity", "mask", "mask_group"),
+        *("mask_interval", "rank", "rank_interval", "hybrid_layers", "hybrid_method", "hybrid_learning_rate"),
+        *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
+    ),
+    "Run": (
+        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "resume"),
+        *("gradient_checkpointing", "reuse_activations", "reuse_memory", "reuse_file"),
+    ),
+    "Evaluation": (
+        *("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "exact_match"),
+        *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
+    ),
+    "Output": ("output_dir", "overwrite_output_dir", "save_steps", "logging_steps", "predictions"),
+}
+_GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}
+_PLACE_OF = {name: place for place, name in enumerate(_GROUP_OF)}
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
+def group_of(schema: type[BaseModel], name: str) -> str:
+    """Return the group of an option in `--help`, one of `GROUPS`.
+
+    A field's own `json_schema_extra={"group": …}` takes precedence over the table of this module.
+
+    Raises:
+        KeyError: the schema has no such option, or the option has no group.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> group_of(TrainConfig, "learning_rate")
+    'Method'
+    """
+    extra = schema.model_fields[name].json_schema_extra
+    group = extra.get("group") if isinstance(extra, dict) else None
+    return str(group) if group is not None else _GROUP_OF[name]
+
+
+def options_by_group(schema: type[BaseModel]) -> dict[str, list[str]]:
+    """Return the schema's options by group, in the order of `--help`; groups without an option are left out.
+
+    >>> from zotune.llm.config.run import EvalConfig
+    >>> options_by_group(EvalConfig)["Model"][:2]
+    ['model', 'dtype']
+    """
+    names = sorted(schema.model_fields, key=lambda name: _PLACE_OF.get(name, len(_PLACE_OF)))
+    options = {group: [name for name in names if group_of(schema, name) == group] for group in GROUPS}
+    return {group: names for group, names in options.items() if names}
+
+
 def is_partial(info: ValidationInfo) -> bool:
-    """Whether the record is a recipe that options may still complete: what keys say of each other waits."""
+    """Whether the record is a recipe that options may still complete, so that checks across keys have to wait."""
     return bool(info.context and info.context.get("partial"))
 
 
 def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:
-    """A record of `schema` from plain values; the errors name `source`, the key, and the nearest known key."""
+    """Return a record of `schema` from plain values.
+
+    Raises:
+        UsageError: a key is unknown or a value is wrong; the message names `source`, the key, and the nearest known
+            key.
+    """
     try:
         return schema.model_validate(values, context={"partial": partial})
     except ValidationError as error:
-        found = [f"{source}: {_explain(schema, e)}" for e in error.errors()[:_MOST_ERRORS]]
-        more = error.error_count() - len(found)
-        raise UsageError("\n".join([*found, *([f"{source}: {more} more errors"] if more else [])])) from None
+        messages = [f"{source}: {_explain(schema, e)}" for e in error.errors()[:_MAX_ERRORS]]
+        more = error.error_count() - len(messages)
+        raise UsageError("\n".join([*messages, *([f"{source}: {more} more errors"] if more else [])])) from None
 
 
 def _explain(schema: type[BaseModel], error: Any) -> str:
@@ -61,7 +132,7 @@ def _explain(schema: type[BaseModel], error: Any) -> str:
         return f"unknown key {key!r}.{did_you_mean(key, schema.model_fields)}"
     if error["type"] == "literal_error":
         choices = [choice.strip(" '") for choice in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        given = _SHORT.repr(error["input"])
-        return f"{key} is {given}.{did_you_mean(given[1:-1], choices)}"
+        value = _SHORT.repr(error["input"])
+        return f"{key} is {value}.{did_you_mean(value[1:-1], choices)}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key} is {_SHORT.repr(error['input'])}: {message}" if key else message

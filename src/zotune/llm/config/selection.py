@@ -1,6 +1,6 @@
-"""The options of a run that say which of its weights are the result: the last ones, or the best on held-out rows.
+"""The options that choose the resulting weights: those of the last step, or of the best held-out evaluation.
 
-Names are Hugging Face's.
+Their names are those of Hugging Face.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from zotune.llm.config.schema import Options, is_partial
 
 
 class SelectionOptions(Options):
-    """When a run looks at its held-out rows, and what it makes of what it sees."""
+    """When a run evaluates on its held-out rows, and how it uses the outcome."""
 
     eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations on the held-out rows; default: at the end."
+        None, ge=1, description="Steps between evaluations on the held-out rows; default: only at the end."
     )
     load_best_model_at_end: bool = Field(
-        False, description="The result is the model of the best evaluation on held-out rows, the untuned one included."
+        False,
+        description="Save the model of the best held-out evaluation, which may be the untuned one; default: save the "
+        "model of the last step.",
     )
     metric_for_best_model: Literal["loss", "metric"] = Field(
-        "loss", description="What is best: the lowest loss, or the highest accuracy (F1 of generated answers)."
+        "loss",
+        description="Criterion of the best evaluation: the lowest loss, or the best metric (accuracy, or F1 of "
+        "generated "
+        "answers).",
     )
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="Stop after so many evaluations in a row without a new best; default: never."
+        None, ge=1, description="Stop after N evaluations in a row without a new best one; default: never stop early."
     )
 
     @model_validator(mode="after")
@@ -34,7 +39,7 @@ class SelectionOptions(Options):
             return self
         if self.selects and self.eval_steps is None:
             option = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-            raise ValueError(f"{option} compares evaluations on the way: give --eval-steps")
+            raise ValueError(f"{option} compares evaluations during the run: give --eval-steps")
         if self.metric_for_best_model != "loss" and not self.selects:
             raise ValueError(
                 "metric_for_best_model has no effect here: it needs load_best_model_at_end or early_stopping_patience"
@@ -43,5 +48,5 @@ class SelectionOptions(Options):
 
     @property
     def selects(self) -> bool:
-        """Whether the run asks which of its evaluations is best."""
+        """Whether the run compares its evaluations with each other."""
         return self.load_best_model_at_end or self.early_stopping_patience is not None

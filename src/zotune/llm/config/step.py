@@ -1,4 +1,4 @@
-"""The options of a run that say what one step computes: the model, what of it is tuned, how, and on how much."""
+"""The options that determine one step: the model, the tuned parameters, the method and the batch size."""
 
 from __future__ import annotations
 
@@ -12,42 +12,57 @@ from zotune.llm.config.tuning import TuningOptions
 
 
 class ModelOptions(Options):
-    """Which model, and how it is loaded."""
+    """The options that name a model and say how to load it."""
 
     model: str = Field(
-        "smollm2-135m", description="Built-in name, Hub id, local folder, or random:NAME (see `models`)."
+        "smollm2-135m",
+        description="Model to load: a built-in name, a Hub id, a local folder, a GGUF file, or random:NAME (see "
+        "`models`).",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights; auto takes the checkpoint's."
+        "auto", description="Precision of the weights; auto uses the precision of the checkpoint."
     )
     quantization: Literal["none", "gguf", "bnb-nf4", "bnb-int8", "torchao-int8", "torchao-int4"] | None = Field(
-        None, description="How the base's weights are packed; default: as it comes, or as its adapter was tuned."
+        None,
+        description="Quantisation of the base model's weights; default: none, or the quantisation that the loaded "
+        "adapter "
+        "was tuned on.",
     )
-    accept_terms: bool = Field(False, description="Accept the terms of a model that has its own (see `models`).")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, …; auto takes a GPU where there is one.")
+    accept_terms: bool = Field(
+        False, description="Accept the licence terms of a model that has its own (see `models`)."
+    )
+    device: str = Field(
+        "auto", description="Device that runs the model: cpu, cuda, cuda:1, …; auto uses a GPU if there is one."
+    )
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the base is read from a GGUF file and stays packed."""
+        """Whether the base model is read from a GGUF file and stays quantised."""
         return self.quantization == "gguf" or self.model.endswith(".gguf")
 
 
 class StepOptions(ModelOptions, MethodOptions, TuningOptions):
-    """What a step computes, but for the rows."""
+    """The options that determine a step, apart from the data."""
 
-    per_device_train_batch_size: int = Field(16, ge=1, description="Examples in one forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose objective is averaged for one update.")
+    per_device_train_batch_size: int = Field(16, ge=1, description="Training examples in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose losses are averaged for one update.")
     gradient_checkpointing: bool = Field(
-        False, description="First-order methods: recompute activations to save memory."
+        False, description="Recompute activations in the backward pass to save memory (first-order methods only)."
     )
-    seed: int = Field(0, ge=0, description="Names directions, batches and a new adapter's weights.")
+    seed: int = Field(
+        0, ge=0, description="Seed of the directions, the order of batches and the initial adapter weights."
+    )
 
     @model_validator(mode="after")
     def _no_idle_checkpointing(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
         if self.gradient_checkpointing and self.is_prefix:
-            raise ValueError("gradient_checkpointing drops the keys and values that a prefix consists of; leave it out")
+            raise ValueError(
+                "gradient_checkpointing drops the keys and values of a prefix; leave it out, or use another --tuning"
+            )
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
-            raise ValueError(f"gradient_checkpointing has no effect on {self.method}, which keeps no activations")
+            raise ValueError(
+                f"gradient_checkpointing has no effect on {self.method}, which stores no activations; leave it out"
+            )
         return self

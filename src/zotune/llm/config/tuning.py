@@ -1,4 +1,4 @@
-"""The options of a run that say what is tuned: the model, a part of it, or an adapter beside it."""
+"""The options that choose the tuned parameters: all weights, some of them, or an adapter beside the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from zotune.llm.config.schema import Options, is_partial
 
 
 def _as_json(value: Any) -> Any:
-    """A mapping, or text in YAML of one, as JSON in one line; the schema refuses what is neither."""
+    """Return a mapping, or the YAML text of one, as one line of JSON.
+
+    Raises:
+        ValueError: the value is neither.
+    """
     try:
         plain = yaml.safe_load(value) if isinstance(value, str) else value
         text = json.dumps(plain)
@@ -23,47 +27,61 @@ def _as_json(value: Any) -> Any:
     return text
 
 
-# An option that chooses within some tuning schemes, those schemes, and what else there is.
-_OF_SCHEMES = (
+# Options that belong to some tuning schemes, those schemes, and a hint for the others.
+_SCHEMES_OF_OPTION = (
     ("tuned_parameters", ("full",), "it chooses among the model's own weights; with lora use lora_target_modules"),
-    ("tuned_layers", ("full", "lora", "scales"), "an adapter by name takes layers_to_transform in peft_config"),
-    ("lora_target_modules", ("lora",), "it names the linear layers that get an adapter"),
-    ("num_virtual_tokens", ("prefix", "prompt"), "an adapter by name takes it in peft_config"),
+    ("tuned_layers", ("full", "lora", "scales"), "for an adapter by name, set layers_to_transform in peft_config"),
+    ("lora_target_modules", ("lora",), "it names the linear layers that get a LoRA adapter"),
+    ("num_virtual_tokens", ("prefix", "prompt"), "for an adapter by name, set it in peft_config"),
     ("peft_type", ("peft",), "it names one of peft's schemes"),
     ("peft_config", ("peft",), "it holds the keys of one of peft's schemes"),
 )
 
 
 class TuningOptions(Options):
-    """What a run tunes."""
+    """The options that choose the tuned parameters."""
 
     tuning: Literal["full", "head", "scales", "lora", "prefix", "prompt", "peft"] = Field(
         "full",
-        description="What is tuned: the model's own weights, its head, a packed base's scales, or an adapter of peft.",
+        description="Parameters to tune: all weights (full), the output head, the scales of a quantised base, or an "
+        "adapter of peft (lora, prefix, prompt, or another one by --peft-type).",
     )
     tuned_layers: int | None = Field(
-        None, ge=1, description="Tune only in the last so many layers (full: and what lies above)."
+        None,
+        ge=1,
+        description="Tune only the last N layers; with full also the modules above them. Default: all layers.",
     )
     tuned_parameters: str | None = Field(
-        None, description="With full: tune only weights whose name this regular expression finds."
+        None,
+        description="Tune only the weights whose name matches this regular expression, such as norm (with tuning: "
+        "full). "
+        "Default: all weights.",
     )
-    lora_r: int = Field(8, ge=1, description="Rank of the adapter.")
-    lora_alpha: float = Field(16, gt=0, description="The adapter is scaled by lora_alpha / lora_r.")
+    lora_r: int = Field(8, ge=1, description="Rank of the LoRA matrices.")
+    lora_alpha: float = Field(
+        16, gt=0, description="Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_r."
+    )
     lora_target_modules: tuple[str, ...] = Field(
-        (), description="Linear layers that get an adapter; default: q_proj and v_proj (query and value)."
+        (), description="Linear layers that get a LoRA adapter; default: q_proj and v_proj (query and value)."
     )
 
-    num_virtual_tokens: int | None = Field(None, ge=1, description="Length of a prefix or prompt; default: 5 and 10.")
-    peft_type: str | None = Field(None, description="With tuning: peft, the scheme by peft's name: ia3, vera, …")
+    num_virtual_tokens: int | None = Field(
+        None, ge=1, description="Virtual tokens of a prefix or prompt; default: 5 for a prefix, 10 for a prompt."
+    )
+    peft_type: str | None = Field(
+        None, description="Adapter of peft by its name there: ia3, vera, … (with tuning: peft)."
+    )
     peft_config: Annotated[str, BeforeValidator(_as_json)] = Field(
-        "{}", description="Keys of that scheme: a mapping in a recipe, '{\"r\": 4}' as an option."
+        "{}",
+        description="Configuration of the adapter named by peft_type: a mapping in a recipe, '{\"r\": 4}' as an "
+        "option.",
     )
 
     @model_validator(mode="after")
     def _no_idle_tuning_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
-        for option, schemes, remedy in _OF_SCHEMES:
+        for option, schemes, remedy in _SCHEMES_OF_OPTION:
             if self.tuning not in schemes and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} needs tuning: {' or '.join(schemes)}, not {self.tuning}; {remedy}")
         if self.tuning == "peft" and self.peft_type is None:
@@ -72,7 +90,7 @@ class TuningOptions(Options):
 
     @property
     def is_adapter(self) -> bool:
-        """Whether what is tuned lies beside the model and is saved without it."""
+        """Whether the tuned parameters are an adapter, which is saved without the model."""
         return self.tuning not in ("full", "head", "scales")
 
     @property
@@ -83,5 +101,5 @@ class TuningOptions(Options):
 
     @property
     def is_prefix(self) -> bool:
-        """Whether it goes in as past keys and values."""
+        """Whether the adapter is a prefix: keys and values that precede the input's in every layer."""
         return self.tuning == "prefix" or (self.peft_type or "").lower() in ("prefix_tuning", "cartridge")

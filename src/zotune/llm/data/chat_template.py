@@ -1,8 +1,8 @@
-"""Chats as a model's own template writes them, and which of their characters are the assistant's.
+"""Rendering chats with a model's chat template, and locating the assistant's characters in them.
 
-A turn's characters are found, never guessed. Either the template marks them itself (`{% generation %}`), or
-they are what the chat up to the turn has more than the chat before it with the opening of an answer: both are
-rendered, and where the one does not begin with the other the row is refused.
+The characters of a turn are never guessed. Either the template marks them itself (`{% generation %}`), or they are the
+difference between two renderings: the chat up to and including the turn, and the chat before it with the opening of an
+answer. If the first does not start with the second, the row is refused.
 """
 
 from __future__ import annotations
@@ -20,50 +20,54 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def assistant_spans(tokenizer: Any, messages: Sequence[Message], *, only_last: bool) -> tuple[str, tuple[Span, ...]]:
-    """The whole chat as text, and the (start, end) of the assistant's turns in it, each with its end-of-turn token.
+    """Return the whole chat as text, and the (start, end) of the assistant's turns, each with its end-of-turn token.
 
     Args:
-        tokenizer: that of transformers, with a chat template.
-        messages: `{"role": …, "content": …}`, the last one the assistant's.
-        only_last: the last turn alone.
+        tokenizer: a tokenizer of transformers with a chat template.
+        messages: `{"role": …, "content": …}`, the last one by the assistant.
+        only_last: whether to return the last turn only.
 
     Raises:
-        UsageError: there is no template, it does not take these messages, or a turn's place cannot be told.
+        UsageError: there is no template, it rejects these messages, or a turn cannot be located.
     """
     _check_template(tokenizer)
-    text, marked = _rendered(tokenizer, messages)
+    text, marked = _render(tokenizer, messages)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if marked is not None:
         if len(marked) != len(turns):
-            raise UsageError(f"the chat template marks {len(marked)} turns of {len(turns)}; it is broken.")
+            raise UsageError(
+                f"the chat template marks {len(marked)} of {len(turns)} turns of the assistant. Correct its "
+                "{% generation %} marks, or remove them."
+            )
         spans = marked
     else:
-        spans = [_turn(tokenizer, messages, i, text) for i in (turns[-1:] if only_last else turns)]
+        spans = [_turn_span(tokenizer, messages, i, text) for i in (turns[-1:] if only_last else turns)]
     return text, tuple(spans[-1:] if only_last else spans)
 
 
-def opening(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """The chat up to where the assistant's next turn begins.
+def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Return the chat as text up to the start of the assistant's next turn.
 
     Raises:
-        UsageError: there is no template, or it does not take these messages.
+        UsageError: there is no template, or it rejects these messages.
     """
     _check_template(tokenizer)
-    return _rendered(tokenizer, messages, opens_answer=True)[0]
+    return _render(tokenizer, messages, opens_answer=True)[0]
 
 
-def _turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> Span:
-    """Where one turn stands in the whole chat."""
-    before, _ = _rendered(tokenizer, messages[:index], opens_answer=True)
-    after, _ = _rendered(tokenizer, messages[: index + 1])
+def _turn_span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> Span:
+    """Locate one turn in the whole chat."""
+    before, _ = _render(tokenizer, messages[:index], opens_answer=True)
+    after, _ = _render(tokenizer, messages[: index + 1])
     if not (after.startswith(before) and text.startswith(after)):
         raise UsageError(
-            f"the chat template writes the turns up to message {index + 1} differently when others follow, so what is "
-            "the assistant's cannot be told. Use --scored-turns last, or a template that marks its turns with "
+            f"the chat template renders the turns up to message {index + 1} differently when others follow, so the "
+            "assistant's characters cannot be located. Use --scored-turns last, or a template that marks its turns "
+            "with "
             "{% generation %}."
         )
     turn = after[len(before) :]
-    # What ends a turn is scored, for the model has to say it; line breaks behind it are the template's.
+    # The end-of-turn token is scored, because the model has to generate it; line breaks after it are not.
     bare = turn.rstrip()
     ends = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
     return len(before), len(before) + len(bare if any(bare.endswith(end) for end in ends) else turn)
@@ -72,15 +76,15 @@ def _turn(tokenizer: Any, messages: Sequence[Message], index: int, text: str) ->
 def _check_template(tokenizer: Any) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UsageError(
-            "the model's tokenizer has no chat template. Use a model that was made for chats, or rows of prompt and "
-            "completion."
+            "the model's tokenizer has no chat template. Use a model that was trained for chats, or rows with a prompt "
+            "and a completion."
         )
 
 
-def _rendered(
+def _render(
     tokenizer: Any, messages: Sequence[Message], *, opens_answer: bool = False
 ) -> tuple[str, list[Span] | None]:
-    """The template's text, and the spans that it marks itself; None where it marks none."""
+    """Render the template; return the text and the spans that the template marks, or None if it marks none."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -95,5 +99,5 @@ def _rendered(
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise UsageError(f"the chat template does not take these messages: {error}") from None
+        raise UsageError(f"the chat template rejects these messages: {error}") from None
     return texts[0], [(start, end) for start, end in spans[0]] if marks else None

@@ -1,4 +1,4 @@
-"""Examples: a prompt, the candidates that may follow it, and the right one; and the splits that a run reads."""
+"""Examples: a prompt, candidate continuations and the right one; and the splits of a data set."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ class Example:
     """One example of a task.
 
     Attributes:
-        prompt: what the model reads.
-        candidates: texts that may follow it, with their leading space; the labels' names for a classification head;
-            none where text is generated for a function to judge.
-        label: index of the right candidate; of the one that is trained on, where several are right.
-        suffix: what follows the candidate in a masked language model's sentence; causal models never see it.
+        prompt: the text that the model reads.
+        candidates: texts that may follow the prompt, with their leading space; for a classification head the names of
+            the labels; empty if a reward function judges generated text.
+        label: index of the right candidate; if several are right, index of the one to train on.
+        suffix: text after the candidate in the sentence of a masked language model; causal models do not read it.
         also_right: indices of other candidates that count as right.
-        answers: where the answer is generated rather than chosen, every accepted one; the one candidate is the first.
-        text_limit: (n, k): of the prompt's first n characters a masked language model reads at most k tokens.
-        second: the second text of a classification head's pair, read as `<s> prompt </s></s> second </s>`.
-        spans: of a chat, whose prompt is the whole of it as its template writes it, special tokens and all: the
-            (start, end) of the characters that are scored. The one candidate has no text of its own. Where an answer
-            is to be generated, its place at the end.
-        place: where the row stands, for messages.
+        answers: all accepted answers, if the answer is generated; the only candidate is then the first of them.
+        text_limit: (n, k): a masked language model reads at most k tokens of the prompt's first n characters.
+        second: the second text for a classification head, read as `<s> prompt </s></s> second </s>`.
+        spans: for a chat, the (start, end) of the characters to score in the prompt, which is the whole chat as
+            rendered by its template, with special tokens. The only candidate is then empty. If an answer is to be
+            generated, the span is its position at the end.
+        place: file and line of the row, for messages.
     """
 
     prompt: str
@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on, rows held out of them to choose hyper-parameters on, and rows to report on."""
+    """Training rows, rows held out of them to choose hyper-parameters, and evaluation rows to report on."""
 
     train: tuple[Example, ...]
     dev: tuple[Example, ...]

@@ -1,6 +1,6 @@
-"""Rows as they come: JSON lines, CSV and Parquet files, gzipped or not, and data sets of the Hub.
+"""Reading rows from JSON lines, CSV and Parquet files, gzipped or not, and from data sets of the Hub.
 
-Each row knows its place, so that whatever is wrong with it is said by file and line.
+Each row carries its place, so that error messages name file and line.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ Row = dict[str, Any]
 HUB = "hub:"
 
 
-class Located(NamedTuple):
-    """A row and where it stands: `reviews.csv, line 7`."""
+class LocatedRow(NamedTuple):
+    """A row and its place, such as `reviews.csv, line 7`."""
 
     place: str
     columns: Row
 
 
-def located_rows(source: Path, split: str = "train") -> Iterator[Located]:
-    """The rows of a file, or of a data set of the Hub: `hub:ORG/NAME`, `hub:ORG/NAME/CONFIGURATION:SPLIT`.
+def read_located_rows(source: Path, split: str = "train") -> Iterator[LocatedRow]:
+    """Yield the rows of a file, or of a data set of the Hub: `hub:ORG/NAME`, `hub:ORG/NAME/CONFIGURATION:SPLIT`.
 
     Args:
-        source: the file, or the data set's name.
-        split: the split of a data set that names none.
+        source: the file, or the name of the data set.
+        split: the split to read if the name of the data set contains none.
 
     Raises:
-        UsageError: there is no such source, its ending is not known, or it is broken, by file and line.
+        UsageError: the source does not exist, has an unknown extension, or is malformed; the message names file and
+            line.
     """
     if str(source).startswith(HUB):
         return _hub(str(source).removeprefix(HUB), split)
     if not source.is_file():
-        raise UsageError(f"there is no file {str(source)!r}.")
+        raise UsageError(f"there is no file {str(source)!r}; check the path.")
     kind = source.with_suffix("").suffix if source.suffix == ".gz" else source.suffix
     if kind in (".jsonl", ".json"):
         return _text(source, _json_lines)
@@ -52,41 +53,43 @@ def located_rows(source: Path, split: str = "train") -> Iterator[Located]:
     if source.suffix == ".parquet":
         return _parquet(source)
     raise UsageError(
-        f"{source}: files end in .jsonl, .json (a line an object) or .csv, each also with .gz, or in .parquet; "
+        f"{source}: the extension must be .jsonl, .json (one object per line) or .csv, each also with .gz, or "
+        f".parquet; "
         f"got {kind!r}."
     )
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of `located_rows` without their places."""
-    return (row.columns for row in located_rows(path))
+    """Yield the rows of `read_located_rows` without their places."""
+    return (row.columns for row in read_located_rows(path))
 
 
-def _text(path: Path, lines: Any) -> Iterator[Located]:
-    """The rows of a text file; what is wrong with its bytes is said here."""
+def _text(path: Path, lines: Any) -> Iterator[LocatedRow]:
+    """Yield the rows of a text file; errors of decoding and decompression are reported here."""
     try:
         try:
             with _open(path) as file:
                 yield from lines(file, path)
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}).") from None
+            raise UsageError(
+                f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+            ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UsageError(f"{path} is not a whole gzip file: {error}") from None
+        raise UsageError(f"{path} is not a complete gzip file: {error}") from None
 
 
 def _open(path: Path) -> Any:
-    """Its text; a byte-order mark at its beginning is none of it, and ends of lines stay as they are."""
-    opened = _bytes_of(path)
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    """Open a text file; a byte-order mark at its start is skipped, and line ends stay as they are."""
+    return io.TextIOWrapper(_open_bytes(path), encoding="utf-8-sig", newline="")
 
 
-def _bytes_of(path: Path) -> Any:
+def _open_bytes(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _undecodable_line(path: Path) -> int:
-    """The first line that is not UTF-8: a decoder knows only the place in its buffer."""
-    with _bytes_of(path) as file:
+    """Return the first line that is not UTF-8; a decoder reports only the position in its buffer."""
+    with _open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
@@ -95,38 +98,38 @@ def _undecodable_line(path: Path) -> int:
     return 1
 
 
-def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[Located]:
+def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
         try:
-            # NaN and the infinities, which Python writes though JSON has none, are missing values.
+            # NaN and infinities, which Python writes although JSON has no such values, count as missing.
             row = json.loads(line, parse_constant=lambda _: None, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{place}: broken JSON ({error.msg} at column {error.colno}).") from None
+            raise UsageError(f"{place}: malformed JSON ({error.msg} at column {error.colno}).") from None
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{place}: unusable JSON ({str(error).splitlines()[0]}).") from None
         if not isinstance(row, dict):
             raise UsageError(f'{place}: a row must be an object {{"column": value, …}}, got {line.strip()[:40]}')
-        yield Located(place, row)
+        yield LocatedRow(place, row)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object; which of two values of one key is meant, nobody can tell."""
+    """Return a JSON object; a repeated key is an error, because its value would be ambiguous."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice")
     return row
 
 
-def _csv(file: io.TextIOBase, path: Path) -> Iterator[Located]:
+def _csv(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
     with _long_fields():
         yield from _csv_rows(file, path)
 
 
-def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[Located]:
+def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
     reader = csv.reader(file, strict=True)
     header: list[str] | None = None
     while True:
@@ -134,7 +137,7 @@ def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[Located]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UsageError(f"{place}: broken CSV ({error}).") from None
+            raise UsageError(f"{place}: malformed CSV ({error}).") from None
         if cells is None:
             return
         if not cells:  # an empty line
@@ -145,15 +148,15 @@ def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[Located]:
         elif len(cells) != len(header):
             raise UsageError(
                 f"{place}: {len(cells)} cells, but the header names {len(header)} columns. "
-                'A cell with a comma or a newline in it stands in quotes: "one, two".'
+                'Put a cell that contains a comma or a newline in quotes: "one, two".'
             )
         else:
-            yield Located(place, dict(zip(header, cells, strict=True)))
+            yield LocatedRow(place, dict(zip(header, cells, strict=True)))
 
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Within this context a cell may be as long as memory allows, not 131,072 characters."""
+    """Within this context a cell may be longer than 131,072 characters, the default limit."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -164,10 +167,10 @@ def _long_fields() -> Iterator[None]:
 def _check_names(names: Sequence[str], place: str) -> None:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
-        raise UsageError(f"{place}: two columns are called {twice[0]!r}; rename one.")
+        raise UsageError(f"{place}: two columns are named {twice[0]!r}; rename one.")
 
 
-def _parquet(path: Path) -> Iterator[Located]:
+def _parquet(path: Path) -> Iterator[LocatedRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -178,29 +181,30 @@ def _parquet(path: Path) -> Iterator[Located]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Located(f"{path}, row {number}", _without_nan(row))
+                    yield LocatedRow(f"{path}, row {number}", _without_nan(row))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{path}, after row {number}: not a sound Parquet file ({_first_line(error)}).") from None
+        raise UsageError(f"{path}, after row {number}: not a valid Parquet file ({_first_line(error)}).") from None
 
 
-def _hub(name: str, split: str) -> Iterator[Located]:
+def _hub(name: str, split: str) -> Iterator[LocatedRow]:
     path, _, named = name.partition(":")
     parts = path.split("/")
     if not 1 <= len(parts) <= 3 or not all(parts):
         raise UsageError(
-            f"{HUB}{name} names no data set: hub:ORG/NAME, with :SPLIT or /CONFIGURATION:SPLIT behind it if need be."
+            f"{HUB}{name} is not the name of a data set; write hub:ORG/NAME, if needed with :SPLIT or "
+            f"/CONFIGURATION:SPLIT."
         )
     split = named or split
     rows = hub_rows("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split)
     for number, row in enumerate(rows, start=1):
-        yield Located(f"{HUB}{path}:{split}, row {number}", _without_nan(row))
+        yield LocatedRow(f"{HUB}{path}:{split}, row {number}", _without_nan(row))
 
 
 def hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
-    """The rows of a split; beside each class number, `COLUMN_name` is its name, for numbers differ between releases.
+    """Yield the rows of a split; for each class number, `COLUMN_name` holds its name, because numbers vary by release.
 
     Raises:
-        UsageError: the data set cannot be had; the message says why.
+        UsageError: the data set cannot be loaded; the message says why.
     """
     from datasets import ClassLabel, load_dataset
 
@@ -218,7 +222,7 @@ def _class_name(feature: object, number: int | None) -> str | None:
 
 
 def _without_nan(row: Row) -> Row:
-    """Columns of numbers hold NaN where a value is missing."""
+    """Replace NaN, which columns of numbers hold for missing values, by None."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 

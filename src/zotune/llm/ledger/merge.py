@@ -1,6 +1,6 @@
-"""Several runs put together: their steps in a row, or the mean of their weights; kept as ledgers, so in kilobytes.
+"""Merging several runs: their steps in sequence, or the mean of their weights; stored as ledgers, in kilobytes.
 
-A folder of a merge holds `merge.json` and, numbered, the ledgers it names; the weights beside them follow from these.
+The folder of a merge holds `merge.json` and the numbered ledgers it names; the weights beside them follow from these.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from zotune.llm.config.schema import Options, validate
 from zotune.llm.ledger.rebuild import (
     MERGE,
     AnyModel,
-    Rebuilt,
+    RebuiltModel,
     config_of,
     find_ledger,
     rebuild,
     rebuild_in_memory,
     say_in_memory,
 )
-from zotune.llm.ledger.streaming import NotStreamedError, Streamed, base_of, mean
+from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, mean_of_models, streamed_base
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import write_json
 from zotune.model.parameters import ParameterSet
@@ -41,8 +41,8 @@ class _Part(Options):
     digest: str
 
 
-class _Note(Options):
-    """What merge.json holds."""
+class _MergeFile(Options):
+    """The content of merge.json."""
 
     kind: Literal["row", "average"]
     ledgers: tuple[_Part, ...] = Field(min_length=2)
@@ -50,7 +50,7 @@ class _Note(Options):
 
 @dataclass(frozen=True)
 class Merge:
-    """Ledgers, and how they are put together: "row" takes one's steps after the other's, "average" the mean."""
+    """Ledgers to merge: "row" applies the steps of one after those of the other, "average" takes the mean weights."""
 
     kind: Literal["row", "average"]
     ledgers: tuple[Ledger, ...]
@@ -61,30 +61,38 @@ class Merge:
             ours, theirs = ([(t["name"], t["shape"]) for t in x.header.tensors] for x in (first, other))
             if ours != theirs:
                 raise LedgerError(
-                    f"{first.name} and {other.name} do not tune the same tensors, so they cannot be put together."
+                    f"{first.name} and {other.name} do not tune the same tensors, so they cannot be merged. Merge "
+                    f"runs with the same "
+                    "--tuning of the same model."
                 )
             same_base = [t["digest"] for t in first.header.tensors] == [t["digest"] for t in other.header.tensors]
             if self.kind == "average" and not same_base:
                 raise LedgerError(
-                    f"{other.name} begins with other weights than {first.name}; their mean means nothing."
+                    f"{other.name} starts from other weights than {first.name}, so their mean is meaningless. Merge "
+                    f"runs "
+                    "from the same base model."
                 )
 
     def __len__(self) -> int:
-        """Steps of all."""
+        """The number of steps of all ledgers."""
         return sum(map(len, self.ledgers))
 
     @property
     def cut_bytes(self) -> int:
-        """Of all, bytes of torn tails."""
+        """The bytes of incomplete tails of all ledgers."""
         return sum(ledger.cut_bytes for ledger in self.ledgers)
 
     def rebuild(self, base: str | None = None, device: str | None = None) -> AnyModel:
-        """The model, tensor by tensor where that can be.
+        """Rebuild the merged model, one tensor at a time if possible.
+
+        Args:
+            base: another name of the base model.
+            device: another device.
 
         Raises:
-            LedgerError: the base is another.
+            LedgerError: the base is not the model that the runs started from.
         """
-        streamed, in_memory = _WAYS[self.kind]
+        streamed, in_memory = _REBUILDERS[self.kind]
         try:
             return streamed(self.ledgers, base, device)
         except NotStreamedError as why:
@@ -92,7 +100,7 @@ class Merge:
         return in_memory(self.ledgers, base, device)
 
     def write(self, folder: Path) -> None:
-        """Write the ledgers and what is done with them."""
+        """Write the ledgers and merge.json."""
         parts = []
         for number, ledger in enumerate(self.ledgers, start=1):
             content = ledger.to_bytes()
@@ -102,18 +110,18 @@ class Merge:
 
 
 def find_fine_tune(path: Path) -> Ledger | Merge:
-    """The ledger of a folder or in a file, or the merge in a folder.
+    """Read the ledger in a folder or file, or the merge in a folder.
 
     Raises:
         LedgerError: there is none, or it is damaged.
     """
-    note = path / MERGE
-    return _read_merge(note) if note.is_file() else find_ledger(path)
+    file = path / MERGE
+    return _read_merge(file) if file.is_file() else find_ledger(path)
 
 
-def rebuild_any(found: Ledger | Merge, base: str | None = None, device: str | None = None) -> AnyModel:
-    """The model of a ledger or of a merge."""
-    return found.rebuild(base, device) if isinstance(found, Merge) else rebuild(found, base, device)
+def rebuild_any(fine_tune: Ledger | Merge, base: str | None = None, device: str | None = None) -> AnyModel:
+    """Rebuild the model of a ledger or of a merge."""
+    return fine_tune.rebuild(base, device) if isinstance(fine_tune, Merge) else rebuild(fine_tune, base, device)
 
 
 def _read_merge(path: Path) -> Merge:
@@ -122,31 +130,31 @@ def _read_merge(path: Path) -> Merge:
     except (OSError, ValueError, RecursionError) as error:
         raise LedgerError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise LedgerError(f"{path} says of no merge what it is.")
-    note = validate(_Note, values, str(path))
+        raise LedgerError(f"{path} is not a JSON object that describes a merge.")
+    content = validate(_MergeFile, values, str(path))
     ledgers = []
-    for part in note.ledgers:
+    for part in content.ledgers:
         ledger = read(path.parent / part.file)
         if _digest(ledger.to_bytes()) != part.digest:
-            raise LedgerError(f"{ledger.name} is not the ledger that {path} was written with: its digest is another.")
+            raise LedgerError(f"{ledger.name} is not the ledger that {path} was written with: its digest differs.")
         ledgers.append(ledger)
-    return Merge(note.kind, tuple(ledgers))
+    return Merge(content.kind, tuple(ledgers))
 
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _row_streamed(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Streamed:
+def _row_streamed(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> StreamedModel:
     first, *others = ledgers
     config = config_of(first, base, device)
-    model = base_of(first, config).moved(first, config, from_base=True)
+    model = streamed_base(first, config).after(first, config, from_base=True)
     for other in others:
-        model = model.moved(other, config_of(other, device=device), from_base=False)
+        model = model.after(other, config_of(other, device=device), from_base=False)
     return model
 
 
-def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Rebuilt:
+def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> RebuiltModel:
     first, *others = ledgers
     rebuilt = rebuild_in_memory(first, config_of(first, base, device))
     for other in others:
@@ -155,17 +163,19 @@ def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Reb
         assert isinstance(optimizer, ZerothOrder)
         for record in other:
             optimizer.replay_step(record)
-        rebuilt = Rebuilt(rebuilt.lm, optimizer, config)
+        rebuilt = RebuiltModel(rebuilt.lm, optimizer, config)
     return rebuilt
 
 
-def _mean_streamed(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Streamed:
+def _mean_streamed(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> StreamedModel:
     configs = [config_of(ledger, base, device) for ledger in ledgers]
     pairs = zip(ledgers, configs, strict=True)
-    return mean([base_of(ledger, config).moved(ledger, config, from_base=True) for ledger, config in pairs])
+    return mean_of_models(
+        [streamed_base(ledger, config).after(ledger, config, from_base=True) for ledger, config in pairs]
+    )
 
 
-def _mean(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Rebuilt:
+def _mean(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> RebuiltModel:
     sums: dict[str, Tensor] = {}
     for ledger in ledgers:
         rebuilt = rebuild_in_memory(ledger, config_of(ledger, base, device))
@@ -178,4 +188,4 @@ def _mean(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Re
     return rebuilt
 
 
-_WAYS = {"row": (_row_streamed, _row), "average": (_mean_streamed, _mean)}
+_REBUILDERS = {"row": (_row_streamed, _row), "average": (_mean_streamed, _mean)}

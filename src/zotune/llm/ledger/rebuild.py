@@ -1,4 +1,4 @@
-"""What can be done with a run's ledger, without its data: rebuild its model, write it, take steps back, show it."""
+"""Using the ledger of a run without its data: rebuild its model, write it, undo steps, summarise and plot it."""
 
 from __future__ import annotations
 
@@ -15,55 +15,65 @@ from zotune.ledger import Ledger, LedgerError, LedgerWriter, read
 from zotune.ledger.replay import replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
-from zotune.llm.ledger.streaming import NotStreamedError, Streamed, base_of
-from zotune.llm.models.load import LanguageModel, load
+from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streamed_base
+from zotune.llm.models.adapters import is_adapter, merge_adapter
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.quantized.backends import is_quantised
-from zotune.llm.quantized.dequantize import dense
-from zotune.llm.quantized.scales import saved_state
+from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.metrics_log import MetricsLog
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.output_folder import saving, write_whole
+from zotune.llm.training.output_folder import staged_folder, write_model_files
 from zotune.llm.training.resume import CHECKPOINT, LEDGER, frozen_digest
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
 
-# What a folder holds beside the ledgers that were put together in it.
+# The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
 
 
 def find_ledger(path: Path) -> Ledger:
-    """The ledger of a run's folder, or in a file.
+    """Read the ledger in a run's folder or in a file.
 
     Raises:
         LedgerError: there is none, or it is damaged.
     """
-    found = path / LEDGER if path.is_dir() else path
+    file = path / LEDGER if path.is_dir() else path
     if (path / MERGE).is_file():
         raise LedgerError(f"{path} holds a merge of several ledgers; name one of them, such as {path / '1.zol'}.")
-    if path.is_dir() and not found.is_file():
+    if path.is_dir() and not file.is_file():
         raise LedgerError(
-            f"{path} holds no {LEDGER}. Runs with a first-order part have none: their steps cannot be told in a few "
-            "numbers."
+            f"{path} contains no {LEDGER}. Runs with a first-order part have none, because their steps cannot be "
+            f"recorded "
+            "in a few numbers."
         )
-    return read(found)
+    return read(file)
 
 
 def config_of(ledger: Ledger, base: str | None = None, device: str | None = None) -> TrainConfig:
-    """The options of the ledger's run; with another name for its base model or another device, if given."""
-    kept = ledger.header.about.get("config")
-    if not isinstance(kept, dict):
-        raise LedgerError(f"{ledger.name} does not say how its run was configured: it is a library's. Replay it there.")
-    changed = {"model": base, "device": device}
-    values = {**kept, **{k: v for k, v in changed.items() if v is not None}, "resume": False}
+    """Return the options of the ledger's run, with another base model or device if given.
+
+    Raises:
+        LedgerError: the ledger does not record them.
+    """
+    recorded = ledger.header.about.get("config")
+    if not isinstance(recorded, dict):
+        raise LedgerError(
+            f"{ledger.name} does not record the options of its run, because a program wrote it with the library. "
+            f"Replay it in "
+            "that program with zotune.ledger.replay."
+        )
+    overrides = {"model": base, "device": device}
+    values = {**recorded, **{k: v for k, v in overrides.items() if v is not None}, "resume": False}
     return validate(TrainConfig, values, ledger.name)
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """A model that was rebuilt in memory, with the optimizer that took the steps."""
+class RebuiltModel:
+    """A model rebuilt in memory, with the optimizer that replayed the steps."""
 
     lm: LanguageModel
     optimizer: ZerothOrder
@@ -71,126 +81,126 @@ class Rebuilt:
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
-        if hasattr(self.lm.module, "peft_config"):
+        if is_adapter(self.lm.module):
             from peft import get_peft_model_state_dict
 
             state: dict[str, Tensor] = get_peft_model_state_dict(self.lm.module, save_embedding_layers=False)
             return state
-        return saved_state(self.lm.module)
+        return state_dict_with_scales(self.lm.module)
 
     @property
     def names(self) -> frozenset[str]:
-        """The names that tensors are saved under."""
+        """The names of the saved tensors."""
         return frozenset(self._state)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by that name, on the CPU."""
+        """Return the tensor of a name, on the CPU."""
         return self._state[name].detach().cpu()
 
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-        """Write what transformers or peft load as it is."""
-        write_whole(self.lm, folder, max_shard_size)
+        """Write a folder for transformers or peft to load."""
+        write_model_files(self.lm, folder, max_shard_size)
 
 
-AnyModel = Rebuilt | Streamed
+AnyModel = RebuiltModel | StreamedModel
 
 
 def rebuild(ledger: Ledger, base: str | None = None, device: str | None = None) -> AnyModel:
-    """The model after the ledger's steps, from its base model, with neither data nor a forward pass of training.
+    """Rebuild the model after the ledger's steps from its base model, without data or forward passes.
 
-    Its tensors are made one at a time, when they are asked for, if that can be; then digests are checked on the way.
+    If possible, its tensors are computed one at a time on request, and their digests are checked then.
 
     Raises:
-        LedgerError: the base is another; what differs is said.
+        LedgerError: the base model is another one; the message says what differs.
     """
     config = config_of(ledger, base, device)
     try:
-        return base_of(ledger, config).moved(ledger, config, from_base=True)
+        return streamed_base(ledger, config).after(ledger, config, from_base=True)
     except NotStreamedError as why:
         say_in_memory(config, why)
     return rebuild_in_memory(ledger, config)
 
 
 def say_in_memory(config: TrainConfig, why: NotStreamedError) -> None:
-    """Let people know that the model must fit into memory, where it is not an adapter that is rebuilt."""
+    """Report that the whole model is held in memory, unless an adapter is rebuilt."""
     if not config.is_adapter:
-        say(f"{config.model} is held in memory: {why}")
+        say(f"the whole model {config.model} is held in memory: {why}")
 
 
-def rebuild_in_memory(ledger: Ledger, config: TrainConfig) -> Rebuilt:
-    """As `rebuild`, with the whole model in memory."""
+def rebuild_in_memory(ledger: Ledger, config: TrainConfig) -> RebuiltModel:
+    """Rebuild the model as `rebuild` does, with the whole model in memory."""
     lm = load(config, head_labels(config), config.seed)
-    prepare(lm, config)
+    prepare_tuning(lm, config)
     optimizer = make_optimizer(lm.module, config, config.seed)
     assert isinstance(optimizer, ZerothOrder)
-    if (found := frozen_digest(lm.module)) != ledger.header.about.get("frozen"):
+    if (digest := frozen_digest(lm.module)) != ledger.header.about.get("frozen"):
         raise LedgerError(
-            f"{ledger.name} belongs to another base model than {config.model}: the digest of the weights that are not "
-            f"tuned was {ledger.header.about.get('frozen')}, here it is {found}. Name the right one with --base."
+            f"{ledger.name} belongs to another base model than {config.model}: the digest of the frozen weights was "
+            f"{ledger.header.about.get('frozen')}, here it is {digest}. Name the right base with --base."
         )
     replay(optimizer, ledger)
-    return Rebuilt(lm, optimizer, config)
+    return RebuiltModel(lm, optimizer, config)
 
 
 def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write a folder that transformers or peft load as it is.
+    """Write a folder for transformers or peft to load.
 
     Args:
         rebuilt: the model.
-        folder: where to; it holds no model yet.
-        merged: whole weights, the adapter put into them; of a quantised base all as numbers.
-        max_shard_size: of whole weights, how large a file may get.
+        folder: a folder without a model.
+        merged: whether to merge the adapter into the weights, and to dequantise a quantised base.
+        max_shard_size: maximum size of a file of whole weights.
 
     Raises:
-        UsageError: the folder holds a model, or what is tuned cannot be put into the weights.
+        UsageError: the folder holds a model, or the tuned parameters cannot be merged.
     """
     check_empty(folder)
     if merged:
         merge: Any = getattr(rebuilt.lm.module, "merge_and_unload", None)
-        has_own = not rebuilt.config.is_adapter and not is_quantised(rebuilt.lm.base)
-        if has_own or (rebuilt.config.is_adapter and merge is None) or rebuilt.config.tuning in ("prefix", "prompt"):
+        is_merged = not rebuilt.config.is_adapter and not is_quantised(rebuilt.lm.base)
+        if is_merged or (rebuilt.config.is_adapter and merge is None) or rebuilt.config.tuning in ("prefix", "prompt"):
             raise UsageError(
-                f"tuning: {rebuilt.config.tuning} leaves nothing to put into the weights; leave out --merged."
+                f"tuning: {rebuilt.config.tuning} has nothing to merge into the weights; leave out --merged."
             )
-        rebuilt.lm.module = dense(rebuilt.lm.module) if is_quantised(rebuilt.lm.base) else merge()
-    with saving(folder) as aside:
-        rebuilt.write(aside, max_shard_size)
+        rebuilt.lm.module = merge_adapter(rebuilt.lm.module) if is_quantised(rebuilt.lm.base) else merge()
+    with staged_folder(folder) as staging:
+        rebuilt.write(staging, max_shard_size)
 
 
 def check_empty(folder: Path) -> None:
-    """Refuse to write a model where there is one.
+    """Check that a folder holds no model.
 
     Raises:
-        UsageError: there is.
+        UsageError: it does.
     """
-    found = [p.name for pattern in ("*.safetensors", "*.zol") for p in folder.glob(pattern)] if folder.is_dir() else []
-    if found:
-        raise UsageError(f"{folder} holds a model already ({found[0]}); choose another --output-dir.")
+    files = [p.name for pattern in ("*.safetensors", "*.zol") for p in folder.glob(pattern)] if folder.is_dir() else []
+    if files:
+        raise UsageError(f"{folder} holds a model already ({files[0]}); choose another --output-dir.")
 
 
 def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
-    """Bring a run's folder back to an earlier step: weights, ledger and metrics. `--resume` goes on from there.
+    """Restore weights, ledger and metrics of a run's folder at an earlier step, from which `--resume` continues.
 
     Raises:
-        LedgerError: there are not so many steps, or another process writes the ledger.
+        LedgerError: there are fewer steps, or another process writes the ledger.
     """
     path = folder / LEDGER
     ledger = find_ledger(folder).first(num_steps)
     writer, _ = LedgerWriter.resume(path)
     with writer:
         rebuilt = rebuild(ledger, base, device)
-        with saving(folder) as aside:
-            # Tensors are made, and checked, as they are written: nothing is cut before all of them are good.
-            rebuilt.write(aside)
+        with staged_folder(folder) as staging:
+            # Tensors are computed and checked while they are written; the ledger is truncated only after that.
+            rebuilt.write(staging)
             (folder / CHECKPOINT).unlink(missing_ok=True)
             (folder / "results.json").unlink(missing_ok=True)
-            (aside / LEDGER).write_bytes(ledger.to_bytes())
-            (aside / LEDGER).replace(path)
-            MetricsLog(folder / "metrics.jsonl").cut(num_steps)
+            (staging / LEDGER).write_bytes(ledger.to_bytes())
+            (staging / LEDGER).replace(path)
+            MetricsLog(folder / "metrics.jsonl").truncate(num_steps)
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:
-    """What a ledger says of its run, for people."""
+    """Return a summary of a ledger and its run."""
     config = ledger.header.about.get("config") or {}
     return {
         "steps": len(ledger),
@@ -210,7 +220,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
 
 
 def plot(values: Sequence[float], width: int = 72, height: int = 8) -> str:
-    """Numbers over steps in characters: the mean of each column's steps, those that are no numbers left out.
+    """Plot values over steps in characters; each column is a mean over steps, without non-finite values.
 
     >>> print(plot([0.0, 1.0, 2.0, 3.0], width=4, height=2))
          3 |  **
@@ -221,10 +231,10 @@ def plot(values: Sequence[float], width: int = 72, height: int = 8) -> str:
     for i in range(count):
         part = [v for v in values[i * len(values) // count : (i + 1) * len(values) // count] if abs(v) < float("inf")]
         columns.append(sum(part) / len(part) if part else None)
-    known = [c for c in columns if c is not None]
-    if not known:
+    means = [c for c in columns if c is not None]
+    if not means:
         return "no number to plot"
-    low, high = min(known), max(known)
+    low, high = min(means), max(means)
     level = [None if c is None else round((c - low) / (high - low or 1) * (height - 1)) for c in columns]
     rows = ["".join("*" if at == row else " " for at in level) for row in reversed(range(height))]
     labels = [high, *[None] * (height - 2), low]

@@ -1,7 +1,8 @@
-"""A fine-tune rebuilt one tensor at a time, so that it may be larger than memory: read, moved, written.
+"""Rebuilding a fine-tuned model one tensor at a time, so that it may be larger than memory.
 
-The model is there as shapes only. Each of its tensors is asked for by name, and made when it is: a base's file gives
-it, a ledger moves it, a mean is taken of several, each a function around the last.
+Only the shapes of the model are in memory. Each tensor is computed when it is requested by name: it is read from the
+base model's file, updated by the steps of a ledger, or averaged over several models; each of these is a function of
+the previous one.
 """
 
 from __future__ import annotations
@@ -18,33 +19,36 @@ from torch import Tensor, nn
 from zotune.ledger import Ledger, LedgerError
 from zotune.ledger.replay import check, digest_of
 from zotune.ledger.stream import Trace
-from zotune.llm.config.run import ModelOptions, TrainConfig
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
-from zotune.llm.models.load import LanguageModel, find_device
-from zotune.llm.models.meta_model import skeleton
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import find_device
+from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
-from zotune.llm.models.tuned_parameters import prepare
+from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.resume import combined_digest
 from zotune.optim.zeroth_order import ZerothOrder
 
-# A tensor's name to its numbers, on the CPU and the caller's to keep.
+# A function from a tensor's name to its values, on the CPU in memory that the caller may change.
 Weights = Callable[[str], Tensor]
 
 
 class NotStreamedError(Exception):
-    """The model cannot be had tensor by tensor; why."""
+    """The model cannot be rebuilt one tensor at a time; the message says why."""
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """A model whose numbers are made when they are asked for.
+class StreamedModel:
+    """A model whose tensors are computed on request.
 
     Attributes:
-        lm: the model on `meta`; what is tuned requires a gradient.
-        shapes: by the names that it is saved under, its tensors on `meta`.
-        tensor: gives the numbers of a name.
+        lm: the model on `meta`; tuned parameters require a gradient.
+        config: options of the run.
+        shapes: its tensors on `meta`, by the names under which they are saved.
+        tensor: returns the tensor of a name.
     """
 
     lm: LanguageModel
@@ -54,11 +58,11 @@ class Streamed:
 
     @property
     def names(self) -> frozenset[str]:
-        """What there is."""
+        """The names of the saved tensors."""
         return frozenset(self.shapes)
 
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-        """Write what transformers loads as it is, with no more than one tensor in memory at a time."""
+        """Write a folder for transformers to load, with one tensor in memory at a time."""
         module: Any = self.lm.module
         module.config.dtype = str(module.dtype).removeprefix("torch.")
         module.config.architectures = [type(module).__name__]
@@ -68,34 +72,39 @@ class Streamed:
         self.lm.tokenizer.save_pretrained(str(folder))
         write_shards(folder, self.shapes, self.tensor, module.num_parameters(), max_shard_size)
 
-    def moved(self, ledger: Ledger, config: TrainConfig, *, from_base: bool) -> Streamed:
-        """The model after a ledger's steps; if they began `from_base`, each tensor's digest is checked when it is made.
+    def after(self, ledger: Ledger, config: TrainConfig, *, from_base: bool) -> StreamedModel:
+        """Return the model after a ledger's steps.
+
+        Args:
+            ledger: the steps.
+            config: options of the ledger's run.
+            from_base: whether the run started from the base model; the digest of each tensor is then checked.
 
         Raises:
             LedgerError: the ledger is of another model or method.
-            NotStreamedError: its steps move no tensor without the others.
+            NotStreamedError: an update of one tensor needs the other tensors.
         """
         optimizer = make_optimizer(self.lm.module, config, config.seed, reuse_prefix=False)
         assert isinstance(optimizer, ZerothOrder)
         if not Trace.is_possible(optimizer):
-            raise NotStreamedError("its masks follow the weights of all tensors as they move")
-        known = {t.name: (str(t.parameter.dtype), list(t.parameter.shape)) for t in optimizer.tuned}
-        if known != {t["name"]: (f"torch.{t['dtype']}", t["shape"]) for t in ledger.header.tensors}:
-            raise NotStreamedError("the shapes of its tensors are not known before they are read")
+            raise NotStreamedError("its masks depend on the weights of all tensors at each step")
+        shapes = {t.name: (str(t.parameter.dtype), list(t.parameter.shape)) for t in optimizer.tuned}
+        if shapes != {t["name"]: (f"torch.{t['dtype']}", t["shape"]) for t in ledger.header.tensors}:
+            raise NotStreamedError("the shapes of its tensors are unknown before they are read")
         if from_base:
             check(optimizer, ledger, digests=False)
-        device, before = find_device(config.device), self.tensor
-        trace = Trace(optimizer, ledger, lambda t: before(t.name))
+        device, previous = find_device(config.device), self.tensor
+        trace = Trace(optimizer, ledger, lambda t: previous(t.name))
         digests = {t["name"]: t["digest"] for t in ledger.header.tensors} if from_base else {}
 
         def tensor(name: str) -> Tensor:
-            x, tuned = before(name), optimizer.tuned.named(name)
+            x, tuned = previous(name), optimizer.tuned.named(name)
             if tuned is None:
                 return x
-            if digests and (found := digest_of(x)) != digests[tuned.name]:
+            if digests and (digest := digest_of(x)) != digests[tuned.name]:
                 raise LedgerError(
                     f"{ledger.name} belongs to another base model: the digest of {tuned.name!r} was "
-                    f"{digests[tuned.name]}, here it is {found}. Replay it on the model that the run began with."
+                    f"{digests[tuned.name]}, here it is {digest}. Replay it on the model that the run started from."
                 )
             on_device = x.to(device).contiguous()
             trace.apply(tuned.name, on_device.view(-1))
@@ -104,40 +113,40 @@ class Streamed:
         return replace(self, config=config, tensor=tensor)
 
 
-def base_of(ledger: Ledger, config: TrainConfig) -> Streamed:
-    """The base model of a ledger's run, with nothing of it in memory.
+def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
+    """Return the base model of a ledger's run, without its weights in memory.
 
     Raises:
-        NotStreamedError: it is not to be had tensor by tensor.
-        LedgerError: weights that are not tuned are others than the run's.
+        NotStreamedError: the model cannot be rebuilt one tensor at a time.
+        LedgerError: the frozen weights differ from those of the run.
     """
     if config.is_adapter:
-        raise NotStreamedError("an adapter begins with random numbers that its library draws")
+        raise NotStreamedError("an adapter starts from random weights that its library draws")
     if config.is_gguf or config.quantization not in (None, "none"):
-        raise NotStreamedError("its base is packed")
+        raise NotStreamedError("its base model is quantised")
     source = _source(config)
     checkpoint = _checkpoint(source)
-    lm, _ = skeleton(config)
+    lm, _ = load_meta_model(config)
     if lm.masked and not lm.classifies and head_labels(config):
-        raise NotStreamedError("its classification head begins with random numbers that its library draws")
-    prepare(lm, config)
+        raise NotStreamedError("its classification head starts from random weights that its library draws")
+    prepare_tuning(lm, config)
     module: Any = lm.module
     if module.can_generate():
-        _read_generation(module, source)
+        _read_generation_config(module, source)
     state, sources = module.state_dict(), _sources(module, checkpoint)
     for name, key in sources.items():
         if checkpoint.shape(key) != tuple(state[name].shape):
-            raise NotStreamedError(f"its file has another shape of {name}")
+            raise NotStreamedError(f"its file has another shape for {name}")
 
     def tensor(name: str) -> Tensor:
         return checkpoint.tensor(sources[name]).to(state[name].dtype)
 
     _check_frozen(ledger, config, module, tensor)
-    return Streamed(lm, config, _saved(module, state), tensor)
+    return StreamedModel(lm, config, _saved_tensors(module, state), tensor)
 
 
-def mean(streams: Iterable[Streamed]) -> Streamed:
-    """The mean of several models' tuned weights, taken in float64 and rounded once."""
+def mean_of_models(streams: Iterable[StreamedModel]) -> StreamedModel:
+    """Return the mean of several models' tuned weights, computed in float64 and rounded once."""
     first, *others = streams
     tuned = {name for name, p in first.lm.module.named_parameters(remove_duplicate=False) if p.requires_grad}
 
@@ -154,69 +163,72 @@ def mean(streams: Iterable[Streamed]) -> Streamed:
 
 
 def _source(options: ModelOptions) -> str:
-    """The folder of the base model, or its name on the Hub."""
+    """Return the folder of the base model, or its name on the Hub."""
     name = options.model
     if name.startswith("random:") or (Path(name) / "adapter_config.json").is_file():
-        raise NotStreamedError(f"{name} is no folder of weights")
+        raise NotStreamedError(f"{name} is not a folder of weights")
     return str(fetch(name, accept_terms=options.accept_terms)) if name in BUILT_IN else name
 
 
 def _checkpoint(source: str) -> Checkpoint:
-    """The base model's safetensors files: a folder's, or those of the Hub's cache."""
+    """Open the safetensors files of the base model, in a folder or in the cache of the Hub."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     def find(file: str) -> str | None:
-        found: str | None = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
-        return found
+        path: str | None = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        return path
 
     try:
         if (single := find(SAFE_WEIGHTS_NAME)) is not None:
             return Checkpoint([Path(single)])
         if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
             shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-            return Checkpoint([Path(found) for shard in sorted(shards) if (found := find(shard)) is not None])
+            return Checkpoint([Path(path) for shard in sorted(shards) if (path := find(shard)) is not None])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise NotStreamedError(f"its files cannot be found one by one ({error})") from None
     raise NotStreamedError(f"{source} has no safetensors files")
 
 
-def _read_generation(module: Any, source: str) -> None:
-    """Let the model know what its folder says of generation, which is saved with it; it has no say in weights."""
+def _read_generation_config(module: Any, source: str) -> None:
+    """Read the generation configuration in the model's folder, which is saved with the model."""
     from transformers import GenerationConfig
 
-    with suppress(OSError):  # there is no such file: what the model's configuration says holds
+    with suppress(OSError):  # without such a file the model keeps its own configuration
         module.generation_config = GenerationConfig.from_pretrained(source)
 
 
 def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Under which name the checkpoint has each of the model's tensors: its own, or that of a tensor tied to it."""
+    """Return the name of each of the model's tensors in the checkpoint: its own, or that of a tensor tied to it."""
     groups: dict[int, list[str]] = {}
     for name in module.state_dict():
         groups.setdefault(id(module.get_parameter_or_buffer(name)), []).append(name)
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for names in groups.values():
         key = next((name for name in names if name in checkpoint.names), None)
         if key is None:
-            raise NotStreamedError(f"its files do not hold {names[0]} under that name")
-        found |= dict.fromkeys(names, key)
-    return found
+            raise NotStreamedError(f"its files do not contain {names[0]} under that name")
+        sources |= dict.fromkeys(names, key)
+    return sources
 
 
-def _saved(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers saves of a model's tensors: of those that are tied, one."""
+def _saved_tensors(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model that transformers saves: one of each group of tied tensors."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     ignored = set(module._keys_to_ignore_on_save or ())
-    kept = {name: value for name, value in state.items() if name not in ignored}
-    found: dict[str, Tensor] = remove_tied_weights_from_state_dict(kept, module)
-    return found
+    state = {name: value for name, value in state.items() if name not in ignored}
+    tensors: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, module)
+    return tensors
 
 
 def _check_frozen(ledger: Ledger, config: TrainConfig, module: nn.Module, tensor: Weights) -> None:
     names = sorted(name for name, p in module.named_parameters() if not p.requires_grad)
-    found, expected = combined_digest(names, (digest_of(tensor(name)) for name in names)), ledger.header.about["frozen"]
-    if found != expected:
+    digest, expected = (
+        combined_digest(names, (digest_of(tensor(name)) for name in names)),
+        ledger.header.about["frozen"],
+    )
+    if digest != expected:
         raise LedgerError(
-            f"{ledger.name} belongs to another base model than {config.model}: the digest of the weights that are not "
-            f"tuned was {expected}, here it is {found}. Name the right one with --base."
+            f"{ledger.name} belongs to another base model than {config.model}: the digest of the frozen weights was "
+            f"{expected}, here it is {digest}. Name the right base with --base."
         )

@@ -1,4 +1,4 @@
-"""Are the weights beside a ledger the ledger's? Each saved tensor is compared with the one rebuilt, bit for bit."""
+"""Verifying the weights beside a ledger: each saved tensor is compared bit for bit with the rebuilt one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from zotune.llm.models.safetensors_shards import Checkpoint
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What a ledger's check found: steps, bytes of a damaged tail, and tensors that were compared and differ."""
+class Verification:
+    """The result of verifying a ledger: steps, bytes of a damaged tail, compared tensors, and those that differ."""
 
     num_steps: int
     cut_bytes: int
@@ -25,33 +25,35 @@ class Verified:
     different: tuple[str, ...]
 
 
-def verify(path: Path, base: str | None = None, device: str | None = None) -> Verified:
-    """Check a ledger's checksums and base, and by replaying it that the weights saved beside it are the ledger's.
+def verify(path: Path, base: str | None = None, device: str | None = None) -> Verification:
+    """Check a ledger's checksums and base model, and replay it to compare the weights saved beside it.
 
     Raises:
-        LedgerError: the ledger is damaged, or the base another.
+        LedgerError: the ledger is damaged, or the base model is another one.
     """
-    found = find_fine_tune(path)
+    fine_tune = find_fine_tune(path)
     folder = path if path.is_dir() else path.parent
-    ours = rebuild_any(found.first(_best_step(folder, found)) if isinstance(found, Ledger) else found, base, device)
+    rebuilt = rebuild_any(
+        fine_tune.first(_best_step(folder, fine_tune)) if isinstance(fine_tune, Ledger) else fine_tune, base, device
+    )
     saved = Checkpoint(sorted(folder.glob("*model*.safetensors")))
-    both = sorted(ours.names & saved.names)
-    if saved.names and not both:
+    names = sorted(rebuilt.names & saved.names)
+    if saved.names and not names:
         raise LedgerError(f"the weights in {folder} are not of the ledger's model: no tensor has the same name.")
-    different = [name for name in both if not _same_bits(ours.tensor(name), saved.tensor(name))]
-    return Verified(len(found), found.cut_bytes, len(both), tuple(different))
+    different = [name for name in names if not _same_bits(rebuilt.tensor(name), saved.tensor(name))]
+    return Verification(len(fine_tune), fine_tune.cut_bytes, len(names), tuple(different))
 
 
 def _best_step(folder: Path, ledger: Ledger) -> int | None:
-    """Which step's weights were saved, where that is not the last."""
+    """Return the step of the saved weights, or None for the last step."""
     results = folder / "results.json"
     if not config_of(ledger).load_best_model_at_end or not results.is_file():
         return None
     try:
-        found = json.loads(results.read_text(encoding="utf-8"))
+        content = json.loads(results.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LedgerError(f"{results}, which names the step whose weights were saved, is damaged: {error}") from None
-    step = found.get("best_step") if isinstance(found, dict) else None
+    step = content.get("best_step") if isinstance(content, dict) else None
     return step if isinstance(step, int) else None
 
 

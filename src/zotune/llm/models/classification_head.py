@@ -1,7 +1,7 @@
 """A classification head on a masked language model's first token: fine-tuning without task alignment.
 
-The paper's Table 1 compares it with the prompt (its columns marked ✗). The body keeps its weights; the head's
-are new, drawn from a seed, so nothing of pre-training tells it about the labels.
+The paper's Table 1 compares it with prompts (its columns marked ✗). The body keeps its pre-trained weights; those of
+the head are new and drawn from a seed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,34 @@ import torch
 from zotune.errors import UsageError
 
 
-def with_head(model: Any, labels: Sequence[str], seed: int) -> Any:
-    """A model of transformers that classifies sequences into `labels`, with the body of `model`."""
+def with_classification_head(model: Any, labels: Sequence[str], seed: int) -> Any:
+    """Return a model that classifies sequences into `labels`, with the body of `model` and a new head drawn by `seed`.
+
+    Raises:
+        UsageError: the architecture cannot be given a head.
+    """
     import transformers
 
     config = copy.deepcopy(model.config)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    # Initial weights come from torch's global generator; leave that as it was.
+    # Initial weights come from torch's global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = transformers.AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    # Strict but for a pooling layer, which only heads read.
-    left_out = found.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
-    if any("pooler" not in name for name in left_out.missing_keys):
-        raise UsageError(f"{model.config.model_type} models cannot be given a classification head here: {left_out}")
-    found.name_or_path = model.name_or_path
-    return found
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    # Strict, apart from a pooling layer, which only heads read.
+    differences = classifier.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
+    if any("pooler" not in name for name in differences.missing_keys):
+        raise UsageError(
+            f"{model.config.model_type} models cannot be given a classification head: {differences}. Use "
+            "--prompt aligned, which keeps the language-modelling head."
+        )
+    classifier.name_or_path = model.name_or_path
+    return classifier
 
 
 def check_labels(name: str, config: Any, labels: Sequence[str]) -> None:
-    """Refuse a head that was made for other labels.
+    """Check that a head fits the labels of a task.
 
     Raises:
         UsageError: their numbers differ.
@@ -47,6 +54,6 @@ def check_labels(name: str, config: Any, labels: Sequence[str]) -> None:
         )
 
 
-def parts_of_head(model: Any) -> list[str]:
-    """The names of a model's modules beside its body."""
+def head_module_names(model: Any) -> list[str]:
+    """Return the names of a model's modules outside its body."""
     return [name for name, part in model.named_children() if part is not model.base_model]

@@ -1,27 +1,35 @@
-"""Forward passes that end partway: which modules one has entered, what one of them gave out."""
+"""Parts of a forward pass: stop it at a module, replace a module by its known output, or restrict the head.
+
+The head of a language model is computed only at the scored positions, and only for the tokens asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zotune.llm.data.collator import Batch
+from zotune.llm.quantized.layers import PackedLinear
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its work
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
     pass
 
 
-def entered(model: nn.Module, until: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The modules that a forward pass of a language model enters, in order, up to the first that `until` holds for.
+def modules_entered(model: nn.Module, until: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Return the modules that a forward pass enters, in order, up to the first one for which `until` is true.
 
-    The order of registration does not tell: OPT registers its final norm before its layers.
+    The order of registration is not the order of execution: OPT registers its final norm before its layers.
     """
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
 
     def note(module: nn.Module, args: Any) -> None:
-        found.append(module)
+        modules.append(module)
         if until(module):
             raise _Reached
 
@@ -34,15 +42,15 @@ def entered(model: nn.Module, until: Callable[[nn.Module], bool]) -> list[nn.Mod
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return modules
 
 
-def output_of(module: nn.Module, run: Callable[[], object]) -> Any:
-    """What `module` gives out when `run` runs the model; what would come after it is not computed."""
-    caught: list[Any] = []
+def output_of_module(module: nn.Module, run: Callable[[], object]) -> Any:
+    """Return the output of `module` when `run` runs the model; the modules after it are not computed."""
+    outputs: list[Any] = []
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
-        caught.append(output)
+        outputs.append(output)
         raise _Reached
 
     handle = module.register_forward_hook(catch)
@@ -52,4 +60,57 @@ def output_of(module: nn.Module, run: Callable[[], object]) -> Any:
         pass
     finally:
         handle.remove()
-    return caught.pop()
+    return outputs.pop()
+
+
+@contextmanager
+def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within this context the module returns `output` without computing anything."""
+    original = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if original is None:
+            del module.forward
+        else:
+            module.forward = original
+
+
+def head_module(model: Any) -> nn.Module:
+    """Return the module that turns hidden states into logits: the output layer, or the submodule that ends in it."""
+    output = model.get_output_embeddings()
+    parts: list[nn.Module] = list(model.children())
+    return next(part for part in parts if part is output or output in set(part.modules()))
+
+
+@contextmanager
+def head_at_positions(model: Any, batch: Batch, only: Tensor | None) -> Iterator[None]:
+    """Within this context the head computes only the scored positions, and of these only the tokens `only`."""
+    output, head = model.get_output_embeddings(), head_module(model)
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = args
+        # Virtual tokens precede the batch's tokens; positions count from the first token of the batch.
+        tokens = hidden[:, -batch.input_ids.shape[1] :]
+        return (tokens.reshape(-1, tokens.shape[-1])[batch.positions], *rest)
+
+    def rows(module: nn.Linear, hidden: Tensor) -> Tensor:
+        assert only is not None
+        bias = None if module.bias is None else module.bias[only]
+        # A look-up, so that only the rows that are read of a perturbed head get noise.
+        weight = module.rows(only) if isinstance(module, PackedLinear) else F.embedding(only, module.weight)
+        return F.linear(hidden, weight, bias)
+
+    handle = head.register_forward_pre_hook(select)
+    original = vars(output).get("forward")
+    if only is not None:
+        output.forward = lambda hidden: rows(output, hidden)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if original is not None:
+            output.forward = original
+        elif only is not None:
+            del output.forward

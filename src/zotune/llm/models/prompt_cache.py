@@ -1,8 +1,8 @@
 """Prompts that text is generated from: what lies below the lowest tuned layer is computed once a prompt and kept.
 
 As `zotune.llm.models.activation_cache` does for scores. A prompt leaves keys and values in every layer's cache and an
-input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts them
-into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
+input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts
+them into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
 alone, so the bits do not depend on what it is batched with, nor on whether there was room to keep it.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside
+from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside_base
 from zotune.llm.models.cache_argument import cache_argument, cache_in_call
-from zotune.llm.models.cache_storage import Kept
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.models.partial_forward import output_of
+from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.partial_forward import output_of_module
 from zotune.model.layers import stack_of
 
 Tokens = tuple[int, ...]
 
 
-class ReusedPrompts:
+class PromptCache:
     """A language model's passes over prompts, the lower layers' part computed once as far as there is room to keep it.
 
     Args:
@@ -38,19 +38,19 @@ class ReusedPrompts:
         num_layers: how many there are in all.
     """
 
-    def __init__(self, lm: LanguageModel, kept: Kept) -> None:
+    def __init__(self, lm: LanguageModel, kept: ActivationStore) -> None:
         from transformers import DynamicCache
 
         _, layers = stack_of(lm.base)
         slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=lm.config).layers)
         self.num_layers = len(layers)
-        self.depth = 0 if slides or tunes_outside(lm) else lowest_tuned_layer(lm.base)
+        self.depth = 0 if slides or tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
         self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
         self._returns_tuple = False
         self._heads: list[tuple[int, int]] = []
 
     @contextmanager
-    def starting(self, prompts: Sequence[Tokens]) -> Iterator[None]:
+    def prefill(self, prompts: Sequence[Tokens]) -> Iterator[None]:
         """Within this context the first pass, of `prompts` padded on the left, begins at the lowest tuned layer."""
         if not self.depth:
             yield
@@ -103,7 +103,7 @@ class ReusedPrompts:
         cache = DynamicCache()
         ids = torch.tensor([prompt], device=self._lm.device)
         inputs = {"input_ids": ids, cache_argument(self._lm.base): cache}
-        output = output_of(self._layers[-1], lambda: self._lm.base(**inputs))
+        output = output_of_module(self._layers[-1], lambda: self._lm.base(**inputs))
         self._returns_tuple = isinstance(output, tuple)
         pairs = [t[0].transpose(0, 1) for layer in cache.layers[: self.depth] for t in (layer.keys, layer.values)]
         self._heads = [(t.shape[1], t.shape[2]) for t in pairs]

@@ -1,7 +1,7 @@
-"""The paper's architectures by name, for memory and speed work without a download, and a tiny one of each family.
+"""The paper's architectures by name, to measure memory and speed without a download, and a tiny one of each family.
 
-`random:NAME` makes one with random weights and a tokenizer of bytes. The sizes are those of the
-published configurations; their weights, and so their accuracy, are not here.
+`random:NAME` has the size of the published model, random weights and a tokenizer of bytes; its accuracy is that of
+chance.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
         _gemma3, 32, 64, 2, 4, 1, head_dim=16, sliding_window=16, layer_types=_SLIDING_AND_FULL, **_TINY
     ),
 }
-"""Every architecture by name: a function that makes its configuration."""
+"""The architectures by name: functions that return their configuration."""
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-# Words of the tasks' verbalizers as single tokens, as real vocabularies have them.
+# Words of the tasks' verbalizers, which are single tokens in real vocabularies too.
 _WORDS = (
     *(" terrible", " great", " bad", " okay", " good", " Yes", " No", " Maybe"),
     *(" Description", " Entity", " Expression", " Human", " Location", " Number"),
@@ -122,7 +122,7 @@ _WORDS = (
 
 
 def byte_tokenizer(config: Any) -> Any:
-    """A tokenizer of bytes and a few whole words, for models whose weights are random anyway."""
+    """Return a tokenizer of bytes and a few whole words, for models with random weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

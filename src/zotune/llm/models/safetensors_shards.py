@@ -1,8 +1,8 @@
-"""Weights in safetensors files, one tensor at a time: read where they lie, written without being held.
+"""Reading and writing safetensors files one tensor at a time, so that a model may be larger than memory.
 
-The format (github.com/huggingface/safetensors): the size of the header as a u64, the header in JSON, then all numbers.
-So a file can be begun as soon as names, dtypes and shapes are known, and is as large as it gets to be in memory only
-tensor by tensor. Names of files and their index are those of transformers.
+The format (github.com/huggingface/safetensors) is the size of the header as a u64, the header in JSON, then all values.
+Writing can start as soon as names, dtypes and shapes are known, and holds one tensor in memory at a time. File names
+and the index of the shards are those of transformers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from zotune.errors import UsageError
 
-# As transformers cuts models where nothing else is said.
+# The default shard size of transformers.
 MAX_SHARD_SIZE = "50GB"
 
-# What the format calls a dtype.
-_NAMES = {
+# The format's names of dtypes.
+_DTYPE_NAMES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
 }
 
 
 class Checkpoint:
-    """The tensors in some safetensors files; nothing but their names is held.
+    """The tensors in some safetensors files; only their names are held in memory.
 
     Raises:
         UsageError: a file cannot be read.
@@ -40,25 +40,25 @@ class Checkpoint:
     def __init__(self, files: Iterable[Path]) -> None:
         self._file_of: dict[str, Path] = {}
         for path in files:
-            self._file_of |= dict.fromkeys(_opened(path, lambda file: list(file.keys())), path)
+            self._file_of |= dict.fromkeys(_read(path, lambda file: list(file.keys())), path)
 
     @property
     def names(self) -> frozenset[str]:
-        """What there is."""
+        """The names of the tensors."""
         return frozenset(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without its numbers."""
-        return tuple(_opened(self._file_of[name], lambda file: file.get_slice(name).get_shape()))
+        """Return the shape of a tensor without reading its values."""
+        return tuple(_read(self._file_of[name], lambda file: file.get_slice(name).get_shape()))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, read now into memory of its own."""
-        found: Tensor = _opened(self._file_of[name], lambda file: file.get_tensor(name))
-        return found
+        """Read a tensor into new memory."""
+        value: Tensor = _read(self._file_of[name], lambda file: file.get_tensor(name))
+        return value
 
 
-def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
-    # Opened anew each time: what an open file has mapped counts as the process's memory.
+def _read(path: Path, read: Callable[[Any], Any]) -> Any:
+    # The file is opened for each read: the pages of an open mapping count as the process's memory.
     try:
         with safe_open(path, framework="pt") as file:
             return read(file)
@@ -67,17 +67,17 @@ def _opened(path: Path, read: Callable[[Any], Any]) -> Any:
 
 
 def check_shard_size(size: str) -> str:
-    """A size as transformers reads it, such as 5GB.
+    """Return a shard size in the notation of transformers, such as 5GB.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the size is not a whole number with a unit.
 
     >>> check_shard_size("5GB")
     '5GB'
     """
     if not re.fullmatch(r"[1-9][0-9]*(B|KB|MB|GB|TB)", size):
         raise UsageError(
-            f"the largest size of a file is a whole number with its unit, such as 5GB or 500MB; got {size!r}."
+            f"the maximum size of a file is a whole number with its unit, such as 5GB or 500MB; got {size!r}."
         )
     return size
 
@@ -92,11 +92,11 @@ def write_shards(
     """Write weights into a folder as transformers does, one tensor at a time.
 
     Args:
-        folder: where to; it is there.
-        shapes: by name, tensors on `meta` of the dtypes and shapes to come.
-        tensor: gives the numbers of a name; called once each.
-        num_parameters: for the index.
-        max_shard_size: how large a file may get, unless a single tensor is larger.
+        folder: an existing folder.
+        shapes: tensors on `meta` with the dtypes and shapes to write, by name.
+        tensor: returns the tensor of a name; called once for each name.
+        num_parameters: the number of parameters, for the index.
+        max_shard_size: maximum size of a file; a larger tensor gets a file of its own.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -115,20 +115,20 @@ def write_shards(
 
 
 def _write(path: Path, shapes: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
-    # The largest numbers first, as the format's own library has it, so that each begins where its type may.
+    # The widest dtypes come first, as in the format's own library, so that each tensor is aligned to its dtype.
     order = sorted(shapes, key=lambda name: (-shapes[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
         like = shapes[name]
         begin, end = end, end + math.prod(like.shape) * like.element_size()
-        header[name] = {"dtype": _NAMES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[like.dtype], "shape": list(like.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            found, like = tensor(name), shapes[name]
-            assert found.dtype == like.dtype and found.shape == like.shape, name
-            numbers: Any = found.contiguous().view(-1).view(torch.uint8).numpy()
+            value, like = tensor(name), shapes[name]
+            assert value.dtype == like.dtype and value.shape == like.shape, name
+            numbers: Any = value.contiguous().view(-1).view(torch.uint8).numpy()
             file.write(numbers.data)

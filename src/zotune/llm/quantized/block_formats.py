@@ -1,7 +1,7 @@
-"""Blocks of GGUF's quantised formats to numbers: integers of a few bits times the scale of their block.
+"""Dequantising blocks of GGUF formats: integers of a few bits times the scale of their block.
 
-The formats are those of the ggml library (llama.cpp). Each number is made by the same float32 operations in the same
-order as in the `gguf` package's NumPy code, so it has the same bits.
+The formats are those of the ggml library (llama.cpp). Each value results from the same float32 operations in the same
+order as in the NumPy code of the `gguf` package, so it has the same bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class BlockFormat:
     """A quantised format.
 
     Attributes:
-        name: as ggml calls it.
-        numbers, bytes: how many a block holds, and takes.
-        scale_at: the byte at which the block's scale stands, a float16.
-        unpack: (n, bytes) uint8 to (n, numbers) float32.
+        name: ggml's name of the format.
+        numbers, bytes: values and bytes per block.
+        scale_at: byte offset of the block's scale, a float16.
+        unpack: function from (n, bytes) uint8 to (n, numbers) float32.
     """
 
     name: str
@@ -31,11 +31,11 @@ class BlockFormat:
     unpack: Callable[[Tensor], Tensor]
 
     def bytes_of(self, numbers: int) -> int:
-        """What a row of so many numbers takes."""
+        """Return the bytes of a row of so many values."""
         return numbers // self.numbers * self.bytes
 
     def dequantised(self, packed: Tensor) -> Tensor:
-        """(rows, bytes) uint8 to (rows, numbers) float32.
+        """Dequantise (rows, bytes) uint8 to (rows, numbers) float32.
 
         >>> block = torch.tensor([[0x00, 0x3C] + [0x21] * 16], dtype=torch.uint8)  # the scale is 1.0
         >>> FORMATS["Q4_0"].dequantised(block)[0, [0, 16]]
@@ -44,29 +44,29 @@ class BlockFormat:
         return self.unpack(packed.reshape(-1, self.bytes)).view(packed.shape[0], -1)
 
     def scales(self, packed: Tensor) -> Tensor:
-        """(rows, blocks) float32: the scale of each block of (rows, bytes)."""
+        """Return the scale of each block of (rows, bytes), as (rows, blocks) float32."""
         return _half(packed.view(packed.shape[0], -1, self.bytes), self.scale_at)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
-    """The float16 at some byte of each block, as float32; the last dimension goes."""
+    """Return the float16 at a byte offset of each block, as float32; the last dimension is removed."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0].float()
 
 
 def _shifted(data: Tensor, shifts: range) -> Tensor:
-    """(n, k) bytes, or (n, groups, k), to (n, groups, shifts, k): each group shifted by each of `shifts`."""
+    """Shift each group by each of `shifts`: (n, k) or (n, groups, k) bytes to (n, groups, shifts, k)."""
     by = torch.tensor(list(shifts), dtype=torch.uint8, device=data.device)
     return data.unsqueeze(-2) >> by[:, None]
 
 
 def _nibbles(data: Tensor, width: int) -> Tensor:
-    """(n, k) bytes to (n, 2 k) numbers of 4 bits: of each `width` bytes the low halves first, then the high ones."""
+    """Split (n, k) bytes into (n, 2 k) 4-bit values; of each `width` bytes the low halves come first."""
     groups = data.reshape(len(data), -1, width)
     return (_shifted(groups, range(0, 8, 4)) & 15).reshape(len(data), -1)
 
 
 def _bits(data: Tensor) -> Tensor:
-    """(n, 4) bytes to (n, 32) bits, the lowest first."""
+    """Split (n, 4) bytes into (n, 32) bits, the lowest first."""
     by = torch.arange(8, dtype=torch.uint8, device=data.device)
     return ((data.unsqueeze(-1) >> by) & 1).flatten(1)
 
@@ -94,7 +94,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _sub_scales(data: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 12) bytes to twice (n, 8): the 6-bit scales and minima of a block's eight parts."""
+    """Return the 6-bit scales and minima of a block's eight parts, twice (n, 8), from (n, 12) bytes."""
     low, middle, high = data.view(-1, 3, 4).unbind(1)
     scales = torch.cat((low & 63, (high & 15) | ((low >> 2) & 48)), dim=1)
     minima = torch.cat((middle & 63, (high >> 4) | ((middle >> 2) & 48)), dim=1)
@@ -102,7 +102,7 @@ def _sub_scales(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_parts(blocks: Tensor, q: Tensor) -> Tensor:
-    """Numbers of 4 or 5 bits in eight parts of 32, each with a scale and a minimum of its own."""
+    """Dequantise 4- or 5-bit values in eight parts of 32, each with a scale and a minimum of its own."""
     scales, minima = _sub_scales(blocks[:, 4:16])
     d = (_half(blocks, 0)[:, None] * scales)[:, :, None]
     least = (_half(blocks, 2)[:, None] * minima)[:, :, None]
@@ -138,4 +138,4 @@ FORMATS = {
         BlockFormat("Q6_K", 256, 210, 208, _q6_k),
     )
 }
-"""The formats that can be computed with, by name."""
+"""The supported formats, by name."""

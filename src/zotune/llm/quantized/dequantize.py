@@ -1,7 +1,7 @@
-"""A model on a quantised base as a plain one: each packed matrix made numbers, tuned scales and adapters put in.
+"""Dequantising a model: each packed matrix becomes floating-point numbers, with tuned scales applied.
 
-Packed integers cannot take an adapter in without being rounded again. These weights are what the tuned model computes
-with, to rounding, and any tool loads them; they take the memory that the base never did.
+An adapter cannot be merged into packed integers without rounding them again. The dequantised weights equal, up to
+rounding, those that the tuned model computes with, and any tool can load them; they need the memory of a full model.
 """
 
 from __future__ import annotations
@@ -13,25 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from zotune.llm.quantized.backends import is_packed
-from zotune.llm.quantized.gguf_model import matrices_on_meta, put
+from zotune.llm.quantized.gguf_model import matrices_on_meta, set_in_model
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear
 from zotune.llm.quantized.scales import scales_in_place
 
 
-def dense(module: Any) -> Any:
-    """The model without packed tensors and without an adapter; the one that is given is of no use afterwards."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    if not hasattr(module, "peft_config"):
-        return _plain(module)
-    adapter, state = module.active_peft_config, get_peft_model_state_dict(module, save_embedding_layers=False)
-    again = get_peft_model(_plain(module.unload()), adapter)
-    set_peft_model_state_dict(again, state)
-    return again.merge_and_unload()
-
-
 @torch.no_grad()
-def _plain(model: Any) -> Any:
+def dequantised_model(model: Any) -> Any:
+    """Return a copy of a model whose packed matrices are dequantised, with tuned scales applied."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -40,14 +29,16 @@ def _plain(model: Any) -> Any:
     with scales_in_place(model):
         for name, _ in list(plain.named_parameters()):
             owner, _, attribute = name.rpartition(".")
-            put(plain, name, nn.Parameter(_numbers(model.get_submodule(owner), attribute, model.dtype)))
+            set_in_model(
+                plain, name, nn.Parameter(_dequantised_parameter(model.get_submodule(owner), attribute, model.dtype))
+            )
     plain.tie_weights()
     plain.generation_config, plain.name_or_path = model.generation_config, model.name_or_path
     return plain.eval()
 
 
-def _numbers(layer: Any, attribute: str, dtype: torch.dtype) -> Tensor:
-    """A parameter of a layer as numbers."""
+def _dequantised_parameter(layer: Any, attribute: str, dtype: torch.dtype) -> Tensor:
+    """Return a parameter of a layer as floating-point numbers."""
     value: Any = getattr(layer, attribute)
     if not is_packed(value):
         return value.data  # type: ignore[no-any-return]
@@ -57,7 +48,7 @@ def _numbers(layer: Any, attribute: str, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(value.data, value.quant_state).to(dtype)  # type: ignore[no-any-return]
-    if hasattr(value, "CB"):  # rows of int8, each with the greatest magnitude of its row
+    if hasattr(value, "CB"):  # rows of int8, each scaled by the largest magnitude of the row
         scales = layer.state.SCB if value.SCB is None else value.SCB
         return (value.data.float() * (scales.float() / 127)[:, None]).to(dtype)  # type: ignore[no-any-return]
     return value.dequantize().to(dtype)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""The tensors of a GGUF file, mapped into memory as they lie there (the GGUF specification, versions 2 and 3).
+"""Reading the tensors of a GGUF file by mapping it into memory (the GGUF specification, versions 2 and 3).
 
-The header also holds a tokenizer of many thousand strings; the `gguf` package makes objects of all of them, here they
-are skipped.
+The header also holds a tokenizer of many thousand strings; the `gguf` package reads all of them, this module skips
+them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from zotune.errors import UsageError
 
 _STRING, _ARRAY = 8, 9
-# Formats of the other types of values, by number.
-_PLAIN = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+# struct formats of the scalar value types, by number.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class StoredTensor:
     """A tensor of a file.
 
     Attributes:
-        name: as the file has it.
-        kind: its format, as ggml calls it.
-        data: numbers of F32 and F16; else bytes, the last dimension those of a row. Writing to it changes no file.
+        name: its name in the file.
+        kind: its format, by ggml's name.
+        data: values of F32 and F16; of other formats bytes, the last dimension being a row. Writing to it does not
+            change the file.
     """
 
     name: str
@@ -36,11 +37,11 @@ class StoredTensor:
     data: np.ndarray[Any, Any]
 
 
-def read_file(path: Path) -> tuple[str, list[StoredTensor]]:
-    """The model's architecture, and its tensors.
+def read_gguf(path: Path) -> tuple[str, list[StoredTensor]]:
+    """Return the model's architecture and its tensors.
 
     Raises:
-        UsageError: this is no GGUF file, or it is cut short.
+        UsageError: the file is no GGUF file, or is truncated.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -52,29 +53,31 @@ def read_file(path: Path) -> tuple[str, list[StoredTensor]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     except (struct.error, KeyError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no GGUF file that can be read: {error}.") from None
+        raise UsageError(f"{path} is no GGUF file: {error}. Check the path, or download the file again.") from None
     mapped = np.memmap(path, dtype=np.uint8, mode="c")
-    found = []
+    tensors = []
     for name, shape, number, offset in infos:
         kind = GGMLQuantizationType(number)
-        numbers, size = GGML_QUANT_SIZES[kind]
-        end = begin + offset + prod(shape) // numbers * size
+        block_values, block_bytes = GGML_QUANT_SIZES[kind]
+        end = begin + offset + prod(shape) // block_values * block_bytes
         if end > mapped.size:
-            raise UsageError(f"{path} is cut short: {name} ends at byte {end} of {mapped.size}. Fetch the file again.")
+            raise UsageError(
+                f"{path} is truncated: {name} ends at byte {end} of {mapped.size}. Download the file again."
+            )
         data = np.asarray(mapped[begin + offset : end])
         data = data.view({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
-        found.append(StoredTensor(name, kind.name, data.reshape(*shape[:-1], -1)))
-    return header.architecture, found
+        tensors.append(StoredTensor(name, kind.name, data.reshape(*shape[:-1], -1)))
+    return header.architecture, tensors
 
 
 class _Header:
-    """What stands before the tensors' numbers, read from front to back."""
+    """The header of a GGUF file, read from front to back."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         magic, version, self.num_tensors, count = self._read("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
-            raise KeyError(f"it begins with {magic!r} and version {version}")
+            raise KeyError(f"it starts with {magic!r} and version {version}")
         self.architecture, self.alignment = "", 32
         for _ in range(count):
             key, (kind,) = self._string(), self._read("I")
@@ -86,7 +89,7 @@ class _Header:
                 self._skip(kind)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, number of the format, and offset of the next tensor."""
+        """Read the name, shape, format number and offset of the next tensor."""
         name, (dims,) = self._string(), self._read("I")
         shape = self._read(f"{dims}Q")
         return name, tuple(reversed(shape)), *self._read("IQ")
@@ -100,17 +103,17 @@ class _Header:
         return self._file.read(size).decode()
 
     def _skip(self, kind: int) -> None:
-        if kind in _PLAIN:
-            self._file.seek(struct.calcsize(f"<{_PLAIN[kind]}"), 1)
+        if kind in _SCALARS:
+            self._file.seek(struct.calcsize(f"<{_SCALARS[kind]}"), 1)
         elif kind == _STRING:
             (size,) = self._read("Q")
             self._file.seek(size, 1)
         elif kind == _ARRAY:
             inner, count = self._read("IQ")
-            if inner in _PLAIN:
-                self._file.seek(count * struct.calcsize(f"<{_PLAIN[inner]}"), 1)
+            if inner in _SCALARS:
+                self._file.seek(count * struct.calcsize(f"<{_SCALARS[inner]}"), 1)
             else:
                 for _ in range(count):
                     self._skip(inner)
         else:
-            raise KeyError(f"there is a value of type {kind}")
+            raise KeyError(f"a value has the unknown type {kind}")

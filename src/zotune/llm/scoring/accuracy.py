@@ -1,4 +1,4 @@
-"""How good a model is on some examples: accuracy with its 95 % interval, in batches of similar length."""
+"""The accuracy of a model on some examples, with its 95 % interval; examples are batched by length."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from zotune.llm.data.tokenization import Batch, Encoded, collate
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.intervals import wilson
 from zotune.llm.scoring.objectives import CLASSIFICATION, Objective
 
@@ -19,22 +20,22 @@ Scorer = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What an evaluation found; each metric is a subclass with its own first field.
+class Evaluation:
+    """The result of an evaluation; each metric is a subclass with a field of its own.
 
     Attributes:
-        low, high: the metric's 95 % interval.
-        num_examples: how many.
+        low, high: 95 % interval of the metric.
+        num_examples: number of examples.
         loss: mean of the objective.
-        predictions: of each example, in their order.
-        seconds: how long it took; num_forwards: forward passes it took.
-        values: each example's part in the metric, where that is their mean.
+        predictions: prediction for each example, in order.
+        seconds: duration; num_forwards: number of forward passes.
+        values: value of each example, if the metric is their mean.
     """
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     is_fraction: ClassVar[bool] = True
-    _of_each_example: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores")
+    _per_example_fields: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores")
 
     low: float
     high: float
@@ -47,17 +48,17 @@ class Measured:
 
     @property
     def value(self) -> float:
-        """The metric: in [0, 1] where it is a fraction."""
+        """The value of the metric; in [0, 1] if it is a fraction."""
         raise NotImplementedError
 
     @property
     def short(self) -> str:
-        """The metric in a word."""
+        """The value as short text."""
         return f"{100 * self.value:.1f} %"
 
     def summary(self) -> dict[str, Any]:
-        """Everything but what there is of each example, the metric first."""
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._of_each_example}
+        """Return all fields except those with an entry per example; the metric comes first."""
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._per_example_fields}
         return {self.metric: self.value, **rest}
 
     def __str__(self) -> str:
@@ -65,13 +66,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluation(Measured):
-    """How often the best-scored candidate is a right one.
+class AccuracyEvaluation(Evaluation):
+    """The fraction of examples whose best-scored candidate is a right one.
 
     Attributes:
         accuracy: that fraction, with Wilson's interval; predictions are indices of candidates.
-        scores: of each example's candidates, as log-probabilities among them: up to a constant an example, the mean
-            log-probability of a candidate's tokens.
+        scores: normalised log-probabilities of each example's candidates: up to a constant per example, the mean
+            log-probabilities of their tokens.
     """
 
     metric = "accuracy"
@@ -86,7 +87,7 @@ class Evaluation(Measured):
 
 
 class Measure(Protocol):
-    """A way to evaluate: `evaluate` for accuracy, `evaluate_answers` for F1."""
+    """An evaluation function, such as `evaluate_accuracy`, or `evaluate_answers` for F1."""
 
     def __call__(
         self,
@@ -95,51 +96,56 @@ class Measure(Protocol):
         batch_size: int,
         scorer: Scorer | None = None,
         objective: Objective = CLASSIFICATION,
-    ) -> Measured:
-        """Evaluate all examples."""
+    ) -> Evaluation:
+        """Evaluate all examples in batches."""
 
 
-def by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Indices of the examples in batches, longest first."""
+def batches_by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of indices of the examples, the longest examples first."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
     for lo in range(0, len(order), batch_size):
         yield order[lo : lo + batch_size]
 
 
-def evaluate(
+def evaluate_accuracy(
     lm: LanguageModel,
     examples: Sequence[Encoded],
     batch_size: int,
     scorer: Scorer | None = None,
     objective: Objective = CLASSIFICATION,
-) -> Evaluation:
-    """Score all candidates, in batches of examples of similar length; the same as scoring them one by one."""
-    began, forwards_before = time.perf_counter(), lm.num_forwards
+) -> AccuracyEvaluation:
+    """Evaluate the accuracy, in batches of examples of similar length.
+
+    The result is the same as for one example at a time, up to the rounding of batched matrix products.
+    """
+    start, forwards_before = time.perf_counter(), lm.num_forwards
     score_of = scorer or lm.score
     predictions, total = [0] * len(examples), 0.0
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
-        for chosen in by_length(examples, batch_size):
-            some = [examples[i] for i in chosen]
-            batch = collate(some, lm.pad_token_id, lm.device, exact=objective.exact)
+        for indices in batches_by_length(examples, batch_size):
+            batch_examples = [examples[i] for i in indices]
+            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
             score = score_of(batch)
-            weights = torch.tensor([objective.weight(e) for e in some], dtype=torch.float64, device=score.device)
+            weights = torch.tensor(
+                [objective.weight(e) for e in batch_examples], dtype=torch.float64, device=score.device
+            )
             total += float((objective.losses(score, batch) * weights).sum())
-            found = zip(score.argmax(dim=1).tolist(), score.log_softmax(dim=1).tolist(), batch.counts, strict=True)
-            for i, (best, row, count) in zip(chosen, found, strict=True):
+            results = zip(score.argmax(dim=1).tolist(), score.log_softmax(dim=1).tolist(), batch.counts, strict=True)
+            for i, (best, row, count) in zip(indices, results, strict=True):
                 predictions[i], scores[i] = best, tuple(row[:count])
-    right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
-    hits = int(sum(right))
+    is_right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
+    hits = int(sum(is_right))
     low, high = wilson(hits, len(examples))
-    return Evaluation(
+    return AccuracyEvaluation(
         accuracy=hits / len(examples),
         low=low,
         high=high,
         num_examples=len(examples),
         loss=total / sum(map(objective.weight, examples)),
         predictions=tuple(predictions),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         num_forwards=lm.num_forwards - forwards_before,
-        values=right,
+        values=is_right,
         scores=tuple(scores),
     )

@@ -1,7 +1,7 @@
-"""Answers that are generated: greedy decoding, and how much of an accepted answer it finds.
+"""Evaluating generated answers by F1 and exact match, with greedy decoding.
 
-Exact match and F1 as SQuAD defines them (Rajpurkar et al., 2016, section 6.1): lower case, no punctuation,
-no articles, single spaces; F1 over the bags of words, the best over the accepted answers, averaged.
+Both metrics are those of SQuAD (Rajpurkar et al., 2016, section 6.1): texts are normalised to lower case without
+punctuation, articles and extra spaces; F1 compares bags of words, with the maximum over the accepted answers.
 Decoding is greedy, at most 50 tokens, up to a newline or the end of text (Malladi et al., 2023, appendix E).
 """
 
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zotune.llm.data.tokenization import Encoded, collate
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
+from zotune.llm.data.collator import collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.intervals import mean_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective, mean_loss
@@ -28,7 +29,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous space.
+    """Return a text in lower case without punctuation, articles and extra spaces.
 
     >>> normalised("  The Cat's  hat, an old one.")
     'cats hat old one'
@@ -37,7 +38,7 @@ def normalised(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 where the prediction is one of the answers, up to normalisation, else 0.
+    """Return 1 if the prediction equals an answer after normalisation, else 0.
 
     >>> exact_match("The hat.", ["a coat", "hat"])
     1.0
@@ -46,7 +47,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best harmonic mean of precision and recall of words over the answers, in [0, 1].
+    """Return the harmonic mean of word precision and recall in [0, 1], the maximum over the answers.
 
     >>> f1("in the old house", ["old house", "house"])
     0.8
@@ -55,7 +56,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
-    """2 · common / (words + words); of two texts without a word 1."""
+    """Return 2 · common words / all words; 1 for two texts without words."""
     if not predicted or not gold:
         return float(predicted == gold)
     common = sum((Counter(predicted) & Counter(gold)).values())
@@ -63,12 +64,12 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
 
 
 @dataclass(frozen=True)
-class AnswerEvaluation(Measured):
-    """How much of an accepted answer the generated ones have.
+class AnswerEvaluation(Evaluation):
+    """The agreement of generated answers with the accepted ones.
 
     Attributes:
-        f1: the mean F1, with the interval of its normal distribution; predictions are the answers' texts.
-        exact_match: fraction of answers that are an accepted one.
+        f1: mean F1, with the interval of a normal distribution; predictions are the generated texts.
+        exact_match: fraction of generated answers that equal an accepted one.
     """
 
     metric = "f1"
@@ -92,31 +93,31 @@ def evaluate_answers(
     scorer: Scorer | None = None,
     objective: Objective = TEACHER_FORCING,
 ) -> AnswerEvaluation:
-    """Generate an answer to each example's prompt, in batches of similar length, and compare it with the accepted."""
-    began, forwards_before = time.perf_counter(), lm.num_forwards
+    """Generate an answer to each prompt, in batches of similar length, and compare it with the accepted answers."""
+    start, forwards_before = time.perf_counter(), lm.num_forwards
     predictions, total, weight = [""] * len(examples), 0.0, 0
     with torch.no_grad():
-        for chosen in by_length(examples, batch_size):
-            some = [examples[i] for i in chosen]
-            batch = collate(some, lm.pad_token_id, lm.device, exact=objective.exact)
-            share = sum(map(objective.weight, some))
-            total += float(mean_loss(objective, (scorer or lm.score)(batch), batch, some)) * share
-            weight += share
-            for i, answer in zip(chosen, generate(lm, [e.prompt for e in some]), strict=True):
+        for indices in batches_by_length(examples, batch_size):
+            batch_examples = [examples[i] for i in indices]
+            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
+            batch_weight = sum(map(objective.weight, batch_examples))
+            total += float(mean_loss(objective, (scorer or lm.score)(batch), batch, batch_examples)) * batch_weight
+            weight += batch_weight
+            for i, answer in zip(indices, generate(lm, [e.prompt for e in batch_examples]), strict=True):
                 predictions[i] = answer
-    seconds, forwards = time.perf_counter() - began, lm.num_forwards - forwards_before
-    return answers_found(tuple(predictions), examples, total / weight, seconds, forwards)
+    seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before
+    return answer_evaluation(tuple(predictions), examples, total / weight, seconds, forwards)
 
 
-def answers_found(
+def answer_evaluation(
     predictions: tuple[str, ...], examples: Sequence[Encoded], loss: float, seconds: float, num_forwards: int
 ) -> AnswerEvaluation:
-    """How much of an accepted answer the predictions have."""
-    found = [f1(p, e.answers) for p, e in zip(predictions, examples, strict=True)]
+    """Compare predictions with the accepted answers."""
+    scores = [f1(p, e.answers) for p, e in zip(predictions, examples, strict=True)]
     exact = [exact_match(p, e.answers) for p, e in zip(predictions, examples, strict=True)]
-    low, high = mean_interval(found)
+    low, high = mean_interval(scores)
     return AnswerEvaluation(
-        f1=sum(found) / len(found),
+        f1=sum(scores) / len(scores),
         exact_match=sum(exact) / len(exact),
         low=low,
         high=high,
@@ -125,5 +126,5 @@ def answers_found(
         predictions=predictions,
         seconds=seconds,
         num_forwards=num_forwards,
-        values=tuple(found),
+        values=tuple(scores),
     )

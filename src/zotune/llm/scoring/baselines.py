@@ -1,7 +1,7 @@
-"""What a result is held against: the most frequent label, and another model on the same rows.
+"""Baselines of a result: the most frequent label, and another model on the same rows.
 
-Two models that answer the same rows agree on most of them, so their difference is known better than either
-result: its interval is that of paired data.
+Two models agree on most rows, so their difference on the same rows is known more precisely than either result; its
+interval is that of paired data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Majority:
-    """How often one and the same label is right.
+    """The accuracy of always answering with the most frequent label.
 
     Attributes:
-        label: its index among the candidates; chosen_on: the rows where it is most frequent, training or evaluation.
-        accuracy, low, high: on the evaluation rows, with Wilson's interval.
+        label: index of the label among the candidates; chosen_on: the rows it was chosen on, training or evaluation.
+        accuracy, low, high: accuracy on the evaluation rows, with Wilson's interval.
     """
 
     accuracy: float
@@ -44,10 +44,11 @@ class Majority:
 
 
 def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Difference:
-    """The mean of `ones` less that of `others`, values in [0, 1] of the same rows in the same order.
+    """Return the mean of `ones` minus that of `others`, values in [0, 1] of the same rows in the same order.
 
-    The interval is Bonett and Price's (2012): the normal one after two rows more, in which either side is alone
-    right. It is meant for right and wrong; without a row that tells the two apart it still has a width.
+    The interval is that of Bonett and Price (2012): a normal interval after adding two rows, one that only the first
+    side gets right and one that only the other does. It is meant for right and wrong answers, and has a positive width
+    even if the two sides agree on every row.
 
     >>> print(paired_difference([1, 1, 1, 0] * 25, [1, 0, 1, 0] * 25))
     +25.0 points (+15.7 to +33.3)
@@ -60,9 +61,10 @@ def paired_difference(ones: Sequence[float], others: Sequence[float]) -> Differe
 
 
 def majority(train: Sequence[Example], test: Sequence[Example]) -> Majority | None:
-    """The most frequent label of the training rows (without them, of the evaluation rows), on the evaluation rows.
+    """Return the accuracy on the evaluation rows of the label that is most frequent in the training rows.
 
-    None where a label's index means nothing: texts and answers to be written, and candidates that vary in number.
+    Without training rows the label is chosen on the evaluation rows. The result is None if labels have no common
+    meaning: for generated answers, for texts, and for candidates that vary in number.
 
     >>> rows = [Example("p", ("no", "yes"), label) for label in (1, 1, 0)]
     >>> majority(rows, rows[1:]).accuracy

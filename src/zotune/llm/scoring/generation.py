@@ -1,9 +1,8 @@
-"""Text that a model continues prompts with: the best token each time, or one drawn by counter-based noise.
+"""Generating text from prompts, by greedy decoding or by sampling with counter-based random numbers.
 
-A drawn token is the one at which the cumulative probability passes a number in [0, 1) that is named by the
-row's seed and the token's position. So a row's text does not depend on what it is batched with, the same seeds
-give both probes of a step the same numbers (common random numbers: their difference is the weights' alone),
-and no global generator is touched.
+A sampled token is the one at which the cumulative probability exceeds a number in [0, 1) that depends only on the
+row's seed and the token's position. So the text of a row does not depend on the other rows of its batch, both probes
+of a step use the same random numbers (their difference is due to the weights alone), and no global generator is used.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune.llm.models.cache_argument import cache_argument
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50
 
-Starting = Callable[[Sequence[tuple[int, ...]]], AbstractContextManager[None]]
+Prefill = Callable[[Sequence[tuple[int, ...]]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """The options of sampling.
 
     Attributes:
-        temperature: logits are divided by it; > 0.
-        top_p: only the likeliest tokens that together have this probability, in (0, 1], may be drawn.
-        seeds: of each row, naming its numbers.
+        temperature: divisor of the logits; > 0.
+        top_p: sample among the most likely tokens whose probabilities add up to this value, in (0, 1].
+        seeds: seed of each row's random numbers.
     """
 
     temperature: float
@@ -48,24 +47,26 @@ def generate(
     *,
     stops_at_newline: bool = True,
     sampling: Sampling | None = None,
-    starting: Starting = lambda prompts: nullcontext(),
+    prefill: Prefill = lambda prompts: nullcontext(),
 ) -> list[str]:
-    """The text that the model continues each prompt with, up to a newline (where it stops there) or the end of text.
+    """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or the end of text.
 
-    Greedily, unless `sampling` is given. One call of the model a new token, with its keys and values kept;
-    `lm.num_forwards` counts them. Behind virtual tokens only prompts of one length go together: peft puts padding
-    between the two, where it takes up positions and sliding windows. `starting` gives a context in which the first pass
-    of some prompts is made cheaper (`zotune.llm.models.prompt_cache`).
+    Decoding is greedy unless `sampling` is given. Each new token takes one call of the model, with cached keys and
+    values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
+    peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows. `prefill`
+    returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`).
     """
     if not lm.num_virtual_tokens:
-        with starting(prompts):
+        with prefill(prompts):
             return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
     texts = [""] * len(prompts)
     for length in sorted(set(map(len, prompts))):
-        here = [i for i, p in enumerate(prompts) if len(p) == length]
-        own = None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in here))
-        found = _generate(lm, [prompts[i] for i in here], max_new_tokens, stops_at_newline, own)
-        for i, text in zip(here, found, strict=True):
+        indices = [i for i, p in enumerate(prompts) if len(p) == length]
+        batch_sampling = (
+            None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in indices))
+        )
+        generated = _generate(lm, [prompts[i] for i in indices], max_new_tokens, stops_at_newline, batch_sampling)
+        for i, text in zip(indices, generated, strict=True):
             texts[i] = text
     return texts
 
@@ -77,7 +78,7 @@ def _generate(
     stops_at_newline: bool,
     sampling: Sampling | None,
 ) -> list[str]:
-    """Of prompts that are padded on the left to one length."""
+    """Generate from prompts padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     length = max(map(len, prompts))
@@ -92,7 +93,7 @@ def _generate(
         **inputs,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
-            # Plainly greedy: what the checkpoint's own configuration says of sampling must not enter.
+            # Greedy decoding, whatever the checkpoint's own generation configuration says.
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,
@@ -135,20 +136,20 @@ def _behind_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[dict[s
 
 
 def _processors(sampling: Sampling | None, prompt_length: int) -> Any:
-    """What is done to logits before the best is taken."""
+    """Return the processors of the logits, after which the best token is chosen."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    found: list[Any] = []
+    processors: list[Any] = []
     if sampling is not None:
-        found += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
-        found += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
-        found += [_Draw(sampling.seeds, prompt_length)]
-    return LogitsProcessorList(found)
+        processors += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
+        processors += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+        processors += [_Draw(sampling.seeds, prompt_length)]
+    return LogitsProcessorList(processors)
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """Leaves one token a row: that at which the cumulative probability passes the row's number."""
+    """Keep one token per row: the one at which the cumulative probability exceeds the row's random number."""
 
     seeds: tuple[int, ...]
     prompt_length: int
@@ -157,14 +158,14 @@ class _Draw:
         position = input_ids.shape[1] - self.prompt_length
         numbers = [uniform(seed, position) for seed in self.seeds]
         cumulative = scores.double().softmax(dim=1).cumsum(dim=1)
-        # Of the sum as it is rounded; below it, so that a token without probability is never the one.
+        # Scale by the rounded sum, so that the number stays below it and a token of probability 0 is never drawn.
         passed = torch.tensor(numbers, dtype=torch.float64, device=scores.device)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, passed, right=True)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), a multiple of 2⁻⁵², that a seed and a position name.
+    """Return a number in [0, 1), a multiple of 2⁻⁵², that depends on a seed and a position.
 
     >>> 0 <= uniform(7, 0) < 1, uniform(7, 0) == uniform(7, 0), uniform(7, 0) == uniform(7, 1)
     (True, True, False)
@@ -174,7 +175,7 @@ def uniform(seed: int, position: int) -> float:
 
 @dataclass
 class _LineEnd:
-    """Which sequences have just ended a line: their last token is any whose text holds a newline."""
+    """A stopping criterion: the last token of a sequence contains a newline."""
 
     tokenizer: Any
     _known: dict[int, bool] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""95 % intervals of what an evaluation finds: of a rate, a mean, a ratio of sums."""
+"""95 % confidence intervals of a rate, of a mean and of a ratio of sums."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 NORMAL = 1.959963984540054
-"""Half the width of the 95 % interval of a standard normal number."""
+"""Half the width of the 95 % interval of a standard normal variable."""
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a success rate.
+    """Return Wilson's 95 % interval of a success rate.
 
     >>> [round(end, 3) for end in wilson(80, 100)]
     [0.711, 0.867]
@@ -22,7 +22,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
-    """The 95 % interval of a mean of values in [low, high], by the normal distribution; all of it for one value.
+    """Return the 95 % interval of a mean of values in [low, high] (normal distribution); [low, high] for one value.
 
     >>> [round(end, 3) for end in mean_interval([0.0, 1.0, 1.0, 0.5] * 25)]
     [0.543, 0.707]
@@ -36,9 +36,11 @@ def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) 
 
 
 def ratio_interval(totals: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """The 95 % interval of r = Σ totals / Σ counts over independent pairs, by the normal distribution, from 0 on.
+    """Return the 95 % interval of r = Σ totals / Σ counts ≥ 0 over independent pairs, by the normal distribution.
 
-    Its variance is n/(n - 1) Σ (total - r count)² / (Σ counts)² (Cochran, 1977, section 2.11). Of one pair: [0, ∞).
+    The variance is n/(n - 1) Σ (total - r count)² / (Σ counts)² (Cochran, 1977, section 2.11). For one pair the
+    interval
+    is [0, ∞).
 
     >>> [round(end, 3) for end in ratio_interval([1.0, 2.0, 3.0, 2.0], [1, 1, 1, 1])]
     [1.2, 2.8]

@@ -1,4 +1,4 @@
-"""How surprised a model is by texts: mean log-loss of the scored tokens and its exponential, the perplexity."""
+"""The mean log-loss of the scored tokens of texts, and its exponential, the perplexity."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from dataclasses import dataclass
 
 import torch
 
-from zotune.llm.data.tokenization import Encoded, collate
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
+from zotune.llm.data.collator import collate
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
 from zotune.llm.scoring.intervals import ratio_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective
 
 
 @dataclass(frozen=True)
-class LogLossEvaluation(Measured):
-    """The mean over all scored tokens of -ln p, in nats a token; the lower the better.
+class LogLossEvaluation(Evaluation):
+    """The mean of -ln p over all scored tokens, in nats per token; lower is better.
 
     Attributes:
-        log_loss: that mean; its interval is that of a ratio of two sums over examples. Predictions are each example's
-            own mean.
-        perplexity: its exponential.
+        log_loss: that mean, with the interval of a ratio of two sums over examples; predictions are the means of the
+            examples.
+        perplexity: exponential of the log-loss.
     """
 
     metric = "log_loss"
@@ -40,7 +41,7 @@ class LogLossEvaluation(Measured):
 
     @property
     def short(self) -> str:
-        """The log-loss in a word."""
+        """The log-loss as short text."""
         return f"{self.log_loss:.4f} nats a token"
 
     def __str__(self) -> str:
@@ -57,14 +58,14 @@ def evaluate_log_loss(
     scorer: Scorer | None = None,
     objective: Objective = TEACHER_FORCING,
 ) -> LogLossEvaluation:
-    """The log-loss of the right candidates' tokens, in batches of examples of similar length."""
-    began, forwards_before = time.perf_counter(), lm.num_forwards
+    """Evaluate the log-loss of the right candidates' tokens, in batches of examples of similar length."""
+    start, forwards_before = time.perf_counter(), lm.num_forwards
     means = [0.0] * len(examples)
     with torch.no_grad():
-        for chosen in by_length(examples, batch_size):
-            batch = collate([examples[i] for i in chosen], lm.pad_token_id, lm.device, exact=objective.exact)
-            found = objective.losses((scorer or lm.score)(batch), batch)
-            for i, loss in zip(chosen, found.tolist(), strict=True):
+        for indices in batches_by_length(examples, batch_size):
+            batch = collate([examples[i] for i in indices], lm.pad_token_id, lm.device, exact=objective.exact)
+            losses = objective.losses((scorer or lm.score)(batch), batch)
+            for i, loss in zip(indices, losses.tolist(), strict=True):
                 means[i] = loss
     tokens = [objective.weight(e) for e in examples]
     mean = sum(m * n for m, n in zip(means, tokens, strict=True)) / sum(tokens)
@@ -77,6 +78,6 @@ def evaluate_log_loss(
         num_examples=len(examples),
         loss=mean,
         predictions=tuple(means),
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         num_forwards=lm.num_forwards - forwards_before,
     )

@@ -1,8 +1,8 @@
-"""Objectives of generated text, without a gradient: minus the mean of what a function says of each completion.
+"""Objectives of generated text: minus the mean reward of the completions, which has no gradient.
 
-A zeroth-order method sees only the objective's value, so any number will do: F1 and exact match of generated
-answers, or a function of the user's own, named `module:function`. It is called once a forward pass of the
-micro-batch, so with each probe, and must depend on its argument alone.
+A zeroth-order method needs only the value of the objective, so any reward works: F1 and exact match of generated
+answers, or a function of the user named `module:function`. It is called once per forward pass of a micro-batch, so for
+each probe, and its result must depend on its argument alone.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from zotune.errors import RunError, UsageError, did_you_mean
 from zotune.llm.config.objective import ObjectiveOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.scoring.accuracy import Measured, Scorer, by_length
-from zotune.llm.scoring.answers import answers_found, exact_match, f1
-from zotune.llm.scoring.generation import Sampling, Starting, generate
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
+from zotune.llm.scoring.answers import answer_evaluation, exact_match, f1
+from zotune.llm.scoring.generation import Prefill, Sampling, generate
 from zotune.llm.scoring.intervals import mean_interval
 from zotune.llm.scoring.objectives import CLASSIFICATION, Objective
 from zotune.noise import derive_seed
 
-# The seeds of an evaluation's rows are those of no step: steps are counted from 0.
-_EVALUATION = 2**32 - 1
+# The step number in the seeds of evaluations, which no training step has.
+_EVALUATION_STEP = 2**32 - 1
 _PURPOSE = 16
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model made of a prompt.
+    """A text generated from a prompt.
 
     Attributes:
-        prompt: what it read, in words.
-        text: what it generated, without surrounding white space.
-        references: the accepted answers of the row, or the right candidate's text; empty where a row has none.
+        prompt: the prompt as text.
+        text: the generated text without surrounding white space.
+        references: the accepted answers of the row, or the right candidate's text; empty if the row has none.
     """
 
     prompt: str
@@ -56,23 +56,23 @@ class Completion:
 
     @property
     def reference(self) -> str:
-        """The first of the references; empty where there is none."""
+        """The first reference; empty if there is none."""
         return self.references[0] if self.references else ""
 
 
 Reward = Callable[[Sequence[Completion]], Sequence[float]]
 
 
-def _each(score: Callable[[str, Sequence[str]], float]) -> Reward:
+def _per_completion(score: Callable[[str, Sequence[str]], float]) -> Reward:
     return lambda completions: [score(c.text, c.references) for c in completions]
 
 
-OF_ANSWERS: dict[str, Reward] = {"f1": _each(f1), "exact_match": _each(exact_match)}
-"""The objectives of generated answers, by the name of the option."""
+OF_ANSWERS: dict[str, Reward] = {"f1": _per_completion(f1), "exact_match": _per_completion(exact_match)}
+"""The rewards of generated answers, by the value of the option `objective`."""
 
 
 def open_ended(example: Example) -> Example:
-    """The example as one whose text is generated: its right answer is what to compare with, no more.
+    """Return the example for text generation: its right answer becomes the reference, the candidates are dropped.
 
     >>> open_ended(Example("It was", (" terrible", " great"), 1)).answers
     ('great',)
@@ -83,8 +83,8 @@ def open_ended(example: Example) -> Example:
     return replace(example, candidates=(), label=0, also_right=(), answers=answers)
 
 
-def find_reward(name: str) -> Reward:
-    """The function that `module:function` names, from the current folder or the Python path.
+def load_reward(name: str) -> Reward:
+    """Import the reward function `module:function` from the current folder or the Python path.
 
     Raises:
         UsageError: the module cannot be imported, or has no such function.
@@ -99,7 +99,7 @@ def find_reward(name: str) -> Reward:
             raise UsageError(f"objective {name}: importing {module_name} failed, {_where(error)}.") from error
         raise UsageError(
             f"objective {name}: there is no module {module_name!r} in the current folder ({here}) or on the Python "
-            f"path. Run from the folder that holds {module_name.replace('.', '/')}.py, or add that to PYTHONPATH."
+            f"path. Run from the folder that holds {module_name.replace('.', '/')}.py, or add it to PYTHONPATH."
         ) from None
     except Exception as error:
         raise UsageError(f"objective {name}: importing {module_name} failed, {_where(error)}.") from error
@@ -110,27 +110,34 @@ def find_reward(name: str) -> Reward:
             f"objective {name}: {getattr(module, '__file__', module_name)} has no function {function_name!r}."
             + did_you_mean(function_name, known)
         )
-    return partial(checked, name, function)
+    return partial(checked_rewards, name, function)
 
 
-def checked(name: str, function: Reward, completions: Sequence[Completion]) -> list[float]:
-    """What the function says of each completion.
+def checked_rewards(name: str, function: Reward, completions: Sequence[Completion]) -> list[float]:
+    """Call a reward function, and check that it returns a finite number for each completion.
 
     Raises:
-        RunError: it raises, or does not return one finite number for each.
+        RunError: the function raises an error, or returns anything else.
     """
     n = len(completions)
     try:
-        found: Any = function(completions)
+        returned: Any = function(completions)
     except Exception as error:
         raise RunError(f"the objective {name} failed on {n} completions, {_where(error)}.") from error
-    if isinstance(found, (str, bytes, dict)) or not isinstance(found, Iterable) or getattr(found, "ndim", 1) == 0:
+    if (
+        isinstance(returned, (str, bytes, dict))
+        or not isinstance(returned, Iterable)
+        or getattr(returned, "ndim", 1) == 0
+    ):
         raise RunError(
-            f"the objective {name} returned {_shown(found)}; it must return a list, one number a completion."
+            f"the objective {name} returned {_shown(returned)}; it must return a list with one number per completion."
         )
-    values = list(found)
+    values = list(returned)
     if len(values) != n:
-        raise RunError(f"the objective {name} returned {len(values)} numbers for {n} completions; it must be one each.")
+        raise RunError(
+            f"the objective {name} returned {len(values)} numbers for {n} completions; it must return one per "
+            f"completion."
+        )
     numbers = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
     for value, completion in zip(numbers, completions, strict=True):
         if not isinstance(value, Real) or not math.isfinite(value):
@@ -147,19 +154,19 @@ def _shown(value: object) -> str:
 
 
 def _where(error: BaseException) -> str:
-    """The error, and the file and line that it comes from."""
+    """Return the error with the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
     return f"{place}{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
-class RewardEvaluation(Measured):
-    """What a function says of generated text.
+class RewardEvaluation(Evaluation):
+    """The mean reward of generated texts.
 
     Attributes:
-        reward: the mean, with the interval of its normal distribution; predictions are the completions' texts, values
-            their rewards.
+        reward: the mean, with the interval of a normal distribution; predictions are the generated texts, values their
+            rewards.
     """
 
     metric = "reward"
@@ -169,12 +176,12 @@ class RewardEvaluation(Measured):
 
     @property
     def value(self) -> float:
-        """The mean reward: any number."""
+        """The mean reward, any number."""
         return self.reward
 
     @property
     def short(self) -> str:
-        """The mean reward as people read it."""
+        """The mean reward as short text."""
         return f"{self.reward:.4g}"
 
     def __str__(self) -> str:
@@ -182,27 +189,28 @@ class RewardEvaluation(Measured):
 
 
 @dataclass(frozen=True)
-class Generated:
-    """The objective of text that a model generates, and how it is generated.
+class GeneratedObjective:
+    """An objective of generated text: a reward, and the options of generation.
 
     Attributes:
-        name: of the option; reward: the higher, the better; options: how to generate.
-        seed: the run's; with a step's number and a row's place in its batch it names what is drawn for the row.
-        starting: as `generate` takes it.
+        name: value of the option `objective`; reward: higher is better; options: the options of generation.
+        seed: seed of the run; with the step's number and the row's place in the batch it determines a row's samples.
+        prefill: the context for `generate`.
     """
 
     name: str
     reward: Reward
     options: ObjectiveOptions
     seed: int = 0
-    starting: Starting = lambda prompts: nullcontext()
+    prefill: Prefill = lambda prompts: nullcontext()
 
     def closure(
         self, lm: LanguageModel, examples: Sequence[Encoded], step: int, places: Sequence[int]
     ) -> Callable[[], Tensor]:
-        """Minus the mean reward of some examples, as a function to call with each probe of a step.
+        """Return a function that computes minus the mean reward of some examples, to call for each probe of a step.
 
-        `places` are the examples' in the step's whole batch: cutting it in parts changes no draw.
+        `places` are the positions of the examples in the step's whole batch, so that samples do not depend on how the
+        batch is split into micro-batches.
         """
         seeds = self._seeds(step, places)
         return lambda: self._loss(lm, examples, seeds)
@@ -212,7 +220,7 @@ class Generated:
         return -torch.tensor(rewards, dtype=torch.float64).mean()
 
     def completions(self, lm: LanguageModel, examples: Sequence[Encoded], seeds: Sequence[int]) -> list[Completion]:
-        """What the model makes of each example's prompt at its present weights."""
+        """Generate a completion of each example's prompt with the present weights."""
         o = self.options
         texts = generate(
             lm,
@@ -220,7 +228,7 @@ class Generated:
             o.max_new_tokens,
             stops_at_newline=o.stop_at == "newline",
             sampling=Sampling(o.temperature, o.top_p, tuple(seeds)) if o.generation == "sample" else None,
-            starting=self.starting,
+            prefill=self.prefill,
         )
         return [Completion(e.text, text, e.answers) for e, text in zip(examples, texts, strict=True)]
 
@@ -234,62 +242,67 @@ class Generated:
         batch_size: int,
         scorer: Scorer | None = None,
         objective: Objective = CLASSIFICATION,
-    ) -> Measured:
-        """Generate for each example, in batches of similar length, always with the same draws, and judge the texts."""
-        began, forwards_before = time.perf_counter(), lm.num_forwards
-        found: list[Completion] = [Completion("", "")] * len(examples)
+    ) -> Evaluation:
+        """Generate a completion for each example, with the same random numbers in every evaluation, and score it."""
+        start, forwards_before = time.perf_counter(), lm.num_forwards
+        completions: list[Completion] = [Completion("", "")] * len(examples)
         with torch.no_grad():
-            for chosen in by_length(examples, batch_size):
-                some = self.completions(lm, [examples[i] for i in chosen], self._seeds(_EVALUATION, chosen))
-                for i, completion in zip(chosen, some, strict=True):
-                    found[i] = completion
-        rewards = list(self.reward(found))
-        mean, texts = sum(rewards) / len(rewards), tuple(c.text for c in found)
-        seconds, forwards = time.perf_counter() - began, lm.num_forwards - forwards_before
+            for indices in batches_by_length(examples, batch_size):
+                batch = self.completions(lm, [examples[i] for i in indices], self._seeds(_EVALUATION_STEP, indices))
+                for i, completion in zip(indices, batch, strict=True):
+                    completions[i] = completion
+        rewards = list(self.reward(completions))
+        mean, texts = sum(rewards) / len(rewards), tuple(c.text for c in completions)
+        seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before
         if self.name in OF_ANSWERS:
-            return answers_found(texts, examples, -mean, seconds, forwards)
+            return answer_evaluation(texts, examples, -mean, seconds, forwards)
         low, high = mean_interval(rewards, -math.inf, math.inf)
-        return RewardEvaluation(low, high, len(found), -mean, texts, seconds, forwards, mean, values=tuple(rewards))
+        return RewardEvaluation(
+            low, high, len(completions), -mean, texts, seconds, forwards, mean, values=tuple(rewards)
+        )
 
 
-def find_generated(options: ObjectiveOptions, seed: int) -> Generated | None:
-    """The objective of generated text that the options name; None where they name another."""
+def generated_objective(options: ObjectiveOptions, seed: int) -> GeneratedObjective | None:
+    """Return the objective of generated text that the options name, or None if they name another objective."""
     if options.objective is None or not options.is_generated:
         return None
-    reward = OF_ANSWERS.get(options.objective) or find_reward(options.objective)
-    return Generated(options.objective, reward, options, seed)
+    reward = OF_ANSWERS.get(options.objective) or load_reward(options.objective)
+    return GeneratedObjective(options.objective, reward, options, seed)
 
 
-def check_kind(lm: LanguageModel, options: ObjectiveOptions) -> None:
-    """Refuse an objective that the kind of model has no use for.
+def check_model(lm: LanguageModel, options: ObjectiveOptions) -> None:
+    """Check that the kind of model supports the objective.
 
     Raises:
-        UsageError: the model generates nothing, or has labels in place of words.
+        UsageError: the objective needs a causal model, or a language-modelling head.
     """
     if options.is_generated and lm.masked:
-        raise UsageError(f"objective: {options.objective} needs generated text, but {lm.name} is no causal model.")
+        raise UsageError(
+            f"objective: {options.objective} needs generated text, but {lm.name} is no causal model. "
+            "Use a causal model, or another objective."
+        )
     if options.objective == "teacher_forcing" and lm.classifies:
         raise UsageError(
-            f"objective: teacher_forcing is about words, but {lm.name} has a classification head. "
+            f"objective: teacher_forcing predicts words, but {lm.name} has a classification head. "
             "Use classification, or a prompt (--prompt aligned)."
         )
 
 
 def check_examples(examples: Sequence[Example], options: ObjectiveOptions) -> None:
-    """Refuse an objective that the rows have not what it takes for.
+    """Check that the rows have the candidates or answers that the objective needs.
 
     Raises:
         UsageError: there is no choice among candidates, or no accepted answer.
     """
     if options.objective in OF_ANSWERS and not all(e.answers for e in examples):
         raise UsageError(
-            f"objective: {options.objective} compares generated answers with accepted ones, which these rows have not. "
-            "Use accuracy where there are candidates to choose from, a task of generated answers (squad, drop), "
+            f"objective: {options.objective} compares generated answers with accepted ones, which these rows lack. "
+            "Use accuracy for rows with candidates, a task of generated answers (squad, drop), "
             "or rows of a prompt and its completion."
         )
     has_choice = not any(e.answers for e in examples) and any(len(e.candidates) > 1 for e in examples)
     if options.objective in ("classification", "accuracy") and examples and not has_choice:
         raise UsageError(
-            f"objective: {options.objective} chooses among candidates, but of these rows each has one answer. "
+            f"objective: {options.objective} chooses among candidates, but each of these rows has a single answer. "
             "Use teacher_forcing, or f1 or exact_match of generated answers."
         )

@@ -1,7 +1,12 @@
-"""The tasks by name, one file each: those of the paper, and all others of Malladi et al. (2023)."""
+"""The public tasks, one file each, and the conversion of rows to examples.
+
+Start with `task` (a task and its splits) and one task such as `sst2`; `row_formats` and `user_data` do the same for the
+user's own rows, and `load_data` turns either into tokens. The tasks are those of the paper and all others of Malladi
+et al. (2023).
+"""
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.run import DataOptions
+from zotune.llm.config.data import DataOptions
 from zotune.llm.tasks.boolq import BOOLQ
 from zotune.llm.tasks.cb import CB
 from zotune.llm.tasks.copa import COPA
@@ -24,14 +29,14 @@ _PAPER = (SST2, RTE, COPA, WINOGRANDE, MULTIRC)
 _OTHERS = (SST5, SNLI, MNLI, TREC, CB, BOOLQ, WSC, WIC, RECORD, SQUAD, DROP)
 
 TASKS: dict[str, Task] = {task.name: task for task in (*_PAPER, *_OTHERS)}
-"""Every task by name: feeds the command line, the docs and the tests."""
+"""The tasks by name, for the command line, the docs and the tests."""
 
 
 def find_task(name: str) -> Task:
-    """The task of a name.
+    """Return the task of a name.
 
     Raises:
-        UsageError: there is none; the message suggests the nearest.
+        UsageError: there is no such task; the message suggests the nearest name.
     """
     if name not in TASKS:
         raise UsageError(f"there is no task {name!r}.{did_you_mean(name, TASKS)}")
@@ -39,5 +44,5 @@ def find_task(name: str) -> Task:
 
 
 def head_labels(options: DataOptions) -> tuple[str, ...]:
-    """The labels that a masked model's new classification head is for; none where it keeps its own head."""
+    """Return the labels of a masked model's new classification head; none if the model keeps its own head."""
     return () if options.task is None or options.prompt == "aligned" else find_task(options.task).labels

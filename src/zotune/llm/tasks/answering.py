@@ -1,4 +1,4 @@
-"""What the tasks of generated answers share, SQuAD and DROP: the answer is trained by teacher forcing and generated.
+"""The common part of SQuAD and DROP, tasks of generated answers: training by teacher forcing, evaluation by F1.
 
 The prompts are those of Malladi et al. (2023), appendix E.
 """
@@ -15,7 +15,7 @@ from zotune.llm.tasks.task import MASKED_IS_NOT_DEFINED, Task
 
 
 def answered(prompt: str, answers: Iterable[str]) -> Example:
-    r"""`{prompt}` → ` {first answer}⏎`; any of the answers is right.
+    r"""Return the example `{prompt}` → ` {first answer}⏎`, for which any of the answers is right.
 
     >>> answered("Who?\nAnswer:", ["Ann", "she"]).candidates
     (' Ann\n',)
@@ -27,9 +27,10 @@ def answered(prompt: str, answers: Iterable[str]) -> Example:
 answering = partial(
     Task,
     masked=MASKED_IS_NOT_DEFINED,
-    plain="generates its answer: without the words around the texts nothing says that one is to follow.",
+    plain="generates its answer, and the texts without a prompt do not tell the model that an answer follows. "
+    "Use --prompt aligned.",
     head="generates its answer, so a classification head has no labels. Use a causal model.",
     objective=TEACHER_FORCING,
     measure=evaluate_answers,
 )
-"""A task whose answer is generated: what is its own to be given by name."""
+"""A constructor of tasks with generated answers; the remaining fields are passed by name."""

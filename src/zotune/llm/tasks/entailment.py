@@ -1,4 +1,4 @@
-"""What the entailment tasks share: SNLI, MNLI, RTE, CB ask whether a premise implies a hypothesis.
+"""The common part of the entailment tasks SNLI, MNLI, RTE and CB: does a premise imply a hypothesis?
 
 The masked form is that of Malladi et al. (2023), after Gao et al. (2021), "Making pre-trained language models
 better few-shot learners"; the causal one, by Malladi et al., is CB's (RTE has its own).
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from zotune.llm.data.examples import Example, Row
 
 Labels = dict[str, str]
-"""The labels' names in the order of their numbers, each with its word."""
+"""The names of the labels in the order of their numbers, with their words."""
 
 
 def suppose(labels: Labels) -> Callable[[Row], Example]:
-    """The causal form of CB."""
+    """Return the causal form of CB."""
 
     def causal(row: Row) -> Example:
         """`Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?⏎` → `Yes` | `No` | `Maybe`."""
@@ -26,7 +26,7 @@ def suppose(labels: Labels) -> Callable[[Row], Example]:
 
 
 def fill_in(labels: Labels) -> Callable[[Row], Example]:
-    """The masked form; of the premise at most 240 tokens are read."""
+    """Return the masked form, which reads at most 240 tokens of the premise."""
 
     def masked(row: Row) -> Example:
         """`{premise without its last character}?[M], {hypothesis, first letter lower-cased}`."""
@@ -43,7 +43,7 @@ def fill_in(labels: Labels) -> Callable[[Row], Example]:
 
 
 def unaligned(labels: Labels) -> Callable[[Row], Example]:
-    """The causal form without task alignment."""
+    """Return the causal form without task alignment."""
 
     def plain(row: Row) -> Example:
         """`{premise}⏎"{hypothesis}"⏎` → the same words."""
@@ -53,7 +53,7 @@ def unaligned(labels: Labels) -> Callable[[Row], Example]:
 
 
 def pair(labels: Labels) -> Callable[[Row], Example]:
-    """The form of a classification head."""
+    """Return the form for a classification head."""
 
     def head(row: Row) -> Example:
         """Premise and hypothesis."""

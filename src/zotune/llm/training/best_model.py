@@ -1,6 +1,6 @@
-"""Which step of a run is best, by its held-out rows alone; its weights are kept and come back to the bit.
+"""Tracking the best step of a run by its held-out rows, and restoring the weights of that step bit for bit.
 
-Rows that are reported on take no part: choosing by them would make the report optimistic.
+The evaluation rows are not used, because selecting by them would make the report too optimistic.
 """
 
 from __future__ import annotations
@@ -16,103 +16,105 @@ from torch import nn
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.cache_storage import File, Kept, Memory
-from zotune.llm.scoring.accuracy import Measured
+from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 
-# Tuned numbers up to so many bytes are kept in memory, more of them in a file of the output folder.
+# Tuned weights of up to this many bytes are stored in memory, larger ones in a file of the output folder.
 MAX_MEMORY = 256 * 2**20
 
 
-def is_better(found: Measured, best: Measured | None, by: Literal["loss", "metric"]) -> bool:
-    """Whether an evaluation beats the best one before it: of equals the earlier stays, and NaN beats nothing."""
-    value = _merit(found, by)
+def is_better(evaluation: Evaluation, best: Evaluation | None, by: Literal["loss", "metric"]) -> bool:
+    """Whether an evaluation is better than the best one before it; equal values and NaN are not."""
+    value = _merit(evaluation, by)
     return not math.isnan(value) and (best is None or value > _merit(best, by))
 
 
-def _merit(found: Measured, by: Literal["loss", "metric"]) -> float:
-    """What is to be as high as it can."""
+def _merit(evaluation: Evaluation, by: Literal["loss", "metric"]) -> float:
+    """Return the value to maximise."""
     if by == "loss":
-        return -found.loss
-    return found.value if found.higher_is_better else -found.value
+        return -evaluation.loss
+    return evaluation.value if evaluation.higher_is_better else -evaluation.value
 
 
-class Selection:
-    """The best evaluation of a run so far, and where asked for the tuned weights as they were then.
+class BestModelTracker:
+    """The best evaluation of a run so far and, if asked for, a copy of the tuned weights at that step.
 
     Args:
-        options: what is best, whether its weights are kept, and how long to wait for a better one.
-        tuned: the parameters that the run changes.
-        folder: where they are kept if they are large: in a file without a name, which no crash leaves behind.
+        options: the criterion, whether to store the weights, and the patience of early stopping.
+        tuned: the tuned parameters.
+        folder: folder for a copy that is too large for memory; its file has no name, so a crash leaves nothing behind.
 
     Attributes:
-        step, best: when the best evaluation was, and what it found; None before the first.
-        waited: evaluations since then.
+        step, best: step and result of the best evaluation; None before the first one.
+        num_waited: evaluations since then.
     """
 
     def __init__(self, options: SelectionOptions, tuned: Sequence[nn.Parameter], folder: Path) -> None:
         self._options, self._tuned, self._folder = options, tuple(tuned), folder
-        self._weights = Kept()
+        self._weights = ActivationStore()
         self.step: int | None = None
-        self.best: Measured | None = None
-        self.waited = 0
+        self.best: Evaluation | None = None
+        self.num_waited = 0
 
     @property
-    def is_over(self) -> bool:
-        """Whether patience has run out."""
+    def is_exhausted(self) -> bool:
+        """Whether the patience of early stopping is exhausted."""
         patience = self._options.early_stopping_patience
-        return patience is not None and self.waited >= patience
+        return patience is not None and self.num_waited >= patience
 
-    def see(self, step: int, found: Measured) -> None:
-        """Take note of the evaluation after `step`.
+    def observe(self, step: int, evaluation: Evaluation) -> None:
+        """Compare the evaluation after `step` with the best one, and store the weights if it is better.
 
         Raises:
-            RunError: the weights are a new best and there is no room to keep them.
+            RunError: there is no room to store the weights.
         """
         if not self._options.selects:
             return
-        if not is_better(found, self.best, self._options.metric_for_best_model):
-            self.waited += 1
+        if not is_better(evaluation, self.best, self._options.metric_for_best_model):
+            self.num_waited += 1
             return
         if self._options.load_best_model_at_end:
             self._weights = self._copy()
-        self.step, self.best, self.waited = step, found, 0
+        self.step, self.best, self.num_waited = step, evaluation, 0
 
     def restore(self) -> None:
-        """Put the best step's weights back, where they were kept."""
+        """Restore the weights of the best step, if they were stored."""
         if self.step is None or not self._options.load_best_model_at_end:
             return
         with torch.no_grad():
             for i, p in enumerate(self._tuned):
-                kept = self._weights.get((i,))
-                assert kept is not None
-                p.copy_(kept)
+                weights = self._weights.get((i,))
+                assert weights is not None
+                p.copy_(weights)
 
-    def _copy(self) -> Kept:
-        """The tuned weights as they are now."""
+    def _copy(self) -> ActivationStore:
+        """Return a copy of the tuned weights."""
         num_bytes = sum(8 * -(-p.nbytes // 8) for p in self._tuned)
-        kept = Kept([Memory(num_bytes) if num_bytes <= MAX_MEMORY else File(num_bytes, self._folder)])
+        store = ActivationStore(
+            [MemoryTier(num_bytes) if num_bytes <= MAX_MEMORY else FileTier(num_bytes, self._folder)]
+        )
         for i, p in enumerate(self._tuned):
-            if not kept.put((i,), p.detach()):
+            if not store.put((i,), p.detach()):
                 raise RunError(
-                    f"the best model so far could not be kept in {self._folder}: it takes {num_bytes / 1e6:.0f} MB. "
+                    f"the best model so far could not be stored in {self._folder}: it takes {num_bytes / 1e6:.0f} MB. "
                     "Make room, choose another --output-dir, or leave out --load-best-model-at-end."
                 )
-        return kept
+        return store
 
 
 def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence[Encoded]) -> None:
-    """Say where the rows that choose the best step are those that are reported on.
+    """Warn if the rows that select the best step are also the evaluation rows.
 
     Raises:
-        UsageError: there are none to choose by.
+        UsageError: there are no held-out rows to select by.
     """
     if not options.selects:
         return
     if not dev:
-        raise UsageError("there is no held-out row to choose the best step by: give --num-dev above 0.")
+        raise UsageError("there is no held-out row to select the best step by: give --num-dev above 0.")
     if test and set(test) <= set(dev):
         say(
-            "the rows that choose the best step are also those that are reported on, which makes the report "
-            "optimistic; give --eval-file for rows that chose nothing"
+            "the rows that select the best step are also the evaluation rows, which makes the report too "
+            "optimistic; give other evaluation rows with --eval-file"
         )

@@ -1,6 +1,7 @@
-"""A full checkpoint: weights and optimizer state in one safetensors file, written whole or not at all.
+"""Full checkpoints: weights and optimizer state in one safetensors file, written atomically.
 
-The tree of a state is JSON in the file's metadata, its tensors are the file's; nothing that is read can run code.
+The structure of the state is JSON in the metadata of the file, its tensors are the file's tensors; loading runs no
+code.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from zotune.ledger.replay import digests_of
 
 
 class DamagedCheckpointError(ValueError):
-    """The file is no checkpoint, or not as it was written."""
+    """The file is no checkpoint, or was damaged after it was written."""
 
 
 def save(path: Path, tree: Any) -> None:
-    """Write dicts, lists, tensors and plain values; when this returns they are on the disk.
+    """Write a tree of dicts, lists, tensors and plain values, and wait until it is on the disk.
 
     Raises:
-        NotWrittenError: there is no room; what was there before still is.
+        NotWrittenError: the disk is full; an earlier checkpoint is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_flatten(tree, tensors))
@@ -46,17 +47,17 @@ def save(path: Path, tree: Any) -> None:
 
 
 def load(path: Path) -> Any:
-    """What `save` was given; tensors are on the CPU.
+    """Load a tree that `save` wrote, with tensors on the CPU.
 
     Raises:
-        DamagedCheckpointError: it cannot be read, or its digest is another.
+        DamagedCheckpointError: the file cannot be read, or its digest is wrong.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file, not a dict
         if metadata["digest"] != _digest(metadata["tree"], tensors):
-            raise DamagedCheckpointError("its digest is another")
+            raise DamagedCheckpointError("its digest does not match its content")
         return _unflatten(json.loads(metadata["tree"]), tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from None
@@ -69,7 +70,7 @@ def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree with [kind, content] at each node, so that keys that are no strings and tuples come back."""
+    """Return the tree with [kind, content] at each node, which preserves tuples and keys that are no strings."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
         tensors[key] = value.detach().to("cpu").contiguous()
@@ -88,19 +89,19 @@ def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "dict":
         return {_unflatten(k, tensors): _unflatten(v, tensors) for k, v in content}
     if kind in ("list", "tuple"):
-        found = [_unflatten(v, tensors) for v in content]
-        return tuple(found) if kind == "tuple" else found
+        values = [_unflatten(v, tensors) for v in content]
+        return tuple(values) if kind == "tuple" else values
     return content
 
 
 @torch.no_grad()
-def put(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-    """Copy weights into parameters, by name.
+def restore_weights(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    """Copy weights into parameters of the same names.
 
     Raises:
-        DamagedCheckpointError: they are not those.
+        DamagedCheckpointError: the names or shapes differ.
     """
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in parameters.items()}:
-        raise DamagedCheckpointError("its tensors are not those of the model")
+        raise DamagedCheckpointError("its tensors do not match those of the model")
     for name, p in parameters.items():
         p.copy_(weights[name])

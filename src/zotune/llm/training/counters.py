@@ -1,4 +1,4 @@
-"""Where a run stands, besides its weights and its optimizer: all that further steps and log lines depend on."""
+"""The counters of a run: its state beside weights and optimizer, on which later steps and log lines depend."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counters:
-    """What a run has counted; see `Result`.
+    """The counters of a run; see `Result`.
 
     Attributes:
-        num_flat: steps in which all probes had the same value, so that nothing was learned.
-        held_out, held_out_short: the metric of the last evaluation on the way, and as people read it.
-        recent: the losses of the last steps, in single precision as the ledger holds them.
+        num_flat: steps in which all probes had the same value, so that the weights did not change.
+        held_out, held_out_short: metric of the last evaluation during the run, as a number and as text.
+        recent: losses of the last steps, in single precision as in the ledger.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: appended as they come; after an interruption cut where the run goes on, never doubled."""
+"""The metrics of a run in metrics.jsonl: appended line by line, and truncated when a run resumes, never repeated."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ Line = dict[str, Any]
 
 
 class MetricsLog:
-    """A run's metrics: at most one line of training and one of evaluation a step."""
+    """The metrics of a run: at most one line of training and one of evaluation per step."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines: dict[tuple[int, bool], Line] = {}
 
-    def cut(self, num_steps: int) -> float:
-        """Keep the lines of the first so many steps alone; the seconds that the last of them tells of."""
-        kept: dict[tuple[int, bool], Line] = {}
+    def truncate(self, num_steps: int) -> float:
+        """Remove the lines after step `num_steps`; return the training seconds recorded in the remaining ones."""
+        lines: dict[tuple[int, bool], Line] = {}
         for line in _whole_lines(self._path):
             key = _key(line)
-            if key is None or key[0] > num_steps or key in kept or (kept and key < next(reversed(kept))):
+            if key is None or key[0] > num_steps or key in lines or (lines and key < next(reversed(lines))):
                 break
-            kept[key] = line
+            lines[key] = line
         aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        aside.write_text("".join(map(_text, kept.values())), encoding="utf-8")
+        aside.write_text("".join(map(_text, lines.values())), encoding="utf-8")
         aside.replace(self._path)
-        self._lines = kept
-        return max((float(line.get("seconds") or 0.0) for line in kept.values()), default=0.0)
+        self._lines = lines
+        return max((float(line.get("seconds") or 0.0) for line in lines.values()), default=0.0)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line, unless the step has it already; it reaches the file at once.
+        """Append a line at once, unless the step has such a line already.
 
         Raises:
-            NotWrittenError: the disk is full, or the folder gone.
+            NotWrittenError: the disk is full, or the folder no longer exists.
         """
         if _key(record) in self._lines:
             return
         try:
-            # Not made anew: a folder that was removed stays so.
+            # The file is not created again if its folder was removed.
             with self._path.open("r+", encoding="utf-8") as metrics:
                 metrics.seek(0, os.SEEK_END)
                 metrics.write(_text(record))
@@ -52,27 +52,27 @@ class MetricsLog:
             raise NotWrittenError(f"metrics could not be written to {self._path.parent}: {error.strerror}.") from None
 
     def evaluation(self, step: int) -> Line | None:
-        """What an earlier part of the run found on the held-out rows at a step."""
+        """Return the held-out evaluation at a step by an earlier part of the run, or None."""
         line = self._lines.get((step, True))
         return None if line is None else line["dev"]
 
     def sync(self) -> None:
-        """Return when all lines are on the disk."""
+        """Wait until all lines are on the disk."""
         with self._path.open("rb") as metrics:
             os.fsync(metrics.fileno())
 
 
-def plain(value: Any) -> Any:
-    """`value` with null for what JSON has no number for: NaN and the infinities."""
+def json_safe(value: Any) -> Any:
+    """Return `value` with None in place of NaN and infinities, which JSON cannot represent."""
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [json_safe(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(plain(dict(line)), allow_nan=False) + "\n"
+    return json.dumps(json_safe(dict(line)), allow_nan=False) + "\n"
 
 
 def _key(line: Mapping[str, Any]) -> tuple[int, bool] | None:
@@ -81,7 +81,7 @@ def _key(line: Mapping[str, Any]) -> tuple[int, bool] | None:
 
 
 def _whole_lines(path: Path) -> Iterator[Line]:
-    """The lines up to the first that is torn."""
+    """Yield the lines up to the first incomplete one."""
     if not path.is_file():
         return
     for text in path.read_bytes().split(b"\n")[:-1]:

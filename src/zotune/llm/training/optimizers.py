@@ -1,4 +1,4 @@
-"""The optimizer that a run's options name, and its learning rate as the run goes on."""
+"""Building the optimizer from a run's options, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ def make_optimizer(
     *,
     reuse_prefix: bool = True,
 ) -> AnyOptimizer:
-    """The method by name, over the parameters that require a gradient.
+    """Build the method that the options name, over the parameters that require a gradient.
 
-    `run_once` runs the model, which a hybrid needs to see in which layers parameters are read. `reuse_prefix` is for
-    blocks: whether all evaluations of a step run the same passes, so that one's activations serve the others.
+    Args:
+        module: the model.
+        options: the method and its hyper-parameters.
+        seed: seed of the directions.
+        run_once: runs a forward pass; a hybrid needs it to find the layers that read each parameter.
+        reuse_prefix: with blocks, whether all evaluations of a step run the same forward passes, so that they can
+            share cached activations.
     """
     tuned = [p for p in module.parameters() if p.requires_grad]
     if options.method in FIRST_ORDER:
@@ -56,7 +61,7 @@ def make_optimizer(
 def first_order(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, options: MethodOptions
 ) -> torch.optim.Optimizer:
-    """`fo_sgd` or `fo_adam` of torch; weight decay is decoupled, and as elsewhere biases and norms are exempt."""
+    """Build `fo_sgd` or `fo_adam` of torch, with decoupled weight decay from which biases and norms are exempt."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
@@ -64,7 +69,7 @@ def first_order(
     ]
     groups = [group for group in groups if group["params"]]
     if name == "fo_sgd":
-        # Without momentum, decay in the gradient and decay beside it are the same.
+        # Without momentum, coupled and decoupled weight decay are the same.
         return torch.optim.SGD(groups, lr=learning_rate)
     betas = (options.adam_beta1, options.adam_beta2)
     return torch.optim.Adam(
@@ -80,7 +85,7 @@ def _zeroth_order(
     *,
     reuse_prefix: bool = True,
 ) -> ZerothOrder:
-    own: dict[str, dict[str, Any]] = {
+    hyper_parameters: dict[str, dict[str, Any]] = {
         "zo_sgd_sign": {"sign": options.sign},
         "zo_sgd_mmt": {"beta": options.momentum},
         "zo_adam": {
@@ -96,7 +101,7 @@ def _zeroth_order(
         module,
         options.learning_rate,
         **({} if options.method == "forward_grad" else probes),
-        **own.get(options.method, {}),
+        **hyper_parameters.get(options.method, {}),
         num_queries=options.num_queries,
         sampler=_sampler(options),
         blocks=_blocks(module, options, params),
@@ -128,17 +133,17 @@ def _blocks(module: nn.Module, options: MethodOptions, params: list[nn.Parameter
     return BLOCKS[options.blocks](module, params)
 
 
-def scheduled(kind: str, done: float) -> float:
-    """What the learning rate is multiplied with when a fraction `done` of the steps, in [0, 1), is behind.
+def learning_rate_factor(kind: str, done: float) -> float:
+    """Return the factor of the learning rate after a fraction `done` of the steps, in [0, 1).
 
-    >>> [scheduled(kind, 0.5) for kind in ("constant", "linear")], round(scheduled("cosine", 0.5), 6)
-    ([1.0, 0.5], 0.5)
+    >>> [round(learning_rate_factor(kind, 0.5), 6) for kind in ("constant", "linear", "cosine")]
+    [1.0, 0.5, 0.5]
     """
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
 
 
 def set_learning_rates(optimizer: AnyOptimizer, kind: str, done: float) -> float:
-    """Let each group's learning rate be its first one times `scheduled(kind, done)`; that of the first group."""
+    """Set each group's learning rate to its initial value times `learning_rate_factor`; return the first group's."""
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scheduled(kind, done)
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_factor(kind, done)
     return float(optimizer.param_groups[0]["lr"])

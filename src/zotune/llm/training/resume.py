@@ -1,7 +1,8 @@
-"""What a run writes down so that it can go on after any end: a ledger, full checkpoints, or both.
+"""Resuming a run after any end, from its ledger, a full checkpoint, or both.
 
-A zeroth-order run is its ledger, and needs no checkpoint; one only makes resuming faster. A run with a
-first-order part has no ledger, for its steps cannot be told in a few numbers, and goes on from its last checkpoint.
+The ledger alone suffices to resume a zeroth-order run; a checkpoint only makes resuming faster. A run with a
+first-order
+part has no ledger, because its steps cannot be recorded in a few numbers, and resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord
 from zotune.ledger.replay import check, digests_of, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.load import LanguageModel
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
@@ -38,8 +39,8 @@ from zotune.optim.zeroth_order import ZerothOrder
 
 LEDGER, CHECKPOINT = "ledger.zol", "checkpoint.safetensors"
 
-# What may differ between the parts of a run, for no weight depends on it.
-_FREE = frozenset(
+# Options that may differ between the parts of a run, because the weights do not depend on them.
+_FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
     | {"reuse_activations", "reuse_memory", "reuse_file"}
 )
@@ -49,11 +50,11 @@ class Journal:
     """The ledger and the checkpoints of one run.
 
     Args:
-        output: the run's folder.
-        config: the run's.
-        lm, optimizer: the base model, and what will change it.
-        train: the rows, which the ledger names by a fingerprint.
-        passes: forward passes of the step in progress.
+        output: folder of the run.
+        config: options of the run.
+        lm, optimizer: the base model, and the optimizer that tunes it.
+        train: the training rows, whose digest the ledger records.
+        passes: returns the forward passes of the step in progress.
     """
 
     def __init__(
@@ -67,31 +68,31 @@ class Journal:
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
-        self._run = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE}
+        self._run = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE_OPTIONS}
         self._run["data"] = data_digest(train)
         self._writer: LedgerWriter | None = None
-        self._about = partial(_about, config, lm, train)
+        self._description = partial(_description, config, lm, train)
 
     def restore(self, counters: Counters, note: Callable[[StepRecord], None]) -> None:
-        """Bring weights, optimizer and counters to where the run was. A new run begins its ledger.
+        """Restore weights, optimizer and counters of a resumed run; a new run starts its ledger.
 
         Args:
-            counters: those of a beginning run; changed in place.
-            note: called after each step that is taken again.
+            counters: counters of a new run, updated in place.
+            note: called after each replayed step.
 
         Raises:
-            LedgerError: the ledger is damaged, or of another base model, data or options; nothing was changed.
+            LedgerError: the ledger is damaged, or belongs to another base model, data or options; nothing was changed.
         """
         saved = self._checkpoint()
         if not isinstance(self._optimizer, ZerothOrder):
             if saved is not None:
                 self._load(saved, counters)
-            self._output.metrics.cut(counters.step)
+            self._output.metrics.truncate(counters.step)
             return
         path = self._output.path / LEDGER
         if not (self._output.is_resumed and path.exists()):
-            self._writer = LedgerWriter.create(path, header_of(self._optimizer, self._about()))
-            self._output.metrics.cut(0)
+            self._writer = LedgerWriter.create(path, header_of(self._optimizer, self._description()))
+            self._output.metrics.truncate(0)
         else:
             self._replay(saved, counters, note)
         self._optimizer.on_step = self._append
@@ -104,8 +105,8 @@ class Journal:
         self._check_data(ledger)
         ledger = ledger.first(min(len(ledger), self._config.max_steps))
         if ledger.cut_bytes:
-            say(f"{path} ends in {ledger.cut_bytes} torn or damaged bytes, which were cut off")
-        counters.seconds = self._output.metrics.cut(len(ledger))
+            say(f"{path} ends in {ledger.cut_bytes} incomplete or damaged bytes, which were removed")
+        counters.seconds = self._output.metrics.truncate(len(ledger))
         if saved is not None and saved["counters"]["step"] <= len(ledger):
             self._load(saved, counters)
         replay(self._optimizer, ledger, note)
@@ -115,12 +116,12 @@ class Journal:
         self._optimizer.stop_if_skipping()
 
     def _check_data(self, ledger: Ledger) -> None:
-        ours, theirs = self._about(), ledger.header.about
-        for key, what in (("data", "training rows"), ("frozen", "weights that are not tuned")):
+        ours, theirs = self._description(), ledger.header.about
+        for key, name in (("data", "training rows"), ("frozen", "frozen weights")):
             if ours[key] != theirs.get(key):
                 raise LedgerError(
-                    f"{ledger.name} was begun with other {what}, so the run cannot go on. Bring them back, or begin "
-                    "anew with --overwrite-output-dir."
+                    f"{ledger.name} was started with other {name}, so the run cannot resume. Restore them, or start "
+                    "again with --overwrite-output-dir."
                 )
 
     def _append(self, record: StepRecord) -> None:
@@ -129,11 +130,11 @@ class Journal:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether the run's steps are recorded one by one."""
+        """Whether the run records its steps in a ledger."""
         return isinstance(self._optimizer, ZerothOrder)
 
     def save(self, counters: Counters) -> None:
-        """Write a full checkpoint; ledger and metrics before it, so that it is never ahead of them."""
+        """Write a full checkpoint, after ledger and metrics are on the disk, so that it is never ahead of them."""
         self._output.metrics.sync()
         if self._writer is not None:
             self._writer.sync()
@@ -146,52 +147,53 @@ class Journal:
         checkpoint.save(self._output.path / CHECKPOINT, tree)
 
     def _checkpoint(self) -> Any:
-        """The last checkpoint, if it is good and of this run; what the best step was is in none."""
+        """Return the last checkpoint if it is valid and of this run; checkpoints do not record the best step."""
         path = self._output.path / CHECKPOINT
         if not self._output.is_resumed or not path.exists() or self._config.selects:
             return None
         try:
             saved = checkpoint.load(path)
         except DamagedCheckpointError as error:
-            say(f"{error}; going on without it")
+            say(f"{error}; resuming without it")
             return None
         ours, theirs = ({k: v for k, v in run.items() if k != "max_steps"} for run in (self._run, saved["run"]))
         return saved if ours == theirs else None
 
     def _load(self, saved: Any, counters: Counters) -> None:
-        checkpoint.put(saved["weights"], self._tuned)
+        checkpoint.restore_weights(saved["weights"], self._tuned)
         state = saved["optimizer"]
         if isinstance(self._optimizer, ZerothOrder):
             device = next(iter(self._tuned.values())).device
             state = tree_map_only(Tensor, lambda t: t.to(device), state)
         self._optimizer.load_state_dict(state)
         vars(counters).update(saved["counters"])
-        say(f"going on from the checkpoint of step {counters.step}")
+        say(f"resuming from the checkpoint of step {counters.step}")
 
     def close(self) -> None:
-        """Let others write the ledger."""
+        """Release the ledger."""
         if self._writer is not None:
             self._writer.close()
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
-    """See that a run that is to go on is asked for as it was begun.
+    """Check that a resumed run has the options that it was started with.
 
     Raises:
-        UsageError: an option on which weights depend is another. More steps are fine under a constant schedule.
+        UsageError: an option that affects the weights differs; `max_steps` may differ under a constant schedule.
     """
-    free = _FREE | ({"max_steps"} if now.lr_scheduler_type == "constant" else set())
+    free = _FREE_OPTIONS | ({"max_steps"} if now.lr_scheduler_type == "constant" else set())
     for key, value in now.model_dump(mode="json").items():
-        was = before.model_dump(mode="json")[key]
-        if key not in free and value != was:
+        original = before.model_dump(mode="json")[key]
+        if key not in free and value != original:
             raise UsageError(
-                f"{now.output_dir} holds a run with {key}: {was}, so it cannot go on with {value}. Give the option as "
-                "it was, choose another --output-dir, or begin anew with --overwrite-output-dir."
+                f"{now.output_dir} holds a run with {key}: {original}, so it cannot resume with {value}. Give the "
+                f"original "
+                "value, choose another --output-dir, or start again with --overwrite-output-dir."
             )
 
 
-def _about(config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...]) -> dict[str, Any]:
-    """What a ledger's header says of a run besides its updates."""
+def _description(config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...]) -> dict[str, Any]:
+    """Return the description of a run in a ledger's header."""
     libraries = ("torch", "numpy", "transformers", "peft")
     return {
         "config": config.model_dump(mode="json"),
@@ -204,18 +206,18 @@ def _about(config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...]) -
 
 
 def data_digest(train: tuple[Encoded, ...]) -> str:
-    """A digest of the rows that are trained on."""
+    """Return a digest of the training rows."""
     return hashlib.blake2b(repr(train).encode(), digest_size=16).hexdigest()
 
 
 def frozen_digest(module: torch.nn.Module) -> str:
-    """A digest of all that is not tuned; of a quantised base, of its packed integers and their scales."""
+    """Return a digest of all frozen tensors; for a quantised base of its packed integers and their scales."""
     frozen = frozen_tensors(module)
     names = sorted(frozen)
     return combined_digest(names, digests_of(frozen[name] for name in names))
 
 
 def combined_digest(names: Iterable[str], digests: Iterable[str]) -> str:
-    """One digest of several tensors' names and digests."""
+    """Return one digest of the names and digests of several tensors."""
     parts = [*names, *digests]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Ending a run early and well: the first Ctrl-C or SIGTERM after the step in progress, a second one at once."""
+"""Handling Ctrl-C and SIGTERM: the first ends the run after the step in progress, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from zotune.messages import say
 
 
 @dataclass
-class Stop:
-    """The signal that asked for the end, if one has."""
+class StopRequest:
+    """The signal that asked the run to stop, or None."""
 
     signal: int | None = None
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step; a second one ends it at once."""
-    stop = Stop()
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within this context the first Ctrl-C or SIGTERM ends the run after its step, the second one at once."""
+    stop = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         if stop.signal is not None:
             raise KeyboardInterrupt
         stop.signal = number
-        say("stopping after this step (once more to stop at once) …")
+        say("stopping after this step (press Ctrl-C again to stop at once) …")
 
-    with listening(note):
+    with signal_handler(note):
         yield stop
 
 
 @contextmanager
-def listening(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM call `note`, and what heard them before do so again afterwards."""
+def signal_handler(note: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within this context Ctrl-C and SIGTERM call `note`; the previous handlers are restored afterwards."""
     if threading.current_thread() is not threading.main_thread():
-        # Python lets only the main thread listen to signals.
+        # Python allows signal handlers in the main thread only.
         yield
         return
-    kept = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

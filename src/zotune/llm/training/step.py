@@ -1,40 +1,50 @@
-"""One update of a run: by a zeroth-order method, a first-order baseline or both, over the same micro-batches."""
+"""One update of a run by a zeroth-order method, a first-order baseline or both, and checks of the first update.
+
+The checks refuse a μ or a learning rate that is too small for the precision of the weights.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.errors import NonFiniteLossError
+from zotune.apply.tensor_update import Rounding
+from zotune.apply.update import updated_slice
+from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import accumulate
-from zotune.llm.models.load import LanguageModel
-from zotune.llm.training.checks import check_first_estimate, check_mu
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
 
-# The optimizer, the mean loss of each micro-batch, and how many examples each has → the loss.
+# The optimizer, closures of each micro-batch's mean loss, and the weights of the micro-batches → the loss.
 Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
 
-# Steps in a row without a finite loss after which a first-order run gives up.
+# Number of steps in a row without a finite loss after which a first-order run fails.
 MAX_SKIPPED = 10
+# Number of elements of each tensor in a check.
+_SAMPLE = 4096
+# Minimum fraction of them that has to change. Zeros do not count, because any update changes them.
+_MIN_FRACTION = 0.001
 
 
 class ZerothOrderStep:
-    """One step of forward passes only; the micro-batches add up to one objective. The first is looked at hard.
+    """One step of forward passes only, over micro-batches that add up to one objective; the first step is checked.
 
     Args:
-        mu: that of probes, None where there are none.
-        has_steps: whether the objective is a staircase, as accuracy is: equal values of all probes are then no fault.
+        mu: μ of the probes; None if there are no probes.
+        has_steps: whether the objective is piecewise constant, as accuracy is; equal values of all probes are then no
+            error.
 
     Attributes:
-        is_flat: whether in the last step all probes of such an objective had the same value.
+        is_flat: whether all probes of such an objective had the same value in the last step.
     """
 
     def __init__(self, mu: float | None, *, has_steps: bool = False) -> None:
@@ -43,7 +53,7 @@ class ZerothOrderStep:
     def __call__(
         self, optimizer: ZerothOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
     ) -> float:
-        """One update; the loss before it."""
+        """Update the weights; return the loss before the update."""
         differs: list[bool] = []
         is_first = not optimizer.num_steps
         if is_first and self._mu is not None:
@@ -60,15 +70,15 @@ class ZerothOrderStep:
 
 
 def hybrid_step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> float:
-    """One update of both halves from the gradient at the same weights; the loss before it."""
+    """Update both parts from gradients at the same weights; return the loss before the update."""
     return optimizer.step(accumulate(closures, weights))
 
 
 class FirstOrderStep:
-    """One step by back-propagation, the micro-batches' gradients added up."""
+    """One step by back-propagation, with the gradients of the micro-batches added up."""
 
     def __init__(self, lm: LanguageModel, counters: Counters, *, checkpointing: bool, seed: int) -> None:
-        """`seed` names the dropout of each step; `counters` are the run's."""
+        """`seed` is the seed of dropout; `counters` are those of the run."""
         self._lm, self._counters, self._seed = lm, counters, seed
         if checkpointing:
             lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -76,11 +86,11 @@ class FirstOrderStep:
     def __call__(
         self, optimizer: torch.optim.Optimizer, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
     ) -> float:
-        """One update; the loss before it."""
+        """Update the weights; return the loss before the update."""
         self._lm.module.train()
         optimizer.zero_grad()
         total = 0.0
-        # Dropout is a function of seed and step, so that a run that was stopped goes on as if it had not been.
+        # Dropout depends on seed and step only, so that a resumed run has the same dropout.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(derive_seed(self._seed, self._counters.step))
             for closure, weight in zip(closures, weights, strict=True):
@@ -94,3 +104,70 @@ class FirstOrderStep:
                 f"the loss was NaN or infinite for {MAX_SKIPPED} steps in a row. Lower the learning rate."
             )
         return total
+
+
+def check_mu(tuned: ParameterSet, mu: float) -> None:
+    """Refuse a μ that is too small for the precision of the weights.
+
+    Raises:
+        UsageError: x + μ rounds to x for nearly every non-zero element of a sample.
+    """
+    samples = [_sample(tensor) for tensor in tuned]
+    if _changed_fraction((x, x + mu) for x in samples) >= _MIN_FRACTION:
+        return
+    dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
+    raise UsageError(
+        f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so "
+        f"both probes see the same model. Use mu of at least {_smallest_mu(tuned):.0e}, or float32 weights or adapters."
+    )
+
+
+def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu: float | None) -> None:
+    """Refuse probes whose losses do not differ, and an update that rounding would remove entirely.
+
+    `mu` is None if equal losses are no error: without probes, or for a piecewise constant objective.
+
+    Raises:
+        UsageError: the message says which option to change.
+    """
+    # A single block may have a zero slope at first, such as an adapter's first factor while the second is zero.
+    if estimate.is_finite and mu is not None and all(c == 0 and u.block is None for c, u in estimate.terms):
+        raise UsageError(
+            f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
+            "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
+        )
+    has_slope = estimate.is_finite and any(c != 0 for c, _ in estimate.terms)
+    if optimizer.rounding == Rounding.NEAREST and has_slope and not _moves(optimizer, estimate):
+        raise UsageError(
+            f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
+            "the first update is below half a rounding unit of every weight, so nothing would move. "
+            "Use --rounding stochastic or master, a larger learning rate, or float32."
+        )
+
+
+def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
+    """Whether an update, rounded to nearest, changes more than a negligible fraction of a sample of elements."""
+    pairs = []
+    for update in optimizer.updates(estimate).values():
+        x = _sample(update.tensor)
+        after = torch.empty_like(x)
+        updated_slice(update, after, x, start=0, scale=1.0)
+        pairs.append((x, after))
+    return _changed_fraction(pairs) >= _MIN_FRACTION
+
+
+def _sample(tensor: TunedTensor) -> Tensor:
+    return tensor.storage().flatten()[:_SAMPLE].clone()
+
+
+def _changed_fraction(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the fraction of non-zero elements that differ between before and after; 1 if all are zero."""
+    counts = [(int((x != 0).sum()), int(((x != 0) & (after != x)).sum())) for x, after in pairs]
+    total = sum(n for n, _ in counts)
+    return sum(moved for _, moved in counts) / total if total else 1.0
+
+
+def _smallest_mu(tuned: ParameterSet) -> float:
+    """Return a power of ten that changes the median weight."""
+    sizes = [_sample(t).float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
+    return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())

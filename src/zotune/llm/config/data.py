@@ -1,0 +1,111 @@
+"""The options of a run that name the data: a task, or the user's own files, and how rows become examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from zotune.errors import did_you_mean
+from zotune.llm.config.objective import OF_ANSWERS, ObjectiveOptions
+from zotune.llm.config.schema import is_partial
+
+# Roles of columns in the user's own rows; text and label have options of their own.
+ROLES = ("prompt", "completion", "messages", "choices")
+
+
+class DataOptions(ObjectiveOptions):
+    """The options of the data: a task that zotune knows, or files of the user's own."""
+
+    task: str | None = Field(
+        None, description="Task by name (see `tasks`); for your own rows give --train-file instead."
+    )
+    data_source: str = Field(
+        "sample",
+        description="Source of a task's rows: sample (shipped with the repository), hub, or a folder with the task's "
+        "files.",
+    )
+    prompt: Literal["aligned", "none"] = Field(
+        "aligned",
+        description="Prompt of a task: aligned (words that turn the task into a completion) or none (the texts and "
+        "the label "
+        "alone; masked models get a classification head).",
+    )
+    train_file: Path | None = Field(
+        None,
+        description="File of your own training rows: JSON lines or CSV (also gzipped), Parquet, or "
+        "hub:ORG/NAME[:SPLIT].",
+    )
+    eval_file: Path | None = Field(
+        None, description="File of your own evaluation rows; default: rows held out of the training file."
+    )
+    data_format: Literal["classification", "completion", "chat", "choice", "prompt"] | None = Field(
+        None, description="Format of your rows; default: inferred from their columns."
+    )
+    text_column: str = Field("text", description="Column of your files that holds the text.")
+    label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Your names of the columns prompt, completion, messages and choices; default: these names.",
+    )
+    template: str | None = Field(
+        None,
+        description="Prompt template of your rows; {column} stands for the row's column. "
+        "Default: the prompt column alone, or the text and a line 'Label:'.",
+    )
+    verbalizer: dict[str, str] = Field(
+        default_factory=dict,
+        description="Word that the model should say for each label; default: the labels themselves.",
+    )
+    scored_turns: Literal["last", "all"] = Field(
+        "last", description="Turns of a chat to learn: the assistant's last one, or all of the assistant's."
+    )
+    exact_match: bool = Field(
+        False,
+        description="Evaluate completions by generating them (F1 and exact match); default: by their log-loss.",
+    )
+    num_train: int | None = Field(
+        None,
+        ge=1,
+        description="Number of training rows; default: as the task defines (mostly 1000), or all of your rows.",
+    )
+    num_dev: int | None = Field(
+        None,
+        ge=0,
+        description="Number of rows held out of the training data; default: as the task defines (mostly 500), or a "
+        "fifth "
+        "of your rows.",
+    )
+    num_eval: int | None = Field(
+        None,
+        ge=0,
+        description="Number of evaluation rows; default: as the task defines (at most 1000), or all of your rows.",
+    )
+    data_seed: int = Field(0, ge=0, description="Seed of the permutation that chooses the rows.")
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        description="Maximum number of tokens; longer prompts are truncated from the left. Default: the model's "
+        "context; "
+        "longer rows are refused.",
+    )
+    per_device_eval_batch_size: int = Field(32, ge=1, description="Examples in one forward pass of an evaluation.")
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether generated text is compared with the completions."""
+        return self.exact_match or self.objective in OF_ANSWERS
+
+    @model_validator(mode="after")
+    def _one_source(self, info: ValidationInfo) -> Self:
+        if not is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
+            raise ValueError(
+                "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
+            )
+        if not is_partial(info) and self.task is None and self.prompt == "none":
+            raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
+        unknown = [role for role in self.columns if role not in ROLES]
+        if unknown:
+            raise ValueError(f"columns: there is no {unknown[0]!r} to name.{did_you_mean(unknown[0], ROLES)}")
+        return self

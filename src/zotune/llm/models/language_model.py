@@ -1,0 +1,152 @@
+"""A model of transformers with its tokenizer, and the forward passes in which zotune reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zotune.llm.data.collator import Batch
+from zotune.llm.models.logprobs import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
+from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
+from zotune.llm.quantized.backends import supports_row_lookup
+
+# Logits computed at a time at most: 64 MiB in float32.
+MAX_LOGITS = 1 << 24
+# Tokens up to which copies of a batch share a forward pass; with more tokens this saves little time and costs memory.
+MAX_TOKENS = 1 << 10
+
+
+@dataclass
+class LanguageModel:
+    """A model of transformers with its tokenizer, and the forward passes that zotune runs on it.
+
+    Attributes:
+        module: a causal or masked language model of transformers, possibly wrapped by peft.
+        masked: whether it is bidirectional: it fills in masks or classifies whole sequences, and does not continue
+            text.
+        classifies: whether it has a classification head in place of a language-modelling head.
+        num_forwards: forward passes so far.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    name: str
+    masked: bool
+    num_forwards: int = field(default=0)
+    classifies: bool = False
+
+    @property
+    def config(self) -> Any:
+        """The configuration of transformers."""
+        return self.base.config
+
+    @property
+    def base(self) -> Any:
+        """The model of transformers itself, without an adapter around it."""
+        get_base = getattr(self.module, "get_base_model", None)
+        return self.module if get_base is None else get_base()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(p.device for p in self.module.parameters())
+
+    @property
+    def context(self) -> int:
+        """The maximum number of input tokens."""
+        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30)) - self.num_virtual_tokens
+        # RoBERTa's positions begin after its padding index.
+        return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """The positions that a prefix or prompt occupies before each sequence."""
+        adapter: Any = getattr(self.module, "active_peft_config", None)
+        return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token; any token will do, because padding is on the right or masked."""
+        return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
+
+    def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
+        """Return the (N, V) logits at the batch's scored positions, or (N, K) logits of the tokens `only`.
+
+        For a classification head the labels take the place of the vocabulary, with one scored position per sequence.
+        """
+        self.num_forwards += 1
+        if self.classifies:
+            return self.read(batch.input_ids, batch.attention_mask)
+        with head_at_positions(self.base, batch, only):
+            return self.read(batch.input_ids, batch.attention_mask)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the logits of a forward pass over (S, L) tokens, padded on the right."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        # Causal attention never sees right padding, and without a mask attention runs its fast kernel.
+        bidirectional = self.masked or self.classifies
+        inputs |= {"attention_mask": attention_mask} if bidirectional else {"use_cache": False}
+        out: Tensor = self.module(**inputs).logits
+        return out
+
+    def score(self, batch: Batch) -> Tensor:
+        """Return (examples, candidates) scores in float64.
+
+        They are mean log-probabilities, or these up to a constant per example where the batch does not need them
+        exactly.
+        """
+        if self.classifies:
+            return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
+        if batch.needs_only_candidates and supports_row_lookup(self.base.get_output_embeddings()):
+            return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
+        return scores_of_tokens(self.token_log_probabilities(batch), batch)
+
+    def token_log_probabilities(self, batch: Batch) -> Tensor:
+        """Return the (M,) log-probabilities of the candidates' tokens.
+
+        The body runs once, the head on a bounded number of positions at a time.
+        """
+        at_once = max(1, MAX_LOGITS // self.vocabulary)
+        if len(batch.positions) <= at_once:
+            return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
+        # The first submodule entered: for OPT the decoder inside `base_model`, not `base_model` itself.
+        body = modules_entered(self.base, lambda module: module is not self.base)[-1]
+        output = output_of_module(body, lambda: self.logits(batch))
+        parts, indices = [], []
+        for lo in range(0, len(batch.positions), at_once):
+            here = ((batch.rows >= lo) & (batch.rows < lo + at_once)).nonzero()[:, 0]
+            part = partial(self._part, replace(batch, positions=batch.positions[lo : lo + at_once]), body, output)
+            rows, tokens = batch.rows[here] - lo, batch.tokens[here]
+            # Under autograd the logits of a part are recomputed in the backward pass, so that not all of them are
+            # stored.
+            compute = partial(checkpoint, part, use_reentrant=False) if torch.is_grad_enabled() else part
+            parts.append(compute(rows, tokens))
+            indices.append(here)
+        return torch.cat(parts)[torch.cat(indices).argsort()]
+
+    def copies_at_once(self, batch: Batch) -> int:
+        """How many copies of a batch one forward pass may score, within the bounds on tokens and on logits."""
+        positions = max(1, len(batch.positions))
+        return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self.vocabulary // positions))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows of the output layer."""
+        output = self.base.get_output_embeddings()
+        return int(self.config.vocab_size if output is None else output.out_features)
+
+    def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return log-probabilities at some of the positions, from the output of the body."""
+        with fixed_output(body, output):
+            logits = self.logits(batch)
+        self.num_forwards -= 1
+        return log_probabilities(logits, rows, tokens)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return the (examples,) losses in float64."""
+        return losses(self.score(batch), batch)
