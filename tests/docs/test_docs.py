@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 import zotune as zo
+import zotune.llm
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.plan import PlanConfig
@@ -43,6 +44,8 @@ def test_every_public_name_has_an_entry_in_the_api_reference():
     written = "".join(map(text_of, (DOCS / "reference" / "api").glob("*.md")))
     named = set(re.findall(r"^\.\. \w[\w:]*:: zotune\.(\w+)(?!\.)\b", written, re.M))
     assert set(zo.__all__) - {"__version__"} <= named
+    named = set(re.findall(r"^\.\. \w[\w:]*:: zotune\.llm\.(\w+)(?!\.)\b", written, re.M))
+    assert set(zotune.llm.__all__) <= named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
