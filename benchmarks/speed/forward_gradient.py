@@ -155,7 +155,7 @@ def main() -> None:
     models = {name: times(name, options.rounds) for name in TIME_MODELS}
     common = {"dtype": "float32", "tuning": "full", "seed": SEED, "threads": torch.get_num_threads()}
     speed = {"batch_and_length": TIME_SHAPE, "rounds": options.rounds, "models": models}
-    kernels = noise._cpu().__name__
+    kernels = noise.back_end(torch.device("cpu")).name
     write_result("memory-forward-gradient", {**common, "kernels": kernels, "memory": memory, "speed": speed})
 
 

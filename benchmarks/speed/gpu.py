@@ -125,8 +125,7 @@ def main() -> None:
             rows[name] = row_of(lm, options.batch, options.length, options.rounds)
             print(shown(name, rows[name]), flush=True)
             del lm
-    kernels = noise._cpu() if device.type == "cpu" else noise._accelerator(device)
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": kernels.__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(device).name}
     write_result("speed-gpu", {**about, "rows": rows}, options.output)
 
 

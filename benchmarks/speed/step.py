@@ -163,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     tune_malloc(OWN_PAGES_OF_PASSES)
     sides: dict[str, dict[str, Any]] = {}
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(torch.device("cpu")).name}
     for model in options.models:
         for dtype in options.dtypes:
             for batch, length in ((4, 32), (16, 32), (16, 64)):

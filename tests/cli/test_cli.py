@@ -229,7 +229,7 @@ try:
     code = run({[*arguments, "--help"]!r})
 except SystemExit as leaving:
     code = leaving.code
-heavy = {{"torch", "transformers", "peft", "numba", "datasets"}}
+heavy = {{"torch", "transformers", "peft", "datasets"}}
 print("SECONDS", time.perf_counter() - began, "HEAVY", sorted(heavy & set(sys.modules)))
 sys.exit(code)
 """

@@ -4,7 +4,7 @@ A is (m, r), B is (n, r), both of independent entries with mean 0 and variance 1
 E[U_ij U_kl] = Σ_s E[A_is A_ks] E[B_js B_ls] / r, which is 1 where (i, j) = (k, l) and else 0. A product with U is two
 thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is displaced without a displaced weight.
 Source: Chen et al., 2024 (LOZO, arXiv 2410.07698); Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652). The bits of an
-element: `zotune.noise.reference.low_rank`.
+element: `zotune.noise.spec.low_rank`.
 """
 
 from __future__ import annotations

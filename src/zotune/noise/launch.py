@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.noise import eager, reference
+from zotune.noise import spec
 from zotune.noise import triton_kernels as kernels
 
 # Elements of a tile, of a tile of an embedding's row, and of what one program takes from a table.
@@ -54,10 +54,7 @@ def add(
     start: int,
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add`; float64, which no GPU's user asks for, in torch operations."""
-    if x.dtype not in _KINDS:
-        eager.add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
-        return
+    """As `noise.add`."""
     terms = _terms_on(x.device, tuple(seeds), tuple(scales), rounding_seed)
     arguments = _bits(out), _bits(x), start, x.numel(), terms, len(seeds), _signed(tensor_id)
     _launch(kernels.add, x, _tiles(x, start), *arguments, STREAM=stream, **_rounding(x.dtype, rounding_seed))
@@ -67,9 +64,6 @@ def add_both(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
     """As `noise.add_both`."""
-    if x.dtype not in _KINDS:
-        eager.add_both(plus, minus, x, stream, seed, scale, tensor_id, start)
-        return
     terms = _terms_on(x.device, (seed,), (scale,), None)
     arguments = _bits(plus), _bits(minus), _bits(x), start, x.numel(), terms, _signed(tensor_id)
     _launch(kernels.add_both, x, _tiles(x, start), *arguments, STREAM=stream, KIND=_KINDS[x.dtype])
@@ -85,9 +79,6 @@ def add_many(
 ) -> None:
     """As `noise.add_many`: one launch."""
     device, dtype = xs[0].device, xs[0].dtype
-    if dtype not in _KINDS:
-        eager.add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed)
-        return
     spans = tuple((x.data_ptr(), x.numel(), tensor_id) for x, tensor_id in zip(xs, tensor_ids, strict=True))
     table = _chunks_on(device, spans, dtype.itemsize)
     arguments = table, _terms_on(device, tuple(seeds), tuple(scales), rounding_seed), len(seeds)
@@ -98,9 +89,6 @@ def add_many(
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """As `noise.add_rows`."""
-    if rows.dtype not in _KINDS:
-        eager.add_rows(rows, indices, stream, seed, scale, tensor_id)
-        return
     count, width = rows.shape
     terms = _terms_on(rows.device, (seed,), (scale,), None)
     arguments = _bits(rows), indices, width, terms, _signed(tensor_id)
@@ -240,18 +228,18 @@ def _reproduces_the_specification(device: torch.device) -> bool:
     """Both samplers, the mask and both kinds of rounding, on a sample that begins and ends within blocks."""
     seed, tensor_id, start, n = 2**63 + 5, 2**31 + 7, 130, 1500
     out = torch.empty(n, device=device)
-    for stream, specified in ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian)):
+    for stream, specified in ((spec.RADEMACHER, spec.rademacher), (spec.GAUSSIAN, spec.gaussian)):
         fill(out, stream, seed, tensor_id, start)
         if not np.array_equal(out.cpu().numpy(), specified(seed, tensor_id, start, start + n)):
             return False
     y = out.cpu().numpy()
-    random = reference.random16(seed, tensor_id, start, start + n)
+    random = spec.random16(seed, tensor_id, start, start + n)
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
         half = torch.empty(n, dtype=dtype, device=device)
         round_half(half, out, seed, tensor_id, start)
-        expected = reference.round_stochastically(y, random, name)
+        expected = spec.round_stochastically(y, random, name)
         if not np.array_equal(half.view(torch.int16).cpu().numpy().view(np.uint16), expected):
             return False
     mask(out, 1 << 30, seed, tensor_id, start)
-    masked = reference.masked(seed, tensor_id, start, start + n, 1 << 30)
+    masked = spec.masked(seed, tensor_id, start, start + n, 1 << 30)
     return np.array_equal(out.cpu().numpy(), np.where(masked, np.float32(0), y))
