@@ -45,3 +45,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(names)}."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: Python's own, or torch's, which has no class of its own on a CPU.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong option"))
+    (True, False)
+    """
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

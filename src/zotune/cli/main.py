@@ -178,7 +178,7 @@ def _eval(args: list[str], as_json: bool) -> int:
 
 
 def _plan(args: list[str], as_json: bool) -> int:
-    from zotune.cli.plan import PlanConfig
+    from zotune.plan.options import PlanConfig
 
     args = ["--per-device-train-batch-size" if a == "--batch-size" else a for a in args]
     args = [a.replace("--batch-size=", "--per-device-train-batch-size=", a.startswith("--batch-size=")) for a in args]

@@ -1,15 +1,16 @@
-"""What a cell has found so far, and how it stops where it cannot go on."""
+"""The part of a cell's result that is known so far, and the exception that ends a cell early."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zotune.bench.results.records import Chosen, RunRecord, Score, Status, Trial
+from zotune.bench.results.records import Chosen, RunRecord, Score, Trial
 from zotune.bench.run.jobs import Outcome
+from zotune.bench.spec.vocabulary import Status
 
 
-class Stopped(Exception):  # noqa: N818 - not an error of the program: a cell that ended otherwise than well
-    """A cell cannot go on: how it ended, and why."""
+class CellStopped(Exception):  # noqa: N818 - not an error of the program: the cell's result records how it ended
+    """A cell cannot go on; `status` and `message` say how it ended and why."""
 
     def __init__(self, status: Status, message: str) -> None:
         super().__init__(message)
@@ -17,8 +18,8 @@ class Stopped(Exception):  # noqa: N818 - not an error of the program: a cell th
 
 
 @dataclass
-class Found:
-    """The parts of a result, as they come."""
+class PartialResult:
+    """The parts of a cell's result, filled in job by job."""
 
     search: tuple[Trial, ...] = ()
     chosen: Chosen | None = None
@@ -26,7 +27,7 @@ class Found:
     baselines: dict[str, Score] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def add(self, outcome: Outcome) -> None:
-        """A job that made a run has ended well."""
+    def add_run(self, outcome: Outcome) -> None:
+        """Add the run of a job that is done."""
         self.runs.append(RunRecord.model_validate(outcome.found["run"]))
         self.environment = outcome.found["environment"]

@@ -1,8 +1,8 @@
-"""Memory and time of one step, phase by phase, in a process of its own that does nothing else.
+"""Memory and time of one step, measured phase by phase in a process of its own.
 
-Load, forward, backward and update each have their own peak. On a CPU that is resident memory: the kernel's high-water
-mark, set back before each phase, and beside it what a thread saw that looks every 5 ms. On a GPU it is what torch's
-allocator gave out (allocated) and what it holds (reserved); clocks are read when the GPU has finished.
+Load, forward, backward and update each have a peak of their own. On a CPU this is resident memory: the kernel's
+high-water mark, reset before each phase, and the largest sample of a thread that looks every 5 ms. On a GPU it is the
+memory that torch's allocator gave out (allocated) and holds (reserved); times are read after synchronisation.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
-from zotune.plan.workload import Workload, made_up
+from zotune.plan.workload import Workload, synthetic_examples
 from zotune.system.malloc import heap_environment, keep_activations, tune_malloc
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
 INTERVAL = 0.005
-"""Seconds between two looks at resident memory."""
+"""Seconds between two samples of resident memory."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a part of the run took at the most, over all steps.
+    """Peak memory and times of one phase, over all steps.
 
     Attributes:
-        peak: bytes of resident memory by the kernel's high-water mark; on a GPU allocated there.
-        sampled: bytes of resident memory as the sampling thread saw it; less than the peak by what it missed.
+        peak: bytes of resident memory by the kernel's high-water mark; on a GPU, allocated bytes.
+        sampled: largest sample of resident memory, in bytes; it can miss a short peak.
         reserved: bytes that torch's allocator held on the GPU; 0 on a CPU.
-        seconds: one value a step; one in all for the load.
+        seconds: one value for each step; a single value for the load.
     """
 
     peak: int
@@ -61,16 +61,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step of a workload as it was measured.
+    """The measurement of one step of a workload.
 
     Attributes:
-        options: all of them, resolved.
+        options: all options of the workload.
         baseline: bytes of the process with its libraries and without a model; 0 on a GPU.
-        phases: load, forward, backward, update; those there are. The update of `zo_sgd_cons` holds its last probes, the
-            forward phase of a hybrid also its probes.
-        step_seconds: of each step after the first, which warms up.
-        loss: of the last step.
-        num_threads: of torch.
+        phases: the phases of the step by name: load, forward, backward, update. The update of `zo_sgd_cons` includes
+            its last probes, the forward phase of a hybrid includes its probes.
+        step_seconds: seconds of each step after the first, which is a warm-up.
+        loss: loss of the last step.
+        num_threads: number of torch's threads.
+        environment: versions and machine.
     """
 
     options: dict[str, Any]
@@ -83,12 +84,12 @@ class Measurement:
 
     @property
     def peak(self) -> int:
-        """Bytes at the most, over all phases."""
+        """Peak bytes over all phases."""
         return max(phase.peak for phase in self.phases.values())
 
     @property
     def over_baseline(self) -> int:
-        """Bytes at the most that the run added to the process."""
+        """Peak bytes minus the baseline."""
         return self.peak - self.baseline
 
     @property
@@ -98,72 +99,72 @@ class Measurement:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Quartiles of the time of a step; both the same where it was one."""
+        """Quartiles of the time of a step; both are equal if a single step was timed."""
         if len(self.step_seconds) < 2:
             return self.seconds, self.seconds
         low, _, high = statistics.quantiles(self.step_seconds, n=4, method="inclusive")
         return low, high
 
     def to_json(self) -> dict[str, Any]:
-        """As one JSON object, with what follows from the rest."""
+        """The measurement with its derived numbers as a JSON object."""
         derived = {"peak": self.peak, "over_baseline": self.over_baseline, "seconds": self.seconds}
         return {**asdict(self), **derived, "spread": self.spread}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Measurement:
-        """What `to_json` gave, after a way through text."""
-        own = {f.name: found[f.name] for f in fields(cls)}
-        own["phases"] = {name: Phase(**{**p, "seconds": tuple(p["seconds"])}) for name, p in own["phases"].items()}
-        return cls(**{**own, "step_seconds": tuple(own["step_seconds"])})
+    def from_json(cls, values: dict[str, Any]) -> Measurement:
+        """The measurement from the JSON object of `to_json`."""
+        parts = {f.name: values[f.name] for f in fields(cls)}
+        parts["phases"] = {name: Phase(**{**p, "seconds": tuple(p["seconds"])}) for name, p in parts["phases"].items()}
+        return cls(**{**parts, "step_seconds": tuple(parts["step_seconds"])})
 
 
 def measure(options: dict[str, Any], *, num_steps: int = 2) -> Measurement:
-    """Run a workload for some steps in a fresh process.
+    """Run a workload for some steps in a fresh process and measure it.
 
     Args:
-        options: those of `zotune.plan.workload.Workload`; the others have its defaults.
-        num_steps: steps to time, at least 1, after one that warms up. Memory is that of all.
+        options: options of `zotune.plan.workload.Workload`; missing ones have their defaults.
+        num_steps: steps to time, at least 1, after one warm-up step. Memory is measured over all steps.
 
     Raises:
         UsageError: an option is unknown or out of range.
-        RunError: the process failed, for instance for want of memory; the message is its own last line.
+        RunError: the process failed, for instance out of memory; the message is the last line that it printed.
     """
     workload = validate(Workload, options, "measure")
     if num_steps < 1:
-        raise ValueError(f"num_steps is how many steps are timed, at least 1, got {num_steps}")
-    command = [sys.executable, "-m", "zotune.bench.measure.process_memory", workload.model_dump_json(), str(num_steps)]
+        raise ValueError(f"num_steps, the number of timed steps, must be at least 1, got {num_steps}")
+    command = [sys.executable, "-m", "zotune.plan.process_memory", workload.model_dump_json(), str(num_steps)]
     with_heap = {**os.environ, **heap_environment()}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=with_heap)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
-        raise RunError(f"the measuring process of {workload.model} failed: {said[0]}")
+        reason = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
+        raise RunError(f"the measuring process of {workload.model} failed: {reason[0]}")
     return Measurement.from_json(json.loads(done.stdout.splitlines()[-1]))
 
 
 class Recorder:
-    """Peaks and times of phases, kept as they come. A context: its thread looks at the memory while it is active."""
+    """A context that records peaks and times of phases; a thread samples the memory while it is active."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda, self._device = device.type == "cuda", device
-        self._phase, self._began = "", 0.0
-        self._over = threading.Event()
+        self._phase, self._start = "", 0.0
+        self._stopped = threading.Event()
         self._sampled: dict[str, int] = {}
         self._peak: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
         self._seconds: dict[str, list[float]] = {}
         self._now: dict[str, float] = {}
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Recorder:
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def enter(self, phase: str) -> None:
-        """A phase begins, and the one before it is over. An empty name is none."""
+        """End the present phase and start another; an empty name starts none."""
         now = self._clock()
         if self._phase:
             self._close(now)
@@ -171,17 +172,17 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
             forget_peak()
-        self._phase, self._began = phase, self._clock()
+        self._phase, self._start = phase, self._clock()
 
     def finish(self) -> None:
-        """A step (or the load) is over: each phase has one more time, the sum of its parts."""
+        """End a step (or the load): each phase gets one more time, the sum of its parts in the step."""
         self.enter("")
         for name, seconds in self._now.items():
             self._seconds.setdefault(name, []).append(seconds)
         self._now = {}
 
     def phases(self) -> dict[str, Phase]:
-        """What was seen in what is finished."""
+        """The peaks and times of the finished steps by phase."""
         return {
             name: Phase(self._peak[name], self._sampled.get(name, 0), self._reserved[name], tuple(seconds))
             for name, seconds in self._seconds.items()
@@ -189,32 +190,32 @@ class Recorder:
 
     def _close(self, now: float) -> None:
         name = self._phase
-        self._now[name] = self._now.get(name, 0.0) + now - self._began
+        self._now[name] = self._now.get(name, 0.0) + now - self._start
         self._peak[name] = max(self._peak.get(name, 0), peak_memory(self._device))
-        held = torch.cuda.max_memory_reserved(self._device) if self._is_cuda else 0
-        self._reserved[name] = max(self._reserved.get(name, 0), held)
+        reserved = torch.cuda.max_memory_reserved(self._device) if self._is_cuda else 0
+        self._reserved[name] = max(self._reserved.get(name, 0), reserved)
 
     def _clock(self) -> float:
         if self._is_cuda:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def _watch(self) -> None:
-        while not self._over.wait(INTERVAL):
+    def _sample(self) -> None:
+        while not self._stopped.wait(INTERVAL):
             phase = self._phase
             self._sampled[phase] = max(self._sampled.get(phase, 0), resident_memory())
 
 
-def take(workload: Workload, num_steps: int) -> Measurement:
-    """The measurement, of this process: it should be fresh."""
+def measure_here(workload: Workload, num_steps: int) -> Measurement:
+    """Measure a workload in this process, which should be fresh."""
     tune_malloc()
-    _start_libraries(workload)
-    tune_malloc()  # again, for that step's passes had settings of their own
+    _warm_up_libraries(workload)
+    tune_malloc()  # again, since the passes of that step changed the settings
     device = find_device(workload.device)
     with Recorder(device) as recorder:
         baseline = 0 if device.type == "cuda" else resident_memory()
         recorder.enter("load")
-        step = prepared(workload)
+        step = prepare_step(workload)
         recorder.finish()
         for _ in range(1 + num_steps):
             loss = step(recorder)
@@ -232,21 +233,21 @@ def take(workload: Workload, num_steps: int) -> Measurement:
     )
 
 
-def _start_libraries(workload: Workload) -> None:
-    """A step of a tiny model by the same method, so that what libraries take once is there: it is not the model's."""
+def _warm_up_libraries(workload: Workload) -> None:
+    """Take a step of a tiny model by the same method, so that the baseline has what libraries allocate once."""
     tiny = {"model": "random:opt-tiny", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     tiny |= {"length": 8, "hybrid_layers": None, "hybrid_method": "fo_sgd", "hybrid_tied": None, "tuned_layers": None}
     with Recorder(torch.device("cpu")) as recorder:
-        prepared(workload.model_copy(update={**tiny, "tuning": "lora", "lora_target_modules": ()}))(recorder)
+        prepare_step(workload.model_copy(update={**tiny, "tuning": "lora", "lora_target_modules": ()}))(recorder)
     gc.collect()
 
 
-def prepared(workload: Workload) -> Callable[[Recorder], float]:
-    """The model as a run has it before its first step; what takes a step of it, and gives the loss."""
+def prepare_step(workload: Workload) -> Callable[[Recorder], float]:
+    """Load the model as a run does; return a function that takes one step and returns the loss."""
     lm = load(workload, seed=workload.seed)
     prepare_tuning(lm, workload)
-    _read(lm.module)
-    examples, objective = made_up(workload, lm), OBJECTIVES[workload.objective]
+    _touch_pages(lm.module)
+    examples, objective = synthetic_examples(workload, lm), OBJECTIVES[workload.objective]
     closure = partial(candidate_loss, lm, objective, lm.score)
     optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()))
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
@@ -262,21 +263,21 @@ def prepared(workload: Workload) -> Callable[[Recorder], float]:
     return lambda recorder: _first_order_step(optimizer, parts, recorder)
 
 
-def _read(module: nn.Module) -> None:
-    """Have all pages of a mapped file in memory: a few made-up rows do not look up what a run comes to look up."""
+def _touch_pages(module: nn.Module) -> None:
+    """Read all pages of memory-mapped weights, since a few synthetic rows read only a part of the embedding."""
     for p in module.parameters():
         if p.device.type == "cpu" and type(p.data) is Tensor and p.is_contiguous():
             p.detach().view(-1).view(torch.uint8)[::1024].sum()
 
 
 def _marked(closure: Batched, recorder: Recorder) -> Batched:
-    """The same objective; a forward phase while it is computed, and what follows is what it was computed for."""
+    """The objective with marks for the recorder: computing it is the forward phase; backward or update follows."""
 
     def values(copies: int) -> Tensor:
         recorder.enter("forward")
-        found = closure.values(copies)
-        recorder.enter("backward" if found.requires_grad else "update")
-        return found
+        losses = closure.values(copies)
+        recorder.enter("backward" if losses.requires_grad else "update")
+        return losses
 
     return Batched(values, closure.most)
 
@@ -296,7 +297,7 @@ def _first_order_step(optimizer: torch.optim.Optimizer, parts: Sequence[Batched]
 if __name__ == "__main__":
     _, options, count = sys.argv
     try:
-        found = take(validate(Workload, json.loads(options), "measure"), int(count)).to_json()
+        measurement = measure_here(validate(Workload, json.loads(options), "measure"), int(count)).to_json()
     except ZotuneError as error:
         sys.exit(str(error))
-    print(json.dumps(found))  # noqa: T201
+    print(json.dumps(measurement))  # noqa: T201

@@ -1,4 +1,4 @@
-"""The options of `zotune plan`: a workload as `zotune train` names it, for several methods at once, and a limit."""
+"""The options of `zotune plan`: a workload with the option names of `zotune train`, several methods, and a limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zotune.plan.workload import Workload
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 _FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
-# Options that only some methods use: they are left out of the others' workloads.
+# Options that only some methods use; they are left out of the workloads of other methods.
 _OF_METHODS = {
     "window": ("zo_sgd_mmt", "zo_adam"),
     "gradient_checkpointing": FIRST_ORDER,
@@ -26,27 +26,27 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b", re.IGNORECASE)
 
 
 def memory_bytes(text: str) -> int:
-    """A size in words as bytes. Units are powers of 1024, as of GPUs and in the paper: 1 GB is 1 GiB is 2³⁰ bytes.
+    """Parse a size such as 24GB into bytes. Units are powers of 1024, as for GPUs and in the paper: 1 GB is 2³⁰ bytes.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a size.
 
     >>> memory_bytes("24GB"), memory_bytes("1.5 MiB")
     (25769803776, 1572864)
     """
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or not float(found[1]):
+    size = _SIZE.fullmatch(text.strip())
+    if size is None or not float(size[1]):
         raise ValueError(f"memory is a number above 0 and a unit, as in 24GB or 512MiB, not {text!r}")
-    return int(float(found[1]) * 1024 ** "_kmgt".index(found[2].lower() or "_"))
+    return int(float(size[1]) * 1024 ** "_kmgt".index(size[2].lower() or "_"))
 
 
 def _as_in_training(name: str) -> Any:
-    """A field of the workload, with its default and description."""
+    """A field of the workload with its default and description."""
     return Workload.model_fields[name]
 
 
 class PlanConfig(ModelOptions, TuningOptions):
-    """Foretell the memory of each method from the architecture alone: will it fit, and with which batch?"""
+    """Predict the memory of each method from the architecture alone: does it fit, and with which batch?"""
 
     method: str | None = Field(
         None, description="One method or several as zo_sgd fo_adam or zo_sgd,fo_adam (see `methods`); default: all."
@@ -54,10 +54,14 @@ class PlanConfig(ModelOptions, TuningOptions):
     per_device_train_batch_size: int = _as_in_training("per_device_train_batch_size")
     length: int = _as_in_training("length")
     objective: Literal["classification", "teacher_forcing"] = _as_in_training("objective")
-    memory: str | None = Field(None, description="What there is, as 24GB: say what fits, and the largest that does.")
-    largest: Literal["batch", "length"] = Field("batch", description="With memory: which of both to enlarge.")
+    memory: str | None = Field(
+        None, description="Available memory, as 24GB; shows which methods fit, and the largest batch or length."
+    )
+    largest: Literal["batch", "length"] = Field(
+        "batch", description="With memory: search the largest batch, or the largest length."
+    )
     calibrate: bool = Field(
-        False, description="Also the seconds of a step, measured with the weights: some steps of each method."
+        False, description="Also measure the seconds of a step, by running some steps of each method with the weights."
     )
     gradient_accumulation_steps: int = _as_in_training("gradient_accumulation_steps")
     gradient_checkpointing: bool = _as_in_training("gradient_checkpointing")
@@ -92,24 +96,24 @@ class PlanConfig(ModelOptions, TuningOptions):
             if is_set and not set(users) & set(self.methods):
                 raise ValueError(f"{option} has no effect on {' or '.join(self.methods)}; it is for {', '.join(users)}")
         if self.largest == "length" and self.memory is None:
-            raise ValueError("largest has no effect without memory")
+            raise ValueError("largest has no effect without memory; give memory a size, as 24GB")
         return self
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Those that are asked for, each once."""
+        """The chosen methods without duplicates, by default all."""
         return tuple(dict.fromkeys(_names(self.method))) or METHOD_NAMES
 
     @property
     def limit(self) -> int | None:
-        """Bytes that there are."""
+        """Available bytes; None without `memory`."""
         return None if self.memory is None else memory_bytes(self.memory)
 
     def values_of(self, method: str) -> dict[str, Any]:
-        """The options of the workload that this method would have."""
+        """The options of a method's workload."""
         values = {name: getattr(self, name) for name in type(self).model_fields if name in Workload.model_fields}
-        kept = {name: v for name, v in values.items() if method in _OF_METHODS.get(name, METHOD_NAMES)}
-        return {**kept, "method": method}
+        used = {name: v for name, v in values.items() if method in _OF_METHODS.get(name, METHOD_NAMES)}
+        return {**used, "method": method}
 
 
 def _names(text: str | None) -> list[str]:
