@@ -1,4 +1,4 @@
-"""Write docs/benchmark/results.md from the results in benchmarks/results/bench/cpu; a test checks that the page is current.
+"""Write docs/benchmark/results.md from the results in benchmarks/results/bench/cpu; a test holds the page to it.
 
 python benchmarks/results_page.py > docs/benchmark/results.md
 """
