@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.schema import CellSpec
-from zotune.bench.spec.vocabulary import SCALES, Scale
+from zotune.bench.spec.vocabulary import SCALES, Alike, Scale
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
 from zotune.llm.training.signals import signal_handler
@@ -30,6 +32,7 @@ examples:
   zotune bench run table2 table6 --only 'table2/zo_sgd--*' --dry-run
   zotune bench run my-table.toml --scale cpu
   zotune bench status --scale cpu
+  zotune bench verify --scale cpu --jobs 2
   zotune bench report --scale cpu
   zotune bench report --run runs/sst2
 """
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (
         add("run", _run, "run what is not done; what failed or is stale is run again"),
         add("status", _status, "which cells are done, failed, stale or missing"),
+        add("verify", _verify, "run one job of each kind of stale results again; accept those of a kind that agrees"),
     ):
         command.add_argument("names", nargs="*", metavar="NAME", help="experiments, or TOML files; default: all")
         command.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu")
@@ -74,11 +78,24 @@ def _parser() -> argparse.ArgumentParser:
     reporting.add_argument("--output", type=Path, metavar="FOLDER", help="default: RESULTS/report-SCALE")
     reporting.add_argument("--run", dest="folder", type=Path, metavar="FOLDER", help="the page of one run instead")
     running = commands.choices["run"]
-    running.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
-    running.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
-    running.add_argument("--gpus-per-job", type=float, default=0.0, help="with ray: GPUs that each job takes")
     running.add_argument("--keep-stale", action="store_true", help="leave results of other code or config as they are")
-    running.add_argument("--dry-run", action="store_true", help="list the cells, run nothing")
+    commands.choices["verify"].add_argument(
+        "--alike",
+        choices=get_args(Alike),
+        default="options",
+        help="what makes a kind: all options but for amounts (default), or the method and what is tuned alone",
+    )
+    commands.choices["verify"].add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="compare with what the code in this checkout of the results' commit finds here, not with the results",
+    )
+    for command in (running, commands.choices["verify"]):
+        command.add_argument("--jobs", type=_count, default=1, help="cells at a time; processors are shared among them")
+        command.add_argument("--executor", choices=("local", "ray"), default="local", help="where jobs run")
+        command.add_argument("--gpus-per-job", type=float, default=0.0, help="with ray: GPUs that each job takes")
+        command.add_argument("--dry-run", action="store_true", help="list the cells, run nothing")
     return parser
 
 
@@ -193,6 +210,67 @@ def _run(args: argparse.Namespace) -> Answer:
     text = f"{len(states) - len(bad)} of {len(specs)} cells done in {args.results}"
     text += "".join(f"\n{path}: {state}" for path, state in bad.items())
     return {"states": states}, text, 128 + signals[0] if signals else int(bool(bad))
+
+
+def _verify(args: argparse.Namespace) -> Answer:
+    from zotune.bench.run.progress import Progress
+    from zotune.bench.run.verify import grouped, stale_of, verify
+
+    specs = [s for some in chosen_cells(args.names, args.scale, args.only, args.data_source).values() for s in some]
+    found, left = stale_of(args.results, specs, None if args.against is None else _commit_of(args.against))
+    unfit = len(left)
+    groups = grouped(found, args.alike)
+    rows = [(group, [one.spec.path for one in group.members]) for group in groups]
+    if args.dry_run:
+        lines = [f"{group.name}: {len(paths)} stale, by {paths[0]}" for group, paths in rows]
+        seconds = sum(group.cheapest.seconds for group in groups) / args.jobs
+        lines.append(f"{len(groups)} kinds of {len(found)} stale results, some {clock(seconds)}")
+        listed = [{"kind": group.name, "by": paths[0], "results": paths} for group, paths in rows]
+        return {"kinds": listed, "left": left}, "\n".join([*lines, *_reasons(left)]), 0
+    stop = threading.Event()
+    minutes = {group.cheapest.spec.path: group.cheapest.seconds / 60 for group in groups}
+    with stopped_by_signals(stop) as signals, Progress(minutes, args.jobs) as display:
+        verdicts = verify(args.results, groups, _slots_of_both(args, stop), stop, display)
+    kinds = [verdict.to_json() for verdict in verdicts]
+    left |= {path: reason for verdict in verdicts for path, reason in verdict.left.items()}
+    lines = [str(verdict) for verdict in verdicts]
+    accepted, stale = sum(len(verdict.accepted) for verdict in verdicts), len(found) + unfit
+    text = "\n".join([*lines, *_reasons(left), f"{accepted} of {stale} stale results accepted in {args.results}"])
+    return {"kinds": kinds, "left": left}, text, 128 + signals[0] if signals else int(accepted < stale)
+
+
+def _commit_of(checkout: Path) -> str:
+    """The commit of another checkout of this package.
+
+    Raises:
+        UsageError: it is none, or was changed.
+    """
+    from zotune.bench.run.content_key import PACKAGE
+    from zotune.bench.run.runner import commit
+
+    package = checkout / "src" / PACKAGE.name
+    found = commit(package) if package.is_dir() else "unknown"
+    if found == "unknown" or found.endswith("+"):
+        why = "was changed" if found.endswith("+") else "is no checkout"
+        raise UsageError(f"--against takes a checkout of the commit that results are of, and {checkout} {why}.")
+    return found
+
+
+def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tuple[Any, Any]]:
+    """For each job that runs at a time an executor of today's code, and with `--against` one of that checkout's."""
+    slots = _slots(args, stop)
+    if args.against is None:
+        return [(slot, None) for slot in slots]
+    if args.executor != "local":
+        raise UsageError("--against runs on this machine alone; leave --executor out.")
+    source = (args.against / "src").resolve()
+    worker = next(iter(sorted(source.glob("*/bench/**/worker.py")))).relative_to(source).with_suffix("")
+    command = (sys.executable, "-m", ".".join(worker.parts))
+    return [(slot, replace(slot, command=command, source=source)) for slot in slots]
+
+
+def _reasons(left: Mapping[str, str]) -> list[str]:
+    return [f"{path} is left stale: {reason}" for path, reason in left.items()]
 
 
 def _report(args: argparse.Namespace) -> Answer:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from zotune.noise import spec
 
+# The benchmark's content keys of results of a CPU leave out this module.
+COUNTS_FOR_RESULTS = "on cuda"
 FLOAT, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(spec.RADEMACHER), tl.constexpr(spec.GAUSSIAN)
 _ROUNDING, _MASK = tl.constexpr(spec.ROUNDING), tl.constexpr(spec.MASK)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from zotune.bench.spec.vocabulary import Coordinate, Kind, Record, Scale, Status
+from zotune.bench.spec.vocabulary import Alike, Coordinate, Kind, Record, Scale, Status
 from zotune.errors import UsageError
 
 Number = float | None
@@ -120,6 +120,24 @@ class RunRecord(Record):
     phases: dict[str, dict[str, Number]] = Field(default_factory=dict)
 
 
+class Verified(Record):
+    """A result of other code was accepted as one of today's, because a job like its own gave the same numbers again.
+
+    Attributes:
+        key_before: the key that the result had.
+        by: the cell whose job was run again, `EXPERIMENT/CELL`.
+        alike: by what it was like that cell: all options but for amounts, or the method and what is tuned.
+        commit, environment, time: of that job.
+    """
+
+    key_before: str
+    by: str
+    alike: Alike = "options"
+    commit: str = "unknown"
+    environment: dict[str, str] = Field(default_factory=dict)
+    time: str = ""
+
+
 class CellResult(Record):
     """The complete result of a cell.
 
@@ -135,6 +153,7 @@ class CellResult(Record):
         baselines: `zero_shot` and `majority`, for cells of kind accuracy.
         commit: commit of the code, "unknown" outside a checkout.
         time: end of the cell, UTC.
+        verified: how the result came to have another key than it was recorded with; the latest entry is last.
     """
 
     experiment: str
@@ -153,6 +172,7 @@ class CellResult(Record):
     environment: dict[str, str] = Field(default_factory=dict)
     commit: str = "unknown"
     time: str = ""
+    verified: tuple[Verified, ...] = ()
 
 
 def result_path(results: Path, scale: str, experiment: str, cell: str) -> Path:

@@ -60,7 +60,7 @@ def _baselines(spec: CellSpec, execute: Callable[[Job], Outcome], result: Partia
         return {}
     options = {name: spec.options[name] for name in _SHARED if name in spec.options}
     options["per_device_eval_batch_size"] = spec.options.get("per_device_eval_batch_size", 32)
-    outcome = execute(Job("evaluate", options, spec.limits))
+    outcome = execute(Job("evaluate", options, spec.limits, "baseline"))
     if outcome.status != "done":
         raise CellStopped(outcome.status, f"zero-shot: {outcome.message}")
     result.environment = outcome.found["environment"]
@@ -99,7 +99,7 @@ def _trial(point: Point, options: dict[str, Any], spec: CellSpec, execute: Calla
     steps = max(1, round(plan.steps * options.get("max_steps", TrainConfig.model_fields["max_steps"].default)))
     at = {k: v for k, v in point._asdict().items() if v is not None}
     short = {**options, **at, "max_steps": steps, "num_eval": 0, "seed": plan.seed}
-    outcome = execute(Job("train", short, spec.limits))
+    outcome = execute(Job("train", short, spec.limits, "trial"))
     trial = Trial(**point._asdict(), seed=plan.seed, status=outcome.status, message=outcome.message)
     if outcome.status != "done":
         return trial
@@ -131,7 +131,7 @@ def _fitting_batch(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[st
     for size in spec.budget.batch_sizes or (config.per_device_train_batch_size,):
         batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, examples // size)}
         few = {"learning_rate": rate, "max_steps": _STEPS_OF_A_PROBE, "num_eval": 0, "seed": spec.search.seed}
-        outcome = execute(Job("train", {**spec.options, **batch, **few}, spec.limits))
+        outcome = execute(Job("train", {**spec.options, **batch, **few}, spec.limits, "probe"))
         if outcome.status not in ("done", "out_of_memory"):
             raise CellStopped(outcome.status, f"batch size {size}: {outcome.message}")
         mib = outcome.found["run"]["peak_memory"] / 2**20 if outcome.status == "done" else math.inf

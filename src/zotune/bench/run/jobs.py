@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zotune.bench.run.content_key import key_of
 from zotune.bench.spec.schema import Limits
@@ -24,6 +24,8 @@ from zotune.bench.spec.vocabulary import Status
 
 # The folder of cached outcomes and of files of jobs in progress, below a scale's results; it holds no results.
 JOBS = ".jobs"
+# A full run, one a seed; a trial of the search; some steps that show whether a batch fits; the untuned model.
+Role = Literal["run", "trial", "probe", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class Job:
         does: name of the work: train, evaluate, estimate or step.
         options: JSON values; everything that the outcome depends on.
         limits: time and memory, on which the outcome does not depend.
+        role: purpose of the job in its cell, on which the outcome does not depend.
+        environment: environment variables of the job's process, such as the number of threads.
     """
 
     does: str
     options: dict[str, Any]
     limits: Limits = field(default_factory=Limits)
+    role: Role = field(default="run", compare=False)
+    environment: dict[str, str] = field(default_factory=dict, compare=False)
 
     @cached_property
     def key(self) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from zotune.bench.run.content_key import PACKAGE
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.system.malloc import heap_environment
 
@@ -36,11 +37,13 @@ class Process:
         stopped: returns whether the runner is stopping.
         environment: environment variables for the worker besides the runner's own.
         command: command line of the worker.
+        source: folder of another checkout's packages, whose code is run; without it the worker refuses other code.
     """
 
     stopped: Callable[[], bool]
     environment: Mapping[str, str]
     command: tuple[str, ...] = (sys.executable, "-m", "zotune.bench.run.worker")
+    source: Path | None = None
 
     def __call__(self, job: Job, folder: Path) -> Outcome:
         """Run a job in `folder`.
@@ -51,19 +54,19 @@ class Process:
         found, log = folder / "found.json", folder / "log.txt"
         found.unlink(missing_ok=True)
         with log.open("ab") as output:
-            worker = self._start(output)
+            worker = self._start(output, job.environment)
             try:
                 assert worker.stdin is not None
-                of_job = {"does": job.does, "options": job.options, "key": job.key}
+                of_job = {"does": job.does, "options": job.options, **({} if self.source else {"key": job.key})}
                 _send(worker.stdin, json.dumps({**of_job, "folder": str(folder), "gib": job.limits.gib}) + "\n")
                 over = self._watch(worker, job)
             finally:
                 _end(worker)
         return over or _outcome(worker.returncode, found, log)
 
-    def _start(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _start(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # The worker imports the same package as this process, installed or not.
-        source = str(Path(__file__).parents[3])
+        source = str(self.source or PACKAGE.parent)
         path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             self.command,
@@ -71,7 +74,7 @@ class Process:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment},
+            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment, **environment},
         )
 
     def _watch(self, worker: subprocess.Popen[bytes], job: Job) -> Outcome | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from zotune.bench.results.records import CellResult, read_result, result_path, write_result
-from zotune.bench.run.content_key import key_of
+from zotune.bench.run.content_key import PACKAGE, key_of
 from zotune.bench.run.jobs import JOBS, Executor, Store, locked
 from zotune.bench.run.partial_result import CellStopped, PartialResult
 from zotune.bench.spec.schema import CellSpec
@@ -40,6 +40,11 @@ def state_of(results: Path, spec: CellSpec) -> State:
     if result is None:
         return "missing"
     return "stale" if result.key != key_of_cell(spec) else result.status
+
+
+def lock_of(results: Path, spec: CellSpec) -> Path:
+    """The file whose lock whoever writes a cell's result holds."""
+    return results / spec.scale / JOBS / f"{spec.experiment}--{spec.name}.lock"
 
 
 def find_cell(spec: CellSpec, store: Store) -> CellResult:
@@ -140,8 +145,7 @@ class Runner:
 
     def _one(self, spec: CellSpec, slot: Executor) -> State | None:
         """Run a cell unless it is done; None if another runner holds its lock."""
-        scale = self.results / spec.scale
-        with locked(scale / JOBS / f"{spec.experiment}--{spec.name}.lock") as is_mine:
+        with locked(lock_of(self.results, spec)) as is_mine:
             if not is_mine():
                 return None
             state = state_of(self.results, spec)
@@ -149,7 +153,7 @@ class Runner:
                 self._show(lambda: self.display.ended(spec, state, ""))
                 return state
             self._show(lambda: self.display.began(spec))
-            result = find_cell(spec, Store(scale, slot, self.stop.is_set))
+            result = find_cell(spec, Store(self.results / spec.scale, slot, self.stop.is_set))
             write_result(self.results, result)
             self._show(lambda: self.display.ended(spec, result.status, result.message))
             return result.status
@@ -160,17 +164,16 @@ class Runner:
 
 
 @cache
-def commit() -> str:
-    """The commit of the code, with a + if the code has uncommitted changes; "unknown" outside a checkout."""
-    here = Path(__file__).parent
+def commit(package: Path = PACKAGE) -> str:
+    """The commit of a package's code, with a + if it has uncommitted changes; "unknown" outside a checkout."""
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
-    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', str(here.parents[1])) else ''}"
+    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', '.') else ''}"

@@ -14,6 +14,8 @@ Kind = Literal["accuracy", "memory", "time", "theory", "quality"]
 Status = Literal["done", "failed", "timed_out", "out_of_memory"]
 # Status of a cell's stored result, or why there is none that is current.
 State = Literal["missing", "done", "stale", "failed", "timed_out", "out_of_memory"]
+# Results that `zotune bench verify` takes for one kind, of which one stands for all.
+Alike = Literal["options", "method"]
 Coordinate = str | int | float
 
 _AMOUNTS = frozenset({"num_forwards", "num_tokens", "seconds", "peak_memory"})
