@@ -30,12 +30,12 @@ def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
         array_of(out)[:] = nearest(moved, x.dtype) if x.dtype in NAMES else moved
 
 
-def add_both(plus, minus, x, stream, seed, scale, tensor_id, start):
+def axpy_pair(plus, minus, x, stream, seed, scale, tensor_id, start):
     for out, a in ((plus, scale), (minus, -scale)):
         add(out, x, stream, [seed], [a], tensor_id, start, None)
 
 
-def add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed):
+def foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed):
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 

@@ -129,12 +129,12 @@ def test_add_keeps_the_sign_of_zero_alike_on_every_path(dtype, rounding_seed):
 @each_dtype
 @each_stream
 @pytest.mark.parametrize("rounding_seed", [None, 99], ids=["nearest", "stochastic"])
-def test_add_many_equals_add_for_each(dtype, stream, rounding_seed):
+def test_foreach_axpy_equals_add_for_each(dtype, stream, rounding_seed):
     xs = [torch.randn(n).to(dtype) for n in (1, 770, 70_001, 5)]
     expected = [x.clone() for x in xs]
     for tensor_id, x in enumerate(expected):
         noise.add(x, x, stream, (SEED, 3), (0.5, -2.0), TENSOR + tensor_id, 0, rounding_seed)
-    noise.add_many(xs, [TENSOR + k for k in range(4)], stream, (SEED, 3), (0.5, -2.0), rounding_seed)
+    noise.foreach_axpy_(xs, [TENSOR + k for k in range(4)], stream, (SEED, 3), (0.5, -2.0), rounding_seed)
     for x, y in zip(xs, expected, strict=True):
         assert torch.equal(bits(x), bits(y))
 

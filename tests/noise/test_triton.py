@@ -188,12 +188,12 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @each_stream
 @pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])
-def test_add_both_gives_the_bits_of_two_adds(dtype, stream, start, scale):
+def test_axpy_pair_gives_the_bits_of_two_adds(dtype, stream, start, scale):
     x = numbers(1500, dtype)
     x[::9], x[1::9] = 0.0, -0.0
-    for add_both, add in ((noise.add_both, noise.add), (eager.add_both, lambda *given: eager.add(*given, None))):
+    for axpy_pair, add in ((noise.axpy_pair, noise.add), (eager.axpy_pair, lambda *given: eager.add(*given, None))):
         plus, minus, expected = (torch.full_like(x, torch.nan) for _ in range(3))
-        add_both(plus, minus, x, stream, SEED, scale, TENSOR, start)
+        axpy_pair(plus, minus, x, stream, SEED, scale, TENSOR, start)
         for out, a in ((plus, scale), (minus, -scale)):
             add(expected, x, stream, [SEED], [a], TENSOR, start)
             assert torch.equal(bits(out), bits(expected))
@@ -250,8 +250,8 @@ def test_many_tensors_are_moved_in_one_launch_and_nothing_beside_them(
         moved[x.storage_offset() : x.storage_offset() + x.numel()] = True
         expected.append(plain_add(x, stream, [3, SEED], [0.1, -0.02], 0, rounding_seed, tensor))
     launch._cached_chunks.cache_clear()
-    noise.add_many(xs, ids, stream, [3, SEED], [0.1, -0.02], rounding_seed)
-    assert [name for name, *_ in launches] == ["add_many"]
+    noise.foreach_axpy_(xs, ids, stream, [3, SEED], [0.1, -0.02], rounding_seed)
+    assert [name for name, *_ in launches] == ["foreach_axpy_"]
     assert launches[0][2]["ALIGNED"] == (shift == 0)
     for x, y in zip(xs, expected, strict=True):
         assert torch.equal(bits(x), bits(y))
@@ -339,7 +339,7 @@ def test_an_update_is_one_launch_its_table_is_made_once_and_steps_differ_in_data
         updates.append((name, q, terms.shape, constants, terms.tolist()))
         tables.add(id(table))
     assert len(tables) == 1
-    assert all(update[:4] == ("add_many", 1, (3,), updates[0][3]) for update in updates)
+    assert all(update[:4] == ("foreach_axpy_", 1, (3,), updates[0][3]) for update in updates)
     assert len({tuple(update[4]) for update in updates}) == 3
 
 
@@ -350,7 +350,7 @@ def test_tensors_of_different_dtypes_or_rates_take_a_launch_each(launches):
     opt = zo.ZerothOrder(model, lr=0.05, params=groups)
     before = copy.deepcopy(model)
     opt.replay_step(record(opt))
-    assert [name for name, *_ in launches] == ["add_many"] * 3
+    assert [name for name, *_ in launches] == ["foreach_axpy_"] * 3
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert moved == ["gain", "up.weight", "up.bias", "down.weight", "down.bias"]
 
@@ -415,10 +415,10 @@ jit.JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: found.append(
 def step(seed, scale, tensor):
     half, single = torch.zeros(8192, dtype=torch.float16), torch.zeros(8192)
     launch.add(half, half, 1, [seed], [scale], tensor, 0, None)
-    launch.add_both(half, half, half, 1, seed, scale, tensor, 0)
+    launch.axpy_pair(half, half, half, 1, seed, scale, tensor, 0)
     launch.add_rows(half.view(8, 1024), torch.arange(8), 2, seed, scale, tensor)
-    launch.add_many([half, half[16:]], [tensor, 1], 2, [seed] * 3, [scale] * 3, seed)
-    launch.add_many([single, single[16:]], [tensor, 1], 1, [seed], [scale], None)
+    launch.foreach_axpy_([half, half[16:]], [tensor, 1], 2, [seed] * 3, [scale] * 3, seed)
+    launch.foreach_axpy_([single, single[16:]], [tensor, 1], 1, [seed], [scale], None)
     launch.fill(single, 1, seed, tensor, 2**33)
     launch.mask(single, 2**31, seed, tensor, 4096)
     launch.round_half(half.bfloat16(), single, seed, tensor, 0)

@@ -61,8 +61,8 @@ def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Ten
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
     """
-    if noise.adds_thin(out, x):
-        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
+    if noise.has_low_rank_matmul_add(out, x):
+        noise.low_rank_matmul_add_(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
         return
     if biases is not None:
         out.view(len(factors), -1, out.shape[-1]).add_(biases[:, None])

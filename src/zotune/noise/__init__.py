@@ -54,14 +54,14 @@ def add(
     _kernels("add", x).add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int = 0
 ) -> None:
     """Write x + scale · u and x - scale · u, to the bits of `add`; x is read and u is made but once."""
-    _kernels("add_both", x).add_both(plus, minus, x, stream, seed, scale, tensor_id, start)
+    _kernels("axpy_pair", x).axpy_pair(plus, minus, x, stream, seed, scale, tensor_id, start)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -70,7 +70,7 @@ def add_many(
     rounding_seed: int | None = None,
 ) -> None:
     """As `add` in place for whole tensors of one device and dtype: in one launch, or call of the C kernels."""
-    _kernels("add_many", xs[0]).add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed)
+    _kernels("foreach_axpy_", xs[0]).foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed)
 
 
 def adds_products(device: torch.device) -> bool:
@@ -123,25 +123,27 @@ def step(
     )
 
 
-def adds_thin(out: Tensor, x: Tensor) -> bool:
-    """Whether `add_thin` has a kernel for tensors like these."""
+def has_low_rank_matmul_add(out: Tensor, x: Tensor) -> bool:
+    """Whether `low_rank_matmul_add_` has a kernel for tensors like these."""
     alike = x.dtype == out.dtype and x.is_contiguous() and out.is_contiguous()
-    return alike and back_end(out.device).has("add_thin", x.dtype)
+    return alike and back_end(out.device).has("low_rank_matmul_add_", x.dtype)
 
 
-def add_thin(
+def low_rank_matmul_add_(
     out: Tensor,
     x: Tensor,
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
     biases: Tensor | None = None,
 ) -> None:
-    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a right leftᵀ. Only where `adds_thin`.
+    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a right leftᵀ.
+
+    Only where `has_low_rank_matmul_add`.
 
     Of each share `factors` holds left (m, r) and right (n, r), float32 and contiguous, `scales` a, and `biases`
     (shares, m) what is added to each of its rows besides. Sums are float32.
     """
-    _kernels("add_thin", x).add_thin(out, x, factors, scales, biases)
+    _kernels("low_rank_matmul_add_", x).low_rank_matmul_add_(out, x, factors, scales, biases)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:

@@ -163,7 +163,7 @@ def add(
             out[part].copy_(y)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
     """Plus = x + scale · u and minus = x - scale · u."""
@@ -171,7 +171,7 @@ def add_both(
         add(out, x, stream, (seed,), (a,), tensor_id, start, None)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -179,7 +179,7 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: x += Σ scales[i] uᵢ for each of some whole tensors."""
+    """As `noise.foreach_axpy_`: x += Σ scales[i] uᵢ for each of some whole tensors."""
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 

@@ -62,16 +62,16 @@ def add(
     _launch(kernels.add, x, _tiles(x, start), *arguments, STREAM=stream, **_rounding(x.dtype, rounding_seed))
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """As `noise.add_both`."""
+    """As `noise.axpy_pair`."""
     terms = _terms_on(x.device, (seed,), (scale,), None)
     arguments = _bits(plus), _bits(minus), _bits(x), start, x.numel(), terms, _signed(tensor_id)
-    _launch(kernels.add_both, x, _tiles(x, start), *arguments, STREAM=stream, KIND=_KINDS[x.dtype])
+    _launch(kernels.axpy_pair, x, _tiles(x, start), *arguments, STREAM=stream, KIND=_KINDS[x.dtype])
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -79,14 +79,14 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: one launch."""
+    """As `noise.foreach_axpy_`: one launch."""
     device, dtype = xs[0].device, xs[0].dtype
     spans = tuple((x.data_ptr(), x.numel(), tensor_id) for x, tensor_id in zip(xs, tensor_ids, strict=True))
     table = _chunks_on(device, spans, dtype.itemsize)
     arguments = table, _terms_on(device, tuple(seeds), tuple(scales), rounding_seed), len(seeds)
     aligned = all(address % 16 == 0 for address, _, _ in spans)
     options = _rounding(dtype, rounding_seed)
-    _launch(kernels.add_many, table, (len(table),), *arguments, STREAM=stream, ALIGNED=aligned, **options)
+    _launch(kernels.foreach_axpy_, table, (len(table),), *arguments, STREAM=stream, ALIGNED=aligned, **options)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:

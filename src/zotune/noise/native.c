@@ -453,7 +453,7 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
 }
 
 /* The same in place for each of some whole tensors, on so many threads each. */
-void zotune_add_many(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
+void zotune_foreach_axpy(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
                      int kind, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
                      uint64_t rounding_seed) {
     for (int i = 0; i < count; i++)
@@ -561,7 +561,7 @@ static inline float dot(const char *x, int kind, const float *right, int64_t n) 
 
 /* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n), and bias (m) if there is
  * one: one row. */
-static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
+static inline void low_rank_matmul_add_row(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
                             const float *right, float a, const float *bias) {
     float room[TILE] ALIGNED, thin[rank];
     for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
@@ -580,7 +580,7 @@ static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64
 /* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank, and plus
  * its own of `biases` (shares, m), if there are any. These are not bits of the specification: a forward pass may sum in
  * any order. Not for double precision. */
-void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
+void zotune_low_rank_matmul_add(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
                      const float *const *left, const float *const *right, const double *scales, const float *biases,
                      int threads) {
 #ifdef _OPENMP
@@ -588,13 +588,13 @@ void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m
 #endif
     for (int64_t i = 0; i < rows; i++) {
         const int64_t share = i / (rows / shares);
-        add_thin(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
+        low_rank_matmul_add_row(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
                  (float)scales[share], biases ? biases + share * m : 0);
     }
 }
 
 /* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u. Not for double precision. */
-void zotune_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
+void zotune_axpy_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
                  uint32_t tensor, uint64_t start, int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED, opposite[TILE] ALIGNED;

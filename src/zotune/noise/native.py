@@ -34,10 +34,10 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_many": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
+    "zotune_foreach_axpy": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
     "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
-    "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
+    "zotune_low_rank_matmul_add": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
+    "zotune_axpy_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
@@ -202,7 +202,7 @@ def add(
     library().zotune_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], stream, *rest)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -210,12 +210,12 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: one call."""
+    """As `noise.foreach_axpy_`: one call."""
     n, dtype = len(xs), xs[0].dtype
     addresses, sizes = (_p * n)(*(x.data_ptr() for x in xs)), (_i64 * n)(*(x.numel() for x in xs))
     rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed))
     threads = (_int * n)(*map(_threads, sizes))
-    library().zotune_add_many(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
+    library().zotune_foreach_axpy(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
 
 
 def add_products(
@@ -271,14 +271,14 @@ def step(
     library().zotune_step(x.data_ptr(), *addresses, *how, *rest)
 
 
-def add_thin(
+def low_rank_matmul_add_(
     out: Tensor,
     x: Tensor,
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
     biases: Tensor | None,
 ) -> None:
-    """As `noise.add_thin`."""
+    """As `noise.low_rank_matmul_add_`."""
     q, rank, shape = len(scales), factors[0][0].shape[1], (out.shape[0], out.shape[1], x.shape[1])
     if rank > 1:  # else the one column lies in memory as a row does
         factors = [(left.t().contiguous(), right.t().contiguous()) for left, right in factors]
@@ -286,19 +286,19 @@ def add_thin(
     own = None if biases is None else biases.float().contiguous()
     where = (lefts, rights, (_double * q)(*scales), None if own is None else own.data_ptr())
     rest = (q, rank, *where, _threads(shape[0] * (shape[1] + shape[2])))
-    library().zotune_add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
+    library().zotune_low_rank_matmul_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """As `noise.add_both`."""
+    """As `noise.axpy_pair`."""
     if x.dtype == torch.float64:
         for out, a in ((plus, scale), (minus, -scale)):
             add(out, x, stream, [seed], [a], tensor_id, start, None)
         return
     rest = (_KINDS[x.dtype], stream, seed, scale, *_span(x, tensor_id, start))
-    library().zotune_pair(plus.data_ptr(), minus.data_ptr(), x.data_ptr(), *rest)
+    library().zotune_axpy_pair(plus.data_ptr(), minus.data_ptr(), x.data_ptr(), *rest)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:

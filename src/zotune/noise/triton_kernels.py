@@ -263,7 +263,7 @@ def add(
 
 
 @triton.jit(do_not_specialize=["tensor"])
-def add_both(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
+def axpy_pair(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
     """Plus, minus = x + scale u, x - scale u, from element `start` on."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     first = tile * TILE - start
@@ -273,7 +273,7 @@ def add_both(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND
 
 
 @triton.jit
-def add_many(
+def foreach_axpy_(
     table,
     terms,
     q,
