@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import mean_and_error, read_results
-from zotune.bench.results.tables import Cell, budgets, interval
+from zotune.bench.results.tables import Cell, cell_costs, interval
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.vocabulary import SCALES
 from zotune.llm.config.method import MethodName
@@ -201,7 +201,7 @@ def methods() -> str:
         mean, error = mean_and_error([100 * run.test.value for run in cell.runs if run.test])
         alone = [Cell(cell.coordinates, "done", cell)]
         low, high = interval(alone, quantity("accuracy"))
-        (costs,) = budgets(alone)
+        (costs,) = cell_costs(alone)
         tuned = {"lora": "LoRA", "full": "last layer"}[str(cell.coordinates["tuning"])]
         lines.append(
             f"| `{cell.coordinates['method']}` | {tuned} | {mean:.1f} ± {error:.1f} % | {low:.1f} to {high:.1f} | "

@@ -22,7 +22,7 @@ from zotune.bench.report.sections import make_section
 from zotune.bench.report.svg import draw
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import Trial, mean_and_error, read_result, result_path, write_result
-from zotune.bench.results.tables import Cell, budgets, table
+from zotune.bench.results.tables import Cell, cell_costs, table
 from zotune.cli import main as cli
 
 HOSTILE = "<script>alert('x')</script>&\"|_%\\"
@@ -244,7 +244,7 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
 )
 def test_a_learning_rate_at_the_end_of_what_was_searched_is_called_so(rates, said):
     trials = tuple(Trial(learning_rate=rate, seed=0) for rate in rates)
-    (spent,) = budgets([cell({"method": "a"}, answers(np.random.default_rng(0), 0.7), search=trials)])
+    (spent,) = cell_costs([cell({"method": "a"}, answers(np.random.default_rng(0), 0.7), search=trials)])
     assert spent["rates searched"] == said
 
 

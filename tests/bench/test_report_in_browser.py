@@ -19,7 +19,7 @@ PHONE, DESK = 390, 1280
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page with tables, figures of every kind, claims and budgets."""
+    """A page with tables, figures of every kind, claims and costs."""
     asked = {
         "sentence": "A is best",
         "where": "Tab. 2",

@@ -155,7 +155,7 @@ def test_a_job_that_fails_leaves_its_kind_stale(tmp_path, other_code):
         return Outcome("failed", "no luck") if job.options.get("method") == "zo_adam" else made_up(job)
 
     bad, good = sorted(verified(tmp_path, specs, fails)[0], key=lambda verdict: len(verdict.accepted))
-    assert bad.differences == ("its job could not be done again: failed, seed 0: no luck",)
+    assert bad.differences == ("its job failed when it was run again: failed, seed 0: no luck",)
     assert (len(good.accepted), state_of(tmp_path, bad.group.cheapest.spec)) == (1, "stale")
 
 
@@ -168,7 +168,7 @@ def test_a_result_of_another_config_or_that_is_not_done_is_left_with_the_reason(
     none = Counting()
     verdicts, left = verified(tmp_path, changed, none)
     assert (verdicts, none.jobs) == ([], [])
-    assert set(left.values()) == {"its config is no longer that of the cell"} and len(left) == 4
+    assert set(left.values()) == {"the config of the cell has changed"} and len(left) == 4
     tamper(tmp_path, specs[0], lambda plain: plain.update(status="timed_out"))
     other_code()
     assert stale_of(tmp_path, specs)[1] == {specs[0].path: "it is not done: timed_out"}
@@ -287,11 +287,11 @@ def test_a_result_that_another_runner_writes_is_left_to_it(tmp_path, other_code)
     with locked(lock_of(tmp_path, spec)) as is_mine:
         assert is_mine()
         verdicts, _ = verified(tmp_path, [spec, other])
-    assert {k: v for verdict in verdicts for k, v in verdict.left.items()} == {spec.path: "another runner is at it"}
+    assert {k: v for verdict in verdicts for k, v in verdict.left.items()} == {spec.path: "another runner works on it"}
     (group,) = grouped(stale_of(tmp_path, [spec])[0])
     run_cells([spec], tmp_path)  # anew, by today's code
     (verdict,) = verify(tmp_path, [group], ((made_up, None),), threading.Event(), Silent())
-    assert verdict.left == {spec.path: "it was written anew meanwhile"}
+    assert verdict.left == {spec.path: "it was rewritten meanwhile"}
 
 
 # Against other code on this machine ------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_against_a_checkout_results_of_other_commits_are_left(tmp_path, other_co
     other_code()
     found, left = stale_of(tmp_path, specs, "a")
     assert [one.spec.path for one in found] == [specs[0].path]
-    assert left == {specs[1].path: "it is of the code of b, and not of a"}
+    assert left == {specs[1].path: "it was computed by the code of b, not of a"}
 
 
 def test_a_checkout_must_be_of_a_commit_and_unchanged(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.plan.live_memory import Assumed
+from zotune.plan.live_memory import FakeScalars
 from zotune.plan.memory import (
     Memory,
     cache_bytes,
@@ -111,7 +111,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     Raises:
         UsageError: the run could not start with this configuration. Rows that are too long are listed instead.
     """
-    with Assumed():
+    with FakeScalars():
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)

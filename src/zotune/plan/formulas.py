@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zotune.llm.data.collator import Batch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
-from zotune.plan.live_memory import Assumed, fused_attention
+from zotune.plan.live_memory import FakeScalars, fused_attention
 from zotune.plan.passes import score
 
 
@@ -129,7 +129,11 @@ def terms_of(lm: LanguageModel, batch: Batch) -> Terms:
     saved = _SavedActivations(before, after)
     handles = saved.add_hooks(layers, stack)
     try:
-        with Assumed(), fused_attention(), torch.autograd.graph.saved_tensors_hooks(saved.count, lambda tensor: tensor):
+        with (
+            FakeScalars(),
+            fused_attention(),
+            torch.autograd.graph.saved_tensors_hooks(saved.count, lambda t: t),
+        ):
             saved.exclude_weights(lm)
             loss = score(lm, batch)
         del loss

@@ -41,12 +41,12 @@ def peaks_of(
     of it for the gaps between small tensors (fragmentation).
     """
     live = _Live(beside, own_pages)
-    with Assumed(), live, fused_attention() if fused else nullcontext():
+    with FakeScalars(), live, fused_attention() if fused else nullcontext():
         compute()
     return live.peak, live.beside_peak
 
 
-class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FakeScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which `.item()` works on `meta`: boolean tensors give True, all others 0.
 
     Models ask whether a mask has no masked position and whether positions are those of one sequence; both are true for

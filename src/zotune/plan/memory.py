@@ -35,7 +35,7 @@ _MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
 OVERHEAD = {"cpu": 8 << 20, "cuda": 0}
 """Bytes that the C library and the matrix kernels always hold, as measured."""
 
-KEPT_PIECES = 32 << 20
+HEAP_FRAGMENTATION = 32 << 20
 """Largest number of bytes that the heap of forward passes loses to fragmentation, as measured."""
 
 
@@ -88,7 +88,7 @@ def overhead_bytes(optimizer: AnyOptimizer, device: str) -> int:
     For forward-only methods on a CPU this includes the cost of `zotune.system.malloc.keep_activations`.
     """
     keeps = device == "cpu" and isinstance(optimizer, ZerothOrder)
-    return OVERHEAD[device] + KEPT_PIECES * keeps
+    return OVERHEAD[device] + HEAP_FRAGMENTATION * keeps
 
 
 def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:

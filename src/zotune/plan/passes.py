@@ -98,9 +98,9 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
                 whole = peak_of(lambda: _within(_CountedTangents(optimizer.tuned), lm, many), fused=False)
         elif copies == 1:
-            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _Nowhere()), lm, many))
+            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _ZeroOffset()), lm, many))
         else:
-            points = [_Nowhere() for _ in range(copies)]
+            points = [_ZeroOffset() for _ in range(copies)]
             whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, many))
     return Pass(plain, scratch=max(0, whole - plain))
 
@@ -198,7 +198,7 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _Nowhere:
+class _ZeroOffset:
     """A displacement by zero."""
 
     tensors = None
@@ -216,7 +216,7 @@ class _Nowhere:
 class _CountedTangents(DualParameters):
     def __init__(self, tuned: ParameterSet) -> None:
         super().__init__(tuned, Direction(seed=0))
-        self._u: WeightOffset = _Nowhere()
+        self._u: WeightOffset = _ZeroOffset()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -16,7 +16,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
-from zotune.plan.live_memory import Assumed, peak_of
+from zotune.plan.live_memory import FakeScalars, peak_of
 from zotune.plan.memory import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
 from zotune.plan.passes import Copies, Pass, largest_pass
 from zotune.plan.workload import Workload, synthetic_examples
@@ -75,7 +75,7 @@ class Architecture:
 
     def __init__(self, options: Workload, config: Any = None) -> None:
         models: list[tuple[LanguageModel, torch.dtype]] = []
-        with Assumed():
+        with FakeScalars():
             initial_peak = peak_of(lambda: models.append(_meta_model(options, config)))
             self.lm, stored = models[0]
             self._base_bytes = weight_bytes(self.lm)
@@ -89,7 +89,7 @@ class Architecture:
         """The memory of one step of a workload of this model and tuning scheme."""
         device = "cpu" if on_cpu(workload) else "cuda"
         tuned = [p for p in self.lm.module.parameters() if p.requires_grad]
-        with Assumed():
+        with FakeScalars():
             ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
             optimizer = make_optimizer(self.lm.module, workload, 0, lambda: self.lm.read(ids, ids))
             key = _key(workload)

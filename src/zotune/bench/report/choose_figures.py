@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide, style_of
-from zotune.bench.results.quantities import Quantity, label_of, quantity, readings
+from zotune.bench.results.quantities import Quantity, label_of, quantity, run_values
 from zotune.bench.results.records import CellResult
 from zotune.bench.results.tables import Cell, Column, Place, Table, in_our_unit, interval, metric_of, paper_numbers
 from zotune.bench.spec.schema import Experiment
@@ -85,7 +85,7 @@ def _axis_panel(experiment: Experiment, q: Quantity, axis: str, place: Place, he
 
 
 def _point(cell: Cell, axis: str, q: Quantity) -> Point | None:
-    values = readings(cell.result, q) if cell.is_usable and cell.result else []
+    values = run_values(cell.result, q) if cell.is_usable and cell.result else []
     if not values:
         return None
     mean = sum(values) / len(values)
@@ -183,7 +183,7 @@ def costs(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
 
 def _cost_point(cell: Cell, cost: Quantity, accuracy: Quantity) -> Point | None:
     assert cell.result is not None
-    xs, ys = readings(cell.result, cost), readings(cell.result, accuracy)
+    xs, ys = run_values(cell.result, cost), run_values(cell.result, accuracy)
     if not xs or not ys or not any(xs):
         return None
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -233,8 +233,8 @@ def theory(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Iterator
     for predicted, measured in ((quantity(a), quantity(b)) for a, b in _PREDICTED.items()):
         points = []
         for cell in cells:
-            xs = readings(cell.result, predicted) if cell.is_usable and cell.result else []
-            ys = readings(cell.result, measured) if cell.is_usable and cell.result else []
+            xs = run_values(cell.result, predicted) if cell.is_usable and cell.result else []
+            ys = run_values(cell.result, measured) if cell.is_usable and cell.result else []
             if xs and ys:
                 x, y = sum(xs) / len(xs), sum(ys) / len(ys)
                 note = f"{_all(cell)}: {measured.text(y)} measured, {predicted.text(x)} by the formula"

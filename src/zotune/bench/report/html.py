@@ -23,7 +23,7 @@ from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.report.svg import draw, marker
 from zotune.bench.results.quantities import Quantity, label_of, significant
-from zotune.bench.results.tables import Entry, Table, budgets
+from zotune.bench.results.tables import Entry, Table, cell_costs
 from zotune.bench.results.verdicts import Finding, Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -34,7 +34,7 @@ _BADGES: dict[Finding, tuple[str, str]] = {
 }
 
 
-class Shown(NamedTuple):
+class DrawnFigure(NamedTuple):
     """A figure for the templates: its panels and the symbols of its legend as SVG."""
 
     figure: Figure
@@ -56,10 +56,10 @@ def _templates() -> Environment:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def shown(figure: Figure) -> Shown:
+def draw_figure(figure: Figure) -> DrawnFigure:
     """Draw a figure for the templates."""
     panels = [Markup(draw(panel, f"{figure.name}-{i}")) for i, panel in enumerate(figure.panels)]
-    return Shown(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
+    return DrawnFigure(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
 
 
 def page(sections: Sequence[Section], scale: str) -> str:
@@ -84,13 +84,13 @@ def _view(section: Section) -> dict[str, Any]:
         "name": section.name,
         "title": experiment.title,
         "question": experiment.question,
-        "standing": _standing(states),
+        "states": _state_counts(states),
         "warning": warning,
         "comparable": [line for line in experiment.comparable.strip().split("\n") if line.strip()],
         "table": _table(section.table),
-        "figures": [shown(figure) for figure in section.figures],
+        "figures": [draw_figure(figure) for figure in section.figures],
         "verdicts": [_verdict(section.name, i, v) for i, v in enumerate(section.verdicts)],
-        "budgets": _budgets(section),
+        "costs": _costs(section),
         "failures": [
             (c.result.cell, f"{c.state.replace('_', ' ')}: {c.result.message}")
             for c in section.cells
@@ -99,10 +99,10 @@ def _view(section: Section) -> dict[str, Any]:
     }
 
 
-def _standing(states: Counter[Any]) -> str:
+def _state_counts(states: Counter[Any]) -> str:
     """The numbers of cells by state.
 
-    >>> _standing(Counter(["done", "done", "missing"]))
+    >>> _state_counts(Counter(["done", "done", "missing"]))
     '2 of 3 cells done, 1 missing'
     """
     rest = [f"{n} {state}".replace("_", " ") for state, n in sorted(states.items()) if state != "done"]
@@ -184,8 +184,8 @@ def _verdict(section: str, number: int, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _budgets(section: Section) -> dict[str, Any] | None:
-    costs = budgets(section.cells)
+def _costs(section: Section) -> dict[str, Any] | None:
+    costs = cell_costs(section.cells)
     if not costs:
         return None
     lines = [[v if isinstance(v, str) else "–" if v is None else significant(v) for v in row.values()] for row in costs]

@@ -8,7 +8,7 @@ from zotune.bench.report.formats import markdown
 from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.results.quantities import significant
-from zotune.bench.results.tables import budgets
+from zotune.bench.results.tables import cell_costs
 from zotune.bench.results.verdicts import Verdict
 
 # The shown columns of a cell's costs; the others are in its JSON file.
@@ -48,7 +48,7 @@ def _verdict(verdict: Verdict) -> str:
 
 def _costs(section: Section) -> str:
     """The costs of a run of each cell in a collapsed block; empty for cells without training."""
-    rows = [row for row in budgets(section.cells) if row["forward passes"]]
+    rows = [row for row in cell_costs(section.cells) if row["forward passes"]]
     if not rows:
         return ""
     lines = ["| cell | " + " | ".join(_COSTS) + " |", "|---|" + "--:|" * len(_COSTS)]

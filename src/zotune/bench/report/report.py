@@ -9,7 +9,7 @@ from zotune.bench.report.formats import comma_separated, latex, markdown
 from zotune.bench.report.html import page
 from zotune.bench.report.markdown import markdown_page
 from zotune.bench.report.print_figures import figure_files
-from zotune.bench.report.sections import Section, section
+from zotune.bench.report.sections import Section, read_section
 from zotune.bench.spec.resolve import names
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import Scale
@@ -25,7 +25,7 @@ def report(
     results: Path,
     scale: Scale,
     output: Path,
-    given: Sequence[str] = (),
+    experiments: Sequence[str] = (),
     run_as: Callable[[CellSpec], CellSpec] = _unchanged,
 ) -> list[Path]:
     """Write the report on a scale.
@@ -35,7 +35,7 @@ def report(
         scale: the scale to report on.
         output: folder to write: `index.html`, `report.md`, `tables/NAME.md`, `.csv`, `.tex`, `figures/NAME-….pdf`,
             `.svg`.
-        given: names of experiments, or paths of TOML files; by default all experiments.
+        experiments: names of experiments, or paths of TOML files; by default all experiments.
         run_as: maps a cell of an experiment to the cell that was run, for instance with another source of data.
 
     Returns:
@@ -44,7 +44,7 @@ def report(
     Raises:
         UsageError: an experiment is unknown, or a result cannot be read.
     """
-    sections = [s for name in given or names() if (s := section(name, results, scale, run_as)) is not None]
+    sections = [s for name in experiments or names() if (s := read_section(name, results, scale, run_as)) is not None]
     written = []
     for place, content in (*_page(sections, scale), *_tables(sections), *_figures(sections)):
         path = output / place

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
-from zotune.bench.report.html import render, shown
+from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
 
@@ -59,7 +59,7 @@ def run_page(folder: Path) -> str:
         header=_header(results),
         heads=["rows", "metric", "value", "95 % interval", "rows read", "loss"],
         lines=[_score(label, results[name]) for name, label in _SPLITS.items() if results.get(name)],
-        figures=[shown(figure) for figure in figures(lines, results)],
+        figures=[draw_figure(figure) for figure in figures(lines, results)],
         recipe=recipe,
     )
 
@@ -130,8 +130,8 @@ def _cost_at(step: int, training: Sequence[Line]) -> Line:
 def _curve(name: str, points: Sequence[Point], style: int) -> Series:
     """A joined series of at most about `_MOST_POINTS` points, evenly thinned; the last point is always kept."""
     every = -(-len(points) // _MOST_POINTS)
-    kept = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
-    return Series(name, tuple(kept), style, joined=True)
+    thinned = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    return Series(name, tuple(thinned), style, joined=True)
 
 
 def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[Line, Line]]) -> Iterator[Panel]:

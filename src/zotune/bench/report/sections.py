@@ -29,7 +29,7 @@ class Section:
     verdicts: tuple[Verdict, ...]
 
 
-def section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
+def read_section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
     """Read the results of an experiment and make its section; None if the experiment lacks the scale.
 
     Args:

@@ -143,7 +143,7 @@ def label_of(q: Quantity, metric: str = "accuracy") -> str:
     return f"{label}, {q.unit}" if q.unit else label
 
 
-def readings(result: CellResult, q: Quantity) -> list[float]:
+def run_values(result: CellResult, q: Quantity) -> list[float]:
     """The quantity in each of a cell's runs that has it as a finite number."""
     values = (q.read(run) for run in result.runs)
     return [value for value in values if value is not None and math.isfinite(value)]
@@ -158,7 +158,7 @@ def outcomes(result: CellResult, q: Quantity) -> Outcomes | None:
     if q.name == "accuracy" and rows and all(rows) and len({len(row) for row in rows}) == 1:
         right = np.array([[100.0 * (mark == "1") for mark in row] for row in rows])
         return Outcomes(right, str(result.config.get("options", {}).get("task", "")))
-    values = readings(result, q)
+    values = run_values(result, q)
     if not values or (q.by_ratio and min(values) <= 0):
         return None
     column = np.array(values)[:, None]

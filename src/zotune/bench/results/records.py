@@ -121,13 +121,13 @@ class RunRecord(Record):
 
 
 class Verified(Record):
-    """A result of other code was accepted as one of today's, because a job like its own gave the same numbers again.
+    """The acceptance of a result of older code, after a job of the same kind gave the same numbers with newer code.
 
     Attributes:
-        key_before: the key that the result had.
+        key_before: the key that the result had before.
         by: the cell whose job was run again, `EXPERIMENT/CELL`.
-        alike: by what it was like that cell: all options but for amounts, or the method and what is tuned.
-        commit, environment, time: of that job.
+        alike: what both cells have in common: all options except amounts, or the method and tuning.
+        commit, environment, time: commit, machine and time of that job.
     """
 
     key_before: str

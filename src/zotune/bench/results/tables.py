@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from zotune.bench.results.intervals import contrast
-from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, readings
+from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, run_values
 from zotune.bench.results.records import CellResult, Score, mean_and_error
 from zotune.bench.spec.schema import Experiment, PaperCell
 from zotune.bench.spec.vocabulary import Coordinate, State
@@ -175,7 +175,7 @@ def _is_known(column: Column, axes: Sequence[str], kind: str, cells: Sequence[Ce
     here = [c for c in cells if _agrees(c.coordinates, place)]
     usable = [c.result for c in here if c.is_usable and c.result]
     if usable or (column.quantity.name in QUANTITIES and column.quantity.name != "accuracy"):
-        return not usable or any(readings(result, column.quantity) for result in usable)
+        return not usable or any(run_values(result, column.quantity) for result in usable)
     are_accurate = any(c.coordinates.get("kind", kind) == "accuracy" for c in here)
     return (column.quantity.name == "accuracy") == are_accurate
 
@@ -186,7 +186,7 @@ def _entry(
     here = [c for c in cells if _agrees(c.coordinates, place)]
     if not here:
         return Entry(None)
-    values = [value for c in here if c.is_usable and c.result for value in readings(c.result, column.quantity)]
+    values = [value for c in here if c.is_usable and c.result for value in run_values(c.result, column.quantity)]
     mean, error = mean_and_error(values) if values else (None, None)
     numbers = tuple(_paper_numbers_at(here[0], column.quantity, mean, of_paper))
     worst = min(here, key=lambda c: (c.state == "done", c.is_usable))
@@ -201,7 +201,7 @@ def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[
     if len(usable) != 1:
         return None, None
     if q.by_ratio:
-        values = readings(usable[0], q)
+        values = run_values(usable[0], q)
         return (min(values), max(values)) if len(values) > 1 else (None, None)
     of_cell = outcomes(usable[0], q)
     if of_cell is None:
@@ -295,12 +295,12 @@ def _percent(score: Score) -> float:
 # Costs ----------------------------------------------------------------------------------------------------
 
 
-def budgets(cells: Sequence[Cell]) -> list[dict[str, float | str | None]]:
+def cell_costs(cells: Sequence[Cell]) -> list[dict[str, float | str | None]]:
     """The costs of each usable cell: those of a mean run, and those of all trials of its search together."""
-    return [_budget(c.result) for c in cells if c.result is not None and c.is_usable]
+    return [_costs_of(c.result) for c in cells if c.result is not None and c.is_usable]
 
 
-def _budget(result: CellResult) -> dict[str, float | str | None]:
+def _costs_of(result: CellResult) -> dict[str, float | str | None]:
     n = len(result.runs)
     chosen = result.chosen
     return {
@@ -309,7 +309,7 @@ def _budget(result: CellResult) -> dict[str, float | str | None]:
         "learning rate": chosen.learning_rate if chosen else None,
         "μ": chosen.mu if chosen else None,
         "steps": sum(run.num_steps for run in result.runs) / n,
-        "numbers tuned": result.runs[0].num_tuned,
+        "tuned parameters": result.runs[0].num_tuned,
         "forward passes": sum(run.num_forwards for run in result.runs) / n,
         "tokens": sum(run.num_tokens for run in result.runs) / n,
         "seconds": sum(run.seconds for run in result.runs) / n,

@@ -1,13 +1,14 @@
-"""The hash of the code that some functions run, wherever it stands and whatever it is called.
+"""The hash of the code that some functions run, independent of its place and of the names of definitions.
 
-Of the functions and of all that they refer to, definition by definition, the hash takes the syntax: without docstrings,
-comments, layout, import statements, annotations that nothing reads, and the text of errors, warnings and option
-descriptions. A reference to a definition of the package counts by what that definition is, and one to a library by its
-full name. So a definition may move to another module, and its name may change; modules may be split, merged or renamed.
+The hash covers the syntax of the functions and of all definitions that they refer to, without docstrings, comments,
+layout, import statements, unused annotations, and the texts of errors, warnings and option descriptions. A reference to
+a definition of the package counts by the content of that definition, a reference to a library by its full name. So a
+definition may move to another module or change its name; modules may be split, merged or renamed.
 
-What changes the hash without need: another name of a method, a parameter, an attribute or a local variable; another way
-of writing the same thing. What it does not see: a definition that is looked up by its name as text, a subclass or a
-registration in a module of which nothing is referred to, and `__name__` of a definition; files that are no Python or C.
+The hash changes without need if a method, parameter, attribute or local variable is renamed, or if the same computation
+is written differently. It does not see definitions that are looked up by their names as text, subclasses and
+registrations in modules to which nothing refers, the `__name__` of a definition, and files in other languages than
+Python and C.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from zotune.bench.run.code_modules import Definition, Module, Package, bound_by, is_text, joined
 
 COUNTS_FOR_RESULTS = "never"
-# References are told apart by what they lead to in so many steps.
+# The number of steps that a reference is followed to distinguish it from others.
 _ROUNDS = 4
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 _COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -34,14 +35,14 @@ _C_COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|//[^\n]*|/\*.*
 
 @dataclass(frozen=True)
 class _Reference:
-    """Definitions that a name stands for; of a module that is passed around, each with its name."""
+    """The definitions that a name refers to; for a module as a value all its definitions with their names."""
 
     named: tuple[tuple[str, Definition], ...]
 
 
 @dataclass(frozen=True)
 class _Scope:
-    """The names bound in a function or a class; those of imports with their paths."""
+    """The names bound in a function or a class; imported names have their paths."""
 
     names: dict[str, str | None]
     is_class: bool = False
@@ -52,15 +53,15 @@ _Scopes = tuple[_Scope, ...]
 
 @cache
 def code_hash(folder: Path, roots: tuple[str, ...], *, on_cpu: bool = False) -> str:
-    """The hash, 16 hexadecimal digits, of what functions of a package run.
+    """The hash, 16 hexadecimal digits, of the code that functions of a package run.
 
     Args:
-        folder: of the package, by whose name its modules import one another.
-        roots: names of functions; each is defined in one module of the package.
-        on_cpu: leave out what only a GPU runs.
+        folder: folder of the package; its name is the package's name in imports.
+        roots: names of functions; each must be defined in exactly one module of the package.
+        on_cpu: leave out code that only a GPU runs.
 
     Raises:
-        LookupError: no module defines a root, or several do.
+        LookupError: no module or several modules define a root.
     """
     reached = _reached(_package(folder), roots, on_cpu)
     alone = {one: _hash(t if isinstance(t, str) else "→" for t in tokens) for one, tokens in reached.items()}
@@ -82,7 +83,7 @@ def _package(folder: Path) -> Package:
 
 
 def _reached(package: Package, roots: Sequence[str], on_cpu: bool) -> dict[Definition, list[str | _Reference]]:
-    """All definitions that roots lead to, each as it is read."""
+    """The tokens of all definitions that can be reached from the roots."""
     waiting = [one for name in roots for one in package.find(name)]
     reached: dict[Definition, list[str | _Reference]] = {}
     while waiting:
@@ -101,7 +102,7 @@ def _read(package: Package, one: Definition, on_cpu: bool) -> list[str | _Refere
 
 
 class _Reader:
-    """Reads a statement of a module as words and references."""
+    """Turns a statement of a module into tokens and references."""
 
     def __init__(self, package: Package, module: Module, on_cpu: bool) -> None:
         self._package, self._module = package, module
@@ -118,7 +119,7 @@ class _Reader:
         read(self, node, scopes)
 
     def _plain(self, node: Any, scopes: _Scopes) -> None:
-        """Any node whose parts all count."""
+        """Read a node all of whose fields count."""
         self._out.append(type(node).__name__)
         for name, value in ast.iter_fields(node) if isinstance(node, ast.AST) else ():
             if name in _SKIPPED:
@@ -141,7 +142,7 @@ class _Reader:
         self._out.append("]")
 
     def _is_nothing(self, node: ast.AST | None, scopes: _Scopes) -> bool:
-        """Whether a statement computes nothing: text, imports, and calls that only show something."""
+        """Whether a statement computes nothing: a docstring, an import, or a call that only shows something."""
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             return self._shows(node.value.func, scopes)
         if isinstance(node, ast.AnnAssign) and node.value is None:
@@ -151,7 +152,7 @@ class _Reader:
     # Names --------------------------------------------------------------------------------------------------
 
     def _path(self, node: ast.AST, scopes: _Scopes) -> str | None:
-        """The path that a name, or attributes of it, stand for; None for what is bound in a function."""
+        """The path to which a name or its attributes refer; None for names that are bound in a function."""
         attributes: list[str] = []
         while isinstance(node, ast.Attribute):
             attributes.insert(0, node.attr)
@@ -179,22 +180,22 @@ class _Reader:
             self._plain(node, scopes)
 
     def _refer(self, path: str) -> None:
-        found = self._package.resolve(path)
+        target = self._package.resolve(path)
         name = path.replace(":", ".").strip(".")
         is_own = name.split(".")[-1].startswith("__")
-        if found.definitions and not is_own:
-            if found.definitions[0].module.counts in self._left_out:
+        if target.definitions and not is_own:
+            if target.definitions[0].module.counts in self._left_out:
                 self._out.append("not counted")
             else:
-                self._out.append(_Reference(tuple(("", one) for one in found.definitions)))
-            self._out += [f".{attribute}" for attribute in found.rest]
-        elif found.module is not None and not is_own:
-            self._refer_to_module(found.module)
+                self._out.append(_Reference(tuple(("", one) for one in target.definitions)))
+            self._out += [f".{attribute}" for attribute in target.rest]
+        elif target.module is not None and not is_own:
+            self._refer_to_module(target.module)
         else:
             self._out.append(name.split(".")[-1] if name.startswith(f"{self._package.name}.") else name)
 
     def _refer_to_module(self, module: Module, *, runs: bool = False) -> None:
-        """A module as a value: any of its public names may be asked of it."""
+        """Refer to a module as a value, through which any of its public names can be used."""
         if module.counts in self._left_out:
             self._out.append("not counted")
             return
@@ -202,10 +203,10 @@ class _Reader:
         self._out.append(_Reference(tuple([("", one) for one in module.main] if runs else public)))
 
     def _shows(self, node: ast.AST, scopes: _Scopes) -> bool:
-        """Whether a name is of a module that only shows."""
+        """Whether a name belongs to a module whose code never counts."""
         path = self._path(node, scopes)
-        found = self._package.resolve(path) if path else None
-        return bool(found and found.definitions and found.definitions[0].module.counts == "never")
+        target = self._package.resolve(path) if path else None
+        return bool(target and target.definitions and target.definitions[0].module.counts == "never")
 
     # Kinds of nodes -----------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class _Reader:
             self._plain(node, scopes)
 
     def _assigned(self, node: ast.AnnAssign, scopes: _Scopes) -> None:
-        """An annotation counts in a class, where it makes fields."""
+        """Read an annotated assignment; its annotation counts in classes, where it defines a field."""
         self._out.append("Assign")
         self._any(node.target, scopes)
         if scopes and scopes[-1].is_class:
@@ -269,7 +270,7 @@ class _Reader:
         self._all(node.body, (*scopes, _Scope(bound_by(node.body, self._module), is_class=True)))
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, scopes: _Scopes) -> None:
-        """Annotations count where there is a decorator, which may read them."""
+        """Read a function; its annotations count if it has a decorator, which may read them."""
         self._out += [type(node).__name__, node.name if scopes else ""]
         self._all(node.decorator_list, scopes)
         self._arguments(node.args, scopes, annotated=bool(node.decorator_list))

@@ -1,8 +1,8 @@
-"""The modules of a package as syntax trees: which definition a name stands for, and where a reference leads.
+"""The modules of a package as syntax trees: which definition a name refers to, through any number of imports.
 
-A definition is a statement of a module: a function, a class, or an assignment. Nothing is imported or run. Star imports
-and names that a module's `__getattr__` makes up are not followed; a package that has the latter imports these names
-under TYPE_CHECKING, which is followed.
+A definition is a statement of a module: a function, a class, or an assignment. No module is imported or run. Star
+imports and names from a module's `__getattr__` are not followed; a package with such names imports them under
+TYPE_CHECKING, which is followed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Definition:
     node: ast.stmt
 
 
-class Found(NamedTuple):
-    """Where a path leads: definitions or a module of the package, and the attributes that are left.
+class Target(NamedTuple):
+    """The target of a path: definitions or a module of the package, and the remaining attributes.
 
-    Without either, it leads out of the package.
+    Without definitions and module, the path refers to another package.
     """
 
     definitions: tuple[Definition, ...] = ()
@@ -44,13 +44,13 @@ class Found(NamedTuple):
 
 @dataclass(eq=False)
 class Module:
-    """What the statements of a module bind.
+    """A module and the names that its statements bind.
 
     Attributes:
         definitions: by name; a name that is assigned twice has two.
-        imports: the path that an imported name stands for, as `imported` gives it.
-        effects: statements that bind no name, or only in a branch: they count where any definition does.
-        main: what runs where the module is run as a program.
+        imports: from imported names to their paths, in the form of `imported`.
+        effects: statements that bind no name, or only in a branch; they count if any definition of the module does.
+        main: statements that run if the module is run as a program.
         counts: "always", or the value of its marker.
     """
 
@@ -85,7 +85,7 @@ class Module:
             self._add_other(one)
 
     def _add_other(self, one: Definition) -> None:
-        """A branch, a loop, an expression."""
+        """Add a branch, a loop or an expression."""
         test = ast.dump(one.node.test) if isinstance(one.node, ast.If) else ""
         for name, path in bound_by([one.node], self).items():
             if path is None:
@@ -124,7 +124,7 @@ class Package:
         return {name: path.read_text(encoding="utf-8") for name, path in self._paths.items()}
 
     def module(self, name: str) -> Module | None:
-        """A module by its dotted name; None where there is none. A folder needs no `__init__.py`."""
+        """The module or folder with a dotted name; None if there is none."""
         if name not in self._modules:
             if name in self._paths:
                 is_package = self._paths[name].name == "__init__.py"
@@ -134,39 +134,39 @@ class Package:
         return self._modules.get(name)
 
     def find(self, name: str) -> tuple[Definition, ...]:
-        """The function of a name, in whichever module it is.
+        """Find a function by its name in all modules.
 
         Raises:
-            LookupError: there is none, or there are several.
+            LookupError: no module or several modules define the function.
         """
         pattern = re.compile(rf"^(?:async )?def {re.escape(name)}\b", re.MULTILINE)
         places = [module for module, source in self.sources.items() if pattern.search(source)]
         if len(places) != 1:
             where = ", ".join(places) or "no module"
-            raise LookupError(f"the content key needs one function {name} in {self.name}, and {where} defines it")
+            raise LookupError(f"the content key needs one function {name} in {self.name}, but {where} defines it")
         module = self.module(places[0])
         assert module is not None
         return tuple(module.definitions[name])
 
-    def resolve(self, path: str) -> Found:
-        """Where a path leads (`MODULE:NAME.ATTRIBUTE`, as `imported` gives it), through as many imports as it takes."""
+    def resolve(self, path: str) -> Target:
+        """Follow a path (`MODULE:NAME.ATTRIBUTE`, in the form of `imported`) through imports to its target."""
         dotted, _, names = path.partition(":")
         module, rest = self.module(dotted), list(filter(None, names.split(".")))
         while module is not None and rest:
             name, *after = rest
             if name in module.definitions:
-                return Found(definitions=tuple(module.definitions[name]), rest=tuple(after))
+                return Target(definitions=tuple(module.definitions[name]), rest=tuple(after))
             alias, inner = module.imports.get(name), f"{module.name}.{name}"
             if alias is not None and alias != f"{module.name}:{name}":
                 return self.resolve(joined(alias, after))
             if self.module(inner) is None:
-                return Found(rest=tuple(rest))
+                return Target(rest=tuple(rest))
             module, rest = self.module(inner), after
-        return Found(module=module, rest=tuple(rest))
+        return Target(module=module, rest=tuple(rest))
 
 
 def joined(path: str, attributes: Sequence[str]) -> str:
-    """The path of attributes of what a path leads to.
+    """The path extended by attributes.
 
     >>> joined("a.b:", ["c"]), joined("a.b:c", ["d"])
     ('a.b:c', 'a.b:c.d')
@@ -176,12 +176,12 @@ def joined(path: str, attributes: Sequence[str]) -> str:
 
 
 def is_text(node: ast.AST) -> bool:
-    """Whether a statement is a docstring, or another constant that goes nowhere."""
+    """Whether a statement is a docstring or another unused constant."""
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def imported(node: ast.Import | ast.ImportFrom, module: Module) -> dict[str, str]:
-    """The names that an import binds, each with the path that it stands for: `MODULE:NAME`, or `MODULE:`.
+    """The names that an import binds, each with its path: `MODULE:NAME`, or `MODULE:` for a module.
 
     >>> here = Module("a.b", False, "")
     >>> imported(ast.parse("import x.y").body[0], here), imported(ast.parse("from . import c as d").body[0], here)
@@ -194,7 +194,7 @@ def imported(node: ast.Import | ast.ImportFrom, module: Module) -> dict[str, str
 
 
 def bound_by(nodes: Sequence[ast.AST], module: Module) -> dict[str, str | None]:
-    """The names that statements bind in their own scope; those of an import with its path.
+    """The names that statements bind in their own scope, each with its path if it is imported, else None.
 
     >>> bound_by(ast.parse("from x import y; z = [a for a in y]").body, Module("m", False, ""))
     {'y': 'x:y', 'z': None}
@@ -224,7 +224,7 @@ def _names_of(node: ast.AST) -> Iterator[str]:
 
 
 def _in_scope(nodes: Sequence[ast.AST]) -> Iterator[ast.AST]:
-    """All nodes but those of scopes within; of comprehensions the names that := binds outside."""
+    """Yield all nodes except those of inner scopes; of comprehensions the names that := binds outside."""
     waiting: list[ast.AST] = list(reversed(nodes))
     while waiting:
         node = waiting.pop()

@@ -1,7 +1,7 @@
-"""What a result is a result of: one hash over config, code, data and libraries.
+"""The content key of a result: one hash of its config, code, data and libraries.
 
-Code counts by what it computes (`code_hash`): it may move, be renamed, commented or laid out anew, and results stay as
-they are. What only starts runs or shows results does not count.
+Code counts by its computation (`code_hash`): results stay current if code is moved, renamed, commented or reformatted.
+Code that only starts runs or shows results does not count.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 from zotune.bench.run.code_hash import code_hash
 
-# The folder of the package, wherever in it this module is.
+# The folder of the package `zotune`, independent of this module's place in it.
 PACKAGE = Path(str(sys.modules[__name__.partition(".")[0]].__file__)).parent
-# The functions that each job of the worker, and each kind of cell, comes from; all that they refer to is followed.
+# The functions that compute each job and each kind of cell; `code_hash` follows all their references.
 ENTRIES: dict[str, tuple[str, ...]] = {
     "train": ("trained",),
     "evaluate": ("evaluated",),
@@ -29,13 +29,13 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     "quality": ("each_seed", "estimated"),
     **dict.fromkeys(("memory", "time", "theory"), ("each_seed", "step_taken")),
 }
-# It tells results apart; no number depends on it.
+# No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 _LIBRARIES = ("torch", "transformers", "peft", "numpy")
 
 
 def key_of(config: Mapping[str, Any], code: str | None = None) -> str:
-    """The hash, 16 hexadecimal digits, of a config run by the code and the libraries of today.
+    """The content key, 16 hexadecimal digits, of a config with today's code and libraries.
 
     >>> key_of({"task": "sst2"}) == key_of({"task": "sst2"}) != key_of({"task": "rte"})
     True
@@ -50,7 +50,7 @@ def key_of(config: Mapping[str, Any], code: str | None = None) -> str:
 
 
 def code_of(config: Mapping[str, Any]) -> str:
-    """The hash of the code that such a cell (by its `kind`) or job (by what it `does`) passes through.
+    """The hash of the code that computes a cell (given by its `kind`) or a job (given by `does`).
 
     >>> code_of({"does": "train"}) != code_of({"does": "step"})
     True
@@ -62,7 +62,7 @@ def code_of(config: Mapping[str, Any]) -> str:
 
 @cache
 def _data_hash(task: str) -> str:
-    """The hash of a task's rows that are shipped, where there are some."""
+    """The hash of a task's rows in this repository or package, if there are any."""
     folders = [folder / task for folder in (PACKAGE.parents[1] / "data", *sorted(PACKAGE.rglob("data")))]
     files = [p for folder in folders if folder.is_dir() for p in sorted(folder.glob("*.jsonl*"))]
     return _hash(path.read_bytes() for path in files)
@@ -70,14 +70,14 @@ def _data_hash(task: str) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Of the libraries that numbers depend on; "none" where one is not installed."""
-    found = {}
+    """The versions of the libraries that numbers depend on; "none" for one that is not installed."""
+    versions = {}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none"
-    return found
+            versions[name] = "none"
+    return versions
 
 
 def _hash(parts: Iterable[bytes]) -> str:

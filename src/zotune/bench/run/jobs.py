@@ -24,7 +24,7 @@ from zotune.bench.spec.vocabulary import Status
 
 # The folder of cached outcomes and of files of jobs in progress, below a scale's results; it holds no results.
 JOBS = ".jobs"
-# A full run, one a seed; a trial of the search; some steps that show whether a batch fits; the untuned model.
+# A full run with one seed; a trial of the search; a few steps that test whether a batch fits; the untuned model.
 Role = Literal["run", "trial", "probe", "baseline"]
 
 

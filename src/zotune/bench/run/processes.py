@@ -37,7 +37,7 @@ class Process:
         stopped: returns whether the runner is stopping.
         environment: environment variables for the worker besides the runner's own.
         command: command line of the worker.
-        source: folder of another checkout's packages, whose code is run; without it the worker refuses other code.
+        source: source folder of another checkout whose code is run; without it, the worker refuses other code.
     """
 
     stopped: Callable[[], bool]

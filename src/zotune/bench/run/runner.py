@@ -43,7 +43,7 @@ def state_of(results: Path, spec: CellSpec) -> State:
 
 
 def lock_of(results: Path, spec: CellSpec) -> Path:
-    """The file whose lock whoever writes a cell's result holds."""
+    """The lock file of a cell; only the holder of its lock may write the cell's result."""
     return results / spec.scale / JOBS / f"{spec.experiment}--{spec.name}.lock"
 
 

@@ -14,7 +14,7 @@ Kind = Literal["accuracy", "memory", "time", "theory", "quality"]
 Status = Literal["done", "failed", "timed_out", "out_of_memory"]
 # Status of a cell's stored result, or why there is none that is current.
 State = Literal["missing", "done", "stale", "failed", "timed_out", "out_of_memory"]
-# Results that `zotune bench verify` takes for one kind, of which one stands for all.
+# The options in which results of one kind agree, for `zotune bench verify`: all but amounts, or method and tuning.
 Alike = Literal["options", "method"]
 Coordinate = str | int | float
 
