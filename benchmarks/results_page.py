@@ -1,6 +1,6 @@
-"""Write docs/results.md from the results in benchmarks/results/bench/cpu; a test checks that the page is current.
+"""Write docs/benchmark/results.md from the results in benchmarks/results/bench/cpu; a test holds the page to it.
 
-python benchmarks/results_page.py > docs/results.md
+python benchmarks/results_page.py > docs/benchmark/results.md
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ to. Models, rows and steps differ from the paper's, so the order of methods can 
 each table says more. A claim of the paper *holds* or *does not hold* on this model if the 95 % interval of its
 comparison lies on one side of the claimed difference; otherwise it *cannot be told*. Intervals cover evaluation rows
 and seeds.
-[How the benchmark works](benchmark.md). `zotune bench report --scale cpu` writes the same as a page with figures.
+[How the benchmark works](running.md). `zotune bench report --scale cpu` writes the same as a page with figures.
 """.strip()
 
 
