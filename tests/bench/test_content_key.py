@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zotune.bench import code_hash as code_hash_module
+from zotune.bench.run import code_hash as code_hash_module
 from zotune.bench.run.code_hash import code_hash
 from zotune.bench.run.code_modules import Package
 from zotune.bench.run.content_key import ENTRIES, PACKAGE, code_of, key_of
@@ -260,12 +260,12 @@ def definitions(kind, *, on_cpu=True):
 
 def test_a_cell_passes_through_what_it_computes_with_and_not_through_what_shows_it():
     accuracy, modules = definitions("accuracy")
-    assert {"train", "load_rows", "ZerothOrder", "zo_adam", "TunedTensors", "Direction"} <= accuracy
+    assert {"train", "load_rows", "ZerothOrder", "zo_adam", "ParameterSet", "Direction"} <= accuracy
     assert not {"write_run_page", "report", "Display", "say", "PlanConfig", "key_of"} & accuracy
     assert {module.counts for module in modules} == {"always"}
     assert "on cuda" in {module.counts for module in definitions("accuracy", on_cpu=False)[1]}
     step, _ = definitions("memory")
-    assert {"measure", "prepared", "said_of", "Recorder"} <= step - accuracy
+    assert {"measure", "prepare_step", "memory_by_formula", "Recorder"} <= step - accuracy
     assert {code_of({"kind": "memory"}), code_of({"kind": "theory"})} == {code_of({"kind": "time"})}
     assert len({code_of({"kind": kind}) for kind in ("accuracy", "quality", "memory")}) == 3
 
@@ -282,14 +282,14 @@ def test_every_name_of_the_package_that_code_refers_to_is_found():
 
 def test_a_copy_of_the_package_in_another_place_has_its_keys(tmp_path):
     copy = tmp_path / PACKAGE.name
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.jsonl*"))
     plain = code_hash(PACKAGE, ENTRIES["quality"], on_cpu=True)
     assert code_hash(copy, ENTRIES["quality"], on_cpu=True) == plain
     moved = Path(copy / "moved")
     moved.mkdir()
-    (copy / "transforms.py").rename(moved / "maps.py")
+    (copy / "apply" / "transforms.py").rename(moved / "maps.py")
     for path in copy.rglob("*.py"):
-        path.write_text(path.read_text().replace("zotune.transforms", "zotune.moved.maps"))
+        path.write_text(path.read_text().replace("zotune.apply.transforms", "zotune.moved.maps"))
     code_hash_module._package.cache_clear()
     assert code_hash.__wrapped__(copy, ENTRIES["quality"], on_cpu=True) == plain
     (moved / "maps.py").write_text((moved / "maps.py").read_text().replace("1 - beta1", "1 + beta1"))
@@ -298,7 +298,7 @@ def test_a_copy_of_the_package_in_another_place_has_its_keys(tmp_path):
 
 
 def test_data_and_libraries_are_part_of_the_key(monkeypatch):
-    from zotune.bench import keys
+    from zotune.bench.run import content_key as keys
 
     plain = key_of({"task": "copa"}, "code")
     assert plain != key_of({"task": "copa"}, "other")
@@ -310,7 +310,7 @@ def test_data_and_libraries_are_part_of_the_key(monkeypatch):
 
 
 def test_the_rows_of_a_task_are_found_below_any_folder_of_data(tmp_path, monkeypatch):
-    from zotune.bench import keys
+    from zotune.bench.run import content_key as keys
 
     monkeypatch.setattr(keys, "PACKAGE", tmp_path / "src" / "pkg")
     hashes = set()

@@ -262,7 +262,7 @@ def test_a_folder_needs_no_more_than_its_configuration(tmp_path):
     llama().save_pretrained(tmp_path)
     assert predict(str(tmp_path), device="cpu").weights == terms(llama()).x
     (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
-    with pytest.raises(UsageError, match="no model that transformers knows"):
+    with pytest.raises(UsageError, match="does not describe a model that transformers knows"):
         predict(str(tmp_path))
 
 
