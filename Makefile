@@ -22,9 +22,12 @@ LOCKED := $(INSTALL) --require-hashes --no-deps
 EDITABLE := $(INSTALL) --no-deps --no-build-isolation --editable .
 # A lock that cannot be met is no reason to wait: one retry of an index that does not answer.
 LOCKED_TORCH := $(LOCKED) --retries 1 $(TORCH_INDEX) --requirement $(TORCH_LOCK)
+# One process a processor, one thread a process: the tensors of tests are small.
+PROCESSES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist worksteal
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
 
-.PHONY: quickstart reward test test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench lock clean
+.PHONY: quickstart reward test test-slow docs test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench lock clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -36,7 +39,15 @@ test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(TEST) -m "not slow"
+
+# The same properties at full size: more statistics, more random inputs, whole examples, Ray, browsers.
+test-slow: $(VENV)/dev
+	$(TEST) -m slow
+
+# The documentation site, in build/docs. Sphinx checks links between pages, an extension those of the built pages.
+docs: $(VENV)/dev
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs build/docs
 
 # The suite on the newest of everything that the ranges of pyproject.toml allow but torch, which stays as locked.
 # Before each release, and before a change of a range; warnings are not errors here, those of others come and go.
@@ -46,7 +57,7 @@ test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/$(LOCKED_TORCH)
 	.venv-newest/bin/$(INSTALL) --editable '.[llm,dev]' "$$(grep -o '^torch==[^ ]*' $(TORCH_LOCK))"
-	.venv-newest/bin/pytest -W default $(TESTS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n $(PROCESSES) --dist worksteal -W default -m "not slow" $(TESTS)
 
 # The suite on the lower end of every range, once a release. Where PyTorch's index cannot be reached, torch is as locked.
 test-oldest:
@@ -57,7 +68,7 @@ test-oldest:
 	.venv-oldest/bin/$(INSTALL) --retries 1 $(OLDEST_INDEX) '$(OLDEST_TORCH)' \
 		|| { echo "$(OLDEST_TORCH) cannot be installed here; the torch of $(TORCH_LOCK) takes its place."; .venv-oldest/bin/$(LOCKED_TORCH); }
 	.venv-oldest/bin/$(EDITABLE)
-	.venv-oldest/bin/pytest -W default $(TESTS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(PROCESSES) --dist worksteal -W default -m "not slow" $(TESTS)
 
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev

@@ -6,5 +6,22 @@ Read `workload` (one step as options), `live_memory` and `passes` (bytes of a pa
 step in a fresh process.
 """
 
-from zotune.plan.memory import Memory as Memory
-from zotune.plan.predict import predict as predict
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zotune.plan.memory import Memory as Memory
+    from zotune.plan.predict import predict as predict
+
+# Imported at their first use, so that `zotune plan --help` answers before torch is loaded.
+_HOME = {"Memory": "memory", "predict": "predict"}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zotune.plan' has no attribute {name!r}")
+    value = getattr(import_module(f"zotune.plan.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

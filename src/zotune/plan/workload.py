@@ -7,14 +7,16 @@ texts are random token ids, as in the paper's figure 3.
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from zotune.errors import UsageError
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.tokenization import Candidate, Encoded
-from zotune.llm.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from zotune.llm.data.tokenization import Encoded
+    from zotune.llm.models.language_model import LanguageModel
 
 
 class Workload(StepOptions):
@@ -49,6 +51,8 @@ def synthetic_examples(workload: Workload, lm: LanguageModel) -> list[Encoded]:
 
 
 def _example(workload: Workload, lm: LanguageModel, ids: list[int]) -> Encoded:
+    from zotune.llm.data.tokenization import Candidate, Encoded
+
     read, last = tuple(ids[:-1]), len(ids) - 2
     if lm.classifies:
         candidates = tuple(Candidate(0, (0,), (label,)) for label in range(int(lm.config.num_labels)))
