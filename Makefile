@@ -3,13 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Everything they install is in the lock, requirements/*.txt: exact versions, each with its hashes.
 # Where there is no NVIDIA GPU, torch's CPU build: the usual one brings gigabytes of CUDA with it.
-TORCH := torch==2.13.0
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH_BUILD ?= cpu
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+else
+TORCH_BUILD ?= cuda
 endif
+TORCH_LOCK := requirements/torch-$(TORCH_BUILD).txt
+OLDEST_TORCH := torch==2.11.*
+OLDEST_INDEX := $(TORCH_INDEX:--extra-index-url=--index-url)
 
-.PHONY: quickstart reward test test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench clean
+# --no-compile: Python compiles what is imported, a small part of what is installed, in less time than pip compiles all.
+INSTALL := python -m pip install --quiet --no-compile
+# --no-deps and --no-build-isolation: nothing comes from outside the lock, the build backend neither.
+LOCKED := $(INSTALL) --require-hashes --no-deps
+EDITABLE := $(INSTALL) --no-deps --no-build-isolation --editable .
+# A lock that cannot be met is no reason to wait: one retry of an index that does not answer.
+LOCKED_TORCH := $(LOCKED) --retries 1 $(TORCH_INDEX) --requirement $(TORCH_LOCK)
+CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
+
+.PHONY: quickstart reward test test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench lock clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -22,6 +37,27 @@ test: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The suite on the newest of everything that the ranges of pyproject.toml allow but torch, which stays as locked.
+# Before each release, and before a change of a range; warnings are not errors here, those of others come and go.
+test-newest:
+	$(CHECK_PYTHON)
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/$(LOCKED_TORCH)
+	.venv-newest/bin/$(INSTALL) --editable '.[llm,dev]' "$$(grep -o '^torch==[^ ]*' $(TORCH_LOCK))"
+	.venv-newest/bin/pytest -W default $(TESTS)
+
+# The suite on the lower end of every range, once a release. Where PyTorch's index cannot be reached, torch is as locked.
+test-oldest:
+	$(CHECK_PYTHON)
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/$(INSTALL) --no-deps --requirement requirements/oldest.txt
+	.venv-oldest/bin/$(INSTALL) --retries 1 $(OLDEST_INDEX) '$(OLDEST_TORCH)' \
+		|| { echo "$(OLDEST_TORCH) cannot be installed here; the torch of $(TORCH_LOCK) takes its place."; .venv-oldest/bin/$(LOCKED_TORCH); }
+	.venv-oldest/bin/$(EDITABLE)
+	.venv-oldest/bin/pytest -W default $(TESTS)
 
 # What `make test` does in a short form; some twenty minutes.
 test-faults: $(VENV)/dev
@@ -70,23 +106,32 @@ bench-zero-shot: $(VENV)/llm
 bench: $(VENV)/llm
 	$(BIN)/zotune bench run --scale cpu --jobs 2
 
-$(VENV)/torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zotune needs Python 3.11 or newer; set PYTHON=python3.11")'
+$(VENV)/torch: $(TORCH_LOCK)
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --retries 1 $(TORCH_INDEX) $(TORCH)
+	$(BIN)/$(LOCKED_TORCH)
 	touch $@
 
-$(VENV)/llm: $(VENV)/torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[llm]'
+$(VENV)/llm: $(VENV)/torch requirements/llm.txt pyproject.toml
+	$(BIN)/$(LOCKED) --requirement requirements/llm.txt
+	$(BIN)/$(EDITABLE)
 	touch $@
 
-$(VENV)/dev: $(VENV)/llm pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[llm,dev]'
+$(VENV)/dev: $(VENV)/torch requirements/dev.txt pyproject.toml
+	$(BIN)/$(LOCKED) --requirement requirements/dev.txt
+	$(BIN)/$(EDITABLE)
 	touch $@
 
 $(VENV)/lm-eval: $(VENV)/llm
 	$(BIN)/python -m pip install --quiet 'lm-eval>=0.4.9,<0.5'
 	touch $@
 
+# Makes the lock anew out of the ranges of pyproject.toml, with the newest versions of today; run `make test` after it.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/$(INSTALL) uv packaging
+	PATH="$(CURDIR)/.venv-lock/bin:$$PATH" .venv-lock/bin/python requirements/lock.py
+	rm -rf .venv-lock
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock runs

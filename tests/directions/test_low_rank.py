@@ -13,7 +13,8 @@ import zotune as zo
 from problems import assert_same_bits
 from zotune import noise
 from zotune.directions.direction import add_terms, sum_terms
-from zotune.directions.low_rank import Factors, add_products
+from zotune.directions.low_rank import add_products
+from zotune.directions.samplers import Factors
 from zotune.errors import UsageError
 from zotune.estimate import probes
 from zotune.estimate.batched_probes import side_by_side

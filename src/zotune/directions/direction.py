@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.blocks import Block
-from zotune.directions.low_rank import Factors
-from zotune.directions.samplers import Sampler, factored, kernel_of, part_of, rademacher
+from zotune.directions.samplers import Factors, Sampler, factored, kernel_of, part_of, rademacher
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
 

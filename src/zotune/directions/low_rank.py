@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions.samplers import Sampler
+from zotune.directions.samplers import Factors, Sampler
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
 from zotune.model import linear as gemm
@@ -31,21 +31,6 @@ from zotune.system import limits
 
 # Purpose number of the right factors' seeds in `derive_seed`.
 _RIGHT = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """An offset of low rank for some rows of a matrix: a · left rightᵀ.
-
-    Attributes:
-        left: (rows, r), float32; A/√r.
-        right: (columns, r), float32; B.
-        a: how far to go.
-    """
-
-    left: Tensor
-    right: Tensor
-    a: float = 1.0
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -10,15 +10,14 @@ what else a sampler can do; this module alone looks for them:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from zotune import noise
-
-if TYPE_CHECKING:
-    from zotune.directions.low_rank import LowRankSampler
 
 
 class Sampler(Protocol):
@@ -31,6 +30,33 @@ class Sampler(Protocol):
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
         """Write elements start, start + 1, … of the direction `seed` for one tensor into `out` (flat, float32)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """An offset of low rank for some rows of a matrix: a · left rightᵀ.
+
+    Attributes:
+        left: (rows, r), float32; A/√r.
+        right: (columns, r), float32; B.
+        a: how far to go.
+    """
+
+    left: Tensor
+    right: Tensor
+    a: float = 1.0
+
+
+class FactoredSampler(Sampler, Protocol):
+    """A sampler that knows the thin factors of a matrix's part."""
+
+    rank: int
+
+    def factors(self, seed: int, tensor_id: int, device: torch.device, start: int, size: int | None) -> Factors:
+        """The factors of one matrix's part, for the rows that elements start … start + size - 1 lie in."""
+
+    def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """The factors of many matrices' parts in one allocation; empty if that would be large."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,6 @@ def part_of(sampler: Sampler, tensor_id: int) -> Sampler:
     return sampler if part is None else cast(Sampler, part(tensor_id))
 
 
-def factored(sampler: Sampler) -> LowRankSampler | None:
+def factored(sampler: Sampler) -> FactoredSampler | None:
     """The sampler as one that knows the thin factors of matrices; None where it does not."""
-    return cast("LowRankSampler", sampler) if hasattr(sampler, "factors") else None
+    return cast(FactoredSampler, sampler) if hasattr(sampler, "factors") else None

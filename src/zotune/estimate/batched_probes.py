@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
-from zotune.directions.low_rank import Factors, linear
+from zotune.directions.low_rank import linear
+from zotune.directions.samplers import Factors
 from zotune.estimate.perturb import WeightOffset, antithetic_pair, largest_piece, nbytes, piece_elements, pieces
 from zotune.model import linear as gemm
 from zotune.model.intercept import METADATA, Interceptor

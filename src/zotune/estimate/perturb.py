@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.direction import Direction, add_terms
-from zotune.directions.low_rank import Factors, linear, product
+from zotune.directions.low_rank import linear, product
+from zotune.directions.samplers import Factors
 from zotune.model.intercept import ParameterInterceptor
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
