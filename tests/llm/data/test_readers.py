@@ -210,6 +210,6 @@ def test_a_data_set_that_cannot_be_had_is_named(monkeypatch):
     for name in ("hub:", "hub:a/b/c/d", "hub:a/"):
         with pytest.raises(UsageError, match="is not the name of a data set"):
             # A path drops a last slash, so the text itself is what is read.
-            from zotune.llm.data.examples import readers as rows
+            from zotune.llm.data import readers as rows
 
             list(rows._hub(name.removeprefix("hub:"), "train"))

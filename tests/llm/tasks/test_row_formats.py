@@ -56,9 +56,7 @@ def test_the_shape_is_told_from_the_columns(own):
         found = own(some, CHATML)
         assert found.options.data_format == name
         assert f"data_format: {name}" in found.notes[0]
-    with pytest.raises(
-        UsageError, match=r"several formats: completion, chat\. Choose one, for instance with --data-format completion"
-    ):
+    with pytest.raises(UsageError, match=r"several formats: completion, chat\. Choose one.*--data-format completion"):
         own([{"prompt": "a", "completion": "b", "messages": chat}], CHATML)
     assert own([{"prompt": "a", "completion": "b", "messages": chat}], CHATML, data_format="chat").splits.train[0].spans
     with pytest.raises(UsageError, match=r"no column 'completion'. Did you mean 'completions'\? .*choice \(prompt, "):
@@ -230,7 +228,7 @@ def test_rows_that_are_trained_and_measured_on_are_counted(own, tmp_path):
     rows = [{"text": "a", "label": i % 2} for i in range(10)]
     path = write(tmp_path / "rows2.jsonl", rows)
     found = load_user_data(DataOptions(train_file=path), None)
-    assert found.notes[1] == "2 of 2 held-out rows are training rows too, so the result on them is too optimistic"
+    assert found.notes[1] == "2 of 2 held-out rows are training rows too, so the result on them is biased"
     assert len(own([{"text": str(i), "label": i % 2} for i in range(10)]).notes) == 1
 
 
