@@ -1,11 +1,11 @@
-"""Another evaluator on the same rows: EleutherAI's lm-eval finds the predictions and scores that `zotune eval` finds.
+"""Check that EleutherAI's lm-eval gives the predictions and scores of `zotune eval` on the same rows.
 
     make test-lm-eval
 
-Trains an adapter on SST-2 for a minute, then asks `zotune eval` for its predictions on SST-2 and for the base model's
-on RTE, COPA and WinoGrande, defines a local task of lm-eval from the prompts and candidates it wrote, and compares row
-by row. lm-eval reports sums of log-probabilities; candidates of several tokens are compared by the sum over their
-number of tokens, which is the score here. Ends with 1 where a row's prediction differs for another reason than a tie.
+This trains an adapter on SST-2 for a minute and runs `zotune eval` with it on SST-2, and with the base model on RTE,
+COPA and WinoGrande. It defines local tasks of lm-eval from the written prompts and candidates and compares row by row.
+lm-eval reports sums of log-probabilities; zotune's score is the sum divided by the candidate's number of tokens. The
+exit code is 1 if a prediction differs for another reason than a tie.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from record import write_result, zotune
 
 from zotune.llm.models.builtin import fetch
 
-# Scores are log-probabilities in float32 on either side; sums over a model's 135 M numbers differ by so much.
+# Both sides compute log-probabilities in float32; different orders of summation differ by up to this much.
 TOLERANCE = 1e-3
 
 
 def by_lm_eval(
     name: str, rows: list[dict[str, Any]], folder: Path, adapter: str | None
 ) -> tuple[float, list[list[float]]]:
-    """lm-eval's accuracy by sums of log-probabilities, and these sums of each row's candidates."""
+    """lm-eval's accuracy by sums of log-probabilities, and these sums for the candidates of each row."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -64,8 +64,8 @@ def by_lm_eval(
     return float(found["results"][f"zotune_{name}"]["acc,none"]), sums
 
 
-def compared(rows: list[dict[str, Any]], acc: float, sums: list[list[float]], tokenizer: Any) -> dict[str, Any]:
-    """How far the two sides agree; `acc` is comparable as it is where candidates are single tokens."""
+def compare(rows: list[dict[str, Any]], acc: float, sums: list[list[float]], tokenizer: Any) -> dict[str, Any]:
+    """The agreement of both evaluators; lm-eval's own `acc` is comparable only if all candidates are single tokens."""
     single, same, worst, theirs, unexplained = True, 0, 0.0, [], 0
     for row, candidates in zip(rows, sums, strict=True):
         start = len(tokenizer(row["prompt"])["input_ids"])
@@ -107,12 +107,12 @@ def main() -> None:
         zotune(*recipe, "--max-steps", str(options.steps), "--output-dir", adapter)
         for task in ("sst2", "rte", "copa", "winogrande"):
             model = ("--model", adapter) if task == "sst2" else ()
-            said = folder / f"{task}-predictions.jsonl"
-            rows_of = ("--num-eval", str(options.rows), "--predictions", str(said))
+            predictions = folder / f"{task}-predictions.jsonl"
+            rows_of = ("--num-eval", str(options.rows), "--predictions", str(predictions))
             zotune("eval", "--task", task, "--dtype", "float32", "--device", "cpu", *model, *rows_of)
-            rows = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
             both = by_lm_eval(task, rows, folder, adapter if model else None)
-            found[task] = {"model": "adapter" if model else "smollm2-135m", **compared(rows, *both, tokenizer)}
+            found[task] = {"model": "adapter" if model else "smollm2-135m", **compare(rows, *both, tokenizer)}
             print(task, found[task], flush=True)
     write_result("lm-eval", {"lm_eval": version("lm-eval"), "train_steps": options.steps, "tasks": found})
     if any(

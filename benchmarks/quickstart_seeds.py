@@ -1,9 +1,9 @@
-"""The quickstart's claim, for three seeds: ZO-SGD's accuracy against zero-shot, same prompt, same rows.
+"""Check the claim of the quickstart for three seeds: ZO-SGD's accuracy and zero-shot, with the same prompt and rows.
 
     make bench-quickstart
 
-Runs `zotune eval` once and `zotune train` with both shipped recipes for each seed, every command a
-process of its own, and records every result.
+This runs `zotune eval` once and `zotune train` with both built-in recipes for each seed, each command in a process of
+its own, and records every result.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main() -> None:
                     f"{result['seconds']:.0f} s",
                     flush=True,
                 )
-    kept = {key: zero_shot[key] for key in ("accuracy", "low", "high", "num_examples", "loss", "peak_memory")}
-    write_result("quickstart", {"task": "sst2", "recipes": RECIPES, "zero_shot": kept, "runs": runs})
+    baseline = {key: zero_shot[key] for key in ("accuracy", "low", "high", "num_examples", "loss", "peak_memory")}
+    write_result("quickstart", {"task": "sst2", "recipes": RECIPES, "zero_shot": baseline, "runs": runs})
 
 
 if __name__ == "__main__":

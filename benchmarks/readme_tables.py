@@ -1,4 +1,4 @@
-"""The tables of README.md and of pages in docs/, made from benchmarks/results; a test holds the pages to them.
+"""The tables of README.md and of pages in docs/, made from benchmarks/results; a test checks that pages are current.
 
 python benchmarks/readme_tables.py
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zotune.bench.results.quantities import quantity
-from zotune.bench.results.records import SCALES, mean_and_error, read_results
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Cell, interval
-from zotune.bench.spec.experiments import cells, find, names
+from zotune.bench.results.records import mean_and_error, read_results
+from zotune.bench.results.tables import Cell, cell_costs, interval
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.vocabulary import SCALES
 from zotune.llm.config.method import MethodName
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +49,7 @@ _SIDES = {
 
 
 def step_in_short() -> str:
-    """As `step`, of 16 × 32 tokens."""
+    """The rows of `step` for 16 × 32 tokens."""
     return "\n".join(line for i, line in enumerate(step().splitlines()) if i < 2 or "| 16 × 32 |" in line)
 
 
@@ -65,7 +65,7 @@ def step() -> str:
     return "\n".join(lines)
 
 
-# What a step was meant to cost: by its side, the sizes and their goals.
+# The goals of a step's cost: from each side to its sizes and their goals.
 _GOALS = {
     "zo_sgd_step": {"float32 4x32": 1.35, "float32 16x32": 1.15, "float32 16x64": 1.15}
     | {"bfloat16 4x32": 1.8, "bfloat16 16x32": 1.35, "bfloat16 16x64": 1.35},
@@ -76,7 +76,7 @@ _GOALS = {
 
 
 def goals() -> str:
-    """What a step was to cost and what it does, by model."""
+    """The goals of a step's cost beside the measured cost, by model."""
     models = _read("speed-step")["models"]
     lines = [f"| | goal | {' | '.join(name.removeprefix('random:') for name in models)} |"]
     lines.append("|---|--:|" + "--:|" * len(models))
@@ -92,7 +92,7 @@ def goals() -> str:
 
 
 def other_goals() -> str:
-    """What was to be reached besides, and what is."""
+    """Further goals beside the measured numbers."""
     seconds, peaks = _read("speed-peers")["seconds"], _read("speed-memory")["peaks"]
     lines = ["| | goal | measured |", "|---|--:|--:|"]
     for dtype in ("float32", "bfloat16"):
@@ -105,21 +105,21 @@ def other_goals() -> str:
 
 
 def _beside(found: float, goal: float, *, at_least: bool = False) -> str:
-    """A figure as it is shown, and whether, as it is shown, it misses its goal."""
+    """A rounded number, marked if it misses its goal."""
     shown = round(found, 2)
     misses = shown < goal if at_least else shown > goal
     return f"{shown:.2f}{', missed' if misses else ''}"
 
 
 def peers() -> str:
-    """A step of other packages as a multiple of ours."""
+    """The time of a step of other packages as a multiple of ours."""
     found = _read("speed-peers")
     lines = ["| | float32 | bfloat16 |", "|---|--:|--:|"]
     ours = {dtype: seconds["zotune"] for dtype, seconds in found["seconds"].items()}
     lines.append("| zotune, `zo_sgd` | " + " | ".join(f"{1000 * ours[d]:.0f} ms" for d in ours) + " |")
     for name in ("zotune, rank 1", *found["versions"], "loop as published"):
         theirs = {dtype: seconds.get(name) for dtype, seconds in found["seconds"].items()}
-        if name == "loop as published":  # which is in single precision
+        if name == "loop as published":  # it exists in single precision only
             theirs = dict.fromkeys(theirs, theirs["float32"])
         ratios = [f"{t / ours[d]:.2f} ×" if t else "–" for d, t in theirs.items()]
         version = found["versions"].get(name)
@@ -128,7 +128,7 @@ def peers() -> str:
 
 
 def growth() -> str:
-    """By what power of its size a step's time grows."""
+    """The exponent with which a step's time grows with its size."""
     lines = ["| | from | to | ZO-SGD step | two forward passes |", "|---|--:|--:|--:|--:|"]
     for name, found in _read("speed-growth")["growth"].items():
         sizes = [int(size) for size in found["seconds"]]
@@ -138,7 +138,7 @@ def growth() -> str:
 
 
 def forward_gradient() -> str:
-    """Peak memory of a forward gradient against a forward pass."""
+    """Peak memory of a forward gradient and of a forward pass."""
     names = {"forward": "a forward pass", "forward_gradient": "`forward_grad`, a step", "jvp": "`torch.func.jvp`"}
     lines = ["| | peak | ratio |", "|---|--:|--:|"]
     for way, found in _read("memory-forward-gradient")["memory"]["peaks"].items():
@@ -147,7 +147,7 @@ def forward_gradient() -> str:
 
 
 def memory() -> str:
-    """Peak memory of training against evaluation."""
+    """Peak memory of training and of evaluation."""
     lines = ["| model, precision, tuning | `zotune eval` | `zotune train` | ratio |", "|---|--:|--:|--:|"]
     for side, found in _read("speed-memory")["peaks"].items():
         mib = [f"{found[key] / 2**20:.0f} MiB" for key in ("eval_bytes", "train_bytes")]
@@ -156,7 +156,7 @@ def memory() -> str:
 
 
 def zero_shot() -> str:
-    """The built-in model as it is."""
+    """The accuracy of the untuned built-in model."""
     lines = ["| task | rows | accuracy (95 % interval) | majority class |", "|---|--:|--:|--:|"]
     for task, found in _read("zero-shot")["tasks"].items():
         accuracy, low, high = (100 * found[key] for key in ("accuracy", "low", "high"))
@@ -178,7 +178,7 @@ def experiments() -> str:
 
 
 def reward() -> str:
-    """A reward of generated text before and after, on prompts that were not tuned on."""
+    """The reward of generated text before and after tuning, on held-out prompts."""
     lines = ["| seed | before | after | gain (95 % interval, paired) | CPU time |", "|--:|--:|--:|---|--:|"]
     for run in _read("reward")["runs"]:
         before, after, gain, half = (run[key] for key in ("before", "after", "gain", "half_width"))
@@ -188,7 +188,7 @@ def reward() -> str:
 
 
 def methods() -> str:
-    """SST-2 by each method, as far as the cells of Table 2 at scale cpu are there, with what a run spent."""
+    """SST-2 by each method, from the available cells of Table 2 at scale cpu, with the costs of a run."""
     found = [c for c in read_results(RESULTS / "bench", "cpu", "table2") if c.status == "done"]
     order = {name: i for i, name in enumerate(get_args(MethodName))}
     found.sort(key=lambda c: (c.coordinates["tuning"] == "full", order[str(c.coordinates["method"])]))
@@ -201,11 +201,11 @@ def methods() -> str:
         mean, error = mean_and_error([100 * run.test.value for run in cell.runs if run.test])
         alone = [Cell(cell.coordinates, "done", cell)]
         low, high = interval(alone, quantity("accuracy"))
-        (spent,) = budgets(alone)
+        (costs,) = cell_costs(alone)
         tuned = {"lora": "LoRA", "full": "last layer"}[str(cell.coordinates["tuning"])]
         lines.append(
             f"| `{cell.coordinates['method']}` | {tuned} | {mean:.1f} ± {error:.1f} % | {low:.1f} to {high:.1f} | "
-            f"{spent['forward passes']:,.0f} | {spent['seconds']:.0f} s | {spent['peak GiB'] * 1024:.0f} MiB |"
+            f"{costs['forward passes']:,.0f} | {costs['seconds']:.0f} s | {costs['peak GiB'] * 1024:.0f} MiB |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
-"""The reward example's claim, for three seeds: the gain on held-out prompts with its paired interval.
+"""Check the claim of the reward example for three seeds: the gain on held-out prompts with its paired interval.
 
     make bench-reward
 
-Each seed is a process of its own. Seconds depend on what else the machine does; CPU seconds less so.
+Each seed runs in a process of its own. Seconds depend on other load of the machine; CPU seconds depend on it less.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The built-in model as it is, beside the majority class, on all evaluation rows of four tasks.
+"""Accuracy of the untuned built-in model and of the majority class on all evaluation rows of four tasks.
 
     make bench-zero-shot
 
-What tuning adds is to be read against these accuracies; `zotune bench run tasks` says what it adds.
+These accuracies are the baseline for tuned models, which `zotune bench run tasks` measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Minimise a function without its gradient: Rosenbrock's valley, by evaluating it.
+"""Minimise Rosenbrock's function by evaluating it, without its gradient.
 
-What is minimised is a function of a module's parameters; any module will do, also one that holds two numbers.
+The objective is a function of a module's parameters. Any module will do, even one that holds two numbers.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Point(nn.Module):
 point = Point()
 optimizer = zo.zo_sgd_mmt(point, lr=4e-4, mu=1e-4, beta=0.93, num_queries=2)
 
-# An estimate is made by forward passes, two for each direction. It leaves the point where it is, to the bit.
+# An estimate takes two forward passes for each direction. It does not change the point, not even by a bit.
 estimate = optimizer.estimate(point.rosenbrock)
 print(f"f(-1.2, 1) = 24.2; gradient [-215.6, -88.0], estimated as {estimate.of(point, 'xy').tolist()}")
 assert point.xy.tolist() == [-1.2, 1.0]

@@ -1,12 +1,12 @@
-"""What queries, blocks and masks do to the noise of an estimate: measured, beside the theory.
+"""Measure the effect of queries, blocks and masks on the noise of an estimate, and compare it with the theory.
 
-ĝ is right on average, and far from the gradient each time: E‖ĝ - ∇f‖² is some d times ‖∇f‖² for d tuned numbers.
-For Rademacher directions, to first order in μ, as a multiple of ‖∇f‖²:
+ĝ is unbiased but noisy: for d tuned numbers, E‖ĝ - ∇f‖² is about d times ‖∇f‖². For Rademacher directions, to first
+order in μ and as a multiple of ‖∇f‖², it is:
 
     q directions                     (d - 1) / q
     blocks b of d_b numbers          Σ (d_b - 1) ‖∇_b f‖² / ‖∇f‖²
-    random mask, share s is zero     d - 1 + s / (1 - s), for ĝ / (1 - s), which is right on average
-    the k largest weights alone      ((k - 1) ‖∇_k f‖² + ‖∇f - ∇_k f‖²) / ‖∇f‖², the second term being a bias
+    random mask of sparsity s        d - 1 + s / (1 - s), for ĝ / (1 - s), which is unbiased
+    only the k largest weights       ((k - 1) ‖∇_k f‖² + ‖∇f - ∇_k f‖²) / ‖∇f‖², where the second term is a bias
 """
 
 import torch
@@ -23,12 +23,12 @@ parts = dict(model.named_parameters())
 
 
 def objective() -> Tensor:
-    """A mean squared error."""
+    """Return the mean squared error."""
     return nn.functional.mse_loss(model(x), y)
 
 
 def measured(optimizer: zo.ZerothOrder, scale: float = 1.0, num_steps: int = 250) -> Tensor:
-    """‖scale ĝ - ∇f‖² / ‖∇f‖² of each of some steps, all at the same x for the learning rate is 0."""
+    """Return ‖scale ĝ - ∇f‖² / ‖∇f‖² of each step. The learning rate is 0, so all steps are at the same x."""
     errors = []
 
     def note(estimate: zo.GradientEstimate) -> None:
@@ -41,7 +41,7 @@ def measured(optimizer: zo.ZerothOrder, scale: float = 1.0, num_steps: int = 250
 
 
 def norm(tensors: dict[str, Tensor]) -> float:
-    """The sum of all squares."""
+    """Return the sum of all squares."""
     return float(sum(t.square().sum() for t in tensors.values()))
 
 
@@ -51,12 +51,12 @@ total, d, s = norm(gradient), sum(p.numel() for p in parts.values()), 0.5
 blocks = zo.blocks_by_layer(model)
 by_block = 0.0
 for block in blocks:
-    own = {name: gradient[name] for name in block.tensors}
-    by_block += (sum(g.numel() for g in own.values()) - 1) * norm(own) / total
+    of_block = {name: gradient[name] for name in block.tensors}
+    by_block += (sum(g.numel() for g in of_block.values()) - 1) * norm(of_block) / total
 
-middle = torch.cat([p.detach().flatten() for p in parts.values()]).abs().median()
-kept = {name: gradient[name] * (p.detach().abs() > middle) for name, p in parts.items()}
-by_size = ((d / 2 - 1) * norm(kept) + total - norm(kept)) / total
+median = torch.cat([p.detach().flatten() for p in parts.values()]).abs().median()
+of_largest = {name: gradient[name] * (p.detach().abs() > median) for name, p in parts.items()}
+by_size = ((d / 2 - 1) * norm(of_largest) + total - norm(of_largest)) / total
 
 largest = zo.zo_sgd(model, lr=0.0, sampler=zo.sparse(zo.rademacher, s, mask="magnitude"))
 masked = zo.zo_sgd(model, lr=0.0, sampler=zo.sparse(zo.rademacher, s, group="layer"))
@@ -76,6 +76,6 @@ for name, optimizer, scale, theory in (
     assert abs(mean - theory) < 4 * error
 
 print(
-    "\nA block is worth a direction, and more where the gradient lies in small blocks. A random mask makes ĝ shorter,"
-    "\nnot less noisy; a mask that stays where it is trades noise for bias."
+    "\nA block reduces the noise as much as a direction does, and more if the gradient lies in small blocks. A random"
+    "\nmask makes ĝ shorter but not less noisy; a fixed mask trades noise for bias."
 )

@@ -1,7 +1,7 @@
-"""A method of one's own: a sampler, a transform and a limit, each a few lines, put together like those of the library.
+"""Write a method of your own: a sampler, a transform and a limit of a few lines each, composed as in the library.
 
-A method is direction → estimate → transform → apply, and `ZerothOrder` takes each as a plain value. Here: directions
-with uniformly distributed entries, and the Lion rule (Chen et al., 2023, arXiv 2302.06675).
+A method is direction → estimate → transform → apply, and `ZerothOrder` takes each as a plain value. This one has
+directions with uniformly distributed entries and the Lion rule (Chen et al., 2023, arXiv 2302.06675).
 """
 
 import math
@@ -16,9 +16,9 @@ import zotune as zo
 
 @dataclass(frozen=True)
 class Uniform:
-    """Entries uniform on [-√3, √3]: mean 0 and variance 1, which is all that a sampler must have.
+    """Entries uniform on [-√3, √3], so that they have mean 0 and variance 1, as a sampler must.
 
-    Entry j is a function of (seed, tensor, j) alone, as the Gaussian is that it is made from.
+    Entry j depends on (seed, tensor, j) only, because the Gaussian entry from which it is computed does.
     """
 
     def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
@@ -28,19 +28,19 @@ class Uniform:
 
 
 def lion(gradient: Tensor, state: dict[str, Tensor], *, beta1: float, beta2: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The step sign(β₁ m + (1 - β₁) ĝ), and then m ← β₂ m + (1 - β₂) ĝ, beginning with m = 0."""
+    """Return the step sign(β₁ m + (1 - β₁) ĝ) and the new m ← β₂ m + (1 - β₂) ĝ; the first m is 0."""
     m = state.get("exp_avg", torch.zeros_like(gradient))
     step = (beta1 * m + (1 - beta1) * gradient).sign()
     return step, {"exp_avg": beta2 * m + (1 - beta2) * gradient}
 
 
 def zo_lion(model: nn.Module, lr: float, **options: object) -> zo.ZerothOrder:
-    """The method: one expression, like those of `zo.METHODS`. A coefficient counts for no more than ± 1."""
+    """Return the method, one expression like those of `zo.METHODS`. Coefficients are clipped to ± 1."""
     return zo.ZerothOrder(model, lr, transform=partial(lion, beta1=0.9, beta2=0.98), max_coefficient=1.0, **options)
 
 
 def network() -> nn.Module:
-    """The same small network each time."""
+    """Return a small network, with the same initial weights each time."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
 

@@ -1,7 +1,7 @@
-"""Hybrid tuning: forward passes for the lower layers, back-propagation for the upper ones, and the memory in between.
+"""Tune the lower layers with forward passes and the upper layers with back-propagation, and measure the memory.
 
-A small transformer learns to continue film reviews letter by letter. What back-propagation keeps of the forward pass
-grows with the layers that it reaches; below the cut nothing is kept, and those layers are tuned all the same.
+A small transformer learns to continue film reviews letter by letter. Back-propagation stores activations of every layer
+that it reaches. The layers below the cut store none, and they are tuned all the same.
 """
 
 import json
@@ -24,7 +24,7 @@ encoded = torch.tensor([letters.index(letter) for letter in text])
 
 
 class LanguageModel(nn.Module):
-    """Letters to scores of the next letter: an embedding, a stack of transformer layers, a head."""
+    """A model from letters to scores of the next letter: an embedding, a stack of transformer layers, a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(WIDTH, len(letters))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Shape (batch, length) to (batch, length, letters)."""
+        """Map tokens of shape (batch, length) to scores of shape (batch, length, letters)."""
         h, mask = self.embedding(tokens) + self.positions, nn.Transformer.generate_square_subsequent_mask(LENGTH)
         for layer in self.layers:
             h = layer(h, src_mask=mask, is_causal=True)
@@ -45,35 +45,35 @@ class LanguageModel(nn.Module):
 
 
 def batch(step: int) -> Tensor:
-    """Some pieces of the text: shape (BATCH, LENGTH + 1)."""
+    """Return random pieces of the text: shape (BATCH, LENGTH + 1)."""
     places = torch.randint(len(encoded) - LENGTH, (BATCH, 1), generator=torch.Generator().manual_seed(step))
     return encoded[places + torch.arange(LENGTH + 1)]
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each next letter."""
+    """Return the mean cross-entropy of the next letters."""
     return cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def bytes_kept(model: nn.Module, run: Callable[[], object]) -> int:
-    """What autograd keeps for a backward pass while `run` runs, parameters aside, each piece of memory once."""
-    kept = {}
+def activation_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    """Return the bytes that autograd saves for a backward pass of `run`, without parameters, each storage once."""
+    sizes = {}
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(size for place, size in kept.items() if place not in own)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for address, size in sizes.items() if address not in parameters)
 
 
-print("layers by forward passes   KiB kept for the backward pass   loss of the last 5 steps")
+print("layers by forward passes   KiB saved for the backward pass  loss of the last 5 steps")
 torch.manual_seed(0)
 model = LanguageModel()
-kept = [bytes_kept(model, lambda: loss_of(model, batch(0)))]
-print(f"{0:24d} {kept[0] / 1024:32.0f}   (back-propagation alone)")
+saved = [activation_bytes(model, lambda: loss_of(model, batch(0)))]
+print(f"{0:24d} {saved[0] / 1024:32.0f}   (back-propagation alone)")
 
 for num_layers in range(1, NUM_LAYERS):
     torch.manual_seed(0)
@@ -83,9 +83,9 @@ for num_layers in range(1, NUM_LAYERS):
     start, losses = [p.detach().clone() for p in shallow], []
     for step in range(NUM_STEPS):
         run = partial(optimizer.step, partial(loss_of, model, batch(step)))
-        size = bytes_kept(model, lambda run=run, losses=losses: losses.append(run()))
-    kept.append(size)
+        size = activation_bytes(model, lambda run=run, losses=losses: losses.append(run()))
+    saved.append(size)
     print(f"{num_layers:24d} {size / 1024:32.0f} {sum(losses[-5:]) / 5:26.2f}, from {losses[0]:.2f}")
     assert all((p != x).any() for p, x in zip(shallow, start, strict=True))
     assert sum(losses[-5:]) / 5 < losses[0] - 1
-assert kept == sorted(set(kept), reverse=True)
+assert saved == sorted(set(saved), reverse=True)

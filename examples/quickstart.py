@@ -1,15 +1,15 @@
-"""The main job, end to end: fine-tune a real language model with forward passes only, and see what came of it.
+"""Fine-tune a real language model with forward passes only, end to end, and compare it with a first-order baseline.
 
     make quickstart
 
-runs four commands and prints one table. Each is a process of its own, as you would type it, so the
-peak memory in the table is that of the command and of nothing else:
+runs three commands and prints one table. Each command is a process of its own, as if you had typed it, so the
+peak memory in the table is the memory of that command alone:
 
-    zotune eval  --task sst2                          what the model does before
+    zotune eval  --task sst2                          accuracy before tuning
     zotune train sst2-smollm2                         ZO-SGD: forward passes only
     zotune train sst2-smollm2-fo                      the same tuning by Adam and back-propagation
 
-The rows are SST-2's: 1,000 to train on, 500 held out, and all 872 public validation rows to report on.
+The rows come from SST-2: 1,000 for training, 500 held out, and all 872 public validation rows for the results.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ TRAIN, BASELINE = "sst2-smollm2", "sst2-smollm2-fo"
 
 
 def zotune(*args: str) -> dict[str, Any]:
-    """Run a zotune command, its progress passing through, and return its JSON result."""
+    """Run a zotune command, show its progress, and return its JSON result."""
     command = [sys.executable, "-m", "zotune", *args, "--json"]
     Console(stderr=True).print(f"\n$ zotune {' '.join(args)}", style="bold", highlight=False)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode != 0:
+        sys.exit(process.returncode)
+    result: dict[str, Any] = json.loads(process.stdout)
     return result
 
 
 def row(name: str, test: dict[str, Any], seconds: float, forwards: int | None, peak: int) -> tuple[str, ...]:
-    """A line of the table."""
+    """Return a line of the table."""
     return (
         name,
         f"{100 * test['accuracy']:.1f} %",
@@ -55,10 +55,10 @@ def row(name: str, test: dict[str, Any], seconds: float, forwards: int | None, p
 def main() -> None:
     """Run the three commands and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="names directions and batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the directions and of the order of batches")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
-    began = time.perf_counter()
+    start = time.perf_counter()
 
     zero_shot = zotune("eval", "--task", "sst2", "--dtype", "bfloat16")
     results = {
@@ -81,14 +81,14 @@ def main() -> None:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=120, highlight=False)
     console.print()
     console.print(table)
-    gained = 100 * (results["ZO-SGD"]["test"]["accuracy"] - zero_shot["accuracy"])
-    console.print(f"ZO-SGD: {gained:+.1f} points over zero-shot, {time.perf_counter() - began:.0f} s in all.")
+    gain = 100 * (results["ZO-SGD"]["test"]["accuracy"] - zero_shot["accuracy"])
+    console.print(f"ZO-SGD: {gain:+.1f} points over zero-shot, {time.perf_counter() - start:.0f} s in all.")
     console.print(f"The tuned models are in {options.output_dir}/. Try it on your own rows:\n")
     console.print("    source .venv/bin/activate")
     console.print("    zotune train sst2-smollm2 --train-file my.jsonl --text-column text --label-column label")
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches the command that runs, too, which saves what there is; its exit code then ends this.
+    # Ctrl-C also reaches the running command, which saves its results and ends; its exit code then ends this script.
     signal.signal(signal.SIGINT, lambda *_: None)
     main()

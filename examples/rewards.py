@@ -1,4 +1,4 @@
-"""Rewards: functions of generated text, as `zotune train --objective examples.rewards:one_word` takes them."""
+"""Rewards of generated text, for `zotune train --objective examples.rewards:one_word`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORDS = {"0": "negative", "1": "positive"}
 
 
 def one_word(completions: Sequence[Completion]) -> list[float]:
-    """1 for the right one of two words and nothing else, 0.5 for the wrong one, 0 for any other text.
+    """Return 1 for the right one of two words and nothing else, 0.5 for the wrong one, and 0 for any other text.
 
     >>> one_word([Completion("Is it?", text, ("1",)) for text in ("Positive", "negative.", "It is positive.", "")])
     [1.0, 0.5, 0.0, 0.0]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from zotune.bench.run.jobs import Outcome
 from zotune.bench.run.runner import Runner
-from zotune.bench.spec.experiments import Experiment, cells
+from zotune.bench.spec.resolve import cells
+from zotune.bench.spec.schema import Experiment
 from zotune.errors import ZotuneError
 from zotune.llm.config.schema import validate
 

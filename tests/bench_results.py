@@ -4,7 +4,7 @@ import numpy as np
 
 from zotune.bench.results.records import CellResult, Chosen, Evaluation, RunRecord, Score, Trial
 from zotune.bench.results.tables import Cell
-from zotune.bench.spec.experiments import Experiment
+from zotune.bench.spec.schema import Experiment
 from zotune.llm.config.schema import validate
 
 METHODS = ("fo_sgd", "fo_adam", "forward_grad", "zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")

@@ -18,8 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-from zotune import noise
-from zotune.noise import cpu, native
+from zotune.noise import back_ends, native
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -180,12 +179,11 @@ def plain_score():
     return score
 
 
-@pytest.fixture(params=["native", "numba"], scope="module")
+@pytest.fixture(params=[back_ends.NATIVE, back_ends.EAGER], ids=lambda back_end: back_end.name, scope="module")
 def kernels(request):
-    """Run a module's tests with the C kernels, then with numba's."""
-    if request.param == "native" and native.library() is None:
-        pytest.skip("there is no C compiler here")
-    module = native if request.param == "native" else cpu
+    """Run a module's tests with the C kernels, then with torch operations."""
+    if request.param is back_ends.NATIVE and native.library() is None:
+        pytest.skip("this installation has no C kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(noise, "_cpu", lambda: module)
-        yield module
+        patch.setattr(back_ends, "cpu", lambda: request.param)
+        yield request.param

@@ -29,7 +29,7 @@ import yaml
 from transformers import LlamaForCausalLM
 
 from zotune.apply import update
-from zotune.cli.main import main as cli
+from zotune.cli import main as cli
 from zotune.ledger import files, read
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.language_model import LanguageModel

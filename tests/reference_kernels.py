@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from zotune.noise import reference
+from zotune.noise import spec
 
-FILLS = {reference.RADEMACHER: reference.rademacher, reference.GAUSSIAN: reference.gaussian}
+FILLS = {spec.RADEMACHER: spec.rademacher, spec.GAUSSIAN: spec.gaussian}
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -14,7 +14,7 @@ def fill(out, stream, seed, tensor_id, start):
 
 
 def mask(out, threshold, seed, tensor_id, start):
-    out.numpy()[reference.masked(seed, tensor_id, start, start + out.numel(), threshold)] = 0
+    out.numpy()[spec.masked(seed, tensor_id, start, start + out.numel(), threshold)] = 0
 
 
 def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
@@ -30,12 +30,12 @@ def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
         array_of(out)[:] = nearest(moved, x.dtype) if x.dtype in NAMES else moved
 
 
-def add_both(plus, minus, x, stream, seed, scale, tensor_id, start):
+def axpy_pair(plus, minus, x, stream, seed, scale, tensor_id, start):
     for out, a in ((plus, scale), (minus, -scale)):
         add(out, x, stream, [seed], [a], tensor_id, start, None)
 
 
-def add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed):
+def foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed):
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
@@ -46,8 +46,8 @@ def add_rows(rows, indices, stream, seed, scale, tensor_id):
 
 
 def round_half(out, y, rounding_seed, tensor_id, start):
-    random = reference.random16(rounding_seed, tensor_id, start, start + y.numel())
-    array_of(out)[:] = reference.round_stochastically(y.numpy(), random, NAMES[out.dtype])
+    random = spec.random16(rounding_seed, tensor_id, start, start + y.numel())
+    array_of(out)[:] = spec.round_stochastically(y.numpy(), random, NAMES[out.dtype])
 
 
 def array_of(t):

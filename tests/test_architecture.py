@@ -18,7 +18,7 @@ LINES = {
         *("ledger", "llm", "plan", "bench", "cli"),
     ),
     "zotune.llm": ("config", "data", "quantized", "models", "scoring", "tasks", "training", "ledger"),
-    "zotune.bench": ("spec", "measure", "results", "run", "report"),
+    "zotune.bench": ("spec", "results", "measure", "run", "report"),
 }
 MAX_MODULES, MAX_LINES, MAX_FUNCTION = 15, 300, 50
 

@@ -44,7 +44,7 @@ def bits(model):
 
 
 def test_a_gpu_gets_the_triton_kernels():
-    assert noise._accelerator(torch.device("cuda", 0)).__name__ == "zotune.noise.gpu"
+    assert noise.back_end(torch.device("cuda", 0)).name == "triton"
 
 
 @each_dtype

@@ -1,9 +1,9 @@
-"""Whether a step still costs what is recorded: fails on a ratio more than 15 % above that of `speed-step.json`.
+"""Check that a step costs no more than recorded: fail on a ratio more than 15 % above that of `speed-step.json`.
 
     make bench-check
 
-Measures the built-in model with a batch of 16 x 32 tokens as `step.py` does. A ratio that is too high is measured once
-more, for other work on the machine can lift one measurement; what is above both times has become slower.
+This measures the built-in model with a batch of 16 x 32 tokens as `step.py` does. A ratio that is too high is measured
+a second time, since other work on the machine can raise a single measurement; the check fails if both are too high.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from zotune.llm.models.load import load
 from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
 ALLOWED = 1.15
-# The loop of the older codes is not ours to keep fast, and takes the longest.
+# The ending of the checked ratios; the loop of older codes is slow and not checked.
 _OURS = "_step_ratio"
 
 
 def slower(recorded: dict[str, float], found: dict[str, float], allowed: float = ALLOWED) -> dict[str, float]:
-    """Ratios that have grown beyond what is allowed, as multiples of what was recorded.
+    """The ratios that exceed the allowed growth, as multiples of the recorded ratios.
 
     >>> slower({"zo_sgd_step_ratio": 1.2, "lora_step_ratio": 1.0}, {"zo_sgd_step_ratio": 1.5, "lora_step_ratio": 1.1})
     {'zo_sgd_step_ratio': 1.25}
@@ -37,14 +37,14 @@ def slower(recorded: dict[str, float], found: dict[str, float], allowed: float =
 
 
 def ratios(model: str, dtype: str, batch: int, length: int, rounds: int) -> dict[str, float]:
-    """What `step.py` records of one size, but for the older loop."""
+    """The ratios that `step.py` records for one size, without the loop of older codes."""
     options = EvalConfig(task="sst2", model=model, dtype=dtype)
     found = measure(load(options), batch, length, rounds, older=False)
     return found | measure_lora(load(options), batch, length, rounds)
 
 
 def main() -> int:
-    """Measure and compare; the exit code."""
+    """Measure, compare, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="smollm2-135m")

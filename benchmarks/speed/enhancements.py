@@ -1,11 +1,11 @@
-"""What block-wise estimation costs with reused activations, and how hybrid tuning's memory falls with its depth.
+"""The cost of block-wise estimation with cached activations, and the memory of hybrid tuning by its depth.
 
     python benchmarks/speed/enhancements.py
 
-Blocks: one step of `zo_sgd` with one block a layer (SmolLM2-135M, full tuning), as a multiple of one plain
-forward pass, with and without `reuse_prefix`; timed in turn within one process, ratios of medians.
-Hybrid (as the paper's Table 7): the peak of whole `zotune train` processes, OPT-125M with random weights,
-with the first k of its 12 layers left to forward passes.
+Blocks: a step of `zo_sgd` with one block per layer (SmolLM2-135M, full tuning), as a multiple of one plain forward
+pass, with and without `reuse_prefix`; timed in turn within one process, as ratios of medians.
+Hybrid (as in the paper's Table 7): the peak memory of `zotune train` for OPT-125M with random weights, where the first
+k of its 12 layers use forward passes only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HYBRID_BATCH, DEPTHS = 16, (0, 3, 6, 9, 12)
 
 
 def blocks() -> dict[str, Any]:
-    """Seconds of a block-wise step with and without reuse, and as multiples of a forward pass."""
+    """Seconds of a block-wise step with and without cached activations, also as multiples of a forward pass."""
     lm = load(EvalConfig.model_validate({"task": "sst2", "dtype": "float32"}))
     f = objective(lm, BATCH, LENGTH)
     cut = zo.blocks_by_layer(lm.module)
@@ -61,7 +61,7 @@ def blocks() -> dict[str, Any]:
 
 
 def hybrid(folder: str) -> dict[str, int]:
-    """Peak bytes by the number of layers left to forward passes."""
+    """Peak bytes by the number of layers that use forward passes only."""
     peaks = {}
     for k in DEPTHS:
         peaks[str(k)] = zotune(

@@ -1,11 +1,11 @@
-"""What a forward gradient costs: peak memory against a plain forward pass, and time against two of them.
+"""The cost of a forward gradient: peak memory relative to a forward pass, and time relative to two forward passes.
 
     python benchmarks/speed/forward_gradient.py
 
-Memory: an OPT-350M with random weights (full tuning, loss over every token of 2 x 128, float32), each way a process of
-its own; the peak is the process's high-water mark of resident memory, with and without that of loading. The ways: one
-plain forward pass; one step of the forward gradient; `torch.func.jvp`, which holds the whole direction. Time: medians
-of one evaluation of the forward gradient and of two plain forward passes, in turn within one process.
+Memory: OPT-350M with random weights (full tuning, loss over every token of 2 x 128, float32), each case in a process of
+its own; the peak is the process's high-water mark of resident memory, with and without that of loading. The cases are a
+plain forward pass, a step of the forward gradient, and `torch.func.jvp`, which stores the whole direction. Time:
+medians of one evaluation of the forward gradient and of two plain forward passes, in turn within one process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SEED, LR = 7, 1e-6
 
 
 def objective(name: str, batch: int, length: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model in float32 and the causal language-modelling loss of random sequences under it."""
+    """A model in float32 and a closure that computes its causal language-modelling loss on random sequences."""
     model = load(ModelOptions(model=name, dtype="float32", device="cpu")).module
     ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
     return model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -53,7 +53,7 @@ def forward(model: nn.Module, loss: Callable[[], Tensor]) -> float:
 
 
 def streamed(model: nn.Module, loss: Callable[[], Tensor]) -> float:
-    """One step of gradient descent along the forward gradient; its coefficient."""
+    """Take one step of gradient descent along the forward gradient; return its coefficient."""
     optimizer = zo.ZerothOrder(model, LR, estimator=zo.forward_gradient, seed=SEED)
     estimate = optimizer.estimate(loss)
     optimizer.apply(estimate)
@@ -61,7 +61,7 @@ def streamed(model: nn.Module, loss: Callable[[], Tensor]) -> float:
 
 
 def all_tangents(model: nn.Module, loss: Callable[[], Tensor]) -> float:
-    """The coefficient along the same direction by `torch.func.jvp`."""
+    """Compute the coefficient along the same direction by `torch.func.jvp`."""
     (u,) = zo.ZerothOrder(model, LR, seed=SEED).directions()
     x = {name: p.detach() for name, p in model.named_parameters()}
 
@@ -75,7 +75,7 @@ def all_tangents(model: nn.Module, loss: Callable[[], Tensor]) -> float:
 
 
 class _Replaced(torch.overrides.TorchFunctionMode):
-    """Parameters are read from a table; a functional call that leaves closures as they are."""
+    """A context that replaces parameters by tensors of a table, like a functional call for closures."""
 
     def __init__(self, by_id: dict[int, Tensor]) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ WAYS = {"forward": forward, "forward_gradient": streamed, "jvp": all_tangents}
 
 
 def measure_peak(way: str) -> dict[str, float]:
-    """In this process: peak bytes while loading, after it (the way alone), and overall; and the way's result."""
+    """Measure a case in this process: peak bytes while loading, after loading, and overall, with the case's result."""
     model, loss = objective(MEMORY_MODEL, *MEMORY_SHAPE)
     loading = peak_memory()
-    # Sets the high-water mark to what is resident now (Linux, since 4.0).
+    # Resets the high-water mark to the present resident memory (Linux 4.0 and later).
     Path("/proc/self/clear_refs").write_text("5")
     result = WAYS[way](model, loss)
     running = peak_memory()
@@ -104,7 +104,7 @@ def measure_peak(way: str) -> dict[str, float]:
 
 
 def peaks() -> dict[str, Any]:
-    """Peaks of the three ways, each in a fresh process."""
+    """The peaks of the three cases, each in a fresh process."""
     found: dict[str, Any] = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--peak", way]
@@ -155,7 +155,7 @@ def main() -> None:
     models = {name: times(name, options.rounds) for name in TIME_MODELS}
     common = {"dtype": "float32", "tuning": "full", "seed": SEED, "threads": torch.get_num_threads()}
     speed = {"batch_and_length": TIME_SHAPE, "rounds": options.rounds, "models": models}
-    kernels = noise._cpu().__name__
+    kernels = noise.back_end(torch.device("cpu")).name
     write_result("memory-forward-gradient", {**common, "kernels": kernels, "memory": memory, "speed": speed})
 
 

@@ -1,13 +1,13 @@
-"""What a ZO-SGD step costs on a GPU: milliseconds, multiples of two forward passes and of the older loop, memory.
+"""The cost of a ZO-SGD step on a GPU: milliseconds, multiples of two forward passes and of the older loop, and memory.
 
     make bench-gpu, or: python benchmarks/speed/gpu.py
 
-The sides are those of `step.py`, on OPT-1.3B and OPT-13B with random weights and 4 x 400 tokens; a side is over
-when the GPU is. `low_rank_step` takes directions of rank 1, `graphed_step` repeats its probes as a CUDA graph,
-`update` is the step's last part alone, one pass over the weights. Memory is the most that torch had allocated while a
-side ran, weights included. A side that does not fit is recorded as null.
+The sides are those of `step.py`, on OPT-1.3B and OPT-13B with random weights and 4 x 400 tokens; the time of a side
+ends when the GPU has finished. `low_rank_step` uses directions of rank 1, `graphed_step` replays its probes as a CUDA
+graph, `update` is the last part of the step alone, one pass over the weights. Memory is torch's peak of allocated
+memory while a side runs, with the weights. A side that does not fit is recorded as null.
 
-On a CPU, with a small model, it shows that the command works: `--device cpu --models opt-tiny --length 8`.
+A small model on a CPU tests the command: `--device cpu --models opt-tiny --length 8`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from step import LR, MU, in_place_loop, losses_of, median_seconds, objective, to
 
 
 def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """The timed functions by name."""
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
     low_rank = zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=zo.low_rank(zo.gaussian))
@@ -54,13 +54,13 @@ def sides_of(lm: LanguageModel, batch: int, length: int) -> dict[str, Callable[[
         "low_rank_step": partial(low_rank.step, f),
         "graphed_step": lambda: graphed.step(probe.on(*tokens_and_targets(lm, batch, length))),
         "update": partial(optimizer.apply, estimate),
-        # Last, for it moves all weights to new memory in every pass.
+        # This side is last, because it moves all weights to new memory in every pass.
         "in_place_loop": partial(in_place_loop, lm.module, f),
     }
 
 
 def measure(device: torch.device, run: Callable[[], object], rounds: int) -> dict[str, Any] | None:
-    """Median and quartiles of a side's milliseconds, and the most memory allocated; None if it does not fit."""
+    """Median and quartiles of a side's milliseconds, and its peak of allocated memory; None if it does not fit."""
     on_gpu = device.type == "cuda"
     settle = partial(torch.cuda.synchronize, device) if on_gpu else (lambda: None)
     if on_gpu:
@@ -89,8 +89,8 @@ def row_of(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str,
     return {"sides": found, **ratios}
 
 
-def shown(name: str, row: dict[str, Any]) -> str:
-    """A row as a line."""
+def line_of(name: str, row: dict[str, Any]) -> str:
+    """Format a row as one line."""
     step = row["sides"]["zo_sgd_step"]
     if step is None:
         return f"{name}: a step does not fit"
@@ -115,18 +115,17 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no GPU that torch can use here (torch.cuda.is_available() is False)")
+        sys.exit("torch finds no GPU (torch.cuda.is_available() is False); give --device cpu to test the command")
     rows = {}
     for model in options.models:
         for dtype in options.dtypes:
-            with device:  # the weights are drawn there, in seconds instead of minutes
+            with device:  # the GPU draws random weights in seconds, a CPU in minutes
                 lm = load(EvalConfig(task="sst2", model=f"random:{model}", dtype=dtype, device=options.device))
             name = f"{model} {dtype} {options.batch}x{options.length}"
             rows[name] = row_of(lm, options.batch, options.length, options.rounds)
-            print(shown(name, rows[name]), flush=True)
+            print(line_of(name, rows[name]), flush=True)
             del lm
-    kernels = noise._cpu() if device.type == "cpu" else noise._accelerator(device)
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": kernels.__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(device).name}
     write_result("speed-gpu", {**about, "rows": rows}, options.output)
 
 

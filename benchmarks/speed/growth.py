@@ -1,11 +1,11 @@
-"""How a ZO-SGD step grows with tokens and with parameters: seconds over a factor of eight of each, and a plot.
+"""The growth of the time of a ZO-SGD step with tokens and with parameters, each over a factor of eight, with a plot.
 
     python benchmarks/speed/growth.py
 
-Tokens: the built-in model, 32 tokens a sequence, 4 to 32 of them. Parameters: LLaMA-shaped models of random weights
-from 1 to 8 times as many parameters in their layers, by more of the same layers, with 16 sequences. Full tuning in
-float32, beside two plain forward passes; all sizes in turn within one process, medians. The slope is that of a straight
-line through the logarithms: 1 is linear growth, less is a fixed cost that small sizes bear.
+Tokens: the built-in model with 4 to 32 sequences of 32 tokens. Parameters: models of the LLaMA architecture with random
+weights and 1 to 8 times as many equal layers, with 16 sequences. Full tuning in float32 is timed beside two plain
+forward passes, all sizes in turn within one process; numbers are medians. The slope is that of a straight line through
+the logarithms: 1 means linear growth, less means a fixed cost that small sizes pay.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIDTH = 768
 
 
 def llama(num_layers: int) -> LanguageModel:
-    """A model of the LLaMA shape with random weights and a small vocabulary, so that its layers are what counts."""
+    """A model of the LLaMA architecture with random weights; its vocabulary is small, so that the layers dominate."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,7 +55,7 @@ def llama(num_layers: int) -> LanguageModel:
 
 
 def seconds(models: dict[int, LanguageModel], batches: dict[int, int], rounds: int) -> dict[int, dict[str, float]]:
-    """Of each size, the median of a step and of two forward passes."""
+    """The median seconds of a step and of two forward passes for each size."""
     sides = {}
     for size, lm in models.items():
         f = objective(lm, batches[size], LENGTH)
@@ -66,7 +66,7 @@ def seconds(models: dict[int, LanguageModel], batches: dict[int, int], rounds: i
 
 
 def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Of the least-squares line through the logarithms.
+    """The slope of the least-squares line through the logarithms.
 
     >>> round(slope([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]), 6)
     1.0
@@ -76,7 +76,7 @@ def slope(sizes: Sequence[float], times: Sequence[float]) -> float:
 
 
 def plot(growth: dict[str, Any], path: Path) -> None:
-    """Seconds against size, both axes logarithmic, with the line of linear growth."""
+    """Plot seconds over size on logarithmic axes, with a line of linear growth."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -1,19 +1,18 @@
-"""What a ledger costs while a run writes it, how much faster than the run it is replayed, and in how much memory.
+"""The cost of writing a ledger during a run, and the speed and memory of replaying it.
 
     python benchmarks/speed/ledger.py
     python benchmarks/speed/ledger.py --only speed
 
-Speed: SmolLM2-135M, full tuning, ZO-SGD, Rademacher. Steps are timed one by one, and within each the time spent in the
-ledger (encoding, writing, syncing). Then the ledger is replayed onto the base's weights in both ways, each of which
-must come out with the run's bits: tensor by tensor through all steps, as `zotune ledger replay` does, and step by
-step over the whole model, as `--resume` does. Figures of the run are medians over steps, those of replays the whole
-time over the number of steps; the share is total time in the ledger over total time. What a replay does once, the
-check of the base's digests, is timed apart.
+Speed: SmolLM2-135M, full tuning, ZO-SGD, Rademacher. Each step is timed, and within it the time in the ledger
+(encoding, writing, syncing). Then the ledger is replayed onto the base weights in two ways, both of which must
+reproduce the run's weights bit by bit: tensor by tensor through all steps, as `zotune ledger replay` does, and step by
+step over the whole model, as `--resume` does. Numbers of the run are medians over steps; numbers of replays are the
+total time over the number of steps; the share is the total time in the ledger over the total time. The check of the
+base's digests, which a replay does once, is timed separately.
 
-Memory: OPT-350M's architecture with random float32 weights, 1.3 GB, in a folder. `zotune train` tunes all of it for two
-steps and `zotune ledger replay` rebuilds it, each a process of its own that reports its peak of resident memory; then
-the same with a model of 0.2 MB, whose peaks are those of Python and the libraries. What is rebuilt must be the run's
-weights to the byte.
+Memory: OPT-350M's architecture with random float32 weights, 1.3 GB, in a folder. `zotune train` tunes all weights for
+two steps and `zotune ledger replay` rebuilds them, each in a process of its own that reports its peak resident memory.
+A model of 0.2 MB gives the peaks of Python and the libraries. The rebuilt weights must equal the run's to the byte.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from step import objective
 
 
 def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -> dict[str, Any]:
-    """Seconds a step, in the ledger, and to replay."""
+    """Seconds of a step, of its time in the ledger, and of its replay."""
     lm = load(ModelOptions(dtype=dtype, device="cpu"))
     base = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
     closure, opt = objective(lm, batch, length), zo.zo_sgd(lm.module, lr=1e-6)
@@ -50,43 +49,43 @@ def measure(dtype: str, batch: int, length: int, num_steps: int, folder: Path) -
     path = folder / f"{dtype}-{batch}-{length}.zol"
     with LedgerWriter.create(path, header_of(opt)) as writer:
 
-        def record(taken: Any) -> None:
-            began = time.perf_counter()
-            writer.append(taken)
-            in_ledger.append(time.perf_counter() - began)
+        def record(step: Any) -> None:
+            start = time.perf_counter()
+            writer.append(step)
+            in_ledger.append(time.perf_counter() - start)
 
         opt.on_step = record
         for _ in range(num_steps):
-            began = time.perf_counter()
+            start = time.perf_counter()
             opt.step(closure)
-            steps.append(time.perf_counter() - began)
+            steps.append(time.perf_counter() - start)
     tuned = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
     with torch.no_grad():
         for name, p in lm.module.named_parameters():
             p.copy_(base[name])
     again = zo.zo_sgd(lm.module, lr=1e-6)
-    ledger, began = read(path), time.perf_counter()
+    ledger, start = read(path), time.perf_counter()
     check(again, ledger)
-    checked = time.perf_counter() - began
-    began = time.perf_counter()
-    for taken in ledger:
-        again.replay_step(taken)
-    resumed = (time.perf_counter() - began) / num_steps
+    check_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for step in ledger:
+        again.replay_step(step)
+    resume_seconds = (time.perf_counter() - start) / num_steps
     assert all(torch.equal(p, tuned[name]) for name, p in lm.module.named_parameters())
-    began = time.perf_counter()
+    start = time.perf_counter()
     trace = Trace(zo.zo_sgd(lm.module, lr=1e-6), ledger)
     for name, x in base.items():
         trace.apply(name, x.view(-1))
-    replayed = (time.perf_counter() - began) / num_steps
+    replay_seconds = (time.perf_counter() - start) / num_steps
     assert all(torch.equal(x, tuned[name]) for name, x in base.items())
     return {
         "step_seconds": statistics.median(steps),
         "ledger_share": sum(in_ledger) / sum(steps),
-        "check_seconds": checked,
-        "replay_seconds_a_step": replayed,
-        "speed_up": statistics.median(steps) / replayed,
-        "resume_seconds_a_step": resumed,
-        "speed_up_of_resuming": statistics.median(steps) / resumed,
+        "check_seconds": check_seconds,
+        "replay_seconds_a_step": replay_seconds,
+        "speed_up": statistics.median(steps) / replay_seconds,
+        "resume_seconds_a_step": resume_seconds,
+        "speed_up_of_resuming": statistics.median(steps) / resume_seconds,
         "bytes": path.stat().st_size,
         "header_bytes": path.stat().st_size - 20 * num_steps,
     }
@@ -117,7 +116,7 @@ def peaks(architecture: str, folder: Path) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """The peaks of a large model, and of a tiny one, which are Python's and the libraries' alone."""
+    """The peaks of a large model and of a tiny one, whose peaks are those of Python and the libraries."""
     found = {}
     for architecture in ("llama-tiny", "opt-350m"):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Peak memory of zeroth-order training against evaluation with the same batch, each a process of its own.
+"""Peak memory of zeroth-order training and of evaluation with the same batch, each in a process of its own.
 
     python benchmarks/speed/memory.py
 
-Both run the command a user would: `zotune eval` and `zotune train` on SST-2 rows, 16 at a time, with SmolLM2-135M
-and an OPT-350M with random weights, of which one run takes 16 directions a step. The peak is the process's high-water
-mark of resident memory, loading, saving and Python included.
+The commands are those of a user: `zotune eval` and `zotune train` on batches of 16 SST-2 rows, with SmolLM2-135M and
+with OPT-350M with random weights, also with 16 directions per step. The peak is the process's high-water mark of
+resident memory, which includes loading, saving and Python.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from record import write_result, zotune
 
 BATCH = 16
 FULL, LORA = ("--tuning", "full"), ("--tuning", "lora", "--mu", "0.01")
-# What is measured: by name, a model, a precision, and the options of training.
+# The measured cases by name: a model, a precision, and options of training.
 SIDES = {
     **{
         f"smollm2-135m {dtype} {tuning[1]}": ("smollm2-135m", dtype, tuning)

@@ -1,13 +1,14 @@
-"""A ZO-SGD step beside those of packages that install from the package index, and beside the loop of the older codes.
+"""The time of a ZO-SGD step compared with other packages and with the loop of older codes.
 
     pip install torchzero==0.4.4 && pip install --no-deps eggroll-es==0.2.0
     python benchmarks/speed/peers.py
 
-All tune every weight of one model for one objective of the same batch, in one process, in turn. A step is two
+All packages tune every weight of one model for the same objective and batch, in one process, in turn. A step is two
 evaluations and an update: a central difference (zotune, torchzero's MeZO), or a mirrored pair (eggroll-es, rank 1).
-The older loop is MeZO's as it was published: float32, weights that walk by `torch.normal` four times a step, logits of
-every position over the whole vocabulary, a key/value cache that nobody reads. It is held against zotune's step in
-float32 and in bfloat16. A package that is not there is left out, which is recorded. Figures are medians and ratios.
+The older loop is MeZO's as it was published: float32, weights perturbed in place with `torch.normal` four times per
+step, logits of every position over the whole vocabulary, and a key/value cache that is not used. It is compared with
+zotune's step in float32 and in bfloat16. A package that is not installed is left out; its version is then null. Numbers
+are medians and ratios.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def torchzero_step(lm: LanguageModel, f: Callable[[], torch.Tensor]) -> Step:
 
 
 def eggroll_step(lm: LanguageModel, f: Callable[[], torch.Tensor]) -> Step:
-    """A generation of eggroll-es of one mirrored pair."""
+    """A generation of eggroll-es with one mirrored pair."""
     from eggroll import EggrollConfig, EggrollTrainer
 
     config = EggrollConfig(population_size=1, rank=1, sigma=MU, lr=LR, generations=1, device="cpu")
@@ -69,13 +70,13 @@ PEERS = {"torchzero": torchzero_step, "eggroll-es": eggroll_step}
 
 
 def as_published(lm: LanguageModel, batch: int, length: int) -> Callable[[], torch.Tensor]:
-    """The same loss with all logits and a cache."""
+    """The same loss with the logits of all positions and a key/value cache."""
     tokens, targets = tokens_and_targets(lm, batch, length)
     return lambda: F.cross_entropy(lm.module(input_ids=tokens, use_cache=True).logits[:, -1].float(), targets)
 
 
 def installed(name: str) -> str | None:
-    """A package's version; None if it is not there."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -83,7 +84,7 @@ def installed(name: str) -> str | None:
 
 
 def measure(model: str, dtype: str, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of two forward passes, of our step, and of each peer's."""
+    """Median seconds of two forward passes, of our step, and of the step of each other package."""
     lm = load(EvalConfig(task="sst2", model=model, dtype=dtype))
     f = objective(lm, batch, length)
     low_rank = zo.zo_sgd(lm.module, lr=LR, mu=MU, sampler=zo.low_rank(zo.rademacher, rank=1))

@@ -1,4 +1,4 @@
-"""What benchmarks share: running a command, and one JSON a benchmark with what is needed to read and repeat it."""
+"""Helpers of the benchmarks: run a command, and write one JSON file per benchmark with its environment."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def zotune(*args: str) -> dict[str, Any]:
-    """The JSON result of a zotune command, run in a process of its own."""
+    """Run a zotune command in a process of its own and return its JSON result."""
     command = [sys.executable, "-m", "zotune", *args, "--json"]
     result: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return result
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def provenance() -> dict[str, Any]:
-    """What one must know of a measurement: versions, processor, commit, time."""
+    """The versions, processor, commit and time of a measurement."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def write_result(name: str, measured: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Write benchmarks/results/NAME.json: measurements, versions, processor, commit, time."""
+    """Write benchmarks/results/NAME.json with the measurements and their provenance."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**measured, **provenance()}, indent=2) + "\n")

@@ -1,13 +1,14 @@
-"""What a ZO-SGD step costs, as a multiple of its two forward passes.
+"""The cost of a ZO-SGD step as a multiple of its two forward passes.
 
     python benchmarks/speed/step.py
 
-In one process and in turn: two plain forward passes of an objective; a `zo_sgd` step of it with Rademacher and with
-Gaussian directions; the same with the probes one by one, as for an objective that is a plain closure; with directions
-of rank 1; and a step along the forward gradient. Then, likewise, the forwards and a loop as the older codes write it
-(all weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated); and a LoRA adapter's step
-over two forwards of the model with the adapter. Figures are ratios of medians; the spread is the quartiles of the
-step's times over the forwards' median. As in `zotune train`, the C library keeps freed memory, for all sides.
+Timed in turn within one process: two plain forward passes of an objective; a `zo_sgd` step with Rademacher and with
+Gaussian directions; a step with the probes one by one, as for an objective that is a plain closure; a step with
+directions of rank 1; and a step along the forward gradient. Then, in the same way, the forward passes and the in-place
+loop of older codes (all weights moved by +μu, -2μu, +μu with `torch.normal` from a stored seed, then updated); and the
+step of a LoRA adapter over two forward passes of the model with the adapter. Numbers are ratios of medians; the spread
+is the quartiles of the step's times over the median of the forward passes. As in `zotune train`, the C library keeps
+freed memory, for all sides.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LR, MU = 1e-6, 1e-3
 
 
 def tokens_and_targets(lm: LanguageModel, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random sequences, (batch, length), and what is to follow each, (batch,)."""
+    """Random sequences of shape (batch, length), and a target token for each, of shape (batch,)."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = lm.config.vocab_size
     tokens = torch.randint(0, vocabulary, (batch, length), generator=generator).to(lm.device)
@@ -52,8 +53,8 @@ def objective(lm: LanguageModel, batch: int, length: int) -> Batched:
 
 
 def losses_of(lm: LanguageModel, length: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Cross-entropy of the token after sequences, of sequences and tokens; the head at the last position only."""
-    # A tensor, not a number: of the slice that a number makes, torch copies a frozen head's weights for each sequence.
+    """A function from sequences and targets to the cross-entropy of the targets; the head runs at the last position."""
+    # A tensor, not an int: an int makes a slice, for which torch copies a frozen head's weights for each sequence.
     last = torch.tensor([length - 1], device=lm.device)
 
     def losses(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ def losses_of(lm: LanguageModel, length: int) -> Callable[[torch.Tensor, torch.T
 
 
 def in_place_loop(model: torch.nn.Module, f: Callable[[], torch.Tensor]) -> None:
-    """A step as the older codes write it: the weights themselves walk to +μ, -μ, back, and down."""
+    """A step as in older codes: the weights themselves move to +μ, to -μ, back, and along the update."""
     parameters = list(model.parameters())
     device = parameters[0].device
     generator = torch.Generator(device)
@@ -92,21 +93,21 @@ def median_seconds(
     for _ in range(rounds + 2):
         for name, run in sides.items():
             settle()
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
             settle()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(time.perf_counter() - start)
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
 def two_forwards(f: Callable[[], torch.Tensor]) -> None:
-    """What a two-point step cannot do without."""
+    """Two forward passes, the least work of a two-point step."""
     with torch.no_grad():
         f(), f()
 
 
 def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: bool = True) -> dict[str, Any]:
-    """Median seconds of each side, and their ratios to the two forwards of the same phase; with the `older` loop's."""
+    """Median seconds of each side and their ratios to two forward passes; `older` adds the loop of older codes."""
     f = objective(lm, batch, length)
     samplers = (zo.rademacher, zo.rademacher, zo.gaussian, zo.low_rank(zo.rademacher), zo.low_rank(zo.gaussian))
     rademacher, alone, gaussian, low_rank, low_rank_gaussian = (
@@ -126,7 +127,7 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
     found = ratios(median_seconds(sides, rounds))
     found["forward_grad_to_zo_sgd"] = found["forward_grad_step_seconds"] / found["zo_sgd_step_seconds"]
     if older:
-        # Apart, for the in-place loop moves all weights to new memory in every pass.
+        # Timed separately, because the in-place loop moves all weights to new memory in every pass.
         sides = {"forwards": sides["forwards"], "loop": lambda: in_place_loop(lm.module, f)}
         times = median_seconds(sides, max(rounds // 2, 3))
         found["in_place_loop_ratio"] = statistics.median(times["loop"]) / statistics.median(times["forwards"])
@@ -134,7 +135,7 @@ def measure(lm: LanguageModel, batch: int, length: int, rounds: int, *, older: b
 
 
 def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dict[str, Any]:
-    """The same of an adapter alone."""
+    """Median seconds and the ratio of a step of a LoRA adapter."""
     prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))
     f = objective(lm, batch, length)
     optimizer = zo.zo_sgd(lm.module, lr=LR, mu=MU)
@@ -144,7 +145,7 @@ def measure_lora(lm: LanguageModel, batch: int, length: int, rounds: int) -> dic
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Of each side's seconds to the median of the forwards'."""
+    """The ratios of each side's seconds to the median of the forward passes."""
     forwards = statistics.median(seconds.pop("forwards"))
     found: dict[str, Any] = {"two_forwards_seconds": forwards}
     for side, times in seconds.items():
@@ -163,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     tune_malloc(OWN_PAGES_OF_PASSES)
     sides: dict[str, dict[str, Any]] = {}
-    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise._cpu().__name__}
+    about = {"tuning": "full", "rounds": options.rounds, "kernels": noise.back_end(torch.device("cpu")).name}
     for model in options.models:
         for dtype in options.dtypes:
             for batch, length in ((4, 32), (16, 32), (16, 64)):

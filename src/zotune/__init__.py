@@ -81,7 +81,7 @@ __all__ = sorted([*_HOME, "__version__"])
 
 
 # Former names, each with its present one; they go with the version after the next.
-_RENAMED = {"ParameterSet": "ParameterSet"}
+_RENAMED = {"TunedTensors": "ParameterSet"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""What zotune raises when it can say what is wrong and what to do about it.
+"""The errors that zotune raises on purpose: each says what is wrong, why, and what to do about it.
 
-The command line turns `UsageError` into exit code 2 and `RunError` into exit code 1; library users
-can catch `ZotuneError` for both.
+The command line turns `UsageError` into exit code 2 and the other errors into exit code 1. Users of the library
+can catch `ZotuneError` for all of them.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Iterable
 
 
 class ZotuneError(Exception):
-    """Base of every error that zotune raises on purpose."""
+    """Base class of every error that zotune raises on purpose."""
 
 
 class UsageError(ZotuneError, ValueError):
-    """The request cannot work as it stands: a name, an option, a file or a value is wrong."""
+    """A request cannot work as it stands: a name, an option, a file or a value is wrong."""
 
 
 class RunError(ZotuneError, RuntimeError):
-    """A run that was well asked for failed on the way; what it had computed is kept."""
+    """A correctly requested run failed on the way; its results so far are saved."""
 
 
 class NotWrittenError(RunError):
-    """The disk is full or gone. What was written before is whole, and the run can go on from there."""
+    """A write failed because the disk is full or gone. Earlier files are intact, and the run can be resumed."""
 
 
 class UnreadTensorError(ZotuneError, RuntimeError):
-    """A tuned tensor was not read by a forward pass, so its gradient estimate would be a silent zero."""
+    """A forward pass did not read a tuned tensor, so its gradient estimate would silently be zero."""
 
 
 class NonFiniteLossError(RunError):
-    """The objective was NaN or infinite several steps in a row."""
+    """The objective was NaN or infinite in several consecutive steps."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: ` Did you mean 'x'?`, or the list of what there is.
+    """Return a hint for a misspelt `name`: ` Did you mean 'x'?`, or a list of the known names if none is near.
 
     >>> did_you_mean("zo_sdg", ["zo_sgd", "fo_adam"])
     " Did you mean 'zo_sgd'?"
@@ -45,3 +45,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(names)}."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out: Python's own, or torch's, which has no class on a CPU.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong option"))
+    (True, False)
+    """
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)

@@ -23,7 +23,7 @@ TRANSFORMS = {
 LR, DECAY, ROUNDING = 1e-2, 0.1, 5
 WEIGHT = ParameterSet.of(torch.nn.Linear(100, 50, bias=False))["weight"]
 
-needs_kernels = pytest.mark.skipif(not noise.has_steps(torch.zeros(1)), reason="there is no C compiler")
+needs_kernels = pytest.mark.skipif(not noise.has_steps(torch.zeros(1)), reason="this installation has no C kernels")
 
 
 def terms(step, sampler):

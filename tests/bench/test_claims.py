@@ -6,11 +6,11 @@ import scipy.stats
 
 from bench_results import answers, cell, table_of_methods
 from zotune.bench.results.intervals import Outcomes, contrast
-from zotune.bench.results.records import SCALES
 from zotune.bench.results.tables import Cell
 from zotune.bench.results.verdicts import judge, matches, verdicts
 from zotune.bench.spec.claims import Claim
-from zotune.bench.spec.experiments import cells, find, names
+from zotune.bench.spec.resolve import cells, find, names
+from zotune.bench.spec.vocabulary import SCALES
 from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
 
@@ -221,7 +221,8 @@ def test_settings_that_lack_a_cell_do_not_count_and_are_named():
     assert [(c.num_settings, c.of_settings) for c in verdict.comparisons] == [(1, 2)]
     assert judge(claim(), [found[0], found[3]]).finding == "cannot be told"
     assert (
-        judge(claim(more=[{"method": "z"}]), found).reason == "none of the cells that it is about was run at this scale"
+        judge(claim(more=[{"method": "z"}]), found).reason
+        == "none of the cells that the claim compares was run at this scale"
     )
 
 

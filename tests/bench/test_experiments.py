@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from bench_cells import contents, here, made_up, run_cells, small_cells, small_table
-from zotune.bench.measure.accuracy import passes_a_step
-from zotune.bench.measure.estimates import against, true_gradient
+from zotune.bench.measure.estimates import compare_with_gradient, true_gradient
 from zotune.bench.measure.search import search
-from zotune.bench.results.records import SCALES, read_result, result_path
-from zotune.bench.spec import experiments
-from zotune.bench.spec.experiments import EXPERIMENTS, SearchPlan, cells, find, names
+from zotune.bench.results.records import read_result, result_path
+from zotune.bench.run.accuracy_cells import passes_a_step
+from zotune.bench.spec import resolve
+from zotune.bench.spec.resolve import EXPERIMENTS, cells, find, names
+from zotune.bench.spec.schema import SearchPlan
+from zotune.bench.spec.vocabulary import SCALES
 from zotune.cli.bench import chosen_cells
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
@@ -27,7 +29,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.methods.paper import METHODS
 from zotune.model.parameters import ParameterSet
 
-SOURCE = Path(experiments.__file__).parents[2]
+SOURCE = Path(resolve.__file__).parents[3]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
 
 # The files -------------------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def paper(name):
 def test_the_wheel_carries_the_experiments():
     # All of the package's folder goes into the wheel; these are below it.
     assert EXPERIMENTS.is_relative_to(SOURCE / "zotune")
-    assert experiments.DEFAULTS.is_relative_to(SOURCE / "zotune")
+    assert resolve.DEFAULTS.is_relative_to(SOURCE / "zotune")
 
 
 def test_a_wrong_name_key_or_option_is_refused_with_the_right_one(zotune, tmp_path):
@@ -223,7 +225,7 @@ def test_the_quality_of_an_estimate_is_that_of_its_vector_against_autograds():
     estimate = GradientEstimate(0.0, ((2.0, zo.Direction(1)), (-1.0, zo.Direction(2))), 4)
     flat = torch.cat([estimate.of(model, name).flatten() for name, _ in model.named_parameters()])
     true = torch.cat([g.flatten() for g in gradient])
-    found = against(estimate, gradient, tuned)
+    found = compare_with_gradient(estimate, gradient, tuned)
     assert found["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(flat, true, dim=0)))
     assert found["relative_variance"] == pytest.approx(float((flat - true).square().sum() / true.square().sum()))
 
@@ -302,9 +304,9 @@ def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
     """In a copy of the package, so that what is added is what anyone would add."""
     shutil.copytree(SOURCE / "zotune", tmp_path / "zotune", ignore=shutil.ignore_patterns("__pycache__"))
     package = tmp_path / "zotune"
-    with (package / "methods.py").open("a", encoding="utf-8") as methods:
+    with (package / "methods" / "paper.py").open("a", encoding="utf-8") as methods:
         methods.write(_METHOD)
-    options = package / "llm" / "method_options.py"
+    options = package / "llm" / "config" / "method.py"
     options.write_text(options.read_text(encoding="utf-8").replace('"zo_adam", ', '"zo_adam", "zo_half", ', 1))
     (package / "llm" / "tasks" / "new_task.py").write_text(_TASK, encoding="utf-8")
     tasks = package / "llm" / "tasks" / "__init__.py"
@@ -314,9 +316,9 @@ def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
             "from zotune.llm.tasks.copa", "from zotune.llm.tasks.new_task import NEW\nfrom zotune.llm.tasks.copa", 1
         )
     )
-    table = tomllib.loads((package / "bench" / "experiments" / "table3.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads((package / "bench" / "spec" / "experiments" / "table3.toml").read_text(encoding="utf-8"))
     row = 'task = ["copa", "winogrande"]'
-    file = package / "bench" / "experiments" / "table3.toml"
+    file = package / "bench" / "spec" / "experiments" / "table3.toml"
     assert table["axes"]["task"] == ["copa", "winogrande"]
     file.write_text(file.read_text(encoding="utf-8").replace(row, 'task = ["copa", "winogrande", "new_*"]', 1))
     code = "from zotune.cli.main import run\nfor verb in ('methods', 'tasks'): run([verb])\n"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from zotune.bench.measure.process_memory import Measurement, Recorder, measure
 from zotune.errors import RunError, UsageError
 from zotune.llm.models.random_models import byte_tokenizer
 from zotune.plan import predict
+from zotune.plan.process_memory import Measurement, Recorder, measure
 from zotune.system.peak_memory import free_memory, peak_memory, resident_memory
 
 MIB = 2**20

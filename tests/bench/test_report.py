@@ -17,14 +17,13 @@ from zotune.bench.report.figures import COLOURS, MARKERS, Figure, Panel, Point, 
 from zotune.bench.report.formats import comma_separated, latex, markdown
 from zotune.bench.report.html import page
 from zotune.bench.report.markdown import markdown_page
-from zotune.bench.report.print_figures import pressed, put
-from zotune.bench.report.sections import assembled
+from zotune.bench.report.print_figures import draw_panel, figure_files
+from zotune.bench.report.sections import make_section
 from zotune.bench.report.svg import draw
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import Trial, mean_and_error, read_result, result_path, write_result
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Cell, table
-from zotune.cli.main import main as cli
+from zotune.bench.results.tables import Cell, cell_costs, table
+from zotune.cli import main as cli
 
 HOSTILE = "<script>alert('x')</script>&\"|_%\\"
 BEST = {"sentence": "A is best", "where": "Tab. 2", "more": [{"method": "fo_sgd"}], "less": [{"method": "zo_adam"}]}
@@ -77,7 +76,7 @@ def test_what_is_missing_failed_or_stale_says_so():
     cells[1] = Cell(cells[1].coordinates, "missing")
     cells[3] = cell(cells[3].coordinates, state="out_of_memory", message="killed at 6 GiB", runs=())
     cells[5] = Cell(cells[5].coordinates, "stale", cells[5].result)
-    shown = assembled("table2", experiment(), cells)
+    shown = make_section("table2", experiment(), cells)
     text = markdown(shown.table)
     for word in ("not run", "out of memory", "†"):
         assert text.count(word) == 1, word
@@ -130,13 +129,13 @@ def test_latex_and_markdown_escape_what_they_must():
 def test_every_point_is_drawn_on_the_page_and_for_papers():
     from matplotlib.figure import Figure as Canvas
 
-    section = assembled("table2", experiment(), all_methods())
+    section = make_section("table2", experiment(), all_methods())
     assert {figure.name for figure in section.figures} == {"table2-standing", "table2-spent", "table2-way"}
     for figure in section.figures:
         assert sum(draw(panel, "p").count('class="mark ') for panel in figure.panels) == figure.num_points
         for panel in figure.panels:
             axes = Canvas().add_subplot()
-            put(panel, axes)
+            draw_panel(panel, axes)
             marked = [line for line in axes.lines if line.get_marker() not in ("None", None)]
             drawn = [xy for line in marked for xy in zip(*line.get_data(), strict=True)]
             assert drawn == [(p.x, p.y) for p in panel.points()]
@@ -144,7 +143,7 @@ def test_every_point_is_drawn_on_the_page_and_for_papers():
 
 def test_files_for_papers_are_the_same_each_time():
     figure = Figure("f", "t", "s", (Panel("p", "x", "y", (Series("a", (Point(1, 2), Point(2, 3)), joined=True),)),))
-    first, second = pressed(figure), pressed(figure)
+    first, second = figure_files(figure), figure_files(figure)
     assert first == second
     assert first["pdf"].startswith(b"%PDF") and b"<svg" in first["svg"]
 
@@ -205,7 +204,7 @@ def test_theory_is_drawn_against_what_was_measured():
 
 
 def test_the_page_is_sound_small_and_shows_every_number():
-    section = assembled("table2", experiment(claims=[BEST]), all_methods())
+    section = make_section("table2", experiment(claims=[BEST]), all_methods())
     html = page([section], "cpu")
     read = sound(html)
     assert len(html) < 200_000
@@ -220,7 +219,7 @@ def test_the_page_is_sound_small_and_shows_every_number():
 
 def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
     missing = [Cell(c.coordinates, "missing") for c in all_methods()]
-    full, empty = (assembled("table2", experiment(claims=[BEST]), cells) for cells in (all_methods(), missing))
+    full, empty = (make_section("table2", experiment(claims=[BEST]), cells) for cells in (all_methods(), missing))
     text = markdown_page([full], "Results", "Of a made-up model.")
     assert text.startswith("# Results\n\nOf a made-up model.\n\nOf 1 claims, on this model: 1 claim: holds.")
     for entries in full.table.entries:
@@ -245,7 +244,7 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
 )
 def test_a_learning_rate_at_the_end_of_what_was_searched_is_called_so(rates, said):
     trials = tuple(Trial(learning_rate=rate, seed=0) for rate in rates)
-    (spent,) = budgets([cell({"method": "a"}, answers(np.random.default_rng(0), 0.7), search=trials)])
+    (spent,) = cell_costs([cell({"method": "a"}, answers(np.random.default_rng(0), 0.7), search=trials)])
     assert spent["rates searched"] == said
 
 
@@ -256,14 +255,14 @@ def test_an_interval_below_zero_is_shown_and_one_measurement_has_none():
         "more": [{"method": "zo_adam"}],
         "less": [{"method": "fo_sgd"}],
     }
-    text = markdown_page([assembled("table2", experiment(claims=[worse]), all_methods())], "t")
-    assert re.search(r"  - −[0-9.]+ points \(−[0-9.]+ to −[0-9.]+\); 3 runs a cell", text), text
+    text = markdown_page([make_section("table2", experiment(claims=[worse]), all_methods())], "t")
+    assert re.search(r"  - −[0-9.]+ points \(−[0-9.]+ to −[0-9.]+\); 3 runs per cell", text), text
     alone = [cell({"method": m}, measured=[{"over_baseline_bytes": b}]) for m, b in (("a", 3.0), ("b", 1.0))]
     claim = {"sentence": "a takes more", "where": "", "of": "over_baseline_bytes", "more": [{"method": "a"}]}
     asked = experiment(
         claims=[{**claim, "less": [{"method": "b"}]}], paper=[], kind="memory", layout={"rows": ["method"]}
     )
-    assert "×3.00 (one measurement, no interval)" in markdown_page([assembled("t", asked, alone)], "t")
+    assert "×3.00 (one measurement, no interval)" in markdown_page([make_section("t", asked, alone)], "t")
 
 
 def test_hostile_text_stays_text():
@@ -275,7 +274,7 @@ def test_hostile_text_stays_text():
     cells.append(cell({"method": "x", "tuning": HOSTILE, "model": "a"}, state="failed", message=HOSTILE, runs=()))
     asked = {"sentence": HOSTILE, "where": HOSTILE, "more": [{"model": "a"}], "less": [{"model": "b"}]}
     texts = {"title": HOSTILE, "question": HOSTILE, "comparable": HOSTILE, "claims": [asked]}
-    html = page([assembled("t", experiment(**texts), cells)], HOSTILE)
+    html = page([make_section("t", experiment(**texts), cells)], HOSTILE)
     sound(html)
     assert "alert(" in html and "<script" not in html.lower()
 
@@ -283,7 +282,7 @@ def test_hostile_text_stays_text():
 def test_without_results_the_page_says_so():
     sound(page([], "cpu"))
     cells = [Cell(c.coordinates, "missing") for c in all_methods()]
-    section = assembled("table2", experiment(claims=[BEST]), cells)
+    section = make_section("table2", experiment(claims=[BEST]), cells)
     assert section.figures == ()
     html = page([section], "cpu")
     sound(html)
@@ -297,7 +296,7 @@ def test_a_new_method_and_task_appear_everywhere_by_their_cells_alone():
         for m in ("zo_sgd", "zo_brandnew")
         for t in ("sst2", "newtask")
     ]
-    section = assembled("t", experiment(layout={"rows": ["method"], "columns": ["task"]}, paper=[]), cells)
+    section = make_section("t", experiment(layout={"rows": ["method"], "columns": ["task"]}, paper=[]), cells)
     html = page([section], "cpu")
     assert all(any("zo_brandnew" in s.name for p in f.panels for s in p.series) for f in section.figures[1:])
     for text in (

@@ -10,7 +10,7 @@ from bench_results import METHODS, cell, experiment, table_of_methods
 from browser import CHROMIUM, Browser
 from zotune.bench.report.figures import COLOURS
 from zotune.bench.report.html import page
-from zotune.bench.report.sections import assembled
+from zotune.bench.report.sections import make_section
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
@@ -19,7 +19,7 @@ PHONE, DESK = 390, 1280
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A page with tables, figures of every kind, claims and budgets."""
+    """A page with tables, figures of every kind, claims and costs."""
     asked = {
         "sentence": "A is best",
         "where": "Tab. 2",
@@ -28,7 +28,7 @@ def report(tmp_path_factory):
     }
     accuracies = dict(zip(METHODS, np.linspace(0.9, 0.6, 8), strict=True))
     schemes = ("lora", "full", "prefix", "prompt", "head")
-    first = assembled("table2", experiment(claims=[asked]), table_of_methods(accuracies, schemes))
+    first = make_section("table2", experiment(claims=[asked]), table_of_methods(accuracies, schemes))
     layout = {"rows": ["method"], "columns": ["length"], "x": "length", "y": ["over_baseline_bytes"]}
     sizes = [
         cell(
@@ -37,7 +37,7 @@ def report(tmp_path_factory):
         for m in ("fo_sgd", "zo_sgd")
         for n in (64, 128, 2048)
     ]
-    second = assembled("fig3", experiment(kind="memory", layout=layout, paper=[]), sizes)
+    second = make_section("fig3", experiment(kind="memory", layout=layout, paper=[]), sizes)
     path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(page([first, second], "cpu"), encoding="utf-8")
     return path

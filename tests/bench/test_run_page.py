@@ -9,7 +9,7 @@ import pytest
 from bench_pages import sound
 from zotune.bench.report import run_html as run_page
 from zotune.bench.report.run_html import PAGE, figures
-from zotune.cli.main import main as cli
+from zotune.cli import main as cli
 
 TRAIN = [
     "train",
@@ -40,7 +40,7 @@ def test_training_writes_a_page_with_its_results(run):
     read = sound(html)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert f"{100 * results['test']['accuracy']:.1f} %" in html
-    assert f"{results['num_tuned']:,} numbers tuned" in html
+    assert f"{results['num_tuned']:,} tuned parameters" in html
     assert "learning_rate: " in html
     drawn = {a["id"]: int(a["data-points"]) for tag, a in read.tags if tag == "figure"}
     # 3 logged losses, and at steps 0, 3 and 6 the held-out loss and metric, over passes and over seconds.
@@ -87,7 +87,7 @@ def test_a_loss_that_is_no_number_leaves_a_gap(run, tmp_path):
 
 
 def test_without_the_extra_there_is_no_page_and_no_complaint(tmp_path, monkeypatch, capsys):
-    for name in ("run_page", "report"):
+    for name in ("report.run_html", "report.report"):
         monkeypatch.setitem(sys.modules, f"zotune.bench.{name}", None)  # their import fails as without jinja2
     assert cli.run([*TRAIN, *SHORT, "--output-dir", str(tmp_path / "out")]) == 0
     assert not (tmp_path / "out" / PAGE).exists()

@@ -17,11 +17,11 @@ import pytest
 from bench_cells import contents, here, made_up, run_cells, small_cells
 from zotune.bench.results.records import CellResult, mean_and_error, read_result, repeatable, result_path
 from zotune.bench.run import runner as runner_module
-from zotune.bench.run.content_key import code_hash, key_of, tree_of, unused_by
 from zotune.bench.run.jobs import JOBS, Job, Outcome, Store, locked
 from zotune.bench.run.processes import Process, resident_bytes
 from zotune.bench.run.runner import key_of_cell, state_of
-from zotune.bench.spec.experiments import Limits, cells, find
+from zotune.bench.spec.resolve import cells, find
+from zotune.bench.spec.schema import Limits
 from zotune.cli.bench import chosen_cells
 
 # Resuming --------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
     changed = small_cells(options={"task": "copa", "model": "random:opt-tiny", "tuning": "prefix"})
     assert {state_of(tmp_path, spec) for spec in changed} == {"stale"}
-    monkeypatch.setattr("zotune.bench.run.content_key.code_hash", lambda unused: "other code")
+    monkeypatch.setattr("zotune.bench.run.content_key.code_of", lambda config: "other code")
     assert {state_of(tmp_path, spec) for spec in specs} == {"stale"}
     assert set(run_cells(specs, tmp_path, keeps_stale=True).values()) == {"stale"}
     assert contents(tmp_path) == before
@@ -133,31 +133,6 @@ def test_the_grid_is_part_of_what_is_found_only_where_there_is_a_search():
         spec = next(iter(cells(*find(experiment), "cpu")))
         wider = spec.model_copy(update={"search": spec.search.model_copy(update={"learning_rate": (1.0, 2.0)})})
         assert (key_of_cell(spec) != key_of_cell(wider)) == is_searched
-
-
-def test_the_code_counts_without_comments_and_docstrings_and_without_what_shows_results(tmp_path):
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "a.py").write_text("def f(x):\n    return x + 1\n")
-    (tmp_path / "bench" / "report.py").write_text("x = 1\n")
-    (tmp_path / "bench" / "accuracy.py").write_text("x = 1\n")
-    hashes = itertools.count()
-    plain = code_hash.__wrapped__(tmp_path)
-    for path, text, same in (
-        ("a.py", '"""Says."""\n\n\ndef f(x):  # adds\n    "One more."\n    return x + 1\n', True),
-        ("bench/report.py", "x = 2\n", True),
-        ("bench/accuracy.py", "x = 2\n", False),
-        ("bench/accuracy.py", "x = 1\n", True),
-        ("a.py", "def f(x):\n    return x + 2\n", False),
-    ):
-        (tmp_path / path).write_text(text)
-        assert (code_hash.__wrapped__(tmp_path) == plain) is same, (next(hashes), path)
-    before = code_hash.__wrapped__(tmp_path)
-    (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "predict.py").write_text("x = 1\n")
-    assert code_hash.__wrapped__(tmp_path, ("plan/",)) == before != code_hash.__wrapped__(tmp_path)
-    assert unused_by({"does": "step", "device": "cuda"}) == () == unused_by({"kind": "theory"})
-    assert tree_of("x = 'text'") != tree_of("")
-    assert key_of({"task": "sst2"}, "code") != key_of({"task": "sst2"}, "other")
 
 
 def test_a_result_is_read_back_as_it_was_and_two_runs_differ_in_times_alone(tmp_path):

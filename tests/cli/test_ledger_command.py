@@ -166,7 +166,7 @@ def test_bad_usage_is_exit_code_two(zotune, args):
 
 
 def test_what_is_no_ledger_is_said(zotune, tmp_path):
-    assert "holds no ledger.zol" in zotune("ledger", "show", tmp_path).err
+    assert "contains no ledger.zol" in zotune("ledger", "show", tmp_path).err
     (tmp_path / "x.zol").write_bytes(b"PK\x03\x04 not a ledger at all")
     said = zotune("ledger", "verify", tmp_path / "x.zol")
     assert (said.code, said.out) == (2, "")

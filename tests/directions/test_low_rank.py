@@ -24,11 +24,11 @@ from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
 from zotune.model.parameters import ParameterSet, tensor_id
-from zotune.noise import reference
-from zotune.noise.reference import derive_seed
+from zotune.noise import spec
+from zotune.noise.spec import derive_seed
 from zotune.system import limits
 
-BASES = {"rademacher": reference.rademacher, "gaussian": reference.gaussian}
+BASES = {"rademacher": spec.rademacher, "gaussian": spec.gaussian}
 each_base = pytest.mark.parametrize("base", BASES)
 each_rank = pytest.mark.parametrize("rank", [1, 2, 5])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -103,7 +103,7 @@ def test_a_direction_is_the_specifications_to_the_bit_and_has_its_rank(base, ran
             if p.dim() == 1:
                 expected = BASES[base](u.seed, tensor_id(name), 0, p.numel())
             else:
-                expected = reference.low_rank(*factors(u, name, p.shape, base, rank)).reshape(p.shape)
+                expected = spec.low_rank(*factors(u, name, p.shape, base, rank)).reshape(p.shape)
                 assert torch.linalg.matrix_rank(found.view(len(p), -1).double(), rtol=1e-5) <= rank
             assert np.array_equal(found.numpy(), expected), name
 
@@ -340,7 +340,7 @@ def test_the_right_factor_stays_for_an_interval_and_changes_after_it(interval):
     for step in range(6):
         for u in opt.directions():
             right_seed = None if interval == 1 else derive_seed(seed, step // interval, 0, 3)
-            expected = reference.low_rank(*factors(u, "weight", (10, 20), base, rank, right_seed))
+            expected = spec.low_rank(*factors(u, "weight", (10, 20), base, rank, right_seed))
             assert np.array_equal(u.of(model, "weight").numpy(), expected)
             spaces.append(torch.linalg.svd(torch.from_numpy(expected).double()).Vh[:rank])
         opt.step(lambda: model.weight.square().sum())

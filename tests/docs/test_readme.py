@@ -10,7 +10,11 @@ import torch
 import zotune as zo
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -36,7 +40,7 @@ def test_the_file_tree_of_the_readme_lists_every_module_and_nothing_else():
     assert not gone, f"the README's file tree lists {sorted(gone)}, which do not exist"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES[1:], ids=relative)
 def test_the_examples_of_a_page_run_in_order(page, capsys):
     names = {}
     for number, example in enumerate(blocks(page, "python")):
@@ -44,7 +48,8 @@ def test_the_examples_of_a_page_run_in_order(page, capsys):
 
 
 def test_each_method_has_a_section_and_a_row_and_nothing_else_has():
-    documented = set(re.findall(r"^## `(\w+)`", (ROOT / "docs" / "methods.md").read_text(encoding="utf-8"), re.M))
+    page = (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^## `(\w+)`", page, re.M))
     assert documented == set(method_table()) == set(zo.METHODS)
 
 
@@ -71,7 +76,7 @@ def test_a_method_costs_what_the_readme_says(name, q):
     assert sum(v.nbytes for v in kept) == size * (3 * 5 + 5)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
@@ -82,17 +87,17 @@ def test_links_between_pages_lead_somewhere(page):
     [
         ("quickstart", "README.md"),
         ("step_in_short", "README.md"),
-        ("step", "docs/speed.md"),
-        ("goals", "docs/speed.md"),
-        ("other_goals", "docs/speed.md"),
-        ("peers", "docs/speed.md"),
-        ("growth", "docs/speed.md"),
-        ("forward_gradient", "docs/speed.md"),
-        ("methods", "README.md"),
-        ("memory", "README.md"),
-        ("experiments", "README.md"),
-        ("zero_shot", "docs/evaluation.md"),
-        ("reward", "docs/training.md"),
+        ("step", "docs/benchmark/speed.md"),
+        ("goals", "docs/benchmark/speed.md"),
+        ("other_goals", "docs/benchmark/speed.md"),
+        ("peers", "docs/benchmark/speed.md"),
+        ("growth", "docs/benchmark/speed.md"),
+        ("forward_gradient", "docs/benchmark/speed.md"),
+        ("methods", "docs/reference/methods.md"),
+        ("memory", "docs/benchmark/speed.md"),
+        ("experiments", "docs/benchmark/running.md"),
+        ("zero_shot", "docs/howto/evaluate.md"),
+        ("reward", "docs/howto/rewards.md"),
     ],
 )
 def test_every_table_of_results_comes_from_a_file(name, page):
@@ -100,7 +105,8 @@ def test_every_table_of_results_comes_from_a_file(name, page):
 
 
 def test_the_page_of_results_is_that_of_the_results():
-    assert benchmark("results_page").results_page() == (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "benchmark" / "results.md").read_text(encoding="utf-8")
+    assert benchmark("results_page").results_page() == page
 
 
 def benchmark(name):

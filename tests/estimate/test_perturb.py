@@ -15,7 +15,7 @@ from torch import nn
 import zotune as zo
 from zotune.estimate import perturb
 from zotune.model.parameters import ParameterSet
-from zotune.noise import reference
+from zotune.noise import spec
 from zotune.system import limits
 
 A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
@@ -24,7 +24,7 @@ A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
 def independent_part(u, names, p):
     """The part of u for a tensor with these names, from the specification."""
     tensor_id = int.from_bytes(hashlib.blake2s(min(names).encode(), digest_size=4).digest(), "little")
-    made = getattr(reference, u.sampler.name)(u.seed, tensor_id, 0, p.numel())
+    made = getattr(spec, u.sampler.name)(u.seed, tensor_id, 0, p.numel())
     return torch.from_numpy(made).view(p.shape)
 
 

@@ -259,12 +259,12 @@ def test_a_file_that_is_gone_or_full_ends_the_run_with_whole_records(tmp_path, m
 
 
 def blocks_of_the_page():
-    page = (Path(__file__).parents[2] / "docs/ledger.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/reference/ledger-format.md").read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
 
 
 def test_the_example_of_the_page_runs():
-    exec(compile(blocks_of_the_page()[0], "ledger.md", "exec"), {})
+    exec(compile(blocks_of_the_page()[0], "ledger-format.md", "exec"), {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -273,7 +273,7 @@ def test_the_example_of_the_page_runs():
 def test_the_reader_of_the_page_rebuilds_weights_from_the_specification_alone(dtype, sampler, method, tmp_path):
     opt, base = run(METHODS[method], tmp_path / "a.zol", 8, dtype, bad=(3,), sampler=sampler)
     names: dict = {}
-    exec(compile(blocks_of_the_page()[1], "ledger.md", "exec"), names)
+    exec(compile(blocks_of_the_page()[1], "ledger-format.md", "exec"), names)
     header, records = names["read_ledger"]((tmp_path / "a.zol").read_bytes())
     assert len(records) == 8
 

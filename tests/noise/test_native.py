@@ -1,57 +1,224 @@
-"""The C kernels are used where they can be built and are right, and never otherwise."""
+"""The C kernels serve where they are installed and right; else torch operations do, to the same bits."""
 
-import platform
+import importlib.util
+import json
+import logging
+import shutil
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from zotune.noise import native
+from zotune.noise import GAUSSIAN, RADEMACHER, native, spec
+from zotune.noise.back_ends import CAPABILITIES, EAGER, NATIVE
 
-SAYS_WHICH = "import zotune.noise as n; print(n._cpu().__name__.rpartition('.')[2])"
+ROOT = Path(__file__).parents[1]
+BUILD = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+hatch_build = importlib.util.module_from_spec(BUILD)
+BUILD.loader.exec_module(hatch_build)
+
+needs_compiler = pytest.mark.skipif(hatch_build.compiler() is None, reason="there is no C compiler here")
+WIDTHS = {"DEFAULT": "baseline", "AVX2": "avx2", "AVX512": "avx512"}
+
+STEPS = """
+import hashlib, json, torch, zotune
+from zotune import noise
+
+torch.set_num_threads(1)
+digest = hashlib.blake2b(digest_size=16)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for make, sampler in ((zotune.zo_sgd, zotune.gaussian), (zotune.zo_adam, zotune.rademacher)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(50, 30), torch.nn.Linear(30, 200)).to(dtype)
+        optimizer = make(model, lr=1e-2, num_queries=2, sampler=sampler)
+        for _ in range(2):
+            optimizer.step(lambda: model(torch.arange(20)).float().square().mean())
+        for p in model.parameters():
+            digest.update(p.detach().view(torch.uint8).numpy().tobytes())
+print(json.dumps([noise.back_end(torch.device("cpu")).name, zotune.__file__, digest.hexdigest()]))
+"""
 
 
-def which(tmp_path, **environment):
-    """The kernels that a fresh process with this environment uses."""
-    command = [sys.executable, "-c", SAYS_WHICH]
-    variables = {"PATH": "/usr/bin:/bin", "ZOTUNE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path), **environment}
-    variables["PYTHONPATH"] = ":".join(sys.path)
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.strip()
+def bare(tmp_path, **more):
+    """An environment's variables; no program is on its PATH."""
+    empty = tmp_path / "empty"
+    empty.mkdir(exist_ok=True)
+    return {"PATH": str(empty), "HOME": str(tmp_path), "ZOTUNE_CACHE": str(tmp_path / "cache"), **more}
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
-def test_a_compiler_gives_the_c_kernels_and_the_library_is_kept(tmp_path):
-    assert which(tmp_path) == "native"
-    (kept,) = (tmp_path / "cache" / "native").glob("*.so")
-    made = kept.stat().st_mtime_ns
-    assert which(tmp_path) == "native"
-    assert kept.stat().st_mtime_ns == made
+def steps(python, variables):
+    """Of a process that takes some steps: its back end, where zotune lies, the digest of the weights; stderr."""
+    done = subprocess.run([python, "-c", STEPS], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return *json.loads(done.stdout), done.stderr
 
 
-@pytest.mark.parametrize("environment", [{"CC": "no-such-compiler"}, {"CC": "false"}, {"ZOTUNE_NATIVE": "0"}], ids=str)
-def test_without_a_working_compiler_numba_is_used(tmp_path, environment):
-    assert which(tmp_path, **environment) == "cpu"
+@pytest.fixture(scope="module")
+def eager_steps(tmp_path_factory):
+    """The same of this source tree with torch operations."""
+    variables = bare(tmp_path_factory.mktemp("here"), PYTHONPATH=str(ROOT / "src"), ZOTUNE_NATIVE="0")
+    return steps(sys.executable, variables)
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
+# Installation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A source tree as it is checked out: nothing in it is compiled."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "NOTICE", ".gitignore"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A function: install something into an empty environment; its Python. It reads the libraries that are here."""
+
+    def install(what, variables):
+        folder = tmp_path / "environment"
+        venv.create(folder, symlinks=True)
+        python = folder / "bin" / "python"
+        (site,) = folder.glob("lib/python3*/site-packages")
+        others = [path for path in sys.path if path.endswith("site-packages")]
+        (site / "libraries.pth").write_text("\n".join(others), encoding="utf-8")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--no-build-isolation", str(what)], env=variables, check=True)
+        return python
+
+    return install
+
+
+@needs_compiler
+def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compiler(
+    tree, installed, eager_steps, tmp_path
+):
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(tree)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    assert "linux" in wheel.name
+    assert not [*tree.glob("src/zotune/noise/*.so")]
+    variables = bare(tmp_path)
+    python = installed(wheel, variables)
+    back_end, file, digest, said = steps(python, variables)
+    assert (back_end, said) == ("native", "")
+    assert Path(file).is_relative_to(tmp_path)
+    assert not (tmp_path / "cache").exists()
+    assert digest == eager_steps[2]
+
+
+def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree, installed, eager_steps, tmp_path):
+    variables = bare(tmp_path)
+    python = installed(tree, variables)
+    back_end, file, digest, said = steps(python, variables)
+    assert back_end == "eager"
+    assert Path(file).is_relative_to(tmp_path)
+    assert said.count("\n") == 1
+    assert "without a C compiler" in said
+    assert native._COST in said
+    assert digest == eager_steps[2]
+
+
+def test_zotune_native_0_gives_torch_operations_without_a_word(eager_steps):
+    back_end, _, _, said = eager_steps
+    assert (back_end, said) == ("eager", "")
+
+
+@pytest.mark.parametrize("back_end", [NATIVE, EAGER], ids=lambda back_end: back_end.name)
+def test_a_back_end_has_the_functions_that_the_table_names(back_end):
+    functions = CAPABILITIES[back_end.name]
+    assert all(callable(getattr(back_end.kernels, function)) for function in functions)
+    # Whatever the table of torch operations lacks has a substitute in the callers.
+    assert all(dtypes <= functions[function] for function, dtypes in CAPABILITIES["eager"].items())
+
+
+# What is loaded ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A copy of the C source in a folder without libraries; the package looks there."""
+    copy = tmp_path / "native.c"
+    shutil.copy(native._SOURCE, copy)
+    monkeypatch.setattr(native, "_SOURCE", copy)
+    return copy
+
+
+def test_libraries_of_another_source_are_not_loaded(source, caplog):
+    assert native.library.__wrapped__() is None
+    assert "without a C compiler" in caplog.text
+    caplog.clear()
+    source.with_name("native-0123456789ab-baseline.so").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "zotune"):
+        assert native.library.__wrapped__() is None
+    assert "native.c is not the one" in caplog.text
+
+
+def test_a_library_that_cannot_be_loaded_is_reported(source, caplog):
+    source.with_name(f"native-{native.source_hash()}-baseline.so").write_bytes(b"no library")
+    assert native.library.__wrapped__() is None
+    assert "cannot be loaded" in caplog.text
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"), [("0x9E3779B9u", "0x9E3779B8u"), ("1.0 / 7", "1.0 / 6"), (">= 0x7F800000u", ">= 0x00800000u")]
 )
-def test_a_library_that_differs_from_the_specification_is_not_used(tmp_path, monkeypatch, right, wrong):
-    source = tmp_path / "native.c"
-    text = native._SOURCE.read_text(encoding="utf-8")
+def test_a_library_that_differs_from_the_specification_is_not_used(source, caplog, right, wrong):
+    text = source.read_text(encoding="utf-8")
     assert right in text
     source.write_text(text.replace(right, wrong), encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCE", source)
-    monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path / "cache"))
+    assert len(hatch_build.compile_kernels(source, source.parent, ["baseline"])) == 1
     assert native.library.__wrapped__() is None
+    assert "other bits" in caplog.text
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are vectors of x86")
-@pytest.mark.parametrize("vectors", [("-mavx2", "-mf16c"), ("-mavx2",), ()], ids=["256 bits", "no float16", "none"])
-def test_narrower_vectors_make_the_same_bits(tmp_path, monkeypatch, vectors):
-    flags = [flag for flag in native._FLAGS if flag != "-march=native"]
-    monkeypatch.setattr(native, "_FLAGS", (*flags, *vectors))
-    monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path / "cache"))
-    assert native.library.__wrapped__() is not None
+# Widths of vectors -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request, monkeypatch):
+    """The library of each width that this processor has."""
+    widths = [*WIDTHS]
+    has = torch.backends.cpu.get_cpu_capability()
+    if native.library() is None or widths.index(request.param) > widths.index(has if has in widths else "DEFAULT"):
+        pytest.skip(f"no kernels here for {request.param}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    loaded = native.library.__wrapped__()
+    assert loaded is not None
+    assert loaded._name.endswith(f"-{WIDTHS[request.param]}.so")
+    return loaded
+
+
+@pytest.mark.parametrize("stream", [RADEMACHER, GAUSSIAN])
+def test_each_width_gives_the_bits_of_the_specification(width, stream, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: width)
+    made = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}[stream](2**63 + 1, 7, 77, 77 + 10_007)
+    out = torch.empty(10_007)
+    native.fill(out, stream, 2**63 + 1, 7, 77)
+    assert np.array_equal(out.numpy().view(np.uint32), made.view(np.uint32))
+    native.add(out, out, stream, [2**63 + 1], [-0.37], 7, 77, None)
+    assert np.array_equal(out.numpy().view(np.uint32), (made + np.float32(-0.37) * made).view(np.uint32))
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-11, 2.0**-12, 2.0**-25, 3 * 2.0**-26, 16.0, 1e-3, 1e-7, 30_000.0])
+@pytest.mark.parametrize("stream", [RADEMACHER, GAUSSIAN])
+def test_every_float16_number_is_widened_and_rounded_to_nearest_at_each_width(width, stream, scale, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: width)
+    x = np.arange(65_536, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    u = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}[stream](3, 7, 5, 5 + 65_536)
+    with np.errstate(all="ignore"):
+        expected = (x.astype(np.float32) + np.float32(scale) * u).astype(np.float16)
+    out = torch.from_numpy(x.copy())
+    native.add(out, out, stream, [3], [scale], 7, 5, None)
+    nan = np.isnan(expected)
+    assert np.array_equal(nan, np.isnan(out.numpy()))
+    assert np.array_equal(out.numpy().view(np.uint16)[~nan], expected.view(np.uint16)[~nan])
+    assert 0 < nan.sum() < 3000

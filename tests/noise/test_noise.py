@@ -1,6 +1,6 @@
 """The noise is the one of its specification, bit for bit, wherever and however it is made.
 
-`noise.reference` is held against the published vectors of Philox and against numbers frozen here, so that
+`noise.spec` is held against the published vectors of Philox and against numbers frozen here, so that
 the specification cannot drift; every kernel is then held against the reference.
 """
 
@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zotune import noise
-from zotune.noise import GAUSSIAN, RADEMACHER, eager, kernels, reference
+from zotune.noise import GAUSSIAN, RADEMACHER, eager, spec
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 SEED, TENSOR = 0x0123456789ABCDEF, 0xDEADBEEF
-STREAMS = {RADEMACHER: reference.rademacher, GAUSSIAN: reference.gaussian}
+STREAMS = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 STARTS = [0, 1, 5, 127, 1023, 2**32 + 3, 2**41 + 77]
 each_stream = pytest.mark.parametrize("stream", STREAMS, ids=["rademacher", "gaussian"])
@@ -47,8 +47,8 @@ def plain_add(x, stream, seeds, scales, start, rounding_seed):
     y = (x.double().numpy() if kind is np.float64 else x.float().numpy()) + total
     if rounding_seed is None or x.dtype not in HALVES:
         return torch.from_numpy(y).to(x.dtype)
-    random = reference.random16(rounding_seed, TENSOR, start, start + x.numel())
-    return torch.from_numpy(reference.round_stochastically(y, random, HALVES[x.dtype])).view(x.dtype)
+    random = spec.random16(rounding_seed, TENSOR, start, start + x.numel())
+    return torch.from_numpy(spec.round_stochastically(y, random, HALVES[x.dtype])).view(x.dtype)
 
 
 @pytest.mark.parametrize(
@@ -64,27 +64,26 @@ def plain_add(x, stream, seeds, scales, start, rounding_seed):
     ],
 )
 def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
-    words = reference.philox(tuple(np.array([c], np.uint32) for c in counter), key)
+    words = spec.philox(tuple(np.array([c], np.uint32) for c in counter), key)
     assert tuple(int(w[0]) for w in words) == expected
-    assert tuple(int(w) for w in kernels._philox(*(np.uint32(c) for c in (*counter, *key)))) == expected
 
 
 def test_counter_and_key_are_where_the_specification_says():
     zero = np.zeros(1, np.uint32)
     block = 2**33 + 5
     counter = [zero + np.uint32(c) for c in (block & 0xFFFFFFFF, block >> 32, TENSOR, GAUSSIAN)]
-    expected = reference.philox(tuple(counter), (SEED & 0xFFFFFFFF, SEED >> 32))
-    assert reference.words(SEED, TENSOR, GAUSSIAN, block, 1).tolist() == [[int(w[0]) for w in expected]]
+    expected = spec.philox(tuple(counter), (SEED & 0xFFFFFFFF, SEED >> 32))
+    assert spec.words(SEED, TENSOR, GAUSSIAN, block, 1).tolist() == [[int(w[0]) for w in expected]]
 
 
 def test_golden_values_of_specification_version_1():
     assert noise.NOISE_VERSION == 1
     start = 2**40 + 30
-    signs = "".join("-+"[int(s > 0)] for s in reference.rademacher(SEED, TENSOR, start, start + 40))
+    signs = "".join("-+"[int(s > 0)] for s in spec.rademacher(SEED, TENSOR, start, start + 40))
     assert signs == "-++---++-+--++-++----+--++++--+--++-++-+"
-    normals = reference.gaussian(SEED, TENSOR, start, start + 6).view(np.uint32)
+    normals = spec.gaussian(SEED, TENSOR, start, start + 6).view(np.uint32)
     assert normals.tolist() == [0xBFCB42B8, 0x3F06177A, 0xBDE56177, 0xBE51ADF2, 0x3C1907BC, 0x3F2360BE]
-    assert reference.random16(SEED, TENSOR, start, start + 6).tolist() == [61043, 8100, 33359, 56029, 40239, 39437]
+    assert spec.random16(SEED, TENSOR, start, start + 6).tolist() == [61043, 8100, 33359, 56029, 40239, 39437]
     assert noise.derive_seed(SEED, 3, 2, 1) == 0x31FB8CCC8466087C
 
 
@@ -130,12 +129,12 @@ def test_add_keeps_the_sign_of_zero_alike_on_every_path(dtype, rounding_seed):
 @each_dtype
 @each_stream
 @pytest.mark.parametrize("rounding_seed", [None, 99], ids=["nearest", "stochastic"])
-def test_add_many_equals_add_for_each(dtype, stream, rounding_seed):
+def test_foreach_axpy_equals_add_for_each(dtype, stream, rounding_seed):
     xs = [torch.randn(n).to(dtype) for n in (1, 770, 70_001, 5)]
     expected = [x.clone() for x in xs]
     for tensor_id, x in enumerate(expected):
         noise.add(x, x, stream, (SEED, 3), (0.5, -2.0), TENSOR + tensor_id, 0, rounding_seed)
-    noise.add_many(xs, [TENSOR + k for k in range(4)], stream, (SEED, 3), (0.5, -2.0), rounding_seed)
+    noise.foreach_axpy_(xs, [TENSOR + k for k in range(4)], stream, (SEED, 3), (0.5, -2.0), rounding_seed)
     for x, y in zip(xs, expected, strict=True):
         assert torch.equal(bits(x), bits(y))
 
@@ -216,8 +215,8 @@ def test_round_to_equals_the_reference_bit_for_bit(dtype):
     y[::11] = 0.0
     y.clamp_(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     for start in (13, 2**41 + 77):
-        random = reference.random16(SEED, TENSOR, start, start + len(y))
-        expected = torch.from_numpy(reference.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
+        random = spec.random16(SEED, TENSOR, start, start + len(y))
+        expected = torch.from_numpy(spec.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
         for round_to in (noise.round_to, eager.round_half):
             out = torch.empty(len(y), dtype=dtype)
             round_to(out, y, SEED, TENSOR, start)
@@ -233,7 +232,7 @@ def test_round_to_without_a_seed_rounds_to_nearest(dtype):
 
 
 def plain_mask(x, threshold, seed, tensor, start):
-    return torch.where(torch.from_numpy(reference.masked(seed, tensor, start, start + len(x), threshold)), 0.0, x)
+    return torch.where(torch.from_numpy(spec.masked(seed, tensor, start, start + len(x), threshold)), 0.0, x)
 
 
 @quick

@@ -92,7 +92,7 @@ def test_rademacher_runs_have_geometric_lengths():
 
 
 def test_gaussian_is_box_muller_of_the_words_in_double_precision():
-    words = noise.reference.words(11, 5, GAUSSIAN, 0, N // 4).reshape(-1, 2).astype(np.float64)
+    words = noise.spec.words(11, 5, GAUSSIAN, 0, N // 4).reshape(-1, 2).astype(np.float64)
     radius, angle = np.sqrt(-2 * np.log((words[:, 0] + 0.5) / 2**32)), 2 * np.pi * words[:, 1] / 2**32
     error = np.abs(sample(GAUSSIAN).reshape(-1, 2) - radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1))
     # A uniform number near 1 is rounded to a multiple of 2⁻²⁴, which matters where the radius is near 0.
@@ -165,7 +165,7 @@ def test_stochastic_rounding_gives_a_neighbour(dtype, value, seed):
 
 
 def test_rounding_noise_is_uniform_and_apart_from_the_directions():
-    random = noise.reference.random16(11, 5, 0, N)
+    random = noise.spec.random16(11, 5, 0, N)
     assert stats.chisquare(np.bincount(random >> 8, minlength=256)).pvalue > 1e-3
     assert stats.chisquare(np.bincount(random & 255, minlength=256)).pvalue > 1e-3
     centred = (random - 32767.5) / (65536 / math.sqrt(12))

@@ -20,15 +20,16 @@ import zotune as zo
 from zotune import noise
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
-from zotune.noise import GAUSSIAN, RADEMACHER, eager, reference
-from zotune.noise.reference import MASK
+from zotune.noise import GAUSSIAN, RADEMACHER, back_ends, eager, spec
+from zotune.noise.back_ends import CAPABILITIES, BackEnd
+from zotune.noise.spec import MASK
 from zotune.optim.record import StepRecord
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (on Linux)")
 
 import triton
 
-from zotune.noise import gpu
+from zotune.noise import launch
 
 ON_GPU = os.environ["TRITON_INTERPRET"] == "0"
 if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
@@ -37,7 +38,7 @@ if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     )
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 SEED, TENSOR = 0x9123456789ABCDEF, 0xDEADBEEF
-STREAMS = {RADEMACHER: reference.rademacher, GAUSSIAN: reference.gaussian}
+STREAMS = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 STARTS = [0, 130, 128 * (2**33 + 5) + 77]
 each_start = pytest.mark.parametrize("start", STARTS)
@@ -49,7 +50,7 @@ each_rounding = pytest.mark.parametrize("rounding_seed", [None, 2**63 + 3], ids=
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch):
     """The Triton kernels, whatever the device; NumPy says nothing of infinities, as a GPU does not."""
-    monkeypatch.setattr(noise, "_kernels", lambda t: gpu)
+    monkeypatch.setattr(noise, "back_end", lambda device: BackEnd("triton", launch))
     with np.errstate(all="ignore"):
         yield
 
@@ -62,36 +63,36 @@ def test_the_tables_of_a_captured_pass_are_rebound_to_other_directions(stream):
     moved, seeds, scales = torch.empty_like(x), (SEED, one), (1.0, -0.5)
 
     def captured():
-        gpu.fill(out, stream, SEED, TENSOR, 7)
-        gpu.add(moved, x, stream, seeds, scales, TENSOR, 0, SEED)
+        launch.fill(out, stream, SEED, TENSOR, 7)
+        launch.add(moved, x, stream, seeds, scales, TENSOR, 0, SEED)
         return out.cpu().numpy().copy(), moved.cpu().clone()
 
     def alone(fill_seed, add_seeds):
         expected = torch.empty_like(x)
-        gpu.add(expected, x, stream, add_seeds, scales, TENSOR, 0, SEED)  # the rounding keeps its own
+        launch.add(expected, x, stream, add_seeds, scales, TENSOR, 0, SEED)  # the rounding keeps its own
         return STREAMS[stream](fill_seed, TENSOR, 7, 507), expected.cpu()
 
-    tables = gpu.Rebinding()
+    tables = launch.Rebinding()
     for now in ({}, {SEED: 77, one: 2**64 - 1}, {SEED: one, one: SEED}):
         tables.rebind(now)
         with tables:
             noise_, sum_ = captured()
         wanted = alone(now.get(SEED, SEED), tuple(now.get(s, s) for s in seeds))
         assert np.array_equal(noise_, wanted[0]) and torch.equal(sum_, wanted[1]), now
-    assert gpu.Rebinding.active is None
+    assert launch.Rebinding.active is None
     assert np.array_equal(captured()[0], alone(SEED, seeds)[0])
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """What is launched: kernel and arguments of each launch, which is carried out."""
-    found, launch = [], gpu._launch
+    found, right = [], launch._launch
 
     def note(kernel, *arguments, **constants):
         found.append((kernel.__name__, arguments, constants))
-        launch(kernel, *arguments, **constants)
+        right(kernel, *arguments, **constants)
 
-    monkeypatch.setattr(gpu, "_launch", note)
+    monkeypatch.setattr(launch, "_launch", note)
     return found
 
 
@@ -112,8 +113,8 @@ def plain_add(x, stream, seeds, scales, start, rounding_seed, tensor=TENSOR):
     y = x.float().cpu().numpy() + total
     if rounding_seed is None or x.dtype not in HALVES:
         return torch.from_numpy(y).to(x.dtype)
-    random = reference.random16(rounding_seed, tensor, start, start + x.numel())
-    return torch.from_numpy(reference.round_stochastically(y, random, HALVES[x.dtype])).view(x.dtype)
+    random = spec.random16(rounding_seed, tensor, start, start + x.numel())
+    return torch.from_numpy(spec.round_stochastically(y, random, HALVES[x.dtype])).view(x.dtype)
 
 
 @each_stream
@@ -129,8 +130,8 @@ def test_fill_equals_the_reference_bit_for_bit(stream, start, n):
 
 def test_every_quadrant_and_exponent_of_the_gaussian_is_as_specified():
     n = 60_000
-    expected = reference.gaussian(3, 5, 0, n)
-    words = reference.words(3, 5, GAUSSIAN, 0, n // 4)
+    expected = spec.gaussian(3, 5, 0, n)
+    words = spec.words(3, 5, GAUSSIAN, 0, n // 4)
     assert set((words[:, 1::2] + np.uint32(1 << 29)).ravel() >> np.uint32(30)) == {0, 1, 2, 3}
     assert np.abs(expected).max() > 4
     out = torch.empty(n, device=DEVICE)
@@ -140,12 +141,12 @@ def test_every_quadrant_and_exponent_of_the_gaussian_is_as_specified():
 
 # One of the thresholds is itself a word of the stream, which is not below it.
 @each_start
-@pytest.mark.parametrize("threshold", [0, 1, int(reference.words(SEED, TENSOR, MASK, 40, 1)[0, 1]), 2**32])
+@pytest.mark.parametrize("threshold", [0, 1, int(spec.words(SEED, TENSOR, MASK, 40, 1)[0, 1]), 2**32])
 def test_masks_equal_the_reference_bit_for_bit(start, threshold):
     x = numbers(5003)
     out = x.clone()
     noise.mask(out, threshold / 2**32, SEED, TENSOR, start)
-    masked = torch.from_numpy(reference.masked(SEED, TENSOR, start, start + 5003, threshold))
+    masked = torch.from_numpy(spec.masked(SEED, TENSOR, start, start + 5003, threshold))
     assert torch.equal(bits(out), bits(torch.where(masked, 0.0, x.cpu())))
 
 
@@ -163,8 +164,8 @@ def test_round_to_equals_the_reference_bit_for_bit(dtype):
     if dtype == torch.float16:
         y[200:1000] = torch.linspace(65503, 65537, 800)
         y[1000:3000] = torch.linspace(-3e-7, 3e-7, 2000)
-    random = reference.random16(SEED, TENSOR, STARTS[2], STARTS[2] + len(y))
-    expected = torch.from_numpy(reference.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
+    random = spec.random16(SEED, TENSOR, STARTS[2], STARTS[2] + len(y))
+    expected = torch.from_numpy(spec.round_stochastically(y.numpy(), random, HALVES[dtype])).view(dtype)
     out = torch.empty(len(y), dtype=dtype, device=DEVICE)
     noise.round_to(out, y.to(DEVICE), SEED, TENSOR, STARTS[2])
     assert torch.equal(bits(out), bits(expected))
@@ -187,12 +188,12 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @each_stream
 @pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])
-def test_add_both_gives_the_bits_of_two_adds(dtype, stream, start, scale):
+def test_axpy_pair_gives_the_bits_of_two_adds(dtype, stream, start, scale):
     x = numbers(1500, dtype)
     x[::9], x[1::9] = 0.0, -0.0
-    for add_both, add in ((noise.add_both, noise.add), (eager.add_both, lambda *given: eager.add(*given, None))):
+    for axpy_pair, add in ((noise.axpy_pair, noise.add), (eager.axpy_pair, lambda *given: eager.add(*given, None))):
         plus, minus, expected = (torch.full_like(x, torch.nan) for _ in range(3))
-        add_both(plus, minus, x, stream, SEED, scale, TENSOR, start)
+        axpy_pair(plus, minus, x, stream, SEED, scale, TENSOR, start)
         for out, a in ((plus, scale), (minus, -scale)):
             add(expected, x, stream, [SEED], [a], TENSOR, start)
             assert torch.equal(bits(out), bits(expected))
@@ -236,7 +237,7 @@ def test_add_rows_equals_add_on_the_whole_matrix(dtype, stream, width):
 def test_many_tensors_are_moved_in_one_launch_and_nothing_beside_them(
     dtype, stream, rounding_seed, shift, launches, monkeypatch
 ):
-    monkeypatch.setattr(gpu, "_CHUNK", 1 << 13)  # so that one of the tensors has several chunks
+    monkeypatch.setattr(launch, "_CHUNK", 1 << 13)  # so that one of the tensors has several chunks
     sizes, ids = [1, 4096, 17, 9003], [1, 2**32 - 1, 2**31, 77]
     memory = numbers(15_000, dtype)
     before, xs, at = memory.clone(), [], 16
@@ -248,9 +249,9 @@ def test_many_tensors_are_moved_in_one_launch_and_nothing_beside_them(
     for x, tensor in zip(xs, ids, strict=True):
         moved[x.storage_offset() : x.storage_offset() + x.numel()] = True
         expected.append(plain_add(x, stream, [3, SEED], [0.1, -0.02], 0, rounding_seed, tensor))
-    gpu._cached_chunks.cache_clear()
-    noise.add_many(xs, ids, stream, [3, SEED], [0.1, -0.02], rounding_seed)
-    assert [name for name, *_ in launches] == ["add_many"]
+    launch._cached_chunks.cache_clear()
+    noise.foreach_axpy_(xs, ids, stream, [3, SEED], [0.1, -0.02], rounding_seed)
+    assert [name for name, *_ in launches] == ["foreach_axpy_"]
     assert launches[0][2]["ALIGNED"] == (shift == 0)
     for x, y in zip(xs, expected, strict=True):
         assert torch.equal(bits(x), bits(y))
@@ -307,7 +308,7 @@ def same_weights(a, b):
 )
 def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(noise, "_kernels", lambda t: noise._cpu())
+        patch.setattr(noise, "back_end", back_ends.back_end)
         there, losses = trained(method, dtype, "cpu", path=tmp_path / "run.zol")
     assert len(set(losses)) == 2
     here = Small(dtype)
@@ -320,7 +321,7 @@ def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_pat
 @each_dtype
 def test_whole_steps_are_those_of_the_cpus_kernels_bit_for_bit(dtype, monkeypatch):
     here, losses = trained("sgd", dtype, "cpu")
-    monkeypatch.setattr(noise, "_kernels", lambda t: noise._cpu())
+    monkeypatch.setattr(noise, "back_end", back_ends.back_end)
     there, expected = trained("sgd", dtype, "cpu")
     assert losses == expected
     assert same_weights(here, there)
@@ -338,7 +339,7 @@ def test_an_update_is_one_launch_its_table_is_made_once_and_steps_differ_in_data
         updates.append((name, q, terms.shape, constants, terms.tolist()))
         tables.add(id(table))
     assert len(tables) == 1
-    assert all(update[:4] == ("add_many", 1, (3,), updates[0][3]) for update in updates)
+    assert all(update[:4] == ("foreach_axpy_", 1, (3,), updates[0][3]) for update in updates)
     assert len({tuple(update[4]) for update in updates}) == 3
 
 
@@ -349,7 +350,7 @@ def test_tensors_of_different_dtypes_or_rates_take_a_launch_each(launches):
     opt = zo.ZerothOrder(model, lr=0.05, params=groups)
     before = copy.deepcopy(model)
     opt.replay_step(record(opt))
-    assert [name for name, *_ in launches] == ["add_many"] * 3
+    assert [name for name, *_ in launches] == ["foreach_axpy_"] * 3
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))]
     assert moved == ["gain", "up.weight", "up.bias", "down.weight", "down.bias"]
 
@@ -371,17 +372,22 @@ def test_the_arguments_of_a_probe_do_not_depend_on_seed_or_scale(launches):
     assert set(seen[0][0]) == {"add", "add_rows"}
 
 
+def test_the_launches_are_the_functions_that_the_table_names():
+    assert all(callable(getattr(launch, function)) for function in CAPABILITIES["triton"])
+    assert CAPABILITIES["triton"].keys() == CAPABILITIES["eager"].keys()
+
+
 def test_a_device_whose_kernels_are_wrong_or_fail_gets_torch_operations(monkeypatch):
-    assert gpu.is_usable.__wrapped__(DEVICE)
-    right = gpu.round_half
+    assert launch.is_usable.__wrapped__(DEVICE)
+    right = launch.round_half
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "round_half", lambda out, y, *rest: (right(out, y, *rest), out[3:4].neg_()))
+        patch.setattr(launch, "round_half", lambda out, y, *rest: (right(out, y, *rest), out[3:4].neg_()))
         with pytest.warns(UserWarning, match="other bits"):
-            assert not gpu.is_usable.__wrapped__(DEVICE)
+            assert not launch.is_usable.__wrapped__(DEVICE)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, "_launch", lambda *_, **__: 1 / 0)
+        patch.setattr(launch, "_launch", lambda *_, **__: 1 / 0)
         with pytest.warns(UserWarning, match=r"cannot be used.*division by zero"):
-            assert not gpu.is_usable.__wrapped__(DEVICE)
+            assert not launch.is_usable.__wrapped__(DEVICE)
 
 
 COMPILE = """
@@ -391,7 +397,7 @@ from triton.runtime import driver, jit
 
 import triton
 
-from zotune.noise import gpu
+from zotune.noise import launch
 
 
 class Absent:
@@ -408,14 +414,14 @@ jit.JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: found.append(
 
 def step(seed, scale, tensor):
     half, single = torch.zeros(8192, dtype=torch.float16), torch.zeros(8192)
-    gpu.add(half, half, 1, [seed], [scale], tensor, 0, None)
-    gpu.add_both(half, half, half, 1, seed, scale, tensor, 0)
-    gpu.add_rows(half.view(8, 1024), torch.arange(8), 2, seed, scale, tensor)
-    gpu.add_many([half, half[16:]], [tensor, 1], 2, [seed] * 3, [scale] * 3, seed)
-    gpu.add_many([single, single[16:]], [tensor, 1], 1, [seed], [scale], None)
-    gpu.fill(single, 1, seed, tensor, 2**33)
-    gpu.mask(single, 2**31, seed, tensor, 4096)
-    gpu.round_half(half.bfloat16(), single, seed, tensor, 0)
+    launch.add(half, half, 1, [seed], [scale], tensor, 0, None)
+    launch.axpy_pair(half, half, half, 1, seed, scale, tensor, 0)
+    launch.add_rows(half.view(8, 1024), torch.arange(8), 2, seed, scale, tensor)
+    launch.foreach_axpy_([half, half[16:]], [tensor, 1], 2, [seed] * 3, [scale] * 3, seed)
+    launch.foreach_axpy_([single, single[16:]], [tensor, 1], 1, [seed], [scale], None)
+    launch.fill(single, 1, seed, tensor, 2**33)
+    launch.mask(single, 2**31, seed, tensor, 4096)
+    launch.round_half(half.bfloat16(), single, seed, tensor, 0)
 
 
 step(7, 0.5, 2**31 + 16)

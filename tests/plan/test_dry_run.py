@@ -138,7 +138,7 @@ def test_nothing_is_written_or_read_of_the_weights(zotune, short, tmp_path, monk
     said = zotune(*short("--dry-run"))
     assert (said.code, said.err) == (0, "")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*")} == before
-    assert "8 to train on, 3 held out, 3 to evaluate on" in said.out
+    assert "8 for training, 3 held out, 3 for evaluation" in said.out
     assert "\x1b" not in said.out
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, OPTConfig
 
-from zotune.cli.plan import PlanConfig, memory_bytes
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import validate
@@ -17,6 +16,7 @@ from zotune.llm.models.load import load
 from zotune.llm.models.random_models import ARCHITECTURES
 from zotune.methods.paper import METHODS
 from zotune.plan.formulas import FORMULAS
+from zotune.plan.options import PlanConfig, memory_bytes
 from zotune.plan.planning import plan
 from zotune.plan.predict import Architecture, predict
 from zotune.plan.search import largest
@@ -220,7 +220,7 @@ def test_a_plan_shows_every_method_and_says_what_to_consider(zotune):
     for row in ("before the layers: embedding", "model.decoder.layers.0 to 1", "after the layers: norm, head, logits"):
         assert row in said.out
     few = zotune("plan", "--model", "random:opt-tiny", "--memory", "1MB", "--method", "zo_sgd", "zo_adam")
-    assert "Nothing fits" in few.out and "forward_grad" not in few.out
+    assert "No method fits" in few.out and "forward_grad" not in few.out
 
 
 def test_json_is_one_object_whose_parts_add_up(zotune):

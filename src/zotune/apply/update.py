@@ -19,7 +19,7 @@ from zotune.apply.transforms import State, Transform
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
 from zotune.estimate.perturb import move_rows_one_by_one
 from zotune.model.parameters import TunedTensor
-from zotune.noise import add_many, compute_dtype, round_to
+from zotune.noise import compute_dtype, foreach_axpy_, round_to
 from zotune.system import limits
 
 
@@ -112,7 +112,7 @@ def update_tensors_(updates: Iterable[TensorUpdate], scale: float) -> list[tuple
             together.setdefault((x.device, x.dtype, *shared, update.rounding_seed), []).append((update, x))
     for (_, _, stream, seeds, scales, rounding_seed), members in together.items():
         ids = [update.tensor.id for update, _ in members]
-        add_many([x for _, x in members], ids, stream, seeds, scales, rounding_seed)
+        foreach_axpy_([x for _, x in members], ids, stream, seeds, scales, rounding_seed)
         for update, x in members:
             update.store(x)
     return states

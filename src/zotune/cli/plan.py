@@ -1,116 +1,47 @@
-"""The options of `zotune plan`: a workload as `zotune train` names it, for several methods at once, and a limit."""
+"""`zotune plan`: predict the memory of each method, and the largest batch or length that fits."""
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal, Self, get_args
+from zotune.cli.help import HelpPage, help_text
+from zotune.cli.options import complete, is_help, join_values, parse
+from zotune.cli.output import print_json, print_text
+from zotune.plan.options import PlanConfig
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
-
-from zotune.errors import did_you_mean
-from zotune.llm.config.method import FIRST_ORDER, MethodName
-from zotune.llm.config.schema import is_partial
-from zotune.llm.config.step import ModelOptions
-from zotune.llm.config.tuning import TuningOptions
-from zotune.plan.workload import Workload
-
-METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
-_FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
-# Options that only some methods use: they are left out of the others' workloads.
-_OF_METHODS = {
-    "window": ("zo_sgd_mmt", "zo_adam"),
-    "gradient_checkpointing": FIRST_ORDER,
-    **dict.fromkeys(("hybrid_layers", "hybrid_method", "hybrid_tied"), _FORWARD_ONLY),
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b", re.IGNORECASE)
+_PAGE = HelpPage(
+    usage="zotune plan [--OPTION VALUE ...]",
+    description="Predict the memory of each method from the architecture alone, before a run: does it fit, and with "
+    "which batch?",
+    examples=(
+        "zotune plan --model smollm2-135m --memory 8GB",
+        "zotune plan --model random:opt-13b --method zo_sgd fo_adam --dtype bfloat16",
+    ),
+    aliases={"per_device_train_batch_size": "--batch-size"},
+    groups={"memory": "Run", "largest": "Run", "length": "Run", "calibrate": "Run"},
+)
 
 
-def memory_bytes(text: str) -> int:
-    """A size in words as bytes. Units are powers of 1024, as of GPUs and in the paper: 1 GB is 1 GiB is 2³⁰ bytes.
+def run(args: list[str], as_json: bool) -> int:
+    """Plan and return the exit code."""
+    if is_help(args):
+        print_text(help_text(_PAGE, PlanConfig, complete(PlanConfig, {}, "defaults")))
+        return 0
+    config = parse(PlanConfig, {}, "command line", join_values(_full_names(args), "--method"), "zotune plan")
+    from zotune.plan.planning import plan
+    from zotune.plan.report import show
 
-    Raises:
-        ValueError: it is none.
+    predictions = plan(config)
+    if as_json:
+        print_json(predictions.to_json())
+    else:
+        show(predictions)
+    return 0
 
-    >>> memory_bytes("24GB"), memory_bytes("1.5 MiB")
-    (25769803776, 1572864)
+
+def _full_names(args: list[str]) -> list[str]:
+    """Replace --batch-size by the option that it abbreviates.
+
+    >>> _full_names(["--batch-size", "4"]), _full_names(["--batch-size=4"])
+    (['--per-device-train-batch-size', '4'], ['--per-device-train-batch-size=4'])
     """
-    found = _SIZE.fullmatch(text.strip())
-    if found is None or not float(found[1]):
-        raise ValueError(f"memory is a number above 0 and a unit, as in 24GB or 512MiB, not {text!r}")
-    return int(float(found[1]) * 1024 ** "_kmgt".index(found[2].lower() or "_"))
-
-
-def _as_in_training(name: str) -> Any:
-    """A field of the workload, with its default and description."""
-    return Workload.model_fields[name]
-
-
-class PlanConfig(ModelOptions, TuningOptions):
-    """Foretell the memory of each method from the architecture alone: will it fit, and with which batch?"""
-
-    method: str | None = Field(
-        None, description="One method or several as zo_sgd fo_adam or zo_sgd,fo_adam (see `methods`); default: all."
-    )
-    per_device_train_batch_size: int = _as_in_training("per_device_train_batch_size")
-    length: int = _as_in_training("length")
-    objective: Literal["classification", "teacher_forcing"] = _as_in_training("objective")
-    memory: str | None = Field(None, description="What there is, as 24GB: say what fits, and the largest that does.")
-    largest: Literal["batch", "length"] = Field("batch", description="With memory: which of both to enlarge.")
-    calibrate: bool = Field(
-        False, description="Also the seconds of a step, measured with the weights: some steps of each method."
-    )
-    gradient_accumulation_steps: int = _as_in_training("gradient_accumulation_steps")
-    gradient_checkpointing: bool = _as_in_training("gradient_checkpointing")
-    num_queries: int = _as_in_training("num_queries")
-    rounding: Literal["stochastic", "master", "nearest"] = _as_in_training("rounding")
-    window: int | None = _as_in_training("window")
-    hybrid_layers: int | None = _as_in_training("hybrid_layers")
-    hybrid_method: Literal["fo_sgd", "fo_adam"] = _as_in_training("hybrid_method")
-    hybrid_tied: Literal["zeroth_order", "frozen"] | None = _as_in_training("hybrid_tied")
-
-    @field_validator("memory")
-    @classmethod
-    def _is_size(cls, text: str | None) -> str | None:
-        if text is not None:
-            memory_bytes(text)
-        return text
-
-    @field_validator("method")
-    @classmethod
-    def _known_methods(cls, text: str | None) -> str | None:
-        for name in _names(text):
-            if name not in METHOD_NAMES:
-                raise ValueError(f"there is no method {name!r}.{did_you_mean(name, METHOD_NAMES)}")
-        return text
-
-    @model_validator(mode="after")
-    def _no_idle_plan_option(self, info: ValidationInfo) -> Self:
-        if is_partial(info):
-            return self
-        for option, users in _OF_METHODS.items():
-            is_set = getattr(self, option) != type(self).model_fields[option].default
-            if is_set and not set(users) & set(self.methods):
-                raise ValueError(f"{option} has no effect on {' or '.join(self.methods)}; it is for {', '.join(users)}")
-        if self.largest == "length" and self.memory is None:
-            raise ValueError("largest has no effect without memory")
-        return self
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Those that are asked for, each once."""
-        return tuple(dict.fromkeys(_names(self.method))) or METHOD_NAMES
-
-    @property
-    def limit(self) -> int | None:
-        """Bytes that there are."""
-        return None if self.memory is None else memory_bytes(self.memory)
-
-    def values_of(self, method: str) -> dict[str, Any]:
-        """The options of the workload that this method would have."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name in Workload.model_fields}
-        kept = {name: v for name, v in values.items() if method in _OF_METHODS.get(name, METHOD_NAMES)}
-        return {**kept, "method": method}
-
-
-def _names(text: str | None) -> list[str]:
-    return [] if text is None else text.replace(",", " ").split()
+    short, full = "--batch-size", "--per-device-train-batch-size"
+    return [full + a.removeprefix(short) if a == short or a.startswith(f"{short}=") else a for a in args]

@@ -2,7 +2,7 @@
 
 A direction over a model with d parameters costs one integer, not d numbers: its part for a parameter,
 or for any slice of it, is made again whenever it is needed (Malladi et al., 2023, arXiv 2305.17333,
-section 2.1). Which number belongs to which element is fixed by `zotune.noise.reference`.
+section 2.1). Which number belongs to which element is fixed by `zotune.noise.spec`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A is (m, r), B is (n, r), both of independent entries with mean 0 and variance 1
 E[U_ij U_kl] = Σ_s E[A_is A_ks] E[B_js B_ls] / r, which is 1 where (i, j) = (k, l) and else 0. A product with U is two
 thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is displaced without a displaced weight.
 Source: Chen et al., 2024 (LOZO, arXiv 2410.07698); Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652). The bits of an
-element: `zotune.noise.reference.low_rank`.
+element: `zotune.noise.spec.low_rank`.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Ten
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
     """
-    if noise.adds_thin(out, x):
-        noise.add_thin(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
+    if noise.has_low_rank_matmul_add(out, x):
+        noise.low_rank_matmul_add_(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
         return
     if biases is not None:
         out.view(len(factors), -1, out.shape[-1]).add_(biases[:, None])

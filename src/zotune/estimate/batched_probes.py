@@ -218,7 +218,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         if (kernel := u.kernel(ids[0])) is not None:
             both = torch.cat([t.parameter.detach() for t in found]).repeat(2, 1)
             for end, scale in zip(both, (a, -a), strict=True):
-                noise.add_many(torch.split(end, sizes), ids, kernel, [u.seed], [scale])
+                noise.foreach_axpy_(torch.split(end, sizes), ids, kernel, [u.seed], [scale])
             self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
@@ -226,7 +226,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         if self._ends is not None:
             u, a = self._ends
             if (kernel := u.kernel(tensor.id)) is not None:
-                noise.add_both(outs[0], outs[1], x, kernel, u.seed, a, tensor.id, start)
+                noise.axpy_pair(outs[0], outs[1], x, kernel, u.seed, a, tensor.id, start)
                 return
         for out, displacement in zip(outs, self._displacements, strict=True):
             displacement.move(out, x, tensor, start)

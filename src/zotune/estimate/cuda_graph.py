@@ -1,7 +1,7 @@
 """Probes of an objective of static shapes as one CUDA graph: a step launches once, where it launched each kernel.
 
 A graph repeats its kernels with the arguments that they were captured with. Those of the noise read their seeds from
-the device's memory, where `zotune.noise.gpu.Rebinding` writes the next step's: every replay probes new directions.
+the device's memory, where `zotune.noise.launch.Rebinding` writes the next step's: every replay probes new directions.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class CUDAGraphDifference:
         return GradientEstimate(sum(values) / len(values), terms, num_forwards=len(values))
 
     def _capture(self, key: Any, tuned: ParameterSet, directions: Sequence[Direction]) -> _Captured:
-        from zotune.noise.gpu import Rebinding
+        from zotune.noise.launch import Rebinding
 
         points = [(a, u) for u in directions for a in (self._mu, -self._mu)]
 

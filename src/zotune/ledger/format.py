@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zotune.errors import UsageError
-from zotune.noise.reference import NOISE_VERSION
+from zotune.noise.spec import NOISE_VERSION
 from zotune.optim.record import StepRecord
 
 FORMAT_VERSION = 1

@@ -8,21 +8,17 @@ writes float32 numbers into half-precision weights without bias. Tensors here ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.noise import eager
-from zotune.noise.reference import GAUSSIAN as GAUSSIAN
-from zotune.noise.reference import NOISE_VERSION as NOISE_VERSION
-from zotune.noise.reference import RADEMACHER as RADEMACHER
-from zotune.noise.reference import derive_seed as derive_seed
-
-_HALF = (torch.bfloat16, torch.float16)
+from zotune.noise.back_ends import EAGER, HALF, back_end
+from zotune.noise.spec import GAUSSIAN as GAUSSIAN
+from zotune.noise.spec import NOISE_VERSION as NOISE_VERSION
+from zotune.noise.spec import RADEMACHER as RADEMACHER
+from zotune.noise.spec import derive_seed as derive_seed
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,12 +28,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int = 0) -> None:
     """Fill `out` (float32) with elements start, start + 1, … of the direction `seed` for tensor `tensor_id`."""
-    _kernels(out).fill(out, stream, seed, tensor_id, start)
+    _kernels("fill", out).fill(out, stream, seed, tensor_id, start)
 
 
 def mask(out: Tensor, sparsity: float, seed: int, tensor_id: int, start: int = 0) -> None:
     """Set elements start, start + 1, … of tensor `tensor_id` in `out` (float32) to zero with probability `sparsity`."""
-    _kernels(out).mask(out, round(sparsity * 2**32), seed, tensor_id, start)
+    _kernels("mask", out).mask(out, round(sparsity * 2**32), seed, tensor_id, start)
 
 
 def add(
@@ -55,17 +51,17 @@ def add(
     The sum is taken in float32 (float64 for float64 weights) before it is added. Half-precision results
     are rounded to nearest even, or at random without bias if a `rounding_seed` is given.
     """
-    _kernels(x).add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
+    _kernels("add", x).add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int = 0
 ) -> None:
     """Write x + scale · u and x - scale · u, to the bits of `add`; x is read and u is made but once."""
-    _kernels(x).add_both(plus, minus, x, stream, seed, scale, tensor_id, start)
+    _kernels("axpy_pair", x).axpy_pair(plus, minus, x, stream, seed, scale, tensor_id, start)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -74,12 +70,12 @@ def add_many(
     rounding_seed: int | None = None,
 ) -> None:
     """As `add` in place for whole tensors of one device and dtype: in one launch, or call of the C kernels."""
-    _kernels(xs[0]).add_many(xs, tensor_ids, stream, seeds, scales, rounding_seed)
+    _kernels("foreach_axpy_", xs[0]).foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed)
 
 
 def adds_products(device: torch.device) -> bool:
     """Whether there is a kernel for `add_products` on a device."""
-    return device.type == "cpu" and hasattr(_cpu(), "add_products")
+    return back_end(device).has("add_products", torch.float32)
 
 
 def add_products(
@@ -91,17 +87,17 @@ def add_products(
     start: int = 0,
     rounding_seed: int | None = None,
 ) -> None:
-    """As `add`, where uᵢ is a matrix of low rank; see `reference.low_rank`.
+    """As `add`, where uᵢ is a matrix of low rank; see `spec.low_rank`.
 
     Of each term `factors` holds Aᵢ/√r, of those rows that the elements of x are in, and Bᵢ: (rows, r) and (columns, r),
     contiguous, float32.
     """
-    _cpu().add_products(out, x, factors, scales, tensor_id, start, rounding_seed)
+    _kernels("add_products", x).add_products(out, x, factors, scales, tensor_id, start, rounding_seed)
 
 
 def has_steps(x: Tensor) -> bool:
     """Whether `step` can be taken with x."""
-    return x.device.type == "cpu" and x.dtype != torch.float64 and hasattr(_cpu(), "step")
+    return back_end(x.device).has("step", x.dtype)
 
 
 def step(
@@ -117,71 +113,53 @@ def step(
     first: bool,
     writes: bool,
 ) -> None:
-    """One step of a rule with a state, in place; see `zotune.apply.fused`. Only where `has_steps`.
+    """One step of a rule with a state, in place; see `zotune.fused`. Only where `has_steps`.
 
     The `states` of the rule are float32 and as large as x; `terms` are stream, seeds and scales of the directions.
     If it is the `first` step, the state begins here, whatever is in `states`; unless it `writes`, x stays.
     """
-    _cpu().step(x, states, rule, constants, terms, rounding_seed, tensor_id, start, first=first, writes=writes)
+    _kernels("step", x).step(
+        x, states, rule, constants, terms, rounding_seed, tensor_id, start, first=first, writes=writes
+    )
 
 
-def adds_thin(out: Tensor, x: Tensor) -> bool:
-    """Whether `add_thin` has a kernel for tensors like these."""
-    alike = out.device.type == "cpu" and x.dtype == out.dtype and x.is_contiguous() and out.is_contiguous()
-    return alike and x.dtype != torch.float64 and hasattr(_cpu(), "add_thin")
+def has_low_rank_matmul_add(out: Tensor, x: Tensor) -> bool:
+    """Whether `low_rank_matmul_add_` has a kernel for tensors like these."""
+    alike = x.dtype == out.dtype and x.is_contiguous() and out.is_contiguous()
+    return alike and back_end(out.device).has("low_rank_matmul_add_", x.dtype)
 
 
-def add_thin(
+def low_rank_matmul_add_(
     out: Tensor,
     x: Tensor,
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
     biases: Tensor | None = None,
 ) -> None:
-    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a right leftᵀ. Only where `adds_thin`.
+    """Add to each of equal shares of out (rows, m) that of x (rows, n) times a right leftᵀ.
+
+    Only where `has_low_rank_matmul_add`.
 
     Of each share `factors` holds left (m, r) and right (n, r), float32 and contiguous, `scales` a, and `biases`
     (shares, m) what is added to each of its rows besides. Sums are float32.
     """
-    _cpu().add_thin(out, x, factors, scales, biases)
+    _kernels("low_rank_matmul_add_", x).low_rank_matmul_add_(out, x, factors, scales, biases)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale · u for rows of a matrix, where rows[i] is its row indices[i]."""
-    _kernels(rows).add_rows(rows, indices.long(), stream, seed, scale, tensor_id)
+    _kernels("add_rows", rows).add_rows(rows, indices.long(), stream, seed, scale, tensor_id)
 
 
 def round_to(out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, start: int = 0) -> None:
     """Write y into `out`: rounded to nearest, or for half precision at random without bias if given a seed."""
-    if out.dtype not in _HALF or rounding_seed is None:
+    if out.dtype not in HALF or rounding_seed is None:
         out.copy_(y)
     else:
-        _kernels(out).round_half(out, y, rounding_seed, tensor_id, start)
+        _kernels("round_half", out).round_half(out, y, rounding_seed, tensor_id, start)
 
 
-def _kernels(t: Tensor) -> ModuleType:
-    """The kernels for a tensor's device."""
-    return _cpu() if t.device.type == "cpu" else _accelerator(t.device)
-
-
-@cache
-def _accelerator(device: torch.device) -> ModuleType:
-    """A device's kernels, at their first use: Triton's on a GPU where they work, else torch operations."""
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from zotune.noise import gpu
-
-        if gpu.is_usable(device):
-            return gpu
-    return eager
-
-
-@cache
-def _cpu() -> ModuleType:
-    """The CPU's kernels, at their first use: in C where there is a compiler, else numba's."""
-    from zotune.noise import native
-
-    if native.library() is not None:
-        return native
-    from zotune.noise import cpu
-
-    return cpu
+def _kernels(function: str, t: Tensor) -> ModuleType:
+    """The module with a function for tensors like t: of the back end of its device, or of torch operations."""
+    serving = back_end(t.device)
+    return serving.kernels if serving.has(function, t.dtype) else EAGER.kernels

@@ -1,4 +1,4 @@
-"""The noise of `reference.py` in torch operations: the same bits on any device that torch has.
+"""The noise of `spec.py` in torch operations: the same bits on any device that torch has.
 
 Slower than a kernel, for every step makes a temporary, but it needs nothing but torch. 32-bit words
 are kept in int64 tensors, whose products wrap modulo 2⁶⁴ as Philox wants them.
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zotune.noise.reference import GAUSSIAN, MASK, RADEMACHER, ROUNDING
+from zotune.noise.spec import GAUSSIAN, MASK, RADEMACHER, ROUNDING
 
 _MASK = 0xFFFFFFFF
 # What is made at a time: bounds the temporaries to some ten megabytes.
 _ELEMENTS = 1 << 18
+# Elements of a direction in a block.
+_PER_BLOCK = {RADEMACHER: 128, GAUSSIAN: 4}
+_BITS_OF_ONE = 0x3F800000
 
 
 def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,12 +32,17 @@ def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tens
     return c0, c1, c2, c3
 
 
+def _blocks(start: int, size: int, per_block: int, device: torch.device) -> tuple[Tensor, int]:
+    """The numbers of the blocks that hold elements start … start + size - 1, and where the first lies in its block."""
+    first, last = start // per_block, -(-(start + size) // per_block)
+    return torch.arange(first, last, dtype=torch.int64, device=device), start % per_block
+
+
 def _stream(
     seed: int, tensor_id: int, stream: int, start: int, size: int, per_block: int, device: torch.device
 ) -> tuple[Tensor, int]:
-    first, last = start // per_block, -(-(start + size) // per_block)
-    blocks = torch.arange(first, last, dtype=torch.int64, device=device)
-    return torch.stack(_words(seed, tensor_id, stream, blocks), dim=1), start % per_block
+    blocks, offset = _blocks(start, size, per_block, device)
+    return torch.stack(_words(seed, tensor_id, stream, blocks), dim=1), offset
 
 
 def _log(x: Tensor) -> Tensor:
@@ -78,18 +86,22 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> Non
 
 
 def _fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
-    n = out.numel()
+    blocks, offset = _blocks(start, out.numel(), _PER_BLOCK[stream], out.device)
+    out.copy_(_elements(stream, seed, tensor_id, blocks)[offset : offset + out.numel()])
+
+
+def _elements(stream: int, seed: int, tensor_id: int, blocks: Tensor) -> Tensor:
+    """All elements of a direction in some blocks, in the order of the blocks."""
+    words = torch.stack(_words(seed, tensor_id, stream, blocks), dim=1)
     if stream == RADEMACHER:
-        words, first = _stream(seed, tensor_id, RADEMACHER, start, n, 128, out.device)
-        bits = (words.unsqueeze(2) >> torch.arange(32, device=out.device)) & 1
-        out.copy_((1 - 2 * bits).flatten()[first : first + n])
-        return
-    words, first = _stream(seed, tensor_id, GAUSSIAN, start, n, 4, out.device)
+        shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=blocks.device)
+        signs = (words.to(torch.int32).unsqueeze(2) << shifts) & -(1 << 31)
+        return (signs | _BITS_OF_ONE).view(torch.float32).flatten()
     pairs = words.view(-1, 2)
     uniform = (pairs[:, 0].to(torch.float32) + 0.5) * 2.0**-32
     radius = _sqrt(-2 * _log(uniform))
     cos, sin = _cosine_and_sine(pairs[:, 1])
-    out.copy_(torch.stack((radius * cos, radius * sin), dim=1).flatten()[first : first + n])
+    return torch.stack((radius * cos, radius * sin), dim=1).flatten()
 
 
 def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> None:
@@ -151,7 +163,7 @@ def add(
             out[part].copy_(y)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
     """Plus = x + scale · u and minus = x - scale · u."""
@@ -159,7 +171,7 @@ def add_both(
         add(out, x, stream, (seed,), (a,), tensor_id, start, None)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -167,12 +179,30 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: x += Σ scales[i] uᵢ for each of some whole tensors."""
+    """As `noise.foreach_axpy_`: x += Σ scales[i] uᵢ for each of some whole tensors."""
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
         add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
     """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor."""
-    for row, index in zip(rows, indices.tolist(), strict=True):
-        add(row, row, stream, (seed,), (scale,), tensor_id, index * row.numel(), None)
+    width = rows.shape[1]
+    if width > _ELEMENTS:
+        for row, index in zip(rows, indices.tolist(), strict=True):
+            add(row, row, stream, (seed,), (scale,), tensor_id, index * width, None)
+        return
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    a, at_once = torch.tensor(scale, dtype=dtype), _ELEMENTS // width
+    for lo in range(0, len(rows), at_once):
+        part, places = rows[lo : lo + at_once], indices[lo : lo + at_once]
+        part.copy_(part.to(dtype) + _rows(stream, seed, tensor_id, places * width, width).to(dtype) * a)
+
+
+def _rows(stream: int, seed: int, tensor_id: int, starts: Tensor, width: int) -> Tensor:
+    """Elements start … start + width - 1 of a direction for each of some starts: (starts, width)."""
+    per_block = _PER_BLOCK[stream]
+    # As many blocks as a row can touch, wherever it begins in the first of them.
+    blocks = torch.arange(-(-(width + per_block - 1) // per_block), device=starts.device)
+    blocks = (starts // per_block).unsqueeze(1) + blocks
+    elements = _elements(stream, seed, tensor_id, blocks.flatten()).view(len(starts), -1)
+    return elements.gather(1, (starts % per_block).unsqueeze(1) + torch.arange(width, device=starts.device))

@@ -1,7 +1,7 @@
-/* The noise of reference.py in C: the same bits as the numba kernels of kernels.py, in less memory and time.
+/* The noise of spec.py in C, bit for bit.
  *
- * Compiled by native.py where there is a compiler, without fused multiply-add and without any of the
- * liberties of fast-math: the specification fixes every operation and its order. Work is done in tiles that
+ * hatch_build.py compiles this file when the package is built, once for each width of vectors, without fused
+ * multiply-add and without any of the liberties of fast-math: the specification fixes every operation and its order. Work is done in tiles that
  * stay in the first-level cache, shared among threads; a tile begins at a multiple of TILE elements of the
  * whole tensor, so that no block of noise lies in two and the bits do not depend on who makes them. Loops
  * hold no branch on the data; where `out` may be `x`, "ivdep" says that they meet at equal places only. */
@@ -297,16 +297,33 @@ static inline uint16_t stochastic_float16(float y, uint32_t random) {
     return (uint16_t)(rounded | sign);
 }
 
+/* The exponent moves to its new place; a subnormal number is an integer in units of 2⁻²⁴; NaN becomes a quiet one. */
+static inline float float_of_float16(uint16_t x) {
+    const uint32_t magnitude = x & 0x7FFFu, sign = (uint32_t)(x & 0x8000u) << 16;
+    uint32_t bits = (magnitude << 13) + (112u << 23);
+    bits = choose(magnitude < 0x0400u, bits_of((float)(int32_t)magnitude * 0x1p-24f), bits);
+    bits = choose(magnitude >= 0x7C00u, 0x7F800000u | magnitude << 13, bits);
+    bits = choose(magnitude > 0x7C00u, bits | 0x00400000u, bits);
+    return float_of(bits | sign);
+}
+
+/* The nearest, ties to even. Below 2⁻¹⁴ it is a number of units of 2⁻²⁴, which adding 2²³ rounds to an integer. */
+static inline uint16_t nearest_float16(float y) {
+    const uint32_t bits = bits_of(y) & 0x7FFFFFFFu, sign = (bits_of(y) >> 16) & 0x8000u;
+    const uint32_t least = choose(bits < 0x38800000u, bits, 0);
+    uint32_t rounded = (bits - (112u << 23) + 0xFFFu + ((bits >> 13) & 1u)) >> 13;
+    rounded = choose(bits < 0x38800000u, bits_of(float_of(least) * 0x1p24f + 0x1p23f) & 0x7FFFFFu, rounded);
+    rounded = choose(bits >= 0x477FF000u, 0x7C00u, rounded);
+    rounded = choose(bits > 0x7F800000u, 0x7E00u | ((bits >> 13) & 0x3FFu), rounded);
+    return (uint16_t)(rounded | sign);
+}
+
 static inline void widen_float16(float *y, const uint16_t *x, int n) {
     int k = 0;
 #if defined(__F16C__)
     for (; k + 8 <= n; k += 8) _mm256_storeu_ps(y + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + k))));
 #endif
-    for (; k < n; k++) {
-        _Float16 h;
-        memcpy(&h, x + k, 2);
-        y[k] = (float)h;
-    }
+    for (; k < n; k++) y[k] = float_of_float16(x[k]);
 }
 
 static inline void narrow_float16(uint16_t *out, const float *y, int n) {
@@ -315,10 +332,7 @@ static inline void narrow_float16(uint16_t *out, const float *y, int n) {
     for (; k + 8 <= n; k += 8)
         _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_loadu_ps(y + k), _MM_FROUND_TO_NEAREST_INT));
 #endif
-    for (; k < n; k++) {
-        _Float16 h = (_Float16)y[k];
-        memcpy(out + k, &h, 2);
-    }
+    for (; k < n; k++) out[k] = nearest_float16(y[k]);
 }
 
 /* y = x in single precision. */
@@ -439,7 +453,7 @@ void zotune_add(char *out, const char *x, int kind, int stream, int q, const uin
 }
 
 /* The same in place for each of some whole tensors, on so many threads each. */
-void zotune_add_many(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
+void zotune_foreach_axpy(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
                      int kind, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
                      uint64_t rounding_seed) {
     for (int i = 0; i < count; i++)
@@ -547,7 +561,7 @@ static inline float dot(const char *x, int kind, const float *right, int64_t n) 
 
 /* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n), and bias (m) if there is
  * one: one row. */
-static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
+static inline void low_rank_matmul_add_row(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
                             const float *right, float a, const float *bias) {
     float room[TILE] ALIGNED, thin[rank];
     for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
@@ -566,7 +580,7 @@ static inline void add_thin(char *out, const char *x, int kind, int64_t m, int64
 /* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank, and plus
  * its own of `biases` (shares, m), if there are any. These are not bits of the specification: a forward pass may sum in
  * any order. Not for double precision. */
-void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
+void zotune_low_rank_matmul_add(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
                      const float *const *left, const float *const *right, const double *scales, const float *biases,
                      int threads) {
 #ifdef _OPENMP
@@ -574,13 +588,13 @@ void zotune_add_thin(char *out, const char *x, int kind, int64_t rows, int64_t m
 #endif
     for (int64_t i = 0; i < rows; i++) {
         const int64_t share = i / (rows / shares);
-        add_thin(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
+        low_rank_matmul_add_row(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
                  (float)scales[share], biases ? biases + share * m : 0);
     }
 }
 
 /* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u. Not for double precision. */
-void zotune_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
+void zotune_axpy_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
                  uint32_t tensor, uint64_t start, int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED, opposite[TILE] ALIGNED;

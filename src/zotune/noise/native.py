@@ -1,21 +1,17 @@
-"""The kernels of `native.c`, built at their first use where there is a C compiler.
+"""The kernels of `native.c`, which the build compiles into this folder (see `hatch_build.py`).
 
-They give the bits of the numba kernels, several times faster, and need none of numba's hundred
-megabytes. The library is kept in the cache, named by everything that it depends on. It is used only
-after it has reproduced the specification on a sample; without a compiler, or with `ZOTUNE_NATIVE=0`,
-numba's kernels are used instead.
+There is a library for each width of vectors, named by a hash of its source and by its width; the widest that the
+processor has is loaded. It is used only if it reproduces the specification on a sample. Nothing is compiled here, and
+no library of another source is loaded: without the one that belongs to `native.c`, or with `ZOTUNE_NATIVE=0`, torch
+operations (`eager.py`) serve, and a line in the log says why and what that costs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
+import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,15 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zotune.noise import reference
-from zotune.system.cache_dir import cache_folder
+from zotune.noise import spec
 
 _SOURCE = Path(__file__).with_name("native.c")
-# No fused multiply-add and no fast-math: each would change bits. errno and traps nobody reads.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# What not every compiler has, the most wanted first: OpenMP, whose threads are then torch's own (both load the one
-# libgomp: a second pool would fight over the processors with the first, which spins), and the widest vectors.
-_EXTRAS = (("-fopenmp", "-mprefer-vector-width=512"), ("-fopenmp",), ("-mprefer-vector-width=512",), ())
+# By what torch says of the processor: the widths that it has, the widest first. torch builds kernels of its own for
+# the same instructions; `ATEN_CPU_CAPABILITY` narrows both.
+_WIDTHS = {"AVX2": ("avx2", "baseline"), "AVX512": ("avx512", "avx2", "baseline")}
 
 _u64, _i64, _u32, _int, _p = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 _double = ctypes.c_double
@@ -41,10 +34,10 @@ _double = ctypes.c_double
 _SIGNATURES = {
     "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_many": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
+    "zotune_foreach_axpy": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
     "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_thin": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
-    "zotune_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
+    "zotune_low_rank_matmul_add": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
+    "zotune_axpy_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
     "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
     "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
     "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
@@ -53,86 +46,98 @@ _SIGNATURES = {
 # What the kernels call each dtype.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _HALF = (torch.bfloat16, torch.float16)
+# A step of zo_sgd on SmolLM2-135M in float32, batches of 4 sequences of 32 tokens, on one thread of a CPU with AVX2.
+_COST = "a step takes 4 times as long with rademacher directions, 12 times with gaussian ones"
 # A thread for every so many elements: fewer are made faster than a second thread is woken.
 _THREAD_ELEMENTS = 1 << 14
 
 
 @cache
 def library() -> Any:
-    """The loaded library; None where it cannot be built, or does not reproduce the specification."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None or os.environ.get("ZOTUNE_NATIVE") == "0":
+    """The loaded library; None where there is none, or none that reproduces the specification, which is then logged."""
+    if os.environ.get("ZOTUNE_NATIVE") == "0":
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    names = [f"native-{source_hash()}-{width}.so" for width in _WIDTHS.get(capability, ("baseline",))]
+    found = [path for name in names if (path := _SOURCE.with_name(name)).is_file()]
+    if not found:
+        _log_loss(_why_missing())
         return None
     try:
-        loaded = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):
+        loaded = _loaded(found[0])
+    except OSError as error:
+        _log_loss(f"{found[0].name} cannot be loaded ({error})")
         return None
+    if not _reproduces_the_specification(loaded):
+        _log_loss(f"{found[0].name} gives other bits than the specification")
+        return None
+    return loaded
+
+
+def source_hash() -> str:
+    """The part of a library's name that says which `native.c` it was compiled from."""
+    return hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
+
+
+def _why_missing() -> str:
+    if any(_SOURCE.parent.glob("native-*.so")):
+        return "native.c is not the one that the installed kernels were compiled from"
+    return "zotune was installed without a C compiler"
+
+
+def _log_loss(reason: str) -> None:
+    """Say once a process (`library` is cached) that torch operations serve, why, what it costs and what to do."""
+    logging.getLogger("zotune").warning(
+        "zotune: torch operations replace the C kernels, to the same bits: %s (%s). To get the kernels, "
+        "install a C compiler and then zotune again.",
+        _COST,
+        reason,
+    )
+
+
+def _loaded(path: Path) -> Any:
+    """A library with its signatures. Its threads are those of the OpenMP runtime that torch has loaded for all."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError:  # a torch without OpenMP
+        ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+        loaded = ctypes.CDLL(str(path))
     for name, types in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = types, None
-    return loaded if _reproduces_the_specification(loaded) else None
-
-
-def _built(compiler: str) -> Path:
-    """The library's path in the cache, compiled with as many of the extras as this compiler has if it is not there."""
-    for extras in _EXTRAS[:-1]:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            return _build(compiler, (*_FLAGS, *extras))
-    return _build(compiler, (*_FLAGS, *_EXTRAS[-1]))
-
-
-def _build(compiler: str, flags: tuple[str, ...]) -> Path:
-    source = _SOURCE.read_bytes()
-    parts = (source, " ".join((compiler, *flags)).encode(), platform.machine().encode(), _processor())
-    path = cache_folder() / "native" / f"noise-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Built aside and renamed, so that two processes at once leave one whole file.
-        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-            built = Path(aside) / path.name
-            command = [compiler, *flags, str(_SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, timeout=120)
-            built.rename(path)
-    return path
-
-
-def _processor() -> bytes:
-    """What `-march=native` depends on, for caches that several machines share."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_bytes().splitlines() if info.is_file() else []
-    return next((line for line in lines if line.startswith((b"flags", b"Features"))), platform.processor().encode())
+    return loaded
 
 
 def _reproduces_the_specification(loaded: Any) -> bool:
     """Samplers, products, mask and both kinds of rounding, on samples that begin and end within blocks and tiles."""
     seed, tensor_id, start, n = 2**63 + 5, 7, 130, 5000
     place = (seed, tensor_id, start, n, 2)
-    samplers = ((reference.RADEMACHER, reference.rademacher), (reference.GAUSSIAN, reference.gaussian))
+    samplers = ((spec.RADEMACHER, spec.rademacher), (spec.GAUSSIAN, spec.gaussian))
     for stream, specified in samplers:
         out = np.empty(n, np.float32)
         loaded.zotune_fill(_at(out), stream, *place)
         if not np.array_equal(out, specified(seed, tensor_id, start, start + n)):
             return False
     left, right = np.ascontiguousarray(out[:15].reshape(5, 3)), out[:2700].reshape(900, 3)
-    product, room = reference.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
+    product, room = spec.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
     left = left * np.float32(1 / np.sqrt(3))
     x, *factors = map(torch.from_numpy, (room, left, right))
     _add_products(loaded, x, x, [factors], [0.7], tensor_id, 130, None)
     if not np.array_equal(room, np.float32(0.7) * product):
         return False
-    expected = np.where(reference.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
+    expected = np.where(spec.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
     loaded.zotune_mask(_at(out), 1 << 30, *place)
     if not np.array_equal(out, expected):
         return False
-    random = reference.random16(seed, tensor_id, start, start + n)
+    random = spec.random16(seed, tensor_id, start, start + n)
     # From below the least subnormal number of either format to beyond the largest of float16.
     out *= np.exp2(np.linspace(-40, 17, n, dtype=np.float32))
     for kind, dtype in ((1, "bfloat16"), (2, "float16")):
         bits = np.empty(n, np.uint16)
         loaded.zotune_round(_at(bits), _at(out), kind, *place)
-        if not np.array_equal(bits, reference.round_stochastically(out, random, dtype)):
+        if not np.array_equal(bits, spec.round_stochastically(out, random, dtype)):
             return False
-    return _takes_steps(loaded, reference.rademacher(seed, tensor_id, start, start + n), place)
+    return _takes_steps(loaded, spec.rademacher(seed, tensor_id, start, start + n), place)
 
 
 def _takes_steps(loaded: Any, u: Any, place: tuple[int, ...]) -> bool:
@@ -145,7 +150,7 @@ def _takes_steps(loaded: Any, u: Any, place: tuple[int, ...]) -> bool:
     new_m, new_v = beta1 * m + rest1 * g, beta2 * v + rest2 * (g * g)
     expected = x * keep - rate * ((new_m / bias1) / (np.sqrt(new_v / bias2) + eps))
     u64, double = _u64(seed), _double(0.3)
-    terms = (reference.RADEMACHER, 1, ctypes.addressof(u64), ctypes.addressof(double))
+    terms = (spec.RADEMACHER, 1, ctypes.addressof(u64), ctypes.addressof(double))
     how = (0, 1, 0, 1, _at(k))
     loaded.zotune_step(_at(x), _at(m), _at(v), None, *how, *terms, 0, 0, tensor_id, start, n, threads)
     return all(np.array_equal(a, b) for a, b in ((x, expected), (m, new_m), (v, new_v)))
@@ -197,7 +202,7 @@ def add(
     library().zotune_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], stream, *rest)
 
 
-def add_many(
+def foreach_axpy_(
     xs: Sequence[Tensor],
     tensor_ids: Sequence[int],
     stream: int,
@@ -205,12 +210,12 @@ def add_many(
     scales: Sequence[float],
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_many`: one call."""
+    """As `noise.foreach_axpy_`: one call."""
     n, dtype = len(xs), xs[0].dtype
     addresses, sizes = (_p * n)(*(x.data_ptr() for x in xs)), (_i64 * n)(*(x.numel() for x in xs))
     rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed))
     threads = (_int * n)(*map(_threads, sizes))
-    library().zotune_add_many(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
+    library().zotune_foreach_axpy(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
 
 
 def add_products(
@@ -222,7 +227,7 @@ def add_products(
     start: int,
     rounding_seed: int | None,
 ) -> None:
-    """As `noise.add_products`. There is no such kernel by numba."""
+    """As `noise.add_products`."""
     _add_products(library(), out, x, factors, scales, tensor_id, start, rounding_seed)
 
 
@@ -258,7 +263,7 @@ def step(
     first: bool,
     writes: bool,
 ) -> None:
-    """As `noise.step`. There is no such kernel by numba."""
+    """As `noise.step`."""
     stream, seeds, scales = terms
     addresses = [*(state.data_ptr() for state in states), None, None][:3]
     how = (_KINDS[x.dtype], rule, first, writes, _at(constants), stream, *_terms(seeds, scales))
@@ -266,14 +271,14 @@ def step(
     library().zotune_step(x.data_ptr(), *addresses, *how, *rest)
 
 
-def add_thin(
+def low_rank_matmul_add_(
     out: Tensor,
     x: Tensor,
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
     biases: Tensor | None,
 ) -> None:
-    """As `noise.add_thin`. There is no such kernel by numba."""
+    """As `noise.low_rank_matmul_add_`."""
     q, rank, shape = len(scales), factors[0][0].shape[1], (out.shape[0], out.shape[1], x.shape[1])
     if rank > 1:  # else the one column lies in memory as a row does
         factors = [(left.t().contiguous(), right.t().contiguous()) for left, right in factors]
@@ -281,19 +286,19 @@ def add_thin(
     own = None if biases is None else biases.float().contiguous()
     where = (lefts, rights, (_double * q)(*scales), None if own is None else own.data_ptr())
     rest = (q, rank, *where, _threads(shape[0] * (shape[1] + shape[2])))
-    library().zotune_add_thin(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
+    library().zotune_low_rank_matmul_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
 
 
-def add_both(
+def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """As `noise.add_both`."""
+    """As `noise.axpy_pair`."""
     if x.dtype == torch.float64:
         for out, a in ((plus, scale), (minus, -scale)):
             add(out, x, stream, [seed], [a], tensor_id, start, None)
         return
     rest = (_KINDS[x.dtype], stream, seed, scale, *_span(x, tensor_id, start))
-    library().zotune_pair(plus.data_ptr(), minus.data_ptr(), x.data_ptr(), *rest)
+    library().zotune_axpy_pair(plus.data_ptr(), minus.data_ptr(), x.data_ptr(), *rest)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:

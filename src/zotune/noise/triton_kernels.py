@@ -1,9 +1,9 @@
-"""The noise of `reference.py` as Triton kernels, fused with the arithmetic that uses it.
+"""The noise of `spec.py` as Triton kernels, fused with the arithmetic that uses it.
 
 A program works on a tile: the elements [TILE k, TILE (k + 1)) of a tensor, so that each block of noise is
 made once, by one program, whatever slice of the tensor is asked for. 16-bit weights come as their bit
 patterns; `KIND` says which of `FLOAT`, `BFLOAT16` and `FLOAT16` they are. The seeds and scales are read from
-the device's memory (see `gpu._terms_on`): a step's launches differ from the last step's in data alone.
+the device's memory (see `launch._terms_on`): a step's launches differ from the last step's in data alone.
 
 The kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add would change bits.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zotune.noise import reference
+from zotune.noise import spec
 
+# The benchmark's content keys of results of a CPU leave out this module.
+COUNTS_FOR_RESULTS = "on cuda"
 FLOAT, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_RADEMACHER, _GAUSSIAN = tl.constexpr(reference.RADEMACHER), tl.constexpr(reference.GAUSSIAN)
-_ROUNDING, _MASK = tl.constexpr(reference.ROUNDING), tl.constexpr(reference.MASK)
+_RADEMACHER, _GAUSSIAN = tl.constexpr(spec.RADEMACHER), tl.constexpr(spec.GAUSSIAN)
+_ROUNDING, _MASK = tl.constexpr(spec.ROUNDING), tl.constexpr(spec.MASK)
 
 
 @triton.jit
@@ -148,7 +150,7 @@ def _nearest(y, KIND: tl.constexpr):
 
 @triton.jit
 def _at_random(y, random, KIND: tl.constexpr):
-    """The rule of `reference.round_stochastically`, without branches on the data."""
+    """The rule of `spec.round_stochastically`, without branches on the data."""
     bits = y.to(tl.uint32, bitcast=True)
     if KIND == BFLOAT16:
         lower = (bits & 0x7FFFFFFF) >> 16
@@ -261,7 +263,7 @@ def add(
 
 
 @triton.jit(do_not_specialize=["tensor"])
-def add_both(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
+def axpy_pair(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
     """Plus, minus = x + scale u, x - scale u, from element `start` on."""
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     first = tile * TILE - start
@@ -271,7 +273,7 @@ def add_both(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND
 
 
 @triton.jit
-def add_many(
+def foreach_axpy_(
     table,
     terms,
     q,
@@ -281,7 +283,7 @@ def add_many(
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """X += Σ scales[i] uᵢ for many tensors: a program and a row of the table a chunk (see `gpu._chunks_on`)."""
+    """X += Σ scales[i] uᵢ for many tensors: a program and a row of the table a chunk (see `launch._chunks_on`)."""
     row = table + 4 * tl.program_id(0).to(tl.int64)
     address, n, tensor, start = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     if KIND == FLOAT:

@@ -1,4 +1,4 @@
-"""`zotune train --dry-run`: what a run would read, tune and take. It starts nothing and writes nothing."""
+"""`zotune train --dry-run`: the data, the tuned parameters and the memory of a run, without starting or writing it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.plan.live_memory import Assumed
+from zotune.plan.live_memory import FakeScalars
 from zotune.plan.memory import (
     Memory,
     cache_bytes,
@@ -48,19 +48,19 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class DryRun:
-    """What is known of a run before it starts.
+    """The facts about a run before it starts.
 
     Attributes:
         config: the resolved recipe.
-        notes: what was told from one's own rows.
-        examples: some training rows as the model reads them, what is scored in ⟦ ⟧.
-        num_rows: of each split.
-        tokens: of all rows, the longest candidate each: min, median, p95 (the 95th percentile) and max, uncut.
-        num_cut: rows that --max-length cuts.
-        refused: rows that the run would refuse, with the reason.
-        num_tuned, num_parameters: numbers that are tuned, and of the model in all.
-        forward_passes: of one step, and of the training.
-        memory: by what it is for.
+        notes: what was inferred from the user's rows.
+        examples: some training rows as the model reads them, with the scored text in ⟦ ⟧.
+        num_rows: number of rows of each split.
+        tokens: lengths of all rows before cutting, by their longest candidate: min, median, p95 and max.
+        num_cut: number of rows that --max-length cuts.
+        refused: reasons for the rows that the run would refuse.
+        num_tuned, num_parameters: number of tuned parameters and of all parameters of the model.
+        forward_passes: forward passes of one step and of the training.
+        memory: bytes by purpose.
     """
 
     config: TrainConfig
@@ -83,7 +83,7 @@ class DryRun:
     def __str__(self) -> str:
         recipe = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         shown = "\n\n".join(f"example {i}: {text}" for i, text in enumerate(self.examples, start=1))
-        rows = "{train} to train on, {dev} held out, {test} to evaluate on".format_map(self.num_rows)
+        rows = "{train} for training, {dev} held out, {test} for evaluation".format_map(self.num_rows)
         tokens = ", ".join(f"{name} {n:g}" for name, n in self.tokens.items())
         refused = [f"refused: {reason}" for reason in self.refused[:SHOWN_REFUSED]]
         if len(self.refused) > SHOWN_REFUSED:
@@ -94,32 +94,32 @@ class DryRun:
                 recipe,
                 *self.notes,
                 "",
-                f"What is scored is in ⟦ ⟧.\n\n{shown}\n",
+                f"The scored text is in ⟦ ⟧.\n\n{shown}\n",
                 f"rows: {rows}",
-                f"tokens a row: {tokens}; cut: {self.num_cut}; refused: {len(self.refused)}",
+                f"tokens per row: {tokens}; cut: {self.num_cut}; refused: {len(self.refused)}",
                 *refused,
-                f"tuned: {self.num_tuned:,} of {self.num_parameters:,} numbers",
-                f"forward passes: {self.forward_passes['step']:,} a step, {self.forward_passes['training']:,} in all",
-                f"memory expected: {_mib(self.memory.total)} ({', '.join(parts)})",
+                f"tuned: {self.num_tuned:,} of {self.num_parameters:,} parameters",
+                f"forward passes: {self.forward_passes['step']:,} per step, {self.forward_passes['training']:,} in all",
+                f"expected memory: {_mib(self.memory.total)} ({', '.join(parts)})",
             ]
         )
 
 
 def dry_run(config: TrainConfig) -> DryRun:
-    """All that can be known of a run without a weight of the model.
+    """Check a run and predict its passes and memory without reading a weight of the model.
 
     Raises:
-        UsageError: the run could not start as asked. Rows that are merely too long are listed instead.
+        UsageError: the run could not start with this configuration. Rows that are too long are listed instead.
     """
-    with Assumed():
+    with FakeScalars():
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)
         data = load_examples(lm, config)
         if not data.splits.train:
-            raise UsageError("there is no row to train on: give --train-file, or --data-source with training rows.")
+            raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
-        read = _Reading(lm, config, data)
+        rows = _EncodedRows(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
@@ -128,20 +128,20 @@ def dry_run(config: TrainConfig) -> DryRun:
         return DryRun(
             config=config,
             notes=data.notes,
-            examples=tuple(read.shown),
+            examples=tuple(rows.shown),
             num_rows={name: len(getattr(data.splits, name)) for name in SPLITS},
-            tokens=quantiles(read.lengths),
-            num_cut=read.num_cut,
-            refused=tuple(read.refused),
+            tokens=quantiles(rows.lengths),
+            num_cut=rows.num_cut,
+            refused=tuple(rows.refused),
             num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
             num_parameters=num_parameters,
             forward_passes={"step": step, "training": forwards_of_training(step, config)},
-            memory=_memory(lm, optimizer, config, read, data, stored),
+            memory=_memory(lm, optimizer, config, rows, data, stored),
         )
 
 
-class _Reading:
-    """The rows as tokens: those that can be read, and what is to be said of the others."""
+class _EncodedRows:
+    """The rows of all splits as tokens, and the reasons for rows that are refused."""
 
     def __init__(self, lm: LanguageModel, config: DataOptions, data: Data) -> None:
         self._encode = encoder_of(lm, config)
@@ -158,13 +158,13 @@ class _Reading:
             if name == "test" and examples == data.splits.dev:
                 self.encoded[name] = self.encoded["dev"]
                 continue
-            both = [self._read(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1)]
-            self.encoded[name] = [encoded for encoded in both if encoded is not None]
+            every = [self._encode_row(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1)]
+            self.encoded[name] = [encoded for encoded in every if encoded is not None]
             if name == "train":
-                pairs = [(e, x) for e, x in zip(examples, both, strict=True) if x is not None][:SHOWN_EXAMPLES]
-                self.shown = [shown(lm, e, x) for e, x in pairs]
+                pairs = [(e, x) for e, x in zip(examples, every, strict=True) if x is not None][:SHOWN_EXAMPLES]
+                self.shown = [marked_text(lm, e, x) for e, x in pairs]
 
-    def _read(self, example: Example, where: str) -> Encoded | None:
+    def _encode_row(self, example: Example, where: str) -> Encoded | None:
         try:
             whole = self._whole(example, where)
             self.lengths.append(whole.length)
@@ -179,48 +179,50 @@ class _Reading:
 
 
 def _memory(
-    lm: LanguageModel, optimizer: Any, config: TrainConfig, read: _Reading, data: Data, stored: torch.dtype
+    lm: LanguageModel, optimizer: Any, config: TrainConfig, rows: _EncodedRows, data: Data, stored: torch.dtype
 ) -> Memory:
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     base = list(lm.base.parameters())
-    is_other = any(
+    is_converted = any(
         p.dtype != stored
         for p in base
         if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head"))
     )
-    trained = [data.objective.reads(e) for e in read.encoded["train"]]
-    measured = [*read.encoded["dev"], *read.encoded["test"]]
-    if not trained:
-        raise UsageError("\n".join(read.refused[:SHOWN_REFUSED]))
+    train_rows = [data.objective.reads(e) for e in rows.encoded["train"]]
+    eval_rows = [*rows.encoded["dev"], *rows.encoded["test"]]
+    if not train_rows:
+        raise UsageError("\n".join(rows.refused[:SHOWN_REFUSED]))
     if data.generated is not None:
-        trained, measured = ([generated(e, config.max_new_tokens) for e in some] for some in (trained, measured))
-    batch = largest_batch(lm, trained, config.per_device_train_batch_size, data.objective)
-    eval_size = min(config.per_device_eval_batch_size, len(measured))
-    evaluated = [largest_batch(lm, measured, eval_size, data.objective)] if measured else []
-    # Generating, no two probes share a pass.
+        train_rows, eval_rows = (
+            [generated(e, config.max_new_tokens) for e in split] for split in (train_rows, eval_rows)
+        )
+    batch = largest_batch(lm, train_rows, config.per_device_train_batch_size, data.objective)
+    eval_size = min(config.per_device_eval_batch_size, len(eval_rows))
+    eval_batches = [largest_batch(lm, eval_rows, eval_size, data.objective)] if eval_rows else []
+    # Probes that generate text do not share a pass.
     copies = (lambda _: batch(1)) if config.is_generated else batch
     device = "cpu" if on_cpu else "cuda"
     passes = [largest_pass(lm, optimizer, config, copies, device)]
-    takes = max([*passes, *(forward(lm, b(1)) for b in evaluated)], key=lambda found: found.total)
-    cache = max(cache_bytes(lm, b(1).input_ids.numel()) for b in (batch, *evaluated)) * config.is_generated
+    largest = max([*passes, *(forward(lm, b(1)) for b in eval_batches)], key=lambda one: one.total)
+    cache = max(cache_bytes(lm, b(1).input_ids.numel()) for b in (batch, *eval_batches)) * config.is_generated
     return Memory(
         weights=weight_bytes(lm),
-        loading=sum(p.numel() for p in base) * stored.itemsize if is_other else 0,
+        loading=sum(p.numel() for p in base) * stored.itemsize if is_converted else 0,
         state=state_bytes(optimizer, config),
-        gradients=takes.gradients,
-        activations=takes.activations + cache,
-        scratch=takes.scratch,
-        reused=_prompts_reused(lm, config, read)
+        gradients=largest.gradients,
+        activations=largest.activations + cache,
+        scratch=largest.scratch,
+        reused=_prompt_cache_bytes(lm, config, rows)
         if config.is_generated
-        else _reused(lm, config, [trained, *(read.encoded[name] for name in ("dev", "test"))])
+        else _activation_cache_bytes(lm, config, [train_rows, *(rows.encoded[name] for name in ("dev", "test"))])
         + recorded_bytes(lm, batch(1), config),
         overhead=overhead_bytes(optimizer, device),
         libraries=peak_memory("cpu") if on_cpu else 0,
     )
 
 
-def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[Encoded]]) -> int:
-    """Bytes of activations below the tuned layers that are kept in memory."""
+def _activation_cache_bytes(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[Encoded]]) -> int:
+    """Bytes of the cached activations below the tuned layers."""
     sequences = [[s for e in split for s in e.sequences] for split in splits]
     reused = SequenceCache(lm, ActivationStore(), sequences)
     if not reused.depth or not config.reuse_activations:
@@ -228,21 +230,21 @@ def _reused(lm: LanguageModel, config: TrainConfig, splits: Iterable[Sequence[En
     return min(reused.num_bytes, int(config.reuse_memory * 2**30))
 
 
-def _prompts_reused(lm: LanguageModel, config: TrainConfig, read: _Reading) -> int:
-    """Bytes of what prompts leave below the tuned layers: keys, values, and what enters the first of these."""
+def _prompt_cache_bytes(lm: LanguageModel, config: TrainConfig, rows: _EncodedRows) -> int:
+    """Bytes that are cached of prompts: keys and values below the tuned layers, and the input of the first of these."""
     depth = PromptCache(lm, ActivationStore()).depth
     if not depth or not config.reuse_activations:
         return 0
-    num_tokens = sum(map(len, {e.prompt for encoded in read.encoded.values() for e in encoded}))
-    entering: int = num_tokens * int(lm.config.hidden_size) * lm.base.dtype.itemsize
-    return min(entering + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
+    num_tokens = sum(map(len, {e.prompt for encoded in rows.encoded.values() for e in encoded}))
+    inputs: int = num_tokens * int(lm.config.hidden_size) * lm.base.dtype.itemsize
+    return min(inputs + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
 
 
-def shown(lm: LanguageModel, example: Example, encoded: Encoded) -> str:
-    """An example as the model reads it, decoded from its tokens, with what is scored in ⟦ ⟧.
+def marked_text(lm: LanguageModel, example: Example, encoded: Encoded) -> str:
+    """An example as the model reads it, decoded from its tokens, with the scored text in ⟦ ⟧.
 
-    The right candidate in its place; the others behind it, each after a bar. Of a prompt that text is generated from,
-    an empty place, and behind it what the text is compared with.
+    The right candidate stands in its place; the others follow, each behind a bar. A prompt for generated text has an
+    empty ⟦⟧, followed by the reference answers.
     """
     if not encoded.candidates:
         prompt = _shortened(lm.tokenizer.decode(list(encoded.prompt)))
@@ -271,7 +273,7 @@ def _shortened(text: str) -> str:
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    """The least, the median, the 95th percentile and the most; each (but the median) one of the values.
+    """The minimum, median, 95th percentile and maximum; all but the median are values of the list.
 
     >>> quantiles([3, 1, 2, 10])
     {'min': 1, 'median': 2.5, 'p95': 10, 'max': 10}

@@ -1,8 +1,8 @@
-"""The paper's analysis of peak memory (Table 5, appendix C): each method's terms, with a model's own numbers.
+"""The paper's formulas of peak memory (Table 5, appendix C), with the sizes of a given model.
 
-A layer l holds ‖x_l‖ bytes of weights, of which ‖ε_l‖ are tuned (all of them in full tuning, Table A1; an adapter's in
-Table A2), and leaves ‖a_l‖ bytes of activations for a backward pass. Layers are the model's stack; what comes before it
-and after it (embedding, norm and head with the logits) are two more.
+A layer l has ‖x_l‖ bytes of weights, of which ‖ε_l‖ bytes are tuned (all in full tuning, Table A1; those of the adapter
+in Table A2), and stores ‖a_l‖ bytes of activations for a backward pass. The layers are those of the model's stack and
+two more: the modules before it (embedding) and after it (norm, head and logits).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from zotune.llm.data.collator import Batch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
-from zotune.plan.live_memory import Assumed, fused_attention
+from zotune.plan.live_memory import FakeScalars, fused_attention
 from zotune.plan.passes import score
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes of a layer: weights, those of them that are tuned, activations kept for a backward pass."""
+    """Bytes of a layer: weights, tuned weights, and activations stored for a backward pass."""
 
     name: str
     weights: int
@@ -33,10 +33,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Terms:
-    """The numbers that the formulas are made of, in bytes.
+    """The terms of the formulas, in bytes.
 
     Attributes:
-        layers: what comes before the stack, its layers, and what comes after it.
+        layers: the modules before the stack as one layer, the layers of the stack, the modules after it as one layer.
     """
 
     layers: tuple[Layer, ...]
@@ -48,7 +48,7 @@ class Terms:
 
     @property
     def tuned(self) -> int:
-        """‖ε‖, those that are tuned."""
+        """‖ε‖, the tuned weights."""
         return sum(layer.tuned for layer in self.layers)
 
     @property
@@ -72,21 +72,22 @@ class Terms:
         return sum(max(layer.activations, layer.tuned) for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers by their names in the paper."""
+        """The terms by their names in the paper."""
         names = {"x": self.x, "tuned": self.tuned, "a": self.a, "max_l x_l": self.max_tuned, "max_l a_l": self.max_a}
         return {**names, "sum_l max(a_l, x_l)": self.larger, "layers": [vars(layer) for layer in self.layers]}
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A row of Table 5: what a method takes beside the weights.
+    """A row of Table 5: the memory of a method besides the weights.
 
     Attributes:
-        name: the paper's.
-        method: ours; None for what is not there, because it is worse.
+        name: name of the method in the paper.
+        method: name in zotune; None for variants that zotune does not implement because they need more memory.
         dynamic, state: the terms as the paper writes them, for full tuning.
-        bytes_dynamic, bytes_state: the same as functions.
-        paper: GiB measured there for OPT-13B with some 400 tokens an example (Table A1; full tuning, single precision).
+        bytes_dynamic, bytes_state: the same terms as functions.
+        paper: GiB that the paper measured for OPT-13B with about 400 tokens per example (Table A1; full tuning, single
+            precision).
     """
 
     name: str
@@ -98,7 +99,7 @@ class Formula:
     paper: int
 
     def total(self, terms: Terms) -> int:
-        """Bytes in all."""
+        """Total bytes with the weights."""
         return terms.x + self.bytes_dynamic(terms) + self.bytes_state(terms)
 
 
@@ -118,40 +119,45 @@ FORMULAS = (
     Formula("ZO-SGD-MMT", "zo_sgd_mmt", _TENSOR, "‖x‖", lambda t: t.max_tuned, _times(1), 100),
     Formula("ZO-Adam", "zo_adam", _TENSOR, "2 ‖x‖", lambda t: t.max_tuned, _times(2), 151),
 )
-"""Table 5. Of a model in half precision the terms are halves, which are the rows that the paper marks F16."""
+"""Table 5. For a model in half precision all terms are halved, as in the rows that the paper marks F16."""
 
 
 def terms_of(lm: LanguageModel, batch: Batch) -> Terms:
-    """The terms of a model on `meta` for a batch. What is kept is counted as autograd keeps it, each tensor once."""
+    """The terms of a model on `meta` for a batch; every tensor that autograd saves is counted once."""
     path, layers = stack_of(lm.base)
     before, *stack, after = ["before the layers", *(f"{path}.{i}" for i in range(len(layers))), "after the layers"]
-    seen = _Seen(before, after)
-    handles = seen.follow(layers, stack)
+    saved = _SavedActivations(before, after)
+    handles = saved.add_hooks(layers, stack)
     try:
-        with Assumed(), fused_attention(), torch.autograd.graph.saved_tensors_hooks(seen.keep, lambda kept: kept):
-            seen.leave(lm)
+        with (
+            FakeScalars(),
+            fused_attention(),
+            torch.autograd.graph.saved_tensors_hooks(saved.count, lambda t: t),
+        ):
+            saved.exclude_weights(lm)
             loss = score(lm, batch)
         del loss
     finally:
         for handle in handles:
             handle.remove()
-    weights = _by_place(lm, layers, stack, before, after)
-    return Terms(tuple(Layer(name, *weights[name], seen.kept[name]) for name in (before, *stack, after)))
+    weights = _weights_by_layer(lm, layers, stack, before, after)
+    return Terms(tuple(Layer(name, *weights[name], saved.bytes[name]) for name in (before, *stack, after)))
 
 
-class _Seen:
-    """At which place of the model the forward pass is, and the bytes that autograd keeps there."""
+class _SavedActivations:
+    """Counts the bytes that autograd saves in each layer during a forward pass."""
 
     def __init__(self, before: str, after: str) -> None:
         self.here, self._after = before, after
-        self.kept: dict[str, int] = {before: 0, after: 0}
+        self.bytes: dict[str, int] = {before: 0, after: 0}
         self._known: set[int] = set()
         self._alive: list[Tensor] = []
 
-    def follow(self, layers: Iterable[nn.Module], names: list[str]) -> list[Any]:
+    def add_hooks(self, layers: Iterable[nn.Module], names: list[str]) -> list[Any]:
+        """Follow which layer runs; returns the handles that remove the hooks."""
         handles = []
         for layer, name in zip(layers, names, strict=True):
-            self.kept[name] = 0
+            self.bytes[name] = 0
 
             def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self.here = name
@@ -163,28 +169,29 @@ class _Seen:
             handles.append(layer.register_forward_hook(leave))
         return handles
 
-    def leave(self, lm: LanguageModel) -> None:
-        """Weights are kept anyway."""
+    def exclude_weights(self, lm: LanguageModel) -> None:
+        """Do not count the weights, which are in memory anyway."""
         self._known = {p.untyped_storage()._cdata for p in lm.module.parameters()}
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def count(self, tensor: Tensor) -> Tensor:
+        """Count a saved tensor, unless its storage has been counted."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
-            self._alive.append(tensor.detach())  # or another would come to lie where it lay
-            self.kept[self.here] += storage.nbytes()
+            self._alive.append(tensor.detach())  # so that no later tensor gets the same address
+            self.bytes[self.here] += storage.nbytes()
         return tensor
 
 
-def _by_place(
+def _weights_by_layer(
     lm: LanguageModel, layers: Iterable[nn.Module], names: list[str], before: str, after: str
 ) -> dict[str, tuple[int, int]]:
-    """Bytes of weights and of tuned ones: in each layer, in the input embedding, and in all else (the head)."""
+    """Bytes of weights and of tuned weights in each layer, in the input embedding, and in the rest (the head)."""
     places = {id(p): name for layer, name in zip(layers, names, strict=True) for p in layer.parameters()}
     inputs = {id(p) for p in lm.base.get_input_embeddings().parameters()}
-    found = dict.fromkeys((before, *names, after), (0, 0))
+    sizes = dict.fromkeys((before, *names, after), (0, 0))
     for p in {id(p): p for p in lm.module.parameters()}.values():
         name = places.get(id(p), before if id(p) in inputs else after)
-        weights, tuned = found[name]
-        found[name] = weights + p.nbytes, tuned + p.nbytes * p.requires_grad
-    return found
+        weights, tuned = sizes[name]
+        sizes[name] = weights + p.nbytes, tuned + p.nbytes * p.requires_grad
+    return sizes

@@ -1,7 +1,7 @@
-"""How much memory a computation takes, found on the `meta` device: every tensor has its size there and no numbers.
+"""The peak memory of a computation, counted on the `meta` device, where tensors have sizes but no data.
 
-The computation runs as it would, and the bytes of all tensors that are alive at once are counted. What a
-fused attention kernel keeps to itself is left out, as the kernel leaves it out.
+The computation runs as usual, and the bytes of all tensors that are alive at the same time are counted. Attention can
+be counted as a fused kernel, which does not store the matrix of scores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_of(compute: Callable[[], object], *, fused: bool = True) -> int:
-    """Bytes of the tensors that `compute` makes, at their most. `fused`: attention runs a fused kernel.
+    """Peak bytes of the tensors that `compute` allocates; with `fused`, attention runs as a fused kernel.
 
     >>> def compute():
     ...     a = torch.empty(1000, dtype=torch.float32, device="meta")
@@ -35,21 +35,22 @@ def peak_of(compute: Callable[[], object], *, fused: bool = True) -> int:
 def peaks_of(
     compute: Callable[[], object], beside: Callable[[], int], *, fused: bool = True, own_pages: int = 0
 ) -> tuple[int, int]:
-    """As `peak_of`, and what `beside` said at that moment.
+    """Peak bytes as `peak_of`, and the value of `beside` at the moment of the peak.
 
-    Tensors of less than `own_pages` bytes lie in a heap that does not become smaller: it counts with its greatest size,
-    and half of that again for the holes that small tensors leave where larger ones lay.
+    Tensors smaller than `own_pages` bytes lie in a heap that never shrinks: it counts with its largest size, plus half
+    of it for the gaps between small tensors (fragmentation).
     """
     live = _Live(beside, own_pages)
-    with Assumed(), live, fused_attention() if fused else nullcontext():
+    with FakeScalars(), live, fused_attention() if fused else nullcontext():
         compute()
     return live.peak, live.beside_peak
 
 
-class Assumed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within this context a model on `meta` may ask for a number: conditions hold, anything else is 0.
+class FakeScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which `.item()` works on `meta`: boolean tensors give True, all others 0.
 
-    What models ask is whether a mask masks nothing or positions are those of one sequence, which here they are.
+    Models ask whether a mask has no masked position and whether positions are those of one sequence; both are true for
+    the batches here.
     """
 
     def __init__(self) -> None:
@@ -76,21 +77,22 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def now(self) -> int:
-        """Bytes that are taken."""
+        """Bytes that are allocated."""
         return self._large + self._heap * 3 // 2
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self._reach(self.now)
-        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         if func in _WITH_A_COPY:
             self._reach(self.now + args[0].numel() * args[0].element_size())
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, Tensor) and _key(t) not in given | self._known:
+            if isinstance(t, Tensor) and _key(t) not in inputs | self._known:
                 self._count(t)
-        # Gradients of several uses are added up in place, but not under a mode: the first goes once the sum is there.
+        # Autograd adds gradients of several uses in place, but not under a dispatch mode, where the first gradient is
+        # freed once the sum exists; the moment with both does not count.
         if func is not torch.ops.aten.add.Tensor or torch._C._current_graph_task_id() == -1:
             self._reach(self.now)
         return out
@@ -111,7 +113,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._change(size, -1)
 
     def _change(self, size: int, sign: int) -> None:
-        """So many bytes are there from now on, or no longer."""
+        """Add (`sign` 1) or remove (`sign` -1) an allocation of `size` bytes."""
         if size < self._own_pages:
             self._small += sign * size
             self._heap = max(self._heap, self._small)
@@ -119,7 +121,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._large += sign * size
 
 
-# Operations that make a copy of what they are given and let it go before they return.
+# Operations that copy their input and free the copy before they return.
 _WITH_A_COPY = (torch.ops.aten.logsumexp.default,)
 
 
@@ -128,10 +130,11 @@ def _key(tensor: Tensor) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """The memory of a fused attention kernel: its output and, for a backward pass, what it was given.
+    """The memory of a fused attention kernel: its output and the tensors saved for a backward pass.
 
-    Queries are (…, heads, length, size). The kernels lay out their output as (…, length, heads, size), so that heads
-    can be joined without a copy; with it comes a number for each head and position, by which weights are made again.
+    Queries have shape (…, heads, length, size). The kernels store their output as (…, length, heads, size), so that
+    heads can be joined without a copy, and one float32 per head and position, from which a backward pass recomputes the
+    attention weights.
     """
 
     @staticmethod
@@ -150,11 +153,11 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Within this context scaled dot-product attention makes its output and no matrix of scores.
+    """A context in which scaled dot-product attention allocates its output but no matrix of scores.
 
-    The function itself is replaced: a mode would not be there when checkpointed layers run again.
+    The function itself is replaced, because a dispatch mode is not active when checkpointed layers run again.
     """
-    own = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
@@ -163,4 +166,4 @@ def fused_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        F.scaled_dot_product_attention = original

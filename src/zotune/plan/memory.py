@@ -1,6 +1,7 @@
-"""What a run will take, before it starts: forward passes, and memory by what it is for.
+"""The forward passes and the memory of a run, predicted before it starts.
 
-Weights, state and reused activations are formulas; what the passes take is counted (`zotune.plan.passes`).
+Weights, optimizer state and cached activations follow from formulas; the memory of passes is counted
+(`zotune.plan.passes`).
 """
 
 from __future__ import annotations
@@ -27,31 +28,32 @@ from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 from zotune.plan.passes import Copies
 
-# Tensors of as many numbers as the tuned ones that a method keeps in float32; with a window it makes them anew.
+# Number of float32 moments per tuned parameter; with a window, moments are recomputed and not stored.
 _MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
 
 
 OVERHEAD = {"cpu": 8 << 20, "cuda": 0}
-"""Bytes that the C library and the matrix kernels keep in any case, as measured."""
+"""Bytes that the C library and the matrix kernels always hold, as measured."""
 
-KEPT_PIECES = 32 << 20
-"""Bytes between its pieces that the heap of forward passes comes to keep at the most, as measured."""
+HEAP_FRAGMENTATION = 32 << 20
+"""Largest number of bytes that the heap of forward passes loses to fragmentation, as measured."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that steps take, by what they are for.
+    """Bytes of a training step by purpose.
 
     Attributes:
-        weights: of the model and what is added to it.
-        loading: beside the weights, only while they are made or read (in the checkpoint's precision, if it is another).
-        state: of the optimizer; float32 copies of weights in half precision.
-        gradients: of first-order parameters, at the moment when the step takes the most.
-        activations: of a forward pass; with back-propagation all that is kept for it, and temporaries of the update.
-        scratch: what a probe adds: perturbed weights piece by piece, tangents.
-        reused: activations that are kept from one pass to the next.
-        overhead: what the allocator and the kernels keep to themselves.
-        libraries: of the process itself, where that is counted and the model is in the same memory.
+        weights: weights of the model and of an adapter.
+        loading: further bytes while weights are initialised, or read in the precision of the checkpoint.
+        state: state of the optimizer, and float32 copies of weights in half precision.
+        gradients: gradients of first-order parameters at the peak of the step.
+        activations: activations of a forward pass; with back-propagation also the saved ones and temporaries of the
+            update.
+        scratch: additional memory of a probe: perturbed weights piece by piece, tangents.
+        reused: activations that are cached from one pass to the next.
+        overhead: memory that the allocator and the kernels hold.
+        libraries: memory of the process and its libraries, if it is counted and the model is in the same memory.
     """
 
     weights: int
@@ -66,13 +68,13 @@ class Memory:
 
     @property
     def running(self) -> int:
-        """While steps are taken."""
+        """Bytes during training steps."""
         passes = self.gradients + self.activations + self.scratch + self.reused
         return self.libraries + self.weights + self.state + passes + self.overhead
 
     @property
     def total(self) -> int:
-        """At the most, the loading included."""
+        """Peak bytes, with loading."""
         return max(self.running, self.libraries + self.weights + self.loading)
 
     def to_json(self) -> dict[str, int]:
@@ -81,18 +83,18 @@ class Memory:
 
 
 def overhead_bytes(optimizer: AnyOptimizer, device: str) -> int:
-    """Bytes that the allocator and the kernels keep to themselves, on "cpu" or "cuda".
+    """Bytes that the allocator and the kernels hold on "cpu" or "cuda".
 
-    Where passes are forward only, with what `zotune.system.malloc.keep_activations` costs.
+    For forward-only methods on a CPU this includes the cost of `zotune.system.malloc.keep_activations`.
     """
     keeps = device == "cpu" and isinstance(optimizer, ZerothOrder)
-    return OVERHEAD[device] + KEPT_PIECES * keeps
+    return OVERHEAD[device] + HEAP_FRAGMENTATION * keeps
 
 
 def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
-    """Forward passes of one update: for each micro-batch those of the probes, of what is recorded and compared.
+    """Forward passes of one update: for each micro-batch those of the probes, of recording and of comparing steps.
 
-    Where text is generated, a pass for each new token; as many as there may be.
+    Generated text counts one pass for each new token, up to the maximum.
     """
     if isinstance(optimizer, Hybrid):
         return config.gradient_accumulation_steps + forwards_a_step(optimizer.zeroth_order, config)
@@ -108,7 +110,7 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     elif one_sided:
         passes = directions + 1
     else:
-        # With blocks, one more pass at x records what the probes reuse; one-sided differences have it anyway.
+        # With blocks, a further pass at x records activations that probes reuse; one-sided differences have it anyway.
         passes = 2 * directions + records
     if config.method == "zo_sgd_cons":
         passes += 2 if one_sided or records else 3
@@ -117,13 +119,13 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
 
 
 def forwards_of_training(step: int, config: TrainConfig) -> int:
-    """Forward passes of a run whose steps take `step` of them; the first forward gradient is checked by two more."""
+    """Forward passes of a run with `step` passes per step; the check of the first forward gradient needs two more."""
     checks = 2 * config.gradient_accumulation_steps * (config.method == "forward_grad")
     return step * config.max_steps + checks
 
 
 def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
-    """Bytes of the optimizer's state after a step: moments, and master weights."""
+    """Bytes of the optimizer's state after a step: moments and master weights."""
     if isinstance(optimizer, Hybrid):
         adam = 2 * (config.hybrid_method == "fo_adam")
         deep = chain.from_iterable(group["params"] for group in optimizer.first_order.param_groups)
@@ -133,34 +135,34 @@ def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
         name = config.method if config.method in FIRST_ORDER else config.hybrid_method
         return 2 * (name == "fo_adam") * _nbytes(tuned)
     moments = _MOMENTS.get(config.method, 0) + (config.method == "zo_adam" and config.adam == "amsgrad")
-    kept = 0 if config.window is not None else moments * sum(p.numel() for p in tuned)
+    stored = 0 if config.window is not None else moments * sum(p.numel() for p in tuned)
     half = [p for p in tuned if p.dtype in (torch.bfloat16, torch.float16)]
     master: int = sum(p.numel() for p in half) if optimizer.rounding == Rounding.MASTER else 0
-    return int(4 * (kept + master))
+    return int(4 * (stored + master))
 
 
 def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Copies:
-    """The batch of `size` examples of similar length with the most tokens, padding included; in so many copies."""
+    """The batch with the most tokens, with padding, among batches of `size` examples of similar length."""
     groups = [[examples[i] for i in chosen] for chosen in batches_by_length(examples, size)]
     largest = max(groups, key=lambda some: sum(len(e.sequences) for e in some) * max(e.length for e in some))
-    # A batch of more rows than there are takes some of them again.
+    # If there are fewer examples than the batch size, some are repeated.
     largest = (largest * size)[:size] if len(examples) < size else largest
     return copies_of(lm, largest, objective)
 
 
 def copies_of(lm: LanguageModel, examples: Sequence[Encoded], objective: Objective) -> Copies:
-    """The batch of some examples, as often as is asked for."""
+    """A function that returns the batch of some examples, repeated as often as it is asked to."""
     return lambda copies: collate([*examples] * copies, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
 
 
 def generated(example: Encoded, new_tokens: int) -> Encoded:
-    """An example whose one sequence is its prompt with all text that may be generated, read for the last token."""
-    read = (*example.prompt, *[0] * new_tokens)
-    return replace(example, sequences=(read,), candidates=(Candidate(0, (len(read) - 1,), (0,)),), label=0)
+    """An example with one sequence, its prompt and the longest text that may be generated, scored at the last token."""
+    sequence = (*example.prompt, *[0] * new_tokens)
+    return replace(example, sequences=(sequence,), candidates=(Candidate(0, (len(sequence) - 1,), (0,)),), label=0)
 
 
 def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = None) -> int:
-    """Bytes of the keys and values that so many tokens leave in some layers, or in all of them."""
+    """Bytes of the keys and values of `num_tokens` tokens in `num_layers` layers, by default in all layers."""
     text = lm.config.get_text_config()
     layers = text.num_hidden_layers if num_layers is None else num_layers
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -170,7 +172,7 @@ def cache_bytes(lm: LanguageModel, num_tokens: int, num_layers: int | None = Non
 
 
 def recorded_bytes(lm: LanguageModel, batch: Batch, config: StepOptions) -> int:
-    """Bytes of the layers' outputs that block-wise estimation reuses."""
+    """Bytes of the layers' outputs that block-wise estimation caches."""
     if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
@@ -179,7 +181,7 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: StepOptions) -> int:
 
 
 def weight_bytes(lm: LanguageModel) -> int:
-    """Bytes of the model's parameters and of what is added to it, tied ones once."""
+    """Bytes of the model's parameters and of an adapter; tied parameters count once."""
     return _nbytes({id(p): p for p in lm.module.parameters()}.values())
 
 

@@ -1,7 +1,7 @@
-"""What the passes of a step take beside the weights: bytes, counted on the `meta` device (`zotune.plan.live_memory`).
+"""The memory of the passes of a step besides the weights, counted on the `meta` device (`zotune.plan.live_memory`).
 
-The passes run as they would: perturbed piece by piece or side by side, with tangents, back-propagated, checkpointed.
-Only the noise is left out, for there is nothing that it could be written into.
+The passes run as in training: perturbed piece by piece or with several probes in a batch, with tangents, by
+back-propagation, with checkpointing. Only the noise is left out, since tensors on `meta` have no data.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from zotune.system.malloc import OWN_PAGES
 
 @dataclass(frozen=True)
 class Pass:
-    """Bytes at the moment when a pass takes the most.
+    """Bytes at the peak of a pass.
 
     Attributes:
-        activations: of the forward pass, and what is kept of it for a backward pass; temporaries of the update.
-        gradients: of first-order parameters.
-        scratch: what a probe adds: perturbed weights, tangents.
+        activations: activations of the forward pass, those saved for a backward pass, and temporaries of the update.
+        gradients: gradients of first-order parameters.
+        scratch: additional memory of a probe: perturbed weights, tangents.
     """
 
     activations: int
@@ -50,18 +50,23 @@ class Pass:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.activations + self.gradients + self.scratch
 
 
-# A batch of so many copies of the same examples.
+# Returns a batch with the given number of copies of the same examples.
 Copies = Callable[[int], Batch]
 
 
 def largest_pass(lm: LanguageModel, optimizer: AnyOptimizer, options: StepOptions, batch: Copies, device: str) -> Pass:
-    """The pass of a step that takes the most memory on a device ("cpu" or "cuda").
+    """The pass of a step with the largest memory on a device ("cpu" or "cuda").
 
-    `options` are those that the optimizer was made of; probes of `batch` share passes where there is room for copies.
+    Args:
+        lm: the model on `meta`, prepared for tuning.
+        optimizer: the optimizer of its tuned parameters.
+        options: the options from which the optimizer was made.
+        batch: returns the batch with several copies of its examples, for probes that share a pass.
+        device: the device whose memory is counted.
     """
     with meta_as(device):
         if isinstance(optimizer, ZerothOrder):
@@ -71,19 +76,19 @@ def largest_pass(lm: LanguageModel, optimizer: AnyOptimizer, options: StepOption
         shallow = [t.parameter for t in optimizer.zeroth_order.tuned]
         with _frozen(shallow):
             deep = back_propagation(lm, optimizer.first_order, options, batch(1), device)
-        # The deep layers' gradients wait for the probes of the shallow ones.
+        # The gradients of the deep layers stay in memory during the probes of the shallow layers.
         probes = replace(probe(lm, optimizer.zeroth_order, options, batch), gradients=_gradients(optimizer.first_order))
-        return max(deep, probes, key=lambda found: found.total)
+        return max(deep, probes, key=lambda one: one.total)
 
 
 def forward(lm: LanguageModel, batch: Batch) -> Pass:
-    """Scoring a batch, without a graph."""
+    """The pass that scores a batch without an autograd graph."""
     with torch.no_grad(), _few_layers(lm):
         return Pass(peak_of(lambda: score(lm, batch)))
 
 
 def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Copies) -> Pass:
-    """The objective at displaced weights, or with tangents; several points at once as the optimizer does it."""
+    """The pass of a probe: the objective at perturbed weights or with tangents, at as many points as in training."""
     is_dual = options.method == "forward_grad"
     copies = 1 if is_dual else _points_at_once(lm, optimizer, options, batch(1))
     many = batch(copies)
@@ -93,9 +98,9 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
                 whole = peak_of(lambda: _within(_CountedTangents(optimizer.tuned), lm, many), fused=False)
         elif copies == 1:
-            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _Nowhere()), lm, many))
+            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _ZeroOffset()), lm, many))
         else:
-            points = [_Nowhere() for _ in range(copies)]
+            points = [_ZeroOffset() for _ in range(copies)]
             whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, many))
     return Pass(plain, scratch=max(0, whole - plain))
 
@@ -103,13 +108,13 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
 def back_propagation(
     lm: LanguageModel, optimizer: torch.optim.Optimizer, options: StepOptions, batch: Batch, device: str
 ) -> Pass:
-    """Updates by back-propagation; where they leave a state, the second, which finds that of the first."""
+    """The pass of an update by back-propagation; the second update if the optimizer has a state."""
     has_state = isinstance(optimizer, torch.optim.Adam)
     if options.gradient_checkpointing:
         lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     tuned = _parameters(optimizer)
     for group in optimizer.param_groups:
-        group["foreach"] = device == "cuda"  # as torch chooses, which cannot tell what `meta` stands for
+        group["foreach"] = device == "cuda"  # torch's own choice on these devices, which it does not make on `meta`
     alive: dict[int, int] = {}
 
     def count(p: Tensor) -> None:
@@ -140,7 +145,7 @@ def back_propagation(
 
 
 def score(lm: LanguageModel, batch: Batch) -> Tensor:
-    """The computation of `LanguageModel.score` as far as it takes memory; a number without one."""
+    """A scalar on `meta`, computed with the same allocations as `LanguageModel.score`."""
     on_meta = replace(batch, input_ids=batch.input_ids.to("meta"), attention_mask=batch.attention_mask.to("meta"))
     if lm.classifies:
         return lm.logits(on_meta).float().sum()
@@ -150,7 +155,7 @@ def score(lm: LanguageModel, batch: Batch) -> Tensor:
 
 
 def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch) -> int:
-    """How many probes share a forward pass: as `zotune.estimate.probes` groups them."""
+    """The number of probes that share a forward pass, as `zotune.estimate.probes` groups them."""
     most = lm.copies_at_once(batch)
     if most > 2 and nbytes(optimizer.tuned, None) * most > limits.CACHED_BYTES:
         most = 2
@@ -159,7 +164,8 @@ def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOpti
 
 
 def _within(context: perturbed_by | side_by_side | DualParameters, lm: LanguageModel, batch: Batch) -> None:
-    # Where displaced tensors are kept, those of all layers are. Layers that are left out leave theirs unread.
+    # If perturbed tensors are cached, those of all layers count. Otherwise two layers suffice, and the tensors of the
+    # others stay unread.
     keeps = nbytes(context.tuned, None) <= limits.CACHED_BYTES
     with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError), context:
         score(lm, batch)
@@ -167,7 +173,7 @@ def _within(context: perturbed_by | side_by_side | DualParameters, lm: LanguageM
 
 @contextmanager
 def _few_layers(lm: LanguageModel) -> Iterator[None]:
-    """Within this context the model has two of its layers, if all are alike: without a graph none leaves anything."""
+    """A context in which the model has two layers if all have equal shapes; without a graph, layers save nothing."""
     path, layers = stack_of(lm.base)
     shapes = [[p.shape for p in layer.parameters()] for layer in layers]
     whole = lm.base.get_submodule(path)
@@ -192,25 +198,25 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-class _Nowhere:
-    """A displacement that leaves what it is given as it is."""
+class _ZeroOffset:
+    """A displacement by zero."""
 
     tensors = None
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
-        """Nothing."""
+        """Leave `out` unchanged."""
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
-        """Nothing."""
+        """Leave `rows` unchanged."""
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> None:
-        """None: it is of no rank."""
+        """Return None, since it has no low-rank factors."""
 
 
 class _CountedTangents(DualParameters):
     def __init__(self, tuned: ParameterSet) -> None:
         super().__init__(tuned, Direction(seed=0))
-        self._u: WeightOffset = _Nowhere()
+        self._u: WeightOffset = _ZeroOffset()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Our own prediction: what one step of our implementation takes, by parts, from the architecture alone."""
+"""The prediction of the memory of one step of zotune's implementation, by parts, from the architecture alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
-from zotune.plan.live_memory import Assumed, peak_of
+from zotune.plan.live_memory import FakeScalars, peak_of
 from zotune.plan.memory import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
 from zotune.plan.passes import Copies, Pass, largest_pass
-from zotune.plan.workload import Workload, made_up
+from zotune.plan.workload import Workload, synthetic_examples
 
-# Architectures that are known here, by the ids that the Hub has them under.
+# From ids on the Hugging Face Hub to the names of built-in architectures.
 HUB_IDS = {
     **{f"facebook/{name}": name for name in ARCHITECTURES if name.startswith("opt-") and not name.endswith("tiny")},
     **{"roberta-large": "roberta-large", "FacebookAI/roberta-large": "roberta-large"},
@@ -40,16 +40,16 @@ def predict(
     length: int = 128,
     **options: Any,
 ) -> Memory:
-    """The memory of one step, from the architecture alone: no weight is read, and none is made.
+    """Predict the memory of one step from the architecture alone; weights are neither read nor allocated.
 
     Args:
-        model: a name as `--model` takes it, or a configuration of transformers.
-        method: as `--method`.
-        tuning: as `--tuning`.
-        dtype: of the weights: float32, bfloat16, float16; auto is the configuration's.
+        model: a value of `--model`, or a configuration of transformers.
+        method: a value of `--method`.
+        tuning: a value of `--tuning`.
+        dtype: precision of the weights: float32, bfloat16 or float16; auto takes it from the configuration.
         batch_size: examples in one forward pass.
-        length: tokens of each.
-        options: any other of `zotune.plan.workload.Workload`: objective, hybrid_layers, device, …
+        length: tokens of each example.
+        options: other options of `zotune.plan.workload.Workload`: objective, hybrid_layers, device, …
 
     Raises:
         UsageError: the model cannot be read, or an option is unknown or out of range.
@@ -66,30 +66,30 @@ def predict(
 
 
 class Architecture:
-    """A model without its numbers, prepared for one tuning scheme: predictions of many workloads share it.
+    """A model on the `meta` device, prepared for one tuning scheme; the predictions of many workloads share it.
 
     Args:
-        options: model, precision and tuning scheme; of the rest nothing is used.
+        options: model, precision and tuning scheme; other options are ignored.
         config: a configuration of transformers, in place of the model's name.
     """
 
     def __init__(self, options: Workload, config: Any = None) -> None:
-        made: list[tuple[LanguageModel, torch.dtype]] = []
-        with Assumed():
-            making = peak_of(lambda: made.append(_skeleton(options, config)))
-            self.lm, stored = made[0]
-            self._stays = weight_bytes(self.lm)
+        models: list[tuple[LanguageModel, torch.dtype]] = []
+        with FakeScalars():
+            initial_peak = peak_of(lambda: models.append(_meta_model(options, config)))
+            self.lm, stored = models[0]
+            self._base_bytes = weight_bytes(self.lm)
             prepare_tuning(self.lm, options)
         self.weights = weight_bytes(self.lm)
         self._is_random = config is not None or options.model.startswith("random:")
-        self._stored, self._making = stored, making
+        self._stored, self._initial_peak = stored, initial_peak
         self._passes: dict[Any, Pass] = {}
 
     def predict(self, workload: Workload) -> Memory:
         """The memory of one step of a workload of this model and tuning scheme."""
         device = "cpu" if on_cpu(workload) else "cuda"
         tuned = [p for p in self.lm.module.parameters() if p.requires_grad]
-        with Assumed():
+        with FakeScalars():
             ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
             optimizer = make_optimizer(self.lm.module, workload, 0, lambda: self.lm.read(ids, ids))
             key = _key(workload)
@@ -97,48 +97,48 @@ class Architecture:
             if key not in self._passes:
                 self._passes[key] = largest_pass(self.lm, optimizer, workload, batch, device)
             state = state_bytes(optimizer, workload)
-        for p in tuned:  # of which a hybrid may have frozen some
+        for p in tuned:  # a hybrid may have frozen some of them
             p.requires_grad_(True)
-        takes = self._passes[key]
+        largest = self._passes[key]
         return Memory(
             weights=self.weights,
             loading=self.loading,
             state=state,
-            gradients=takes.gradients,
-            activations=takes.activations,
-            scratch=takes.scratch,
+            gradients=largest.gradients,
+            activations=largest.activations,
+            scratch=largest.scratch,
             reused=recorded_bytes(self.lm, batch(1), workload),
             overhead=overhead_bytes(optimizer, device),
         )
 
     def terms(self, workload: Workload) -> Terms:
-        """The terms of the paper's formulas."""
+        """The terms of the paper's formulas for a workload."""
         return terms_of(self.lm, self.batch(workload)(1))
 
     def batch(self, workload: Workload) -> Copies:
-        """The batch of one forward pass: one example, so often."""
-        one = made_up(
+        """The batch of one forward pass: copies of a single example."""
+        one = synthetic_examples(
             workload.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}), self.lm
         )
         return copies_of(self.lm, one * workload.per_device_train_batch_size, OBJECTIVES[workload.objective])
 
     @property
     def loading(self) -> int:
-        """Bytes beside the weights while these are made (random ones) or read (in the checkpoint's precision)."""
+        """Bytes besides the weights while these are initialised, or read in the checkpoint's precision."""
         if self._is_random:
-            return max(0, self._making - self._stays)
+            return max(0, self._initial_peak - self._base_bytes)
         base = list(self.lm.base.parameters())
-        is_other = any(p.dtype != self._stored for p in base)
-        return sum(p.numel() for p in base) * self._stored.itemsize if is_other else 0
+        is_converted = any(p.dtype != self._stored for p in base)
+        return sum(p.numel() for p in base) * self._stored.itemsize if is_converted else 0
 
 
 def on_cpu(workload: Workload) -> bool:
-    """Whether it would run there."""
+    """Whether the workload would run on the CPU."""
     return workload.device == "cpu" or (workload.device == "auto" and not torch.cuda.is_available())
 
 
 def _key(workload: Workload) -> Any:
-    """What the passes depend on: of zeroth-order methods only whether they carry tangents."""
+    """The options that the passes depend on; the zeroth-order methods without tangents share one entry."""
     kinds = ("forward_grad", "fo_sgd", "fo_adam")
     method = workload.method if workload.method in kinds else "zo_sgd"
     names = (
@@ -153,7 +153,7 @@ def _key(workload: Workload) -> Any:
     return (method, *(getattr(workload, name) for name in (*names, *more)))
 
 
-def _skeleton(options: Workload, config: Any) -> tuple[LanguageModel, torch.dtype]:
+def _meta_model(options: Workload, config: Any) -> tuple[LanguageModel, torch.dtype]:
     if config is not None:
         return meta_model_from_config(options, config)
     if options.model in HUB_IDS:
@@ -171,5 +171,5 @@ def _config_of(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"{folder}/config.json is of no model that transformers knows: {str(error).splitlines()[0]}"
+            f"{folder}/config.json does not describe a model that transformers knows: {str(error).splitlines()[0]}"
         ) from None

@@ -1,4 +1,4 @@
-"""A plan as tables on the terminal."""
+"""The plan as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.table import Table
 from zotune.plan.formulas import FORMULAS, Layer, Terms
 from zotune.plan.planning import Plan, gib
 
-# Where nobody watches, a table is as wide as it needs to be.
+# Width of tables when the output is not a terminal.
 _WIDTH = 140
-# What lies outside the stack, as `zotune.plan.formulas` calls it.
-_WHAT = {
+# Labels of the parts outside the layer stack, by their names in `zotune.plan.formulas`.
+_LABELS = {
     "before the layers": "before the layers: embedding",
     "after the layers": "after the layers: norm, head, logits",
 }
 
 
 def show(plan: Plan) -> None:
-    """The formulas, the prediction and the advice, on standard output."""
+    """Print the formulas, the prediction and the advice on standard output."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     config = plan.config
     console.print(
@@ -34,20 +34,20 @@ def show(plan: Plan) -> None:
     console.print(_prediction(plan))
     if plan.libraries:
         console.print(
-            f"total holds {gib(plan.libraries)} of the process itself, which has its libraries in the same memory"
+            f"The total includes {gib(plan.libraries)} for the process and its libraries, which use the same memory."
         )
     console.print(plan.advice)
 
 
 def _layers(terms: Terms) -> Table:
-    """What the layers hold; those that are alike in one row."""
+    """The bytes of each layer; consecutive equal layers share a row."""
     table = Table(title="Layers, each", title_justify="left")
     for name in ("", "weights ‖x_l‖", "tuned", "activations ‖a_l‖ for a backward pass"):
         table.add_column(name, justify="right" if name else "left")
-    for (weights, tuned, activations), found in groupby(terms.layers, _sizes):
-        names = [layer.name for layer in found]
+    for (weights, tuned, activations), equal in groupby(terms.layers, _sizes):
+        names = [layer.name for layer in equal]
         name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1].rpartition('.')[2]}"
-        table.add_row(_WHAT.get(name, name), gib(weights), gib(tuned), gib(activations))
+        table.add_row(_LABELS.get(name, name), gib(weights), gib(tuned), gib(activations))
     return table
 
 
@@ -76,7 +76,7 @@ def _formulas(plan: Plan) -> Table:
 
 
 def _prediction(plan: Plan) -> Table:
-    table = Table(title="zotune's own", title_justify="left")
+    table = Table(title="Prediction for zotune's implementation", title_justify="left")
     table.add_column("method")
     parts = ("weights", "loading", "state", "gradients", "activations", "scratch", "reused", "overhead")
     used = [part for part in parts if any(getattr(row.prediction, part) for row in plan.rows)]

@@ -1,7 +1,7 @@
-"""One step of a made-up run: a model, what of it is tuned, how, and a batch of so many examples of so many tokens.
+"""A workload: one training step of a model, with its tuned parameters, its method and a batch of synthetic examples.
 
-It needs no data, and so can be predicted (`zotune plan`) and measured (`zotune.bench.measure.process_memory`) for any
-model. The texts are random ids, as in the paper's figure 3.
+It needs no data, so it can be predicted (`zotune plan`) and measured (`zotune.plan.process_memory`) for any model. The
+texts are random token ids, as in the paper's figure 3.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ class Workload(StepOptions):
     length: int = Field(128, ge=1, description="Tokens of each example.")
     objective: Literal["classification", "teacher_forcing"] = Field(
         "classification",
-        description="What is minimised: classification (two words after the text are compared) or teacher_forcing "
-        "(every token of the text is predicted, so there are logits of all of them).",
+        description="The objective: classification (compares two words behind the text) or teacher_forcing "
+        "(predicts every token of the text, so it needs the logits of all tokens).",
     )
 
-    # The objective has a gradient and generates no text: what a run's other options would say.
+    # Both objectives have a gradient and generate no text, which other options decide in a real run.
     @property
     def is_generated(self) -> bool:
         """Whether each evaluation of the objective generates text."""
         return False
 
 
-def made_up(workload: Workload, lm: LanguageModel) -> list[Encoded]:
-    """The examples of one step, of random ids that the seed names.
+def synthetic_examples(workload: Workload, lm: LanguageModel) -> list[Encoded]:
+    """The examples of one step, with random token ids drawn from the workload's seed.
 
     Raises:
-        UsageError: the model does not read so many tokens.
+        UsageError: the examples are longer than the model's context.
     """
     length, vocabulary = workload.length, int(lm.config.get_text_config().vocab_size)
     if length > lm.context:
-        raise UsageError(f"length is {length} tokens, but {lm.name} reads at most {lm.context}.")
+        raise UsageError(f"length is {length} tokens, but {lm.name} reads at most {lm.context}. Choose a lower length.")
     draw = random.Random(workload.seed)
     count = workload.per_device_train_batch_size * workload.gradient_accumulation_steps
     return [_example(workload, lm, [draw.randrange(vocabulary) for _ in range(length + 1)]) for _ in range(count)]

@@ -165,9 +165,8 @@ def test_long_and_strange_texts_are_read_as_they_are(zotune, tmp_path):
 
 
 def documented_commands():
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    section = text[text.index("## Your own rows") : text.index("## What is tuned")]
-    blocks = re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+    text = (ROOT / "docs" / "start" / "your-data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 

@@ -1,8 +1,8 @@
-"""How near an estimate is to the gradient: both at the same weights and rows, the gradient by autograd.
+"""The error of a gradient estimate: the estimate and autograd's gradient at the same weights and rows.
 
-With d tuned numbers and q directions of which nothing but E[uuᵀ] = I is used, a linear objective has
-E‖ĝ − ∇f‖² = ‖∇f‖² (d + k)/q with k = −1 for Rademacher and 1 for Gaussian directions (Nesterov and Spokoiny,
-2017; the paper's figure 2 is about what that does to accuracy).
+For d tuned parameters and q directions with E[uuᵀ] = I, a linear objective has E‖ĝ − ∇f‖² = ‖∇f‖² (d + k)/q, where
+k = −1 for Rademacher and k = 1 for Gaussian directions (Nesterov and Spokoiny, 2017). The paper's figure 2 shows the
+effect of q on accuracy.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from zotune.system.peak_memory import peak_memory
 
 
 def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`max_steps` estimates at the untuned weights, on the first batch of the training rows."""
+    """Compare `max_steps` estimates with the gradient, at the untuned weights and the first batch of training rows."""
     config = validate(TrainConfig, options, "the benchmark's estimates")
-    began = time.perf_counter()
+    start = time.perf_counter()
     lm = load(config, head_labels(config), config.seed)
     prepare_tuning(lm, config)
     closure = _first_batch(lm, load_rows(lm, config), config.per_device_train_batch_size)
     tuned = ParameterSet.of(lm.module)
     gradient = true_gradient(closure, tuned)
     before = lm.num_forwards
-    found = [
-        against(estimate, gradient, tuned)
+    errors = [
+        compare_with_gradient(estimate, gradient, tuned)
         for estimate in (_estimate(lm, config, i, closure) for i in range(config.max_steps))
     ]
-    values = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    values = {name: sum(one[name] for one in errors) / len(errors) for name in errors[0]}
     d = sum(g.numel() for g in gradient)
     run = RunRecord(
         seed=config.seed,
@@ -56,14 +56,14 @@ def estimated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
         num_steps=config.max_steps,
         num_forwards=lm.num_forwards - before,
         num_tuned=d,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
         peak_memory=peak_memory(lm.device),
     )
     return {"run": run.model_dump(mode="json")}
 
 
 def true_gradient(closure: Callable[[], Tensor], tuned: ParameterSet) -> list[Tensor]:
-    """∇f of each tuned tensor, float64, by back-propagation."""
+    """∇f of each tuned tensor in float64, by back-propagation; zeros for a tensor without a gradient."""
     with torch.enable_grad():
         gradients = torch.autograd.grad(closure(), [t.parameter for t in tuned], allow_unused=True)
     return [
@@ -72,8 +72,15 @@ def true_gradient(closure: Callable[[], Tensor], tuned: ParameterSet) -> list[Te
     ]
 
 
-def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: ParameterSet) -> dict[str, float]:
-    """Cosine of the angle between ĝ and ∇f; ‖ĝ − ∇f‖² / ‖∇f‖²; and ĝ·∇f / ‖∇f‖², whose mean is 1 without a bias."""
+def compare_with_gradient(
+    estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: ParameterSet
+) -> dict[str, float]:
+    """Compare an estimate ĝ with the gradient ∇f.
+
+    Returns:
+        `cosine` of the angle between both; `relative_variance`, ‖ĝ − ∇f‖² / ‖∇f‖²; and `projection`, ĝ·∇f / ‖∇f‖²,
+        whose expectation is 1 for an unbiased estimate.
+    """
     dot = norm = error = 0.0
     for tensor, g in zip(tuned, gradient, strict=True):
         part = estimate.of(tuned, tensor.name).double().reshape(g.shape)
@@ -89,7 +96,7 @@ def against(estimate: GradientEstimate, gradient: Sequence[Tensor], tuned: Param
 
 
 def _expected(config: TrainConfig, d: int) -> dict[str, float | None]:
-    """By the formula above, where it holds: all entries of a direction drawn, all tensors at once."""
+    """The relative variance by the formula above; None where it does not hold, with blocks or sparse directions."""
     if config.blocks is not None or config.sparsity:
         return {"expected_relative_variance": None}
     k = -1 if config.sampler == "rademacher" else 1
@@ -101,7 +108,7 @@ def _norm(gradient: Sequence[Tensor]) -> float:
 
 
 def _estimate(lm: LanguageModel, config: TrainConfig, number: int, closure: Callable[[], Tensor]) -> GradientEstimate:
-    """An estimate of its own seed; the optimizer's work ends there."""
+    """An estimate with a seed derived from `number`; no update follows."""
     optimizer = make_optimizer(lm.module, config, derive_seed(config.seed, number) >> 1, closure)
     assert isinstance(optimizer, ZerothOrder)
     with torch.no_grad():
@@ -109,7 +116,7 @@ def _estimate(lm: LanguageModel, config: TrainConfig, number: int, closure: Call
 
 
 def _first_batch(lm: LanguageModel, rows: EncodedData, size: int) -> Callable[[], Tensor]:
-    """The mean loss of the first rows."""
+    """A closure that computes the mean loss of the first `size` training rows."""
     examples = rows.train[:size]
     batch = collate(examples, lm.pad_token_id, lm.device, exact=rows.objective.exact)
     return lambda: mean_loss(rows.objective, lm.score(batch), batch, examples)

@@ -1,7 +1,7 @@
-"""The paper's formulas of peak memory by the names that tables give them, variants included; and our own prediction.
+"""Peak memory by the paper's formulas, under the names that the tables use, and by our own prediction.
 
-The formulas and the sizes that they are made of are `zotune.plan.formulas`; here are those of mixed precision besides,
-in which activations and a copy of the weights have half their size (the paper, appendix C.2).
+The formulas and their terms are in `zotune.plan.formulas`. This module adds the formulas of mixed precision, in which
+activations and a copy of the weights have half their size (the paper, appendix C.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from zotune.plan.workload import Workload
 
 
 def _mixed(terms: Terms) -> float:
-    """Max(½ a + ½ x, Σ_l max(½ a_l, x_l)): what a backward pass takes for a moment."""
+    """Bytes that a backward pass in mixed precision needs at its peak, max(½ a + ½ x, Σ_l max(½ a_l, x_l))."""
     halved = sum(max(layer.activations / 2, layer.tuned) for layer in terms.layers)
     return max(terms.a / 2 + terms.x / 2, halved)
 
@@ -33,17 +33,17 @@ VARIANTS: dict[str, Callable[[Terms], float]] = {
     "zo_sgd_mmt": _BY_NAME["ZO-SGD-MMT"],
     "zo_adam": _BY_NAME["ZO-Adam"],
 }
-"""Peak bytes by the paper, for a method or a variant of it by name."""
+"""Peak bytes by the paper's formula, by the name of a method or of a variant of it."""
 
 
-def said_of(workload: Workload, variant: str) -> dict[str, float | None]:
-    """What is said of a step before it is taken: the terms, the paper's formula for a variant, our prediction.
+def memory_by_formula(workload: Workload, variant: str) -> dict[str, float | None]:
+    """The memory of a step without running it: the terms, the paper's formula for a variant, and our prediction.
 
-    A variant that is another implementation than ours has no prediction of ours; a method that the paper does not have,
-    or a hybrid, no formula.
+    The prediction is None for a variant that zotune does not implement; the formula is None for hybrids and for methods
+    that are not in the paper.
 
     Raises:
-        UsageError: the model cannot be found, or tuned like that.
+        UsageError: the model cannot be found or cannot be tuned as the workload says.
     """
     model = Architecture(workload)
     terms = model.terms(workload)

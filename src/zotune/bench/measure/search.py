@@ -1,4 +1,4 @@
-"""How the learning rate and μ are searched: points asked for one by one, each answered with its held-out loss."""
+"""The search for the learning rate and μ: a generator yields points and is sent the held-out loss at each."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import math
 from collections.abc import Generator
 from typing import NamedTuple
 
-from zotune.bench.spec.experiments import SearchPlan
+from zotune.bench.spec.schema import SearchPlan
 from zotune.errors import UsageError
 
 
 class Point(NamedTuple):
-    """A point of the search; `mu` is None for a method that has none."""
+    """A point of the search; `mu` is None for a method without finite differences."""
 
     learning_rate: float
     mu: float | None
 
 
-# Yields points and is sent the loss found at each.
+# Yields points and is sent the loss at each.
 Search = Generator[Point, float, None]
 
 
 def search(plan: SearchPlan, *, has_mu: bool) -> Search:
-    """The points of a plan.
+    """Yield the points of a plan.
 
     >>> plan = SearchPlan(learning_rate=(0.1, 0.2), mu=(1e-3,))
     >>> [point.learning_rate for point in search(plan, has_mu=True)]
@@ -39,19 +39,19 @@ def _grid(plan: SearchPlan, mus: tuple[float | None, ...]) -> Search:
 
 
 def _optuna(plan: SearchPlan, mus: tuple[float | None, ...]) -> Search:
-    """As many trials as the plan says, log-uniform between smallest and largest value, by Optuna's TPE."""
+    """Trials by Optuna's TPE sampler, log-uniform between the smallest and the largest value of the plan."""
     try:
         import optuna
     except ImportError:
-        raise UsageError("search by = \"optuna\" needs it: pip install 'zotune[bench]'") from None
+        raise UsageError("search by = \"optuna\" needs Optuna: pip install 'zotune[bench]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=plan.seed))
     for _ in range(plan.num_trials):
         trial = study.ask()
         rate = trial.suggest_float("learning_rate", min(plan.learning_rate), max(plan.learning_rate), log=True)
-        given = [mu for mu in mus if mu is not None]
-        mu = trial.suggest_float("mu", min(given), max(given), log=True) if given else None
+        values = [mu for mu in mus if mu is not None]
+        mu = trial.suggest_float("mu", min(values), max(values), log=True) if values else None
         loss = yield Point(rate, mu)
-        # Optuna knows no infinite loss; a trial without a number teaches it nothing.
+        # Optuna cannot use an infinite loss, so the trial is reported as failed.
         failed = None if math.isfinite(loss) else optuna.trial.TrialState.FAIL
         study.tell(trial, None if failed else loss, state=failed)

@@ -1,7 +1,7 @@
-"""Which figures an experiment gets: those that its layout asks for, and what readers ask of any table of accuracies.
+"""The choice of figures for an experiment: those of its layout, and three for every table of accuracies.
 
-How good is each, with its interval and the paper's number? What does it cost: forward passes, seconds, peak bytes? How
-did it get there?
+These show each accuracy with its interval and the paper's number, its cost in forward passes, seconds and memory, and
+the course of the training.
 """
 
 from __future__ import annotations
@@ -11,62 +11,63 @@ from dataclasses import replace
 from itertools import groupby
 
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide, style_of
-from zotune.bench.results.quantities import Quantity, label_of, quantity, readings
-from zotune.bench.results.records import CellResult, Coordinate
-from zotune.bench.results.tables import Cell, Column, Place, Table, in_our_unit, interval, metric_of, papers
-from zotune.bench.spec.experiments import Experiment
+from zotune.bench.results.quantities import Quantity, label_of, quantity, run_values
+from zotune.bench.results.records import CellResult
+from zotune.bench.results.tables import Cell, Column, Place, Table, in_our_unit, interval, metric_of, paper_numbers
+from zotune.bench.spec.schema import Experiment
+from zotune.bench.spec.vocabulary import Coordinate
 
 _COSTS = ("num_forwards", "seconds", "peak_memory")
 _PAPER = "the paper"
-# What a formula gives, and what is measured of the same.
-_FORETOLD = {"formula_bytes": "over_baseline_bytes", "expected_relative_variance": "relative_variance"}
-# So many curves in one panel can still be told apart.
-_MOST_CURVES = 12
+# From the quantity that a formula predicts to the measured quantity.
+_PREDICTED = {"formula_bytes": "over_baseline_bytes", "expected_relative_variance": "relative_variance"}
+# Largest number of curves that readers can distinguish in one panel.
+_MAX_CURVES = 12
 
 
 def figures(name: str, experiment: Experiment, cells: Sequence[Cell], table: Table) -> list[Figure]:
-    """All figures of an experiment that have something to show."""
-    found: list[Figure] = []
+    """All figures of an experiment that have points."""
+    chosen: list[Figure] = []
     if not any(c.is_usable for c in cells):
-        return found
-    if is_along(experiment, cells):
-        found.append(along(name, experiment, cells))
+        return chosen
+    if has_numeric_x(experiment, cells):
+        chosen.append(over_axis(name, experiment, cells))
     else:
-        found.append(standing(name, experiment, table))
+        chosen.append(ranking(name, experiment, table))
     accurate = [c for c in cells if c.is_usable and c.result and any(run.test for run in c.result.runs)]
     if len(accurate) > 1:
-        found += [spent(name, experiment, accurate), on_the_way(name, experiment, accurate)]
-    found += theory(name, experiment, cells)
-    return [figure for figure in found if figure.num_points]
+        chosen += [costs(name, experiment, accurate), training_course(name, experiment, accurate)]
+    chosen += theory(name, experiment, cells)
+    return [figure for figure in chosen if figure.num_points]
 
 
-# Along an axis --------------------------------------------------------------------------------------------
+# Over an axis ---------------------------------------------------------------------------------------------
 
 
-def is_along(experiment: Experiment, cells: Sequence[Cell]) -> bool:
-    """Whether the layout's x is an axis of numbers."""
+def has_numeric_x(experiment: Experiment, cells: Sequence[Cell]) -> bool:
+    """Whether the layout's x is an axis with numbers as values."""
     axis = experiment.layout.x
     values = [c.coordinates.get(axis) for c in cells] if axis else []
     return bool(values) and all(isinstance(v, int | float) for v in values)
 
 
-def along(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
-    """Each y of the layout over its x; a line for each place on the other axes of the rows, the paper's hollow."""
+def over_axis(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
+    """Each y of the layout over its x; a line for each combination of the other row axes, hollow for the paper's."""
     axis = str(experiment.layout.x)
-    # Of cells of several kinds each has its own quantities.
+    # Cells of different kinds have different quantities, so the kind does not separate panels.
     across = [a for a in experiment.layout.columns if a not in (axis, "kind")]
     quantities = [quantity(y) for y in experiment.layout.y] or [quantity("accuracy")]
     panels = [
-        _along(experiment, q, axis, place, [c for c in cells if _place(c, across) == place])
+        _axis_panel(experiment, q, axis, place, [c for c in cells if _place(c, across) == place])
         for place in dict.fromkeys(_place(c, across) for c in cells)
         for q in quantities
     ]
     shown = tuple(panel for panel in panels if any(True for _ in panel.points()))
-    says = "Each point is a mean over seeds, with its 95 % interval or, of amounts, the least and greatest run."
+    says = "Each point is a mean over seeds, with its 95 % interval or, for amounts, the least and greatest run."
     return Figure(f"{name}-along", experiment.question, says, shown)
 
 
-def _along(experiment: Experiment, q: Quantity, axis: str, place: Place, here: Sequence[Cell]) -> Panel:
+def _axis_panel(experiment: Experiment, q: Quantity, axis: str, place: Place, here: Sequence[Cell]) -> Panel:
     apart = _varying([a for a in experiment.layout.rows if a not in (axis, "kind")], here)
     names = list(dict.fromkeys(_label(c, apart) or "ours" for c in here))
     series = []
@@ -84,63 +85,65 @@ def _along(experiment: Experiment, q: Quantity, axis: str, place: Place, here: S
 
 
 def _point(cell: Cell, axis: str, q: Quantity) -> Point | None:
-    read = readings(cell.result, q) if cell.is_usable and cell.result else []
-    if not read:
+    values = run_values(cell.result, q) if cell.is_usable and cell.result else []
+    if not values:
         return None
-    mean = sum(read) / len(read)
+    mean = sum(values) / len(values)
     low, high = interval([cell], q)
     x = cell.coordinates[axis]
-    return Point(float(x), mean, low, high, f"{axis} {x}, {_said(q, mean, low, high)}")
+    return Point(float(x), mean, low, high, f"{axis} {x}, {_in_words(q, mean, low, high)}")
 
 
 def _of_paper(
     experiment: Experiment, q: Quantity, axis: str, here: Sequence[Cell], names: Sequence[str]
 ) -> Iterator[Series]:
-    """The paper's numbers in the same panel, by what sets them apart."""
-    there = [
+    """The paper's numbers in the same panel, one series for each label."""
+    numbers = [
         (label, paper, value)
-        for paper, label in papers(experiment, here)
+        for paper, label in paper_numbers(experiment, here)
         if paper.metric == q.name
         and axis in paper.coordinates
         and (value := in_our_unit(paper, q)) is not None
-        and any(_elsewhere(paper.coordinates, c.coordinates, axis) for c in here)
+        and any(_agree_except(paper.coordinates, c.coordinates, axis) for c in here)
     ]
-    for label, some in groupby(sorted(there, key=lambda t: t[0]), key=lambda t: t[0]):
+    for label, some in groupby(sorted(numbers, key=lambda t: t[0]), key=lambda t: t[0]):
         points = [Point(float(p.coordinates[axis]), value, note=f"{p.source}: {q.text(value)}") for _, p, value in some]
         known = tuple(sorted(points, key=lambda p: p.x))
         yield Series(f"{_PAPER} {label}".strip(), known, len(names), joined=True, hollow=True)
 
 
-def _elsewhere(paper: Mapping[str, Coordinate], ours: Mapping[str, Coordinate], axis: str) -> bool:
-    """Whether both are in one place but for the axis."""
+def _agree_except(paper: Mapping[str, Coordinate], ours: Mapping[str, Coordinate], axis: str) -> bool:
+    """Whether both have equal coordinates, except on the axis."""
     return all(ours.get(a) == v for a, v in paper.items() if a != axis and a in ours)
 
 
-# Standing -------------------------------------------------------------------------------------------------
+# Ranking --------------------------------------------------------------------------------------------------
 
 
-def standing(name: str, experiment: Experiment, table: Table) -> Figure:
-    """Each row of a table on a line of its own, a panel a column: ours with its interval, the paper's beside it."""
+def ranking(name: str, experiment: Experiment, table: Table) -> Figure:
+    """A panel for each column and a line for each row of a table: our number with its interval, and the paper's."""
     vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
     names = tuple(", ".join(str(row[i]) for i in vary) or str(row[-1] if row else "ours") for row in table.rows)
-    panels = tuple(_standing(table, j, column, names) for j, column in enumerate(table.columns))
+    panels = tuple(_ranking(table, j, column, names) for j, column in enumerate(table.columns))
     says = (
-        "Each line is a row of the table: filled ours, its bar the 95 % interval; hollow the paper’s, of its own model."
+        "Each line is a row of the table. Filled markers are our numbers, with bars for their 95 % intervals; hollow "
+        "markers are the paper’s numbers, for its own model."
     )
-    says += f" Dotted: {' and '.join(label for label, _ in table.baselines)}." if table.baselines else ""
+    if table.baselines:
+        says += f" Dotted lines show the {' and the '.join(label for label, _ in table.baselines)}."
     return Figure(f"{name}-standing", experiment.question, says, tuple(p for p in panels if p.series))
 
 
-def _standing(table: Table, j: int, column: Column, names: tuple[str, ...]) -> Panel:
+def _ranking(table: Table, j: int, column: Column, names: tuple[str, ...]) -> Panel:
     q, ours, theirs = column.quantity, [], dict[str, list[Point]]()
     for i, row in enumerate(table.entries):
         entry = row[j]
         if entry.mean is not None:
-            note = f"{names[i]}, {_said(q, entry.mean, entry.low, entry.high)}"
+            note = f"{names[i]}, {_in_words(q, entry.mean, entry.low, entry.high)}"
             ours.append(Point(entry.mean, i, entry.low, entry.high, note))
-        for beside in entry.paper:
-            note = f"{names[i]}, {beside.source}: {q.text(beside.value)} {q.unit}"
-            theirs.setdefault(beside.label, []).append(Point(beside.value, i, note=note))
+        for number in entry.paper:
+            note = f"{names[i]}, {number.source}: {q.text(number.value)} {q.unit}"
+            theirs.setdefault(number.label, []).append(Point(number.value, i, note=note))
     series = [Series("ours", tuple(ours), 1)] if ours else []
     series += [Series(f"{_PAPER} {k}".strip(), tuple(v), 2 + n, hollow=True) for n, (k, v) in enumerate(theirs.items())]
     lines = tuple((label, numbers[j]) for label, numbers in table.baselines if numbers[j] is not None)
@@ -157,11 +160,11 @@ def _standing(table: Table, j: int, column: Column, names: tuple[str, ...]) -> P
     )
 
 
-# Costs and ways -------------------------------------------------------------------------------------------
+# Costs and courses ----------------------------------------------------------------------------------------
 
 
-def spent(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
-    """Accuracy against what it took: forward passes, seconds, peak bytes."""
+def costs(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
+    """Accuracy over its cost in forward passes, seconds and peak memory."""
     accuracy, metric = quantity("accuracy"), metric_of(cells)
     apart = _apart(experiment, cells)
     names = list(dict.fromkeys(_label(c, apart) for c in cells))
@@ -169,18 +172,18 @@ def spent(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
     for cost in map(quantity, _COSTS):
         series = []
         for label in names:
-            points = [_spent(c, cost, accuracy) for c in cells if _label(c, apart) == label]
+            points = [_cost_point(c, cost, accuracy) for c in cells if _label(c, apart) == label]
             series.append(Series(label, tuple(p for p in points if p is not None), style_of(label, names)))
         xs = [p.x for s in series for p in s.points]
         title = f"{metric} against {cost.label}"
         panels.append(Panel(title, label_of(cost), label_of(accuracy, metric), tuple(series), log_x=is_wide(xs, 8)))
-    says = "Up is better, left is cheaper: a point is worth its cost if none is both above it and to its left."
+    says = "Up is better and left is cheaper. A point is worth its cost if no other is both above it and to its left."
     return Figure(f"{name}-spent", "What does it cost?", says, tuple(panels))
 
 
-def _spent(cell: Cell, cost: Quantity, accuracy: Quantity) -> Point | None:
+def _cost_point(cell: Cell, cost: Quantity, accuracy: Quantity) -> Point | None:
     assert cell.result is not None
-    xs, ys = readings(cell.result, cost), readings(cell.result, accuracy)
+    xs, ys = run_values(cell.result, cost), run_values(cell.result, accuracy)
     if not xs or not ys or not any(xs):
         return None
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -188,16 +191,16 @@ def _spent(cell: Cell, cost: Quantity, accuracy: Quantity) -> Point | None:
     return Point(x, y, low, high, f"{_all(cell)}: {accuracy.text(y)} % for {cost.text(x)} {cost.unit}")
 
 
-def on_the_way(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
-    """The held-out rows over the forward passes, mean over seeds."""
+def training_course(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figure:
+    """The metric on the held-out rows over the forward passes, as a mean over seeds."""
     across = [a for a in experiment.layout.columns]
     panels = []
     for place in dict.fromkeys(_place(c, across) for c in cells):
         here = [c for c in cells if _place(c, across) == place]
         apart = _varying([a for a in here[0].coordinates if a not in across], here)
-        names = [_label(c, apart) or "ours" for c in here][:_MOST_CURVES]
+        names = [_label(c, apart) or "ours" for c in here][:_MAX_CURVES]
         series = [
-            Series(label, _way(c.result), style_of(label, names), joined=True)
+            Series(label, _course(c.result), style_of(label, names), joined=True)
             for label, c in zip(names, here, strict=False)
             if c.result is not None
         ]
@@ -205,12 +208,12 @@ def on_the_way(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Figu
         title, label = ", ".join(map(str, place)) or "held-out rows", f"held-out {metric_of(here)}, %"
         drawn = tuple(s for s in series if s.points)
         panels.append(Panel(title, "forward passes", label, drawn, log_x=is_wide(xs, 100)))
-    says = "Each line is the mean over seeds; the run keeps the step that is best on the held-out rows, not the last."
-    return Figure(f"{name}-way", "How does it get there?", says, tuple(p for p in panels if p.series))
+    says = "Each line is a mean over seeds. A run keeps the best step on the held-out rows, not the last."
+    return Figure(f"{name}-way", "How does training proceed?", says, tuple(p for p in panels if p.series))
 
 
-def _way(result: CellResult) -> tuple[Point, ...]:
-    """The mean over seeds of each evaluation that all of them have."""
+def _course(result: CellResult) -> tuple[Point, ...]:
+    """The mean over seeds of each evaluation that all seeds have."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     for run in result.runs:
         for e in run.evaluations:
@@ -225,13 +228,13 @@ def _way(result: CellResult) -> tuple[Point, ...]:
 
 
 def theory(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Iterator[Figure]:
-    """Each number that a formula foretold against the one that was measured."""
+    """Measured numbers over the predictions of formulas."""
     panels = []
-    for predicted, measured in ((quantity(a), quantity(b)) for a, b in _FORETOLD.items()):
+    for predicted, measured in ((quantity(a), quantity(b)) for a, b in _PREDICTED.items()):
         points = []
         for cell in cells:
-            xs = readings(cell.result, predicted) if cell.is_usable and cell.result else []
-            ys = readings(cell.result, measured) if cell.is_usable and cell.result else []
+            xs = run_values(cell.result, predicted) if cell.is_usable and cell.result else []
+            ys = run_values(cell.result, measured) if cell.is_usable and cell.result else []
             if xs and ys:
                 x, y = sum(xs) / len(xs), sum(ys) / len(ys)
                 note = f"{_all(cell)}: {measured.text(y)} measured, {predicted.text(x)} by the formula"
@@ -246,11 +249,11 @@ def theory(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Iterator
         axes = Panel(measured.label, x_label, y_label, series, equal=True)
         panels.append(replace(axes, log_x=is_log, log_y=is_log, from_zero=not is_log))
     if panels:
-        says = "On the line the formula is right; above it more was measured than it says."
-        yield Figure(f"{name}-theory", "Does the formula foretell it?", says, tuple(panels))
+        says = "On the line the formula is exact; above it the measured number is larger than the formula’s."
+        yield Figure(f"{name}-theory", "Does the formula predict the measurement?", says, tuple(panels))
 
 
-# Places ---------------------------------------------------------------------------------------------------
+# Coordinates and labels -----------------------------------------------------------------------------------
 
 
 def _place(cell: Cell, axes: Sequence[str]) -> Place:
@@ -263,7 +266,7 @@ def _varying(axes: Sequence[str], cells: Sequence[Cell]) -> list[str]:
 
 
 def _apart(experiment: Experiment, cells: Sequence[Cell]) -> list[str]:
-    """The axes that tell series apart: the method if cells differ in it, else the rows' own."""
+    """The axes that distinguish series: the method if cells differ in it, else the row axes."""
     all_axes = _varying([*experiment.layout.rows, *experiment.layout.columns], cells)
     return ["method"] if "method" in all_axes else _varying(experiment.layout.rows, cells) or all_axes
 
@@ -276,7 +279,7 @@ def _all(cell: Cell) -> str:
     return ", ".join(map(str, cell.coordinates.values()))
 
 
-def _said(q: Quantity, mean: float, low: float | None, high: float | None) -> str:
+def _in_words(q: Quantity, mean: float, low: float | None, high: float | None) -> str:
     """A number with its interval, in words."""
     text = f"{q.text(mean)} {q.unit}".strip()
     return text if low is None or high is None else f"{text} ({q.text(low)} to {q.text(high)})"

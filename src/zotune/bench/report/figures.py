@@ -1,6 +1,7 @@
-"""Figures as data: panels of series of points, from which both the page's SVG and the files for papers are drawn.
+"""Figures as data: panels of series of points, from which the page's SVG and the files for papers are drawn.
 
-Colours are Okabe and Ito's (2008), told apart also by those who see few; each series has a marker of its own too.
+The colours are Okabe and Ito's (2008), which readers with colour blindness can distinguish; each series also has a
+marker of its own.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from typing import get_args
 
 from zotune.llm.config.method import MethodName
 
-# Okabe and Ito's palette; its black is the ink of the page, and in place of its yellow, which white paper swallows, a
-# grey that is none of the others to those who see few colours. `page.css` has the same, and what differs in the dark.
+# Okabe and Ito's palette. Its black is the text colour of the page; its yellow, which is hard to see on white, is
+# replaced by a grey that stays distinct for readers with colour blindness. `page.css` has the same colours, and those
+# of the dark scheme.
 COLOURS = ("ink", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A")
-# As many again that no factor is shared: the same pair comes back after 72 series.
+# Nine markers and eight colours have no common factor, so a pair repeats only after 72 series.
 MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus", "cross", "star", "bar")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point; `low` and `high` are the ends of its interval along the measured axis, `note` says it in words."""
+    """A point; `low` and `high` are the ends of its interval along the measured axis, `note` describes it in words."""
 
     x: float
     y: float
@@ -31,11 +33,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name.
+    """Points with a common name.
 
     Attributes:
-        style: which colour and marker, as an index of `COLOURS` and of `MARKERS`.
-        joined: drawn as a line. hollow: not ours, or not found but reckoned: the paper's, a formula's.
+        style: index of the colour in `COLOURS` and of the marker in `MARKERS`, modulo their lengths.
+        joined: draw a line through the points.
+        hollow: draw hollow markers, for numbers of the paper or of a formula.
     """
 
     name: str
@@ -50,11 +53,11 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        categories: names of y = 0, 1, …, from the top; then intervals lie along x, else along y.
-        log_x, log_y: axes of powers.
-        from_zero: the measured axis begins at 0, as amounts need.
-        equal: the line y = x is drawn.
-        lines: upright lines and their names: what needs no tuning.
+        categories: names of y = 0, 1, … from the top; intervals then lie along x, otherwise along y.
+        log_x, log_y: whether an axis is logarithmic.
+        from_zero: start the measured axis at 0, for amounts.
+        equal: draw the line y = x.
+        lines: names and x values of vertical lines, for the baselines.
     """
 
     title: str
@@ -69,7 +72,7 @@ class Panel:
     lines: tuple[tuple[str, float], ...] = ()
 
     def points(self) -> Iterator[Point]:
-        """Those of all series."""
+        """Yield the points of all series."""
         for series in self.series:
             yield from series.points
 
@@ -79,7 +82,9 @@ class Figure:
     """Panels that answer one question.
 
     Attributes:
-        name: of its files; title: the question or what is shown; says: what to look for, also for who cannot see it.
+        name: name of its files.
+        title: the question that it answers.
+        says: the caption: how to read the figure.
     """
 
     name: str
@@ -89,20 +94,20 @@ class Figure:
 
     @property
     def num_points(self) -> int:
-        """How many points are to be seen."""
+        """Number of points in all panels."""
         return sum(len(series.points) for panel in self.panels for series in panel.series)
 
     def legend(self) -> list[Series]:
         """One series of each name, in the order of their styles."""
-        found: dict[str, Series] = {}
+        by_name: dict[str, Series] = {}
         for panel in self.panels:
             for series in panel.series:
-                found.setdefault(series.name, replace(series, points=()))
-        return sorted(found.values(), key=lambda series: (series.hollow, series.style))
+                by_name.setdefault(series.name, replace(series, points=()))
+        return sorted(by_name.values(), key=lambda series: (series.hollow, series.style))
 
 
 def style_of(name: str, among: Sequence[str] = ()) -> int:
-    """The style of a series: a method's is the same in all figures, others go by their place.
+    """The style of a series: a method has the same in all figures; any other name has that of its index in `among`.
 
     >>> style_of("zo_adam") == style_of("zo_adam", ["zo_adam"]), style_of("b", ["a", "b"])
     (True, 1)
@@ -114,10 +119,10 @@ def style_of(name: str, among: Sequence[str] = ()) -> int:
 
 
 def is_wide(values: Iterable[float], factor: float = 20.0) -> bool:
-    """Whether positive numbers span so much that an axis of powers shows them better.
+    """Whether positive numbers span more than a factor, so that a logarithmic axis shows them better.
 
     >>> is_wide([1, 4, 16, 64]), is_wide([0, 100]), is_wide([3, 5])
     (True, False, False)
     """
-    found = list(values)
-    return bool(found) and min(found) > 0 and max(found) / min(found) > factor
+    numbers = list(values)
+    return bool(numbers) and min(numbers) > 0 and max(numbers) / min(numbers) > factor

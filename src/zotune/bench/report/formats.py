@@ -1,6 +1,6 @@
-"""Tables written as Markdown, CSV and LaTeX: pure functions from a table to text.
+"""Tables as Markdown, CSV and LaTeX: pure functions from a table to text.
 
-Markdown and LaTeX have the table's shape, ours above the paper's; CSV has one line a number, for programs.
+Markdown and LaTeX have the shape of the table, with our number above the paper's; CSV has one line for each number.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import io
 from collections.abc import Iterable
 
 from zotune.bench.results.quantities import Quantity, signed
-from zotune.bench.results.tables import Beside, Column, Entry, Table
+from zotune.bench.results.tables import Column, Entry, PaperNumber, Table
 
-# How states look in a table that has no number there.
+# The text for a state where a table has no number.
 STATES = {
     None: "",
     "missing": "not run",
@@ -25,11 +25,11 @@ STATES = {
 
 
 def ours(entry: Entry, q: Quantity) -> str:
-    """Our number with its standard error, or why there is none.
+    """Our number with its standard error, or the reason why there is none.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> found = Entry("done", 91.25, 0.31, num_seeds=3)
-    >>> ours(found, quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
+    >>> entry = Entry("done", 91.25, 0.31, num_seeds=3)
+    >>> ours(entry, quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
     ('91.2 ± 0.3', 'not run')
     """
     if entry.mean is None:
@@ -42,24 +42,24 @@ def ours(entry: Entry, q: Quantity) -> str:
     return text + (" †" if entry.state == "stale" else "")
 
 
-def theirs(beside: Beside, q: Quantity) -> str:
-    """The paper's number, of what, and how far ours is from it.
+def theirs(number: PaperNumber, q: Quantity) -> str:
+    """The paper's number with its label, and our number's difference from it.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> theirs(Beside("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
+    >>> theirs(PaperNumber("Tab. 2", "opt-1.3b", 90.1, -2.34), quantity("accuracy"))
     '(opt-1.3b) 90.1, ours −2.3'
     """
-    text = f"({beside.label}) {q.text(beside.value)}" if beside.label else q.text(beside.value)
-    if beside.ratio is not None:
-        return f"{text} (×{beside.ratio:.2f})"
-    return text if beside.difference is None else f"{text}, ours {signed(q.text(beside.difference))}"
+    text = f"({number.label}) {q.text(number.value)}" if number.label else q.text(number.value)
+    if number.ratio is not None:
+        return f"{text} (×{number.ratio:.2f})"
+    return text if number.difference is None else f"{text}, ours {signed(q.text(number.difference))}"
 
 
 def markdown(table: Table) -> str:
-    """A pipe table; the paper's numbers after a line break in the same cell.
+    """Write a table as a Markdown pipe table; the paper's numbers stand behind a line break in the same cell.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(Beside("Tab. 2", "", 91.0, -1.0),))
+    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(PaperNumber("Tab. 2", "", 91.0, -1.0),))
     >>> print(markdown(Table("t", ("method",), ("task",), (("zo_sgd",),), (Column(("sst2",), quantity("accuracy")),),
     ...                      ((entry,),))))
     | method | sst2 |
@@ -80,7 +80,7 @@ def markdown(table: Table) -> str:
 
 def _markdown_cell(entry: Entry, column: Column) -> str:
     q = column.quantity
-    return "<br>".join([ours(entry, q), *(f"paper {theirs(beside, q)}" for beside in entry.paper)])
+    return "<br>".join([ours(entry, q), *(f"paper {theirs(number, q)}" for number in entry.paper)])
 
 
 def _piped(text: str) -> str:
@@ -94,7 +94,7 @@ def _baselines(table: Table) -> Iterable[tuple[str, list[str]]]:
 
 
 def comma_separated(table: Table) -> str:
-    """One line a number of ours, with the paper's (a line each where there are several)."""
+    """Write a table as CSV: a line for each of our numbers with the paper's number, a line each if it has several."""
     out = io.StringIO()
     heads = ["mean", "standard_error", "low", "high", "num_seeds", "state"]
     paper = ["paper", "paper_source", "paper_of", "difference"]
@@ -103,11 +103,11 @@ def comma_separated(table: Table) -> str:
     for row, entries in zip(table.rows, table.entries, strict=True):
         for column, e in zip(table.columns, entries, strict=True):
             place = [*row, *column.place, column.quantity.name, column.quantity.unit]
-            found = [*map(_plain, (e.mean, e.error, e.low, e.high)), e.num_seeds, e.state or ""]
+            numbers = [*map(_plain, (e.mean, e.error, e.low, e.high)), e.num_seeds, e.state or ""]
             for b in e.paper or (None,):
-                beside = ["", "", "", ""] if b is None else [_plain(b.value), b.source, b.label, _plain(b.difference)]
+                of_paper = ["", "", "", ""] if b is None else [_plain(b.value), b.source, b.label, _plain(b.difference)]
                 if e.state is not None:
-                    writer.writerow([*place, *found, *beside])
+                    writer.writerow([*place, *numbers, *of_paper])
     return out.getvalue()
 
 
@@ -130,7 +130,7 @@ _ESCAPES = {
 
 
 def escaped(text: str) -> str:
-    r"""Text as LaTeX sets it.
+    r"""Escape text for LaTeX.
 
     >>> print(escaped("zo_sgd, 91.2 ± 0.3 %"))
     zo\_sgd, 91.2 $\pm$ 0.3 \%
@@ -139,7 +139,7 @@ def escaped(text: str) -> str:
 
 
 def latex(table: Table, caption: str) -> str:
-    """A `table` with booktabs' rules; the paper's numbers in grey below ours (needs booktabs, makecell and xcolor)."""
+    """Write a LaTeX `table` with the paper's numbers in grey below ours; it needs booktabs, makecell and xcolor."""
     heads = [*table.row_axes, *(table.heading(column) for column in table.columns)]
     lines = [
         r"% \usepackage{booktabs,makecell,xcolor}",

@@ -1,8 +1,8 @@
-"""The page: one HTML file that needs nothing else, from sections' data by templates.
+"""The report as one self-contained HTML page, rendered from sections by templates.
 
-Figures are inline SVG and there is no script, so the page opens anywhere, prints, follows light and dark, and can be
-read by keyboard and screen reader; a plotting library in it would weigh some megabytes. All text is escaped by the
-templates; figures escape their own.
+Figures are inline SVG and the page has no script, so it opens anywhere, prints, follows light and dark schemes, and can
+be read with a keyboard and a screen reader; a plotting library would add some megabytes. The templates escape all text;
+figures escape their own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.report.svg import draw, marker
 from zotune.bench.results.quantities import Quantity, label_of, significant
-from zotune.bench.results.spent import budgets
-from zotune.bench.results.tables import Entry, Table
+from zotune.bench.results.tables import Entry, Table, cell_costs
 from zotune.bench.results.verdicts import Finding, Verdict
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -35,8 +34,8 @@ _BADGES: dict[Finding, tuple[str, str]] = {
 }
 
 
-class Shown(NamedTuple):
-    """A figure as the templates show it: its panels and the symbols of its legend, drawn."""
+class DrawnFigure(NamedTuple):
+    """A figure for the templates: its panels and the symbols of its legend as SVG."""
 
     figure: Figure
     panels: list[Markup]
@@ -44,7 +43,7 @@ class Shown(NamedTuple):
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of `templates/` as a page."""
+    """Render a template of `templates/` as a page."""
     css = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
     page = _templates().get_template(template).render(css=Markup(css), version=zotune.__version__, **values)
     return page + "\n" if not page.endswith("\n") else page
@@ -52,23 +51,23 @@ def render(template: str, **values: Any) -> str:
 
 @cache
 def _templates() -> Environment:
-    # Names of models and messages of errors come from outside; every text is escaped, whatever the template's name.
+    # Names of models and error messages are untrusted, so every text is escaped, whatever the template's name.
     loader = FileSystemLoader(_TEMPLATES)
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def shown(figure: Figure) -> Shown:
-    """A figure, drawn."""
+def draw_figure(figure: Figure) -> DrawnFigure:
+    """Draw a figure for the templates."""
     panels = [Markup(draw(panel, f"{figure.name}-{i}")) for i, panel in enumerate(figure.panels)]
-    return Shown(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
+    return DrawnFigure(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
 
 
 def page(sections: Sequence[Section], scale: str) -> str:
-    """The report on a scale."""
+    """Render the report on a scale."""
     views = [_view(section) for section in sections]
-    found = [verdict for section in sections for verdict in section.verdicts]
+    verdicts = [verdict for section in sections for verdict in section.verdicts]
     every = [verdict for view in views for verdict in view["verdicts"]]
-    claims = {"summary": summary(found), "verdicts": every} if found else None
+    claims = {"summary": summary(verdicts), "verdicts": every} if verdicts else None
     return render("report.html", scale=scale, header=provenance(sections), sections=views, claims=claims)
 
 
@@ -76,22 +75,22 @@ def page(sections: Sequence[Section], scale: str) -> str:
 
 
 def _view(section: Section) -> dict[str, Any]:
-    """A section as the template takes it: texts."""
+    """The texts of a section for the template."""
     states = Counter(cell.state for cell in section.cells)
     stale = states["stale"]
-    warning = f"{stale} of the numbers (†) are of other code or config than today’s" if stale else ""
+    warning = f"{stale} cells (†) were computed with other code or config than today’s" if stale else ""
     experiment = section.experiment
     return {
         "name": section.name,
         "title": experiment.title,
         "question": experiment.question,
-        "standing": _standing(states),
+        "states": _state_counts(states),
         "warning": warning,
         "comparable": [line for line in experiment.comparable.strip().split("\n") if line.strip()],
         "table": _table(section.table),
-        "figures": [shown(figure) for figure in section.figures],
+        "figures": [draw_figure(figure) for figure in section.figures],
         "verdicts": [_verdict(section.name, i, v) for i, v in enumerate(section.verdicts)],
-        "budgets": _budgets(section),
+        "costs": _costs(section),
         "failures": [
             (c.result.cell, f"{c.state.replace('_', ' ')}: {c.result.message}")
             for c in section.cells
@@ -100,10 +99,10 @@ def _view(section: Section) -> dict[str, Any]:
     }
 
 
-def _standing(states: Counter[Any]) -> str:
-    """How much of it there is.
+def _state_counts(states: Counter[Any]) -> str:
+    """The numbers of cells by state.
 
-    >>> _standing(Counter(["done", "done", "missing"]))
+    >>> _state_counts(Counter(["done", "done", "missing"]))
     '2 of 3 cells done, 1 missing'
     """
     rest = [f"{n} {state}".replace("_", " ") for state, n in sorted(states.items()) if state != "done"]
@@ -111,7 +110,7 @@ def _standing(states: Counter[Any]) -> str:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    # What all rows have in common is said once.
+    # Values that all rows share are in the caption only.
     vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
     shown_axes = vary or list(range(len(table.row_axes)))[-1:]
     return {
@@ -133,7 +132,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _caption(table: Table, shown_axes: Sequence[int]) -> str:
-    """How the table is to be read, and what is the same in all of it."""
+    """The caption of a table: the values that all rows share, and how to read the numbers."""
     shared = [
         f"{axis.replace('_', ' ')}: {table.rows[0][i]}"
         for i, axis in enumerate(table.row_axes)
@@ -146,29 +145,29 @@ def _caption(table: Table, shown_axes: Sequence[int]) -> str:
     texts = [f"{together[0].upper()}{together[1:]}."] if shared else []
     if any(not q.by_ratio for q in quantities.values()):
         texts.append(
-            "Mean ± standard error over seeds, then the 95 % interval over evaluation rows and seeds, "
-            "the paper’s number, and how far ours is from it."
+            "Each entry shows the mean ± standard error over seeds, then the 95 % interval over evaluation rows and "
+            "seeds, the paper’s number, and our number’s difference from it."
         )
     if any(q.by_ratio for q in quantities.values()):
-        texts.append("× is the multiple of the column’s first number: of ours in ours, of the paper’s in the paper’s.")
+        texts.append("× is the ratio to the first number of the column, for our numbers and the paper’s separately.")
     return " ".join(texts)
 
 
 def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
-    value, between = "", ""
+    value, interval = "", ""
     if entry.mean is not None:
         value = q.text(entry.mean)
         value += f" ± {q.text(entry.error)}" if entry.error is not None and not q.by_ratio else ""
         value += f" ×{entry.ratio:.2f}" if entry.ratio is not None else ""
     if entry.low is not None and entry.high is not None:
-        between = f"{q.text(entry.low)} to {q.text(entry.high)}"
+        interval = f"{q.text(entry.low)} to {q.text(entry.high)}"
     return {
         "value": value,
-        "interval": between,
-        "mark": "stale: of other code or config than today’s" if entry.state == "stale" else "",
+        "interval": interval,
+        "mark": "stale: computed with other code or config than today’s" if entry.state == "stale" else "",
         "state": STATES[entry.state],
         "message": entry.message,
-        "paper": [f"paper {theirs(beside, q)}" for beside in entry.paper],
+        "paper": [f"paper {theirs(number, q)}" for number in entry.paper],
     }
 
 
@@ -185,9 +184,9 @@ def _verdict(section: str, number: int, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _budgets(section: Section) -> dict[str, Any] | None:
-    found = budgets(section.cells)
-    if not found:
+def _costs(section: Section) -> dict[str, Any] | None:
+    costs = cell_costs(section.cells)
+    if not costs:
         return None
-    lines = [[v if isinstance(v, str) else "–" if v is None else significant(v) for v in row.values()] for row in found]
-    return {"heads": list(found[0]), "lines": lines}
+    lines = [[v if isinstance(v, str) else "–" if v is None else significant(v) for v in row.values()] for row in costs]
+    return {"heads": list(costs[0]), "lines": lines}

@@ -1,4 +1,4 @@
-"""A report as one Markdown page, for repositories and notes: tables, verdicts on claims, and what runs spent."""
+"""The report as one Markdown page: tables, verdicts on the paper's claims, and the costs of runs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from zotune.bench.report.formats import markdown
 from zotune.bench.report.phrases import provenance, reasons, summary
 from zotune.bench.report.sections import Section
 from zotune.bench.results.quantities import significant
-from zotune.bench.results.spent import budgets
+from zotune.bench.results.tables import cell_costs
 from zotune.bench.results.verdicts import Verdict
 
-# Of what a cell spent, the columns that say most; the others are in its JSON.
-_SPENT = ("learning rate", "rates searched", "μ", "steps", "forward passes", "seconds", "peak GiB")
+# The shown columns of a cell's costs; the others are in its JSON file.
+_COSTS = ("learning rate", "rates searched", "μ", "steps", "forward passes", "seconds", "peak GiB")
 
 
 def markdown_page(sections: Sequence[Section], title: str, introduction: str = "") -> str:
     """Sections as one page of GitHub-flavoured Markdown.
 
     Args:
-        sections: one an experiment, in the order of the page.
+        sections: one for each experiment, in the order of the page.
         title: of the page.
         introduction: paragraphs that follow the title.
     """
-    found = [verdict for section in sections for verdict in section.verdicts]
-    parts = [f"# {title}", introduction, summary(found) if found else ""]
+    verdicts = [verdict for section in sections for verdict in section.verdicts]
+    parts = [f"# {title}", introduction, summary(verdicts) if verdicts else ""]
     parts.append("\n".join(f"- {name}: {value}" for name, value in provenance(sections)))
     for section in sections:
         parts += _section(section)
@@ -37,8 +37,8 @@ def _section(section: Section) -> Iterator[str]:
     yield f"**{experiment.question}**" if experiment.question else ""
     yield markdown(section.table) if section.table.rows else ""
     yield "\n".join(map(_verdict, section.verdicts))
-    yield f"*What may be compared.* {' '.join(experiment.comparable.split())}" if experiment.comparable else ""
-    yield _spent(section)
+    yield f"*Comparison with the paper.* {' '.join(experiment.comparable.split())}" if experiment.comparable else ""
+    yield _costs(section)
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -46,15 +46,15 @@ def _verdict(verdict: Verdict) -> str:
     return "\n".join([*lines, *(f"  - {line}" for line in reasons(verdict))])
 
 
-def _spent(section: Section) -> str:
-    """What a run of each cell took, folded away; nothing for cells that only foretell."""
-    rows = [row for row in budgets(section.cells) if row["forward passes"]]
+def _costs(section: Section) -> str:
+    """The costs of a run of each cell in a collapsed block; empty for cells without training."""
+    rows = [row for row in cell_costs(section.cells) if row["forward passes"]]
     if not rows:
         return ""
-    lines = ["| cell | " + " | ".join(_SPENT) + " |", "|---|" + "--:|" * len(_SPENT)]
+    lines = ["| cell | " + " | ".join(_COSTS) + " |", "|---|" + "--:|" * len(_COSTS)]
     for row in rows:
-        lines.append(f"| {row['cell']} | " + " | ".join(_number(row[name]) for name in _SPENT) + " |")
-    return "\n".join(["<details><summary>What a run of each cell spent</summary>", "", *lines, "", "</details>"])
+        lines.append(f"| {row['cell']} | " + " | ".join(_number(row[name]) for name in _COSTS) + " |")
+    return "\n".join(["<details><summary>Costs of a run of each cell</summary>", "", *lines, "", "</details>"])
 
 
 def _number(value: float | str | None) -> str:

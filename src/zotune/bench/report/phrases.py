@@ -1,4 +1,4 @@
-"""What was run, and what the data say of each claim, in words: for every form that a report has."""
+"""The sentences of reports: where the results come from, and the verdict on each claim with its reasons."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from zotune.bench.report.sections import Section
 from zotune.bench.results.quantities import quantity, significant
-from zotune.bench.results.verdicts import Comparison, Verdict, counted
+from zotune.bench.results.verdicts import Comparison, Verdict, count_findings
 
 
 def provenance(sections: Iterable[Section]) -> list[tuple[str, str]]:
-    """What was run, by what, on what, when."""
+    """The states, dates, code and machines of the results, as pairs of a label and a text."""
     cells = [cell for section in sections for cell in section.cells]
     results = [cell.result for cell in cells if cell.result is not None]
     states = Counter(cell.state for cell in cells)
     rows = [("cells", f"{len(cells)}: {counts(states)}" if cells else "none")]
     if results:
-        rows.append(("found", _span([r.time[:10] for r in results])))
+        rows.append(("computed", _span([r.time[:10] for r in results])))
         rows.append(("commit", counts(Counter(r.commit[:12] + "+" * r.commit.endswith("+") for r in results), 4)))
         names = dict.fromkeys(name for r in results for name in r.environment)
         for name in names:
@@ -26,69 +26,75 @@ def provenance(sections: Iterable[Section]) -> list[tuple[str, str]]:
         seconds = sum(run.seconds for r in results for run in r.runs) + sum(
             t.seconds for r in results for t in r.search
         )
-        rows.append(("training, search included", f"{significant(seconds / 3600)} h"))
+        rows.append(("training time with search", f"{significant(seconds / 3600)} h"))
     return rows
 
 
-def counts(found: Counter[Any], most: int = 9) -> str:
-    """Values and how often each came; the value alone where there is but one.
+def counts(counter: Counter[Any], most: int = 9) -> str:
+    """The values of a counter with their numbers; a single value without its number.
 
     >>> counts(Counter(["a", "a"])), counts(Counter(["done", "done", "failed"]))
     ('a', '2 done, 1 failed')
     """
-    if len(found) == 1:
-        return str(next(iter(found))).replace("_", " ")
-    parts = [f"{count} {value}".replace("_", " ") for value, count in found.most_common(most)]
-    return ", ".join(parts) + (f" and {len(found) - most} more" if len(found) > most else "")
+    if len(counter) == 1:
+        return str(next(iter(counter))).replace("_", " ")
+    parts = [f"{count} {value}".replace("_", " ") for value, count in counter.most_common(most)]
+    return ", ".join(parts) + (f" and {len(counter) - most} more" if len(counter) > most else "")
 
 
-def summary(found: Sequence[Verdict]) -> str:
-    """How many claims hold, and what of that chance alone would give."""
-    counts = ", ".join(f"{n} {'claim' if n == 1 else 'claims'}: {finding}" for finding, n in counted(found) if n)
-    settled = [v for v in found if v.finding != "cannot be told"]
-    kept = sum(v.stays for v in settled)
-    text = f"Of {len(found)} claims, on this model: {counts}."
-    if settled:
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """The number of claims with each finding, and how many of them chance alone would give."""
+    findings = count_findings(verdicts)
+    texts = ", ".join(f"{n} {'claim' if n == 1 else 'claims'}: {finding}" for finding, n in findings if n)
+    decided = [v for v in verdicts if v.finding != "cannot be told"]
+    staying = sum(v.stays for v in decided)
+    text = f"Of {len(verdicts)} claims, on this model: {texts}."
+    if decided:
         text += (
-            f" Each is tested by itself, so of claims without any effect about one in forty would seem to hold; "
-            f"{kept} of the {len(settled)} settled ones also stand when all comparisons of their table are counted."
+            f" Each claim is tested by itself, so about one in forty claims without any effect would seem to hold; "
+            f"{staying} of the {len(decided)} decided claims keep their verdict when all comparisons of their table "
+            "are counted."
         )
     return text
 
 
 def reasons(verdict: Verdict) -> list[str]:
-    """The comparisons that a verdict rests on, what was asked of them, and what it does not stand."""
+    """The comparisons behind a verdict, the difference that the claim requires, and limits of the verdict."""
     by_ratio = quantity(verdict.claim.of).by_ratio
     lines = [_comparison(c, by_ratio=by_ratio) for c in verdict.comparisons]
     if verdict.claim.within is not None or verdict.claim.by:
-        lines.append(f"asked for: {_asked(verdict, by_ratio=by_ratio)}")
+        lines.append(f"the claim requires {_requirement(verdict, by_ratio=by_ratio)}")
     if verdict.reason:
         lines.append(verdict.reason)
     elif verdict.finding != "cannot be told" and not verdict.stays:
-        lines.append("not so when all comparisons on this table are counted (Bonferroni)")
+        lines.append(
+            "the verdict changes to “cannot be told” when all comparisons of this table are counted (Bonferroni)"
+        )
     return lines
 
 
-def _asked(verdict: Verdict, *, by_ratio: bool) -> str:
+def _requirement(verdict: Verdict, *, by_ratio: bool) -> str:
     claim = verdict.claim
     amount = claim.by if claim.within is None else claim.within
     text = f"{100 * amount:g} %" if by_ratio else f"{amount:g} points".replace("-", "−")
-    return f"a difference above {text}" if claim.within is None else f"the same within {text}"
+    return f"a difference above {text}" if claim.within is None else f"equal values within {text}"
 
 
-def _comparison(found: Comparison, *, by_ratio: bool) -> str:
+def _comparison(comparison: Comparison, *, by_ratio: bool) -> str:
     """One comparison in words."""
-    numbers = (found.value, found.low, found.high)
+    numbers = (comparison.value, comparison.low, comparison.high)
     sign = "×" if by_ratio else ""
     value, low, high = (f"{sign}{x:.2f}" if by_ratio else f"{x:+.1f}".replace("-", "−") for x in numbers)
-    known = found.low > float("-inf") and found.high < float("inf")
+    known = comparison.low > float("-inf") and comparison.high < float("inf")
     between = f" ({low} to {high})" if known else " (one measurement, no interval)"
     unit = "" if by_ratio else " points"
-    rows = f" × {found.num_rows} rows" if found.num_rows > 1 else ""
-    settings = f", {found.num_settings} of {found.of_settings} settings" if found.of_settings > 1 else ""
-    label = f"{found.label}: " if found.label else ""
-    runs = "1 run" if found.num_runs == 1 else f"{found.num_runs} runs"
-    return f"{label}{value}{unit}{between}; {runs} a cell{rows}{settings}"
+    rows = f" × {comparison.num_rows} rows" if comparison.num_rows > 1 else ""
+    settings = ""
+    if comparison.of_settings > 1:
+        settings = f", {comparison.num_settings} of {comparison.of_settings} settings"
+    label = f"{comparison.label}: " if comparison.label else ""
+    runs = "1 run" if comparison.num_runs == 1 else f"{comparison.num_runs} runs"
+    return f"{label}{value}{unit}{between}; {runs} per cell{rows}{settings}"
 
 
 def _span(days: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Figures for papers: the same panels as the page's, drawn by matplotlib as PDF and SVG."""
+"""Figures for papers: the panels of the page, drawn by matplotlib as PDF and SVG."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from zotune.bench.report.figures import COLOURS, MARKERS, Figure, Panel, Series
 from zotune.bench.report.svg import SHAPES
 
-# A text column's width in inches and the height of a panel with y as numbers.
+# Width of a panel in inches, its height with numbers on the y axis, and the height of a row with categories.
 _WIDTH, _HEIGHT, _ROW = 3.4, 2.4, 0.22
 _COLUMNS = 3
 _STYLE: Any = {
@@ -20,8 +20,11 @@ _STYLE: Any = {
 }
 
 
-def pressed(figure: Figure) -> dict[str, bytes]:
-    """The figure's files by ending, `pdf` and `svg`: the same bytes for the same figure."""
+def figure_files(figure: Figure) -> dict[str, bytes]:
+    """Draw a figure; return the contents of its files by their endings, `pdf` and `svg`.
+
+    Equal figures give equal bytes.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
@@ -31,7 +34,7 @@ def pressed(figure: Figure) -> dict[str, bytes]:
     with mpl.rc_context(_STYLE):
         canvas = Canvas(figsize=(_WIDTH * columns, height * lines), layout="constrained")
         for i, panel in enumerate(figure.panels):
-            put(panel, canvas.add_subplot(lines, columns, i + 1))
+            draw_panel(panel, canvas.add_subplot(lines, columns, i + 1))
         _add_legend(canvas, figure)
         files = {}
         for ending, dates in (("pdf", {"CreationDate": None}), ("svg", {"Date": None})):
@@ -45,7 +48,7 @@ def _height(panel: Panel) -> float:
     return 0.8 + _ROW * len(panel.categories) if panel.categories else _HEIGHT
 
 
-def put(panel: Panel, axes: Any) -> None:
+def draw_panel(panel: Panel, axes: Any) -> None:
     """Draw a panel on matplotlib's axes."""
     axes.set_title(panel.title, fontsize=8)
     axes.set_xlabel(panel.x_label)
@@ -56,7 +59,7 @@ def put(panel: Panel, axes: Any) -> None:
     if panel.log_y:
         axes.set_yscale("log")
     for series in panel.series:
-        _put(series, axes, is_upright=not panel.categories)
+        _draw_series(series, axes, is_upright=not panel.categories)
     for _, value in panel.lines:
         axes.axvline(value, color="0.5", linewidth=0.7, linestyle=":")
     if panel.equal:
@@ -68,17 +71,17 @@ def put(panel: Panel, axes: Any) -> None:
         (axes.set_xlim if panel.categories else axes.set_ylim)(0)
 
 
-def _put(series: Series, axes: Any, *, is_upright: bool) -> None:
+def _draw_series(series: Series, axes: Any, *, is_upright: bool) -> None:
     colour = _colour(series)
     xs, ys = [p.x for p in series.points], [p.y for p in series.points]
     for p in series.points:
         if p.low is not None and p.high is not None:
             ends = ([p.x, p.x], [p.low, p.high]) if is_upright else ([p.low, p.high], [p.y, p.y])
             axes.plot(*ends, color=colour, linewidth=0.8)
-    axes.plot(xs, ys, **_look(series))
+    axes.plot(xs, ys, **_style(series))
 
 
-def _look(series: Series) -> dict[str, Any]:
+def _style(series: Series) -> dict[str, Any]:
     colour = _colour(series)
     return {
         "color": colour,
@@ -94,7 +97,7 @@ def _look(series: Series) -> dict[str, Any]:
 
 
 def _marker(series: Series) -> Any:
-    """The page's marker: its corners, upside down, for there y goes down."""
+    """The marker of the page with its corners mirrored, since the y axis of SVG points down."""
     shape = MARKERS[series.style % len(MARKERS)]
     return "o" if shape == "circle" else [(x, -y) for x, y in (*SHAPES[shape], SHAPES[shape][0])]
 
@@ -107,6 +110,6 @@ def _colour(series: Series) -> str:
 def _add_legend(canvas: Any, figure: Figure) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], **_look(series)) for series in figure.legend()]
+    lines = [Line2D([], [], **_style(series)) for series in figure.legend()]
     if len(lines) > 1:
         canvas.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=7, frameon=False)

@@ -1,4 +1,4 @@
-"""`zotune bench report`: a page of a scale's results, with tables and figures as files for papers."""
+"""`zotune bench report`: write a page on the results of a scale, and its tables and figures as files for papers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from zotune.bench.report.formats import comma_separated, latex, markdown
 from zotune.bench.report.html import page
 from zotune.bench.report.markdown import markdown_page
-from zotune.bench.report.print_figures import pressed
-from zotune.bench.report.sections import Section, section
-from zotune.bench.results.records import Scale
-from zotune.bench.spec.experiments import CellSpec, names
+from zotune.bench.report.print_figures import figure_files
+from zotune.bench.report.sections import Section, read_section
+from zotune.bench.spec.resolve import names
+from zotune.bench.spec.schema import CellSpec
+from zotune.bench.spec.vocabulary import Scale
 
 PAGE = "index.html"
 
 
-def _as_is(spec: CellSpec) -> CellSpec:
+def _unchanged(spec: CellSpec) -> CellSpec:
     return spec
 
 
@@ -24,24 +25,28 @@ def report(
     results: Path,
     scale: Scale,
     output: Path,
-    given: Sequence[str] = (),
-    run_as: Callable[[CellSpec], CellSpec] = _as_is,
+    experiments: Sequence[str] = (),
+    run_as: Callable[[CellSpec], CellSpec] = _unchanged,
 ) -> list[Path]:
-    """Write the report on a scale, of all experiments or those that are named; the files, the page first.
+    """Write the report on a scale.
 
     Args:
-        results: where the runner keeps them.
-        scale: of which to report.
-        output: a folder: `index.html`, `report.md`, `tables/NAME.md`, `.csv`, `.tex`, `figures/NAME-….pdf`, `.svg`.
-        given: names of experiments, or paths of TOML files.
-        run_as: what a cell was run as, where that is not what its file says.
+        results: folder of the results.
+        scale: the scale to report on.
+        output: folder to write: `index.html`, `report.md`, `tables/NAME.md`, `.csv`, `.tex`, `figures/NAME-….pdf`,
+            `.svg`.
+        experiments: names of experiments, or paths of TOML files; by default all experiments.
+        run_as: maps a cell of an experiment to the cell that was run, for instance with another source of data.
+
+    Returns:
+        The paths of the written files, the page first.
 
     Raises:
-        UsageError: an experiment is not known, or a result cannot be read.
+        UsageError: an experiment is unknown, or a result cannot be read.
     """
-    found = [s for name in given or names() if (s := section(name, results, scale, run_as)) is not None]
+    sections = [s for name in experiments or names() if (s := read_section(name, results, scale, run_as)) is not None]
     written = []
-    for place, content in (*_page(found, scale), *_tables(found), *_figures(found)):
+    for place, content in (*_page(sections, scale), *_tables(sections), *_figures(sections)):
         path = output / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -66,5 +71,5 @@ def _tables(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
 def _figures(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
     for one in sections:
         for figure in one.figures:
-            for ending, content in pressed(figure).items():
+            for ending, content in figure_files(figure).items():
                 yield f"figures/{figure.name}.{ending}", content

@@ -1,6 +1,6 @@
-"""The page of one run, `report.html` in its folder: what it found, how it got there, how to repeat it.
+"""The page of one run, `report.html` in its output folder: its scores, its course, and the recipe that repeats it.
 
-It reads what the run wrote (`results.json`, `metrics.jsonl`, `config.yaml`), so it can be made at any time.
+The page is made from files of the run (`results.json`, `metrics.jsonl`, `config.yaml`), so it can be made at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
-from zotune.bench.report.html import render, shown
+from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
 
@@ -20,31 +20,31 @@ PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
 _GIB = 2**30
 _START = {"step": 0, "num_forwards": 0, "seconds": 0.0}
-# What a curve of a page's width can show.
+# Number of points that a curve of the page's width can show.
 _MOST_POINTS = 200
 
 Line = dict[str, Any]
 
 
 def write_run_page(folder: Path) -> Path:
-    """Write the page of the run in a folder, whole or not at all; where it is.
+    """Write the page of the run in a folder atomically and return its path.
 
     Raises:
-        UsageError: there is no finished run.
+        UsageError: the folder holds no finished run.
     """
     page = run_page(folder)
     path = folder / PAGE
-    aside = folder / f".{PAGE}.{os.getpid()}"
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    temporary = folder / f".{PAGE}.{os.getpid()}"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
     return path
 
 
 def run_page(folder: Path) -> str:
-    """The page as text.
+    """The page of the run in a folder as HTML.
 
     Raises:
-        UsageError: there is no finished run.
+        UsageError: the folder holds no finished run.
     """
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -59,13 +59,13 @@ def run_page(folder: Path) -> str:
         header=_header(results),
         heads=["rows", "metric", "value", "95 % interval", "rows read", "loss"],
         lines=[_score(label, results[name]) for name, label in _SPLITS.items() if results.get(name)],
-        figures=[shown(figure) for figure in figures(lines, results)],
+        figures=[draw_figure(figure) for figure in figures(lines, results)],
         recipe=recipe,
     )
 
 
 def _lines(path: Path) -> list[Line]:
-    """The lines of metrics, but for a last one that is not whole."""
+    """The parsed lines of a metrics file, without an incomplete last line."""
     whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in whole]
 
@@ -75,7 +75,7 @@ def _header(results: Line) -> list[tuple[str, str]]:
     best = results["best_step"]
     ended = "stopped early" if results["stopped_early"] else "stopped by a signal" if results["stopped_by"] else ""
     return [
-        ("method, tuning", f"{config['method']}, {config['tuning']} ({results['num_tuned']:,} numbers tuned)"),
+        ("method, tuning", f"{config['method']}, {config['tuning']} ({results['num_tuned']:,} tuned parameters)"),
         ("learning rate, μ, queries", f"{config['learning_rate']:g}, {config['mu']:g}, {config['num_queries']}"),
         ("steps", ", ".join(filter(None, [f"{results['num_steps']} of {config['max_steps']}", ended]))),
         *([("best step", str(best))] if best is not None else []),
@@ -88,26 +88,26 @@ def _header(results: Line) -> list[tuple[str, str]]:
     ]
 
 
-def _score(label: str, found: Line) -> list[str]:
-    """A line of the result's table: the metric comes first, and rates are shown as percentages."""
-    metric, value = next(iter(found.items()))
-    is_rate = found["low"] >= 0 and found["high"] <= 1
-    numbers = [f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, found["low"], found["high"])]
-    loss = found.get("loss")
+def _score(label: str, scores: Line) -> list[str]:
+    """A row of the table of scores; the metric is the first key, and rates are shown as percentages."""
+    metric, value = next(iter(scores.items()))
+    is_rate = scores["low"] >= 0 and scores["high"] <= 1
+    numbers = [f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, scores["low"], scores["high"])]
+    loss = scores.get("loss")
     text = "–" if loss is None else f"{loss:.4f}"
-    return [label, metric, numbers[0], f"{numbers[1]} to {numbers[2]}", f"{found['num_examples']:,}", text]
+    return [label, metric, numbers[0], f"{numbers[1]} to {numbers[2]}", f"{scores['num_examples']:,}", text]
 
 
 # Figures --------------------------------------------------------------------------------------------------
 
 
 def figures(lines: Sequence[Line], results: Line) -> Iterator[Figure]:
-    """Loss and held-out metric over forward passes and over seconds, and memory; those that have two points or more."""
+    """Yield the figures with at least two points: loss and metric over forward passes and over seconds, and memory."""
     training = [line for line in lines if "dev" not in line]
-    dev = [(_spent(line["step"], training), line["dev"]) for line in lines if "dev" in line]
+    dev = [(_cost_at(line["step"], training), line["dev"]) for line in lines if "dev" in line]
     if results.get("dev_before"):
-        dev.insert(0, (_spent(0, training), results["dev_before"]))
-    says = "Training loss is the mean of the last steps; the bars of the held-out metric are its 95 % interval."
+        dev.insert(0, (_cost_at(0, training), results["dev_before"]))
+    says = "The training loss is a mean over the last steps; the bars of the held-out metric are its 95 % interval."
     for cost, label in (("num_forwards", "forward passes"), ("seconds", "training time, s")):
         panels = tuple(_over(cost, label, training, dev))
         if panels:
@@ -115,11 +115,11 @@ def figures(lines: Sequence[Line], results: Line) -> Iterator[Figure]:
     memory = [Point(line["step"], line["peak_memory"] / _GIB, note=_at(line)) for line in training]
     if len(memory) > 1:
         panel = Panel("peak memory", "step", "GiB", (_curve("peak so far", memory, 1),), from_zero=True)
-        yield Figure("course-memory", "Memory", "The most that the process has held so far.", (panel,))
+        yield Figure("course-memory", "Memory", "The peak memory of the process up to each step.", (panel,))
 
 
-def _spent(step: int, training: Sequence[Line]) -> Line:
-    """Passes and seconds up to a step, in proportion between the steps that are logged."""
+def _cost_at(step: int, training: Sequence[Line]) -> Line:
+    """Forward passes and seconds up to a step, interpolated linearly between logged steps."""
     before = next((line for line in reversed(training) if line["step"] <= step), _START)
     after = next((line for line in training if line["step"] >= step), before)
     share = (step - before["step"]) / (after["step"] - before["step"]) if after["step"] > before["step"] else 0.0
@@ -128,15 +128,15 @@ def _spent(step: int, training: Sequence[Line]) -> Line:
 
 
 def _curve(name: str, points: Sequence[Point], style: int) -> Series:
-    """A line of not too many points: every so many of them, and the last."""
+    """A joined series of at most about `_MOST_POINTS` points, evenly thinned; the last point is always kept."""
     every = -(-len(points) // _MOST_POINTS)
-    kept = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
-    return Series(name, tuple(kept), style, joined=True)
+    thinned = [p for i, p in enumerate(points) if i % every == 0 or i == len(points) - 1]
+    return Series(name, tuple(thinned), style, joined=True)
 
 
 def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[Line, Line]]) -> Iterator[Panel]:
     losses = [Point(line[cost], line["loss"], note=_at(line)) for line in training if line["loss"] is not None]
-    held_out = [Point(at[cost], found["loss"], note=_at(at)) for at, found in dev if found.get("loss") is not None]
+    held_out = [Point(at[cost], scores["loss"], note=_at(at)) for at, scores in dev if scores.get("loss") is not None]
     series = (_curve("training loss", losses, 0), _curve("held-out loss", held_out, 2))
     drawn = tuple(s for s in series if len(s.points) > 1)
     if drawn:
@@ -144,14 +144,14 @@ def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[L
         yield Panel("loss", label, "loss", drawn, log_y=is_log)
     if len(dev) > 1:
         metric = next(iter(dev[0][1]))
-        curve = _curve(f"held-out {metric}", [_measured(at, found, cost) for at, found in dev], 3)
+        curve = _curve(f"held-out {metric}", [_metric_point(at, scores, cost) for at, scores in dev], 3)
         yield Panel(f"held-out {metric}", label, metric, (curve,))
 
 
-def _measured(at: Line, found: Line, cost: str) -> Point:
-    value = next(iter(found.values()))
-    note = f"{_at(at)}: {significant(value)} ({significant(found['low'])} to {significant(found['high'])})"
-    return Point(at[cost], value, found["low"], found["high"], note)
+def _metric_point(at: Line, scores: Line, cost: str) -> Point:
+    value = next(iter(scores.values()))
+    note = f"{_at(at)}: {significant(value)} ({significant(scores['low'])} to {significant(scores['high'])})"
+    return Point(at[cost], value, scores["low"], scores["high"], note)
 
 
 def _at(line: Line) -> str:

@@ -1,4 +1,4 @@
-"""A section of the report: one experiment at a scale, its cells as they stand, and what follows from them."""
+"""A section of the report: one experiment at a scale, its cells, and the table, figures and verdicts made from them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from pathlib import Path
 
 from zotune.bench.report.choose_figures import figures
 from zotune.bench.report.figures import Figure
-from zotune.bench.results.records import Scale, read_result, result_path
+from zotune.bench.results.records import read_result, result_path
 from zotune.bench.results.tables import Cell, Table, table
 from zotune.bench.results.verdicts import Verdict, verdicts
 from zotune.bench.run.runner import state_of
-from zotune.bench.spec.experiments import CellSpec, Experiment, cells, find
+from zotune.bench.spec.resolve import cells, find
+from zotune.bench.spec.schema import CellSpec, Experiment
+from zotune.bench.spec.vocabulary import Scale
 
 
 @dataclass(frozen=True)
 class Section:
-    """One experiment."""
+    """The report on one experiment."""
 
     name: str
     experiment: Experiment
@@ -27,8 +29,14 @@ class Section:
     verdicts: tuple[Verdict, ...]
 
 
-def section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
-    """The section on an experiment; None where it has no such scale.
+def read_section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
+    """Read the results of an experiment and make its section; None if the experiment lacks the scale.
+
+    Args:
+        name: name of an experiment, or path of a TOML file.
+        results: folder of the results.
+        scale: the scale to report on.
+        run_as: maps a cell of the experiment to the cell that was run, for instance with another source of data.
 
     Raises:
         UsageError: the experiment or one of its results cannot be read.
@@ -36,23 +44,23 @@ def section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec],
     stem, experiment = find(name)
     if scale not in experiment.scale:
         return None
-    found = [_as_it_stands(results, run_as(spec)) for spec in cells(stem, experiment, scale)]
-    return assembled(stem, experiment, found)
+    every = [_read_cell(results, run_as(spec)) for spec in cells(stem, experiment, scale)]
+    return make_section(stem, experiment, every)
 
 
-def _as_it_stands(results: Path, spec: CellSpec) -> Cell:
-    found = read_result(result_path(results, spec.scale, spec.experiment, spec.name))
-    return Cell(dict(spec.coordinates), state_of(results, spec), found)
+def _read_cell(results: Path, spec: CellSpec) -> Cell:
+    result = read_result(result_path(results, spec.scale, spec.experiment, spec.name))
+    return Cell(dict(spec.coordinates), state_of(results, spec), result)
 
 
-def assembled(name: str, experiment: Experiment, found: Sequence[Cell]) -> Section:
-    """The section that follows from cells."""
-    shown = table(name, experiment, found)
+def make_section(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Section:
+    """Make the section of an experiment from its cells."""
+    of_cells = table(name, experiment, cells)
     return Section(
         name=name,
         experiment=experiment,
-        cells=tuple(found),
-        table=shown,
-        figures=tuple(figures(name, experiment, found, shown)),
-        verdicts=tuple(verdicts(experiment.claims, found)),
+        cells=tuple(cells),
+        table=of_cells,
+        figures=tuple(figures(name, experiment, cells, of_cells)),
+        verdicts=tuple(verdicts(experiment.claims, cells)),
     )

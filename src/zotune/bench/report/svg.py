@@ -1,7 +1,7 @@
-"""Figures' panels as SVG for the page: text stays text, colours are the page's, every point says its numbers.
+"""Panels of figures as SVG for the page: text stays text, and every point has its numbers as a tooltip.
 
-Written out by hand rather than by a plotting library: a panel takes some kilobytes in place of megabytes of script,
-follows light and dark, prints, needs nothing from a network, and is one picture with a name to a screen reader.
+The SVG is written without a plotting library, so a panel takes some kilobytes instead of megabytes of script, follows
+the page's light and dark colours, prints, needs no network, and is one named image for a screen reader.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from zotune.bench.results.quantities import significant
 WIDTH, HEIGHT = 360, 250
 _TOP, _RIGHT, _BOTTOM = 26, 14, 44
 _ROW, _LETTER = 22, 6.3
-# Markers of a curve with more points than these are small, or they hide it.
+# Size of markers, of small markers, and the number of points above which markers are small, so that the curve shows.
 _SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From a number to pixels along one axis."""
+    """The map from numbers to pixels along one axis."""
 
     low: float
     high: float
@@ -33,21 +33,21 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a number lies."""
-        turn: Callable[[float], float] = math.log10 if self.is_log else float
-        low, high = turn(self.low), turn(self.high)
-        share = (turn(value) - low) / (high - low) if high > low else 0.5
+        """The position of a number in pixels."""
+        transform: Callable[[float], float] = math.log10 if self.is_log else float
+        low, high = transform(self.low), transform(self.high)
+        share = (transform(value) - low) / (high - low) if high > low else 0.5
         return self.start + share * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """Round numbers within, about so many."""
-        return _decades(self.low, self.high) if self.is_log else nice(self.low, self.high, count)
+        """Round numbers within the scale, about `count` of them."""
+        return _decades(self.low, self.high) if self.is_log else round_numbers(self.low, self.high, count)
 
 
-def nice(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high], 1, 2 or 5 times a power of ten apart.
+def round_numbers(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within [low, high], 1, 2 or 5 times a power of ten apart, about `count` of them.
 
-    >>> nice(0, 97), nice(0.31, 0.42)
+    >>> round_numbers(0, 97), round_numbers(0.31, 0.42)
     ([0.0, 20.0, 40.0, 60.0, 80.0], [0.35, 0.4])
     """
     if high <= low:
@@ -60,14 +60,14 @@ def nice(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Powers of ten within; with their double and fivefold where these are few."""
+    """Powers of ten within [low, high], also 2 and 5 times these if the range is short."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1,) if math.log10(high / low) > 2.5 else (1, 2, 5)
     return [m * 10.0**p for p in powers for m in steps if low <= m * 10.0**p <= high]
 
 
 def short(value: float) -> str:
-    """A number as an axis shows it.
+    """Format a number for the label of a tick.
 
     >>> short(12000.0), short(0.25), short(2e6), short(1500.0), short(-3.0)
     ('12k', '0.25', '2M', '1.5k', '−3')
@@ -79,12 +79,12 @@ def short(value: float) -> str:
 
 
 def draw(panel: Panel, name: str) -> str:
-    """A panel as an SVG element; `name` makes its ids the page's only ones."""
+    """Draw a panel as an SVG element; `name` makes its ids unique within the page."""
     height = _TOP + _BOTTOM + _ROW * len(panel.categories) if panel.categories else HEIGHT
     y = _scale(_along(panel, "y"), height - _BOTTOM, _TOP, panel.log_y)
     if panel.categories:
         y = Scale(-0.5, len(panel.categories) - 0.5, _TOP, height - _BOTTOM)
-    # Room for what stands to the left: names of categories, or ticks and the label beside them.
+    # Space on the left for the names of categories, or for ticks and the label beside them.
     texts = panel.categories or [short(value) for value in y.ticks(5)]
     left = max([_LETTER * len(text) for text in texts], default=0) + (12 if panel.categories else 30)
     x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, WIDTH - _RIGHT, panel.log_x)
@@ -99,19 +99,19 @@ def draw(panel: Panel, name: str) -> str:
 
 
 def _along(panel: Panel, axis: str) -> list[float]:
-    """All numbers that an axis must hold."""
+    """All numbers that an axis must cover."""
     measured = "x" if panel.categories else "y"
-    found = [getattr(p, axis) for p in panel.points()]
+    values = [getattr(p, axis) for p in panel.points()]
     if axis == measured:
-        found += [end for p in panel.points() for end in (p.low, p.high) if end is not None]
-        found += [0.0] if panel.from_zero else []
+        values += [end for p in panel.points() for end in (p.low, p.high) if end is not None]
+        values += [0.0] if panel.from_zero else []
     if panel.equal:
-        found += [v for p in panel.points() for v in (p.x, p.y)] + [0.0] * panel.from_zero
-    return found
+        values += [v for p in panel.points() for v in (p.x, p.y)] + [0.0] * panel.from_zero
+    return values
 
 
 def _scale(values: Sequence[float], start: float, end: float, is_log: bool) -> Scale:
-    """A scale that holds all values with some air at both ends, but for a zero.
+    """A scale that covers all values, with a margin at both ends except at zero.
 
     >>> _scale([1250.1, 1250.3], 0, 100, False).ticks(5)
     [1200.0, 1250.0, 1300.0]
@@ -119,15 +119,15 @@ def _scale(values: Sequence[float], start: float, end: float, is_log: bool) -> S
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not is_log)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if is_log:
-        air = (high / low) ** 0.06 if high > low else 2.0
-        return Scale(low / air, high * air, start, end, is_log=True)
-    # Values a hundredth apart are alike: stretched over an axis they would look far from it.
-    air = 0.06 * (high - low) if high - low > 0.01 * abs(high) else 0.05 * abs(high) or 1.0
-    return Scale(low - air * (low != 0), high + air, start, end)
+        factor = (high / low) ** 0.06 if high > low else 2.0
+        return Scale(low / factor, high * factor, start, end, is_log=True)
+    # Values that differ by less than a hundredth get a wide margin; filling the axis, they would look very different.
+    margin = 0.06 * (high - low) if high - low > 0.01 * abs(high) else 0.05 * abs(high) or 1.0
+    return Scale(low - margin * (low != 0), high + margin, start, end)
 
 
 def _frame(panel: Panel, x: Scale, y: Scale, height: float) -> list[str]:
-    """Title, grid, ticks and labels."""
+    """The title, grid, ticks and labels of a panel."""
     bottom, parts = height - _BOTTOM, [_text(0, 14, panel.title, "head")]
     for value in x.ticks(5):
         parts.append(_line(x(value), _TOP, x(value), bottom, "grid"))
@@ -152,13 +152,13 @@ def _frame(panel: Panel, x: Scale, y: Scale, height: float) -> list[str]:
 
 def _series(panel: Panel, series: Series, x: Scale, y: Scale) -> list[str]:
     parts, colour = [], colour_class(series)
-    # What an axis of powers cannot hold is left out of it, never moved.
-    kept = [p for p in series.points if not (panel.log_x and p.x <= 0) and not (panel.log_y and p.y <= 0)]
-    if series.joined and len(kept) > 1:
-        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in kept)
+    # Points that a logarithmic axis cannot show are left out.
+    points = [p for p in series.points if not (panel.log_x and p.x <= 0) and not (panel.log_y and p.y <= 0)]
+    if series.joined and len(points) > 1:
+        path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in points)
         parts.append(f'<polyline class="run {colour}" points="{path}"/>')
-    size = _SIZE if len(kept) <= _CROWD else _SMALL
-    for p in kept:
+    size = _SIZE if len(points) <= _CROWD else _SMALL
+    for p in points:
         if p.low is not None and p.high is not None:
             parts.append(_whisker(panel, p, x, y, colour))
         title = f"{series.name}: {p.note}" if p.note else f"{series.name}: {significant(p.x)}, {significant(p.y)}"
@@ -174,12 +174,12 @@ def _whisker(panel: Panel, p: Point, x: Scale, y: Scale, colour: str) -> str:
 
 
 def colour_class(series: Series) -> str:
-    """The classes that give a series its colour, and make it hollow."""
+    """The CSS classes for the colour of a series and for hollow markers."""
     return f"c{series.style % len(COLOURS)}{' hollow' if series.hollow else ''}"
 
 
 def marker(series: Series, x: float, y: float, title: str = "", size: float = _SIZE) -> str:
-    """The marker of a series at a place."""
+    """Draw the marker of a series at a position in pixels."""
     inside = f"<title>{escape(title)}</title>" if title else ""
     kind = f'class="mark {colour_class(series)}"'
     shape = MARKERS[series.style % len(MARKERS)]
@@ -196,7 +196,7 @@ def _star() -> tuple[tuple[float, float], ...]:
 
 _HALF_PLUS = ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4))
 _PLUS = (*_HALF_PLUS, *((-a, -b) for a, b in _HALF_PLUS))
-# Corners around (0, 0), y downwards.
+# Corners of markers around (0, 0); the y axis points down.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
     "triangle": ((0, -1.2), (1.1, 0.8), (-1.1, 0.8)),

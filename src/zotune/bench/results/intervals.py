@@ -1,11 +1,11 @@
-"""Intervals of weighted sums of cells' means, over evaluation rows and seeds at once.
+"""Confidence intervals of weighted sums of cells' means, over evaluation rows and seeds together.
 
-Rows are paired: the models of all cells answer the same ones, so a contrast D[i] = Σ w·y[i] is taken row by row first.
-Runs are independent, and what a run's luck adds to its mean is told from its cell's seeds, less what chance answers to
-single rows would give. The two parts of the variance have very different degrees of freedom (some hundred rows, two or
-three runs a cell), so each gets its own quantile of Student's t, and the squares are added (Graybill and Wang, 1980; on
-paired rows of language models' evaluations: Miller, 2024, arXiv 2411.00640). Degrees of freedom of a sum of cells are
-Satterthwaite's (1946).
+Rows are paired: the models of all cells answer the same rows, so a contrast D[i] = Σ w·y[i] is computed row by row.
+Runs are independent. The variance between runs is estimated from the means of a cell's seeds, minus the variance that
+random answers to single rows would cause. The two parts of the variance have very different degrees of freedom (some
+hundred rows, two or three runs per cell), so each has its own quantile of Student's t, and the squares are added
+(Graybill and Wang, 1980; for paired rows in evaluations of language models: Miller, 2024, arXiv 2411.00640). The
+degrees of freedom of a sum of cells are Satterthwaite's (1946).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Part = tuple[float, float]
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a cell found.
+    """The outcomes of a cell's runs.
 
     Attributes:
-        values: [runs, rows]; one column where a run has but one number.
-        rows: the name of the set of rows: cells with the same name and as many rows are paired row by row.
+        values: array of shape [runs, rows]; one column if each run has a single number.
+        rows: name of the set of rows; cells with the same name and number of rows are paired row by row.
     """
 
     values: Matrix
@@ -36,18 +36,18 @@ class Outcomes:
 
     @property
     def mean(self) -> float:
-        """Over runs and rows."""
+        """The mean over runs and rows."""
         return float(self.values.mean())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A contrast's value and how sure it is.
+    """The value of a contrast and its variance.
 
     Attributes:
-        parts: of its variance; None where a cell has but one number, of which nothing more is known.
-        num_runs: of the cell that has the fewest; with one, the parts know rows alone.
-        num_rows: of all sets of rows.
+        parts: parts of the variance with their degrees of freedom; None if a cell has a single number.
+        num_runs: number of runs of the cell with the fewest; with one run, the variance covers rows only.
+        num_rows: number of rows of all sets of rows.
     """
 
     value: float
@@ -61,7 +61,7 @@ class Estimate:
         return None if self.parts is None else math.sqrt(sum(variance for variance, _ in self.parts))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Both ends; all numbers where the error is unknown.
+        """Both ends of the interval at a level; (−∞, ∞) if the error is unknown.
 
         >>> low, high = Estimate(1.0, ((0.01, 2.0),), 3, 1).interval()
         >>> round(low, 3), round(high, 3), Estimate(1.0, None, 1, 1).interval()
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def contrast(terms: Sequence[tuple[float, Outcomes]]) -> Estimate:
-    """Σ w·mean of one or more cells.
+    """The weighted sum of the means of one or more cells, Σ w·mean.
 
     >>> first = Outcomes(np.array([[1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
     >>> second = Outcomes(np.array([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]]))
@@ -105,17 +105,17 @@ def _of_mean(values: Matrix) -> Part:
 
 
 def _of_runs(values: Matrix) -> Iterable[Part]:
-    """The variance of the mean as the runs' means show it, chance answers included."""
+    """The variance of the mean estimated from the runs' means, which includes the variance of random answers."""
     return [_of_mean(values.mean(axis=1))] if len(values) > 1 else []
 
 
 def _chance(values: Matrix) -> float:
-    """What answers that are neither the row's nor the run's doing add to the variance of the mean."""
+    """The part of the variance of the mean that comes from answers explained neither by the row nor by the run."""
     num_runs, num_rows = values.shape
     if num_runs == 1 or num_rows == 1:
         return 0.0
-    left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
-    squares = float((left * left).sum())
+    residual = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    squares = float((residual * residual).sum())
     return squares / float((num_runs - 1) * (num_rows - 1) * values.size)
 
 

@@ -1,6 +1,6 @@
-"""What can be read from a run: accuracy, passes, seconds, bytes, and the numbers that its kind has of its own.
+"""The numbers that can be read from a run: accuracy, passes, seconds, bytes, and further ones for each kind of cell.
 
-Each has a name, a unit that people read, and a way to be compared: rates by their difference, amounts by their ratio.
+Each quantity has a name, a unit for readers, and a way of comparison: rates by difference, amounts by ratio.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from zotune.bench.results.intervals import Outcomes
 from zotune.bench.results.records import CellResult, RunRecord
+from zotune.bench.spec.vocabulary import is_amount
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,9 @@ class Quantity:
     """One number of a run.
 
     Attributes:
-        label, unit: as tables and axes show it.
-        read: the number, in the unit; None where the run has none.
-        digits: after the decimal point; None for three significant ones.
-        by_ratio: amounts are compared by their ratio, and each number is measured anew; else by difference.
+        label, unit: the texts in tables and on axes.
+        read: returns the number in the unit; None if the run has none.
+        digits: digits after the decimal point; None for three significant digits.
     """
 
     name: str
@@ -31,10 +31,14 @@ class Quantity:
     unit: str
     read: Callable[[RunRecord], float | None]
     digits: int | None = None
-    by_ratio: bool = False
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whether it is an amount, which is compared by ratio; all others are compared by difference."""
+        return is_amount(self.name)
 
     def text(self, value: float) -> str:
-        """A value as tables show it, without its unit.
+        """Format a value for tables, without its unit.
 
         >>> quantity("accuracy").text(91.234), quantity("peak_memory").text(1234.5), quantity("seconds").text(0.01234)
         ('91.2', '1,234', '0.0123')
@@ -45,7 +49,7 @@ class Quantity:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, and no fewer than those before its point; a whole one as it is.
+    """Format a number with `digits` significant digits, all digits before the point, and integers in full.
 
     >>> significant(0.00012345), significant(12.345), significant(123456.7), significant(64.0), significant(1e-9)
     ('0.000123', '12.3', '123,457', '64', '1e-09')
@@ -61,7 +65,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def signed(text: str) -> str:
-    """A formatted number with its sign, a true minus.
+    """A formatted number with its sign; the minus is the typographic one.
 
     >>> signed("1.2"), signed("-1.2"), signed("0.0"), signed("-0.0")
     ('+1.2', '−1.2', '±0.0', '±0.0')
@@ -78,35 +82,33 @@ def _score(run: RunRecord) -> float | None:
 _GIB = 2**30
 _KNOWN = (
     Quantity("accuracy", "accuracy", "%", _score, digits=1),
-    Quantity("num_forwards", "forward passes", "", lambda run: run.num_forwards, by_ratio=True),
-    Quantity("num_tokens", "tokens read", "", lambda run: run.num_tokens, by_ratio=True),
-    Quantity("seconds", "training time", "s", lambda run: run.seconds, by_ratio=True),
-    Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB, by_ratio=True),
+    Quantity("num_forwards", "forward passes", "", lambda run: run.num_forwards),
+    Quantity("num_tokens", "tokens read", "", lambda run: run.num_tokens),
+    Quantity("seconds", "training time", "s", lambda run: run.seconds),
+    Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB),
     Quantity("dev_loss", "held-out loss", "", lambda run: None if run.dev is None else run.dev.loss),
 )
-# What numbers that kinds of cells have of their own are called, where their names do not say it.
+# Labels of further quantities whose names do not make good labels.
 _LABELS = {
     "over_baseline_bytes": "memory",
     "formula_bytes": "memory by formula",
     "seconds_per_step": "time of a step",
 }
 QUANTITIES: dict[str, Quantity] = {q.name: q for q in _KNOWN}
-"""Those that every run has; `quantity` also knows the numbers that runs have of their own."""
+"""The quantities that every run has; `quantity` also finds those in a run's `measured` and `values`."""
 
 
 def quantity(name: str) -> Quantity:
-    """A quantity by name: one that every run has, or one of a run's `measured` or `values`.
+    """A quantity by name: one that every run has, a key of a run's `measured` or `values`, or the ratio `A/B` of two.
 
-    Of these a word of the name tells the unit, `bytes` or `seconds`; others are plain numbers.
-
-    `A/B` is the ratio of two of them.
+    A key with the word `bytes` or `seconds` has that unit; other keys are plain numbers.
 
     >>> quantity("seconds_per_step").unit, quantity("formula_bytes").unit, quantity("relative_variance").label
     ('s', 'GiB', 'relative variance')
     """
     if "/" in name:
         return _ratio(name, *map(quantity, name.split("/", 1)))
-    return QUANTITIES.get(name) or _own(name)
+    return QUANTITIES.get(name) or _from_key(name)
 
 
 def _ratio(name: str, above: Quantity, below: Quantity) -> Quantity:
@@ -114,25 +116,25 @@ def _ratio(name: str, above: Quantity, below: Quantity) -> Quantity:
         a, b = above.read(run), below.read(run)
         return a / b if a is not None and b else None
 
-    return Quantity(name, f"{above.label} ÷ {below.label}", "", read, by_ratio=True)
+    return Quantity(name, f"{above.label} ÷ {below.label}", "", read)
 
 
-def _own(name: str) -> Quantity:
+def _from_key(name: str) -> Quantity:
+    """The quantity of a key in a run's `measured` or `values`."""
     words = name.split("_")
     text = _LABELS.get(name, " ".join(word for word in words if word != "bytes"))
     is_bytes, is_time = "bytes" in words, "seconds" in words
     per = _GIB if is_bytes else 1
 
     def read(run: RunRecord) -> float | None:
-        found = run.measured.get(name, run.values.get(name))
-        return None if found is None else found / per
+        value = run.measured.get(name, run.values.get(name))
+        return None if value is None else value / per
 
-    unit = "GiB" if is_bytes else "s" if is_time else ""
-    return Quantity(name, text, unit, read, by_ratio=is_bytes or is_time)
+    return Quantity(name, text, "GiB" if is_bytes else "s" if is_time else "", read)
 
 
 def label_of(q: Quantity, metric: str = "accuracy") -> str:
-    """A quantity's label with its unit; `metric` is what accuracy is called where answers have degrees.
+    """A quantity's label with its unit; `metric` replaces the label of accuracy, for instance by f1.
 
     >>> label_of(quantity("accuracy"), "f1"), label_of(quantity("num_forwards"))
     ('f1, %', 'forward passes')
@@ -141,22 +143,22 @@ def label_of(q: Quantity, metric: str = "accuracy") -> str:
     return f"{label}, {q.unit}" if q.unit else label
 
 
-def readings(result: CellResult, q: Quantity) -> list[float]:
-    """The numbers of a cell's runs, where they have one."""
-    found = (q.read(run) for run in result.runs)
-    return [value for value in found if value is not None and math.isfinite(value)]
+def run_values(result: CellResult, q: Quantity) -> list[float]:
+    """The quantity in each of a cell's runs that has it as a finite number."""
+    values = (q.read(run) for run in result.runs)
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def outcomes(result: CellResult, q: Quantity) -> Outcomes | None:
-    """What contrasts are made of: right answers row by row, in points, where runs have these; else one number a run.
+    """The data of contrasts: right answers row by row, in points, where runs have these; else one number for each run.
 
-    Amounts come as logarithms, so that a difference is a ratio.
+    Amounts are returned as logarithms, so that a difference is a ratio. None if the cell has no usable number.
     """
     rows = [run.right for run in result.runs]
     if q.name == "accuracy" and rows and all(rows) and len({len(row) for row in rows}) == 1:
         right = np.array([[100.0 * (mark == "1") for mark in row] for row in rows])
         return Outcomes(right, str(result.config.get("options", {}).get("task", "")))
-    values = readings(result, q)
+    values = run_values(result, q)
     if not values or (q.by_ratio and min(values) <= 0):
         return None
     column = np.array(values)[:, None]

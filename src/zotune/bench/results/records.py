@@ -1,7 +1,7 @@
-"""The result of one cell of a table: one JSON file, `RESULTS/SCALE/EXPERIMENT/CELL.json`.
+"""The stored result of one cell: a JSON file, `RESULTS/SCALE/EXPERIMENT/CELL.json`.
 
-What clocks and memory gauges say stands in fields of their own (`MEASURED`); everything else is the same, to the byte,
-each time the same code runs the same cell on the same kind of machine.
+Measured times and memory stand in fields of their own (`MEASURED`). All other fields are identical, to the byte, each
+time the same code runs the same cell on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -9,33 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from zotune.bench.spec.vocabulary import Alike, Coordinate, Kind, Record, Scale, Status
 from zotune.errors import UsageError
 
-SCALES = ("smoke", "cpu", "paper")
-Scale = Literal["smoke", "cpu", "paper"]
-# What a cell finds: how well a tuned model answers; the process's peak bytes; seconds a step; bytes by formula beside
-# those measured; how near an estimate is to the true gradient.
-Kind = Literal["accuracy", "memory", "time", "theory", "quality"]
-Status = Literal["done", "failed", "timed_out", "out_of_memory"]
-Coordinate = str | int | float
 Number = float | None
 
-# The fields that differ from run to run, wherever they stand.
+# The fields that differ from run to run, in whichever record they stand.
 MEASURED = frozenset({"seconds", "peak_memory", "phases", "measured", "time"})
 
 
-class Record(BaseModel):
-    """A frozen part of a result; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Score(Record):
-    """A metric over rows with its 95 % interval; all in [0, 1], `loss` the mean of the objective where it is known."""
+    """A metric over rows with its 95 % interval, each in [0, 1]; `loss` is the mean objective where it is known."""
 
     metric: str = "accuracy"
     value: float
@@ -50,10 +38,10 @@ class Trial(Record):
 
     Attributes:
         learning_rate, mu: the point; `mu` is None for a method that has none.
-        dev_loss: on the held-out training rows, at the trial's end; None where it was not a number.
-        dev_value: the metric there.
-        status, message: why a trial has no loss. A trial out of memory or out of time loses against all others.
-        measured: as a run's.
+        dev_loss: loss on the held-out training rows at the end of the trial; None if it was not finite.
+        dev_value: the metric on the held-out rows.
+        status, message: why a trial has no loss. A trial without a loss ranks behind all others.
+        measured: as in `RunRecord`.
     """
 
     learning_rate: float
@@ -71,7 +59,7 @@ class Trial(Record):
 
 
 class Chosen(Record):
-    """What the search settled: the point, and what followed from a budget (None where the experiment fixed it)."""
+    """The chosen point of the search; steps and batch size where a budget determined them, else None."""
 
     learning_rate: float
     mu: Number = None
@@ -80,10 +68,10 @@ class Chosen(Record):
 
 
 class Evaluation(Record):
-    """The held-out rows on the way; step 0 is the untuned model.
+    """An evaluation on the held-out rows during training; step 0 is the untuned model.
 
     Attributes:
-        num_forwards, seconds: of the training up to here.
+        num_forwards, seconds: forward passes and seconds of the training up to this step.
     """
 
     step: int
@@ -97,20 +85,20 @@ class RunRecord(Record):
     """One run of a cell, in a process of its own.
 
     Attributes:
-        seed: names directions, batches and a new adapter's weights.
-        test: the evaluation rows, read once, with the weights of the step that was best on the held-out rows.
-        right: of each evaluation row, in their order, 1 where the answer was right and 0 where not, for paired tests.
-        dev, dev_before: the held-out rows after and before.
-        best_step: the step whose weights were kept; 0 is the untuned model.
-        num_forwards: forward passes of the training; a back-propagation counts the one that it begins with.
-        num_tokens: tokens that these read, padding not counted.
-        num_tuned: how many numbers were tuned.
-        values: other numbers that a cell is about and that are the same each time (predicted bytes, cosines).
-        measured: those that a clock or a gauge gave: of a training `seconds_per_step` in its second half and
-            `seconds_before`, what it took beside so long steps (activations that are computed once).
-        seconds: of the training, evaluations not counted; of a cell of another kind, of the whole run.
-        peak_memory: of the process, in bytes: on a GPU what was allocated there, else resident.
-        phases: of parts of a run, each with its numbers.
+        seed: seed of the directions, the order of batches and the initial adapter weights.
+        test: the score on the evaluation rows, which are read once, with the weights of the best step.
+        right: one character for each evaluation row, in order: 1 for a right answer, else 0; for paired tests.
+        dev, dev_before: the score on the held-out rows after and before training.
+        best_step: the step with the best score on the held-out rows, whose weights are kept; 0 is the untuned model.
+        num_forwards: forward passes of the training; a back-propagation counts its own forward pass.
+        num_tokens: tokens that these passes read, without padding.
+        num_tuned: number of tuned parameters.
+        values: other repeatable numbers, such as predicted bytes and cosines.
+        measured: other measured numbers. A training run has `seconds_per_step`, from its second half, and
+            `seconds_before`, the rest of its time (for instance activations that are computed once).
+        seconds: training time without evaluations; for other kinds of cells the time of the whole run.
+        peak_memory: peak of the process in bytes: allocated memory on a GPU, else resident memory.
+        phases: numbers for each phase of a step.
     """
 
     seed: int
@@ -132,20 +120,40 @@ class RunRecord(Record):
     phases: dict[str, dict[str, Number]] = Field(default_factory=dict)
 
 
-class CellResult(Record):
-    """All that is known of a cell.
+class Verified(Record):
+    """The acceptance of a result of older code, after a job of the same kind gave the same numbers with newer code.
 
     Attributes:
-        cell: its name within the experiment, and its file's.
-        coordinates: its place: axis to value, in the order of the experiment's axes.
-        key: hash of the resolved config, of the code that computes results, and of the libraries' versions; a result
-            with another key than the cell has today is stale.
-        status, message: how it ended; a cell that is not `done` has what was found before it failed.
-        config: the resolved options of its runs, but for what the search chose and the seed.
-        search, chosen: the points tried on held-out rows, and the one taken.
-        runs: one a seed.
-        baselines: `zero_shot` and `majority` where the cell is about accuracy.
-        commit: of the code, "unknown" where it is not a checkout; time: of the end, UTC.
+        key_before: the key that the result had before.
+        by: the cell whose job was run again, `EXPERIMENT/CELL`.
+        alike: what both cells have in common: all options except amounts, or the method and tuning.
+        commit, environment, time: commit, machine and time of that job.
+    """
+
+    key_before: str
+    by: str
+    alike: Alike = "options"
+    commit: str = "unknown"
+    environment: dict[str, str] = Field(default_factory=dict)
+    time: str = ""
+
+
+class CellResult(Record):
+    """The complete result of a cell.
+
+    Attributes:
+        cell: name of the cell within the experiment, and of its file.
+        coordinates: from each axis to the cell's value, in the order of the experiment's axes.
+        key: hash of the resolved config, of the code that computes results and of the libraries' versions. A result is
+            stale if the cell has another key today.
+        status, message: how the cell ended; a cell that is not `done` holds the results from before it failed.
+        config: the resolved options of its runs, without the seed and the searched options.
+        search, chosen: the trials on held-out rows, and the chosen point.
+        runs: one run for each seed.
+        baselines: `zero_shot` and `majority`, for cells of kind accuracy.
+        commit: commit of the code, "unknown" outside a checkout.
+        time: end of the cell, UTC.
+        verified: how the result came to have another key than it was recorded with; the latest entry is last.
     """
 
     experiment: str
@@ -164,15 +172,16 @@ class CellResult(Record):
     environment: dict[str, str] = Field(default_factory=dict)
     commit: str = "unknown"
     time: str = ""
+    verified: tuple[Verified, ...] = ()
 
 
 def result_path(results: Path, scale: str, experiment: str, cell: str) -> Path:
-    """Where a cell's result is kept."""
+    """The file of a cell's result."""
     return results / scale / experiment / f"{cell}.json"
 
 
 def read_result(path: Path) -> CellResult | None:
-    """The result in a file; None where there is none.
+    """Read the result in a file; None if there is no file.
 
     Raises:
         UsageError: the file holds something else.
@@ -182,22 +191,21 @@ def read_result(path: Path) -> CellResult | None:
     except FileNotFoundError:
         return None
     except (ValidationError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no result of a benchmark: {str(error)[:300]}. Move it away.") from None
+        raise UsageError(f"{path} is not a result of the benchmark: {str(error)[:300]}. Move the file away.") from None
 
 
 def read_results(results: Path | str, scale: str, experiment: str) -> Iterator[CellResult]:
-    """All results that an experiment has at a scale, by name."""
+    """Yield all results of an experiment at a scale, sorted by name."""
     for path in sorted((Path(results) / scale / experiment).glob("*.json")):
-        found = read_result(path)
-        if found is not None:
-            yield found
+        result = read_result(path)
+        if result is not None:
+            yield result
 
 
 def write_result(results: Path, result: CellResult) -> Path:
-    """Write a cell's file whole or not at all; where it is."""
-    from zotune.llm.training.output_folder import (
-        write_json,  # torch comes with it, which readers of results need not wait for
-    )
+    """Write a cell's result atomically and return its path."""
+    # Imported here because it imports torch, which readers of results do not need.
+    from zotune.llm.training.output_folder import write_json
 
     path = result_path(results, result.scale, result.experiment, result.cell)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +214,7 @@ def write_result(results: Path, result: CellResult) -> Path:
 
 
 def repeatable(value: Any) -> Any:
-    """A result as plain values without what clocks and gauges said: two runs of one cell agree on the rest.
+    """A result as plain values without measured times and memory; two runs of one cell agree on all of it.
 
     >>> repeatable({"seed": 0, "seconds": 1.5, "evaluations": [{"step": 0, "seconds": 0.0}]})
     {'seed': 0, 'evaluations': [{'step': 0}]}
@@ -221,7 +229,7 @@ def repeatable(value: Any) -> Any:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, s/√n; without an error where there is but one value.
+    """The mean and its standard error, s/√n; the error of a single value is None.
 
     >>> mean, error = mean_and_error([1.0, 2.0, 3.0])
     >>> mean, round(error, 4), mean_and_error([5.0])

@@ -1,6 +1,7 @@
-"""Tables of results: ours, their standard error over seeds, and what the paper has in the same place.
+"""Tables of results: our means with their standard errors over seeds, the paper's numbers, and the costs of each cell.
 
-A table is rows × columns of entries, made of an experiment's results by its axes; how it is written is `writing.py`'s.
+A table is a grid of entries, made from an experiment's results by its axes. `zotune.bench.report.formats` writes it as
+text.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from zotune.bench.results.intervals import contrast
-from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, readings
-from zotune.bench.results.records import CellResult, Coordinate, Score, mean_and_error
-from zotune.bench.run.runner import State
-from zotune.bench.spec.experiments import Experiment, PaperCell
+from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, run_values
+from zotune.bench.results.records import CellResult, Score, mean_and_error
+from zotune.bench.spec.schema import Experiment, PaperCell
+from zotune.bench.spec.vocabulary import Coordinate, State
 
 Place = tuple[Coordinate, ...]
 Coordinates = Mapping[str, Coordinate]
-# What a paper's unit is in ours; its GB are GiB, for the weights of OPT-13B are 48 of them.
+# From the paper's units to ours, with a factor; its GB are GiB, since it gives 48 of them for the weights of OPT-13B.
 _UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "A100s": ("", 1.0), "": ("", 1.0)}
-# Rows of an accuracy table that no method earned.
+# Rows of an accuracy table without tuning.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of an experiment as the report sees it: its place, how it stands, and what it found so far."""
+    """A cell of an experiment as reports see it: its coordinates, its state and its result, if there is one."""
 
     coordinates: Coordinates
     state: State
@@ -33,18 +34,20 @@ class Cell:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it has numbers to show: done, also by code of another day."""
+        """Whether it has numbers to show: the result is done, and may be stale."""
         return self.result is not None and self.result.status == "done" and bool(self.result.runs)
 
 
 @dataclass(frozen=True)
-class Beside:
+class PaperNumber:
     """A number of the paper next to ours.
 
     Attributes:
-        label: where its place differs from our cell's ("opt-1.3b"), else nothing.
-        value: in our unit; `difference`: ours less it, None where we have none.
-        ratio: its multiple of the paper's first row in the column; None where there is no such row.
+        source: the table or figure of the paper.
+        label: the coordinates in which it differs from our cell ("opt-1.3b"), or empty.
+        value: the number in our unit.
+        difference: our number minus the paper's; None if we have none.
+        ratio: the number divided by the paper's first number in the column; None if there is no such number.
     """
 
     source: str
@@ -56,12 +59,15 @@ class Beside:
 
 @dataclass(frozen=True)
 class Entry:
-    """What stands in one place of a table.
+    """One entry of a table.
 
     Attributes:
-        mean, error: over seeds; `error` is None of a single seed. Both None where there is no result.
+        state: state of the cell; None if the experiment has no cell here.
+        mean, error: mean and standard error over seeds; `error` is None for a single seed, both are without a result.
         low, high: the 95 % interval over evaluation rows and seeds; None where it is not known.
-        ratio: the mean's multiple of the column's first row.
+        num_seeds: number of runs.
+        ratio: the mean divided by the first mean of the column.
+        paper: the paper's numbers for the same coordinates.
         message: why a cell has no result.
     """
 
@@ -72,13 +78,13 @@ class Entry:
     high: float | None = None
     num_seeds: int = 0
     ratio: float | None = None
-    paper: tuple[Beside, ...] = ()
+    paper: tuple[PaperNumber, ...] = ()
     message: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Coordinates of a column, and what its entries are of."""
+    """Coordinates of a column, and the quantity of its entries."""
 
     place: Place
     quantity: Quantity
@@ -86,14 +92,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows × columns.
+    """A table of results.
 
     Attributes:
         row_axes, column_axes: names of the axes.
-        rows: places of the rows, in order.
-        entries: by row and column.
-        baselines: rows of their own, of numbers or None.
-        metric: what `accuracy` is in it.
+        rows: coordinates of the rows, in order.
+        entries: the entries by row and column.
+        baselines: further rows, each with a label and a number or None for each column.
+        metric: the metric that the quantity `accuracy` stands for.
     """
 
     name: str
@@ -106,10 +112,7 @@ class Table:
     metric: str = "accuracy"
 
     def heading(self, column: Column) -> str:
-        """What a column is called.
-
-        With one quantity in all columns, its place alone.
-        """
+        """The heading of a column: its coordinates, and the quantity if the columns have several."""
         several = len({c.quantity.name for c in self.columns}) > 1
         parts = [str(value) for value in column.place]
         if several or not parts:
@@ -118,18 +121,18 @@ class Table:
 
 
 def table(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Table:
-    """The table of an experiment by its layout; cells that share a place (by an axis left out) share an entry."""
+    """The table of an experiment by its layout; cells with equal coordinates on the layout's axes share an entry."""
     rows_of, columns_of = experiment.layout.rows, experiment.layout.columns
     quantities = _quantities(experiment, cells)
     rows = _places(rows_of, cells)
     every = [Column(place, q) for place in _places(columns_of, cells) for q in quantities]
     columns = tuple(column for column in every if _is_known(column, columns_of, experiment.kind, cells))
-    beside = papers(experiment, cells)
+    of_paper = paper_numbers(experiment, cells)
     grid: list[list[Entry]] = []
     for row in rows:
         there = dict(zip(rows_of, row, strict=True))
         places = [{**there, **dict(zip(columns_of, column.place, strict=True))} for column in columns]
-        grid.append([_entry(place, column, cells, beside) for place, column in zip(places, columns, strict=True)])
+        grid.append([_entry(place, column, cells, of_paper) for place, column in zip(places, columns, strict=True)])
     return Table(
         name=name,
         row_axes=rows_of,
@@ -143,13 +146,13 @@ def table(name: str, experiment: Experiment, cells: Sequence[Cell]) -> Table:
 
 
 def metric_of(cells: Iterable[Cell]) -> str:
-    """What the runs' metric is: accuracy, unless answers have degrees."""
-    found = {run.test.metric for c in cells if c.result for run in c.result.runs if run.test is not None}
-    return found.pop() if len(found) == 1 else "accuracy"
+    """The metric of the runs: accuracy, unless all of them have the same other metric."""
+    metrics = {run.test.metric for c in cells if c.result for run in c.result.runs if run.test is not None}
+    return metrics.pop() if len(metrics) == 1 else "accuracy"
 
 
 def _quantities(experiment: Experiment, cells: Sequence[Cell]) -> tuple[Quantity, ...]:
-    """Those of the layout, or what cells of the kind are about."""
+    """The quantities of the layout, or by default those of the kind of cell."""
     if experiment.layout.y:
         return tuple(map(quantity, experiment.layout.y))
     if experiment.kind == "accuracy":
@@ -160,48 +163,50 @@ def _quantities(experiment: Experiment, cells: Sequence[Cell]) -> tuple[Quantity
 
 
 def _places(axes: Sequence[str], cells: Sequence[Cell]) -> tuple[Place, ...]:
-    """The combinations of values that some cell has, in the order in which cells come; numbers in theirs."""
-    found = tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
-    are_numbers = all(isinstance(value, int | float) for place in found for value in place)
-    return tuple(sorted(found, key=lambda place: tuple(map(float, place)))) if are_numbers else found
+    """The combinations of values that some cell has, in the order of the cells; sorted if all values are numbers."""
+    places = tuple(dict.fromkeys(tuple(c.coordinates.get(axis, "") for axis in axes) for c in cells))
+    are_numbers = all(isinstance(value, int | float) for place in places for value in place)
+    return tuple(sorted(places, key=lambda place: tuple(map(float, place)))) if are_numbers else places
 
 
 def _is_known(column: Column, axes: Sequence[str], kind: str, cells: Sequence[Cell]) -> bool:
-    """Whether some cell of a column has its quantity, or may yet: only cells of that kind have an accuracy."""
+    """Whether some cell of a column has its quantity or can get it; only cells of kind accuracy have an accuracy."""
     place = dict(zip(axes, column.place, strict=True))
     here = [c for c in cells if _agrees(c.coordinates, place)]
     usable = [c.result for c in here if c.is_usable and c.result]
     if usable or (column.quantity.name in QUANTITIES and column.quantity.name != "accuracy"):
-        return not usable or any(readings(result, column.quantity) for result in usable)
+        return not usable or any(run_values(result, column.quantity) for result in usable)
     are_accurate = any(c.coordinates.get("kind", kind) == "accuracy" for c in here)
     return (column.quantity.name == "accuracy") == are_accurate
 
 
-def _entry(place: Coordinates, column: Column, cells: Sequence[Cell], beside: Sequence[tuple[PaperCell, str]]) -> Entry:
+def _entry(
+    place: Coordinates, column: Column, cells: Sequence[Cell], of_paper: Sequence[tuple[PaperCell, str]]
+) -> Entry:
     here = [c for c in cells if _agrees(c.coordinates, place)]
     if not here:
         return Entry(None)
-    read = [value for c in here if c.is_usable and c.result for value in readings(c.result, column.quantity)]
-    mean, error = mean_and_error(read) if read else (None, None)
-    numbers = tuple(_beside(here[0], column.quantity, mean, beside))
+    values = [value for c in here if c.is_usable and c.result for value in run_values(c.result, column.quantity)]
+    mean, error = mean_and_error(values) if values else (None, None)
+    numbers = tuple(_paper_numbers_at(here[0], column.quantity, mean, of_paper))
     worst = min(here, key=lambda c: (c.state == "done", c.is_usable))
     message = worst.result.message if worst.result else ""
     low, high = interval(here, column.quantity)
-    return Entry(worst.state, mean, error, low, high, len(read), paper=numbers, message=message)
+    return Entry(worst.state, mean, error, low, high, len(values), paper=numbers, message=message)
 
 
 def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of a cell's mean over evaluation rows and seeds; of an amount, its least and greatest run."""
+    """The 95 % interval of a cell's mean over evaluation rows and seeds; for an amount, its least and greatest run."""
     usable = [c.result for c in cells if c.is_usable and c.result]
     if len(usable) != 1:
         return None, None
     if q.by_ratio:
-        read = readings(usable[0], q)
-        return (min(read), max(read)) if len(read) > 1 else (None, None)
-    found = outcomes(usable[0], q)
-    if found is None:
+        values = run_values(usable[0], q)
+        return (min(values), max(values)) if len(values) > 1 else (None, None)
+    of_cell = outcomes(usable[0], q)
+    if of_cell is None:
         return None, None
-    low, high = contrast([(1.0, found)]).interval()
+    low, high = contrast([(1.0, of_cell)]).interval()
     if math.isinf(low):
         return None, None
     return (max(low, 0.0), min(high, 100.0)) if q.name == "accuracy" else (low, high)
@@ -211,49 +216,52 @@ def _agrees(coordinates: Coordinates, place: Coordinates) -> bool:
     return all(coordinates.get(axis, "") == value for axis, value in place.items())
 
 
-def papers(experiment: Experiment, cells: Sequence[Cell]) -> list[tuple[PaperCell, str]]:
-    """The paper's numbers without the axes on which no cell of ours is where the paper is; these make each one's label.
+def paper_numbers(experiment: Experiment, cells: Sequence[Cell]) -> list[tuple[PaperCell, str]]:
+    """The paper's numbers, each with a label, which names its values on axes where no cell of ours has them.
 
-    So a table of another model shows the paper's numbers too, and says which model they are of.
+    These axes are left out of its coordinates, so that a table of another model shows the paper's numbers too and says
+    which model they belong to.
     """
-    found = list(experiment.paper_cells())
+    numbers = list(experiment.paper_cells())
     ours: dict[str, set[Coordinate]] = {}
     for cell in cells:
         for axis, value in cell.coordinates.items():
             ours.setdefault(axis, set()).add(value)
-    axes = {axis for p in found for axis in p.coordinates}
-    theirs = {axis: {p.coordinates[axis] for p in found if axis in p.coordinates} for axis in axes}
+    axes = {axis for p in numbers for axis in p.coordinates}
+    theirs = {axis: {p.coordinates[axis] for p in numbers if axis in p.coordinates} for axis in axes}
     apart = {axis for axis, values in theirs.items() if not values & ours.get(axis, set())}
     return [
         (
             p.model_copy(update={"coordinates": {k: v for k, v in p.coordinates.items() if k not in apart}}),
             ", ".join(str(v) for k, v in p.coordinates.items() if k in apart),
         )
-        for p in found
+        for p in numbers
     ]
 
 
-def _beside(cell: Cell, q: Quantity, mean: float | None, numbers: Iterable[tuple[PaperCell, str]]) -> Iterable[Beside]:
+def _paper_numbers_at(
+    cell: Cell, q: Quantity, mean: float | None, numbers: Iterable[tuple[PaperCell, str]]
+) -> Iterable[PaperNumber]:
     for paper, label in numbers:
         if paper.metric == q.name and _agrees(cell.coordinates, paper.coordinates):
             value = in_our_unit(paper, q)
             if value is not None:
-                yield Beside(paper.source, label, value, None if mean is None else mean - value)
+                yield PaperNumber(paper.source, label, value, None if mean is None else mean - value)
 
 
 def in_our_unit(paper: PaperCell, q: Quantity) -> float | None:
-    """The paper's number in the unit of a quantity; None where they are not the same kind of thing."""
+    """The paper's number in the unit of a quantity; None if the units are not comparable."""
     unit, factor = _UNITS.get(paper.unit, ("?", 1.0))
     return paper.value * factor if unit == q.unit else None
 
 
 def _with_ratios(grid: list[list[Entry]], columns: Sequence[Column]) -> list[list[Entry]]:
-    """Amounts also as multiples of the column's first: what is comparable between machines and models."""
+    """The grid with each amount also as a multiple of its column's first, which compares across machines and models."""
     for j, column in enumerate(columns):
         if not column.quantity.by_ratio:
             continue
         ours = next((row[j].mean for row in grid if row[j].mean), None)
-        first = {beside.label: beside.value for row in reversed(grid) for beside in row[j].paper}
+        first = {number.label: number.value for row in reversed(grid) for number in row[j].paper}
         for row in grid:
             row[j] = _with_ratio(row[j], ours, first)
     return grid
@@ -267,7 +275,7 @@ def _with_ratio(entry: Entry, ours: float | None, first: Mapping[str, float]) ->
 def _baselines(
     axes: Sequence[str], columns: Sequence[Column], cells: Sequence[Cell]
 ) -> Iterable[tuple[str, tuple[float | None, ...]]]:
-    """What needs no tuning, where the cells of a column agree on it."""
+    """The rows of the untuned model and the majority class, where the cells of a column agree on them."""
     for name, label in BASELINES.items():
         numbers = []
         for column in columns:
@@ -282,3 +290,41 @@ def _baselines(
 
 def _percent(score: Score) -> float:
     return 100 * score.value
+
+
+# Costs ----------------------------------------------------------------------------------------------------
+
+
+def cell_costs(cells: Sequence[Cell]) -> list[dict[str, float | str | None]]:
+    """The costs of each usable cell: those of a mean run, and those of all trials of its search together."""
+    return [_costs_of(c.result) for c in cells if c.result is not None and c.is_usable]
+
+
+def _costs_of(result: CellResult) -> dict[str, float | str | None]:
+    n = len(result.runs)
+    chosen = result.chosen
+    return {
+        "cell": result.cell,
+        "seeds": n,
+        "learning rate": chosen.learning_rate if chosen else None,
+        "μ": chosen.mu if chosen else None,
+        "steps": sum(run.num_steps for run in result.runs) / n,
+        "tuned parameters": result.runs[0].num_tuned,
+        "forward passes": sum(run.num_forwards for run in result.runs) / n,
+        "tokens": sum(run.num_tokens for run in result.runs) / n,
+        "seconds": sum(run.seconds for run in result.runs) / n,
+        "peak GiB": max(run.peak_memory for run in result.runs) / 2**30,
+        "points searched": len(result.search),
+        "rates searched": _rates_searched(result),
+        "search's forward passes": sum(trial.num_forwards for trial in result.search),
+        "search's seconds": sum(trial.seconds for trial in result.search),
+    }
+
+
+def _rates_searched(result: CellResult) -> str | None:
+    """The range of searched learning rates, with a note if the chosen one lies at an end: a better may lie beyond."""
+    rates = sorted({trial.learning_rate for trial in result.search})
+    if result.chosen is None or len(rates) < 2:
+        return None
+    ends = {rates[0]: ", the least chosen", rates[-1]: ", the greatest chosen"}
+    return f"{rates[0]:g} to {rates[-1]:g}{ends.get(result.chosen.learning_rate, '')}"

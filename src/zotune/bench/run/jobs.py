@@ -1,7 +1,7 @@
-"""Jobs: the single runs that cells consist of, each in a process of its own, each kept when it has ended well.
+"""Jobs: the single runs that cells consist of, each in a process of its own; the outcome of a finished job is cached.
 
-Cells of several tables share jobs (the plain method is the first row of three of them), and a cell that was interrupted
-finds those of its jobs that had ended. A job is known by the hash of its options, code and libraries.
+Cells of several tables share jobs (the plain method is the first row of three tables), and a cell that was interrupted
+reuses its finished jobs. The key of a job is a hash of its options, the code and the libraries.
 """
 
 from __future__ import annotations
@@ -16,79 +16,85 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from zotune.bench.results.records import Status
 from zotune.bench.run.content_key import key_of
-from zotune.bench.spec.experiments import Limits
+from zotune.bench.spec.schema import Limits
+from zotune.bench.spec.vocabulary import Status
 
-# Where finished jobs and what jobs in progress write are kept, below a scale's results; nothing of it is a result.
+# The folder of cached outcomes and of files of jobs in progress, below a scale's results; it holds no results.
 JOBS = ".jobs"
+# A full run with one seed; a trial of the search; a few steps that test whether a batch fits; the untuned model.
+Role = Literal["run", "trial", "probe", "baseline"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does.
+    """The work of one process.
 
     Attributes:
-        does: the worker's name of it: train, evaluate, quality, ….
-        options: JSON; all that its result depends on.
-        limits: what it may take, on which its result does not depend.
+        does: name of the work: train, evaluate, estimate or step.
+        options: JSON values; everything that the outcome depends on.
+        limits: time and memory, on which the outcome does not depend.
+        role: purpose of the job in its cell, on which the outcome does not depend.
+        environment: environment variables of the job's process, such as the number of threads.
     """
 
     does: str
     options: dict[str, Any]
     limits: Limits = field(default_factory=Limits)
+    role: Role = field(default="run", compare=False)
+    environment: dict[str, str] = field(default_factory=dict, compare=False)
 
     @cached_property
     def key(self) -> str:
-        """The hash by which it is known."""
+        """The content key, under which the outcome is cached."""
         return key_of({"does": self.does, **self.options})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, and what it found (nothing unless it is done)."""
+    """How a job ended; `found` holds its results as JSON values and is empty unless the job is done."""
 
     status: Status
     message: str = ""
     found: dict[str, Any] = field(default_factory=dict)
 
 
-# Runs a job in a folder of its own, which may hold what an interrupted attempt left.
+# Runs a job in a folder of its own, which may hold files of an interrupted attempt.
 Executor = Callable[[Job, Path], Outcome]
 
 
 class Store:
-    """The jobs of a scale, below a folder that several runners may share."""
+    """The cache of a scale's jobs, in a folder that several runners may share."""
 
     def __init__(self, folder: Path, executor: Executor, stopped: Callable[[], bool] = lambda: False) -> None:
         self._folder, self._executor, self._stopped = folder / JOBS, executor, stopped
 
     def __call__(self, job: Job) -> Outcome:
-        """The outcome of a job: the one that is kept, or that of running it now. Only jobs that are done are kept.
+        """Return the cached outcome of a job, or run the job; only outcomes of jobs that are done are cached.
 
         Raises:
-            KeyboardInterrupt: the runner is to stop.
+            KeyboardInterrupt: the runner is stopping.
         """
-        kept, work = self._folder / f"{job.key}.json", self._folder / job.key
+        cached, work = self._folder / f"{job.key}.json", self._folder / job.key
         with self._alone(job.key):
-            if kept.is_file():
-                return Outcome("done", found=json.loads(kept.read_text(encoding="utf-8")))
+            if cached.is_file():
+                return Outcome("done", found=json.loads(cached.read_text(encoding="utf-8")))
             work.mkdir(parents=True, exist_ok=True)
             outcome = self._executor(job, work)
             if outcome.status == "done":
-                aside = kept.with_suffix(f".{os.getpid()}")
-                aside.write_text(json.dumps(outcome.found), encoding="utf-8")
-                aside.replace(kept)
-            # What an attempt left that was interrupted (which raised before this) or ran out of time serves the next.
+                temporary = cached.with_suffix(f".{os.getpid()}")
+                temporary.write_text(json.dumps(outcome.found), encoding="utf-8")
+                temporary.replace(cached)
+            # An attempt that was interrupted (it raised above) or timed out leaves its files, and the next resumes it.
             if outcome.status != "timed_out":
                 shutil.rmtree(work, ignore_errors=True)
             return outcome
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Wait until no other runner, and no other cell of this one, is at the job."""
+        """Wait for the lock of a job, which another runner or another cell of this runner may hold."""
         with locked(self._folder / f"{key}.lock") as is_mine:
             while not is_mine():
                 if self._stopped():
@@ -99,7 +105,7 @@ class Store:
 
 @contextmanager
 def locked(path: Path) -> Iterator[Callable[[], bool]]:
-    """A function that tries to take a lock; it is given back when the context or the process ends, however it does."""
+    """Yield a function that tries to take a file lock; the lock is released when the context or the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -1,7 +1,7 @@
-"""Jobs on the machines of a Ray cluster: each a task that starts the worker's process where it lands.
+"""The executor for a Ray cluster: each job is a task that starts the worker process on one of the machines.
 
-The runner keeps what comes back, so machines need no disk in common; where they have one, an interrupted job goes on
-from what it had written.
+The runner stores the outcomes, so the machines need no shared disk. If they have one, an interrupted job resumes from
+its files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 def ray_executors(
     count: int, environment: Mapping[str, str], *, cpus: int, gpus: float, stopped: Callable[[], bool]
 ) -> list[Executor]:
-    """So many executors, each of which keeps `cpus` processors and `gpus` GPUs of the cluster busy at a time.
+    """Return `count` executors; each uses `cpus` processors and `gpus` GPUs of the cluster for one job at a time.
 
-    The cluster is the one that RAY_ADDRESS names, else this machine.
+    The cluster is the one that RAY_ADDRESS names, or this machine without the variable.
 
     Raises:
         UsageError: Ray is not installed.
@@ -32,7 +32,7 @@ def ray_executors(
         raise UsageError("--executor ray needs Ray: pip install 'zotune[cluster]'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(run_there)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(run_task)
 
     def execute(job: Job, folder: Path) -> Outcome:
         task = remote.remote(job, str(folder), dict(environment))
@@ -44,18 +44,18 @@ def ray_executors(
                 ray.cancel(task, force=True)
                 raise KeyboardInterrupt
         try:
-            found: Outcome = ray.get(task)
+            outcome: Outcome = ray.get(task)
         except ray.exceptions.RayError as error:
-            return Outcome("failed", f"the cluster lost it: {str(error).splitlines()[0]}")
-        return found
+            return Outcome("failed", f"the cluster lost the job: {str(error).splitlines()[0]}")
+        return outcome
 
     return [execute] * count
 
 
-def run_there(job: Job, folder: str, environment: Mapping[str, str]) -> Any:
-    """Run a job on the machine that this is called on."""
+def run_task(job: Job, folder: str, environment: Mapping[str, str]) -> Any:
+    """Run a job in a process on the machine that executes the task."""
     from zotune.bench.run.processes import Process
 
-    here = Path(folder)
-    here.mkdir(parents=True, exist_ok=True)
-    return Process(lambda: False, environment)(job, here)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return Process(lambda: False, environment)(job, path)

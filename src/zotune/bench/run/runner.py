@@ -1,8 +1,8 @@
-"""The runner: cells of any experiments, several at a time, until all are done or it is told to stop.
+"""The runner: it runs the cells of any experiments, several at a time, until all are done or it is stopped.
 
-A cell's result is written when the cell has ended. Its key settles whether it is of today's config and code: a result
-with another key is stale, is never taken for the cell's, and is found again. What failed is tried again by the next
-call. Runners over one folder share the work: each cell and each job is one's at a time.
+The result of a cell is written when the cell has ended. A result whose key differs from the cell's key today (config,
+code or libraries changed) is stale; the runner does not use it and runs the cell again. The next call retries cells
+that failed. Several runners may share a folder of results: locks give each cell and each job to one of them at a time.
 """
 
 from __future__ import annotations
@@ -15,45 +15,50 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-from zotune.bench.measure.found import Found, Stopped
 from zotune.bench.results.records import CellResult, read_result, result_path, write_result
-from zotune.bench.run.content_key import key_of
+from zotune.bench.run.content_key import PACKAGE, key_of
 from zotune.bench.run.jobs import JOBS, Executor, Store, locked
-from zotune.bench.spec.experiments import CellSpec
+from zotune.bench.run.partial_result import CellStopped, PartialResult
+from zotune.bench.spec.schema import CellSpec
+from zotune.bench.spec.vocabulary import State
 
-State = Literal["missing", "done", "stale", "failed", "timed_out", "out_of_memory"]
 _SECONDS_BETWEEN_TRIES = 0.5
 
 
 def key_of_cell(spec: CellSpec) -> str:
-    """The content key of a cell: what it runs, not what it is called nor what it may take."""
+    """The content key of a cell, from everything that its result depends on; its name and limits do not count."""
     searched = {"search", "budget"} if spec.kind == "accuracy" else set()
     config = spec.model_dump(mode="json", include={"kind", "seeds", *searched})
     return key_of({**config, **spec.options})
 
 
 def state_of(results: Path, spec: CellSpec) -> State:
-    """How a cell stands in a folder of results."""
-    found = read_result(result_path(results, spec.scale, spec.experiment, spec.name))
-    if found is None:
+    """The state of a cell in a folder of results."""
+    result = read_result(result_path(results, spec.scale, spec.experiment, spec.name))
+    if result is None:
         return "missing"
-    return "stale" if found.key != key_of_cell(spec) else found.status
+    return "stale" if result.key != key_of_cell(spec) else result.status
+
+
+def lock_of(results: Path, spec: CellSpec) -> Path:
+    """The lock file of a cell; only the holder of its lock may write the cell's result."""
+    return results / spec.scale / JOBS / f"{spec.experiment}--{spec.name}.lock"
 
 
 def find_cell(spec: CellSpec, store: Store) -> CellResult:
-    """Run a cell: its result, however it ended.
+    """Run a cell and return its result, also if it failed.
 
     Raises:
-        KeyboardInterrupt: the runner is to stop.
+        KeyboardInterrupt: the runner is stopping.
     """
-    from zotune.bench.measure.kinds import KINDS
+    from zotune.bench.run.cell_kinds import KINDS
 
-    found, ended = Found(), Stopped("done", "")
+    partial, ended = PartialResult(), CellStopped("done", "")
     try:
-        KINDS[spec.kind](spec, store, found)
-    except Stopped as stopped:
+        KINDS[spec.kind](spec, store, partial)
+    except CellStopped as stopped:
         ended = stopped
     return CellResult(
         **spec.model_dump(include={"experiment", "scale", "coordinates", "kind"}),
@@ -62,24 +67,24 @@ def find_cell(spec: CellSpec, store: Store) -> CellResult:
         status=ended.status,
         message=ended.message,
         config=spec.model_dump(mode="json", include={"options", "search", "budget", "seeds"}),
-        search=found.search,
-        chosen=found.chosen,
-        runs=tuple(found.runs),
-        baselines=found.baselines,
-        environment=found.environment,
+        search=partial.search,
+        chosen=partial.chosen,
+        runs=tuple(partial.runs),
+        baselines=partial.baselines,
+        environment=partial.environment,
         commit=commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
 class Display(Protocol):
-    """Shows what the runner does; called from its threads, one at a time."""
+    """Shows the runner's progress; its methods are called from the runner's threads, one at a time."""
 
     def began(self, spec: CellSpec) -> None:
-        """A cell is being run."""
+        """Show that a cell has started."""
 
     def ended(self, spec: CellSpec, state: State, message: str) -> None:
-        """It has ended, or was found done."""
+        """Show that a cell has ended, or that it was already done."""
 
 
 @dataclass
@@ -87,10 +92,10 @@ class Runner:
     """Runs cells.
 
     Attributes:
-        results: where results are kept.
-        slots: one executor for each cell that runs at a time.
-        stop: set by whoever wants it to end; the cells in progress end where they stand.
-        keeps_stale: leave results with another key as they are.
+        results: folder of the results.
+        slots: the executors; each runs one cell at a time.
+        stop: an event that stops the runner when it is set; cells in progress are interrupted.
+        keeps_stale: keep stale results instead of running their cells again.
     """
 
     results: Path
@@ -101,14 +106,18 @@ class Runner:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, specs: Sequence[CellSpec]) -> dict[str, State]:
-        """Run all cells that are not done; the state of each by path, of those alone that there was time for."""
+        """Run all cells that are not done.
+
+        Returns:
+            The state of each cell by its path; cells that were not reached before a stop are left out.
+        """
         waiting, states = deque(specs), dict[str, State]()
         threads = [threading.Thread(target=self._work, args=(slot, waiting, states)) for slot in self.slots]
         self._error: BaseException | None = None
         for thread in threads:
             thread.start()
         for thread in threads:
-            # A thread is joined in pieces, so that signals reach the main one.
+            # Joined with a timeout, so that the main thread receives signals.
             while thread.is_alive():
                 thread.join(0.2)
         if self._error is not None:
@@ -125,7 +134,7 @@ class Runner:
                 state = self._one(spec, slot)
                 if state is not None:
                     states[spec.path] = state
-                else:  # another runner is at it
+                else:  # another runner works on it
                     waiting.append(spec)
                     self.stop.wait(_SECONDS_BETWEEN_TRIES)
         except KeyboardInterrupt:
@@ -135,9 +144,8 @@ class Runner:
             self.stop.set()
 
     def _one(self, spec: CellSpec, slot: Executor) -> State | None:
-        """Run a cell unless it is done; None where another runner has it."""
-        scale = self.results / spec.scale
-        with locked(scale / JOBS / f"{spec.experiment}--{spec.name}.lock") as is_mine:
+        """Run a cell unless it is done; None if another runner holds its lock."""
+        with locked(lock_of(self.results, spec)) as is_mine:
             if not is_mine():
                 return None
             state = state_of(self.results, spec)
@@ -145,7 +153,7 @@ class Runner:
                 self._show(lambda: self.display.ended(spec, state, ""))
                 return state
             self._show(lambda: self.display.began(spec))
-            result = find_cell(spec, Store(scale, slot, self.stop.is_set))
+            result = find_cell(spec, Store(self.results / spec.scale, slot, self.stop.is_set))
             write_result(self.results, result)
             self._show(lambda: self.display.ended(spec, result.status, result.message))
             return result.status
@@ -156,17 +164,16 @@ class Runner:
 
 
 @cache
-def commit() -> str:
-    """The commit of the code, with a + where it was changed since; "unknown" where it is not a checkout."""
-    here = Path(__file__).parent
+def commit(package: Path = PACKAGE) -> str:
+    """The commit of a package's code, with a + if it has uncommitted changes; "unknown" outside a checkout."""
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", *args], cwd=package, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return "unknown"
-    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', str(here.parents[1])) else ''}"
+    return f"{git('rev-parse', 'HEAD')}{'+' if git('status', '--porcelain', '--', '.') else ''}"

@@ -1,4 +1,4 @@
-"""What the paper says, as data in an experiment's file: a sentence, its place, and which cells must be above which."""
+"""The paper's claims as data: a quoted sentence, its place, and which cells must be above which."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from zotune.bench.results.quantities import quantity
-from zotune.bench.results.records import Coordinate
+from zotune.bench.spec.vocabulary import Coordinate, is_amount
 from zotune.llm.config.schema import Options
 
-# Axis to value, to a pattern, or to several of them.
+# From an axis to a value, a pattern, or a tuple of values and patterns.
 Selection = dict[str, Coordinate | tuple[Coordinate, ...]]
 
 
 class Claim(Options):
     """A sentence of the paper and the comparison that it makes: Σ mean(more) − Σ mean(less) > `by`.
 
-    Each selection names axes and their values, also as patterns; it stands for the mean of the cells that match. `more`
-    and `less` may hold several, which are added: a difference of differences has two of each.
+    Each selection names axes and their values or patterns; it stands for the mean of all cells that match. `more` and
+    `less` may hold several selections, whose means are added: a difference of differences has two of each.
 
     Attributes:
-        sentence, where: what the paper says, in its words or near them, and in which place.
+        sentence, where: the claim in the paper's words or close to them, and its place in the paper.
         of: the quantity that is compared.
-        each: an axis: the claim must hold for each of its values by itself, on the side that has several ("the best of
-            all", "the worst of all"); `some`: for one of them at least.
-        spread: an axis: what is compared is the standard deviation over the values of it, not the mean.
-        among: only cells that match count.
-        by: how much more at least: points of a rate, else a fraction (0.1: a tenth more). Below 0: not worse by more.
-        within: the claim is that both are the same up to so much; `by` is not used.
+        each: an axis; the claim must hold for each of its values on the side that has several ("the best of all",
+            "the worst of all"). `some`: the claim must hold for at least one of them.
+        spread: an axis; the claim compares the standard deviation over its values instead of the mean.
+        among: only cells that match this selection are compared.
+        by: the least difference: points of a rate, or a fraction of an amount (0.1 means a tenth more). A value below
+            0 means "not worse by more than this".
+        within: the claim says that both sides are equal up to this difference; `by` is then ignored.
     """
 
     sentence: str
@@ -45,6 +45,6 @@ class Claim(Options):
 
     @model_validator(mode="after")
     def _amounts_stay_above_zero(self) -> Self:
-        if self.by <= -1 and quantity(self.of).by_ratio:
-            raise ValueError(f"by = {self.by:g}: of an amount it is a fraction, above -1")
+        if self.by <= -1 and is_amount(self.of):
+            raise ValueError(f"by = {self.by:g}: for an amount such as {self.of}, by is a fraction above -1")
         return self

@@ -208,7 +208,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, str]:
     """Return versions and machine, which every result records."""
-    libraries = ("transformers", "peft", "numba")
+    libraries = ("transformers", "peft")
     return {
         "zotune": zotune.__version__,
         "torch": torch.__version__,

@@ -1,0 +1,52 @@
+"""`zotune eval`: measure a model on tasks or on the user's own rows."""
+
+from __future__ import annotations
+
+from zotune.cli.help import HelpPage, help_text
+from zotune.cli.options import complete, is_help, parse
+from zotune.cli.output import print_json, print_text
+from zotune.errors import UsageError
+from zotune.llm.config.run import EvalConfig, inherited_options
+
+_PAGE = HelpPage(
+    usage="zotune eval [--OPTION VALUE ...]",
+    description="Measure a model's accuracy, F1 of generated answers or loss, with the 95 % interval. A model that was "
+    "tuned on your own rows is evaluated with the columns, template and labels of its training.",
+    examples=(
+        "zotune eval --model smollm2-135m --task sst2",
+        "zotune eval --model runs/latest --eval-file my.jsonl",
+    ),
+)
+_NO_DATA = """nothing to evaluate on: give either a task or files of your own.
+  zotune eval --model runs/latest --task sst2
+  zotune eval --model runs/latest --eval-file my.jsonl
+`zotune tasks` lists the tasks, `zotune eval --help` the options."""
+
+
+def run(args: list[str], as_json: bool) -> int:
+    """Evaluate and return the exit code."""
+    if is_help(args):
+        print_text(help_text(_PAGE, EvalConfig, complete(EvalConfig, {}, "defaults")))
+        return 0
+    if not args:
+        raise UsageError(_NO_DATA)
+    config = parse(EvalConfig, {}, "command line", args, "zotune eval")
+    # The model's training run says how its rows are read; options override that.
+    inherited, source = inherited_options(config)
+    if inherited:
+        config = parse(EvalConfig, inherited, source, args, "zotune eval")
+    from zotune.llm.training.evaluation import evaluate
+    from zotune.llm.training.output_folder import write_json
+    from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
+
+    tune_malloc(OWN_PAGES_OF_PASSES)
+    evaluations, results = evaluate(config)
+    if config.output_dir is not None:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.output_dir / "results.json", results)
+    if as_json:
+        print_json(results)
+    else:
+        for task, evaluation in evaluations.items():
+            print_text("\n".join([f"{task}:"] * (len(evaluations) > 1) + evaluation.lines()))
+    return 0

@@ -1,0 +1,44 @@
+"""Results on stdout: JSON, plain text or a table of names; and the case that the reader of stdout has left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+class OutputClosedError(Exception):
+    """The reader of stdout has left, as `head` does after its last line."""
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print_text(json.dumps(value, indent=2))
+
+
+def print_text(text: str) -> None:
+    """Print text and a line break.
+
+    Raises:
+        OutputClosedError: the reader of stdout has left.
+    """
+    try:
+        print(text, flush=True)  # noqa: T201
+    except BrokenPipeError:
+        raise OutputClosedError from None
+
+
+def print_message(message: str) -> None:
+    """Print a message to the user on stderr."""
+    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+
+
+def print_table(rows: Mapping[str, str], as_json: bool) -> None:
+    """Print names and their descriptions: two aligned columns, or one JSON object."""
+    width = max(map(len, rows))
+    lines = [f"{name.ljust(width)}  {text}".rstrip() for name, text in rows.items()]
+    if as_json:
+        print_json(dict(rows))
+    else:
+        print_text("\n".join(lines))

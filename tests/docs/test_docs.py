@@ -1,0 +1,77 @@
+"""The docs site speaks of the code that is there: names, files, options. `make docs` builds it and checks its links."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import zotune as zo
+import zotune.llm
+from zotune.cli.bench import _parser as bench_parser
+from zotune.cli.ledger import _parser as ledger_parser
+from zotune.cli.plan import PlanConfig
+from zotune.llm.config.method import MethodName
+from zotune.llm.config.run import EvalConfig, TrainConfig
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
+PARSERS = {"ledger": ledger_parser, "bench": bench_parser}
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def name_of(page):
+    return str(page.relative_to(DOCS))
+
+
+def commands():
+    """Each `zotune …` line of the shell blocks, with its page."""
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", text_of(page), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.split(" #")[0])
+                if words[:1] == ["zotune"] and words[1] in (*SCHEMAS, *PARSERS):
+                    yield pytest.param(words[1], words[2:], id=f"{name_of(page)}: {' '.join(words[:4])}")
+
+
+def test_every_public_name_has_an_entry_in_the_api_reference():
+    written = "".join(map(text_of, (DOCS / "reference" / "api").glob("*.md")))
+    named = set(re.findall(r"^\.\. \w[\w:]*:: zotune\.(\w+)(?!\.)\b", written, re.M))
+    assert set(zo.__all__) - {"__version__"} <= named
+    named = set(re.findall(r"^\.\. \w[\w:]*:: zotune\.llm\.(\w+)(?!\.)\b", written, re.M))
+    assert set(zotune.llm.__all__) <= named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_files_that_a_page_names_exist(page):
+    named = re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|c|toml|yaml|json|md))`", text_of(page))
+    roots = (ROOT, ROOT / "src", ROOT / "src" / "zotune", ROOT / "src" / "zotune" / "estimate")
+    named = [name for name in named if not re.search(r"\b[A-Z]{2,}\b|^runs/", name)]  # NAME stands for a name
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
+@pytest.mark.parametrize(("verb", "arguments"), list(commands()))
+def test_the_commands_of_the_pages_have_options_that_exist(verb, arguments):
+    if verb in PARSERS:
+        PARSERS[verb]().parse_args([a for a in arguments if a != "--json"])
+        return
+    known = {*SCHEMAS[verb].model_fields, "dry_run", "json", "batch_size", "zo_eps"}
+    given = [a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")]
+    assert [name for name in given if name.removeprefix("no_") not in known] == []
+
+
+def test_the_options_in_the_table_of_other_tools_exist():
+    rows = re.findall(r"^\| (`.*?) \|", text_of(DOCS / "coming-from.md"), re.M)
+    options = {name for row in rows for name in re.findall(r"`(\w+)(?::[^`]*)?`", row)}
+    assert options - {"zo_eps", *get_args(MethodName)} - set(TrainConfig.model_fields) == set()
+
+
+def test_no_folder_of_pages_is_longer_than_a_screen():
+    folders = {page.parent for page in PAGES}
+    assert {folder.name: n for folder in folders if (n := len(list(folder.glob("*.md")))) > 15} == {}
