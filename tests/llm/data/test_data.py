@@ -207,5 +207,5 @@ def test_unusable_files_are_named(tmp_path):
         with pytest.raises(UsageError, match=f"{name}, line 2: not UTF-8 text"):
             splits_of(tmp_path / name)
     (tmp_path / "rows.csv.gz").write_bytes(b"text,label\n")
-    with pytest.raises(UsageError, match=r"rows.csv.gz is not a whole gzip file"):
+    with pytest.raises(UsageError, match=r"rows.csv.gz is not a complete gzip file"):
         splits_of(tmp_path / "rows.csv.gz")

@@ -141,11 +141,11 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, name):
         ("a.csv", 'text,label\n"a\nb",1\nc,d,e\n', "a.csv, line 4: 3 cells"),
         ("a.csv", 'text,label\n"a,1\nb,2\n', "a.csv, line 2: malformed CSV"),
         ("a.csv", 'text,label\n"a"b,1\n', "a.csv, line 2: malformed CSV"),
-        ("a.csv", "text,text\na,b\n", "a.csv, line 1: two columns are called 'text'"),
+        ("a.csv", "text,text\na,b\n", "a.csv, line 1: two columns are named 'text'"),
         ("a.csv", b"text,label\na,1\n\xff,2\n", "a.csv, line 3: not UTF-8 text"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "a.csv, line 1: not UTF-8 text"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,1\n" * 99)[:-9], "a.csv.gz is not a whole gzip file"),
-        ("a.csv.gz", b"text,label\n", "a.csv.gz is not a whole gzip file"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,1\n" * 99)[:-9], "a.csv.gz is not a complete gzip file"),
+        ("a.csv.gz", b"text,label\n", "a.csv.gz is not a complete gzip file"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: unusable JSON (the key 'a' appears twice)"),
         ("a.jsonl", '{"a": 1}\r\n{"a": }\r\n', "a.jsonl, line 2: malformed JSON"),
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: "),
@@ -210,6 +210,6 @@ def test_a_data_set_that_cannot_be_had_is_named(monkeypatch):
     for name in ("hub:", "hub:a/b/c/d", "hub:a/"):
         with pytest.raises(UsageError, match="is not the name of a data set"):
             # A path drops a last slash, so the text itself is what is read.
-            from zotune.llm.data.examples import readers as rows
+            from zotune.llm.data import readers as rows
 
             list(rows._hub(name.removeprefix("hub:"), "train"))

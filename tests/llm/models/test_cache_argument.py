@@ -9,17 +9,18 @@ import torch
 import transformers
 from torch import nn
 from transformers import DynamicCache
-from zotune.llm.architectures import byte_tokenizer
-from zotune.llm.cache_argument import accept_old_name, cache_argument, cache_in_call
-from zotune.llm.generation import Sampling, generate, uniform
-from zotune.llm.kept import Kept, Memory
-from zotune.llm.prompts import ReusedPrompts
-from zotune.llm.tuning import prepare
-from zotune.stack import stack_of
 
-from zotune.llm import adapters
-from zotune.llm.config import TrainConfig
-from zotune.llm.models import LanguageModel, quiet_libraries
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.models import adapters
+from zotune.llm.models.cache_argument import accept_old_name, cache_argument, cache_in_call
+from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import quiet_libraries
+from zotune.llm.models.prompt_cache import PromptCache
+from zotune.llm.models.random_models import byte_tokenizer
+from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.scoring.generation import Sampling, generate, uniform
+from zotune.model.layers import stack_of
 
 FAMILIES = ["llama", "opt", "qwen3", "gpt2"]
 each_family = pytest.mark.parametrize("kind", FAMILIES)
@@ -65,7 +66,7 @@ def small(tiny):
 
 
 def prepared(lm, **options):
-    prepare(lm, TrainConfig.model_validate({"task": "sst2", **options}))
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", **options}))
     return lm
 
 
@@ -243,9 +244,9 @@ def test_generation_counts_a_pass_for_each_new_token_of_each_length(small, kind)
 @pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "drawn"])
 def test_text_behind_reused_prompts_is_that_of_a_full_pass_for_each_token(small, kind, seed):
     lm = moved(prepared(small(kind), tuning="full", tuned_layers=1), scale=0.1)
-    reused, prompts = ReusedPrompts(lm, Kept([Memory(1 << 20)])), prompts_of(lm)
+    reused, prompts = PromptCache(lm, ActivationStore([MemoryTier(1 << 20)])), prompts_of(lm)
     assert reused.depth == 1
     sampling = None if seed is None else Sampling(temperature=1.0, top_p=1.0, seeds=(seed,) * len(prompts))
     expected = [continued(lm, p, lambda ids: lm.base(ids, use_cache=False).logits, seed) for p in prompts]
     for _ in range(2):  # computed, then from what was kept
-        assert generate(lm, prompts, NEW_TOKENS, sampling=sampling, starting=reused.starting) == expected
+        assert generate(lm, prompts, NEW_TOKENS, sampling=sampling, prefill=reused.prefill) == expected

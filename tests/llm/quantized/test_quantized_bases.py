@@ -387,7 +387,7 @@ def test_what_cannot_be_had_quantised_is_refused(base, config, tmp_path):
         load(ModelOptions(model="org/name", quantization="gguf"))
     with pytest.raises(UsageError, match="is a quantised file already"):
         load(ModelOptions(**base("gguf") | {"quantization": "bnb-nf4"}))
-    with pytest.raises(UsageError, match="in no file that bitsandbytes could quantise"):
+    with pytest.raises(UsageError, match="has no checkpoint file for bitsandbytes to quantise"):
         load(ModelOptions(model="random:llama-tiny", quantization="bnb-nf4"))
 
 

@@ -248,7 +248,7 @@ def test_a_mask_in_the_text_is_not_the_one_that_is_filled_in(tiny):
 
 
 def test_masked_models_take_words_of_one_token(tiny):
-    with pytest.raises(UsageError, match=r"' awful' is 6 of them"):
+    with pytest.raises(UsageError, match=r"' awful' has 6 tokens"):
         encode(tiny("roberta"), [Example("It was", (" awful",), 0)])
 
 

@@ -56,7 +56,7 @@ def test_the_shape_is_told_from_the_columns(own):
         found = own(some, CHATML)
         assert found.options.data_format == name
         assert f"data_format: {name}" in found.notes[0]
-    with pytest.raises(UsageError, match=r"several shapes: completion, chat\. Say which: --data-format completion"):
+    with pytest.raises(UsageError, match=r"several formats: completion, chat\. Choose one.*--data-format completion"):
         own([{"prompt": "a", "completion": "b", "messages": chat}], CHATML)
     assert own([{"prompt": "a", "completion": "b", "messages": chat}], CHATML, data_format="chat").splits.train[0].spans
     with pytest.raises(UsageError, match=r"no column 'completion'. Did you mean 'completions'\? .*choice \(prompt, "):
@@ -168,7 +168,7 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"text": "a", "label": 1}, {"text": "b", "label": None}], {}, "line 2: the column 'label' is null"),
         ([{"text": ["a"], "label": 1}, {"text": "b", "label": 0}], {}, r"line 1: the column 'text' holds \['a'\]"),
         ([{"text": "\ud800", "label": 1}, {"text": "b", "label": 0}], {}, "line 1: .*half a character"),
-        ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "the label '' has no word"),
+        ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "the label '' has an empty word"),
         ([{"text": "a", "label": 1}], {"verbalizer": {"1": "x", "0": "x "}}, "same word for all labels"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"template": "same"}, "names no column"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"exact_match": True}, "no effect on rows of a text"),
@@ -180,7 +180,7 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"prompt": "a", "completion": "b\nc"}], {"exact_match": True}, "line 1: exact_match compares one generated"),
         ([{"prompt": "a", "completion": "b" * 51}], {"exact_match": True}, "51 tokens"),
         ([{"messages": []}], {}, "line 1: the last message must have the role 'assistant'"),
-        ([{"messages": CHAT[:2]}], {}, "here its role is 'user'"),
+        ([{"messages": CHAT[:2]}], {}, "but its role is 'user'"),
         ([{"messages": "hello"}], {}, "line 1: the column 'messages' must hold a list of messages"),
         (
             [{"messages": [{"role": "assistant", "content": ""}]}],
@@ -208,7 +208,7 @@ def test_rows_that_cannot_be_used_are_named(own, rows, options, message):
 def test_chats_need_a_template_that_takes_them(own):
     with pytest.raises(UsageError, match=r"line 1: the model's tokenizer has no chat template"):
         own([{"messages": CHAT}])
-    with pytest.raises(UsageError, match=r"line 1: the chat template does not take these messages: no system"):
+    with pytest.raises(UsageError, match=r"line 1: the chat template rejects these messages: no system"):
         own([{"messages": CHAT}], "{{ raise_exception('no system') }}")
 
 
@@ -228,7 +228,7 @@ def test_rows_that_are_trained_and_measured_on_are_counted(own, tmp_path):
     rows = [{"text": "a", "label": i % 2} for i in range(10)]
     path = write(tmp_path / "rows2.jsonl", rows)
     found = load_user_data(DataOptions(train_file=path), None)
-    assert found.notes[1] == "2 of 2 held-out rows are training rows too, so the result on them is too optimistic"
+    assert found.notes[1] == "2 of 2 held-out rows are training rows too, so the result on them is biased"
     assert len(own([{"text": str(i), "label": i % 2} for i in range(10)]).notes) == 1
 
 
@@ -239,7 +239,7 @@ def test_candidates_that_are_the_same_tokens_are_refused(tiny, tmp_path):
     lm = tiny("llama")
     lm.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "Maybe"}, {"text": "b", "label": "maybE"}])
-    with pytest.raises(UsageError, match=r"rows.jsonl, line \d: the candidates ' Maybe' and ' maybE' are the same"):
+    with pytest.raises(UsageError, match=r"rows.jsonl, line \d: the candidates ' Maybe' and ' maybE' have the same"):
         load_rows(lm, DataOptions(train_file=path, num_dev=0))
 
 
@@ -249,5 +249,5 @@ def test_a_candidate_that_is_no_token_is_refused(tiny, tmp_path):
     lm = tiny("llama")
     lm.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" yes", "")
     path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}])
-    with pytest.raises(UsageError, match=r"rows.jsonl, line \d: the candidate ' yes' is no token"):
+    with pytest.raises(UsageError, match=r"rows.jsonl, line \d: the tokenizer makes no token of the candidate ' yes'"):
         load_rows(lm, DataOptions(train_file=path, num_dev=0))

@@ -29,7 +29,7 @@ def steady(entry):
 
 @pytest.fixture
 def own(rows_file):
-    """A function: options of an evaluation of six rows, five to choose_demonstrations demonstrations from."""
+    """A function: options of an evaluation of six rows, five to choose demonstrations from."""
     plain = {**TINY, "train_file": rows_file, "num_dev": 6, "template": "{text} is"}
     return lambda **options: EvalConfig.model_validate({**plain, **options})
 
@@ -274,7 +274,7 @@ def test_a_log_loss_is_written_row_by_row_and_has_no_paired_difference(config, t
 
 def test_predictions_take_the_place_of_no_file(own, rows_file):
     before = rows_file.read_bytes()
-    with pytest.raises(UsageError, match=r"rows.jsonl' is there already; remove it or name another"):
+    with pytest.raises(UsageError, match=r"rows.jsonl' exists; remove it or name another"):
         evaluate(own(predictions=rows_file))
     assert rows_file.read_bytes() == before
 

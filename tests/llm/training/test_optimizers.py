@@ -108,7 +108,7 @@ def test_weight_decay_of_a_baseline_is_decoupled_and_spares_biases_and_norms(nam
         ({"mask": "magnitude"}, "mask has no effect here"),
         ({"method": "fo_sgd", "sparsity": 0.5}, "sparsity has no effect here: it needs a zeroth-order method"),
         ({"hybrid_tied": "frozen"}, "hybrid_tied has no effect here: it needs hybrid_layers"),
-        ({"method": "fo_adam", "hybrid_layers": 2}, "hybrid_layers tunes the first layers to a zeroth-order method"),
+        ({"method": "fo_adam", "hybrid_layers": 2}, "hybrid_layers tunes the first layers with a zeroth-order method"),
         ({"blocks": "layers"}, "Did you mean 'layer'?"),
         ({"sparsity": 1.0}, "less than 1"),
     ],

@@ -6,7 +6,6 @@ one.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import is_partial
@@ -185,6 +185,5 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def write_yaml(path: Path, config: BaseModel) -> None:
     """Write a resolved config atomically, so that `zotune train PATH` runs it again."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -89,7 +89,7 @@ def first_layer(num_layers: int, tuned_layers: int | None) -> int:
     """
     if tuned_layers is not None and tuned_layers > num_layers:
         raise UsageError(
-            f"tuned_layers is {tuned_layers}, but the model has only {num_layers} layers; give a smaller number."
+            f"tuned_layers is {tuned_layers}, but the model has {num_layers} layers; give at most {num_layers}."
         )
     return num_layers - (tuned_layers or num_layers)
 

@@ -1,7 +1,7 @@
-"""The name under which a model takes its cache of keys and values, which depends on the model and on transformers.
+"""The name of a model's argument for its cache of keys and values, which depends on the model and on transformers.
 
-transformers 5.24 renamed the argument `past_key_values` of its models to `cache`; some layers call it `layer_past`.
-The signature of a module's class says which name it takes. Nothing else in zotune knows the names.
+transformers 5.24 renamed the argument `past_key_values` of its models to `cache`; some layers call it `layer_past`. The
+signature of a module's class has the right name. No other module of zotune depends on these names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NAMES = (NEW_NAME, OLD_NAME, "layer_past")
 
 
 def cache_argument(module: nn.Module) -> str:
-    """The name of the argument of `module.forward` that is the cache.
+    """Return the name of the argument of `module.forward` for the cache.
 
     Args:
         module: a model of transformers, or one of its decoder layers.
@@ -31,17 +31,17 @@ def cache_argument(module: nn.Module) -> str:
     >>> cache_argument(Layer())
     'past_key_values'
     """
-    # The class's method: a wrapper on the instance may hide the names. A classifier may only hand them to its body.
+    # The class's method, because a wrapper on the instance may hide the names. A classifier may pass them to its body.
     for part in (module, getattr(module, "base_model", module)):
         parameters = inspect.signature(type(part).forward).parameters
-        found = next((name for name in _NAMES if name in parameters), None)
-        if found is not None:
-            return found
-    raise TypeError(f"{type(module).__name__}.forward takes no cache: none of {', '.join(_NAMES)} is among its names")
+        name = next((name for name in _NAMES if name in parameters), None)
+        if name is not None:
+            return name
+    raise TypeError(f"{type(module).__name__}.forward takes no cache: none of {', '.join(_NAMES)} is its argument")
 
 
 def cache_in_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache that a call `module(*args, **kwargs)` hands over by position or by name; None without one.
+    """Return the cache that a call `module(*args, **kwargs)` passes by position or by name, or None.
 
     >>> class Layer(nn.Module):
     ...     def forward(self, hidden_states, cache=None, attention_mask=None): ...
@@ -53,10 +53,10 @@ def cache_in_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def accept_old_name(model: nn.Module) -> None:
-    """Let a model that takes its cache as `cache` take it as `past_key_values` too, and say so in its signature.
+    """Let a model with the argument `cache` accept `past_key_values` too, and add it to the signature.
 
-    peft up to 0.21 gives a prefix to the model under the old name, and reads the signature to learn whether the
-    model takes one. A model that knows the old name is left as it is.
+    peft up to 0.21 passes a prefix under the old name, and reads the signature to find out whether the model accepts
+    one. A model with the old name is not changed.
 
     >>> class Model(nn.Module):
     ...     def forward(self, input_ids, cache=None):
@@ -66,7 +66,7 @@ def accept_old_name(model: nn.Module) -> None:
     >>> model(0, past_key_values=1), model(0, cache=2), model(0)
     (1, 2, None)
     """
-    for part in {model, getattr(model, "base_model", model)}:  # of a classifier peft may call the body
+    for part in {model, getattr(model, "base_model", model)}:  # peft may call the body of a classifier
         _accept_old_name(part)
 
 
@@ -84,9 +84,9 @@ def _accept_old_name(model: nn.Module) -> None:
 
     *others, last = signature.parameters.values()
     old = inspect.Parameter(OLD_NAME, inspect.Parameter.KEYWORD_ONLY, default=None)
-    # A parameter by keyword only stands before `**kwargs`.
+    # A keyword-only parameter has to precede `**kwargs`.
     ends_in_kwargs = last.kind is inspect.Parameter.VAR_KEYWORD
     parameters = [*others, old, last] if ends_in_kwargs else [*others, last, old]
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    # Bound to this model alone; a copy of the model binds it to the copy.
+    # Bound to this model only; a copy of the model binds the method to the copy.
     model.forward = MethodType(forward, model)

@@ -1,9 +1,10 @@
-"""Prompts that text is generated from: what lies below the lowest tuned layer is computed once a prompt and kept.
+"""A cache of prompts to generate from: the part below the lowest tuned layer is computed once per prompt.
 
-As `zotune.llm.models.activation_cache` does for scores. A prompt leaves keys and values in every layer's cache and an
-input for the next; below the lowest tuned layer they are the same at each probe. The first pass of a generation puts
-them into its cache and begins at that layer; later passes, of the new tokens, run whole. Each prompt is computed
-alone, so the bits do not depend on what it is batched with, nor on whether there was room to keep it.
+It corresponds to `zotune.llm.models.activation_cache` for generated text. The lower layers turn a prompt into keys and
+values, which generation caches, and into the input of the next layer; all of these are the same at each probe. The
+first pass of a generation takes them from this cache and starts at the lowest tuned layer; later passes, of new tokens,
+run through all layers. Each prompt is computed alone, so its bits do not depend on its batch, nor on the room in the
+cache.
 """
 
 from __future__ import annotations
@@ -26,78 +27,81 @@ Tokens = tuple[int, ...]
 
 
 class PromptCache:
-    """A language model's passes over prompts, the lower layers' part computed once as far as there is room to keep it.
+    """A cache of the lower layers' keys, values and outputs for prompts, as far as there is room.
 
     Args:
-        lm: the model; what it tunes must not change afterwards.
-        kept: where keys, values and activations are kept; without a tier they are computed each time.
+        lm: the model; the set of tuned parameters must not change afterwards.
+        store: storage of keys, values and activations; without a tier they are recomputed each time.
 
     Attributes:
-        depth: how many layers lie below everything that is tuned; 0 also where a layer's cache is a sliding window,
-            which does not hold the whole prompt.
-        num_layers: how many there are in all.
+        depth: number of layers below all tuned parameters; also 0 if a layer's cache is a sliding window, which does
+            not
+            hold the whole prompt.
+        num_layers: number of layers in all.
     """
 
-    def __init__(self, lm: LanguageModel, kept: ActivationStore) -> None:
+    def __init__(self, lm: LanguageModel, store: ActivationStore) -> None:
         from transformers import DynamicCache
 
         _, layers = stack_of(lm.base)
         slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=lm.config).layers)
         self.num_layers = len(layers)
         self.depth = 0 if slides or tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
-        self._lm, self._layers, self._kept = lm, list(layers[: self.depth]), kept
+        self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
         self._returns_tuple = False
         self._heads: list[tuple[int, int]] = []
 
     @contextmanager
     def prefill(self, prompts: Sequence[Tokens]) -> Iterator[None]:
-        """Within this context the first pass, of `prompts` padded on the left, begins at the lowest tuned layer."""
+        """Within this context the first pass, over `prompts` padded on the left, starts at the lowest tuned layer."""
         if not self.depth:
             yield
             return
-        found = [self._find(prompt) for prompt in prompts]
-        whole = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_side="left")
+        cached = [self._find(prompt) for prompt in prompts]
+        padded = torch.nn.utils.rnn.pad_sequence(cached, batch_first=True, padding_side="left")
         widths = [heads * size for heads, size in self._heads]
-        entering, *parts = torch.split(whole, [whole.shape[2] - sum(widths), *widths], dim=2)
+        entering, *parts = torch.split(padded, [padded.shape[2] - sum(widths), *widths], dim=2)
         pairs = [part.reshape(*part.shape[:2], *h).transpose(1, 2) for part, h in zip(parts, self._heads, strict=True)]
-        own = [vars(layer).get("forward") for layer in self._layers]
+        originals = [vars(layer).get("forward") for layer in self._layers]
         for index, layer in enumerate(self._layers):
             output = entering if index == self.depth - 1 else None
-            layer.forward = self._first(index, own[index], pairs[2 * index], pairs[2 * index + 1], output)
+            layer.forward = self._first_forward(index, originals[index], pairs[2 * index], pairs[2 * index + 1], output)
         try:
             yield
         finally:
             for index in range(self.depth):
-                self._restore(index, own[index])
+                self._restore(index, originals[index])
 
-    def _first(self, index: int, own: Any, keys: Tensor, values: Tensor, output: Tensor | None) -> Callable[..., Any]:
-        """A forward that fills the layer's cache, gives `output` or its input, and hands back to the layer's own."""
+    def _first_forward(
+        self, index: int, original: Any, keys: Tensor, values: Tensor, output: Tensor | None
+    ) -> Callable[..., Any]:
+        """Return a forward that fills the layer's cache, returns `output` or its input, and restores the original."""
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._restore(index, own)
+            self._restore(index, original)
             cache = cache_in_call(self._layers[index], (hidden_states, *args), kwargs)
             cache.update(keys, values, index)
-            found = hidden_states if output is None else output
-            return (found,) if self._returns_tuple else found
+            result = hidden_states if output is None else output
+            return (result,) if self._returns_tuple else result
 
         return forward
 
-    def _restore(self, index: int, own: Any) -> None:
-        if own is None:
+    def _restore(self, index: int, original: Any) -> None:
+        if original is None:
             vars(self._layers[index]).pop("forward", None)
         else:
-            self._layers[index].forward = own
+            self._layers[index].forward = original
 
     def _find(self, prompt: Tokens) -> Tensor:
-        kept = self._kept.get(prompt)
-        if kept is None:
-            kept = self._compute(prompt)
-            self._kept.put(prompt, kept)
-        return kept
+        cached = self._store.get(prompt)
+        if cached is None:
+            cached = self._compute(prompt)
+            self._store.put(prompt, cached)
+        return cached
 
     @torch.no_grad()
     def _compute(self, prompt: Tokens) -> Tensor:
-        """(L, width + keys and values): what the prompt's tokens leave, side by side."""
+        """Return (L, width + keys and values) of a prompt's tokens, side by side."""
         from transformers import DynamicCache
 
         cache = DynamicCache()

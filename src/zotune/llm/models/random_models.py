@@ -82,7 +82,7 @@ def _roberta(width: int, layers: int, heads: int, **other: Any) -> Any:
     )
 
 
-# Windows and head sizes of their own, so that what is special about these families is there in small too.
+# The tiny models of these families have sliding windows and head sizes of their own, as the full ones do.
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _TINY = {"vocab_size": 320, "max_position_embeddings": 512}
 

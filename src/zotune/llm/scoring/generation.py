@@ -86,7 +86,7 @@ def _generate(
     mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
     input_ids, attention_mask = (torch.tensor(rows, device=lm.device) for rows in (padded, mask))
     if lm.num_virtual_tokens:
-        model, inputs, length = lm.base, *_behind_virtual_tokens(lm, input_ids)
+        model, inputs, length = lm.base, *_inputs_after_virtual_tokens(lm, input_ids)
     else:
         model, inputs = lm.module, {"input_ids": input_ids, "attention_mask": attention_mask}
     out: Tensor = model.generate(
@@ -111,14 +111,14 @@ def _generate(
 
 
 @torch.no_grad()
-def _behind_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[dict[str, Any], int]:
-    """How transformers' own `generate` reads (S, L) prompts without padding behind the virtual tokens.
+def _inputs_after_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[dict[str, Any], int]:
+    """Return the inputs of transformers' `generate` for virtual tokens followed by (S, L) prompts without padding.
 
-    peft's `generate` looks for the cache under a name that transformers 5.24 changed, and would put the virtual
+    The `generate` of peft looks for the cache under a name that transformers 5.24 changed, and would put the virtual
     tokens before each new token again.
 
     Returns:
-        the inputs, and the length of what `generate` gives back before the first new token.
+        The inputs, and the number of tokens that `generate` returns before the first new one.
     """
     from transformers import Cache
 
@@ -127,11 +127,11 @@ def _behind_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[dict[s
     length = lm.num_virtual_tokens + input_ids.shape[1]
     mask = torch.ones(len(input_ids), length, dtype=torch.long, device=lm.device)
     if isinstance(virtual, Cache):
-        # A prefix stands in the cache; `generate` leaves out as many of the first tokens as it holds.
-        held = F.pad(input_ids, (lm.num_virtual_tokens, 0), value=lm.pad_token_id)
-        return {"input_ids": held, "attention_mask": mask, cache_argument(lm.base): virtual}, length
+        # A prefix is in the cache; `generate` skips as many of the first tokens as the cache holds.
+        padded = F.pad(input_ids, (lm.num_virtual_tokens, 0), value=lm.pad_token_id)
+        return {"input_ids": padded, "attention_mask": mask, cache_argument(lm.base): virtual}, length
     embeddings = module.word_embeddings(input_ids)
-    # `generate` does not give embeddings back.
+    # `generate` does not return tokens for embeddings.
     return {"inputs_embeds": torch.cat([virtual.to(embeddings.dtype), embeddings], 1), "attention_mask": mask}, 0
 
 

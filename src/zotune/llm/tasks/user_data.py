@@ -214,7 +214,6 @@ def _overlap_notes(splits: Splits) -> list[str]:
         overlap = sum((e.prompt, e.candidates) in train_rows for e in examples)
         if overlap:
             notes.append(
-                f"{overlap} of {len(examples)} {name} rows are training rows too, so the result on them is too "
-                f"optimistic"
+                f"{overlap} of {len(examples)} {name} rows are training rows too, so the result on them is biased"
             )
     return notes

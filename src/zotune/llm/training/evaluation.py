@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from zotune.errors import UsageError
+from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
@@ -224,12 +224,10 @@ def _compare_with_base(
 
 def write_predictions(path: Path, results: dict[str, TaskEvaluation]) -> None:
     """Write one JSON object per row, in order: the prompt, the prediction and the right answer."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for task, result in results.items():
             for record in _records(task, result):
                 file.write(json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
-    aside.replace(path)
 
 
 def _records(task: str, result: TaskEvaluation) -> Sequence[dict[str, Any]]:

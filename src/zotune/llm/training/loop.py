@@ -237,15 +237,15 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
 def try_side_by_side(
     optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
 ) -> None:
-    """See whether the probes of the closure's few examples can share a forward pass, and keep what was found."""
-    own = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
-    if not isinstance(own, ZerothOrder):
+    """Test on the closure's few examples whether probes can share a forward pass, and remember the answer."""
+    zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
+    if not isinstance(zeroth_order, ZerothOrder):
         return
-    if options.method == "forward_grad":  # whose check probes but once
-        set_separable(own.tuned, False)
+    if options.method == "forward_grad":  # it has no probes that could share a pass
+        set_separable(zeroth_order.tuned, False)
     elif isinstance(closure, Batched) and closure.most > 1:
         before = lm.num_forwards
-        separable = set_separable(own.tuned, is_separable(closure, own.tuned))
+        separable = set_separable(zeroth_order.tuned, is_separable(closure, zeroth_order.tuned))
         lm.num_forwards = before
         if not separable:
             say(NOT_SEPARABLE)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import NotWrittenError
+from zotune.llm.atomic_write import atomic_write
 
 Line = dict[str, Any]
 
@@ -29,9 +30,8 @@ class MetricsLog:
             if key is None or key[0] > num_steps or key in lines or (lines and key < next(reversed(lines))):
                 break
             lines[key] = line
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        aside.write_text("".join(map(_text, lines.values())), encoding="utf-8")
-        aside.replace(self._path)
+        with atomic_write(self._path) as temporary:
+            temporary.write_text("".join(map(_text, lines.values())), encoding="utf-8")
         self._lines = lines
         return max((float(line.get("seconds") or 0.0) for line in lines.values()), default=0.0)
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 import zotune
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
+from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.adapters import is_adapter
@@ -201,9 +202,8 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(json_safe(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(json_safe(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, str]:
