@@ -1,4 +1,8 @@
-"""The ledger: a fine-tune as kilobytes; weights are a function of (base model, ledger). Format: docs/ledger.md."""
+"""The ledger: a fine-tune as kilobytes; weights are a function of (base model, ledger). Format: docs/reference/ledger-format.md.
+
+Read `format` (bytes), then `files` (reading and appending), `replay` (a whole run again) and `stream` (one tensor at a
+time).
+"""
 
 from zotune.ledger.files import Ledger as Ledger
 from zotune.ledger.files import LedgerWriter as LedgerWriter
