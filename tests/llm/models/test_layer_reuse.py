@@ -234,7 +234,7 @@ def test_what_is_kept_stays_within_its_bound(tiny):
         reused = SequenceCache(lm, ActivationStore([memory]))
         for _ in range(2):
             torch.testing.assert_close(reused.score(batch), lm.score(batch), rtol=0, atol=2e-6)
-        assert sum(t.untyped_storage().nbytes() for t in memory._kept.values()) <= bound
+        assert sum(t.untyped_storage().nbytes() for t in memory._tensors.values()) <= bound
         runs.clear()
         reused.score(batch)
         assert (0 in runs) == (bound < sum(sizes))

@@ -13,7 +13,8 @@ from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models import builtin, load
+from zotune.llm.models import builtin
+from zotune.llm.models.load import load
 from zotune.llm.models.random_models import ARCHITECTURES
 
 # Millions of parameters of the published checkpoints, tied embeddings counted once; roberta-large with its LM head.
