@@ -253,7 +253,7 @@ def test_no_weight_is_made_or_written(monkeypatch):
     opt = zo.zo_sgd(model, lr=0.1, sampler=sampler(), num_queries=3)
     set_separable(opt.tuned, True)
     before, made = copy.deepcopy(model), []
-    for kind, name in ((perturbed_by, "read"), (side_by_side, "_displaced")):
+    for kind, name in ((perturbed_by, "read"), (side_by_side, "_perturbed")):
         monkeypatch.setattr(kind, name, noted(made, getattr(kind, name)))
     for kind in (perturbed_by, side_by_side):
         monkeypatch.setattr(kind, "_piece", None)

@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Rounding(StrEnum):
-    """How an update is written into bfloat16 or float16 weights. Other dtypes are not concerned.
+    """How `zotune.noise.round_to` writes an update into bfloat16 or float16 weights. It concerns no other dtype.
 
     `STOCHASTIC` rounds up or down at random so that the mean is exact, and stores nothing; `MASTER` keeps a float32
     copy (4 bytes a number); `NEAREST` loses every update below half a rounding unit.

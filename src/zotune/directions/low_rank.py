@@ -2,7 +2,7 @@
 
 A is (m, r), B is (n, r), both of independent entries with mean 0 and variance 1, so E[u uᵀ] = I as for any direction:
 E[U_ij U_kl] = Σ_s E[A_is A_ks] E[B_js B_ls] / r, which is 1 where (i, j) = (k, l) and else 0. A product with U is two
-thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is displaced without a displaced weight.
+thin products: x Uᵀ = (x B) Aᵀ/√r, so that a layer is perturbed without a perturbed weight.
 Source: Chen et al., 2024 (LOZO, arXiv 2410.07698); Sarkar et al., 2025 (EGGROLL, arXiv 2511.16652). The bits of an
 element: `zotune.noise.spec.low_rank`.
 """
@@ -24,7 +24,7 @@ from zotune import noise
 from zotune.directions.samplers import Factors, Sampler
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
-from zotune.model import linear as gemm
+from zotune.model import matmul as gemm
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.system import limits
@@ -204,7 +204,7 @@ def low_rank(base: Sampler, rank: int = 1, *, interval: int = 1) -> LowRank:
     r"""Directions that are matrices of low rank: for an m × n tensor U = A Bᵀ/√r, known by (m + n) r numbers.
 
     A (m × r) is drawn anew for each direction, B (n × r) with it or once for some steps. Independent entries of mean 0
-    and variance 1 give E[u uᵀ] = I, so E[ĝ] = ∇f as for any sampler. A linear layer is displaced by two thin products,
+    and variance 1 give E[u uᵀ] = I, so E[ĝ] = ∇f as for any sampler. A linear layer is perturbed by two thin products,
     y = x Wᵀ + a (x B) Aᵀ/√r, and no weight is written or copied: probes cost hardly more than their forward passes, and
     many of them (`most` of `zotune.batched`) share the product x Wᵀ.
 

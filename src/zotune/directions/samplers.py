@@ -61,7 +61,7 @@ class FactoredSampler(Sampler, Protocol):
 
 @dataclass(frozen=True)
 class PhiloxSampler:
-    """A sampler with kernels of its own: `kernel` is its stream of the noise specification."""
+    """A sampler with kernels of its own: `kernel` is its stream of the noise specification, `zotune.noise.spec`."""
 
     name: str
     kernel: int

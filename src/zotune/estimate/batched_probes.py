@@ -2,8 +2,8 @@
 
 The probes of one step differ in nothing but the weights. Run side by side, a probe's two ends read W and make u
 once, what is not tuned is computed for all copies at once, and a small adapter's copies are one batched product.
-A copy is a contiguous share of the first dimension of whatever depends on the batch: a tensor that meets a displaced
-one is cut there, and what comes of a displaced tensor alone is kept once a copy. Where a model mixes examples, or
+A copy is a contiguous share of the first dimension of whatever depends on the batch: a tensor that meets a perturbed
+one is cut there, and what comes of a perturbed tensor alone is kept once a copy. Where a model mixes examples, or
 carries them elsewhere than along the first dimension, that is not so; `is_separable` finds out by trying.
 """
 
@@ -23,7 +23,7 @@ from zotune import noise
 from zotune.directions.low_rank import linear
 from zotune.directions.samplers import Factors
 from zotune.estimate.perturb import WeightOffset, antithetic_pair, largest_piece, nbytes, piece_elements, pieces
-from zotune.model import linear as gemm
+from zotune.model import matmul as gemm
 from zotune.model.intercept import METADATA, Interceptor
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
@@ -47,19 +47,19 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
 
     Args:
         tuned: the tuned tensors of a model.
-        displacements: of the same tensors; as many as there are copies of the batch.
+        offsets: of the same tensors; as many as there are copies of the batch.
 
     Raises:
         NotSeparableError: within the context, where a result would mix the copies.
         UnreadTensorError: as `ParameterInterceptor`.
 
-    Extra memory: as `zotune.estimate.perturb.perturbed_by`, once for each displacement, and all vectors, up to 16 MiB.
+    Extra memory: as `zotune.estimate.perturb.perturbed_by`, once for each offset, and all vectors, up to 16 MiB.
     """
 
-    def __init__(self, tuned: ParameterSet, displacements: Sequence[WeightOffset]) -> None:
-        super().__init__(tuned, displacements[0].tensors)
-        self._displacements, self._copies = tuple(displacements), len(displacements)
-        self._ends = antithetic_pair(displacements)
+    def __init__(self, tuned: ParameterSet, offsets: Sequence[WeightOffset]) -> None:
+        super().__init__(tuned, offsets[0].tensors)
+        self._offsets, self._copies = tuple(offsets), len(offsets)
+        self._ends = antithetic_pair(offsets)
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = nbytes(tuned, self.chosen) * self._copies <= limits.CACHED_BYTES
         self._kept: dict[int, Tensor] = {}
@@ -168,11 +168,11 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         if all(isinstance(result, (tuple, list)) for result in results):
             return type(results[0])(self._derive(list(parts)) for parts in zip(*results, strict=True))
         if not all(isinstance(result, Tensor) for result in results):
-            raise NotSeparableError("a number was read off a displaced tensor")
+            raise NotSeparableError("a number was read off a perturbed tensor")
         num_bytes = sum(r.numel() * r.element_size() for r in results)
         self._derived_bytes += num_bytes
         if num_bytes > limits.DERIVED_BYTES or self._derived_bytes > limits.ALL_DERIVED_BYTES:
-            raise NotSeparableError("what is made of displaced tensors alone would take much memory")
+            raise NotSeparableError("what is made of perturbed tensors alone would take much memory")
         self._derived[id(results[0])] = results
         self._differing.add(id(results[0]))
         return results[0]
@@ -181,7 +181,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         """Each copy's own version of a tensor."""
         if id(value) in self._derived:
             return self._derived[id(value)]
-        return list(self._displaced(self._noted(value), value))
+        return list(self._perturbed(self._noted(value), value))
 
     def _noted(self, value: Tensor) -> TunedTensor:
         """The tuned tensor that `value` is, recorded as read."""
@@ -189,7 +189,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         assert tensor is not None
         return self.note(tensor)
 
-    def _displaced(self, tensor: TunedTensor, value: Tensor) -> Tensor:
+    def _perturbed(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """The whole tensor perturbed, once a copy: (copies, *shape)."""
         if value.dim() == 1 and self._vectors_are_to_come:
             self._vectors_are_to_come = False
@@ -228,8 +228,8 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             if (kernel := u.kernel(tensor.id)) is not None:
                 noise.axpy_pair(outs[0], outs[1], x, kernel, u.seed, a, tensor.id, start)
                 return
-        for out, displacement in zip(outs, self._displacements, strict=True):
-            displacement.move(out, x, tensor, start)
+        for out, offset in zip(outs, self._offsets, strict=True):
+            offset.move(out, x, tensor, start)
 
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo … hi - 1 of a matrix perturbed for each copy, in a shared scratch: (copies, hi - lo, columns)."""
@@ -266,7 +266,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         """Each copy's own version of a tensor: (copies, *shape)."""
         if id(value) in self._derived:
             return torch.stack(self._derived[id(value)])
-        return self._displaced(self._noted(value), value)
+        return self._perturbed(self._noted(value), value)
 
     def _factors(self, tensor: TunedTensor, device: torch.device) -> list[Factors] | None:
         """The thin factors of each copy's offset; None where an offset is not of low rank."""
@@ -276,7 +276,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
                 self._factors_of_u[device] = u.all_factors(self.chosen, device)
             both = self._factors_of_u[device].get(tensor.id) or u.factors(tensor.id, device)
             return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
-        found = [displacement.factors(tensor, device) for displacement in self._displacements]
+        found = [offset.factors(tensor, device) for offset in self._offsets]
         return None if None in found else [f for f in found if f is not None]
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, tensor: TunedTensor | None) -> Tensor:
@@ -291,7 +291,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             return gemm.products(x, self._stacked(weight), own)
         self.note(tensor)
         if self._keeps:
-            return gemm.products(x, self._displaced(tensor, weight), own)
+            return gemm.products(x, self._perturbed(tensor, weight), own)
         return self._by_pieces(x, tensor, weight.detach(), own)
 
     def _by_pieces(self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -328,9 +328,9 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
     def _rows(self, tensor: TunedTensor, weight: Tensor, indices: Tensor) -> list[Tensor]:
         """Some rows of a matrix, perturbed for each copy."""
         found = []
-        for displacement in self._displacements:
+        for offset in self._offsets:
             rows = F.embedding(indices, weight.detach())
-            displacement.move_rows(rows, indices, tensor)
+            offset.move_rows(rows, indices, tensor)
             found.append(rows)
         return found
 

@@ -6,7 +6,7 @@ tuned tensor gets x + a·u instead (see `zotune.model.intercept`).
 
 Two reads need no whole perturbed tensor: a linear layer takes its rows in pieces that stay in the
 cache, an embedding only the rows that are looked up. A direction of low rank needs no perturbed piece
-either: x + a·u is then x Wᵀ and two thin products. And where all that is displaced is small, as an
+either: x + a·u is then x Wᵀ and two thin products. And where all that is moved is small, as an
 adapter is, a tensor that is read again is made whole and kept until the context is left: an objective that
 generates text, or one in micro-batches, reads it many times.
 """
@@ -85,32 +85,32 @@ class OffsetAlong:
         return None if found is None else Factors(found.left, found.right, self.a)
 
 
-def antithetic_pair(displacements: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
+def antithetic_pair(offsets: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
     """The (u, a) of an antithetic pair x + a·u and x - a·u, the two ends of a probe; None for any other offsets."""
-    if len(displacements) != 2:
+    if len(offsets) != 2:
         return None
-    one, other = displacements
+    one, other = offsets
     if not isinstance(one, OffsetAlong) or not isinstance(other, OffsetAlong) or one.direction != other.direction:
         return None
     return (one.direction, one.a) if one.a == -other.a else None
 
 
-def move_rows_one_by_one(displacement: WeightOffset, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
+def move_rows_one_by_one(offset: WeightOffset, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
     """`WeightOffset.move_rows` by `WeightOffset.move`."""
     for row, index in zip(rows, indices.tolist(), strict=True):
-        displacement.move(row, row, tensor, start=index * row.numel())
+        offset.move(row, row, tensor, start=index * row.numel())
 
 
 class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager reads like a verb
     """Within this context the model computes with its tuned tensors plus an offset; the tensors are never written.
 
     Extra memory: the largest single tuned tensor, or 12 MiB where linear layers and embeddings are all (on a GPU the
-    largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all displaced tensors together are that small.
+    largest of up to 2²⁶ numbers, and the rows looked up); 16 MiB where all moved tensors together are that small.
     """
 
-    def __init__(self, tuned: ParameterSet, displacement: WeightOffset) -> None:
-        super().__init__(tuned, displacement.tensors)
-        self._displacement = displacement
+    def __init__(self, tuned: ParameterSet, offset: WeightOffset) -> None:
+        super().__init__(tuned, offset.tensors)
+        self._offset = offset
         self._scratch: Tensor | None = None
         self._kept: dict[int, Tensor] = {}
         self._keeps = nbytes(self.tuned, self.chosen) <= limits.CACHED_BYTES
@@ -130,7 +130,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
             return self._kept[tensor.id]
         source = value.detach().contiguous()
         out = torch.empty_like(source)
-        self._displacement.move(out.view(-1), source.view(-1), tensor, 0)
+        self._offset.move(out.view(-1), source.view(-1), tensor, 0)
         if self._keeps and self._reads[tensor.id] > 1:
             self._kept[tensor.id] = out
         return out
@@ -151,7 +151,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
             most = piece_elements(value.device.type)
             self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, most))
         piece = self._scratch[: rows.numel()]
-        self._displacement.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
+        self._offset.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -159,7 +159,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         # Under autograd a scratch that is used again would corrupt the graph.
         if tensor is None or torch.is_grad_enabled() or weight.dim() != 2:
             return None
-        if (factors := self._displacement.factors(tensor, weight.device)) is not None:
+        if (factors := self._offset.factors(tensor, weight.device)) is not None:
             self.note(tensor)
             return linear(self.replace(input), weight.detach(), self.replace(bias), [factors])
         largest = piece_elements(weight.device.type)
@@ -191,7 +191,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
             return None
         tensor, indices, places = found
         rows = F.embedding(indices, weight.detach())
-        self._displacement.move_rows(rows, indices, tensor)
+        self._offset.move_rows(rows, indices, tensor)
         return F.embedding(places, rows)
 
 

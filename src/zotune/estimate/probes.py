@@ -52,8 +52,8 @@ def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point]) ->
 
 
 def _groups(tuned: ParameterSet, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
-    """The points, in groups to be evaluated at once: neighbours that displace the same tensors, few where these are
-    large and not displaced by thin factors.
+    """The points, in groups to be evaluated at once: neighbours that perturb the same tensors, few where these are
+    large and not perturbed by thin factors.
     """
     lo = 0
     for hi in range(1, len(points) + 1):

@@ -1,4 +1,6 @@
-"""The ledger: a fine-tune as kilobytes; weights are a function of (base model, ledger). Format: docs/reference/ledger-format.md.
+"""The ledger: a fine-tune as kilobytes; weights are a function of (base model, ledger).
+
+Its format is specified in docs/reference/ledger-format.md.
 
 Read `format` (bytes), then `files` (reading and appending), `replay` (a whole run again) and `stream` (one tensor at a
 time).

@@ -1,4 +1,6 @@
-"""The ledger's bytes: a header that says what a run is, then one record of fixed size a step. See docs/reference/ledger-format.md.
+"""The ledger's bytes: a header that says what a run is, then one record of fixed size a step.
+
+The specification is docs/reference/ledger-format.md.
 
     "ZOLEDGER"  u32 version  u32 n  u32 CRC-32  n bytes: JSON, deflated     the header
     u32 CRC-32  u24 passes  E × i8 scales, zeros to a multiple of 4         a record: E estimates,

@@ -113,7 +113,7 @@ def step(
     first: bool,
     writes: bool,
 ) -> None:
-    """One step of a rule with a state, in place; see `zotune.fused`. Only where `has_steps`.
+    """One step of a rule with a state, in place; see `zotune.apply.fused`. Only where `has_steps`.
 
     The `states` of the rule are float32 and as large as x; `terms` are stream, seeds and scales of the directions.
     If it is the `first` step, the state begins here, whatever is in `states`; unless it `writes`, x stays.

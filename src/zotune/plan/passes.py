@@ -199,7 +199,7 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 class _ZeroOffset:
-    """A displacement by zero."""
+    """A offset by zero."""
 
     tensors = None
 

@@ -21,7 +21,7 @@ from zotune.llm.ledger.rebuild import export, find_ledger, rebuild
 from zotune.llm.ledger.verify import verify
 from zotune.llm.models.load import load
 from zotune.llm.quantized.backends import frozen_tensors
-from zotune.llm.quantized.block_formats import FORMATS
+from zotune.llm.quantized.gguf_blocks import FORMATS
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_scales
 from zotune.llm.training.evaluation import evaluate

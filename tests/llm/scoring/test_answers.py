@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.scoring.answers import evaluate_answers, exact_match, f1, normalised
+from zotune.llm.scoring.generated_answers import evaluate_answers, exact_match, f1, normalised
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.intervals import mean_interval
 

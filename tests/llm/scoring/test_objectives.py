@@ -16,7 +16,7 @@ from zotune.errors import UsageError
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models.logprobs import losses, scores
+from zotune.llm.models.candidate_scores import losses, scores
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 
 SINGLE = (

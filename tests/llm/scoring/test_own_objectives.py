@@ -7,7 +7,7 @@ import pytest
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import EvalConfig, TrainConfig
-from zotune.llm.scoring.answers import f1
+from zotune.llm.scoring.generated_answers import f1
 from zotune.llm.scoring.generation import generate
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training.evaluation import evaluate

@@ -24,7 +24,7 @@ from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring import generation
 from zotune.llm.scoring.accuracy import evaluate_accuracy
-from zotune.llm.scoring.answers import exact_match, f1
+from zotune.llm.scoring.generated_answers import exact_match, f1
 from zotune.llm.scoring.generation import Sampling, generate
 from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
@@ -245,7 +245,7 @@ def test_both_probes_see_the_same_completions_as_mu_vanishes(tiny, options):
 
 @pytest.mark.parametrize("scheme", ["full", "lora", "prefix", "prompt"])
 def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_family, scheme):
-    """Whether what is displaced is kept or made anew at each token; an adapter is first moved off its start."""
+    """Whether what is perturbed is kept or made anew at each token; an adapter is first moved off its start."""
     lm = tiny(causal_family)
     prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", "tuning": scheme}))
     tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)

@@ -16,7 +16,7 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.readers import read_rows
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.scoring.answers import evaluate_answers
+from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import TEACHER_FORCING
 from zotune.llm.tasks import TASKS
 from zotune.llm.tasks import task as task_module

@@ -53,7 +53,7 @@ def find_cell(spec: CellSpec, store: Store) -> CellResult:
     Raises:
         KeyboardInterrupt: the runner is stopping.
     """
-    from zotune.bench.run.cell_kinds import KINDS
+    from zotune.bench.run.cells import KINDS
 
     partial, ended = PartialResult(), CellStopped("done", "")
     try:

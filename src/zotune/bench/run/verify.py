@@ -232,7 +232,7 @@ def recompute(one: Stale, execute: Callable[[Job], Outcome]) -> CellResult:
         CellStopped: a job failed.
         KeyboardInterrupt: the runner is stopping.
     """
-    from zotune.bench.run.cell_kinds import KINDS
+    from zotune.bench.run.cells import KINDS
 
     rerun, partial = _PartialRerun(one, execute), PartialResult()
     KINDS[one.spec.kind](one.spec, rerun, partial)

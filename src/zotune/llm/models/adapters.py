@@ -17,7 +17,7 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.quantized.dequantize import dequantised_model
+from zotune.llm.quantized.dequantize_model import dequantised_model
 from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10

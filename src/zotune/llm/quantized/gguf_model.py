@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zotune.errors import UsageError
-from zotune.llm.quantized.block_formats import FORMATS
+from zotune.llm.quantized.gguf_blocks import FORMATS
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear
 from zotune.model.layers import stack_of

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zotune.estimate.perturb import piece_elements
-from zotune.llm.quantized.block_formats import BlockFormat
+from zotune.llm.quantized.gguf_blocks import BlockFormat
 
 
 class _PackedMatrix(nn.Module):

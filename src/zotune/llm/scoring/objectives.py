@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zotune.llm.data.collator import Batch, on_device
 from zotune.llm.data.tokenization import Candidate, Encoded
-from zotune.llm.models.logprobs import losses
+from zotune.llm.models.candidate_scores import losses
 
 
 class Objective(Protocol):

@@ -29,7 +29,7 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
-from zotune.llm.scoring.answers import answer_evaluation, exact_match, f1
+from zotune.llm.scoring.generated_answers import answer_evaluation, exact_match, f1
 from zotune.llm.scoring.generation import Prefill, Sampling, generate
 from zotune.llm.scoring.intervals import mean_interval
 from zotune.llm.scoring.objectives import CLASSIFICATION, Objective

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from zotune.llm.data.examples import Example
-from zotune.llm.scoring.answers import evaluate_answers
+from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import TEACHER_FORCING
 from zotune.llm.tasks.task import MASKED_IS_NOT_DEFINED, Task
 

@@ -19,7 +19,7 @@ from zotune.llm.data.chat_template import assistant_spans, chat_prompt
 from zotune.llm.data.examples import Example
 from zotune.llm.data.readers import LocatedRow
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
-from zotune.llm.scoring.answers import evaluate_answers
+from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, Objective
 from zotune.llm.scoring.perplexity import evaluate_log_loss
 

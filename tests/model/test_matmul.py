@@ -8,8 +8,8 @@ from torch import nn
 import zotune as zo
 from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.perturb import OffsetAlong
-from zotune.model import linear as gemm
-from zotune.model.linear import linear
+from zotune.model import matmul as gemm
+from zotune.model.matmul import linear
 
 
 class Quantised(torch.Tensor):
