@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from zotune.llm.cache_argument import cache_argument
 
 import zotune as zo
 from problems import Transformer, assert_same_bits
+from zotune.llm.models.cache_argument import cache_argument
 
 IDS = torch.tensor([[1, 5, 7, 9, 2, 4], [3, 0, 7, 3, 4, 11]])
 each_order = pytest.mark.parametrize("order", ["joint", "sequential"])

@@ -16,7 +16,7 @@ import torch
 from zotune.noise import GAUSSIAN, RADEMACHER, native, spec
 from zotune.noise.back_ends import CAPABILITIES, EAGER, NATIVE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUILD = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
 hatch_build = importlib.util.module_from_spec(BUILD)
 BUILD.loader.exec_module(hatch_build)
