@@ -31,6 +31,7 @@ from zotune.model.parameters import ParameterSet
 
 SOURCE = Path(resolve.__file__).parents[3]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
+SLOW = pytest.mark.slow
 
 # The files -------------------------------------------------------------------------------------------------
 
@@ -146,15 +147,19 @@ def test_equal_budgets_count_what_a_step_of_each_method_takes():
 # From end to end -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """Every experiment at the smallest scale, in this process: the states and where the results are."""
+# A cell or two of each kind: accuracy, memory measured and by formula, quality of estimates.
+SOME = ("table3/zo_sgd--lora--llama-tiny--copa", "tableA1/zo_sgd--opt-tiny", "tableA1/fo_sgd_mixed*", "fig2/*quality*")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(SOME, id="some"), pytest.param(("*",), id="all", marks=SLOW)])
+def smoke(request, tmp_path_factory):
+    """Experiments at the smallest scale, in this process: the states and where the results are."""
     results = tmp_path_factory.mktemp("smoke")
-    specs = [spec for some in chosen_cells([], "smoke").values() for spec in some]
+    specs = [spec for some in chosen_cells([], "smoke", request.param).values() for spec in some]
     return run_cells(specs, results, here), results, specs
 
 
-def test_the_smallest_scale_of_every_experiment_runs_to_its_end(smoke):
+def test_the_smallest_scale_of_experiments_runs_to_its_end(smoke):
     states, results, specs = smoke
     assert {path: state for path, state in states.items() if state != "done"} == {}
     assert len(contents(results)) == len(specs)

@@ -60,7 +60,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "tuning"), [("zo_sgd", "full"), ("fo_adam", "full"), ("fo_sgd", "lora"), ("zo_adam", "lora")]
+    ("method", "tuning"),
+    [
+        ("zo_sgd", "full"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fo_sgd", "lora"), ("zo_adam", "lora"))),
+        pytest.param("fo_adam", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_takes_what_was_foretold(folder, method, tuning):
     """Within a tenth."""
