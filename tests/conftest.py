@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ import torch
 
 from zotune.noise import back_ends, native
 
-SOURCE = Path(__file__).parents[1] / "src"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src"
 
 # An odd number of rows of different lengths; two labels.
 TEXTS = (
@@ -37,6 +39,25 @@ TEXTS = (
     "nothing works here",
 )
 ROWS = tuple({"text": text, "label": "yes" if i % 2 == 0 else "no"} for i, text in enumerate(TEXTS))
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow the cases of a matrix of parameters whose values all occur in other cases.
+
+    A test with two parameters or more runs in `make test` on so many cases that each value of each parameter occurs
+    (each-choice coverage); `make test-slow` runs the other combinations. Which cases these are depends on their names
+    alone, so that every process chooses the same.
+    """
+    covered = {}
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        indices = item.callspec.indices if hasattr(item, "callspec") else {}
+        if len(indices) < 2 or item.path.name == "test_frozen.py":
+            continue
+        values = covered.setdefault(item.nodeid.partition("[")[0], set())
+        new = set(indices.items()) - values
+        values |= new
+        if not new:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,7 +164,7 @@ def start():
     started = []
 
     def begin(*args, **environment):
-        path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(SOURCE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
         process = subprocess.Popen(
             [sys.executable, *map(str, args)],
             stdout=subprocess.PIPE,

@@ -28,7 +28,6 @@ import torch
 import yaml
 from transformers import LlamaForCausalLM
 
-from zotune.apply import update
 from zotune.cli import main as cli
 from zotune.ledger import files, read
 from zotune.llm.config.step import ModelOptions
@@ -38,6 +37,7 @@ from zotune.llm.training import checkpoint
 from zotune.llm.training import metrics_log as metrics
 from zotune.llm.training import output_folder as output
 from zotune.llm.training.train import train
+from zotune.optim import zeroth_order
 
 ROWS = [
     {"text": f"{a} {b}", "label": "yes" if a in ("warm", "fine") else "no"}
@@ -132,7 +132,7 @@ def torn_text(chance):
 
 POINTS = {
     "killed in a probe": lambda c: dying(LanguageModel, "score", c.randrange(1, 40)),
-    "killed in an update": lambda c: dying(update.TensorUpdate, "write", c.randrange(1, 60)),
+    "killed in an update": lambda c: dying(zeroth_order, "update_tensors_", c.randrange(1, STEPS + 1)),
     "killed in a ledger write": lambda c: dying(files, "_write_all", c.randrange(1, STEPS + 2), torn_write(c)),
     "killed in a log write": lambda c: dying(metrics.MetricsLog, "append", c.randrange(1, 8), torn_text(c)),
     "killed in a checkpoint": lambda c: dying(checkpoint, c.choice(["save_file", "sync_folder"]), c.randrange(1, 5)),

@@ -91,6 +91,7 @@ def test_what_cannot_be_measured_is_refused():
         measure({"model": "random:opt-tiny", "length": 1000, "device": "cpu"})
 
 
+@pytest.mark.slow
 def test_a_plan_tells_the_seconds_of_a_step_where_there_are_weights(zotune):
     said = zotune("plan", "--model", "random:opt-tiny", "--method", "zo_sgd", "--length", 16, "--calibrate", "--json")
     (row,) = json.loads(said.out)["methods"]

@@ -315,6 +315,7 @@ def sessions_of_workers(folder):
     return found
 
 
+@pytest.mark.slow
 def test_killed_outright_the_runner_leaves_no_process_and_the_next_one_gives_the_same_results(tmp_path, start):
     only = ("--scale", "smoke", "--only", "table8/0.5*")
     first = start("-m", "zotune", "bench", "run", "table8", *only, "--results", tmp_path / "killed")

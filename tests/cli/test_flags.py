@@ -35,6 +35,7 @@ def plain(value):
 
 
 @pytest.mark.parametrize("verb", SCHEMAS)
+@pytest.mark.filterwarnings("ignore:get_parser:DeprecationWarning")
 def test_no_option_of_a_schema_is_lost_or_has_another_default(verb):
     schema = SCHEMAS[verb]
     parser = tyro.extras.get_parser(unchecked_record(schema, complete(schema, {}, "defaults")))

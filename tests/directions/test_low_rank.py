@@ -140,7 +140,7 @@ def test_the_kernel_of_an_update_gives_the_bits_of_the_general_mechanism(base, r
 
 
 @each_base
-@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_covariance_is_the_identity(base, rank):
     """Every entry of E[u uᵀ] of a 3 × 2 matrix, within its confidence interval; the mean too."""
     n, model = 20_000, nn.Linear(2, 3, bias=False)

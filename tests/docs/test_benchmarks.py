@@ -8,6 +8,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_small_model(start, tmp_path):
     small = ["--models", "opt-tiny", "--dtypes", "float16", "--batch", 2, "--length", 8, "--rounds", 2]
     process = start(BENCHMARKS / "speed" / "gpu.py", "--device", "cpu", *small, "--output", tmp_path)

@@ -145,6 +145,7 @@ def test_expectation_is_the_gradient_and_second_moment_that_of_theory(sampler, q
 
 
 @each_sampler
+@pytest.mark.slow
 def test_variance_falls_as_one_over_q(sampler):
     model, runs = Vector(), 600
     tensors, closure = ParameterSet(model), lambda: quadratic(model())

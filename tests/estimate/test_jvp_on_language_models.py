@@ -107,6 +107,7 @@ def skip_unsupported(family, tuning):
         pytest.skip("peft has no such adapter for masked language models")
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
 @each_family
 @each_tuning
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import zotune as zo
+from zotune.apply import transforms
 from zotune.estimate.estimate import GradientEstimate
 from zotune.noise import eager
 from zotune.noise.back_ends import EAGER
@@ -170,9 +171,9 @@ def test_torch_operations_allocate_a_chunk_at_a_time_however_large_a_tensor_is(d
     x = torch.zeros(3 * eager._ELEMENTS + 5, dtype=dtype)
     rows, indices = x[: 6 * (1 << 17)].view(-1, 1 << 17), torch.tensor([5, 0, 1, 9, 2, 2])
     with Largest() as adding:
-        eager.add(x, x, sampler.stream, [1, 2], [0.1, 0.2], 7, 3, 99)
+        eager.add(x, x, sampler.kernel, [1, 2], [0.1, 0.2], 7, 3, 99)
     with Largest() as adding_rows:
-        eager.add_rows(rows, indices, sampler.stream, 1, 0.1, 7)
+        eager.add_rows(rows, indices, sampler.kernel, 1, 0.1, 7)
     assert 0 < adding.bytes <= 8 * eager._ELEMENTS + 1024
     assert 0 < adding_rows.bytes <= 8 * eager._ELEMENTS + 4096
 
@@ -197,7 +198,7 @@ def test_the_fused_update_equals_the_general_one_within_one_ulp(sampler):
     models = [nn.Linear(40, 30)]
     models.append(copy.deepcopy(models[0]))
     terms = tuple((c, zo.Direction(seed, sampler)) for seed, c in enumerate([0.3, -1.7, 2e-3]))
-    for model, transform in zip(models, (zo.transforms.identity, copied_identity), strict=True):
+    for model, transform in zip(models, (transforms.identity, copied_identity), strict=True):
         zo.ZerothOrder(model, lr=1e-2, transform=transform).apply(GradientEstimate(1.0, terms, 3))
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         a, b = a.detach(), b.detach()

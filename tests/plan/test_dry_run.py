@@ -188,6 +188,7 @@ def test_quantiles_by_hand():
 
 
 @pytest.mark.parametrize("method", ["zo_sgd", "zo_adam"])
+@pytest.mark.slow
 def test_the_memory_of_a_process_is_what_was_foretold(start, tmp_path, smollm2, method):
     """Within an eighth: allocators add to it."""
     del smollm2  # fetched by then

@@ -149,6 +149,7 @@ def test_parts_are_those_counted_by_hand(monkeypatch):
     assert predict(config, "zo_adam", **common, window=4).state == 0
 
 
+@pytest.mark.slow
 def test_zeroth_order_is_flat_in_length_and_depth_and_first_order_rises():
     """The paper's figure 3 and Table 7, which know nothing of what the C library keeps: for so small a model, most."""
     config = opt(layers=16)

@@ -7,7 +7,7 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.collator import collate
-from zotune.llm.models import load as models
+from zotune.llm.models import language_model as models
 from zotune.llm.models.load import load
 from zotune.llm.scoring.objectives import CLASSIFICATION, mean_loss
 from zotune.llm.tasks import TASKS

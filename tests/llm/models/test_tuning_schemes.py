@@ -72,12 +72,12 @@ def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, famil
     tuned = {id(p): p.detach().clone() for p in tuned_of(lm)}
     batch = batch_of(lm, EXAMPLES)
     optimizer = zo.METHODS[method](lm.module, 1e-2)
-    for _ in range(4):  # the conservative method stays where the step is too long
+    for _ in range(8):  # the conservative method stays where the step is too long
         loss = float(optimizer.step(lambda: lm.losses(batch).mean()))
         assert loss == loss
         if any(not torch.equal(p, tuned[id(p)]) for p in tuned_of(lm)):
             break
-        optimizer.param_groups[0]["lr"] /= 10
+        optimizer.param_groups[0]["lr"] /= 3
     else:
         pytest.fail("nothing that is tuned has moved")
     for name, p in base.items():
@@ -87,6 +87,7 @@ def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, famil
 
 
 @each_adapter
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
 @torch.no_grad()
 def test_scores_are_those_of_plain_peft_also_when_it_loads_what_was_saved(tiny, family, scheme, tmp_path):
     lm = moved(prepared(tiny(family), **SCHEMES[scheme]))

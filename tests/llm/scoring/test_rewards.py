@@ -10,6 +10,7 @@ import torch
 
 import zotune as zo
 from zotune.errors import RunError, UsageError
+from zotune.estimate import perturb
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import probing
@@ -343,8 +344,8 @@ def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny,
     prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2", "tuning": "lora"}))
     tuned, u = ParameterSet(lm.module), zo.Direction(seed=2)
     moved = []
-    real = zo.perturb.OffsetAlong.move
-    monkeypatch.setattr(zo.perturb.OffsetAlong, "move", lambda self, *args: (moved.append(1), real(self, *args))[1])
+    real = perturb.OffsetAlong.move
+    monkeypatch.setattr(perturb.OffsetAlong, "move", lambda self, *args: (moved.append(1), real(self, *args))[1])
     found = {}
     for limit in (1 << 24, 0):
         monkeypatch.setattr(limits, "CACHED_BYTES", limit)

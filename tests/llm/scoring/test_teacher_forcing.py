@@ -12,7 +12,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models import load as models
+from zotune.llm.models import language_model as models
 from zotune.llm.models.candidate_scores import losses
 from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss

@@ -214,14 +214,14 @@ def test_a_task_without_training_rows_can_be_evaluated_but_not_trained(zotune, t
     said = zotune("eval", *options)
     assert re.match(r"f1 [\d.]+ % \([\d.]+ to [\d.]+, n = 3\), exact match [\d.]+ %, loss", said.out)
     refused = zotune("train", *options, "--output-dir", tmp_path / "out")
-    assert refused.code == 2 and "no row to train on" in refused.err
+    assert refused.code == 2 and "no training row" in refused.err
 
 
 def test_samples_are_found_in_the_repository_else_in_the_package(monkeypatch, tmp_path):
     installed = tmp_path / "zotune" / "llm"
     (installed / "tasks" / "data" / "copa").mkdir(parents=True)
     assert _sample_folder("copa").parts[-5:] == ("zotune", "llm", "tasks", "data", "copa")
-    monkeypatch.setattr(task_module, "__file__", str(installed / "task.py"))
+    monkeypatch.setattr(task_module, "__file__", str(installed / "tasks" / "task.py"))
     assert _sample_folder("copa") == installed / "tasks" / "data" / "copa"
     with pytest.raises(UsageError, match=r"sample rows of rte are part of zotune's repository.*which has copa"):
         _sample_folder("rte")
