@@ -41,7 +41,7 @@ test: $(VENV)/dev
 	$(BIN)/mypy
 	$(TEST) -m "not slow"
 
-# The same properties at full size: more statistics, more random inputs, whole examples, Ray, browsers.
+# The same properties at full size and in all combinations; CONTRIBUTING.md lists them.
 test-slow: $(VENV)/dev
 	$(TEST) -m slow
 
