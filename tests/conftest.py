@@ -41,6 +41,7 @@ TEXTS = (
 ROWS = tuple({"text": text, "label": "yes" if i % 2 == 0 else "no"} for i, text in enumerate(TEXTS))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items):
     """Mark as slow the cases of a matrix of parameters whose values all occur in other cases.
 
