@@ -51,11 +51,11 @@ def pytest_collection_modifyitems(items):
     """
     covered = {}
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        indices = item.callspec.indices if hasattr(item, "callspec") else {}
-        if len(indices) < 2 or item.path.name == "test_frozen.py":
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if len(params) < 2 or item.path.name == "test_frozen.py":
             continue
         values = covered.setdefault(item.nodeid.partition("[")[0], set())
-        new = set(indices.items()) - values
+        new = {(name, repr(value)) for name, value in params.items()} - values
         values |= new
         if not new:
             item.add_marker(pytest.mark.slow)
