@@ -47,7 +47,7 @@ def test_the_commands_of_the_readme_run(zotune, monkeypatch, tmp_path):
     assert "runs/mine" in evaluate
     out = str(tmp_path / "mine")
     train, evaluate = ([out if word == "runs/mine" else word for word in words] for words in (train, evaluate))
-    assert zotune(*train, "--max-steps", "2", "--num-dev", "2").code == 0
+    assert zotune(*train, "--max-steps", "2").code == 0
     assert "accuracy" in zotune(*evaluate).out
 
 
