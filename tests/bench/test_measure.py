@@ -10,6 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from zotune.errors import RunError, UsageError
 from zotune.llm.models.random_models import byte_tokenizer
 from zotune.plan import predict
+from zotune.plan.memory import HEAP_FRAGMENTATION
 from zotune.plan.process_memory import Measurement, Recorder, measure
 from zotune.system.peak_memory import free_memory, peak_memory, resident_memory
 
@@ -68,18 +69,15 @@ def folder(tmp_path_factory):
     ],
 )
 def test_a_process_takes_what_was_foretold(folder, method, tuning):
-    """Within a tenth."""
+    """Within a tenth; the heap may hold less than the fragments that are predicted for forward-only methods."""
     sizes = {"per_device_train_batch_size": 4, "length": 128}
     common = {"model": str(folder), "method": method, "tuning": tuning, "dtype": "float32", "device": "cpu"}
     foretold = predict(**common, batch_size=4, length=128)
-    # The first process of a new installation compiles what it imports, which adds to the baseline.
-    for _ in range(2):
-        found = measure({**common, **sizes, "learning_rate": 1e-6}, num_steps=2)
-        if found.over_baseline == pytest.approx(foretold.total, rel=0.1):
-            break
-    assert found.over_baseline == pytest.approx(foretold.total, rel=0.1)
+    found = measure({**common, **sizes, "learning_rate": 1e-6}, num_steps=2)
+    fragments = HEAP_FRAGMENTATION if method.startswith("zo") else 0
+    assert 0.9 * (foretold.total - fragments) < found.over_baseline < 1.1 * foretold.total
     running = max(phase.peak for name, phase in found.phases.items() if name != "load") - found.baseline
-    assert running == pytest.approx(foretold.running, rel=0.1)
+    assert 0.9 * (foretold.running - fragments) < running < 1.1 * foretold.running
     wanted = {"load", "forward", "update"} | ({"backward"} if method.startswith("fo") else set())
     assert set(found.phases) == wanted
     assert len(found.step_seconds) == 2 and found.spread[0] <= found.seconds <= found.spread[1]
