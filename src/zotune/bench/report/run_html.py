@@ -6,7 +6,6 @@ The page is made from files of the run (`results.json`, `metrics.jsonl`, `config
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
 from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
+from zotune.llm.atomic_write import atomic_write
 
 PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
@@ -34,9 +34,8 @@ def write_run_page(folder: Path) -> Path:
     """
     page = run_page(folder)
     path = folder / PAGE
-    temporary = folder / f".{PAGE}.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
