@@ -135,7 +135,7 @@ POINTS = {
     "killed in an update": lambda c: dying(zeroth_order, "update_tensors_", c.randrange(1, STEPS + 1)),
     "killed in a ledger write": lambda c: dying(files, "_write_all", c.randrange(1, STEPS + 2), torn_write(c)),
     "killed in a log write": lambda c: dying(metrics.MetricsLog, "append", c.randrange(1, 8), torn_text(c)),
-    "killed in a checkpoint": lambda c: dying(checkpoint, c.choice(["save_file", "sync_folder"]), c.randrange(1, 5)),
+    "killed in a checkpoint": lambda c: dying(checkpoint, c.choice(["save_file", "sync"]), c.randrange(1, 5)),
     "killed saving the model": lambda c: dying(output, c.choice(["save_model_files", "write_json", "model_card"]), 1),
 }
 

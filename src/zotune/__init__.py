@@ -11,8 +11,9 @@ Names are imported at their first use, so that the command line answers before t
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from zotune.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from zotune.apply.tensor_update import Rounding as Rounding
@@ -76,6 +77,7 @@ _MODULES = {
     "apply.tensor_update": ("Rounding",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_import = lazy_names(__name__, _HOME)
 
 __all__ = sorted([*_HOME, "__version__"])
 
@@ -88,12 +90,8 @@ def __getattr__(name: str) -> Any:
     if name in _RENAMED:
         message = f"zotune.{name} is now zotune.{_RENAMED[name]}; the former name will be removed in version 0.3."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return __getattr__(_RENAMED[name])
-    if name not in _HOME:
-        raise AttributeError(f"module 'zotune' has no attribute {name!r}")
-    value = getattr(import_module(f"zotune.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+        return _import(_RENAMED[name])
+    return _import(name)
 
 
 def __dir__() -> list[str]:

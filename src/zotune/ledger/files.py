@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from zotune.errors import NotWrittenError
 from zotune.ledger.format import Header, LedgerError, checksum, parse_header
 from zotune.optim.record import StepRecord
+from zotune.system.atomic_write import atomic_write, sync
 
 _SECONDS_BETWEEN_SYNCS = 1.0
 
@@ -126,17 +127,17 @@ class LedgerWriter:
         path = Path(path)
         if path.exists():
             raise LedgerError(f"{path} is there already; choose another name, or go on with LedgerWriter.resume.")
-        content, aside = header.to_bytes(), path.with_name(f".{path.name}.{os.getpid()}")
-        file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        content, file = header.to_bytes(), -1
         try:
-            _lock(file, path)
-            _write_all(file, content)
-            os.fsync(file)
-            aside.rename(path)
-            sync_folder(path.parent)
+            with atomic_write(path) as temporary:
+                file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                _lock(file, path)
+                _write_all(file, content)
+                os.fsync(file)
+            sync(path.parent)
         except BaseException:
-            os.close(file)
-            aside.unlink(missing_ok=True)
+            if file >= 0:
+                os.close(file)
             raise
         return cls(path, file, header, 0, len(content), int.from_bytes(content[16:20], "little"))
 
@@ -231,12 +232,3 @@ def _lock(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LedgerError(f"another process is writing {path}; wait for its end, or choose another folder.") from None
-
-
-def sync_folder(path: Path) -> None:
-    """Sync the folder's entries to the disk."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

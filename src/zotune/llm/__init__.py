@@ -11,8 +11,9 @@ nor transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from zotune.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from zotune.llm.config.run import EvalConfig as EvalConfig
@@ -35,13 +36,7 @@ _MODULE_OF = {
 
 __all__ = ["EvalConfig", "LanguageModel", "Result", "TrainConfig", "evaluate", "load", "train"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'zotune.llm' has no attribute {name!r}")
-    value = getattr(import_module(f"zotune.llm.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _MODULE_OF)
 
 
 def __dir__() -> list[str]:

@@ -6,8 +6,9 @@ Read `workload` (one step as options), `live_memory` and `passes` (bytes of a pa
 step in a fresh process.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from zotune.system.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from zotune.plan.memory import Memory as Memory
@@ -18,10 +19,4 @@ _HOME = {"Memory": "memory", "predict": "predict"}
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'zotune.plan' has no attribute {name!r}")
-    value = getattr(import_module(f"zotune.plan.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

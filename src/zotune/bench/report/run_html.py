@@ -14,7 +14,7 @@ from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
 from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
-from zotune.llm.atomic_write import atomic_write
+from zotune.system.atomic_write import atomic_write
 
 PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from zotune.bench.run.content_key import key_of
 from zotune.bench.spec.schema import Limits
 from zotune.bench.spec.vocabulary import Status
+from zotune.system.atomic_write import atomic_write
 
 # The folder of cached outcomes and of files of jobs in progress, below a scale's results; it holds no results.
 JOBS = ".jobs"
@@ -84,9 +85,8 @@ class Store:
             work.mkdir(parents=True, exist_ok=True)
             outcome = self._executor(job, work)
             if outcome.status == "done":
-                temporary = cached.with_suffix(f".{os.getpid()}")
-                temporary.write_text(json.dumps(outcome.found), encoding="utf-8")
-                temporary.replace(cached)
+                with atomic_write(cached) as temporary:
+                    temporary.write_text(json.dumps(outcome.found), encoding="utf-8")
             # An attempt that was interrupted (it raised above) or timed out leaves its files, and the next resumes it.
             if outcome.status != "timed_out":
                 shutil.rmtree(work, ignore_errors=True)

@@ -13,13 +13,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
+from zotune.system.atomic_write import atomic_write
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zotune.errors import NotWrittenError
-from zotune.ledger.files import sync_folder
 from zotune.ledger.replay import digests_of
+from zotune.system.atomic_write import atomic_write, sync
 
 
 class DamagedCheckpointError(ValueError):
@@ -34,15 +33,12 @@ def save(path: Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_flatten(tree, tensors))
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, aside, {"tree": plain, "digest": _digest(plain, tensors)})
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, {"tree": plain, "digest": _digest(plain, tensors)})
+            sync(temporary)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise NotWrittenError(f"the checkpoint could not be written to {path}: {error}.") from None
 
 

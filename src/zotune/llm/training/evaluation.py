@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from zotune.errors import UsageError
-from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
@@ -26,6 +25,7 @@ from zotune.llm.tasks.user_data import Data
 from zotune.llm.training.metrics_log import json_safe
 from zotune.llm.training.output_folder import environment
 from zotune.messages import say
+from zotune.system.atomic_write import atomic_write
 from zotune.system.peak_memory import peak_memory
 
 

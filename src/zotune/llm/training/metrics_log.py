@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import NotWrittenError
-from zotune.llm.atomic_write import atomic_write
+from zotune.system.atomic_write import atomic_write
 
 Line = dict[str, Any]
 

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 import zotune
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
-from zotune.llm.atomic_write import atomic_write
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.adapters import is_adapter
@@ -31,6 +30,7 @@ from zotune.llm.quantized.scales import save_pretrained
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.training.metrics_log import MetricsLog, json_safe
 from zotune.llm.training.model_card import model_card
+from zotune.system.atomic_write import atomic_write
 
 # Patterns of the files that a run writes; a failed run may leave only the first ones.
 _VALUABLE_FILES = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
