@@ -47,12 +47,12 @@ def pytest_collection_modifyitems(items):
 
     A test with two parameters or more runs in `make test` on so many cases that each value of each parameter occurs
     (each-choice coverage); `make test-slow` runs the other combinations. Which cases these are depends on their names
-    alone, so that every process chooses the same.
+    alone, so that every process chooses the same. A case that is slow by its own mark stands for no value.
     """
     covered = {}
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if len(params) < 2 or item.path.name == "test_frozen.py":
+        if len(params) < 2 or item.path.name == "test_frozen.py" or item.get_closest_marker("slow"):
             continue
         values = covered.setdefault(item.nodeid.partition("[")[0], set())
         new = {(name, repr(value)) for name, value in params.items()} - values
