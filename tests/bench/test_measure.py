@@ -1,6 +1,7 @@
 """What is measured of a process is what it takes: by phases, over its libraries, and near to what was foretold."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from zotune.errors import RunError, UsageError
+from zotune.llm.config.schema import validate
 from zotune.llm.models.random_models import byte_tokenizer
 from zotune.plan import predict
 from zotune.plan.memory import HEAP_FRAGMENTATION
-from zotune.plan.process_memory import Measurement, Recorder, measure
+from zotune.plan.process_memory import Measurement, Recorder, measure, prepare_step
+from zotune.plan.workload import Workload
 from zotune.system.peak_memory import free_memory, peak_memory, resident_memory
 
 MIB = 2**20
@@ -61,13 +64,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "tuning"),
-    [
-        ("zo_sgd", "full"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fo_sgd", "lora"), ("zo_adam", "lora"))),
-        pytest.param("fo_adam", "full", marks=pytest.mark.slow),
-    ],
+    ("method", "tuning"), [("zo_sgd", "full"), ("fo_sgd", "lora"), ("zo_adam", "lora"), ("fo_adam", "full")]
 )
+@pytest.mark.slow
 def test_a_process_takes_what_was_foretold(folder, method, tuning):
     """Within a tenth; the heap may hold less than the fragments that are predicted for forward-only methods."""
     sizes = {"per_device_train_batch_size": 4, "length": 128}
@@ -84,11 +83,37 @@ def test_a_process_takes_what_was_foretold(folder, method, tuning):
     assert Measurement.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"batch_sise.*batch_size"):
         measure({"per_device_train_batch_sise": 3})
     with pytest.raises(ValueError, match="at least 1"):
         measure({}, num_steps=0)
+    # A measuring process that fails, in place of one that loads torch before it does.
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'many lines' >&2\necho 'out of memory' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(RunError, match="random:opt-tiny failed: out of memory"):
+        measure({"model": "random:opt-tiny", "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("method", "phases"), [("zo_sgd", {"forward", "update"}), ("fo_sgd", {"forward", "backward", "update"})]
+)
+def test_a_step_is_recorded_phase_by_phase(method, phases):
+    options = {"model": "random:opt-tiny", "method": method, "length": 8, "device": "cpu"}
+    with Recorder(torch.device("cpu")) as recorder:
+        step = prepare_step(validate(Workload, options, "test"))
+        for _ in range(2):
+            assert step(recorder) > 0
+            recorder.finish()
+    found = recorder.phases()
+    assert found.keys() == phases
+    assert all(len(phase.seconds) == 2 and phase.peak > 0 for phase in found.values())
+
+
+@pytest.mark.slow
+def test_a_refusal_in_the_measuring_process_is_told():
     with pytest.raises(RunError, match="reads at most 512"):
         measure({"model": "random:opt-tiny", "length": 1000, "device": "cpu"})
 

@@ -23,22 +23,33 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 HUB_NAME = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+MODELS = ["random:llama-tiny", pytest.param("smollm2-135m", marks=pytest.mark.slow)]
 
 
-def test_the_python_example_of_the_readme_runs_and_is_short():
-    """With the built-in model, which is the same, in place of the one on the Hub."""
+@pytest.mark.parametrize("model", MODELS)
+def test_the_python_example_of_the_readme_runs_and_is_short(model, tmp_path):
+    """With a tiny model, and with the built-in one, in place of the one on the Hub, which is the built-in one."""
+    from zotune.llm.config.step import ModelOptions
     from zotune.llm.models.builtin import fetch
+    from zotune.llm.models.load import load
 
     (example,) = blocks(ROOT / "README.md", "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
     names = {}
     assert HUB_NAME in example
-    exec(compile(example.replace(HUB_NAME, repr(str(fetch("smollm2-135m")))), "README.md", "exec"), names)
+    if model == "smollm2-135m":
+        folder = fetch(model)
+    else:
+        folder, lm = tmp_path, load(ModelOptions(model=model, device="cpu"))
+        lm.module.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+    exec(compile(example.replace(HUB_NAME, repr(str(folder))), "README.md", "exec"), names)
     assert 0 < names["loss"] < 10
     assert names["optimizer"].num_steps == 5
 
 
-def test_the_commands_of_the_readme_run(zotune, monkeypatch, tmp_path):
+@pytest.mark.parametrize("model", MODELS)
+def test_the_commands_of_the_readme_run(zotune, monkeypatch, tmp_path, model):
     (install, commands) = blocks(ROOT / "README.md", "sh")
     assert install.startswith("pip install 'zotune[llm]'")
     monkeypatch.chdir(ROOT)
@@ -47,7 +58,7 @@ def test_the_commands_of_the_readme_run(zotune, monkeypatch, tmp_path):
     assert "runs/mine" in evaluate
     out = str(tmp_path / "mine")
     train, evaluate = ([out if word == "runs/mine" else word for word in words] for words in (train, evaluate))
-    assert zotune(*train, "--max-steps", "2").code == 0
+    assert zotune(*train, "--max-steps", "2", "--model", model).code == 0
     assert "accuracy" in zotune(*evaluate).out
 
 
@@ -55,7 +66,15 @@ def test_the_readme_fits_one_page():
     assert len((ROOT / "README.md").read_bytes()) <= 8192
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=relative)
+# A plan of a 13 B model passes through 40 layers.
+SLOW = ("docs/benchmark/plan.md",)
+RUN = [
+    pytest.param(page, marks=pytest.mark.slow if relative(page) in SLOW else (), id=relative(page))
+    for page in PAGES[1:]
+]
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_the_examples_of_a_page_run_in_order(page, capsys):
     names = {}
     for number, example in enumerate(blocks(page, "python")):

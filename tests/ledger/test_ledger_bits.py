@@ -117,6 +117,7 @@ def test_whatever_the_size_of_a_slice_and_the_number_of_threads(recorded, method
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_whatever_the_threads_of_a_process_are(recorded, start):
     runs = [[method, dtype, str(path), expected] for (method, dtype), (path, expected) in recorded.items()]
     settings = [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
