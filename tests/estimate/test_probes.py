@@ -79,17 +79,18 @@ def everything(dtype=torch.float32):
 
 @each_dtype
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
-def test_weights_and_buffers_are_bit_identical_after_many_probes(dtype, sampler):
+@pytest.mark.parametrize("num_estimates", [60, pytest.param(260, marks=pytest.mark.slow)])
+def test_weights_and_buffers_are_bit_identical_after_many_probes(dtype, sampler, num_estimates):
     model, loss = everything(dtype)
     before = snapshot(model)
     opt = zo.zo_sgd(model, lr=0.1, mu=1e-2, sampler=sampler, num_queries=2)
-    for step in range(260):
+    for step in range(num_estimates):
         opt.num_steps = step  # other directions each time
         opt.estimate(loss)
         if step % 20 == 0:
             with pytest.raises(ZeroDivisionError):
                 opt.estimate(lambda: loss() / (1 // 0))
-    assert opt.num_forwards > 1000
+    assert opt.num_forwards >= 4 * num_estimates
     assert_same(before, snapshot(model))
 
 

@@ -104,14 +104,42 @@ def test_a_token_across_the_border_is_scored_whole(tmp_path, smollm2):
     assert candidate.positions == (len(whole) - 2, len(whole) - 1)
 
 
+TURNS = """{% for m in messages %}<{{ m.role }}> {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.fixture(params=["tiny", pytest.param("smollm2-135m", marks=pytest.mark.slow)])
+def model(request, tiny, tmp_path):
+    """A model for chats."""
+    if request.param != "tiny":
+        return request.param
+    lm, folder = tiny("llama"), tmp_path / "model"
+    lm.tokenizer.chat_template = TURNS
+    lm.module.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["capitals.jsonl", "support.jsonl", "consequences.jsonl"])
-def test_training_on_each_shape_reports_what_an_evaluation_of_the_folder_finds(zotune, tmp_path, smollm2, name):
+def test_training_on_each_shape_reports_what_an_evaluation_of_the_folder_finds(zotune, tmp_path, name, model):
     """Trained as little as can be; the evaluation is told nothing but the folder and the rows."""
-    del smollm2  # fetched by then
     out, rows = tmp_path / "out", tmp_path / name
     rows.write_text((DATA / name).read_text(encoding="utf-8"), encoding="utf-8")
     more = {"support.jsonl": ["--scored-turns", "all"]}.get(name, [])
-    tuned = ["--tuning", "lora", "--tuned-layers", 1, "--learning-rate", "0.05", "--mu", "0.01", "--max-steps", 1]
+    tuned = [
+        "--tuning",
+        "lora",
+        "--tuned-layers",
+        1,
+        "--learning-rate",
+        "0.05",
+        "--mu",
+        "0.01",
+        "--max-steps",
+        1,
+        "--model",
+        model,
+    ]
     said = zotune("train", "--train-file", rows, "--eval-file", rows, "--output-dir", out, "--json", *tuned, *more)
     assert said.code == 0, said.err
     trained = json.loads(said.out)["test"]
@@ -171,7 +199,7 @@ def documented_commands():
 
 
 @pytest.mark.parametrize("line", documented_commands(), ids=lambda line: line.split("/")[2].split()[0])
-def test_the_examples_of_the_docs_would_run(zotune, line, tmp_path, monkeypatch):
+def test_the_examples_of_the_docs_would_run(zotune, line, tmp_path, monkeypatch, model):
     monkeypatch.chdir(ROOT)
     _, verb, *arguments = shlex.split(line)
     if verb == "eval":
@@ -179,10 +207,10 @@ def test_the_examples_of_the_docs_would_run(zotune, line, tmp_path, monkeypatch)
         (tmp_path / "runs").mkdir()
         (tmp_path / "examples").symlink_to(ROOT / "examples")
         training = next(shlex.split(x)[1:] for x in documented_commands() if "--output-dir runs/reviews" in x)
-        assert zotune(*training, "--max-steps", 1).code == 0
+        assert zotune(*training, "--max-steps", 1, "--model", model).code == 0
         assert zotune(verb, *arguments).code == 0
         return
-    said = zotune(verb, *[a for a in arguments if a != "--dry-run"], "--dry-run")
+    said = zotune(verb, *[a for a in arguments if a != "--dry-run"], "--dry-run", "--model", model)
     assert said.code == 0, said.err
     assert said.out.count("⟦") >= 4 and "refused: 0" in said.out
 

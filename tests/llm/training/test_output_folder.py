@@ -5,6 +5,7 @@ Predictions are made again by plain transformers and peft, one unpadded sequence
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -19,6 +20,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from zotune.llm.tasks.user_data import load_user_data
+from zotune.llm.training.metrics_log import MetricsLog
 from zotune.llm.training.train import train
 
 
@@ -154,6 +156,27 @@ def test_weights_that_cannot_be_written_whole_are_reported_as_such(zotune, short
     assert re.search("the tuned model could not be saved to .*File too large", said.err)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_step_ends_the_run_with_a_saved_model(zotune, short, tmp_path, monkeypatch, number, code):
+    append, before = MetricsLog.append, signal.getsignal(number)
+
+    def append_and_interrupt(log, record):
+        append(log, record)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "append", append_and_interrupt)
+    said = zotune(*short("--max-steps", 10**6, "--logging-steps", 1, "--json"))
+    assert said.code == code, said.err
+    result = json.loads(said.out)
+    assert result["stopped_by"] == number
+    assert result["num_steps"] == 1
+    assert json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))["num_steps"] == 1
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "stopped at step 1" in said.err
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_says_so(start, short, tmp_path, number, code):
     process = start("-m", "zotune", *short("--max-steps", 10**6, "--logging-steps", 1, "--json"))

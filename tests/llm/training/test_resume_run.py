@@ -77,16 +77,26 @@ def cut_short(folder, into, num_records, num_bytes, metrics_bytes):
     (into / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:metrics_bytes])
 
 
+# Records of the ledger that are left, bytes of the next one, and those of the metrics as a function of their size.
+CUTS = {
+    "at its start": (0, 0, lambda _: 0),
+    "in the second record": (1, 7, lambda size: size),
+    "in the fourth record": (3, 19, lambda size: size // 2 + 3),
+    "in the metrics": (7, 0, lambda _: 40),
+}
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name):
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name, cut):
     options = {"max_steps": 7, "learning_rate": 1e-2, **RUNS[name]}
     whole, part = tmp_path / "whole", tmp_path / "part"
     train(config(**options, output_dir=whole))
+    num_records, num_bytes, metrics_bytes = CUTS[cut]
     size = (whole / "metrics.jsonl").stat().st_size
-    for num_records, num_bytes, metrics_bytes in ((0, 0, 0), (1, 7, size), (3, 19, size // 2 + 3), (7, 0, 40)):
-        cut_short(whole, part, min(num_records, len(read(whole / "ledger.zol"))), num_bytes, metrics_bytes)
-        train(config(**options, output_dir=part, resume=True))
-        assert_same_run(whole, part)
+    cut_short(whole, part, min(num_records, len(read(whole / "ledger.zol"))), num_bytes, metrics_bytes(size))
+    train(config(**options, output_dir=part, resume=True))
+    assert_same_run(whole, part)
 
 
 @pytest.mark.parametrize("save_steps", [2, 3])
