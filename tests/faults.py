@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import peft
@@ -30,9 +31,7 @@ from transformers import LlamaForCausalLM
 
 from zotune.cli import main as cli
 from zotune.ledger import files, read
-from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.load import load
 from zotune.llm.training import checkpoint
 from zotune.llm.training import metrics_log as metrics
 from zotune.llm.training import output_folder as output
@@ -337,7 +336,7 @@ WEIGHTS = {**dict.fromkeys(POINTS, 3), "killed at a random moment": 10, "power c
 def inject(count, seed, folder):
     """`count` faults, one of each kind first; after each, how many of each kind were survived, and what failed."""
     chance = random.Random(seed)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    write_rows(folder)
     plan = [kind for kind in FAULTS for _ in range(WEIGHTS.get(kind, 1))]
     plan = [*FAULTS, *(chance.choice(plan) for _ in range(count))][:count]
     wholes, tried, survived, kills, failed = {}, Counter(), Counter(), 0, []
@@ -371,6 +370,17 @@ def inject(count, seed, folder):
         }
 
 
+def warm_up(folder):
+    """A run in this process, so that its children find imported what a run uses."""
+    write_rows(folder)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        assert cli.run(arguments(folder, folder / "warm", "zo_sgd, lora")) == 0
+
+
+def write_rows(folder):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=300)
@@ -378,9 +388,9 @@ def main():
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    load(ModelOptions(model="random:llama-tiny", device="cpu"))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="zotune-faults-") as folder:
+        warm_up(Path(folder))
         for found in inject(args.count, args.seed, Path(folder)):
             found["seconds"] = round(time.monotonic() - began)
             found["environment"] = output.environment()

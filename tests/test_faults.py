@@ -10,10 +10,14 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results/faults.json"
 
 
 @pytest.mark.parametrize(
-    ("count", "killed"), [(5, 3), pytest.param(14, 4, id="one of each kind", marks=pytest.mark.slow)]
+    ("count", "seed", "killed"),
+    [
+        pytest.param(1, 2, 1, id="killed at a random moment"),
+        pytest.param(14, 3, 4, id="one of each kind", marks=pytest.mark.slow),
+    ],
 )
-def test_faults_are_survived(start, count, killed):
-    out, err = start(FAULTS, "--count", count, "--seed", 3, OMP_NUM_THREADS="1").communicate(timeout=900)
+def test_faults_are_survived(start, count, seed, killed):
+    out, err = start(FAULTS, "--count", count, "--seed", seed, OMP_NUM_THREADS="1").communicate(timeout=900)
     found = json.loads(out)
     assert found["failed"] == [], err
     assert found["total_survived"] == found["total_tried"] == count

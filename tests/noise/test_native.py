@@ -3,15 +3,19 @@
 import importlib.util
 import json
 import logging
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hatchling.builders.wheel import WheelBuilder
 
 from zotune.noise import GAUSSIAN, RADEMACHER, native, spec
 from zotune.noise.back_ends import CAPABILITIES, EAGER, NATIVE
@@ -95,6 +99,50 @@ def installed(tmp_path):
     return install
 
 
+@pytest.fixture
+def wheel_of(tree, monkeypatch, tmp_path):
+    """A function: build the wheel in this process, with a compiler or without; its path."""
+
+    def build(command):
+        monkeypatch.setenv("CC", command)
+        # The hook reads its widths and flags in a module of its own, so what it starts is the place to save time at.
+        run = subprocess.run
+        monkeypatch.setattr(subprocess, "run", lambda words, **more: run(quickly(words), **more))
+        (built,) = WheelBuilder(str(tree)).build(directory=str(tmp_path / "dist"))
+        return Path(built)
+
+    return build
+
+
+def quickly(words):
+    """A compiler's words without optimisation, which changes no bit and takes most of its time."""
+    return ["-O0" if word == "-O3" else word for word in words]
+
+
+@needs_compiler
+def test_a_wheel_holds_the_kernels_of_every_width_and_is_for_a_platform(wheel_of, tmp_path, monkeypatch):
+    wheel = wheel_of(shlex.join(hatch_build.compiler()))
+    assert "-py3-none-" in wheel.name
+    assert "linux" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    noise = tmp_path / "site" / "zotune" / "noise"
+    found = {path.name.removesuffix(".so").rpartition("-")[2] for path in noise.glob("native-*.so")}
+    assert found == (set(WIDTHS.values()) if platform.machine() == "x86_64" else {"baseline"})
+    monkeypatch.setattr(native, "_SOURCE", noise / "native.c")
+    library = native.library.__wrapped__()
+    assert library is not None
+    assert Path(library._name).parent == noise
+
+
+def test_a_wheel_without_a_compiler_is_for_any_platform(wheel_of, capfd):
+    wheel = wheel_of("no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert "no working C compiler" in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
 @needs_compiler
 def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compiler(
     tree, installed, eager_steps, tmp_path
@@ -114,6 +162,7 @@ def test_an_installed_wheel_takes_a_step_with_the_c_kernels_and_needs_no_compile
     assert digest == eager_steps[2]
 
 
+@pytest.mark.slow
 def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree, installed, eager_steps, tmp_path):
     variables = bare(tmp_path)
     python = installed(tree, variables)
@@ -126,6 +175,13 @@ def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree,
     assert digest == eager_steps[2]
 
 
+def test_zotune_native_0_gives_torch_operations(monkeypatch, caplog):
+    monkeypatch.setenv("ZOTUNE_NATIVE", "0")
+    assert native.library.__wrapped__() is None
+    assert not caplog.records
+
+
+@pytest.mark.slow
 def test_zotune_native_0_gives_torch_operations_without_a_word(eager_steps):
     back_end, _, _, said = eager_steps
     assert (back_end, said) == ("eager", "")
@@ -171,10 +227,11 @@ def test_a_library_that_cannot_be_loaded_is_reported(source, caplog):
 @pytest.mark.parametrize(
     ("right", "wrong"), [("0x9E3779B9u", "0x9E3779B8u"), ("1.0 / 7", "1.0 / 6"), (">= 0x7F800000u", ">= 0x00800000u")]
 )
-def test_a_library_that_differs_from_the_specification_is_not_used(source, caplog, right, wrong):
+def test_a_library_that_differs_from_the_specification_is_not_used(source, caplog, monkeypatch, right, wrong):
     text = source.read_text(encoding="utf-8")
     assert right in text
     source.write_text(text.replace(right, wrong), encoding="utf-8")
+    monkeypatch.setattr(hatch_build, "FLAGS", quickly(hatch_build.FLAGS))
     assert len(hatch_build.compile_kernels(source, source.parent, ["baseline"])) == 1
     assert native.library.__wrapped__() is None
     assert "other bits" in caplog.text

@@ -1,6 +1,5 @@
 """A file that is written atomically is whole, the new one or the old one, whatever happens to its writer."""
 
-import os
 import signal
 
 import pytest
@@ -34,13 +33,18 @@ def test_the_new_file_appears_when_the_context_ends_and_not_before(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "whole"}
 
 
-def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path):
+KILLED = """
+import os, pathlib, signal, sys
+from zotune.system.atomic_write import atomic_write
+
+with atomic_write(pathlib.Path(sys.argv[1])) as temporary:
+    temporary.write_text("a part")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path, start):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    pid = os.fork()
-    if not pid:
-        with atomic_write(path) as temporary:
-            temporary.write_text("a part")
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert start("-c", KILLED, path).wait(timeout=60) == -signal.SIGKILL
     assert path.read_text() == "old"
