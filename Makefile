@@ -38,8 +38,8 @@ reward: $(VENV)/llm
 test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(TEST) -m "not slow"
+	@# The types are checked meanwhile; either failure fails.
+	$(BIN)/mypy & types=$$!; $(TEST) -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 # The same properties at full size and in all combinations; CONTRIBUTING.md lists them.
 test-slow: $(VENV)/dev

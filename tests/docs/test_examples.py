@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,9 +15,16 @@ import zotune as zo
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
-# The longest ones.
-SLOW = ("02_compare_the_methods", "04_blocks_and_sparsity", "05_a_method_of_your_own")
-RUN = [pytest.param(p, marks=pytest.mark.slow if p.stem in SLOW else (), id=p.stem) for p in EXAMPLES]
+
+
+def test_the_shortest_example_runs_in_a_program_from_any_folder(tmp_path, monkeypatch, capsys):
+    """In this process, which has loaded torch; each example in a process of its own is slow."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES[5]), run_name="__main__")
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert 3 <= len(said.out.splitlines()) <= 20
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,8 @@ def said(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("example", RUN)
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs_silently_but_for_its_results_and_within_half_a_minute_of_a_core(example, said):
     process, seconds = said(example)
     assert process.returncode == 0, process.stderr
@@ -66,6 +75,7 @@ def test_there_are_six():
     assert [int(p.name[:2]) for p in EXAMPLES] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_function_is_minimised_at_its_minimum(said):
     last = [line for line in said(EXAMPLES[0])[0].stdout.splitlines() if line.startswith("step")][-1]
     x, y, value = map(float, re.search(r"f\((\S+), (\S+)\) = (\S+)", last).groups())
@@ -97,6 +107,7 @@ def test_measured_noise_is_that_of_theory_and_falls_with_queries_and_blocks(said
     assert len(found) == 5
 
 
+@pytest.mark.slow
 def test_memory_falls_with_each_layer_that_is_left_to_forward_passes(said):
     lines = said(EXAMPLES[5])[0].stdout.splitlines()[1:]
     kept = [int(line.split()[1]) for line in lines]

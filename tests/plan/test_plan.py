@@ -213,9 +213,10 @@ def test_the_largest_batch_of_a_plan_is_maximal(tmp_path):
 
 
 def test_a_plan_shows_every_method_and_says_what_to_consider(zotune):
-    said = zotune("plan", "--model", "random:opt-tiny", "--batch-size", 4, "--length", 32, "--memory", "8GB")
+    sizes = ["--batch-size", 4, "--length", 32, "--memory", "8GB", "--largest", "length"]
+    said = zotune("plan", "--model", "random:opt-tiny", *sizes)
     assert (said.code, said.err) == (0, "")
-    for name in (*METHODS, *FIRST_ORDER, "Forward-Grad", "largest batch"):
+    for name in (*METHODS, *FIRST_ORDER, "Forward-Grad", "largest length"):
         assert name in said.out
     assert "Back-propagation fits" in said.out
     for row in ("before the layers: embedding", "model.decoder.layers.0 to 1", "after the layers: norm, head, logits"):
@@ -225,7 +226,17 @@ def test_a_plan_shows_every_method_and_says_what_to_consider(zotune):
 
 
 def test_json_is_one_object_whose_parts_add_up(zotune):
-    said = zotune("plan", "--model", "random:llama-tiny", "--method", "zo_sgd,fo_adam", "--memory=24GiB", "--json")
+    said = zotune(
+        "plan",
+        "--model",
+        "random:llama-tiny",
+        "--method",
+        "zo_sgd,fo_adam",
+        "--memory=24GiB",
+        "--largest",
+        "length",
+        "--json",
+    )
     found = json.loads(said.out)
     assert (found["limit"], [row["method"] for row in found["methods"]]) == (24 * 2**30, ["zo_sgd", "fo_adam"])
     for row in found["methods"]:
