@@ -26,8 +26,11 @@ from zotune.cli.bench import chosen_cells
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.schema import validate
 from zotune.methods.paper import METHODS
 from zotune.model.parameters import ParameterSet
+from zotune.plan import process_memory
+from zotune.plan.workload import Workload
 
 SOURCE = Path(resolve.__file__).parents[3]
 PAPER = ("table1", "table2", "fig1", "table3", "table4", "table5", "fig2", "fig3", "table6", "table7", "table8")
@@ -156,7 +159,17 @@ def smoke(request, tmp_path_factory):
     """Experiments at the smallest scale, in this process: the states and where the results are."""
     results = tmp_path_factory.mktemp("smoke")
     specs = [spec for some in chosen_cells([], "smoke", request.param).values() for spec in some]
-    return run_cells(specs, results, here), results, specs
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == SOME:  # which includes what would take a process of its own
+            patch.setattr(process_memory, "tune_malloc", lambda *_: None)
+            patch.setattr(process_memory, "measure", in_this_process)
+        return run_cells(specs, results, here), results, specs
+
+
+def in_this_process(options, *, num_steps):
+    """A measurement, as the fresh process would write and the caller would read it."""
+    found = process_memory.measure_here(validate(Workload, options, "measure"), num_steps)
+    return process_memory.Measurement.from_json(json.loads(json.dumps(found.to_json())))
 
 
 def test_the_smallest_scale_of_experiments_runs_to_its_end(smoke):

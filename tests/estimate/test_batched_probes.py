@@ -299,6 +299,7 @@ def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtype
             assert torch.equal(y[part], z)
 
 
+@pytest.mark.slow
 def test_the_built_in_model_is_tuned_side_by_side():
     lm = load(ModelOptions(model="smollm2-135m", dtype="float32", device="cpu"))
     prepare_tuning(lm, TrainConfig(task="sst2", tuning="lora"))

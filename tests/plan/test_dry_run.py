@@ -24,15 +24,18 @@ RUNS = [
     {"num_queries": 3, "gradient_accumulation_steps": 2},
     {"num_queries": 3, "difference": "forward"},
     {"blocks": "layer", "num_queries": 2},
-    {"blocks": "layer", "difference": "forward"},
     {"blocks": "part", "block_order": "sequential"},
-    {"blocks": "layer", "block_order": "sequential", "difference": "forward"},
     {"method": "zo_sgd_cons", "difference": "forward"},
-    {"method": "zo_sgd_cons", "blocks": "layer"},
     {"hybrid_layers": 1, "hybrid_method": "fo_adam", "gradient_accumulation_steps": 2},
-    {"method": "fo_sgd", "gradient_accumulation_steps": 3},
     {"tuning": "lora"},
     {"tuning": "prefix", "method": "zo_adam"},
+]
+# Their options occur in others.
+MORE = [
+    {"blocks": "layer", "difference": "forward"},
+    {"blocks": "layer", "block_order": "sequential", "difference": "forward"},
+    {"method": "zo_sgd_cons", "blocks": "layer"},
+    {"method": "fo_sgd", "gradient_accumulation_steps": 3},
 ]
 
 
@@ -40,7 +43,9 @@ def name_of(options):
     return "-".join(map(str, options.values()))
 
 
-@pytest.mark.parametrize("options", RUNS, ids=name_of)
+@pytest.mark.parametrize(
+    "options", [*RUNS, *(pytest.param(options, marks=pytest.mark.slow) for options in MORE)], ids=name_of
+)
 def test_a_run_takes_the_forward_passes_and_tunes_the_numbers_that_were_foretold(config, options):
     made = config(**options)
     foretold, found = dry_run(made), train(made)

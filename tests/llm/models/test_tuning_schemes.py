@@ -353,6 +353,7 @@ def test_the_lines_of_the_model_card_load_the_model(config, tiny, model, tuning,
     assert torch.equal(card_model(tmp_path / "out")(**inputs).logits, lm.module(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_built_in_model_names_it_and_no_path(config, smollm2, tmp_path):
     train(config(model="smollm2-135m", tuning="lora", tuned_layers=1, num_train=4, num_dev=2, max_steps=1))
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))

@@ -19,6 +19,8 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
 from zotune.llm.tasks.user_data import load_user_data
 from zotune.llm.training.metrics_log import MetricsLog
 from zotune.llm.training.train import train
@@ -66,27 +68,31 @@ def test_a_tuned_masked_model_loads_elsewhere(config, tmp_path):
     assert tuple(found) == result.dev.predictions
 
 
-def test_the_built_in_model_is_tuned_where_asked_and_saved_as_it_was_evaluated(config, smollm2, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "last", "width"),
+    [("random:llama-tiny", 1, 32), pytest.param("smollm2-135m", 29, 576, marks=pytest.mark.slow)],
+)
+def test_a_model_is_tuned_where_asked_and_saved_as_it_was_evaluated(config, tmp_path, model, last, width):
     made = config(
-        model="smollm2-135m",
-        tuned_parameters=r"layers\.29\..*norm|^model\.norm",
+        model=model,
+        tuned_parameters=rf"layers\.{last}\..*norm|^model\.norm",
         learning_rate=1e-3,
         num_dev=4,
         num_train=4,
         max_steps=3,
     )
+    before = dict(load(ModelOptions(model=model, device="cpu"), seed=made.seed).module.named_parameters())
     result = train(made)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    before = dict(smollm2.module.named_parameters())
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    changed = {name for name, p in saved.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {
-        "model.layers.29.input_layernorm.weight",
-        "model.layers.29.post_attention_layernorm.weight",
+        f"model.layers.{last}.input_layernorm.weight",
+        f"model.layers.{last}.post_attention_layernorm.weight",
         "model.norm.weight",
     }
-    assert result.num_tuned == 3 * 576
+    assert result.num_tuned == 3 * width
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tuple(plain_predictions(model, tokenizer, load_user_data(made, None).splits.dev)) == result.dev.predictions
+    assert tuple(plain_predictions(saved, tokenizer, load_user_data(made, None).splits.dev)) == result.dev.predictions
 
 
 # Output folder ---------------------------------------------------------------------------------------------
