@@ -218,7 +218,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         if (kernel := u.kernel(ids[0])) is not None:
             both = torch.cat([t.parameter.detach() for t in found]).repeat(2, 1)
             for end, scale in zip(both, (a, -a), strict=True):
-                noise.foreach_axpy_(torch.split(end, sizes), ids, kernel, [u.seed], [scale])
+                noise.foreach_axpy_(torch.split(end, sizes), ids, kernel, [u.seed], [scale], u.seed, noise.PROBE)
             self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
@@ -275,7 +275,8 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             if device not in self._factors_of_u:
                 self._factors_of_u[device] = u.all_factors(self.chosen, device)
             both = self._factors_of_u[device].get(tensor.id) or u.factors(tensor.id, device)
-            return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
+            rounding = u.seed, tensor.id
+            return both and [Factors(both.left, both.right, scale, rounding) for scale in (a, -a)]
         found = [offset.factors(tensor, device) for offset in self._offsets]
         return None if None in found else [f for f in found if f is not None]
 
