@@ -286,8 +286,11 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         """
         own = None if bias is None else self._bias(bias)
         if tensor is None and not self._differs(weight):
-            out = gemm.linear(x, weight)
-            return out if own is None else out.add_(own)
+            if own is None or x.dtype not in noise.HALF:
+                out = gemm.linear(x, weight)
+                return out if own is None else out.add_(own)
+            # The sum is rounded once: a small difference of biases would be lost in a product that was rounded before.
+            return torch.stack([F.linear(rows, weight, b) for rows, b in zip(x, own[:, 0], strict=True)])
         if tensor is None:
             return gemm.products(x, self._stacked(weight), own)
         self.note(tensor)

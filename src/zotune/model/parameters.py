@@ -171,11 +171,12 @@ class ParameterSet:
     def _check_ids(self) -> None:
         names: dict[int, str] = {}
         for t in self._tensors:
-            if (other := names.setdefault(t.id, t.name)) != t.name:
+            if t.id in names:
                 raise UsageError(
-                    f"the names {other!r} and {t.name!r} have the same id in version {self.noise_version} of the noise "
+                    f"the names {names[t.id]!r} and {t.name!r} have the same id in version {self.noise_version} of the noise "
                     "specification, so their noise would be the same; rename one of them."
                 )
+            names[t.id] = t.name
 
     def _check(self) -> None:
         if not self._tensors:

@@ -209,13 +209,14 @@ def round_to(
     out: Tensor, y: Tensor, rounding_seed: int | None, tensor_id: int, start: int = 0, rounding: int = ROUNDING
 ) -> None:
     """Write y into `out`: rounded to nearest, or for half precision at random without bias if given a seed."""
-    if out.dtype not in HALF or rounding_seed is None:
-        out.copy_(y)
-        return
-    check_readable("round_to", out, checks.HALF)
-    check_readable("round_to", y, SINGLE)
+    at_random = out.dtype in HALF and rounding_seed is not None
+    check_readable("round_to", out)
+    check_readable("round_to", y, SINGLE if at_random else checks.FLOATING)
     if out.device != y.device or out.numel() != y.numel() or start < 0:
         raise checks.refuse("round_to", f"{tuple(y.shape)} on {y.device} is not {tuple(out.shape)} on {out.device}")
+    if not at_random or rounding_seed is None:
+        out.copy_(y)
+        return
     _kernels("round_half", out).round_half(out, y, rounding_seed, tensor_id, start, rounding)
 
 

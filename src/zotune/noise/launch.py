@@ -186,7 +186,7 @@ class Rebinding:
         """The table that a launch asks for by the words that it was captured with, on the device."""
         key = (device, words)
         if key not in self._tables:
-            host = torch.tensor(words)
+            host = torch.tensor(words, device="cpu")
             self._tables[key] = host.pin_memory() if device.type == "cuda" else host, host.to(device, copy=True)
         host, there = self._tables[key]
         if key not in self._sent:
@@ -202,12 +202,12 @@ class Rebinding:
         new = {_signed(old): _signed(now) for old, now in seeds.items()}
         for (_, words), (host, _) in self._tables.items():
             # Behind the rounding seed, seeds and scales take turns.
-            host.copy_(torch.tensor([new.get(w, w) if i % 2 else w for i, w in enumerate(words)]))
+            host.copy_(torch.tensor([new.get(w, w) if i % 2 else w for i, w in enumerate(words)], device="cpu"))
 
 
 @lru_cache(maxsize=16)
 def _cached_words(device: torch.device, stream: int, words: tuple[int, ...]) -> Tensor:
-    return _sent(torch.tensor(words), device)
+    return _sent(torch.tensor(words, device="cpu"), device)
 
 
 def _chunks_on(device: torch.device, spans: tuple[tuple[int, int, int], ...], itemsize: int) -> Tensor:
@@ -219,7 +219,7 @@ def _chunks_on(device: torch.device, spans: tuple[tuple[int, int, int], ...], it
 def _cached_chunks(device: torch.device, stream: int, spans: tuple[tuple[int, int, int], ...], itemsize: int) -> Tensor:
     parts = []
     for address, numel, tensor_id in spans:
-        start = torch.arange(0, numel, _CHUNK)
+        start = torch.arange(0, numel, _CHUNK, device="cpu")
         size = (numel - start).clamp(max=_CHUNK)
         parts.append(torch.stack((address + start * itemsize, size, torch.full_like(start, tensor_id), start), dim=1))
     return _sent(torch.cat(parts), device)

@@ -380,12 +380,49 @@ static inline const uint16_t *random16(uint16_t *room, int stream, uint64_t seed
     return room + t.from;
 }
 
+/* out = y in half precision, rounded by the random numbers r. Where all of some numbers are normal ones below the
+ * largest, adding a random number to the 13 bits that go is all there is to do. */
+static inline void narrow_float16_at_random(uint16_t *out, const float *y, const uint16_t *r, int n) {
+    int k = 0;
+#if defined(__AVX2__) && defined(__F16C__)
+    const __m256i above = _mm256_set1_epi32(0x387FFFFF), below = _mm256_set1_epi32(0x477FE000);
+    for (; k + 8 <= n; k += 8) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(y + k));
+        const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+        const __m256i usual = _mm256_and_si256(_mm256_cmpgt_epi32(magnitude, above), _mm256_cmpgt_epi32(below, magnitude));
+        if (_mm256_movemask_epi8(usual) != -1) {
+            for (int l = k; l < k + 8; l++) out[l] = stochastic_float16(y[l], r[l]);
+            continue;
+        }
+        const __m256i random = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(r + k)));
+        const __m256i moved = _mm256_add_epi32(bits, _mm256_srli_epi32(random, 3));
+        _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_castsi256_ps(moved), _MM_FROUND_TO_ZERO));
+    }
+#endif
+    for (; k < n; k++) out[k] = stochastic_float16(y[k], r[k]);
+}
+
 /* out = y as 16-bit patterns, rounded by the random numbers r so that the mean is y. */
 static inline void narrow_at_random(uint16_t *out, const float *y, int kind, const uint16_t *r, int n) {
     if (kind == BFLOAT16)
         for (int k = 0; k < n; k++) out[k] = stochastic_bfloat16(y[k], r[k]);
     else
-        for (int k = 0; k < n; k++) out[k] = stochastic_float16(y[k], r[k]);
+        narrow_float16_at_random(out, y, r, n);
+}
+
+/* out = x + u as 16-bit patterns, rounded by the random numbers r; `room` holds n numbers. */
+static inline void write_sum_at_random(void *out, const void *x, const float *u, int kind, const uint16_t *r, float *room,
+                                       int n) {
+    uint16_t *to = out;
+    const uint16_t *of = x;
+    if (kind == BFLOAT16) {
+#pragma GCC ivdep
+        for (int k = 0; k < n; k++) to[k] = stochastic_bfloat16(float_of((uint32_t)of[k] << 16) + u[k], r[k]);
+    } else {
+        widen_float16(room, of, n);
+        for (int k = 0; k < n; k++) room[k] += u[k];
+        narrow_float16_at_random(to, room, r, n);
+    }
 }
 
 /* out = x + u, rounded to nearest even. */
@@ -458,9 +495,7 @@ static inline void add_terms(char *out, const char *x, int kind, const terms *al
         }
         uint16_t random[TILE] ALIGNED;
         const uint16_t *r = random16(random, rounding, rounding_seed, all->tensor, t);
-        widen(room, of, kind, t.count);
-        for (int k = 0; k < t.count; k++) room[k] += sum[k];
-        narrow_at_random((uint16_t *)to, room, kind, r, t.count);
+        write_sum_at_random(to, of, sum, kind, r, room, t.count);
     }
 }
 
@@ -652,11 +687,8 @@ void zotune_axpy_pair(char *plus, char *minus, const char *x, int kind, int stre
         float y[TILE] ALIGNED;
         uint16_t random[TILE] ALIGNED;
         const uint16_t *r = random16(random, PROBE, seed, tensor, t);
-        widen(y, x + at, kind, t.count);
-        for (int k = 0; k < t.count; k++) opposite[k] += y[k];
-        for (int k = 0; k < t.count; k++) y[k] += u[k];
-        narrow_at_random((uint16_t *)(plus + at), y, kind, r, t.count);
-        narrow_at_random((uint16_t *)(minus + at), opposite, kind, r, t.count);
+        write_sum_at_random(plus + at, x + at, u, kind, r, y, t.count);
+        write_sum_at_random(minus + at, x + at, opposite, kind, r, y, t.count);
     }
 }
 
