@@ -176,7 +176,9 @@ def test_factors_of_another_matrix_are_refused(kernels):
         with pytest.raises(zo.UsageError, match="are not those of 20 rows of 30 columns"):
             noise.add_products(fine(), fine(), [(a, b)], [0.1], ID)
     with pytest.raises(zo.UsageError, match="equal shares"):
-        noise.low_rank_matmul_add_(torch.ones(5, 4), torch.ones(5, 3), [(torch.ones(4, 1), torch.ones(3, 1))] * 2, [1, 1])
+        noise.low_rank_matmul_add_(
+            torch.ones(5, 4), torch.ones(5, 3), [(torch.ones(4, 1), torch.ones(3, 1))] * 2, [1, 1]
+        )
     with pytest.raises(zo.UsageError, match="bias"):
         ones = torch.ones(4, 1), torch.ones(3, 1)
         noise.low_rank_matmul_add_(torch.ones(5, 4), torch.ones(5, 3), [ones], [1], torch.ones(1, 3))

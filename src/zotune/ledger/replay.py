@@ -149,7 +149,10 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
         "seed": optimizer.seed,
         "sampler": description_of(optimizer.sampler),
         "num_queries": optimizer.num_queries,
-        "blocks": [b and {"name": b.name, "tensors": sorted(place[t.id] for t in optimizer.tuned if t.id in b.ids)} for b in optimizer.blocks],
+        "blocks": [
+            b and {"name": b.name, "tensors": sorted(place[t.id] for t in optimizer.tuned if t.id in b.ids)}
+            for b in optimizer.blocks
+        ],
         "block_order": str(optimizer.block_order),
         "estimator": _function(optimizer.estimator),
         "coefficient": _function(optimizer.coefficient),

@@ -146,9 +146,7 @@ class ParameterSet:
         try:
             return self._tensors[self._places[name]]
         except KeyError:
-            raise KeyError(
-                f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._places))}"
-            ) from None
+            raise KeyError(f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._places))}") from None
 
     def named(self, name: str) -> TunedTensor | None:
         """The tuned tensor with this name; None if there is none."""

@@ -254,9 +254,7 @@ def mask(out, start, n, threshold, terms, low, high, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["low", "high"])
-def round_half(
-    out, y, start, n, terms, low, high, KIND: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr
-):
+def round_half(out, y, start, n, terms, low, high, KIND: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr):
     """Out = y, rounded at random."""
     tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
