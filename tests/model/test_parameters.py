@@ -168,7 +168,7 @@ def test_given_parameters_are_tuned_instead():
 
 def test_two_tensors_with_one_id_are_refused(monkeypatch):
     monkeypatch.setattr(tuned, "tensor_id", lambda name: 7)
-    with pytest.raises(zo.UsageError, match="'weight' and 'bias' have the same id in version 2 .*; rename"):
+    with pytest.raises(zo.UsageError, match=r"'weight' and 'bias' have the same id in version 2 .*; rename"):
         ParameterSet(nn.Linear(2, 2))
 
 

@@ -198,7 +198,7 @@ def test_a_distributed_model_is_refused_by_the_optimizer(mesh):
 def test_weights_of_float8_are_refused_by_name(dtype):
     model = nn.Linear(2, 2)
     model.scale = nn.Parameter(torch.zeros(4).to(dtype))
-    with pytest.raises(zo.UsageError, match="'scale' has dtype torch.float8.*adapter"):
+    with pytest.raises(zo.UsageError, match=r"'scale' has dtype torch\.float8.*adapter"):
         zo.zo_sgd(model, lr=0.1)
     model.scale.requires_grad_(False)
     zo.zo_sgd(model, lr=0.1).step(lambda: (model(torch.ones(1, 2)) * (1 + model.scale.float().sum())).sum())

@@ -276,7 +276,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
                 self._factors_of_u[device] = u.all_factors(self.chosen, device)
             both = self._factors_of_u[device].get(tensor.id) or u.factors(tensor.id, device)
             rounding = u.seed, tensor.id
-            return both and [Factors(both.left, both.right, scale, rounding) for scale in (a, -a)]
+            return both if both is None else [Factors(both.left, both.right, end, rounding) for end in (a, -a)]
         found = [offset.factors(tensor, device) for offset in self._offsets]
         return None if None in found else [f for f in found if f is not None]
 

@@ -171,8 +171,8 @@ class ParameterSet:
         for t in self._tensors:
             if t.id in names:
                 raise UsageError(
-                    f"the names {names[t.id]!r} and {t.name!r} have the same id in version {self.noise_version} of the noise "
-                    "specification, so their noise would be the same; rename one of them."
+                    f"the names {names[t.id]!r} and {t.name!r} have the same id in version {self.noise_version} of the "
+                    "noise specification, so their noise would be the same; rename one of them."
                 )
             names[t.id] = t.name
 

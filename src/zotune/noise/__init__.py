@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from zotune.noise import checks, eager
-from zotune.noise.back_ends import EAGER, HALF, back_end
+from zotune.noise.back_ends import EAGER, back_end
+from zotune.noise.checks import HALF as HALF
 from zotune.noise.checks import SINGLE, check_alike, check_factors, check_readable, check_rows, check_span
 from zotune.noise.spec import GAUSSIAN as GAUSSIAN
 from zotune.noise.spec import NOISE_VERSION as NOISE_VERSION

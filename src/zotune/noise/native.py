@@ -178,7 +178,7 @@ def _terms(seeds: Sequence[int], scales: Sequence[float]) -> tuple[int, Any, Any
 
 
 def _rounding(dtype: torch.dtype, rounding_seed: int | None, stream: int) -> tuple[int, int]:
-    """The stream that results are rounded by, and its seed; 0 for results to nearest, as single and double precision."""
+    """The stream that results are rounded by, and its seed; 0 for to nearest, as single and double precision are."""
     return (0, 0) if rounding_seed is None or dtype not in _HALF else (stream, rounding_seed)
 
 

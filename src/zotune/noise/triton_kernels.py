@@ -3,8 +3,9 @@
 A program works on a tile: the elements [TILE k, TILE (k + 1)) of a tensor, so that each block of noise is
 made once, by one program, whatever slice of the tensor is asked for. 16-bit weights come as their bit
 patterns; `KIND` says which of `FLOAT`, `BFLOAT16` and `FLOAT16` they are, `ROUNDING` by which stream results are
-rounded: 0 for to nearest, the stream of updates, or that of probes, whose seed is the direction's. The seeds and scales are read from
-the device's memory (see `launch._terms_on`): a step's launches differ from the last step's in data alone.
+rounded: 0 for to nearest, the stream of updates, or that of probes, whose seed is the direction's. The seeds and
+scales are read from the device's memory (see `launch._terms_on`): a step's launches differ from the last step's in
+data alone.
 
 The kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add would change bits.
 """
