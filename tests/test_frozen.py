@@ -89,7 +89,7 @@ def test_a_frozen_ledger_replays_to_the_frozen_weights(name):
     try:
         rebuilt = rebuild(find_ledger(path))
     except LedgerError as error:
-        if "another base model" in str(error):
+        if "the digest of" in str(error):
             pytest.skip("this version of transformers or torch draws other random weights")
         raise
     rebuilt.write(Path("out"))

@@ -24,14 +24,14 @@ MU, SIGMAS = 1e-3, 5
 HALVES = [torch.bfloat16, torch.float16]
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 EYE, NUMBERS, ONES = torch.eye(64), torch.arange(64)[:, None], torch.ones(1, 4096)
-MATRIX, VECTOR, KERNEL = (64, 64), (4096,), (64, 64, 1, 1)
+MATRIX, TABLE, VECTOR, KERNEL = (64, 64), (200, 64), (4096,), (64, 64, 1, 1)
 
 
 # By way of reading: the tensor's shape, the examples, how they read it, and whether u comes out transposed.
 WAYS = {
     "linear": (MATRIX, EYE, lambda x, w: F.linear(x.to(w.dtype), w), True),
     "product": (MATRIX, EYE, lambda x, w: x.to(w.dtype) @ w, False),
-    "rows": (MATRIX, NUMBERS, lambda i, w: F.embedding(i, w), False),
+    "rows": (TABLE, NUMBERS, lambda i, w: F.embedding(i, w), False),  # few rows of many, which alone are made
     "table": (MATRIX, NUMBERS.expand(64, 3), lambda i, w: F.embedding(i, w)[:, 1], False),
     "convolution": (KERNEL, EYE, lambda x, w: F.conv2d(x.to(w.dtype)[:, :, None, None], w), True),
     "gain": (VECTOR, ONES, lambda x, w: x.to(w.dtype) * w, False),
@@ -65,6 +65,7 @@ def moves(way, value, dtype, *, sampler=zo.rademacher, seeds=None, **options):
         (u, *_) = opt.directions()
         expected = u.of(opt.tuned, "w").flatten(1) if len(shape) > 1 else u.of(opt.tuned, "w")[None]
         expected = (expected.t() if transposed else expected).contiguous()
+        expected = expected[: len(examples)] if shape == TABLE else expected
         scale = float(expected.square().mean())
 
         def losses(x, s, scale=scale):
