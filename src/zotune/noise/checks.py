@@ -59,12 +59,11 @@ def check_readable(kernel: str, x: Tensor, dtypes: frozenset[torch.dtype] = FLOA
         return
     if x.is_neg() or x._is_zerotensor():
         raise _refusal(kernel, f"{_words(x)} is a view of numbers that are computed when they are read; clone it")
-    held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    if held < x.numel():
+    if not x.data_ptr() and x.numel():
         raise _refusal(
             kernel,
-            f"the memory of {_words(x)} holds {max(held, 0)} numbers: it was freed, as sharding wrappers free it "
-            "between two passes. Gather the parameters while steps are taken",
+            f"the memory of {_words(x)} was freed, as sharding wrappers free it between two passes. Gather the "
+            "parameters while steps are taken",
         )
 
 
