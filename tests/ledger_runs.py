@@ -17,7 +17,7 @@ METHODS = {
     ),
     "sign": lambda m, **o: zo.zo_sgd_sign(m, lr=2e-2, mu=1e-2, num_queries=3, **o),
     "momentum": lambda m, **o: zo.zo_sgd_mmt(m, lr=2e-2, mu=1e-2, **o),
-    "conservative": lambda m, **o: zo.zo_sgd_cons(m, lr=0.3, mu=1e-2, **o),
+    "conservative": lambda m, **o: zo.zo_sgd_cons(m, lr=0.05, mu=1e-2, **o),
     "adam, decay, limit": lambda m, **o: zo.zo_adam(
         m, lr=2e-2, mu=1e-2, num_queries=2, weight_decay=0.1, max_coefficient=0.5, **o
     ),

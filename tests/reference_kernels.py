@@ -5,6 +5,7 @@ import torch
 
 from zotune.noise import spec
 
+NUMBERS = {spec.ROUNDING: spec.random16, spec.PROBE: spec.probe16}
 FILLS = {spec.RADEMACHER: spec.rademacher, spec.GAUSSIAN: spec.gaussian}
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -17,7 +18,7 @@ def mask(out, threshold, seed, tensor_id, start):
     out.numpy()[spec.masked(seed, tensor_id, start, start + out.numel(), threshold)] = 0
 
 
-def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
+def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed, rounding=spec.ROUNDING):
     of = np.float64 if x.dtype == torch.float64 else np.float32
     total = None
     for seed, scale in zip(seeds, scales, strict=True):
@@ -25,28 +26,28 @@ def add(out, x, stream, seeds, scales, tensor_id, start, rounding_seed):
         total = part if total is None else total + part
     moved = widened(x) + total
     if x.dtype in NAMES and rounding_seed is not None:
-        round_half(out, torch.from_numpy(moved), rounding_seed, tensor_id, start)
+        round_half(out, torch.from_numpy(moved), rounding_seed, tensor_id, start, rounding)
     else:
         array_of(out)[:] = nearest(moved, x.dtype) if x.dtype in NAMES else moved
 
 
 def axpy_pair(plus, minus, x, stream, seed, scale, tensor_id, start):
     for out, a in ((plus, scale), (minus, -scale)):
-        add(out, x, stream, [seed], [a], tensor_id, start, None)
+        add(out, x, stream, [seed], [a], tensor_id, start, seed, spec.PROBE)
 
 
-def foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed):
+def foreach_axpy_(xs, tensor_ids, stream, seeds, scales, rounding_seed, rounding=spec.ROUNDING):
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
-        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
+        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed, rounding)
 
 
 def add_rows(rows, indices, stream, seed, scale, tensor_id):
     for row, index in zip(rows, indices.tolist(), strict=True):
-        add(row, row, stream, [seed], [scale], tensor_id, index * row.numel(), None)
+        add(row, row, stream, [seed], [scale], tensor_id, index * row.numel(), seed, spec.PROBE)
 
 
-def round_half(out, y, rounding_seed, tensor_id, start):
-    random = spec.random16(rounding_seed, tensor_id, start, start + y.numel())
+def round_half(out, y, rounding_seed, tensor_id, start, rounding=spec.ROUNDING):
+    random = NUMBERS[rounding](rounding_seed, tensor_id, start, start + y.numel())
     array_of(out)[:] = spec.round_stochastically(y.numpy(), random, NAMES[out.dtype])
 
 

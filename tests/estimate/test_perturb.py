@@ -1,7 +1,7 @@
 """Within `perturbed(model, u, a)` any model computes what a copy of it with the weights x + a·u computes.
 
-The copy is made by hand: u comes from the noise specification, x + a·u is rounded by torch, and the moved
-weights are written into a deep copy that knows nothing of perturbations.
+The copy is made by hand: u comes from the noise specification, and so does the rounding of x + a·u to half precision.
+The moved weights are written into a deep copy that knows nothing of perturbations.
 """
 
 import copy
@@ -23,9 +23,23 @@ A = 0.0371  # no power of two, so that a·u and x + a·u are rounded
 
 def independent_part(u, names, p):
     """The part of u for a tensor with these names, from the specification."""
-    tensor_id = int.from_bytes(hashlib.blake2s(min(names).encode(), digest_size=4).digest(), "little")
-    made = getattr(spec, u.sampler.name)(u.seed, tensor_id, 0, p.numel())
+    made = getattr(spec, u.sampler.name)(u.seed, id_of(names), 0, p.numel())
     return torch.from_numpy(made).view(p.shape)
+
+
+def id_of(names):
+    """The id of a tensor with these names, from its definition."""
+    halves = (hashlib.blake2s(min(names).encode(), digest_size=size).digest()[:4] for size in (4, 8))
+    return int.from_bytes(b"".join(halves), "little")
+
+
+def independently_rounded(y, u, names, dtype):
+    """Sums in the dtype of the weights: in half precision rounded by the probe stream of u."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return y.to(dtype)
+    random = spec.probe16(u.seed, id_of(names), 0, y.numel())
+    bits = spec.round_stochastically(y.contiguous().view(-1).numpy(), random, str(dtype).removeprefix("torch."))
+    return torch.from_numpy(bits).view(dtype).view(y.shape)
 
 
 def moved_copy(model, u, a):
@@ -37,7 +51,7 @@ def moved_copy(model, u, a):
         if p.requires_grad:
             wide = torch.float64 if p.dtype == torch.float64 else torch.float32
             part = independent_part(u, called, p).to(wide) * torch.tensor(a, dtype=wide)
-            p.data.copy_((p.data.to(wide) + part).to(p.dtype))
+            p.data.copy_(independently_rounded(p.data.to(wide) + part, u, called, p.dtype))
     return twin
 
 

@@ -15,7 +15,7 @@ from zotune.noise import GAUSSIAN, RADEMACHER, eager, spec
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-SEED, TENSOR = 0x0123456789ABCDEF, 0xDEADBEEF
+SEED, TENSOR = 0x0123456789ABCDEF, 0x89ABCDEFDEADBEEF
 STREAMS = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 STARTS = [0, 1, 5, 127, 1023, 2**32 + 3, 2**41 + 77]
@@ -71,20 +71,58 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
 def test_counter_and_key_are_where_the_specification_says():
     zero = np.zeros(1, np.uint32)
     block = 2**33 + 5
-    counter = [zero + np.uint32(c) for c in (block & 0xFFFFFFFF, block >> 32, TENSOR, GAUSSIAN)]
+    counter = [zero + np.uint32(c) for c in (block & 0xFFFFFFFF, TENSOR >> 32, TENSOR & 0xFFFFFFFF, GAUSSIAN + 512)]
     expected = spec.philox(tuple(counter), (SEED & 0xFFFFFFFF, SEED >> 32))
     assert spec.words(SEED, TENSOR, GAUSSIAN, block, 1).tolist() == [[int(w[0]) for w in expected]]
 
 
-def test_golden_values_of_specification_version_1():
-    assert noise.NOISE_VERSION == 1
+def test_golden_values_of_specification_version_2():
+    assert noise.NOISE_VERSION == 2
     start = 2**40 + 30
     signs = "".join("-+"[int(s > 0)] for s in spec.rademacher(SEED, TENSOR, start, start + 40))
-    assert signs == "-++---++-+--++-++----+--++++--+--++-++-+"
+    assert signs == "+-+-+----+---+-++++-+---++++--------++--"
     normals = spec.gaussian(SEED, TENSOR, start, start + 6).view(np.uint32)
-    assert normals.tolist() == [0xBFCB42B8, 0x3F06177A, 0xBDE56177, 0xBE51ADF2, 0x3C1907BC, 0x3F2360BE]
-    assert spec.random16(SEED, TENSOR, start, start + 6).tolist() == [61043, 8100, 33359, 56029, 40239, 39437]
+    assert normals.tolist() == [0xBF18BDF1, 0xBFA6D7DE, 0x3EAA2BB9, 0x3E8E4A09, 0xBFB1FA14, 0x3F36DC9D]
+    assert spec.random16(SEED, TENSOR, start, start + 6).tolist() == [55892, 2783, 41511, 39764, 39255, 15692]
+    assert spec.probe16(SEED, TENSOR, start, start + 6).tolist() == [45423, 1420, 27174, 33404, 39634, 45864]
+    assert spec.masked(SEED, TENSOR, start, start + 12, 1 << 31).tolist() == [False] * 4 + [True] * 6 + [False] * 2
     assert noise.derive_seed(SEED, 3, 2, 1) == 0x31FB8CCC8466087C
+
+
+def test_ids_of_32_bits_give_the_golden_values_of_version_1():
+    """What version 1 gave for this id and place, in the last blocks that it had in common with version 2."""
+    tensor, start = 0xDEADBEEF, 2**33 + 30
+    signs = "".join("-+"[int(s > 0)] for s in spec.rademacher(SEED, tensor, start, start + 40))
+    assert signs == "+-+-++--+--++--+--+++--++--+++++-+---++-"
+    normals = spec.gaussian(SEED, tensor, start, start + 6).view(np.uint32)
+    assert normals.tolist() == [0xBE44C656, 0x3FA9378C, 0xBED8D16F, 0xBFF9E923, 0x3F3443BD, 0x3F43070B]
+    assert spec.random16(SEED, tensor, start, start + 6).tolist() == [1447, 48292, 47654, 21344, 60471, 2624]
+    masked = spec.masked(SEED, tensor, start, start + 12, 1 << 31)
+    assert masked.astype(int).tolist() == [0, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1]
+
+
+def test_the_two_versions_of_an_id_share_the_lower_half_and_large_models_have_no_two_alike():
+    names = [f"model.layers.{i}.mlp.experts.{j}.{k}" for i in range(94) for j in range(128) for k in ("up", "down")]
+    ids = [spec.tensor_id(name) for name in names]
+    assert len(set(ids)) == len(ids)
+    assert all(spec.tensor_id(name, version=1) == i & 0xFFFFFFFF for name, i in zip(names[:99], ids, strict=False))
+    # Each half is as a random one: so are their 64 bits together.
+    for shift in (0, 32):
+        ones = np.array([[i >> shift >> bit & 1 for bit in range(32)] for i in ids]).mean(0)
+        assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(len(ids))
+    halves = np.array([[i & 0xFFFFFFFF, i >> 32] for i in ids], float)
+    assert abs(np.corrcoef(halves.T)[0, 1]) < 5 / np.sqrt(len(ids))
+
+
+@pytest.mark.parametrize("start", [0, 5, 128 * (2**33 + 5) + 77])
+def test_numbers_for_the_rounding_of_probes_are_as_the_specification_says(start):
+    """Element by element, in Python's integers."""
+    for j in range(start, start + 300, 7):
+        word = int(spec.words(SEED, TENSOR, spec.PROBE, j // 128, 1)[0, j % 128 // 32])
+        expected = ((word & 0xFFFF) * (j % 32) + (word >> 16)) % 2**16
+        assert spec.probe16(SEED, TENSOR, j, j + 1).tolist() == [expected]
+    made = eager._slice(spec.PROBE, SEED, TENSOR, start, 1000, torch.device("cpu"))
+    assert made.tolist() == spec.probe16(SEED, TENSOR, start, start + 1000).tolist()
 
 
 @each_stream
@@ -144,15 +182,20 @@ def test_foreach_axpy_equals_add_for_each(dtype, stream, rounding_seed):
 def test_add_rows_equals_add_on_the_whole_matrix(dtype, stream):
     x = torch.linspace(-2, 2, 40 * 131).to(dtype).view(40, 131)
     whole = torch.empty_like(x)
-    noise.add(whole.view(-1), x.view(-1), stream, [SEED], [0.125], TENSOR)
+    noise.add(whole.view(-1), x.view(-1), stream, [SEED], [0.125], TENSOR, 0, SEED, noise.PROBE)
     indices = torch.tensor([39, 0, 17, 1])
     rows = x[indices]
     noise.add_rows(rows, indices, stream, SEED, 0.125, TENSOR)
     assert torch.equal(bits(rows), bits(whole[indices]))
+    y = x[indices].to(noise.compute_dtype(dtype))
+    sums = torch.stack([y[i] + 0.125 * filled(stream, 131, 131 * k, SEED, TENSOR) for i, k in enumerate(indices)])
+    rows = x[indices]
+    noise.round_rows(rows, sums, indices, SEED, TENSOR)
+    assert torch.equal(bits(rows), bits(whole[indices]))
 
 
 @quick
-@given(st.sampled_from(list(STREAMS)), u64, u32, st.integers(0, 2**42), st.integers(1, 400), st.integers(1, 400))
+@given(st.sampled_from(list(STREAMS)), u64, u64, st.integers(0, 2**42), st.integers(1, 400), st.integers(1, 400))
 def test_noise_does_not_depend_on_how_a_tensor_is_cut(stream, seed, tensor, start, first, second):
     whole = filled(stream, first + second, start, seed, tensor)
     second_part = filled(stream, second, start + first, seed, tensor)  # made in the other order

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from zotune import noise
-from zotune.noise import GAUSSIAN, RADEMACHER
+from zotune.noise import GAUSSIAN, RADEMACHER, spec
 
 N, SIGMAS = 1 << 20, 5.0
 HALVES = [torch.bfloat16, torch.float16]
@@ -171,3 +171,24 @@ def test_rounding_noise_is_uniform_and_apart_from_the_directions():
     centred = (random - 32767.5) / (65536 / math.sqrt(12))
     for stream in (RADEMACHER, GAUSSIAN):
         assert abs((centred * sample(stream)).mean()) < SIGMAS / math.sqrt(N)
+
+
+@pytest.mark.parametrize("share", [1 / 2, 1 / 16, 1 / 64])
+def test_roundings_of_probes_are_unbiased_and_pairwise_unrelated(share):
+    """Of each element of a block, over blocks, for a chance to round up: of its own, and with each other's."""
+    blocks = 40_000
+    numbers = spec.probe16(11, 3, 0, 128 * blocks).reshape(blocks, 128)
+    up = (numbers >= 65536 * (1 - share)) - share
+    spread = math.sqrt(share * (1 - share) / blocks)
+    assert np.abs(up.mean(0)).max() < 5 * spread
+    correlation = (up.T @ up) / (blocks * share * (1 - share))
+    np.fill_diagonal(correlation, 0)
+    assert np.abs(correlation).max() < 5.5 / math.sqrt(blocks)
+
+
+def test_roundings_of_probes_have_nothing_to_do_with_the_direction():
+    n = 1 << 20
+    up = (spec.probe16(11, 3, 0, n) >= 65536 - 4096) - 1 / 16
+    for u in (spec.rademacher(11, 3, 0, n), spec.gaussian(11, 3, 0, n)):
+        assert abs(np.mean(up * u)) < 5 * math.sqrt(1 / 16 * 15 / 16 / n)
+        assert abs(np.mean(up * (u * u - np.mean(u * u)))) < 5 * math.sqrt(3 / 16 / n)

@@ -37,7 +37,7 @@ if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         f"the interpreter of Triton {triton.__version__} knows no loops with this NumPy", allow_module_level=True
     )
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-SEED, TENSOR = 0x9123456789ABCDEF, 0xDEADBEEF
+SEED, TENSOR = 0x9123456789ABCDEF, 0xFEDCBA98DEADBEEF
 STREAMS = {RADEMACHER: spec.rademacher, GAUSSIAN: spec.gaussian}
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 STARTS = [0, 130, 128 * (2**33 + 5) + 77]
@@ -61,16 +61,21 @@ def test_the_tables_of_a_captured_pass_are_rebound_to_other_directions(stream):
     out, one = torch.empty(500, device=DEVICE), 0x3F800000  # the bits of 1.0: a seed is told from a scale by its place
     x = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     moved, seeds, scales = torch.empty_like(x), (SEED, one), (1.0, -0.5)
+    probed = torch.empty_like(x)
 
     def captured():
         launch.fill(out, stream, SEED, TENSOR, 7)
         launch.add(moved, x, stream, seeds, scales, TENSOR, 0, SEED)
-        return out.cpu().numpy().copy(), moved.cpu().clone()
+        launch.add(probed, x, stream, seeds[:1], scales[:1], TENSOR, 0, SEED, noise.PROBE)
+        return out.cpu().numpy().copy(), torch.cat([moved, probed]).cpu()
 
     def alone(fill_seed, add_seeds):
         expected = torch.empty_like(x)
-        launch.add(expected, x, stream, add_seeds, scales, TENSOR, 0, SEED)  # the rounding keeps its own
-        return STREAMS[stream](fill_seed, TENSOR, 7, 507), expected.cpu()
+        launch.add(expected, x, stream, add_seeds, scales, TENSOR, 0, SEED)  # an update's rounding keeps its own
+        first = (add_seeds[:1], scales[:1], TENSOR, 0, add_seeds[0], noise.PROBE)  # a probe's follows its direction
+        other = torch.empty_like(x)
+        launch.add(other, x, stream, *first)
+        return STREAMS[stream](fill_seed, TENSOR, 7, 507), torch.cat([expected, other]).cpu()
 
     tables = launch.Rebinding()
     for now in ({}, {SEED: 77, one: 2**64 - 1}, {SEED: one, one: SEED}):
@@ -104,7 +109,7 @@ def numbers(n, dtype=torch.float32):
     return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype).to(DEVICE)
 
 
-def plain_add(x, stream, seeds, scales, start, rounding_seed, tensor=TENSOR):
+def plain_add(x, stream, seeds, scales, start, rounding_seed, tensor=TENSOR, numbers=spec.random16):
     """x + Σ a u from the reference in NumPy."""
     us = [STREAMS[stream](s, tensor, start, start + x.numel()) for s in seeds]
     total = np.float32(scales[0]) * us[0]
@@ -113,7 +118,7 @@ def plain_add(x, stream, seeds, scales, start, rounding_seed, tensor=TENSOR):
     y = x.float().cpu().numpy() + total
     if rounding_seed is None or x.dtype not in HALVES:
         return torch.from_numpy(y).to(x.dtype)
-    random = spec.random16(rounding_seed, tensor, start, start + x.numel())
+    random = numbers(rounding_seed, tensor, start, start + x.numel())
     return torch.from_numpy(spec.round_stochastically(y, random, HALVES[x.dtype])).view(x.dtype)
 
 
@@ -181,6 +186,9 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
     out = torch.full_like(x, torch.nan)
     noise.add(out, x, stream, seeds, scales, TENSOR, start, rounding_seed)
     assert torch.equal(bits(out), bits(expected))
+    probed = torch.full_like(x, torch.nan)
+    noise.add(probed, x, stream, seeds, scales, TENSOR, start, seeds[0], noise.PROBE)
+    assert torch.equal(bits(probed), bits(plain_add(x, stream, seeds, scales, start, seeds[0], TENSOR, spec.probe16)))
     noise.add(x, x, stream, seeds, scales, TENSOR, start, rounding_seed)
     assert torch.equal(bits(x), bits(expected))
 
@@ -191,11 +199,11 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
 def test_axpy_pair_gives_the_bits_of_two_adds(dtype, stream, start, scale):
     x = numbers(1500, dtype)
     x[::9], x[1::9] = 0.0, -0.0
-    for axpy_pair, add in ((noise.axpy_pair, noise.add), (eager.axpy_pair, lambda *given: eager.add(*given, None))):
+    for axpy_pair, add in ((noise.axpy_pair, noise.add), (eager.axpy_pair, eager.add)):
         plus, minus, expected = (torch.full_like(x, torch.nan) for _ in range(3))
         axpy_pair(plus, minus, x, stream, SEED, scale, TENSOR, start)
         for out, a in ((plus, scale), (minus, -scale)):
-            add(expected, x, stream, [SEED], [a], TENSOR, start)
+            add(expected, x, stream, [SEED], [a], TENSOR, start, SEED, noise.PROBE)
             assert torch.equal(bits(out), bits(expected))
 
 
@@ -223,7 +231,7 @@ def test_float64_weights_are_moved_in_double_precision():
 def test_add_rows_equals_add_on_the_whole_matrix(dtype, stream, width):
     x = numbers(10 * width, dtype).view(10, width)
     whole = torch.empty_like(x)
-    noise.add(whole.view(-1), x.view(-1), stream, [SEED], [0.125], TENSOR)
+    noise.add(whole.view(-1), x.view(-1), stream, [SEED], [0.125], TENSOR, 0, SEED, noise.PROBE)
     indices = torch.tensor([9, 0, 7, 7], device=DEVICE)
     for add_rows in (noise.add_rows, eager.add_rows):
         rows = x[indices]
@@ -238,7 +246,7 @@ def test_many_tensors_are_moved_in_one_launch_and_nothing_beside_them(
     dtype, stream, rounding_seed, shift, launches, monkeypatch
 ):
     monkeypatch.setattr(launch, "_CHUNK", 1 << 13)  # so that one of the tensors has several chunks
-    sizes, ids = [1, 4096, 17, 9003], [1, 2**32 - 1, 2**31, 77]
+    sizes, ids = [1, 4096, 17, 9003], [1, 2**64 - 1, 2**31, 2**63 + 77]
     memory = numbers(15_000, dtype)
     before, xs, at = memory.clone(), [], 16
     for size in sizes:

@@ -35,7 +35,7 @@ def fused_update_(update: TensorUpdate, x: Tensor, state: State, start: int, sca
     if not isinstance(transform, partial) or transform.func not in _RULES or terms is None:
         return None
     rule, names = _RULES[transform.func]
-    states = [state[n] if state else torch.empty(x.numel(), dtype=torch.float32) for n in names]
+    states = [state[n] if state else torch.empty(x.numel(), dtype=torch.float32, device=x.device) for n in names]
     if update.history is not None or not noise.has_steps(x) or not all(s.is_contiguous() for s in states):
         return None
     t = state.get("step", 0) + 1

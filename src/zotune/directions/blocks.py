@@ -19,14 +19,15 @@ from torch import nn
 
 from zotune.errors import UsageError
 from zotune.model.layers import stack_of
-from zotune.model.parameters import ParameterSet, TunedTensor, canonical_name, tensor_id
+from zotune.model.parameters import ParameterSet, TunedTensor, canonical_name
+from zotune.noise.spec import NOISE_VERSIONS, tensor_id
 
 
 @dataclass(frozen=True)
 class Block:
     """Some of the tuned tensors, by canonical name.
 
-    >>> Block("embedding", ("embed.weight",)).ids == {tensor_id("embed.weight")}
+    >>> tensor_id("embed.weight") in Block("embedding", ("embed.weight",)).ids
     True
     """
 
@@ -35,8 +36,8 @@ class Block:
 
     @cached_property
     def ids(self) -> frozenset[int]:
-        """The ids of its tensors."""
-        return frozenset(map(tensor_id, self.tensors))
+        """The ids of its tensors, in each version of the noise specification: a run has those of one."""
+        return frozenset(tensor_id(name, version) for name in self.tensors for version in NOISE_VERSIONS)
 
 
 class BlockOrder(StrEnum):
@@ -139,17 +140,17 @@ def check_partition(blocks: Sequence[Block], tuned: ParameterSet) -> None:
     twice = [name for name, count in Counter(block.name for block in blocks).items() if count > 1]
     if twice:
         raise UsageError(f"two blocks are called {twice[0]!r}; give each its own name, by which a saved run finds it.")
-    owner: dict[int, str] = {}
+    owner: dict[str, str] = {}
     for block in blocks:
         for name in block.tensors:
-            if tensor_id(name) in owner:
-                raise UsageError(f"the tensor {name!r} is in two blocks: {owner[tensor_id(name)]!r}, {block.name!r}.")
-            owner[tensor_id(name)] = block.name
-    known = {t.id for t in tuned}
-    strange = [name for block in blocks for name in block.tensors if tensor_id(name) not in known]
+            if name in owner:
+                raise UsageError(f"the tensor {name!r} is in two blocks: {owner[name]!r}, {block.name!r}.")
+            owner[name] = block.name
+    known = {t.name for t in tuned}
+    strange = [name for name in owner if name not in known]
     if strange:
         raise UsageError(f"the blocks name {strange[0]!r}, which is not among the {len(tuned)} tuned tensors.")
-    missing = [t.name for t in tuned if t.id not in owner]
+    missing = [t.name for t in tuned if t.name not in owner]
     if missing:
         raise UsageError(
             f"{len(missing)} tuned tensors are in no block, so they would never move: {', '.join(missing[:5])}. "

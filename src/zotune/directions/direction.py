@@ -106,27 +106,34 @@ def moving(terms: Terms, tensor_id: int) -> Terms:
 
 
 def add_terms(
-    out: Tensor, x: Tensor, terms: Terms, tensor_id: int, start: int = 0, rounding_seed: int | None = None
+    out: Tensor,
+    x: Tensor,
+    terms: Terms,
+    tensor_id: int,
+    start: int = 0,
+    rounding_seed: int | None = None,
+    rounding: int = noise.ROUNDING,
 ) -> None:
     """Compute out = x + Σ aᵢ uᵢ for flat, contiguous slices that begin at element `start` of tensor `tensor_id`.
 
     One pass where a kernel serves all directions, otherwise chunk by chunk with a small scratch.
-    Half-precision results are rounded to nearest, or without bias at random if given a `rounding_seed`.
+    Half-precision results are rounded to nearest, or without bias at random, by the stream `rounding`, if given a
+    `rounding_seed`.
     """
     terms = moving(terms, tensor_id)
     if (fused := one_pass(terms, tensor_id)) is not None:
-        noise.add(out, x, *fused, tensor_id, start, rounding_seed)
+        noise.add(out, x, *fused, tensor_id, start, rounding_seed, rounding)
         return
     if noise.adds_products(x.device) and (found := _all_factors(terms, tensor_id, start, x)):
         factors = [(f.left, f.right) for f in found]
-        noise.add_products(out, x, factors, [a for a, _ in terms], tensor_id, start, rounding_seed)
+        noise.add_products(out, x, factors, [a for a, _ in terms], tensor_id, start, rounding_seed, rounding)
         return
     dtype = noise.compute_dtype(x.dtype)
     size = limits.UPDATE_ELEMENTS
     for lo in range(0, x.numel(), size):
         part = slice(lo, min(lo + size, x.numel()))
         total = x[part].to(dtype) + sum_terms(terms, tensor_id, start + lo, part.stop - lo, dtype, x.device)
-        noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo)
+        noise.round_to(out[part], total, rounding_seed, tensor_id, start + lo, rounding)
 
 
 def one_pass(terms: Terms, tensor_id: int) -> tuple[int, tuple[int, ...], tuple[float, ...]] | None:

@@ -61,23 +61,48 @@ def add_products(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Ten
     A power of two of a goes into B, where it costs no digit: in half precision x B might leave the range. The rest is
     no number of such a precision, so it is put to x B.
     """
+    seeds, tensor_id = _rounding_of(factors)
     if noise.has_low_rank_matmul_add(out, x):
-        noise.low_rank_matmul_add_(out, x, [(f.left, f.right) for f in factors], [f.a for f in factors], biases)
+        pairs, scales = [(f.left, f.right) for f in factors], [f.a for f in factors]
+        noise.low_rank_matmul_add_(out, x, pairs, scales, biases, seeds, tensor_id)
+        return
+    if seeds is not None and out.dtype in noise.HALF:
+        _add_products_at_random(out, x, factors, biases)
         return
     if biases is not None:
         out.view(len(factors), -1, out.shape[-1]).add_(biases[:, None])
+    for own, f, thin in zip(out.tensor_split(len(factors)), factors, _thins(x, factors), strict=True):
+        own.addmm_(thin.to(out.dtype), f.left.to(out.dtype).t())
+
+
+def _rounding_of(factors: Sequence[Factors]) -> tuple[list[int] | None, int]:
+    """The seeds that half-precision products are rounded by, and the tensor's id; None to round to nearest."""
+    found = [f.rounding for f in factors if f.rounding is not None]
+    return ([seed for seed, _ in found], found[0][1]) if len(found) == len(factors) else (None, 0)
+
+
+def _add_products_at_random(out: Tensor, x: Tensor, factors: Sequence[Factors], biases: Tensor | None) -> None:
+    """As `add_products`, with sums in float32 that are rounded by the probe stream, some rows at a time."""
+    at_once = max(1, limits.UPDATE_ELEMENTS // max(1, out.shape[1]))
+    shares = zip(out.tensor_split(len(factors)), factors, _thins(x, factors), strict=True)
+    for number, (own, f, thin) in enumerate(shares):
+        assert f.rounding is not None
+        for lo in range(0, len(own), at_once):
+            rows = own[lo : lo + at_once]
+            y = rows.float() if biases is None else rows.float() + biases[number].float()
+            y.addmm_(thin[lo : lo + at_once].float(), f.left.t())
+            noise.round_to(rows.view(-1), y.view(-1), *f.rounding, lo * own.shape[1], noise.PROBE)
+
+
+def _thins(x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """The thin products a x B of each of equal shares of x."""
     scales, powers = zip(*(math.frexp(f.a) for f in factors), strict=True)
     one, copies = factors[0], len(factors)
-    if all(f.left is one.left and f.right is one.right for f in factors) and len(set(powers)) == 1:
-        thin = _thin(x, one.right, powers[0])
-        for own, scale in zip(thin.tensor_split(copies), scales, strict=True):
-            own *= scale
-        out.addmm_(thin.to(out.dtype), one.left.to(out.dtype).t())
-        return
-    for own, its_x, f, scale, power in zip(
-        out.tensor_split(copies), x.tensor_split(copies), factors, scales, powers, strict=True
-    ):
-        own.addmm_((_thin(its_x, f.right, power) * scale).to(out.dtype), f.left.to(out.dtype).t())
+    if all(f.right is one.right for f in factors) and len(set(powers)) == 1:
+        shares = _thin(x, one.right, powers[0]).tensor_split(copies)
+        return [own * scale for own, scale in zip(shares, scales, strict=True)]
+    shares = x.tensor_split(copies)
+    return [_thin(own, f.right, p) * s for own, f, s, p in zip(shares, factors, scales, powers, strict=True)]
 
 
 def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:

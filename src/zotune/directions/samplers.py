@@ -40,11 +40,14 @@ class Factors:
         left: (rows, r), float32; A/√r.
         right: (columns, r), float32; B.
         a: how far to go.
+        rounding: seed and tensor id of the probe stream that half-precision products with the offset are rounded by;
+            None for to nearest.
     """
 
     left: Tensor
     right: Tensor
     a: float = 1.0
+    rounding: tuple[int, int] | None = None
 
 
 class FactoredSampler(Sampler, Protocol):

@@ -221,7 +221,7 @@ def _quantile(
 
     upper, before = _bin((p >> 16 for p in patterns()), wanted)
     lower, _ = _bin((p[p >> 16 == upper] & 0xFFFF for p in patterns()), wanted - before)
-    threshold = torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32)
+    threshold = torch.tensor(upper << 16 | lower, dtype=torch.int32, device="cpu").view(torch.float32)
     counts = {}
     for t in tensors:
         chunks = [(int((m < threshold).sum()), int((m == threshold).sum())) for m in _magnitudes(weights(t))]
@@ -231,7 +231,7 @@ def _quantile(
 
 def _bin(values: Iterable[Tensor], wanted: float) -> tuple[int, int]:
     """The first of 2¹⁶ values up to which at least `wanted` (and at least one) of all lie; how many lie before it."""
-    histogram = torch.zeros(1 << 16, dtype=torch.int64)
+    histogram = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for v in values:
         histogram += torch.bincount(v.long().cpu(), minlength=1 << 16)
     reached = histogram.cumsum(0)

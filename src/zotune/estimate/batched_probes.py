@@ -218,7 +218,7 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         if (kernel := u.kernel(ids[0])) is not None:
             both = torch.cat([t.parameter.detach() for t in found]).repeat(2, 1)
             for end, scale in zip(both, (a, -a), strict=True):
-                noise.foreach_axpy_(torch.split(end, sizes), ids, kernel, [u.seed], [scale])
+                noise.foreach_axpy_(torch.split(end, sizes), ids, kernel, [u.seed], [scale], u.seed, noise.PROBE)
             self._kept.update(zip(ids, torch.split(both, sizes, dim=1), strict=True))
 
     def _move(self, outs: Sequence[Tensor], x: Tensor, tensor: TunedTensor, start: int) -> None:
@@ -275,7 +275,8 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
             if device not in self._factors_of_u:
                 self._factors_of_u[device] = u.all_factors(self.chosen, device)
             both = self._factors_of_u[device].get(tensor.id) or u.factors(tensor.id, device)
-            return None if both is None else [Factors(both.left, both.right, a), Factors(both.left, both.right, -a)]
+            rounding = u.seed, tensor.id
+            return both if both is None else [Factors(both.left, both.right, end, rounding) for end in (a, -a)]
         found = [offset.factors(tensor, device) for offset in self._offsets]
         return None if None in found else [f for f in found if f is not None]
 
@@ -285,8 +286,11 @@ class side_by_side(Interceptor):  # noqa: N801 - a context manager reads like a 
         """
         own = None if bias is None else self._bias(bias)
         if tensor is None and not self._differs(weight):
-            out = gemm.linear(x, weight)
-            return out if own is None else out.add_(own)
+            if own is None or x.dtype not in noise.HALF:
+                out = gemm.linear(x, weight)
+                return out if own is None else out.add_(own)
+            # The sum is rounded once: a small difference of biases would be lost in a product that was rounded before.
+            return torch.stack([F.linear(rows, weight, b) for rows, b in zip(x, own[:, 0], strict=True)])
         if tensor is None:
             return gemm.products(x, self._stacked(weight), own)
         self.note(tensor)

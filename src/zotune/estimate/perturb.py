@@ -55,7 +55,12 @@ class WeightOffset(Protocol):
 
 @dataclass(frozen=True)
 class OffsetAlong:
-    """The offset a·u along one direction."""
+    """The offset a·u along one direction.
+
+    Half-precision sums are rounded at random so that their mean is x + a·u: to nearest, every offset below half a unit
+    in the last place of x would be lost. The random numbers are those of the direction, so both ends of a probe have
+    the same (the probe stream of `zotune.noise.spec`).
+    """
 
     direction: Direction
     a: float
@@ -67,7 +72,8 @@ class OffsetAlong:
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
         """As `WeightOffset.move`."""
-        add_terms(out, x, ((self.a, self.direction),), tensor.id, start)
+        u = self.direction
+        add_terms(out, x, ((self.a, u),), tensor.id, start, u.seed, noise.PROBE)
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `WeightOffset.move_rows`."""
@@ -75,14 +81,15 @@ class OffsetAlong:
             noise.add_rows(rows, indices, kernel, self.direction.seed, self.a, tensor.id)
         elif (factors := self.factors(tensor, rows.device)) is not None:
             dtype = noise.compute_dtype(rows.dtype)
-            rows.copy_(rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a)
+            y = rows.to(dtype) + product(factors.left[indices], factors.right).to(dtype) * self.a
+            noise.round_rows(rows, y, indices, self.direction.seed, tensor.id)
         else:
             move_rows_one_by_one(self, rows, indices, tensor)
 
     def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
         """As `WeightOffset.factors`."""
         found = self.direction.factors(tensor.id, device)
-        return None if found is None else Factors(found.left, found.right, self.a)
+        return None if found is None else Factors(found.left, found.right, self.a, (self.direction.seed, tensor.id))
 
 
 def antithetic_pair(offsets: Sequence[WeightOffset]) -> tuple[Direction, float] | None:

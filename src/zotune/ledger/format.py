@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zotune.errors import UsageError
-from zotune.noise.spec import NOISE_VERSION
+from zotune.noise.spec import NOISE_VERSION, NOISE_VERSIONS
 from zotune.optim.record import StepRecord
 
 FORMAT_VERSION = 1
@@ -160,10 +160,11 @@ def _from_body(body: bytes, name: str) -> Header:
         _check_types(header)
     except (zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LedgerError(f"the header of {name} cannot be understood: {error}") from None
-    if header.noise_version != NOISE_VERSION:
+    if header.noise_version not in NOISE_VERSIONS:
         raise LedgerError(
             f"{name} was written with version {header.noise_version} of the noise specification; this zotune makes "
-            f"version {NOISE_VERSION}, which are other directions. Use the zotune that wrote it."
+            f"versions {' and '.join(map(str, NOISE_VERSIONS))}, which are other directions. Use the zotune that wrote "
+            "it."
         )
     return header
 

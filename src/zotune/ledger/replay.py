@@ -49,7 +49,8 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
         num_coefficients=num_blocks * q,
         precision="f8" if _tunes_doubles(optimizer) else "f4",
     )
-    return Header(layout, describe(optimizer), describe_tensors(optimizer), about or {})
+    version = optimizer.tuned.noise_version
+    return Header(layout, describe(optimizer), describe_tensors(optimizer), about or {}, version)
 
 
 def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
@@ -95,12 +96,14 @@ def replay(
 def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> None:
     """Check that the ledger's records belong to this optimizer and these weights.
 
-    Without `digests` no number is read. Once steps have been taken, numbers are others and their digests pass.
+    Without `digests` no number is read. Once steps have been taken, numbers are others and their digests pass. An
+    optimizer that has taken no step takes over the ledger's version of the noise specification.
 
     Raises:
         LedgerError: what differs, both values.
     """
     header = ledger.header
+    match_noise(optimizer, ledger)
     ours, theirs = describe(optimizer), header.method
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
@@ -121,6 +124,21 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
         raise LedgerError(f"{ledger.name} does not move {min(found)!r}, which is tuned here: another base model.")
 
 
+def match_noise(optimizer: ZerothOrder, ledger: Ledger) -> None:
+    """Let the optimizer make the noise of the version that the ledger was written with.
+
+    Raises:
+        LedgerError: it has taken steps of another version.
+    """
+    version, own = ledger.header.noise_version, optimizer.tuned.noise_version
+    if version != own and optimizer.num_steps:
+        raise LedgerError(
+            f"{ledger.name} is of version {version} of the noise specification, but the optimizer's steps were of "
+            f"version {own}: make the optimizer anew."
+        )
+    optimizer.set_noise_version(version)
+
+
 def describe(optimizer: ZerothOrder) -> dict[str, Any]:
     """Every constant that an update depends on, in plain values (and the estimator's constants, for readers).
 
@@ -131,7 +149,10 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
         "seed": optimizer.seed,
         "sampler": description_of(optimizer.sampler),
         "num_queries": optimizer.num_queries,
-        "blocks": [b and {"name": b.name, "tensors": sorted(place[i] for i in b.ids)} for b in optimizer.blocks],
+        "blocks": [
+            b and {"name": b.name, "tensors": sorted(place[t.id] for t in optimizer.tuned if t.id in b.ids)}
+            for b in optimizer.blocks
+        ],
         "block_order": str(optimizer.block_order),
         "estimator": _function(optimizer.estimator),
         "coefficient": _function(optimizer.coefficient),

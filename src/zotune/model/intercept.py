@@ -66,7 +66,7 @@ class Interceptor(TorchFunctionMode):
     def __init__(self, tuned: ParameterSet, chosen: frozenset[int] | None = None) -> None:
         super().__init__()
         self.tuned = tuned
-        self.chosen = frozenset(t.id for t in tuned) if chosen is None else chosen
+        self.chosen = frozenset(t.id for t in tuned if chosen is None or t.id in chosen)
         self._offloaded = [t for t in tuned.offloaded if t.id in self.chosen]
         self._unread = {t.id: t for t in tuned if t.id in self.chosen}
 

@@ -2,15 +2,14 @@
 
 Noise is keyed by a tensor's name, so a name must not change with wrappers, with the order in which
 parameters are registered, or with which of two tied names comes first. `ParameterSet` settles that
-once for a model: one entry a tensor, by identity, with a canonical name and its 32-bit hash.
+once for a model: one entry a tensor, by identity, with a canonical name and its hash (`zotune.noise.spec.tensor_id`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,19 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
+from zotune.noise.checks import FLOATING
+from zotune.noise.spec import NOISE_VERSION, tensor_id
 
 # Names that compilers, data-parallel, sharding and adapter wrappers put in front of or between a model's own.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _ADAPTER_PREFIX = "base_model.model."
-
-
-def tensor_id(name: str) -> int:
-    """The stable 32-bit id of a tensor: the first four bytes, little endian, of BLAKE2s of its name.
-
-    >>> hex(tensor_id("lm_head.weight"))
-    '0x23ce0cb5'
-    """
-    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
 
 
 def canonical_name(names: Iterable[str]) -> str:
@@ -84,6 +76,9 @@ class TunedTensor:
 class ParameterSet:
     """The tuned tensors of a model, each once, in the order of the model's parameters.
 
+    Attributes:
+        noise_version: the version of the noise specification that the ids are of.
+
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> _ = model[0].requires_grad_(False)
     >>> [t.name for t in ParameterSet(model)]
@@ -109,18 +104,26 @@ class ParameterSet:
                 f"{len(chosen) - len(found_ids)} of the parameters to tune do not belong to the model "
                 f"({type(model).__name__}); pass parameters that model.named_parameters() lists."
             )
-        self.model = model
+        self.model, self.noise_version = model, NOISE_VERSION
         self._tensors = [self._tensor(p) for p in places.values()]
+        names = [[name for name, *_ in found] for found in places.values()]
+        self._places = {name: i for i, own in enumerate(names) for name in map(_canonical, own)}
+        self._places |= {name: i for i, own in enumerate(names) for name in own}
         self._by_identity = {id(t.parameter): t for t in self._tensors}
-        self._by_name = {
-            canonical_name([name]): t
-            for found, t in zip(places.values(), self._tensors, strict=True)
-            for name, *_ in found
-        }
-        self._by_name |= {
-            name: t for found, t in zip(places.values(), self._tensors, strict=True) for name, *_ in found
-        }
         self._check()
+
+    def set_noise_version(self, version: int) -> None:
+        """Give the tensors the ids of a version of the noise specification, for a run that began with it.
+
+        Raises:
+            UsageError: two of them have the same.
+        """
+        if version == self.noise_version:
+            return
+        self.noise_version = version
+        self._tensors = [replace(t, id=tensor_id(t.name, version)) for t in self._tensors]
+        self._by_identity = {id(t.parameter): t for t in self._tensors}
+        self._check_ids()
 
     @staticmethod
     def _tensor(places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> TunedTensor:
@@ -141,15 +144,13 @@ class ParameterSet:
 
     def __getitem__(self, name: str) -> TunedTensor:
         try:
-            return self._by_name[name]
+            return self._tensors[self._places[name]]
         except KeyError:
-            raise KeyError(
-                f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._by_name))}"
-            ) from None
+            raise KeyError(f"no tuned tensor is called {name!r}; there is: {', '.join(sorted(self._places))}") from None
 
     def named(self, name: str) -> TunedTensor | None:
         """The tuned tensor with this name; None if there is none."""
-        return self._by_name.get(name)
+        return self._tensors[self._places[name]] if name in self._places else None
 
     def find(self, value: object) -> TunedTensor | None:
         """The tuned tensor that `value` is, by identity; None for anything else."""
@@ -165,29 +166,26 @@ class ParameterSet:
         """The offloaded tensors: in the model only while a module runs."""
         return [t for t in self._tensors if t.is_offloaded]
 
+    def _check_ids(self) -> None:
+        names: dict[int, str] = {}
+        for t in self._tensors:
+            if t.id in names:
+                raise UsageError(
+                    f"the names {names[t.id]!r} and {t.name!r} have the same id in version {self.noise_version} of the "
+                    "noise specification, so their noise would be the same; rename one of them."
+                )
+            names[t.id] = t.name
+
     def _check(self) -> None:
         if not self._tensors:
             raise UsageError(
                 "there is no parameter to tune: none requires a gradient. "
                 "Call requires_grad_(True) on the parameters to tune, or add an adapter."
             )
-        ids: dict[int, str] = {}
+        self._check_ids()
         spans: list[tuple[int, int, str]] = []
         for t in self._tensors:
-            if not t.parameter.is_floating_point():
-                raise UsageError(
-                    f"the tensor {t.name!r} has dtype {t.parameter.dtype}; only floating-point tensors can be tuned. "
-                    "Freeze it, and tune an adapter on top of it."
-                )
-            if _is_wrapper(t.parameter):
-                raise UsageError(
-                    f"the tensor {t.name!r} is a {type(t.parameter.data).__name__}, which only wraps the tensors that "
-                    "hold its numbers (integers, of a quantised layer); it cannot be tuned. Freeze it, and tune an "
-                    "adapter on top of it."
-                )
-            if t.id in ids:
-                raise UsageError(f"the names {ids[t.id]!r} and {t.name!r} have the same 32-bit id; rename one of them.")
-            ids[t.id] = t.name
+            _check_kind(t)
             if not t.is_offloaded:
                 begin = t.parameter.data_ptr()
                 spans.append((begin, begin + t.parameter.numel() * t.parameter.element_size(), t.name))
@@ -200,15 +198,42 @@ class ParameterSet:
                 )
 
 
+def _canonical(name: str) -> str:
+    return canonical_name([name])
+
+
 def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
     """A key that two places share if they hold one tensor: the parameter, or the memory it is loaded from."""
     stored = _held_in_memory(module, attribute) if p.is_meta else None
     return id(p) if stored is None else (stored.data_ptr(), stored.shape)
 
 
-def _is_wrapper(p: Tensor) -> bool:
-    """Whether a tensor only wraps other tensors, as torchao's do; a distributed tensor does not count as a wrapper."""
-    return is_traceable_wrapper_subclass(p) and not hasattr(p, "device_mesh")
+def _check_kind(t: TunedTensor) -> None:
+    """Refuse a tensor whose numbers the noise cannot be added to where they lie."""
+    p = t.parameter
+    what = f"the tensor {t.name!r}"
+    if not p.is_floating_point():
+        raise UsageError(
+            f"{what} has dtype {p.dtype}; only floating-point tensors can be tuned. Freeze it, and tune an adapter on "
+            "top of it."
+        )
+    if hasattr(p, "device_mesh"):
+        raise UsageError(
+            f"{what} is a {type(p).__name__}, distributed over processes; its numbers cannot be probed where they lie. "
+            "Give the optimizer the model as it was before it was distributed: each process holds all of it, and "
+            "scalars are all that has to be exchanged."
+        )
+    if is_traceable_wrapper_subclass(p):
+        raise UsageError(
+            f"{what} is a {type(p.data).__name__}, which only wraps the tensors that hold its numbers (integers, of a "
+            "quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
+        )
+    if p.dtype not in FLOATING or p.layout is not torch.strided:
+        which = f"dtype {p.dtype}" if p.dtype not in FLOATING else f"layout {p.layout}"
+        raise UsageError(
+            f"{what} has {which}; what can be tuned is dense and of float32, float64, bfloat16 or float16, for a probe "
+            "has to fit between two of a dtype's numbers. Convert it, or freeze it and tune an adapter on top of it."
+        )
 
 
 def _held_in_memory(module: nn.Module, attribute: str) -> Tensor | None:

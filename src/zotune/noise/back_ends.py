@@ -15,12 +15,12 @@ from typing import Final
 
 import torch
 
-from zotune.noise import eager, native
+from zotune.noise import checks, eager, native
 
 Dtypes = frozenset[torch.dtype]
 
-SINGLE: Final[Dtypes] = frozenset({torch.float32})
-HALF: Final[Dtypes] = frozenset({torch.bfloat16, torch.float16})
+SINGLE: Final[Dtypes] = checks.SINGLE
+HALF: Final[Dtypes] = checks.HALF
 DOUBLE: Final[Dtypes] = frozenset({torch.float64})
 
 # By back end and function: the dtypes of the weights, or of the output, that the function takes.

@@ -11,19 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zotune.noise.spec import GAUSSIAN, MASK, RADEMACHER, ROUNDING
+from zotune.noise.spec import GAUSSIAN, MASK, PROBE, RADEMACHER, ROUNDING
 
 _MASK = 0xFFFFFFFF
 # What is made at a time: bounds the temporaries to some ten megabytes.
 _ELEMENTS = 1 << 18
-# Elements of a direction in a block.
-_PER_BLOCK = {RADEMACHER: 128, GAUSSIAN: 4}
+# Elements of a stream in a block.
+_PER_BLOCK = {RADEMACHER: 128, GAUSSIAN: 4, ROUNDING: 8, PROBE: 128}
 _BITS_OF_ONE = 0x3F800000
 
 
 def _words(seed: int, tensor_id: int, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c0, c1 = blocks & _MASK, blocks >> 32
-    c2, c3 = torch.full_like(blocks, tensor_id), torch.full_like(blocks, stream)
+    c0, c1 = blocks & _MASK, torch.full_like(blocks, tensor_id >> 32)
+    c2, c3 = torch.full_like(blocks, tensor_id & _MASK), stream + ((blocks >> 32) << 8)
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -86,13 +86,24 @@ def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> Non
 
 
 def _fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
-    blocks, offset = _blocks(start, out.numel(), _PER_BLOCK[stream], out.device)
-    out.copy_(_elements(stream, seed, tensor_id, blocks)[offset : offset + out.numel()])
+    out.copy_(_slice(stream, seed, tensor_id, start, out.numel(), out.device))
+
+
+def _slice(stream: int, seed: int, tensor_id: int, start: int, size: int, device: torch.device) -> Tensor:
+    """Elements start … start + size - 1 of a stream."""
+    blocks, offset = _blocks(start, size, _PER_BLOCK[stream], device)
+    return _elements(stream, seed, tensor_id, blocks)[offset : offset + size]
 
 
 def _elements(stream: int, seed: int, tensor_id: int, blocks: Tensor) -> Tensor:
-    """All elements of a direction in some blocks, in the order of the blocks."""
+    """All elements of a stream in some blocks, in the order of the blocks."""
     words = torch.stack(_words(seed, tensor_id, stream, blocks), dim=1)
+    if stream in (ROUNDING, PROBE):
+        low, high = words & 0xFFFF, words >> 16
+        if stream == ROUNDING:
+            return torch.stack((low, high), dim=2).flatten()
+        places = torch.arange(32, device=blocks.device)
+        return ((low.unsqueeze(2) * places + high.unsqueeze(2)) & 0xFFFF).flatten()
     if stream == RADEMACHER:
         shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=blocks.device)
         signs = (words.to(torch.int32).unsqueeze(2) << shifts) & -(1 << 31)
@@ -112,27 +123,42 @@ def mask(out: Tensor, threshold: int, seed: int, tensor_id: int, start: int) -> 
         part.masked_fill_(words.flatten()[first : first + part.numel()] < threshold, 0.0)
 
 
-def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
-    """Out = y (flat, float32) rounded at random to out's 16-bit dtype, so that the mean is y."""
+def round_half(
+    out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int, rounding: int = ROUNDING
+) -> None:
+    """Out = y (flat, float32) rounded by a stream to out's 16-bit dtype, so that the mean is y."""
     for lo in range(0, y.numel(), _ELEMENTS):
-        part = slice(lo, lo + _ELEMENTS)
-        _round_half(out[part], y[part], rounding_seed, tensor_id, start + lo)
+        part = slice(lo, min(lo + _ELEMENTS, y.numel()))
+        random = _slice(rounding, rounding_seed, tensor_id, start + lo, part.stop - lo, y.device)
+        out[part].copy_(_rounded(y[part], random, out.dtype))
 
 
-def _round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
-    words, first = _stream(rounding_seed, tensor_id, ROUNDING, start, y.numel(), 8, out.device)
-    random = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[first : first + y.numel()]
+def round_rows(rows: Tensor, y: Tensor, indices: Tensor, seed: int, tensor_id: int) -> None:
+    """As `noise.round_rows`."""
+    width = rows.shape[1]
+    if width > _ELEMENTS:
+        for row, its_y, index in zip(rows, y, indices.tolist(), strict=True):
+            round_half(row, its_y, seed, tensor_id, index * width, PROBE)
+        return
+    at_once = _ELEMENTS // max(1, width)
+    for lo in range(0, len(rows), at_once):
+        random = _rows(PROBE, seed, tensor_id, indices[lo : lo + at_once] * width, width)
+        rows[lo : lo + at_once].copy_(_rounded(y[lo : lo + at_once], random, rows.dtype))
+
+
+def _rounded(y: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rule of `spec.round_stochastically`."""
     magnitude = y.abs()
-    if out.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         lower = magnitude.view(torch.int32) >> 16
     else:
-        nearest = magnitude.to(out.dtype)
+        nearest = magnitude.to(dtype)
         lower = nearest.view(torch.int16).to(torch.int32) - (nearest.float() > magnitude).to(torch.int32)
-    below, above = (b.to(torch.int16).view(out.dtype).float() for b in (lower, lower + 1))
+    below, above = (b.to(torch.int16).view(dtype).float() for b in (lower, lower + 1))
     k = ((magnitude - below) / (above - below) * 65536).to(torch.int64)
     up = ((k + random) >= 65536) & torch.isfinite(above)
-    rounded = (lower + up.to(torch.int32)).to(torch.int16).view(out.dtype)
-    out.copy_(torch.where(torch.signbit(y), -rounded, rounded))
+    rounded = (lower + up.to(torch.int32)).to(torch.int16).view(dtype)
+    return torch.where(torch.signbit(y), -rounded, rounded)
 
 
 def add(
@@ -144,6 +170,7 @@ def add(
     tensor_id: int,
     start: int,
     rounding_seed: int | None,
+    rounding: int = ROUNDING,
 ) -> None:
     """Out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results at random if given a seed, else to nearest."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -155,10 +182,10 @@ def add(
         for seed, scale in zip(seeds, scales, strict=True):
             fill(u, stream, seed, tensor_id, start + lo)
             # Two operations, not one with alpha: a fused multiply-add would round once instead of twice.
-            total += u.to(dtype) * torch.tensor(scale, dtype=dtype)
+            total += u.to(dtype) * torch.tensor(scale, dtype=dtype, device="cpu")
         y = x[part].to(dtype) + total
         if x.dtype in (torch.bfloat16, torch.float16) and rounding_seed is not None:
-            round_half(out[part], y, rounding_seed, tensor_id, start + lo)
+            round_half(out[part], y, rounding_seed, tensor_id, start + lo, rounding)
         else:
             out[part].copy_(y)
 
@@ -166,9 +193,9 @@ def add(
 def axpy_pair(
     plus: Tensor, minus: Tensor, x: Tensor, stream: int, seed: int, scale: float, tensor_id: int, start: int
 ) -> None:
-    """Plus = x + scale · u and minus = x - scale · u."""
+    """Plus = x + scale · u and minus = x - scale · u; 16-bit results by the probe stream."""
     for out, a in ((plus, scale), (minus, -scale)):
-        add(out, x, stream, (seed,), (a,), tensor_id, start, None)
+        add(out, x, stream, (seed,), (a,), tensor_id, start, seed, PROBE)
 
 
 def foreach_axpy_(
@@ -178,28 +205,33 @@ def foreach_axpy_(
     seeds: Sequence[int],
     scales: Sequence[float],
     rounding_seed: int | None,
+    rounding: int = ROUNDING,
 ) -> None:
     """As `noise.foreach_axpy_`: x += Σ scales[i] uᵢ for each of some whole tensors."""
     for x, tensor_id in zip(xs, tensor_ids, strict=True):
-        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed)
+        add(x, x, stream, seeds, scales, tensor_id, 0, rounding_seed, rounding)
 
 
 def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float, tensor_id: int) -> None:
-    """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor."""
+    """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor; 16-bit results by the probe stream."""
     width = rows.shape[1]
     if width > _ELEMENTS:
         for row, index in zip(rows, indices.tolist(), strict=True):
-            add(row, row, stream, (seed,), (scale,), tensor_id, index * width, None)
+            add(row, row, stream, (seed,), (scale,), tensor_id, index * width, seed, PROBE)
         return
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    a, at_once = torch.tensor(scale, dtype=dtype), _ELEMENTS // width
+    a, at_once = torch.tensor(scale, dtype=dtype, device="cpu"), _ELEMENTS // max(1, width)
     for lo in range(0, len(rows), at_once):
         part, places = rows[lo : lo + at_once], indices[lo : lo + at_once]
-        part.copy_(part.to(dtype) + _rows(stream, seed, tensor_id, places * width, width).to(dtype) * a)
+        y = part.to(dtype) + _rows(stream, seed, tensor_id, places * width, width).to(dtype) * a
+        if part.dtype in (torch.bfloat16, torch.float16):
+            round_rows(part, y, places, seed, tensor_id)
+        else:
+            part.copy_(y)
 
 
 def _rows(stream: int, seed: int, tensor_id: int, starts: Tensor, width: int) -> Tensor:
-    """Elements start … start + width - 1 of a direction for each of some starts: (starts, width)."""
+    """Elements start … start + width - 1 of a stream for each of some starts: (starts, width)."""
     per_block = _PER_BLOCK[stream]
     # As many blocks as a row can touch, wherever it begins in the first of them.
     blocks = torch.arange(-(-(width + per_block - 1) // per_block), device=starts.device)

@@ -12,12 +12,14 @@
 #include <immintrin.h>
 #endif
 
-enum { RADEMACHER = 1, GAUSSIAN = 2, ROUNDING = 3, MASK = 4 };
+enum { RADEMACHER = 1, GAUSSIAN = 2, ROUNDING = 3, MASK = 4, PROBE = 5 };
 enum { FLOAT = 0, BFLOAT16 = 1, FLOAT16 = 2, DOUBLE = 3 };
 enum { LANES = 16, TILE = 2048 };
 #define ALIGNED __attribute__((aligned(64)))
 
 static const int BYTES[] = {4, 2, 2, 8};
+
+static inline int is_half(int kind) { return kind == BFLOAT16 || kind == FLOAT16; }
 
 static inline uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -105,14 +107,16 @@ static inline void store_alternating(uint32_t *out, wide a, wide b) {
 #endif
 }
 
-/* The four words of a group of WIDTH blocks: word j of block first + l in the low half of lane l of c[j]. */
-static inline void philox_group(wide c[4], uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed) {
+/* The four words of a group of WIDTH blocks: word j of block first + l in the low half of lane l of c[j]. `first` is a
+ * multiple of WIDTH, so that the blocks have one upper half. */
+static inline void philox_group(wide c[4], uint64_t first, uint64_t tensor, uint32_t stream, uint64_t seed) {
     uint64_t number[WIDTH];
     for (int l = 0; l < WIDTH; l++) number[l] = l;
     wide lane;
     memcpy(&lane, number, sizeof lane);
     const wide block = WIDE_ADD(WIDE_SET(first), lane);
-    wide c0 = block, c1 = WIDE_HIGH(block), c2 = WIDE_SET(tensor), c3 = WIDE_SET(stream);
+    wide c0 = block, c1 = WIDE_SET(tensor >> 32), c2 = WIDE_SET((uint32_t)tensor);
+    wide c3 = WIDE_SET(stream + ((uint32_t)(first >> 32) << 8));
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
         const wide p0 = WIDE_MUL(c0, WIDE_SET(0xD2511F53u)), p1 = WIDE_MUL(c2, WIDE_SET(0xCD9E8D57u));
@@ -127,7 +131,7 @@ static inline void philox_group(wide c[4], uint64_t first, uint32_t tensor, uint
 }
 
 /* w[j][l] = word j of block first + l. */
-static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4][LANES]) {
+static inline void philox(uint64_t first, uint64_t tensor, uint32_t stream, uint64_t seed, uint32_t w[4][LANES]) {
     for (int part = 0; part < LANES; part += WIDTH) {
         wide c[4];
         uint64_t word[WIDTH];
@@ -140,7 +144,7 @@ static inline void philox(uint64_t first, uint32_t tensor, uint32_t stream, uint
 }
 
 /* words[4 b + j] = word j of block first + b, for b from lo to hi, in whole groups of LANES. */
-static inline void words_in_order(uint32_t *words, uint64_t first, int lo, int hi, uint32_t tensor, uint32_t stream,
+static inline void words_in_order(uint32_t *words, uint64_t first, int lo, int hi, uint64_t tensor, uint32_t stream,
                                   uint64_t seed) {
     for (int b = lo / LANES * LANES; b < hi; b += WIDTH) {
         wide c[4];
@@ -152,7 +156,7 @@ static inline void words_in_order(uint32_t *words, uint64_t first, int lo, int h
 /* ---- directions ---- */
 
 /* a times the signs of a whole tile. */
-static inline void signs(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t base) {
+static inline void signs(float *out, float a, uint64_t seed, uint64_t tensor, uint64_t base) {
     const uint32_t positive = bits_of(a);
     uint32_t w[4][LANES];
     philox(base / 128, tensor, RADEMACHER, seed, w);
@@ -195,7 +199,7 @@ static inline void normal_pair(uint32_t word_r, uint32_t word_a, float *even, fl
 }
 
 /* a times the normal numbers of a tile's places lo … hi - 1, in whole groups of 4 LANES. */
-static inline void normals(float *out, float a, uint64_t seed, uint32_t tensor, uint64_t base, int lo, int hi) {
+static inline void normals(float *out, float a, uint64_t seed, uint64_t tensor, uint64_t base, int lo, int hi) {
     for (int b = lo / (4 * LANES) * LANES; 4 * b < hi; b += LANES) {
         uint32_t w[4][LANES];
         float z[4][LANES];
@@ -208,7 +212,7 @@ static inline void normals(float *out, float a, uint64_t seed, uint32_t tensor, 
 }
 
 /* a·u for a tile; the first of the elements that are wanted. `room` holds a whole tile. */
-static inline const float *term(float *room, float a, int stream, uint64_t seed, uint32_t tensor, tile_range t) {
+static inline const float *term(float *room, float a, int stream, uint64_t seed, uint64_t tensor, tile_range t) {
     if (stream == RADEMACHER)
         signs(room, a, seed, tensor, t.base);
     else
@@ -219,7 +223,7 @@ static inline const float *term(float *room, float a, int stream, uint64_t seed,
 /* The terms of a sum: directions by their seeds, or, of some rank, matrices by their factors. */
 typedef struct {
     int count;
-    uint32_t tensor;
+    uint64_t tensor;
     int stream; /* directions */
     const uint64_t *seeds;
     int rank; /* matrices; 0 for directions */
@@ -357,18 +361,68 @@ static inline void narrow(void *out, const float *y, int kind, int n) {
         for (int k = 0; k < n; k++) half[k] = nearest_bfloat16(y[k]);
 }
 
-/* out = y as 16-bit patterns, rounded at random so that the mean is y. */
-static inline void narrow_at_random(uint16_t *out, const float *y, int kind, uint64_t seed, uint32_t tensor,
-                                    tile_range t) {
-    uint32_t words[TILE / 2] ALIGNED;
-    uint16_t random[TILE] ALIGNED;
-    words_in_order(words, t.base / 8, t.from / 8, (t.from + t.count + 7) / 8, tensor, ROUNDING, seed);
-    memcpy(random, words, sizeof random);
-    const uint16_t *r = random + t.from;
+/* A tile's random numbers of 16 bits of a stream, ROUNDING or PROBE; the first of those that are wanted. */
+static inline const uint16_t *random16(uint16_t *room, int stream, uint64_t seed, uint64_t tensor, tile_range t) {
+    if (stream == ROUNDING) {
+        uint32_t words[TILE / 2] ALIGNED;
+        words_in_order(words, t.base / 8, t.from / 8, (t.from + t.count + 7) / 8, tensor, ROUNDING, seed);
+        memcpy(room, words, sizeof words);
+        return room + t.from;
+    }
+    uint32_t w[4][LANES];
+    philox(t.base / 128, tensor, PROBE, seed, w);
+    for (int b = 0; b < LANES; b++)
+        for (int j = 0; j < 4; j++) {
+            const uint16_t low = (uint16_t)w[j][b], high = (uint16_t)(w[j][b] >> 16);
+            uint16_t *to = room + 128 * b + 32 * j;
+            for (int k = 0; k < 32; k++) to[k] = (uint16_t)(low * (uint16_t)k + high);
+        }
+    return room + t.from;
+}
+
+/* out = y in half precision, rounded by the random numbers r. Where all of some numbers are normal ones below the
+ * largest, adding a random number to the 13 bits that go is all there is to do. */
+static inline void narrow_float16_at_random(uint16_t *out, const float *y, const uint16_t *r, int n) {
+    int k = 0;
+#if defined(__AVX2__) && defined(__F16C__)
+    const __m256i above = _mm256_set1_epi32(0x387FFFFF), below = _mm256_set1_epi32(0x477FE000);
+    for (; k + 8 <= n; k += 8) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(y + k));
+        const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+        const __m256i usual = _mm256_and_si256(_mm256_cmpgt_epi32(magnitude, above), _mm256_cmpgt_epi32(below, magnitude));
+        if (_mm256_movemask_epi8(usual) != -1) {
+            for (int l = k; l < k + 8; l++) out[l] = stochastic_float16(y[l], r[l]);
+            continue;
+        }
+        const __m256i random = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(r + k)));
+        const __m256i moved = _mm256_add_epi32(bits, _mm256_srli_epi32(random, 3));
+        _mm_storeu_si128((__m128i *)(out + k), _mm256_cvtps_ph(_mm256_castsi256_ps(moved), _MM_FROUND_TO_ZERO));
+    }
+#endif
+    for (; k < n; k++) out[k] = stochastic_float16(y[k], r[k]);
+}
+
+/* out = y as 16-bit patterns, rounded by the random numbers r so that the mean is y. */
+static inline void narrow_at_random(uint16_t *out, const float *y, int kind, const uint16_t *r, int n) {
     if (kind == BFLOAT16)
-        for (int k = 0; k < t.count; k++) out[k] = stochastic_bfloat16(y[k], r[k]);
+        for (int k = 0; k < n; k++) out[k] = stochastic_bfloat16(y[k], r[k]);
     else
-        for (int k = 0; k < t.count; k++) out[k] = stochastic_float16(y[k], r[k]);
+        narrow_float16_at_random(out, y, r, n);
+}
+
+/* out = x + u as 16-bit patterns, rounded by the random numbers r; `room` holds n numbers. */
+static inline void write_sum_at_random(void *out, const void *x, const float *u, int kind, const uint16_t *r, float *room,
+                                       int n) {
+    uint16_t *to = out;
+    const uint16_t *of = x;
+    if (kind == BFLOAT16) {
+#pragma GCC ivdep
+        for (int k = 0; k < n; k++) to[k] = stochastic_bfloat16(float_of((uint32_t)of[k] << 16) + u[k], r[k]);
+    } else {
+        widen_float16(room, of, n);
+        for (int k = 0; k < n; k++) room[k] += u[k];
+        narrow_float16_at_random(to, room, r, n);
+    }
 }
 
 /* out = x + u, rounded to nearest even. */
@@ -394,7 +448,7 @@ static inline void write_sum(void *out, const void *x, const float *u, int kind,
 /* ---- what is called from Python ---- */
 
 /* out = elements start … start + size - 1 of a direction. */
-void zotune_fill(float *out, int stream, uint64_t seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+void zotune_fill(float *out, int stream, uint64_t seed, uint64_t tensor, uint64_t start, int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED;
         const tile_range t = tile_at(i, start, size);
@@ -418,7 +472,7 @@ static void add_double(double *out, const double *x, const terms *all, const dou
 }
 
 static inline void add_terms(char *out, const char *x, int kind, const terms *all, const double *scales,
-                             int stochastic, uint64_t rounding_seed, uint64_t start, int64_t size, int threads) {
+                             int rounding, uint64_t rounding_seed, uint64_t start, int64_t size, int threads) {
     if (kind == DOUBLE) {
         add_double((double *)out, (const double *)x, all, scales, start, size, threads);
         return;
@@ -435,38 +489,38 @@ static inline void add_terms(char *out, const char *x, int kind, const terms *al
             const float *u = nth(room, (float)scales[n], all, n, start, t);
             for (int k = 0; k < t.count; k++) more[k] += u[k];
         }
-        if (!stochastic) {
+        if (!rounding) {
             write_sum(to, of, sum, kind, t.count);
             continue;
         }
-        widen(room, of, kind, t.count);
-        for (int k = 0; k < t.count; k++) room[k] += sum[k];
-        narrow_at_random((uint16_t *)to, room, kind, rounding_seed, all->tensor, t);
+        uint16_t random[TILE] ALIGNED;
+        const uint16_t *r = random16(random, rounding, rounding_seed, all->tensor, t);
+        write_sum_at_random(to, of, sum, kind, r, room, t.count);
     }
 }
 
-/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results by `rounding_seed` if `stochastic`. */
+/* out = x + Σ scales[i] uᵢ, the sum taken first; 16-bit results at random by a stream, `rounding`, unless it is 0. */
 void zotune_add(char *out, const char *x, int kind, int stream, int q, const uint64_t *seeds, const double *scales,
-                int stochastic, uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+                int rounding, uint64_t rounding_seed, uint64_t tensor, uint64_t start, int64_t size, int threads) {
     const terms all = {.count = q, .tensor = tensor, .stream = stream, .seeds = seeds};
-    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
+    add_terms(out, x, kind, &all, scales, rounding, rounding_seed, start, size, threads);
 }
 
 /* The same in place for each of some whole tensors, on so many threads each. */
-void zotune_foreach_axpy(int count, char *const *xs, const uint32_t *tensors, const int64_t *sizes, const int *threads,
-                     int kind, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
+void zotune_foreach_axpy(int count, char *const *xs, const uint64_t *tensors, const int64_t *sizes, const int *threads,
+                     int kind, int stream, int q, const uint64_t *seeds, const double *scales, int rounding,
                      uint64_t rounding_seed) {
     for (int i = 0; i < count; i++)
-        zotune_add(xs[i], xs[i], kind, stream, q, seeds, scales, stochastic, rounding_seed, tensors[i], 0, sizes[i],
+        zotune_add(xs[i], xs[i], kind, stream, q, seeds, scales, rounding, rounding_seed, tensors[i], 0, sizes[i],
                    threads[i]);
 }
 
 /* As zotune_add, where uᵢ is the product of left[i], whose first row is that of element `start`, and right[i]. */
 void zotune_add_products(char *out, const char *x, int kind, int q, const float *const *left,
-                         const float *const *right, int rank, int64_t columns, const double *scales, int stochastic,
-                         uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+                         const float *const *right, int rank, int64_t columns, const double *scales, int rounding,
+                         uint64_t rounding_seed, uint64_t tensor, uint64_t start, int64_t size, int threads) {
     const terms all = {.count = q, .tensor = tensor, .rank = rank, .left = left, .right = right, .columns = columns};
-    add_terms(out, x, kind, &all, scales, stochastic, rounding_seed, start, size, threads);
+    add_terms(out, x, kind, &all, scales, rounding, rounding_seed, start, size, threads);
 }
 
 /* ---- steps with a state ---- */
@@ -511,8 +565,8 @@ static inline void advance(float *g, float *m, float *v, float *largest, int rul
 /* x = keep x - rate h(Σ scales[i] uᵢ), with the state of h; not at all where `writes` is 0, but the state advances.
  * `numbers` are the constants in their order. Not for double precision. */
 void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule, int first, int writes,
-                 const float *numbers, int stream, int q, const uint64_t *seeds, const double *scales, int stochastic,
-                 uint64_t rounding_seed, uint32_t tensor, uint64_t start, int64_t size, int threads) {
+                 const float *numbers, int stream, int q, const uint64_t *seeds, const double *scales, int rounding,
+                 uint64_t rounding_seed, uint64_t tensor, uint64_t start, int64_t size, int threads) {
     constants k;
     memcpy(&k, numbers, sizeof k);
     FOR_EACH_TILE(i, start, size, threads) {
@@ -527,10 +581,13 @@ void zotune_step(char *x, float *m, float *v, float *largest, int kind, int rule
         char *to = x + t.at * BYTES[kind];
         widen(room, to, kind, t.count);
         for (int j = 0; j < t.count; j++) room[j] = room[j] * k.keep - k.rate * g[j];
-        if (stochastic)
-            narrow_at_random((uint16_t *)to, room, kind, rounding_seed, tensor, t);
-        else
+        if (!rounding) {
             narrow(to, room, kind, t.count);
+            continue;
+        }
+        uint16_t random[TILE] ALIGNED;
+        const uint16_t *r = random16(random, rounding, rounding_seed, tensor, t);
+        narrow_at_random((uint16_t *)to, room, kind, r, t.count);
     }
 }
 
@@ -559,43 +616,62 @@ static inline float dot(const char *x, int kind, const float *right, int64_t n) 
     return total;
 }
 
+/* How the results of a product are rounded: by the probe stream of a direction, element by element of its share of
+ * `out`, unless `at_random` is 0. */
+typedef struct {
+    int at_random;
+    uint64_t seed, tensor;
+} product_rounding;
+
 /* out += a x right_s left_s for each s < rank, where left is (rank, m) and right (rank, n), and bias (m) if there is
- * one: one row. */
-static inline void low_rank_matmul_add_row(char *out, const char *x, int kind, int64_t m, int64_t n, int rank, const float *left,
-                            const float *right, float a, const float *bias) {
+ * one: one row, number `row` of its share. */
+static inline void low_rank_matmul_add_row(char *out, const char *x, int kind, int64_t row, int64_t m, int64_t n, int rank,
+                                           const float *left, const float *right, float a, const float *bias,
+                                           product_rounding rounding) {
     float room[TILE] ALIGNED, thin[rank];
+    uint16_t random[TILE] ALIGNED;
     for (int s = 0; s < rank; s++) thin[s] = a * dot(x, kind, right + s * n, n);
-    for (int64_t at = 0; at < m; at += TILE) {
-        const int count = m - at < TILE ? (int)(m - at) : TILE;
-        char *to = out + at * BYTES[kind];
-        float *y = (float *)as_floats(room, to, kind, count);
+    const uint64_t start = (uint64_t)(row * m);
+    for (int64_t i = 0; i < num_tiles(start, m); i++) {
+        const tile_range t = tile_at(i, start, m);
+        char *to = out + t.at * BYTES[kind];
+        float *y = (float *)as_floats(room, to, kind, t.count);
         if (bias)
-            for (int k = 0; k < count; k++) y[k] += bias[at + k];
+            for (int k = 0; k < t.count; k++) y[k] += bias[t.at + k];
         for (int s = 0; s < rank; s++)
-            for (int k = 0; k < count; k++) y[k] += thin[s] * left[s * m + at + k];
-        if (kind != FLOAT) narrow(to, y, kind, count);
+            for (int k = 0; k < t.count; k++) y[k] += thin[s] * left[s * m + t.at + k];
+        if (kind == FLOAT) continue;
+        if (!rounding.at_random)
+            narrow(to, y, kind, t.count);
+        else
+            narrow_at_random((uint16_t *)to, y, kind, random16(random, PROBE, rounding.seed, rounding.tensor, t),
+                             t.count);
     }
 }
 
 /* Each of equal shares of the rows of out (rows, m) plus that of x (rows, n) times its own matrix of low rank, and plus
- * its own of `biases` (shares, m), if there are any. These are not bits of the specification: a forward pass may sum in
- * any order. Not for double precision. */
+ * its own of `biases` (shares, m), if there are any. Sums are no bits of the specification: a forward pass may sum in
+ * any order. 16-bit results are rounded by the probe streams of `seeds`, one a share, if there are any. Not for double
+ * precision. */
 void zotune_low_rank_matmul_add(char *out, const char *x, int kind, int64_t rows, int64_t m, int64_t n, int shares, int rank,
                      const float *const *left, const float *const *right, const double *scales, const float *biases,
-                     int threads) {
+                     const uint64_t *seeds, uint64_t tensor, int threads) {
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
 #endif
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t share = i / (rows / shares);
-        low_rank_matmul_add_row(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, m, n, rank, left[share], right[share],
-                 (float)scales[share], biases ? biases + share * m : 0);
+        const int64_t each = rows / shares, share = i / each;
+        const product_rounding rounding = {seeds != 0, seeds ? seeds[share] : 0, tensor};
+        low_rank_matmul_add_row(out + i * m * BYTES[kind], x + i * n * BYTES[kind], kind, i - share * each, m, n, rank,
+                                left[share], right[share], (float)scales[share], biases ? biases + share * m : 0,
+                                rounding);
     }
 }
 
-/* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u. Not for double precision. */
+/* plus = x + scale u and minus = x - scale u, of one reading of x and one making of u; 16-bit results at random, both by
+ * the same numbers of the probe stream. Not for double precision. */
 void zotune_axpy_pair(char *plus, char *minus, const char *x, int kind, int stream, uint64_t seed, double scale,
-                 uint32_t tensor, uint64_t start, int64_t size, int threads) {
+                 uint64_t tensor, uint64_t start, int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         float room[TILE] ALIGNED, opposite[TILE] ALIGNED;
         const tile_range t = tile_at(i, start, size);
@@ -603,32 +679,42 @@ void zotune_axpy_pair(char *plus, char *minus, const char *x, int kind, int stre
         prefetch_after(x, kind, t);
         const float *u = term(room, (float)scale, stream, seed, tensor, t);
         for (int k = 0; k < t.count; k++) opposite[k] = -u[k];
-        write_sum(plus + at, x + at, u, kind, t.count);
-        write_sum(minus + at, x + at, opposite, kind, t.count);
+        if (kind == FLOAT) {
+            write_sum(plus + at, x + at, u, kind, t.count);
+            write_sum(minus + at, x + at, opposite, kind, t.count);
+            continue;
+        }
+        float y[TILE] ALIGNED;
+        uint16_t random[TILE] ALIGNED;
+        const uint16_t *r = random16(random, PROBE, seed, tensor, t);
+        write_sum_at_random(plus + at, x + at, u, kind, r, y, t.count);
+        write_sum_at_random(minus + at, x + at, opposite, kind, r, y, t.count);
     }
 }
 
-/* rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor. */
+/* rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor; 16-bit results by the probe stream. */
 void zotune_add_rows(char *rows, const int64_t *indices, int64_t count, int64_t width, int64_t row_bytes, int kind,
-                     int stream, uint64_t seed, double scale, uint32_t tensor) {
+                     int stream, uint64_t seed, double scale, uint64_t tensor) {
     for (int64_t i = 0; i < count; i++) {
         char *row = rows + i * row_bytes;
         const uint64_t start = (uint64_t)(indices[i] * width);
-        zotune_add(row, row, kind, stream, 1, &seed, &scale, 0, 0, tensor, start, width, 1);
+        zotune_add(row, row, kind, stream, 1, &seed, &scale, is_half(kind) ? PROBE : 0, seed, tensor, start, width, 1);
     }
 }
 
-/* out = y as 16-bit patterns, rounded at random so that the mean is y. */
-void zotune_round(uint16_t *out, const float *y, int kind, uint64_t rounding_seed, uint32_t tensor, uint64_t start,
+/* out = y as 16-bit patterns, rounded at random by a stream so that the mean is y. */
+void zotune_round(uint16_t *out, const float *y, int kind, int rounding, uint64_t rounding_seed, uint64_t tensor, uint64_t start,
                   int64_t size, int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         const tile_range t = tile_at(i, start, size);
-        narrow_at_random(out + t.at, y + t.at, kind, rounding_seed, tensor, t);
+        uint16_t random[TILE] ALIGNED;
+        const uint16_t *r = random16(random, rounding, rounding_seed, tensor, t);
+        narrow_at_random(out + t.at, y + t.at, kind, r, t.count);
     }
 }
 
 /* out = 0 where the mask stream's word is below `threshold`. */
-void zotune_mask(float *out, uint64_t threshold, uint64_t seed, uint32_t tensor, uint64_t start, int64_t size,
+void zotune_mask(float *out, uint64_t threshold, uint64_t seed, uint64_t tensor, uint64_t start, int64_t size,
                  int threads) {
     FOR_EACH_TILE(i, start, size, threads) {
         uint32_t words[TILE] ALIGNED;

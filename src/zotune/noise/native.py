@@ -28,20 +28,20 @@ _SOURCE = Path(__file__).with_name("native.c")
 # the same instructions; `ATEN_CPU_CAPABILITY` narrows both.
 _WIDTHS = {"AVX2": ("avx2", "baseline"), "AVX512": ("avx512", "avx2", "baseline")}
 
-_u64, _i64, _u32, _int, _p = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
+_u64, _i64, _int, _p = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _double = ctypes.c_double
 # The last three of most: the index of the first element, how many there are, and how many threads.
 _SIGNATURES = {
-    "zotune_fill": (_p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_fill": (_p, _int, _u64, _u64, _u64, _i64, _int),
+    "zotune_add": (_p, _p, _int, _int, _int, _p, _p, _int, _u64, _u64, _u64, _i64, _int),
     "zotune_foreach_axpy": (_int, _p, _p, _p, _p, _int, _int, _int, _p, _p, _int, _u64),
-    "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_low_rank_matmul_add": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _int),
-    "zotune_axpy_pair": (_p, _p, _p, _int, _int, _u64, _double, _u32, _u64, _i64, _int),
-    "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u32, _u64, _i64, _int),
-    "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u32),
-    "zotune_mask": (_p, _u64, _u64, _u32, _u64, _i64, _int),
-    "zotune_round": (_p, _p, _int, _u64, _u32, _u64, _i64, _int),
+    "zotune_add_products": (_p, _p, _int, _int, _p, _p, _int, _i64, _p, _int, _u64, _u64, _u64, _i64, _int),
+    "zotune_low_rank_matmul_add": (_p, _p, _int, _i64, _i64, _i64, _int, _int, _p, _p, _p, _p, _p, _u64, _int),
+    "zotune_axpy_pair": (_p, _p, _p, _int, _int, _u64, _double, _u64, _u64, _i64, _int),
+    "zotune_step": (_p, _p, _p, _p, _int, _int, _int, _int, _p, _int, _int, _p, _p, _int, _u64, _u64, _u64, _i64, _int),
+    "zotune_add_rows": (_p, _p, _i64, _i64, _i64, _int, _int, _u64, _double, _u64),
+    "zotune_mask": (_p, _u64, _u64, _u64, _u64, _i64, _int),
+    "zotune_round": (_p, _p, _int, _int, _u64, _u64, _u64, _i64, _int),
 }
 # What the kernels call each dtype.
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -110,7 +110,7 @@ def _loaded(path: Path) -> Any:
 
 def _reproduces_the_specification(loaded: Any) -> bool:
     """Samplers, products, mask and both kinds of rounding, on samples that begin and end within blocks and tiles."""
-    seed, tensor_id, start, n = 2**63 + 5, 7, 130, 5000
+    seed, tensor_id, start, n = 2**63 + 5, 7 << 32 | 7, 130, 5000
     place = (seed, tensor_id, start, n, 2)
     samplers = ((spec.RADEMACHER, spec.rademacher), (spec.GAUSSIAN, spec.gaussian))
     for stream, specified in samplers:
@@ -122,21 +122,22 @@ def _reproduces_the_specification(loaded: Any) -> bool:
     product, room = spec.low_rank(left, right).ravel()[130:], np.zeros(4370, np.float32)
     left = left * np.float32(1 / np.sqrt(3))
     x, *factors = map(torch.from_numpy, (room, left, right))
-    _add_products(loaded, x, x, [factors], [0.7], tensor_id, 130, None)
+    _add_products(loaded, x, x, [factors], [0.7], tensor_id, 130, None, spec.ROUNDING)
     if not np.array_equal(room, np.float32(0.7) * product):
         return False
     expected = np.where(spec.masked(seed, tensor_id, start, start + n, 1 << 30), np.float32(0), out)
     loaded.zotune_mask(_at(out), 1 << 30, *place)
     if not np.array_equal(out, expected):
         return False
-    random = spec.random16(seed, tensor_id, start, start + n)
     # From below the least subnormal number of either format to beyond the largest of float16.
     out *= np.exp2(np.linspace(-40, 17, n, dtype=np.float32))
-    for kind, dtype in ((1, "bfloat16"), (2, "float16")):
-        bits = np.empty(n, np.uint16)
-        loaded.zotune_round(_at(bits), _at(out), kind, *place)
-        if not np.array_equal(bits, spec.round_stochastically(out, random, dtype)):
-            return False
+    for rounding, numbers in ((spec.ROUNDING, spec.random16), (spec.PROBE, spec.probe16)):
+        random = numbers(seed, tensor_id, start, start + n)
+        for kind, dtype in ((1, "bfloat16"), (2, "float16")):
+            bits = np.empty(n, np.uint16)
+            loaded.zotune_round(_at(bits), _at(out), kind, rounding, *place)
+            if not np.array_equal(bits, spec.round_stochastically(out, random, dtype)):
+                return False
     return _takes_steps(loaded, spec.rademacher(seed, tensor_id, start, start + n), place)
 
 
@@ -176,10 +177,9 @@ def _terms(seeds: Sequence[int], scales: Sequence[float]) -> tuple[int, Any, Any
     return q, (_u64 * q)(*seeds), (_double * q)(*scales)
 
 
-def _rounding(dtype: torch.dtype, rounding_seed: int | None) -> tuple[bool, int]:
-    """Whether results are rounded at random, and by which seed: single and double precision are not."""
-    random = None if dtype not in _HALF else rounding_seed
-    return random is not None, random or 0
+def _rounding(dtype: torch.dtype, rounding_seed: int | None, stream: int) -> tuple[int, int]:
+    """The stream that results are rounded by, and its seed; 0 for to nearest, as single and double precision are."""
+    return (0, 0) if rounding_seed is None or dtype not in _HALF else (stream, rounding_seed)
 
 
 def fill(out: Tensor, stream: int, seed: int, tensor_id: int, start: int) -> None:
@@ -196,9 +196,10 @@ def add(
     tensor_id: int,
     start: int,
     rounding_seed: int | None,
+    rounding: int = spec.ROUNDING,
 ) -> None:
     """As `noise.add`."""
-    rest = (*_terms(seeds, scales), *_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    rest = (*_terms(seeds, scales), *_rounding(x.dtype, rounding_seed, rounding), *_span(x, tensor_id, start))
     library().zotune_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], stream, *rest)
 
 
@@ -209,13 +210,14 @@ def foreach_axpy_(
     seeds: Sequence[int],
     scales: Sequence[float],
     rounding_seed: int | None,
+    rounding: int = spec.ROUNDING,
 ) -> None:
     """As `noise.foreach_axpy_`: one call."""
     n, dtype = len(xs), xs[0].dtype
     addresses, sizes = (_p * n)(*(x.data_ptr() for x in xs)), (_i64 * n)(*(x.numel() for x in xs))
-    rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed))
+    rest = (_KINDS[dtype], stream, *_terms(seeds, scales), *_rounding(dtype, rounding_seed, rounding))
     threads = (_int * n)(*map(_threads, sizes))
-    library().zotune_foreach_axpy(n, addresses, (_u32 * n)(*tensor_ids), sizes, threads, *rest)
+    library().zotune_foreach_axpy(n, addresses, (_u64 * n)(*tensor_ids), sizes, threads, *rest)
 
 
 def add_products(
@@ -226,9 +228,10 @@ def add_products(
     tensor_id: int,
     start: int,
     rounding_seed: int | None,
+    rounding: int = spec.ROUNDING,
 ) -> None:
     """As `noise.add_products`."""
-    _add_products(library(), out, x, factors, scales, tensor_id, start, rounding_seed)
+    _add_products(library(), out, x, factors, scales, tensor_id, start, rounding_seed, rounding)
 
 
 def _add_products(
@@ -240,12 +243,13 @@ def _add_products(
     tensor_id: int,
     start: int,
     rounding_seed: int | None,
+    rounding: int,
 ) -> None:
     q, (columns, rank) = len(scales), factors[0][1].shape
     # Bᵀ, so that a row of U is made of rows.
     lefts, rights = zip(*((left, right.t().contiguous()) for left, right in factors), strict=True)
     where = [(_p * q)(*(t.data_ptr() for t in side)) for side in (lefts, rights)]
-    rest = (*_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    rest = (*_rounding(x.dtype, rounding_seed, rounding), *_span(x, tensor_id, start))
     terms = (q, *where, rank, columns, (_double * q)(*scales))
     loaded.zotune_add_products(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *terms, *rest)
 
@@ -267,7 +271,7 @@ def step(
     stream, seeds, scales = terms
     addresses = [*(state.data_ptr() for state in states), None, None][:3]
     how = (_KINDS[x.dtype], rule, first, writes, _at(constants), stream, *_terms(seeds, scales))
-    rest = (*_rounding(x.dtype, rounding_seed), *_span(x, tensor_id, start))
+    rest = (*_rounding(x.dtype, rounding_seed, spec.ROUNDING), *_span(x, tensor_id, start))
     library().zotune_step(x.data_ptr(), *addresses, *how, *rest)
 
 
@@ -277,6 +281,8 @@ def low_rank_matmul_add_(
     factors: Sequence[tuple[Tensor, Tensor]],
     scales: Sequence[float],
     biases: Tensor | None,
+    rounding_seeds: Sequence[int] | None,
+    tensor_id: int,
 ) -> None:
     """As `noise.low_rank_matmul_add_`."""
     q, rank, shape = len(scales), factors[0][0].shape[1], (out.shape[0], out.shape[1], x.shape[1])
@@ -285,7 +291,8 @@ def low_rank_matmul_add_(
     lefts, rights = ((_p * q)(*(pair[side].data_ptr() for pair in factors)) for side in (0, 1))
     own = None if biases is None else biases.float().contiguous()
     where = (lefts, rights, (_double * q)(*scales), None if own is None else own.data_ptr())
-    rest = (q, rank, *where, _threads(shape[0] * (shape[1] + shape[2])))
+    seeds = None if rounding_seeds is None else (_u64 * q)(*rounding_seeds)
+    rest = (q, rank, *where, seeds, tensor_id, _threads(shape[0] * (shape[1] + shape[2])))
     library().zotune_low_rank_matmul_add(out.data_ptr(), x.data_ptr(), _KINDS[x.dtype], *shape, *rest)
 
 
@@ -308,9 +315,11 @@ def add_rows(rows: Tensor, indices: Tensor, stream: int, seed: int, scale: float
     library().zotune_add_rows(*size, _KINDS[rows.dtype], stream, seed, scale, tensor_id)
 
 
-def round_half(out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int) -> None:
+def round_half(
+    out: Tensor, y: Tensor, rounding_seed: int, tensor_id: int, start: int, rounding: int = spec.ROUNDING
+) -> None:
     """As `noise.round_to`, at random."""
-    rest = (_KINDS[out.dtype], rounding_seed, *_span(y, tensor_id, start))
+    rest = (_KINDS[out.dtype], rounding, rounding_seed, *_span(y, tensor_id, start))
     library().zotune_round(out.data_ptr(), y.data_ptr(), *rest)
 
 

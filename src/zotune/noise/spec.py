@@ -1,19 +1,30 @@
-"""The noise specification, version 1, as plain NumPy: the bits that every kernel must reproduce.
+"""The noise specification, version 2, as plain NumPy: the bits that every kernel must reproduce.
 
 Element j of the part of a direction u for tensor T is a pure function of (seed, id of T, j). The
 generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
 a keyed bijection of a 128-bit counter, so any element can be made at any time, in any order, on any
 device. The key is the 64-bit seed; the counter is
 
-    (block & 0xFFFFFFFF, block >> 32, id of T, stream)
+    (block & 0xFFFFFFFF, id of T >> 32, id of T & 0xFFFFFFFF, stream + (block >> 32) · 2⁸)
 
-and a block gives four 32-bit words. What a stream takes from a block:
+for blocks below 2⁵⁶, and a block gives four 32-bit words. What a stream takes from a block:
 
     stream          elements a block   element j
     1 rademacher    128                +1 or -1 by bit (j % 32) of word (j % 128) // 32; a set bit is -1
     2 gaussian      4                  Box-Muller on the word pair (0, 1) or (2, 3): cosine, then sine
     3 rounding      8                  16 bits: the low, then the high half of word (j % 8) // 2
     4 mask          4                  the word j % 4; the element is masked if it is below sparsity · 2³²
+    5 probe         128                16 bits: (low half · (j % 32) + high half) mod 2¹⁶ of word (j % 128) // 32
+
+Streams 3 and 5 give the random numbers of `round_stochastically`. Updates take stream 3 with a seed of their own for
+each step. A probe x + a·u takes stream 5 with the seed of u, at both of its ends. Each number of stream 5 is uniform
+and independent of u. Two numbers of one word, i places apart, are uniform over the pairs whose difference is a multiple
+of the largest power of two in i (at most 16), which for the chance to round up is as good as independent. So variances
+of rounding add up, at the cost of one block for 128 elements.
+
+The id of T is a 64-bit hash of its canonical name, `tensor_id`. Version 1 has its lower half alone, which is a 32-bit
+id. Such an id gives the same bits here as it gave there in every tensor of fewer than 2³⁴ elements, for there the
+counter was (block & 0xFFFFFFFF, block >> 32, id of T, stream). So a ledger of version 1 is replayed by its ids alone.
 
 Everything is integer arithmetic and IEEE-754 single precision addition, multiplication, division and
 square root in the order written here, without fused multiply-add, so the bits are portable.
@@ -21,14 +32,17 @@ square root in the order written here, without fused multiply-add, so the bits a
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-NOISE_VERSION = 1
+NOISE_VERSION: Final = 2
+# What can be replayed.
+NOISE_VERSIONS: Final = (1, 2)
 
-SEEDS, RADEMACHER, GAUSSIAN, ROUNDING, MASK = 0, 1, 2, 3, 4
+SEEDS, RADEMACHER, GAUSSIAN, ROUNDING, MASK, PROBE = 0, 1, 2, 3, 4, 5
 
 Words = NDArray[np.uint32]
 Floats = NDArray[np.float32]
@@ -36,6 +50,19 @@ Floats = NDArray[np.float32]
 _MASK = np.uint64(0xFFFFFFFF)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def tensor_id(name: str, version: int = NOISE_VERSION) -> int:
+    """The id of the tensor with a canonical name: the first four bytes of two BLAKE2s hashes of it, little endian.
+
+    The lower half is of the hash with a digest of 4 bytes, the upper half of that with one of 8 bytes. Version 1 has
+    the lower half alone.
+
+    >>> hex(tensor_id("lm_head.weight")), hex(tensor_id("lm_head.weight", version=1))
+    ('0x5b1d8a123ce0cb5', '0x23ce0cb5')
+    """
+    low, high = (hashlib.blake2s(name.encode(), digest_size=size).digest()[:4] for size in (4, 8))
+    return int.from_bytes(low if version == 1 else low + high, "little")
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
@@ -65,8 +92,9 @@ def words(seed: int, tensor_id: int, stream: int, first_block: int, num_blocks: 
     """The words of blocks first_block, first_block + 1, …: shape (num_blocks, 4)."""
     block = np.arange(first_block, first_block + num_blocks, dtype=np.uint64)
     low, high = (block & _MASK).astype(np.uint32), (block >> np.uint64(32)).astype(np.uint32)
-    tensor, purpose = np.full(num_blocks, tensor_id, np.uint32), np.full(num_blocks, stream, np.uint32)
-    return np.stack(philox((low, high, tensor, purpose), (seed & 0xFFFFFFFF, seed >> 32)), axis=1)
+    lower, upper = (np.full(num_blocks, half, np.uint32) for half in (tensor_id & 0xFFFFFFFF, tensor_id >> 32))
+    purpose = np.uint32(stream) + (high << np.uint32(8))
+    return np.stack(philox((low, upper, lower, purpose), (seed & 0xFFFFFFFF, seed >> 32)), axis=1)
 
 
 def _elements(seed: int, tensor_id: int, stream: int, start: int, stop: int, per_block: int) -> Words:
@@ -163,6 +191,17 @@ def random16(seed: int, tensor_id: int, start: int, stop: int) -> Words:
     blocks = _elements(seed, tensor_id, ROUNDING, start, stop, 8)
     halves = np.stack((blocks & np.uint32(0xFFFF), blocks >> np.uint32(16)), axis=2)
     return halves.reshape(-1)[start % 8 :][: stop - start]
+
+
+def probe16(seed: int, tensor_id: int, start: int, stop: int) -> Words:
+    """Elements start … stop - 1 of the probe stream: integers in [0, 65536).
+
+    >>> probe16(seed=7, tensor_id=1, start=0, stop=4).tolist()
+    [21864, 60724, 34048, 7372]
+    """
+    blocks = _elements(seed, tensor_id, PROBE, start, stop, 128)[:, :, None]
+    numbers = (blocks & np.uint32(0xFFFF)) * np.arange(32, dtype=np.uint32) + (blocks >> np.uint32(16))
+    return (numbers & np.uint32(0xFFFF)).reshape(-1)[start % 128 :][: stop - start]
 
 
 def masked(seed: int, tensor_id: int, start: int, stop: int, threshold: int) -> NDArray[np.bool_]:

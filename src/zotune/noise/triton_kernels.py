@@ -2,8 +2,10 @@
 
 A program works on a tile: the elements [TILE k, TILE (k + 1)) of a tensor, so that each block of noise is
 made once, by one program, whatever slice of the tensor is asked for. 16-bit weights come as their bit
-patterns; `KIND` says which of `FLOAT`, `BFLOAT16` and `FLOAT16` they are. The seeds and scales are read from
-the device's memory (see `launch._terms_on`): a step's launches differ from the last step's in data alone.
+patterns; `KIND` says which of `FLOAT`, `BFLOAT16` and `FLOAT16` they are, `ROUNDING` by which stream results are
+rounded: 0 for to nearest, the stream of updates, or that of probes, whose seed is the direction's. The seeds and
+scales are read from the device's memory (see `launch._terms_on`): a step's launches differ from the last step's in
+data alone.
 
 The kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add would change bits.
 """
@@ -19,17 +21,24 @@ from zotune.noise import spec
 COUNTS_FOR_RESULTS = "on cuda"
 FLOAT, BFLOAT16, FLOAT16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _RADEMACHER, _GAUSSIAN = tl.constexpr(spec.RADEMACHER), tl.constexpr(spec.GAUSSIAN)
-_ROUNDING, _MASK = tl.constexpr(spec.ROUNDING), tl.constexpr(spec.MASK)
+_ROUNDING, _MASK, _PROBE = tl.constexpr(spec.ROUNDING), tl.constexpr(spec.MASK), tl.constexpr(spec.PROBE)
 
 
 @triton.jit
 def _words(seed, tensor, stream, first, N: tl.constexpr):
     """The four words of each of N blocks from `first` on; each word apart, shape (N,)."""
     block = first + tl.arange(0, N)
-    low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    purpose = tl.full([N], stream, tl.uint32)
-    owner = tl.zeros_like(purpose) + tensor.to(tl.uint32)
-    return tl.philox_impl(low, high, owner, purpose, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    low = block.to(tl.uint32)
+    purpose = ((block >> 32) << 8).to(tl.uint32) + stream
+    lower = tl.zeros_like(low) + tensor.to(tl.uint32)
+    upper = tl.zeros_like(low) + (tensor >> 32).to(tl.uint32)
+    return tl.philox_impl(low, upper, lower, purpose, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+
+
+@triton.jit
+def _id(low, high):
+    """A tensor's id of 64 bits from its halves, which come as arguments of 32 bits: a type that fits any value."""
+    return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
@@ -102,10 +111,18 @@ def _direction(seed, tensor, tile, STREAM: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _random16(seed, tensor, tile, TILE: tl.constexpr):
-    w0, w1, w2, w3 = _words(seed, tensor, _ROUNDING, tile * (TILE // 8), TILE // 8)
-    words = _in_order(w0, w1, w2, w3)
-    return tl.interleave(words & 0xFFFF, words >> 16)
+def _random16(terms, tensor, tile, ROUNDING: tl.constexpr, TILE: tl.constexpr):
+    """The numbers of 16 bits for a tile: of an update's seed, or of the first direction's."""
+    if ROUNDING == _ROUNDING:
+        w0, w1, w2, w3 = _words(tl.load(terms), tensor, _ROUNDING, tile * (TILE // 8), TILE // 8)
+        words = _in_order(w0, w1, w2, w3)
+        random = tl.interleave(words & 0xFFFF, words >> 16)
+    else:
+        w0, w1, w2, w3 = _words(tl.load(terms + 1), tensor, _PROBE, tile * (TILE // 128), TILE // 128)
+        words = _in_order(w0, w1, w2, w3)[:, None]
+        numbers = (words & 0xFFFF) * tl.arange(0, 32)[None, :].to(tl.uint32) + (words >> 16)
+        random = tl.reshape(numbers & 0xFFFF, [TILE])
+    return random
 
 
 @triton.jit
@@ -190,9 +207,9 @@ def _store(out, first, n, values, TILE: tl.constexpr):
 
 
 @triton.jit
-def _rounded(y, terms, tensor, tile, KIND: tl.constexpr, RANDOM: tl.constexpr, TILE: tl.constexpr):
-    if RANDOM:
-        bits = _at_random(y, _random16(tl.load(terms), tensor, tile, TILE), KIND)
+def _rounded(y, terms, tensor, tile, KIND: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr):
+    if ROUNDING:
+        bits = _at_random(y, _random16(terms, tensor, tile, ROUNDING, TILE), KIND)
     else:
         bits = _nearest(y, KIND)
     return bits
@@ -210,24 +227,26 @@ def _add_tile(
     tensor,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
-    RANDOM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Out = x + Σ scales[i] uᵢ for the tile that begins at element `first` of out and x, which have n."""
     y = _widened(_load(x, first, n, TILE), KIND) + _sum(terms, q, tensor, tile, STREAM, TILE)
-    _store(out, first, n, _rounded(y, terms, tensor, tile, KIND, RANDOM, TILE), TILE)
+    _store(out, first, n, _rounded(y, terms, tensor, tile, KIND, ROUNDING, TILE), TILE)
 
 
-@triton.jit(do_not_specialize=["tensor"])
-def fill(out, start, n, terms, tensor, STREAM: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["low", "high"])
+def fill(out, start, n, terms, low, high, STREAM: tl.constexpr, TILE: tl.constexpr):
     """Out = u, from element `start` on."""
+    tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     _store(out, tile * TILE - start, n, _direction(tl.load(terms + 1), tensor, tile, STREAM, TILE), TILE)
 
 
-@triton.jit(do_not_specialize=["tensor", "threshold"])
-def mask(out, start, n, threshold, terms, tensor, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["low", "high", "threshold"])
+def mask(out, start, n, threshold, terms, low, high, TILE: tl.constexpr):
     """Out = 0 where the mask stream's word is below the threshold."""
+    tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     w0, w1, w2, w3 = _words(tl.load(terms + 1), tensor, _MASK, tile * (TILE // 4), TILE // 4)
     first = tile * TILE - start
@@ -235,15 +254,16 @@ def mask(out, start, n, threshold, terms, tensor, TILE: tl.constexpr):
     _store(out, first, n, tl.where(kept, _load(out, first, n, TILE), 0.0), TILE)
 
 
-@triton.jit(do_not_specialize=["tensor"])
-def round_half(out, y, start, n, terms, tensor, KIND: tl.constexpr, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["low", "high"])
+def round_half(out, y, start, n, terms, low, high, KIND: tl.constexpr, ROUNDING: tl.constexpr, TILE: tl.constexpr):
     """Out = y, rounded at random."""
+    tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     first = tile * TILE - start
-    _store(out, first, n, _rounded(_load(y, first, n, TILE), terms, tensor, tile, KIND, True, TILE), TILE)
+    _store(out, first, n, _rounded(_load(y, first, n, TILE), terms, tensor, tile, KIND, ROUNDING, TILE), TILE)
 
 
-@triton.jit(do_not_specialize=["tensor"])
+@triton.jit(do_not_specialize=["low", "high"])
 def add(
     out,
     x,
@@ -251,25 +271,46 @@ def add(
     n,
     terms,
     q,
-    tensor,
+    low,
+    high,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
-    RANDOM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Out = x + Σ scales[i] uᵢ, from element `start` on."""
+    tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
-    _add_tile(out, x, tile * TILE - start, n, tile, terms, q, tensor, STREAM, KIND, RANDOM, TILE)
+    _add_tile(out, x, tile * TILE - start, n, tile, terms, q, tensor, STREAM, KIND, ROUNDING, TILE)
 
 
-@triton.jit(do_not_specialize=["tensor"])
-def axpy_pair(plus, minus, x, start, n, terms, tensor, STREAM: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
-    """Plus, minus = x + scale u, x - scale u, from element `start` on."""
+@triton.jit(do_not_specialize=["low", "high"])
+def axpy_pair(
+    plus,
+    minus,
+    x,
+    start,
+    n,
+    terms,
+    low,
+    high,
+    STREAM: tl.constexpr,
+    KIND: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Plus, minus = x + scale u, x - scale u, from element `start` on; both are rounded by the same numbers."""
+    tensor = _id(low, high)
     tile = start // TILE + tl.program_id(0).to(tl.int64)
     first = tile * TILE - start
     y, move = _widened(_load(x, first, n, TILE), KIND), _sum(terms, 1, tensor, tile, STREAM, TILE)
-    _store(plus, first, n, _nearest(y + move, KIND), TILE)
-    _store(minus, first, n, _nearest(y - move, KIND), TILE)
+    if ROUNDING:
+        random = _random16(terms, tensor, tile, ROUNDING, TILE)
+        above, below = _at_random(y + move, random, KIND), _at_random(y - move, random, KIND)
+    else:
+        above, below = _nearest(y + move, KIND), _nearest(y - move, KIND)
+    _store(plus, first, n, above, TILE)
+    _store(minus, first, n, below, TILE)
 
 
 @triton.jit
@@ -279,7 +320,7 @@ def foreach_axpy_(
     q,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
-    RANDOM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -293,23 +334,26 @@ def foreach_axpy_(
     if ALIGNED:
         x = tl.multiple_of(x, 16)
     for first in range(0, n, TILE):
-        _add_tile(x, x, first, n, (start + first) // TILE, terms, q, tensor, STREAM, KIND, RANDOM, TILE)
+        _add_tile(x, x, first, n, (start + first) // TILE, terms, q, tensor, STREAM, KIND, ROUNDING, TILE)
 
 
-@triton.jit(do_not_specialize=["tensor"])
+@triton.jit(do_not_specialize=["low", "high"])
 def add_rows(
     rows,
     indices,
     width,
     terms,
-    tensor,
+    low,
+    high,
     STREAM: tl.constexpr,
     KIND: tl.constexpr,
+    ROUNDING: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """rows[i] += scale u, where rows[i] is row indices[i] of the whole tensor; a program a row and tile."""
+    tensor = _id(low, high)
     i = tl.program_id(0).to(tl.int64)
     start = tl.load(indices + i) * width
     tile = start // TILE + tl.program_id(1)
     row = rows + i * width
-    _add_tile(row, row, tile * TILE - start, width, tile, terms, 1, tensor, STREAM, KIND, False, TILE)
+    _add_tile(row, row, tile * TILE - start, width, tile, terms, 1, tensor, STREAM, KIND, ROUNDING, TILE)

@@ -207,6 +207,12 @@ class ZerothOrder(CountingOptimizer):
         """
         self._replay(record, self._write)
 
+    def set_noise_version(self, version: int) -> None:
+        """Before the first step: make the noise of a version of its specification, as a run that is continued does."""
+        if version != self.tuned.noise_version:
+            self.tuned.set_noise_version(version)
+            self._sampling = SamplerState(self.tuned, self.sampler)
+
     def begin_masks(self, weights: Weights) -> None:
         """Before the first step: derive the masks of sparse directions from the tensors that `weights` returns.
 
@@ -309,7 +315,8 @@ class ZerothOrder(CountingOptimizer):
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
         history = None if self._window is None else self._window.state()
-        state["zeroth_order"] |= {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
+        own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
+        state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -317,6 +324,7 @@ class ZerothOrder(CountingOptimizer):
         super().load_state_dict(state_dict)
         own = state_dict["zeroth_order"]
         self.seed = own["seed"]
+        self.set_noise_version(own.get("noise_version", 1))
         self._sampling.load(self.seed, own["sampler"])
         if self._window is not None:
             self._window.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)

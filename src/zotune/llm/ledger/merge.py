@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from zotune.ledger import Ledger, LedgerError, read
+from zotune.ledger.replay import match_noise
 from zotune.llm.config.schema import Options, validate
 from zotune.llm.ledger.rebuild import (
     MERGE,
@@ -161,6 +162,7 @@ def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Reb
         config = config_of(other, device=device)
         optimizer = make_optimizer(rebuilt.lm.module, config, config.seed)
         assert isinstance(optimizer, ZerothOrder)
+        match_noise(optimizer, other)
         for record in other:
             optimizer.replay_step(record)
         rebuilt = RebuiltModel(rebuilt.lm, optimizer, config)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from zotune.ledger import Ledger, LedgerError
-from zotune.ledger.replay import check, digest_of
+from zotune.ledger.replay import check, digest_of, match_noise
 from zotune.ledger.stream import Trace
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
@@ -91,6 +91,7 @@ class StreamedModel:
         shapes = {t.name: (str(t.parameter.dtype), list(t.parameter.shape)) for t in optimizer.tuned}
         if shapes != {t["name"]: (f"torch.{t['dtype']}", t["shape"]) for t in ledger.header.tensors}:
             raise NotStreamedError("the shapes of its tensors are unknown before they are read")
+        match_noise(optimizer, ledger)
         if from_base:
             check(optimizer, ledger, digests=False)
         device, previous = find_device(config.device), self.tensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.apply.tensor_update import Rounding
+from zotune.apply.tensor_update import HALF, Rounding
 from zotune.apply.update import updated_slice
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
@@ -31,7 +31,9 @@ Update = Callable[[Any, Sequence[Callable[[], Tensor]], Sequence[int]], float]
 MAX_SKIPPED = 10
 # Number of elements of each tensor in a check.
 _SAMPLE = 4096
-# Minimum fraction of them that has to change. Zeros do not count, because any update changes them.
+# The least share of half-precision weights that a probe has to move is one in so many.
+_ROUNDED = 512
+# Minimum fraction of a sample that has to change. Zeros do not count, because any update changes them.
 _MIN_FRACTION = 0.001
 
 
@@ -109,15 +111,18 @@ class FirstOrderStep:
 def check_mu(tuned: ParameterSet, mu: float) -> None:
     """Refuse a μ that is too small for the precision of the weights.
 
+    Half-precision probes are rounded at random: a probe moves a share of μ over their unit in the last place.
+
     Raises:
-        UsageError: x + μ rounds to x for nearly every non-zero element of a sample.
+        UsageError: x + μ rounds to x for nearly every non-zero element of a sample, and of half-precision ones a probe
+            moves fewer than one in `_ROUNDED`.
     """
     samples = [_sample(tensor) for tensor in tuned]
-    if _changed_fraction((x, x + mu) for x in samples) >= _MIN_FRACTION:
+    if _changed_fraction((x, x + mu * (_ROUNDED / 2 if x.dtype in HALF else 1)) for x in samples) >= _MIN_FRACTION:
         return
     dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
     raise UsageError(
-        f"mu is {mu:g}, too small for weights in {dtypes}: every weight plus or minus mu rounds to itself, so "
+        f"mu is {mu:g}, too small for weights in {dtypes}: nearly every weight plus or minus mu rounds to itself, so "
         f"both probes see the same model. Use mu of at least {_smallest_mu(tuned):.0e}, or float32 weights or adapters."
     )
 
