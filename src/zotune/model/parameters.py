@@ -7,11 +7,10 @@ once for a model: one entry a tensor, by identity, with a canonical name and its
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,10 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
-
-# Names that compilers, data-parallel, sharding and adapter wrappers put in front of or between a model's own.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_ADAPTER_PREFIX = "base_model.model."
+from zotune.model.overlap import first_overlap
+from zotune.model.wrappers import check_not_sharded, joined, own_paths, without_wrappers
 
 
 def tensor_id(name: str) -> int:
@@ -42,7 +39,7 @@ def canonical_name(names: Iterable[str]) -> str:
     >>> canonical_name(["base_model.model._orig_mod.fc.weight"])
     'fc.weight'
     """
-    return min(_WRAPPERS.sub("", name).removeprefix(_ADAPTER_PREFIX) for name in names)
+    return min(map(without_wrappers, names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +58,9 @@ class TunedTensor:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.storage().device if self.is_offloaded else self.parameter.device
+        """The device of the weights; `meta` where they are nowhere."""
+        stored = _held_in_memory(*self.places[0]) if self.is_offloaded else None
+        return self.parameter.device if stored is None else stored.device
 
     def storage(self) -> Tensor:
         """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used."""
@@ -94,15 +92,19 @@ class ParameterSet:
         """Collect the parameters of `model` that require a gradient, or just those given.
 
         Raises:
-            UsageError: there is none, one is not the model's, is not of floating point, two share an id or memory.
+            UsageError: there is none, one is not the model's, is not of floating point, is a shard, two share an id or
+                memory.
         """
+        check_not_sharded(model)
         chosen = None if parameters is None else {id(p) for p in parameters}
         places: dict[object, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+        own, full_names = own_paths(model), dict[str, str]()
         for path, module in model.named_modules(remove_duplicate=False):
             for attribute, p in module._parameters.items():
                 if p is not None and (p.requires_grad if chosen is None else id(p) in chosen):
-                    name = f"{path}.{attribute}" if path else attribute
+                    name = joined(own[path], attribute)
                     places.setdefault(_identity(module, attribute, p), []).append((name, module, attribute, p))
+                    full_names[joined(path, attribute)] = name
         found_ids = {id(p) for found in places.values() for *_, p in found}
         if chosen is not None and len(found_ids) < len(chosen):
             raise UsageError(
@@ -120,6 +122,7 @@ class ParameterSet:
         self._by_name |= {
             name: t for found, t in zip(places.values(), self._tensors, strict=True) for name, *_ in found
         }
+        self._by_name |= {full: self._by_name[name] for full, name in full_names.items()}
         self._check()
 
     @staticmethod
@@ -132,6 +135,11 @@ class ParameterSet:
     def of(cls, model: nn.Module | ParameterSet) -> ParameterSet:
         """The tuned tensors of a model; those already collected are passed through."""
         return model if isinstance(model, ParameterSet) else cls(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
+        """The same tensors of a copy of the model; tensors are found by identity, which a copy's are not."""
+        model = copy.deepcopy(self.model, memo)
+        return ParameterSet(model, [copy.deepcopy(t.parameter, memo) for t in self._tensors])
 
     def __iter__(self) -> Iterator[TunedTensor]:
         return iter(self._tensors)
@@ -172,7 +180,6 @@ class ParameterSet:
                 "Call requires_grad_(True) on the parameters to tune, or add an adapter."
             )
         ids: dict[int, str] = {}
-        spans: list[tuple[int, int, str]] = []
         for t in self._tensors:
             if not t.parameter.is_floating_point():
                 raise UsageError(
@@ -188,16 +195,15 @@ class ParameterSet:
             if t.id in ids:
                 raise UsageError(f"the names {ids[t.id]!r} and {t.name!r} have the same 32-bit id; rename one of them.")
             ids[t.id] = t.name
-            if not t.is_offloaded:
-                begin = t.parameter.data_ptr()
-                spans.append((begin, begin + t.parameter.numel() * t.parameter.element_size(), t.name))
-        spans.sort()
-        for (_, end, name), (begin, _, other) in pairwise(spans):
-            if begin < end:
-                raise UsageError(
-                    f"the parameters {name!r} and {other!r} are two that share memory; "
-                    "tie them by making them one nn.Parameter, or freeze one."
-                )
+        both = first_overlap((t.name, t.parameter) for t in self._tensors if not t.is_offloaded)
+        if both is not None:
+            raise UsageError(
+                f"the parameters {both[0]!r} and {both[1]!r} are two that share memory; "
+                "tie them by making them one nn.Parameter, or freeze one."
+                if both[0] != both[1]
+                else f"the parameter {both[0]!r} is expanded: several of its elements are one number in memory. Make "
+                "it a tensor of its own with .contiguous(), or tune the tensor that it was expanded from."
+            )
 
 
 def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
