@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zotune.model.intercept import METADATA
+from zotune.model.intercept import readable
 from zotune.model.parameters import ParameterSet
 
 
@@ -68,9 +68,9 @@ class ReadTracer(TorchFunctionMode):
         self._settle(len(self._layers))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func not in METADATA:
-            for value in (*args, *(kwargs or {}).values()):
-                self._note(value)
+        read, named = readable(func, args, kwargs)
+        for value in (*read, *named.values()):
+            self._note(value)
         return func(*args, **(kwargs or {}))
 
     def _note(self, value: Any) -> None:

@@ -58,9 +58,8 @@ class TunedTensor:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights; `meta` where they are nowhere."""
-        stored = _held_in_memory(*self.places[0]) if self.is_offloaded else None
-        return self.parameter.device if stored is None else stored.device
+        """The device of the weights."""
+        return self.storage().device if self.is_offloaded else self.parameter.device
 
     def storage(self) -> Tensor:
         """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used."""
