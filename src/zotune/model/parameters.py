@@ -57,6 +57,11 @@ class TunedTensor:
         return self.parameter.is_meta
 
     @property
+    def is_held(self) -> bool:
+        """Whether the weights are somewhere in memory."""
+        return not self.is_offloaded or _held_in_memory(*self.places[0]) is not None
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return self.storage().device if self.is_offloaded else self.parameter.device

@@ -17,47 +17,48 @@ from zotune.system import limits
 
 
 class UndoLog:
-    """The values from before a step of the tensors that it writes, and of all states of its parameters.
+    """The values from before a step of what it writes.
 
     Attributes:
-        has_written: whether something was written in the step so far.
-        is_complete: whether everything written can be put back.
-        is_writing: whether a write has begun and not ended.
+        has_written: whether a write has begun.
+        is_writing: whether it has not ended.
+        is_complete: whether everything written so far can be put back.
+        is_over: whether the step is complete, so that nothing is to be put back.
 
     >>> x, state = nn.Parameter(torch.zeros(2)), {}
     >>> log = UndoLog([state])
-    >>> with torch.no_grad():
-    ...     log.keep([x], [])
-    ...     state[x] = {"step": 1}
-    ...     log.put_back(x.add_(1))
+    >>> log.keep([x.data], [x])
+    >>> state[x] = {"step": x.data.add_(1)}
+    >>> log.put_back()
     >>> x.tolist(), state
     ([0.0, 0.0], {})
     """
 
-    def __init__(self, states: Iterable[dict[nn.Parameter, dict[str, Any]]]) -> None:
+    def __init__(self, states: Iterable[dict[Any, Any]]) -> None:
         """`states` are those of the optimizers that take part, by parameter."""
         self._states = [(state, {p: dict(of_p) for p, of_p in state.items()}) for state in states]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._bytes = 0
-        self.has_written = self.is_writing = False
+        self.has_written = self.is_writing = self.is_over = False
         self.is_complete = True
 
     def keep(self, weights: Iterable[Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        """Copy tensors that are about to be written, and the states of some parameters, if there is room for them."""
-        held = (of_p[p] for p in parameters for _, of_p in self._states if p in of_p)
-        tensors = [*weights, *(v for state in held for v in state.values() if isinstance(v, Tensor))]
+        """Copy weights that are about to be written, and the states of their parameters, if there is room for them."""
+        held = (before[p] for p in parameters for _, before in self._states if p in before)
+        tensors = [*weights, *(v for of_p in held for v in of_p.values() if isinstance(v, Tensor))]
         self._bytes += sum(t.nbytes for t in tensors)
         if self._bytes > limits.UNDO_BYTES:
             self.is_complete, self._kept = False, []
-        elif self.is_complete:
+        else:
             self._kept += [(t, t.detach().clone()) for t in tensors]
         self.has_written = self.is_writing = True
 
     @torch.no_grad()
-    def put_back(self, *_: object) -> None:
-        """Put back every kept value and every state; newest first."""
-        for tensor, before in reversed(self._kept):
+    def put_back(self) -> None:
+        """Put back the kept values, and all states."""
+        for tensor, before in self._kept:
             tensor.detach().copy_(before)
-        for state, before in self._states:
+        for state, of_before in self._states:
             state.clear()
-            state.update(before)
+            state.update(of_before)
+        torch.clear_autocast_cache()
