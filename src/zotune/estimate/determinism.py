@@ -9,22 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from zotune.errors import UsageError
+from zotune.system.generators import generator_states, is_same_state
 
-# The generators' states; None where they cannot be read, while a CUDA graph is captured.
-_State = tuple[Tensor, ...] | None
-_ENDS: ContextVar[list[_State] | None] = ContextVar("ends_of_evaluations", default=None)
+State = tuple[Tensor, ...]
+_ENDS: ContextVar[list[State] | None] = ContextVar("ends_of_evaluations", default=None)
 
 
 def note_evaluation() -> None:
     """Note that an evaluation of the objective has ended."""
     ends = _ENDS.get()
     if ends is not None:
-        ends.append(_generators())
+        ends.append(generator_states())
 
 
 @contextmanager
@@ -34,34 +34,21 @@ def same_draws() -> Iterator[None]:
     Raises:
         UsageError: on leaving, if the evaluations drew on from each other, or several in one pass drew at all.
     """
-    before, ends = _generators(), list[_State]()
+    before, ends = generator_states(), list[State]()
     token = _ENDS.set(ends)
     try:
         yield
     finally:
         _ENDS.reset(token)
-    if not _is_same(before, _generators()) and _draw_on(ends):
+    if not is_same_state(before, generator_states()) and _draw_on(ends):
         raise UsageError(
             "the objective draws random numbers: the values of a step's probes, which may differ by the weights alone, "
-            "also differ by chance. Dropout is on in a module that is not part of the optimizer's model or sets its own "
-            "mode (put it into eval mode with .eval()), or the closure chooses its batch (choose it before); what has "
+            "also differ by chance. Dropout is on in a module that is not part of the optimizer's model or sets its "
+            "own mode (put it into eval mode with .eval()), or the closure chooses its batch (choose it before); what has "
             "to be random can be seeded at the closure's beginning, torch.manual_seed(step)."
         )
 
 
-def _draw_on(ends: Sequence[_State]) -> bool:
+def _draw_on(ends: Sequence[State]) -> bool:
     """Whether each evaluation left the generators elsewhere; also if there are none, as of probes in one pass."""
-    return len(ends) != 1 and not any(_is_same(one, next_) for one, next_ in zip(ends, ends[1:], strict=False))
-
-
-def _generators() -> _State:
-    if not torch.cuda.is_initialized():
-        return (torch.default_generator.get_state(),)
-    if torch.cuda.is_current_stream_capturing():
-        return None
-    return torch.default_generator.get_state(), *torch.cuda.get_rng_state_all()
-
-
-def _is_same(one: _State, other: _State) -> bool:
-    """Whether two states are known to be the same, or one is not known."""
-    return one is None or other is None or all(map(torch.equal, one, other))
+    return len(ends) != 1 and not any(is_same_state(one, other) for one, other in pairwise(ends))

@@ -45,7 +45,7 @@ METADATA: frozenset[Any] = frozenset(
 )
 # These read their first tensor, and of the others only shape, dtype or device.
 SHAPED_AS_OTHERS: frozenset[Any] = frozenset(
-    [getattr(torch.Tensor, name) for name in "expand_as view_as reshape_as type_as to resize_as_".split()]
+    [getattr(torch.Tensor, name) for name in ("expand_as", "view_as", "reshape_as", "type_as", "to", "resize_as_")]
 )
 
 
@@ -82,6 +82,7 @@ def check_keeps_statistics(func: Any, args: Any, kwargs: dict[str, Any] | None) 
             "running averages. Its module is not part of the optimizer's model, or sets its own mode: put it into "
             "eval mode with .eval()."
         )
+
 
 SpecialCase = Callable[..., Tensor | None]
 

@@ -7,7 +7,7 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -161,8 +161,8 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
-                own = copy.deepcopy(state_dict["state"][index])
-                self.state[p] = tree_map_only(Tensor, lambda value, place=self.device_of(p): value.to(place), own)
+                move = partial(Tensor.to, device=self.device_of(p))
+                self.state[p] = tree_map_only(Tensor, move, copy.deepcopy(state_dict["state"][index]))
         for name in _COUNTERS:
             setattr(self, name, state_dict["zeroth_order"][name])
         self._forwards_before = self.num_forwards
@@ -190,4 +190,3 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
             "an optimizer cannot be pickled or copied without its model: save opt.state_dict(), or use "
             "copy.deepcopy((model, opt))."
         )
-

@@ -34,8 +34,8 @@ def check_group(group: dict[str, Any]) -> None:
     found = [name for name in _NOT_BY_GROUP if group.get(name)]
     if found:
         raise UsageError(
-            f"a parameter group has {found[0]}={group[found[0]]!r}, which would be ignored: groups have their own lr and "
-            "weight_decay, every other option is the optimizer's. Give it when the optimizer is made."
+            f"a parameter group has {found[0]}={group[found[0]]!r}, which would be ignored: groups have their own lr "
+            "and weight_decay, every other option is the optimizer's. Give it when the optimizer is made."
         )
     for name in ("lr", "weight_decay"):
         if float(group[name]) < 0:

@@ -206,14 +206,17 @@ class ZerothOrder(CountingOptimizer):
     ) -> float:
         """As `step`, within a `whole_step`. `also` is called just before the last write, if there is one."""
         self._taken = []
-        scale = math.nan
+        *rounds, last = self._rounds
+
+        def measured(blocks: Sequence[Block | None]) -> tuple[GradientEstimate, float]:
+            estimate = self._estimate(closure, blocks)
+            inspect(estimate)
+            return estimate, self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
+
         with self._prefix:
-            for number, blocks in enumerate(self._rounds):
-                if number:
-                    self._take(estimate, scale, self._write)
-                estimate = self._estimate(closure, blocks)
-                inspect(estimate)
-                scale = self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
+            for blocks in rounds:
+                self._take(*measured(blocks), self._write)
+            estimate, scale = measured(last)
         with uninterrupted():
             if not math.isnan(scale):
                 also()
