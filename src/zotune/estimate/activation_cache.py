@@ -10,7 +10,6 @@ gives, which is observed too (`zotune.model.effects`); otherwise nothing is reus
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zotune.estimate.objective import Closure, evaluate, probing
+from zotune.messages import say
 from zotune.model.effects import EffectTracer, forwards, modules_of
 from zotune.model.intercept import intercepted_ids
 from zotune.model.layers import ReadTracer, stack_of
@@ -89,9 +89,9 @@ class ActivationCache:
         effects, seen = EffectTracer(), ReadTracer(self._tuned)
         self.num_passes += 1
         try:
-            with probing(self._tuned.model), self._replaced(self._valid), self._recording(outputs, effects):
-                with seen, effects:
-                    self._value = evaluate(closure)
+            layers = self._replaced(self._valid), self._recording(outputs, effects)
+            with probing(self._tuned.model), layers[0], layers[1], seen, effects:
+                self._value = evaluate(closure)
         except Diverged:
             self._stop("the stack of layers is run again on what it gave")
             return
@@ -142,7 +142,7 @@ class ActivationCache:
         self._is_reusable, self._valid = False, 0
         if not self._has_said:
             self._has_said = True
-            warnings.warn(NOT_REUSED.format(reason), stacklevel=2)
+            say(NOT_REUSED.format(reason))
 
     def _replaced(self, depth: int) -> AbstractContextManager[None]:
         """Within this context the first `depth` layers return their recorded outputs."""

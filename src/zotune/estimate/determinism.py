@@ -44,8 +44,8 @@ def same_draws() -> Iterator[None]:
         raise UsageError(
             "the objective draws random numbers: the values of a step's probes, which may differ by the weights alone, "
             "also differ by chance. Dropout is on in a module that is not part of the optimizer's model or sets its "
-            "own mode (put it into eval mode with .eval()), or the closure chooses its batch (choose it before); what has "
-            "to be random can be seeded at the closure's beginning, torch.manual_seed(step)."
+            "own mode (put it into eval mode with .eval()), or the closure chooses its batch (choose it before); what "
+            "has to be random can be seeded at the closure's beginning, torch.manual_seed(step)."
         )
 
 

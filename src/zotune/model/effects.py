@@ -21,7 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zotune.model.intercept import METADATA, readable
 from zotune.system.generators import generator_states, is_same_state
 
-_TAKES_NUMBERS = frozenset(getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__float__", "__array__"))
+_TAKES_NUMBERS = frozenset(
+    getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__float__", "__int__", "__array__")
+)
 # What every module has, with its hooks and its children.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 
@@ -84,7 +86,11 @@ class EffectTracer(TorchFunctionMode):
 
 
 def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
-    """The attributes of modules, as values that differ if they were set or changed; of tensors only that they are."""
+    """The attributes of modules, as values that differ if they were set or changed.
+
+    Of tensors only that they are: those that are used are followed. Of whole numbers too: they count calls, for a
+    number of a tensor is taken out by a function that is followed.
+    """
     return {
         (id(module), name): _kind(value)
         for module in modules
@@ -96,7 +102,9 @@ def _attributes(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
 def _kind(value: Any, depth: int = 2) -> Any:
     if isinstance(value, Tensor):
         return "tensor"
-    if value is None or isinstance(value, (int, float, complex, str, torch.dtype, torch.device)):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "number"
+    if value is None or isinstance(value, (bool, float, complex, str, torch.dtype, torch.device)):
         return value
     if depth and isinstance(value, (list, tuple, set, dict)):
         items = value.items() if isinstance(value, dict) else value
