@@ -22,7 +22,7 @@ from zotune.model.intercept import METADATA, readable
 from zotune.system.generators import generator_states, is_same_state
 
 _TAKES_NUMBERS = frozenset(
-    getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__float__", "__int__", "__array__")
+    getattr(Tensor, name) for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__array__")
 )
 # What every module has, with its hooks and its children.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
