@@ -77,10 +77,15 @@ class TensorUpdate:
         return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
 
     def store(self, x: Tensor) -> None:
-        """Copy the updated `flat_weights` into the weights, unless they already share their memory."""
+        """Copy the updated `flat_weights` into the weights, unless they already share their memory.
+
+        Autograd is told: a graph that was made of the weights before them is stale, and refuses to go backward.
+        """
         weights = self.tensor.storage()
         if x.data_ptr() != weights.data_ptr():
             weights.copy_(x.view(weights.shape))
+        if not self.tensor.parameter.is_inference():
+            torch.autograd.graph.increment_version(self.tensor.parameter)
 
     def state_slice(self, start: int, size: int) -> State:
         """The kept state of elements start … start + size - 1."""

@@ -15,6 +15,8 @@ from zotune.directions.schedule import state_of
 class CoefficientWindow:
     """The terms of the last `maxlen` steps, oldest first: coefficients and seeds, no noise. Skipped steps have none.
 
+    A shallow copy of it stays as it is when steps are added to the original.
+
     >>> history = CoefficientWindow(1)
     >>> for c in (1.0, 2.0):
     ...     history.add([(c, Direction(7))])
@@ -35,7 +37,7 @@ class CoefficientWindow:
     def close(self) -> None:
         """Close the current step and drop the oldest one if the window is full."""
         if self._present:
-            self._steps.append(self._present)
+            self._steps = deque([*self._steps, self._present], self.maxlen)
         self._present = []
 
     @property
@@ -52,10 +54,10 @@ class CoefficientWindow:
     ) -> None:
         """Restore the window from the result of `state`; `sampler` maps a sampler's saved state to the sampler."""
         named = {None if block is None else block.name: block for block in blocks}
-        self._steps.clear()
-        for step in state:
-            u = sampler(step["sampler"])
-            self._steps.append([(c, Direction(seed, u, named[block])) for c, seed, block in step["terms"]])
+        steps = [(step["terms"], sampler(step["sampler"])) for step in state]
+        self._steps = deque(
+            ([(c, Direction(seed, u, named[block])) for c, seed, block in terms] for terms, u in steps), self.maxlen
+        )
 
 
 def _to_plain(terms: Terms) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 from zotune.errors import UsageError
 from zotune.model.layers import stack_of
 from zotune.model.parameters import ParameterSet, TunedTensor, canonical_name
+from zotune.model.wrappers import own_paths
 from zotune.noise.spec import NOISE_VERSIONS, tensor_id
 
 
@@ -160,7 +161,8 @@ def check_partition(blocks: Sequence[Block], tuned: ParameterSet) -> None:
 
 def _by_layer(model: nn.Module) -> Callable[[str], str]:
     path, layers = stack_of(model)
-    prefix = f"{canonical_name([path])}." if path else ""
+    own = canonical_name([own_paths(model)[path]])
+    prefix = f"{own}." if own else ""
 
     def block_of(name: str) -> str:
         if layers and name.startswith(prefix):

@@ -4,23 +4,31 @@ A block of layer k leaves the outputs of layers 0 … k - 1 as they are at x. On
 layer of the model's stack gives out; in a probe of the block the layers below k return that, and the rest
 runs. The probes of p blocks of equal depth then cost (p + 1) / 2 forward passes in place of p, for the
 same bits. No model code is involved: layers are found by `stack_of`, and which layers come before a tensor
-is observed, not guessed, each time a pass is recorded.
+is observed, not guessed, each time a pass is recorded. A layer is skipped only if its output is all that it
+gives, which is observed too (`zotune.model.effects`); otherwise nothing is reused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zotune.estimate.objective import Closure, evaluate, probing
+from zotune.messages import say
+from zotune.model.effects import EffectTracer, forwards, modules_of
 from zotune.model.intercept import intercepted_ids
 from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
+
+NOT_REUSED = (
+    "no activations are reused between the probes of blocks: {}. Each pass runs all layers, which gives the same and "
+    "takes longer (reuse_prefix=False says nothing)."
+)
 
 
 class Diverged(BaseException):
@@ -43,6 +51,8 @@ class ActivationCache:
     def __init__(self, tuned: ParameterSet) -> None:
         self._tuned = tuned
         _, self._layers = stack_of(tuned.model)
+        self._effect: str | None = None
+        self._has_said = False
         self.forget()
 
     def __enter__(self) -> Self:
@@ -59,7 +69,8 @@ class ActivationCache:
         self._inputs: list[list[Any]] = []
         self._valid = 0
         self._value: float | None = None
-        self._is_reusable = bool(self._layers)
+        # The same module twice has one record, and an effect of a layer is one of the model, whatever the objective.
+        self._is_reusable = 0 < len(self._layers) == len(set(self._layers)) and self._effect is None
 
     def moved(self, tensors: frozenset[int]) -> None:
         """Drop the activations after these tensors, whose weights have changed."""
@@ -72,26 +83,41 @@ class ActivationCache:
             return
         outputs: list[list[Any]] = [[] for _ in self._layers]
         inputs: list[list[Any]] = []
-        observer = ReadTracer(self._tuned, lambda index, output: outputs[index].append(_copy(output)))
         note = self._layers[0].register_forward_pre_hook(
             lambda layer, args, kwargs: inputs.append(_copy(_given(args, kwargs)) if inputs else []), with_kwargs=True
         )
+        effects, seen = EffectTracer(), ReadTracer(self._tuned)
         self.num_passes += 1
         try:
-            with probing(self._tuned.model), self._replaced(self._valid), observer as seen:
+            layers = self._replaced(self._valid), self._recording(outputs, effects)
+            with probing(self._tuned.model), layers[0], layers[1], seen, effects:
                 self._value = evaluate(closure)
         except Diverged:
-            self._stop()
+            self._stop("the stack of layers is run again on what it gave")
             return
         finally:
             note.remove()
-        if not seen.in_order:
-            self._stop()
+        self._effect = effects.found
+        if self._effect is not None or not seen.in_order:
+            self._stop(
+                f"of a layer of {type(self._tuned.model).__name__}, {self._effect}"
+                if self._effect
+                else "the layers do not run one after the other"
+            )
             return
         self._outputs[self._valid :], self._inputs = outputs[self._valid :], inputs
         # A pass that skipped layers did not see what they read, but an earlier one of the same objective did.
         self._depth = seen.first | self._depth if self._valid else seen.first
         self._valid = len(self._layers)
+
+    def _recording(self, outputs: list[list[Any]], effects: EffectTracer) -> AbstractContextManager[None]:
+        """Within this context the layers that run record what they return, before any hook of their own."""
+        layers = self._layers[self._valid :]
+        runs = zip(layers, outputs[self._valid :], strict=True)
+        return forwards(layers, [_recording(layer, self._around(layer), found, effects) for layer, found in runs])
+
+    def _around(self, layer: nn.Module) -> list[nn.Module]:
+        return modules_of(layer, self._tuned.model, self._layers)
 
     def of(self, closure: Closure) -> Closure:
         """The same objective, with cached activations in place of the layers that need not run."""
@@ -105,31 +131,24 @@ class ActivationCache:
                 with self._replaced(min([self._valid, *(self._depth.get(i, 0) for i in replaced)])):
                     return closure()
             except Diverged:
-                self._stop()
+                self._stop("the stack of layers is run again on what it gave")
                 self.num_passes += 1
             return closure()
 
         return reusing
 
-    def _stop(self) -> None:
-        """Stop using the cache for this objective."""
+    def _stop(self, reason: str) -> None:
+        """Stop using the cache for this objective, and say once why."""
         self._is_reusable, self._valid = False, 0
+        if not self._has_said:
+            self._has_said = True
+            say(NOT_REUSED.format(reason))
 
-    @contextmanager
-    def _replaced(self, depth: int) -> Iterator[None]:
+    def _replaced(self, depth: int) -> AbstractContextManager[None]:
         """Within this context the first `depth` layers return their recorded outputs."""
-        layers = self._layers[:depth]
-        own = [vars(layer).get("forward") for layer in layers]
-        for index, (layer, outputs) in enumerate(zip(layers, self._outputs, strict=False)):
-            layer.forward = _recorded(outputs) if index else _checked(self._inputs, outputs)
-        try:
-            yield
-        finally:
-            for layer, forward in zip(layers, own, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
+        recorded = zip(range(depth), self._outputs, strict=False)
+        functions = [_recorded(found) if index else _checked(self._inputs, found) for index, found in recorded]
+        return forwards(self._layers[:depth], functions)
 
 
 class NoActivationCache:
@@ -152,6 +171,21 @@ class NoActivationCache:
     def of(self, closure: Closure) -> Closure:
         """As `ActivationCache.of`."""
         return closure
+
+
+def _recording(
+    layer: nn.Module, modules: list[nn.Module], outputs: list[Any], effects: EffectTracer
+) -> Callable[..., Any]:
+    """A layer's own forward function, which also records what it returns, and observes what else it does."""
+    run = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        effects.enter(modules)
+        output = effects.leave(run(*args, **kwargs))
+        outputs.append(_copy(output))
+        return output
+
+    return forward
 
 
 def _recorded(outputs: list[Any]) -> Callable[..., Any]:

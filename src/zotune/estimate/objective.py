@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.estimate.determinism import note_evaluation, same_draws
 from zotune.estimate.dual_numbers import tangent_of
 from zotune.model.eager_mode import uncompiled
 
@@ -40,7 +41,9 @@ def objective(closure: Closure) -> Tensor | float:
     Raises:
         TypeError: it is no number, or a half-precision one, whose differences are mostly rounding.
     """
-    return as_number(closure())
+    value = as_number(closure())
+    note_evaluation()
+    return value
 
 
 def as_number(value: object) -> Tensor | float:
@@ -161,12 +164,16 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """A context without autograd and compiled code, all modules in eval mode: the objective depends on x alone."""
+    """A context without autograd and compiled code, all modules in eval mode: the objective depends on x alone.
+
+    Raises:
+        UsageError: on leaving, if its evaluations drew different random numbers.
+    """
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:
             module.training = False
-        with torch.no_grad(), uncompiled():
+        with torch.no_grad(), uncompiled(), same_draws():
             yield
     finally:
         for module in in_training:

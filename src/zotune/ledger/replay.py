@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
 
 
 def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
-    """Write each step that the optimizer takes from now on.
+    """Write each step that the optimizer takes from now on; what is not written of each must not change meanwhile.
+
+    Raises:
+        LedgerError: the optimizer is not as the header says, so a replay would take other steps.
 
     >>> import tempfile, zotune as zo
     >>> from torch import nn
@@ -69,6 +73,7 @@ def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
     3
     >>> folder.cleanup()
     """
+    _check_method(optimizer, writer.header, str(writer.path))
     optimizer.on_step = writer.append
 
 
@@ -104,10 +109,7 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
     """
     header = ledger.header
     match_noise(optimizer, ledger)
-    ours, theirs = describe(optimizer), header.method
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise LedgerError(f"{ledger.name} is of a run with {key}: {theirs.get(key)}, not {ours.get(key)}.")
+    _check_method(optimizer, header, ledger.name)
     with_numbers = digests and optimizer.num_steps == 0
     found = {t["name"]: t for t in describe_tensors(optimizer, digests=with_numbers)}
     for tensor in header.tensors:
@@ -137,6 +139,13 @@ def match_noise(optimizer: ZerothOrder, ledger: Ledger) -> None:
             f"version {own}: make the optimizer anew."
         )
     optimizer.set_noise_version(version)
+
+
+def _check_method(optimizer: ZerothOrder, header: Header, name: str) -> None:
+    ours, theirs = describe(optimizer), header.method
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise LedgerError(f"{name} is of a run with {key}: {theirs.get(key)}, not {ours.get(key)}.")
 
 
 def describe(optimizer: ZerothOrder) -> dict[str, Any]:
@@ -208,13 +217,34 @@ def _bytes(tensor: Tensor) -> Iterator[Any]:
 
 
 def _function(function: Any) -> dict[str, Any]:
-    """A function by name, with the arguments that are bound to it."""
+    """A function by name, with all that is bound to it: arguments, what it closes over, the state of an object.
+
+    What is not bound has no entry, so that the plain functions of this package are described as they always were.
+    """
     if isinstance(function, partial):
-        bound = {k: _function(v) if callable(v) else v for k, v in function.keywords.items()}
-        return {**_function(function.func), **bound}
+        bound = {k: _value(v) for k, v in function.keywords.items()}
+        return {**_function(function.func), **({"args": _value(function.args)} if function.args else {}), **bound}
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", "")
-    return {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}
+    own = {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}
+    if module.partition(".")[0] == "zotune":
+        return own
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    state = {} if isinstance(function, (FunctionType, type)) else getattr(function, "__dict__", {})
+    defaults = getattr(function, "__defaults__", None)
+    found = {"closes over": _value(cells), "defaults": _value(defaults or ()), "state": _value(state)}
+    return {**own, **{key: value for key, value in found.items() if value}}
+
+
+def _value(value: Any) -> Any:
+    """A value that is bound to a function, in plain values; tensors by shape and digest."""
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "digest": digest_of(value)}
+    if isinstance(value, dict):
+        return {str(k): _value(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_value(v) for v in value]
+    return _function(value) if callable(value) else value
 
 
 def _id(optimizer: ZerothOrder, parameter: Any) -> int:

@@ -7,6 +7,7 @@ does not matter which module owns it, how often it is used, under how many names
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
@@ -14,10 +15,11 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zotune.errors import UnreadTensorError
+from zotune.errors import UnreadTensorError, UsageError
 from zotune.model.eager_mode import uncompiled
 from zotune.model.parameters import ParameterSet, TunedTensor
 
@@ -28,13 +30,59 @@ _METADATA_PROPERTIES = """
 _METADATA_METHODS = """
     size dim numel nelement stride is_contiguous is_floating_point is_complex element_size ndimension
     storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_
+    new_zeros new_ones new_empty new_empty_strided new_full new_tensor new dim_order is_pinned is_shared is_same_size
+    is_set_to is_signed is_inference is_conj is_neg is_distributed nelement untyped_storage
+"""
+_METADATA_FUNCTIONS = """
+    is_floating_point is_complex numel zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    result_type is_same_size is_signed is_conj is_neg is_inference is_distributed
 """
 # Reading these of a tensor says nothing about its numbers, so they neither count as a read nor cost one.
 METADATA: frozenset[Any] = frozenset(
     [getattr(torch.Tensor, name).__get__ for name in _METADATA_PROPERTIES.split()]
     + [getattr(torch.Tensor, name) for name in _METADATA_METHODS.split()]
-    + [torch.is_floating_point, torch.is_complex, torch.numel]
+    + [getattr(torch, name) for name in _METADATA_FUNCTIONS.split()]
 )
+# These read their first tensor, and of the others only shape, dtype or device.
+SHAPED_AS_OTHERS: frozenset[Any] = frozenset(
+    [getattr(torch.Tensor, name) for name in ("expand_as", "view_as", "reshape_as", "type_as", "to", "resize_as_")]
+)
+
+
+def readable(func: Any, args: Any, kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a torch function whose numbers it reads; of the others it sees shape and kind alone.
+
+    >>> x, like = torch.ones(1), torch.ones(3)
+    >>> readable(torch.Tensor.expand_as, (x, like), None)[0], readable(torch.zeros_like, (x,), None)
+    ((tensor([1.]),), ((), {}))
+    """
+    if func in METADATA:
+        return (), {}
+    return (args[:1], {}) if func in SHAPED_AS_OTHERS else (args, kwargs or {})
+
+
+# Functions that may write running statistics, by the argument that says whether they do.
+_STATISTICS = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+
+
+def check_keeps_statistics(func: Any, args: Any, kwargs: dict[str, Any] | None) -> None:
+    """Refuse batch normalisation in training mode: each probe would be written into its running statistics.
+
+    Raises:
+        UsageError: a module that the optimizer's model does not hold, and so could not put into eval mode, is in
+            training mode.
+    """
+    if func not in _STATISTICS:
+        return
+    given = inspect.signature(func).bind(*args, **(kwargs or {}))
+    given.apply_defaults()
+    if given.arguments[_STATISTICS[func]] and given.arguments["running_mean"] is not None:
+        raise UsageError(
+            "batch normalisation ran in training mode within a probe, which would write perturbed statistics into its "
+            "running averages. Its module is not part of the optimizer's model, or sets its own mode: put it into "
+            "eval mode with .eval()."
+        )
+
 
 SpecialCase = Callable[..., Tensor | None]
 
@@ -103,10 +151,12 @@ class Interceptor(TorchFunctionMode):
         """The reads of an embedding: the chosen tensor, the rows looked up, and each input's index among these rows.
 
         The rows are distinct on a CPU; elsewhere the host would have to wait until their number is known.
-        None where the weights are not chosen, or where reading rows alone saves nothing.
+        None where the weights are not chosen, or where reading rows alone saves nothing or cannot be done.
         """
         tensor = self.find(weight)
         if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        if torch._C._functorch.is_batchedtensor(input):  # under vmap the number of distinct rows is not known
             return None
         if input.device.type != "cpu":
             places = torch.arange(input.numel(), device=input.device).view_as(input)
@@ -136,7 +186,11 @@ class ParameterInterceptor(Interceptor, ABC):
                 result = special(self, *args, **(kwargs or {}))
                 if result is not None:
                     return result
-            args, kwargs = self.replace(args), self.replace(kwargs)
+            check_keeps_statistics(func, args, kwargs)
+            if func in SHAPED_AS_OTHERS:
+                args = (self.replace(args[0]), *args[1:])
+            else:
+                args, kwargs = self.replace(args), self.replace(kwargs)
         return func(*args, **(kwargs or {}))
 
     def replace(self, value: Any) -> Any:

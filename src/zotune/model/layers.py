@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zotune.model.intercept import METADATA
+from zotune.model.intercept import readable
 from zotune.model.parameters import ParameterSet
 
 
@@ -41,15 +41,14 @@ class ReadTracer(TorchFunctionMode):
         in_order: whether the layers ran one after the other.
     """
 
-    def __init__(self, tuned: ParameterSet, collect: Callable[[int, Any], None] = lambda index, output: None) -> None:
-        """`collect` is called with each layer's index and output."""
+    def __init__(self, tuned: ParameterSet) -> None:
         super().__init__()
         path, self._layers = stack_of(tuned.model)
         self._above = [m for p, m in tuned.model.named_modules() if _is_inside(path, p) or p == path]
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
         self.in_order = True
-        self._tuned, self._collect = tuned, collect
+        self._tuned = tuned
         self._position = self._inside = 0
         self._waiting: set[int] = set()
 
@@ -68,9 +67,9 @@ class ReadTracer(TorchFunctionMode):
         self._settle(len(self._layers))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func not in METADATA:
-            for value in (*args, *(kwargs or {}).values()):
-                self._note(value)
+        read, named = readable(func, args, kwargs)
+        for value in (*read, *named.values()):
+            self._note(value)
         return func(*args, **(kwargs or {}))
 
     def _note(self, value: Any) -> None:
@@ -114,6 +113,5 @@ class ReadTracer(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._inside -= 1
             self._position = index + 1
-            self._collect(index, output)
 
         return leave

@@ -7,10 +7,9 @@ once for a model: one entry a tensor, by identity, with a canonical name and its
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
+from zotune.model.overlap import first_overlap
+from zotune.model.wrappers import check_not_sharded, joined, own_paths, without_wrappers
 from zotune.noise.checks import FLOATING
 from zotune.noise.spec import NOISE_VERSION, tensor_id
-
-# Names that compilers, data-parallel, sharding and adapter wrappers put in front of or between a model's own.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_ADAPTER_PREFIX = "base_model.model."
 
 
 def canonical_name(names: Iterable[str]) -> str:
@@ -34,7 +31,7 @@ def canonical_name(names: Iterable[str]) -> str:
     >>> canonical_name(["base_model.model._orig_mod.fc.weight"])
     'fc.weight'
     """
-    return min(_WRAPPERS.sub("", name).removeprefix(_ADAPTER_PREFIX) for name in names)
+    return min(map(without_wrappers, names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +47,11 @@ class TunedTensor:
     def is_offloaded(self) -> bool:
         """Whether the weights are offloaded: in the model only while a module runs."""
         return self.parameter.is_meta
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the weights are somewhere in memory."""
+        return not self.is_offloaded or _held_in_memory(*self.places[0]) is not None
 
     @property
     def device(self) -> torch.device:
@@ -89,15 +91,19 @@ class ParameterSet:
         """Collect the parameters of `model` that require a gradient, or just those given.
 
         Raises:
-            UsageError: there is none, one is not the model's, is not of floating point, two share an id or memory.
+            UsageError: there is none, one is not the model's, is not of floating point, is a shard, two share an id or
+                memory.
         """
+        check_not_sharded(model)
         chosen = None if parameters is None else {id(p) for p in parameters}
         places: dict[object, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
+        own, full_names = own_paths(model), dict[str, str]()
         for path, module in model.named_modules(remove_duplicate=False):
             for attribute, p in module._parameters.items():
                 if p is not None and (p.requires_grad if chosen is None else id(p) in chosen):
-                    name = f"{path}.{attribute}" if path else attribute
+                    name = joined(own[path], attribute)
                     places.setdefault(_identity(module, attribute, p), []).append((name, module, attribute, p))
+                    full_names[joined(path, attribute)] = name
         found_ids = {id(p) for found in places.values() for *_, p in found}
         if chosen is not None and len(found_ids) < len(chosen):
             raise UsageError(
@@ -109,6 +115,7 @@ class ParameterSet:
         names = [[name for name, *_ in found] for found in places.values()]
         self._places = {name: i for i, own in enumerate(names) for name in map(_canonical, own)}
         self._places |= {name: i for i, own in enumerate(names) for name in own}
+        self._places |= {full: self._places[name] for full, name in full_names.items()}
         self._by_identity = {id(t.parameter): t for t in self._tensors}
         self._check()
 
@@ -135,6 +142,13 @@ class ParameterSet:
     def of(cls, model: nn.Module | ParameterSet) -> ParameterSet:
         """The tuned tensors of a model; those already collected are passed through."""
         return model if isinstance(model, ParameterSet) else cls(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParameterSet:
+        """The same tensors of a copy of the model; tensors are found by identity, which a copy's are not."""
+        model = copy.deepcopy(self.model, memo)
+        copied = ParameterSet(model, [copy.deepcopy(t.parameter, memo) for t in self._tensors])
+        copied.set_noise_version(self.noise_version)
+        return copied
 
     def __iter__(self) -> Iterator[TunedTensor]:
         return iter(self._tensors)
@@ -183,19 +197,17 @@ class ParameterSet:
                 "Call requires_grad_(True) on the parameters to tune, or add an adapter."
             )
         self._check_ids()
-        spans: list[tuple[int, int, str]] = []
         for t in self._tensors:
             _check_kind(t)
-            if not t.is_offloaded:
-                begin = t.parameter.data_ptr()
-                spans.append((begin, begin + t.parameter.numel() * t.parameter.element_size(), t.name))
-        spans.sort()
-        for (_, end, name), (begin, _, other) in pairwise(spans):
-            if begin < end:
-                raise UsageError(
-                    f"the parameters {name!r} and {other!r} are two that share memory; "
-                    "tie them by making them one nn.Parameter, or freeze one."
-                )
+        both = first_overlap((t.name, t.parameter) for t in self._tensors if not t.is_offloaded)
+        if both is not None:
+            raise UsageError(
+                f"the parameters {both[0]!r} and {both[1]!r} are two that share memory; "
+                "tie them by making them one nn.Parameter, or freeze one."
+                if both[0] != both[1]
+                else f"the parameter {both[0]!r} is expanded: several of its elements are one number in memory. Make "
+                "it a tensor of its own with .contiguous(), or tune the tensor that it was expanded from."
+            )
 
 
 def _canonical(name: str) -> str:

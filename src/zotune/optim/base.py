@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import math
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import Any, Self
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from zotune.apply.transforms import Coefficient, unchanged
+from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate, merged
-from zotune.optim.checks import check_skipped
+from zotune.optim.checks import TORN, check_settings, check_skipped, check_torn
 from zotune.optim.record import StepRecord
+from zotune.optim.undo import UndoLog
+from zotune.system.uninterrupted import uninterrupted
 
 _COUNTERS = ("num_steps", "num_skipped", "num_forwards", "_skipped_in_a_row")
+# What changes as a step goes on, weights and states apart.
+_OF_A_STEP = (*_COUNTERS, "_taken", "_forwards_before")
 
 
-class CountingOptimizer(torch.optim.Optimizer):
-    """Counters and records of an optimizer's steps; the base class of `ZerothOrder`.
+class CountingOptimizer(torch.optim.Optimizer, ABC):
+    """Counters and records of an optimizer's steps, which are whole or not at all; the base class of `ZerothOrder`.
 
     Args:
         params, defaults: as torch's.
@@ -33,11 +41,78 @@ class CountingOptimizer(torch.optim.Optimizer):
     def __init__(self, params: list[dict[str, Any]], defaults: dict[str, Any], max_skipped: int) -> None:
         self.max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.num_steps = self.num_skipped = self.num_forwards = 0
-        self.on_step: Callable[[StepRecord], None] | None = None
+        self._on_step: Callable[[StepRecord], None] | None = None
+        self._recorded_settings: dict[str, Any] = {}
         # Of the step in progress: its estimates, and how far each was taken; NaN for not at all.
         self._taken: list[tuple[GradientEstimate, float]] = []
         self._forwards_before = 0
+        self._undo = UndoLog([])
+        self._is_torn = False
         super().__init__(params, defaults)
+
+    @property
+    def on_step(self) -> Callable[[StepRecord], None] | None:
+        """Called with the record of each step; while it is set, the constants of the update must not change."""
+        return self._on_step
+
+    @on_step.setter
+    def on_step(self, value: Callable[[StepRecord], None] | None) -> None:
+        self._on_step = value
+        self._recorded_settings = {} if value is None else self.settings()
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The constants of the update that a record does not hold, comparable by ==."""
+
+    @abstractmethod
+    def close_early(self) -> None:
+        """Complete the step without the blocks that have not been updated, and count and report it."""
+
+    @contextmanager
+    def whole_step(self, *others: torch.optim.Optimizer) -> Iterator[UndoLog]:
+        """Within this context one step is taken, in which `others` may take part; an exception undoes it.
+
+        Where that is not possible, see `zotune.optim.undo`, blocks that were updated stay so and are recorded, the
+        rest of the step is left out.
+
+        Raises:
+            UsageError: the steps are recorded, and a constant of the update is not that of the record's beginning.
+            RunError: an earlier step could not be undone.
+        """
+        check_torn(self._is_torn)
+        if self._on_step is not None:
+            check_settings(self._recorded_settings, self.settings())
+        before = {name: copy.copy(getattr(self, name)) for name in self._names_of_a_step()}
+        self._undo = undo = UndoLog([self.state, *(other.state for other in others)])
+        try:
+            yield undo
+        except BaseException as error:
+            with uninterrupted():
+                self._break_off(before, error)
+            raise
+        finally:
+            self._undo = UndoLog([])
+
+    def _names_of_a_step(self) -> tuple[str, ...]:
+        return _OF_A_STEP
+
+    def _break_off(self, before: dict[str, Any], error: BaseException) -> None:
+        undo = self._undo
+        if undo.is_over:
+            return
+        if undo.is_complete:
+            undo.put_back()
+            vars(self).update(before)
+            return
+        self._is_torn = True
+        if undo.is_writing:
+            error.add_note(TORN)
+            return
+        self.close_early()
+        self._is_torn = False
+        error.add_note(
+            "The blocks updated before this error stay updated, and the step counts as taken without the others."
+        )
 
     @cached_property
     def recorded(self) -> Coefficient:
@@ -45,14 +120,9 @@ class CountingOptimizer(torch.optim.Optimizer):
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         return unchanged if torch.float64 in dtypes else lambda x: ctypes.c_float(x).value
 
-    def skip(self) -> None:
-        """Count a skipped step, for a caller who found something else in it that is not finite."""
-        self._taken = [(GradientEstimate(math.nan, (), 0), math.nan)]
-        self._count()
-        self.stop_if_skipping()
-
     def _count(self) -> float:
         """Finish the step: count it, report its record, and return its loss, the mean over the blocks' estimates."""
+        self._undo.is_writing = self._undo.has_written
         taken, self._taken = self._taken, []
         estimate = merged([e for e, _ in taken])
         record = StepRecord(
@@ -67,8 +137,9 @@ class CountingOptimizer(torch.optim.Optimizer):
         self.num_steps += 1
         self.num_skipped += record.is_skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if record.is_skipped else 0
-        if self.on_step is not None:
-            self.on_step(record)
+        if self._on_step is not None:
+            self._on_step(record)
+        self._undo.is_over = True
         return estimate.loss
 
     def stop_if_skipping(self) -> None:
@@ -84,13 +155,38 @@ class CountingOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "zeroth_order": {name: getattr(self, name) for name in _COUNTERS}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but to the bit: float32 state stays float32."""
+        """As torch's, but to the bit: float32 state stays float32. State goes to its parameter's device."""
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "zeroth_order"})
         # torch casts state to the parameter's dtype, which would round master weights and momenta.
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
-                self.state[p] = copy.deepcopy(state_dict["state"][index])
+                move = partial(Tensor.to, device=self.device_of(p))
+                self.state[p] = tree_map_only(Tensor, move, copy.deepcopy(state_dict["state"][index]))
         for name in _COUNTERS:
             setattr(self, name, state_dict["zeroth_order"][name])
         self._forwards_before = self.num_forwards
+        self._is_torn = False
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        """Where the numbers of a parameter are, and so its state."""
+        return parameter.device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """The optimizer of a copy of its model, which `copy.deepcopy((model, optimizer))` gives as well.
+
+        It records nothing, for two runs cannot share a ledger, and has no learning-rate scheduler.
+        """
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        # A scheduler puts a `step` of its own in front of the optimizer's.
+        for name in vars(self).keys() - {"step", "_on_step", "_recorded_settings"}:
+            vars(twin)[name] = copy.deepcopy(getattr(self, name), memo)
+        twin._on_step, twin._recorded_settings = None, {}
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise UsageError(
+            "an optimizer cannot be pickled or copied without its model: save opt.state_dict(), or use "
+            "copy.deepcopy((model, opt))."
+        )

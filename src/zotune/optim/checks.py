@@ -9,9 +9,62 @@ from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.directions.schedule import AnySampler, depends_on_weights
-from zotune.errors import NonFiniteLossError, UsageError
+from zotune.errors import NonFiniteLossError, RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
+
+TORN = (
+    "This step could not be undone: some weights are written and others not, or no record holds what was written. "
+    "Load the model and the optimizer's state again, or replay the ledger on the base model."
+)
+# Options of optimizers that a parameter group may have in torch, and that are one for all groups here.
+_NOT_BY_GROUP = (
+    *("mu", "momentum", "beta", "betas", "eps", "dampening", "nesterov", "amsgrad", "maximize", "max_coefficient"),
+    *("num_queries", "sampler", "rounding", "window", "decoupled_weight_decay"),
+)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuse values of a parameter group that are out of range, or that no update would use.
+
+    Raises:
+        UsageError: with the option and where it belongs.
+        ValueError: a rate is negative.
+    """
+    found = [name for name in _NOT_BY_GROUP if group.get(name)]
+    if found:
+        raise UsageError(
+            f"a parameter group has {found[0]}={group[found[0]]!r}, which would be ignored: groups have their own lr "
+            "and weight_decay, every other option is the optimizer's. Give it when the optimizer is made."
+        )
+    for name in ("lr", "weight_decay"):
+        if float(group[name]) < 0:
+            raise ValueError(f"{name} of a parameter group must not be negative, got {group[name]}")
+
+
+def check_settings(recorded: dict[str, Any], present: dict[str, Any]) -> None:
+    """Refuse a constant that is not the one that the header of the steps' records holds.
+
+    Raises:
+        UsageError: with both values.
+    """
+    for name, value in recorded.items():
+        if present[name] != value:
+            raise UsageError(
+                f"the steps are recorded, and a ledger holds {name} once for all of them: it was {value!r} and is now "
+                f"{present[name]!r}. Set it back, or begin another ledger on the present weights (of constants only "
+                "learning rates may change from step to step)."
+            )
+
+
+def check_torn(is_torn: bool) -> None:
+    """Refuse to go on after a step that could not be undone.
+
+    Raises:
+        RunError: it is so.
+    """
+    if is_torn:
+        raise RunError(f"An error broke off an earlier step. {TORN}")
 
 
 def check_values(

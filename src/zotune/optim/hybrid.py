@@ -20,6 +20,7 @@ from zotune.errors import UsageError
 from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
 from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
+from zotune.optim.undo import UndoLog
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
 
@@ -72,18 +73,26 @@ class Hybrid:
 
         A closure made by `zotune.accumulate` is differentiated one micro-batch at a time.
 
-        If a loss or a first-order gradient is not finite, neither moves and the step counts as skipped.
+        If a loss or a first-order gradient is not finite, neither moves and the step counts as skipped. After an
+        exception both are as before the step.
         """
-        loss = self._differentiate(closure)
-        if not (math.isfinite(loss) and self._finite_gradients()):
-            self.zeroth_order.skip()
-        else:
-            skipped = self.zeroth_order.num_skipped
-            self.zeroth_order.step(closure)
-            if self.zeroth_order.num_skipped == skipped:
-                self.first_order.step()
-        self.first_order.zero_grad()
+        method = self.zeroth_order
+        try:
+            with method.whole_step(self.first_order) as undo:
+                loss = self._differentiate(closure)
+                if math.isfinite(loss) and self._finite_gradients():
+                    method.take_step(closure, also=lambda: self._step_first_order(undo))
+                else:
+                    method.leave_out()
+        finally:
+            self.first_order.zero_grad()
+        method.stop_if_skipping()
         return loss
+
+    def _step_first_order(self, undo: UndoLog) -> None:
+        moved = [p for group in self.first_order.param_groups for p in group["params"] if p.grad is not None]
+        undo.keep([p.data for p in moved], moved)
+        self.first_order.step()
 
     def _differentiate(self, closure: Closure) -> float:
         """Back-propagate into the gradients of the first-order parameters, micro-batch by micro-batch; returns f."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,15 @@ class StepRecord:
     def is_skipped(self) -> bool:
         """Whether some estimate was left out."""
         return any(map(math.isnan, self.scales))
+
+
+def described(function: Any) -> Any:
+    """A function as a value that equals that of another one just if they have the same code and bound arguments.
+
+    >>> described(partial(math.pow, 2)) == described(partial(math.pow, 2)), described(partial(math.pow, 2))[1]
+    (True, (2,))
+    """
+    if isinstance(function, partial):
+        named = {name: described(value) for name, value in function.keywords.items()}
+        return described(function.func), tuple(map(described, function.args)), named
+    return function

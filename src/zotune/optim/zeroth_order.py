@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
 from zotune.apply.tensor_update import Rounding, TensorUpdate
@@ -29,8 +29,9 @@ from zotune.estimate.perturb import perturbed_by
 from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
-from zotune.optim.checks import as_groups, check_closure, check_own, check_values, check_window
-from zotune.optim.record import StepRecord
+from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_values, check_window
+from zotune.optim.record import StepRecord, described
+from zotune.system.uninterrupted import uninterrupted
 
 _DIRECTION, _ROUNDING = 0, 1
 
@@ -68,7 +69,11 @@ class ZerothOrder(CountingOptimizer):
         num_skipped: steps with an estimate that was NaN or infinite, which left weights and state untouched. Of
             sequential blocks the others were written; the record's scale is NaN for each that was left out.
         num_forwards: evaluations of the objective so far.
-        on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`.
+        on_step: called with the record of each step, once it is taken; for a ledger, see `zotune.ledger`. An exception
+            from it undoes the step.
+
+    A step is whole or not at all: after an exception from the closure or anything else, weights, state and counters
+    are those before it (where sequential blocks tune more than 16 MiB, see `zotune.optim.undo`).
 
     Coefficients and learning rates are rounded to float32 before they are used (not where float64 weights are tuned),
     so that a record holds exactly what was applied.
@@ -125,6 +130,7 @@ class ZerothOrder(CountingOptimizer):
         self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
+        self._is_complete = True
 
     def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
         """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
@@ -171,8 +177,10 @@ class ZerothOrder(CountingOptimizer):
         if self.on_step is not None:
             check_own(estimate, self.directions() if len(self._rounds) == 1 else None)
         estimate = estimate.mapped(self.recorded)
-        self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
-        self._count()
+        with self.whole_step(), uninterrupted():
+            self._taken = []
+            self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
+            self._count()
         self.stop_if_skipping()
 
     def step(  # type: ignore[override]
@@ -185,17 +193,53 @@ class ZerothOrder(CountingOptimizer):
         estimate before it is applied.
         """
         closure = check_closure(closure)
-        self._taken = []
-        with self._prefix:
-            for blocks in self._rounds:
-                estimate = self._estimate(closure, blocks)
-                if inspect is not None:
-                    inspect(estimate)
-                scale = self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
-                self._take(estimate, scale, self._write)
-        loss = self._count()
+        with self.whole_step():
+            loss = self.take_step(closure, inspect or (lambda estimate: None))
         self.stop_if_skipping()
         return loss
+
+    def take_step(
+        self,
+        closure: Closure,
+        inspect: Callable[[GradientEstimate], None] = lambda estimate: None,
+        also: Callable[[], None] = lambda: None,
+    ) -> float:
+        """As `step`, within a `whole_step`. `also` is called just before the last write, if there is one."""
+        self._taken = []
+        *rounds, last = self._rounds
+
+        def measured(blocks: Sequence[Block | None]) -> tuple[GradientEstimate, float]:
+            estimate = self._estimate(closure, blocks)
+            inspect(estimate)
+            return estimate, self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
+
+        with self._prefix:
+            for blocks in rounds:
+                self._take(*measured(blocks), self._write)
+            estimate, scale = measured(last)
+        with uninterrupted():
+            if not math.isnan(scale):
+                also()
+            self._take(estimate, scale, self._write)
+            return self._count()
+
+    def skip(self) -> None:
+        """Count a skipped step, for a caller who found something else in it that is not finite."""
+        with self.whole_step():
+            self.leave_out()
+        self.stop_if_skipping()
+
+    def leave_out(self) -> None:
+        """As `skip`, within a `whole_step`."""
+        self._taken = []
+        self.close_early()
+
+    def close_early(self) -> None:
+        """As `CountingOptimizer.close_early`: what is left out has coefficients and loss NaN."""
+        for blocks in self._rounds[len(self._taken) :]:
+            terms = tuple((math.nan, u) for u in self.directions(blocks))
+            self._taken.append((GradientEstimate(math.nan, terms, 0), math.nan))
+        self._count()
 
     def replay_step(self, record: StepRecord) -> None:
         """Take the step of a record again: the same bits, without data or a forward pass.
@@ -240,11 +284,13 @@ class ZerothOrder(CountingOptimizer):
         try:
             for group, rate in zip(self.param_groups, record.learning_rates, strict=True):
                 group["lr"] = rate
-            for blocks, scale in zip(self._rounds, record.scales, strict=True):
-                terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
-                self._take(GradientEstimate(record.loss, terms, 0), scale, write)
-            self.num_forwards += record.num_forwards
-            self._count()
+            with self.whole_step(), uninterrupted():
+                self._taken = []
+                for blocks, scale in zip(self._rounds, record.scales, strict=True):
+                    terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
+                    self._take(GradientEstimate(record.loss, terms, 0), scale, write)
+                self.num_forwards += record.num_forwards
+                self._count()
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -299,12 +345,56 @@ class ZerothOrder(CountingOptimizer):
     @torch.no_grad()
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
-        updates = self.updates(estimate)
-        for update, state in update_tensors_(updates.values(), scale):
-            self.state[update.tensor.parameter].update(state)
-        self._prefix.moved(frozenset(updates))
-        # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
-        torch.clear_autocast_cache()
+        with uninterrupted():
+            updates = self.updates(estimate)
+            tensors = [update.tensor for update in updates.values()]
+            self._undo.keep([t.storage() for t in tensors] if scale else [], [t.parameter for t in tensors])
+            for update, state in update_tensors_(updates.values(), scale):
+                self.state[update.tensor.parameter].update(state)
+            self._prefix.moved(frozenset(updates))
+            # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
+            torch.clear_autocast_cache()
+            self._undo.is_writing = False
+
+    def settings(self) -> dict[str, Any]:
+        """As `CountingOptimizer.settings`; learning rates are in the records, and what the estimator is does not
+        matter to them.
+        """
+        own = ("seed", "sampler", "num_queries", "blocks", "block_order", "max_coefficient", "window", "rounding")
+        functions = ("transform", "coefficient", "line_search")
+        return {
+            **{name: getattr(self, name) for name in own},
+            **{name: described(getattr(self, name)) for name in functions},
+            "weight_decay": [float(group["weight_decay"]) for group in self.param_groups],
+            "param_groups": [[self._name_of(p) for p in group["params"]] for group in self.param_groups],
+        }
+
+    def _name_of(self, parameter: Any) -> str:
+        tensor = self.tuned.find(parameter)
+        return f"{tuple(parameter.shape)}, not tuned" if tensor is None else tensor.name
+
+    def _names_of_a_step(self) -> tuple[str, ...]:
+        return (*super()._names_of_a_step(), "_sampling", "_window")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's while the optimizer is made; afterwards the set of tuned tensors is fixed.
+
+        Raises:
+            UsageError: the optimizer is complete, or the group has options that groups do not have.
+        """
+        if hasattr(self, "_is_complete"):
+            raise UsageError(
+                "a parameter group cannot be added later: blocks, masks and a ledger are made for the tensors that an "
+                "optimizer begins with. Make a new one with all groups, params=[{'params': …, 'lr': …}, …], and load "
+                "what state there is."
+            )
+        super().add_param_group(param_group)
+        check_group(param_group)
+
+    def device_of(self, parameter: Tensor) -> torch.device:
+        """As `CountingOptimizer.device_of`, also of offloaded weights."""
+        tensor = self.tuned.find(parameter)
+        return tensor.device if tensor is not None and tensor.is_held else parameter.device
 
     def _count(self) -> float:
         if self._window is not None:

@@ -12,6 +12,8 @@ UPDATE_ELEMENTS = 1 << 18
 # core's own cache holds. An accelerator takes more, for there a launch costs more than a trip to memory.
 REPLAY_ELEMENTS = 1 << 18
 DEVICE_REPLAY_ELEMENTS = 1 << 24
+# Values from before a step, kept until it is whole: weights and states that take more are not copied.
+UNDO_BYTES = 16 << 20
 # Passes over weights for a statistic (a magnitude threshold, a root mean square): elements read at a time.
 STATISTIC_ELEMENTS = 1 << 20
 # Thin factors of low-rank directions that are drawn in one allocation: at most 4 MiB in single precision.

@@ -300,3 +300,59 @@ def test_a_run_with_reuse_passes_far_fewer_tokens_through_the_lower_layers(confi
         assert ("caching activations: layers 1 to 1 of 2" in said) == (not options)
     # Rows are read once, where each step and two evaluations would read them many times.
     assert counts[1] > 5 * counts[0] > 0
+
+
+def deberta(tiny, **options):
+    """A DeBERTa in place of a RoBERTa: relative positions whose embedding is read as a table, layers that return two
+    values.
+    """
+    lm = tiny("roberta")
+    size = lm.config.vocab_size
+    config = transformers.DebertaV2Config(
+        vocab_size=size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=256, relative_attention=True, pos_att_type=["p2c", "c2p"], norm_rel_ebd="layer_norm",
+        pad_token_id=lm.config.pad_token_id, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm.module = transformers.DebertaV2ForMaskedLM(config).eval()
+    return lm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"conv_kernel_size": 3}], ids=str)
+def test_layers_that_share_relative_embeddings_are_left_out_with_them(tiny, options):
+    lm = prepared(deberta(tiny, **options), tuned_layers=1)
+    assert not lm.module.deberta.encoder.rel_embeddings.weight.requires_grad
+    reused, batch = reusing(lm), batch_of(lm, EXAMPLES)
+    assert reused.depth == (1 if options else 2)  # a convolution follows the first layer
+    for _ in range(2):
+        torch.testing.assert_close(reused.score(batch), lm.score(batch), rtol=0, atol=2e-6)
+        change_tuned(lm)
+
+
+def test_tuned_relative_embeddings_lie_below_all_layers(tiny):
+    lm = prepared(deberta(tiny), tuned_parameters="rel_embeddings")
+    assert lowest_tuned_layer(lm.base) == reusing(lm).depth == 0
+
+
+@torch.no_grad()
+def test_layers_that_give_more_than_hidden_states_are_not_left_out(tiny, capsys):
+    lm = prepared(tiny("llama"), tuned_layers=1)
+    (lower, *_), plain = stack_of(lm.base)[1], type(lm.base.model).forward
+
+    def leave_mean(module, args, output):
+        lower.mean = output.mean()
+
+    def add_mean(*args, **kwargs):
+        out = plain(lm.base.model, *args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + lower.mean
+        return out
+
+    lower.mlp.register_forward_hook(leave_mean)
+    lm.base.model.forward = add_mean
+    reused, batch = reusing(lm), batch_of(lm, EXAMPLES)
+    assert reused.depth == 0
+    assert "is used after it" in capsys.readouterr().err
+    other = batch_of(lm, LONG)
+    for one in (batch, other, batch):
+        assert torch.equal(reused.score(one), lm.score(one))

@@ -3,7 +3,7 @@
 If all tuned parameters are in the last layers of a stack, the input of these layers is the same in every forward
 pass of a sequence. The first pass computes and caches it; later passes start at the lowest tuned layer, and the
 layers below return their input. The model's code is not changed: the `forward` of its layers is replaced during a
-call.
+call. Layers that give more than their hidden states (router losses, position biases, attributes) always run.
 
 A matrix product may sum in another order for another shape, so the last bits of a sequence's activations depend on
 the batch in which they are computed. Here this batch is always the same, the sequence's group: a few neighbours
@@ -13,7 +13,7 @@ has the same bits with and without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from zotune.llm.data.collator import Batch
 from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.partial_forward import modules_entered, output_of_module
-from zotune.model.layers import stack_of
+from zotune.llm.models.partial_forward import output_of_module, parameters_read
+from zotune.messages import say
+from zotune.model.effects import effect_of_layers
+from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
 
 Tokens = tuple[int, ...]
@@ -48,13 +50,54 @@ def lowest_tuned_layer(model: nn.Module) -> int:
                 lowest = min(lowest, int(place[len(path) + 1 :].split(".")[0]))
         if id(tensor.parameter) in below:
             return 0
-    return lowest
+    return lowest and min(lowest, _lowest_read(model))
+
+
+def _lowest_read(model: nn.Module) -> int:
+    """Return how many layers run before the first tuned parameter is read, wherever it is held."""
+    tuned = ParameterSet(model)
+    with torch.no_grad(), ReadTracer(tuned) as seen:
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        on_meta_too(model, lambda: model(input_ids=token))
+    return min(seen.first.values(), default=len(stack_of(model)[1]))
+
+
+def depth_without_effects(lm: LanguageModel, depth: int, what: str, run: Callable[[], object]) -> int:
+    """Return `depth` if the first hidden states after so many layers are all that these give to a pass, else 0.
+
+    Args:
+        lm: the model.
+        depth: how many layers may be left out.
+        what: what would be reused; where it is not, a message says so and why.
+        run: runs a pass.
+    """
+    layers = stack_of(lm.base)[1][:depth]
+    if not depth:
+        return 0
+    effect = effect_of_layers(lm.base, layers, lambda: on_meta_too(lm.base, run), first_of)
+    if effect is None:
+        return depth
+    say(f"{what} are not reused: of the layers below the tuned parameters, {effect}. Every pass runs all layers.")
+    return 0
+
+
+def first_of(output: Any) -> Any:
+    """Return the hidden states in a layer's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def on_meta_too(model: nn.Module, run: Callable[[], object]) -> None:
+    """Run a pass; on `meta`, where no number is known, one that needs a number ends there without an error."""
+    try:
+        run()
+    except (NotImplementedError, RuntimeError):
+        if not any(p.is_meta for p in model.parameters()):
+            raise
 
 
 def parameters_below(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:
-    """Return the ids of the parameters of the modules that a forward pass enters before the stack."""
-    before = [m for m in modules_entered(model, lambda module: module is layers[0]) if m is not layers[0]]
-    return {id(p) for module in before for p in module.parameters(recurse=False)}
+    """Return the ids of the parameters that a forward pass reads before the stack, or whose modules it enters there."""
+    return parameters_read(model, lambda module: module is layers[0])
 
 
 def groups_of(sequences: Iterable[Tokens]) -> list[tuple[Tokens, ...]]:
@@ -89,9 +132,12 @@ class SequenceCache:
     def __init__(self, lm: LanguageModel, store: ActivationStore, splits: Sequence[Iterable[Tokens]] = ()) -> None:
         _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
-        self.depth = 0 if tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
+        lowest = 0 if tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
+        trial = padded([(0, 1, 2, 3), (0, 1)], lm.pad_token_id, lm.device)
+        self.depth = depth_without_effects(lm, lowest, "activations", lambda: lm.read(*trial))
         self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
-        self._returns_tuple = False
+        # What follows the hidden states in a layer's output, without its numbers; None for an output that is no tuple.
+        self._rest: tuple[None, ...] | None = None
         self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}
         for split in splits:
             new = [s for s in split if s not in self._group_of]
@@ -130,8 +176,8 @@ class SequenceCache:
         with torch.no_grad():
             inputs = padded(group, self._lm.pad_token_id, self._lm.device)
             output = output_of_module(self._layers[-1], lambda: self._lm.read(*inputs))
-        self._returns_tuple = isinstance(output, tuple)
-        activations: Tensor = output[0] if self._returns_tuple else output
+        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+        activations: Tensor = first_of(output)
         return {s: activation[: len(s)] for s, activation in zip(group, activations, strict=True)}
 
     @contextmanager
@@ -139,7 +185,7 @@ class SequenceCache:
         """Within this context the lower layers return their input, and the last of them returns `inputs`."""
 
         def wrap(value: Any) -> Any:
-            return (value,) if self._returns_tuple else value
+            return value if self._rest is None else (value, *self._rest)
 
         originals = [vars(layer).get("forward") for layer in self._layers]
         for layer in self._layers[:-1]:

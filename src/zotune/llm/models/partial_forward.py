@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from zotune.llm.data.collator import Batch
 from zotune.llm.quantized.layers import PackedLinear
+from zotune.model.intercept import readable
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -26,6 +29,31 @@ def modules_entered(model: nn.Module, until: Callable[[nn.Module], bool]) -> lis
 
     The order of registration is not the order of execution: OPT registers its final norm before its layers.
     """
+    return _up_to(model, until)[0]
+
+
+def parameters_read(model: nn.Module, until: Callable[[nn.Module], bool]) -> set[int]:
+    """Return the ids of the parameters that a forward pass reads before it enters a module for which `until` is true.
+
+    A parameter may be read without its module: DeBERTa takes the weights of its relative embeddings as a table.
+    """
+    modules, reads = _up_to(model, until)
+    return reads | {id(p) for module in modules[:-1] for p in module.parameters(recurse=False)}
+
+
+class _Reads(TorchFunctionMode):
+    """A context that collects the ids of the parameters that torch functions read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.ids |= {id(x) for x in tree_leaves(readable(func, args, kwargs)) if isinstance(x, nn.Parameter)}
+        return func(*args, **(kwargs or {}))
+
+
+def _up_to(model: nn.Module, until: Callable[[nn.Module], bool]) -> tuple[list[nn.Module], set[int]]:
     modules: list[nn.Module] = []
 
     def note(module: nn.Module, args: Any) -> None:
@@ -34,15 +62,16 @@ def modules_entered(model: nn.Module, until: Callable[[nn.Module], bool]) -> lis
             raise _Reached
 
     handles = [m.register_forward_pre_hook(note) for m in model.modules()]
+    reads = _Reads()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), reads:
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     except _Reached:
         pass
     finally:
         for handle in handles:
             handle.remove()
-    return modules
+    return modules, reads.ids
 
 
 def output_of_module(module: nn.Module, run: Callable[[], object]) -> Any:

@@ -16,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.llm.models.activation_cache import lowest_tuned_layer, tunes_outside_base
+from zotune.llm.models.activation_cache import (
+    depth_without_effects,
+    first_of,
+    lowest_tuned_layer,
+    on_meta_too,
+    tunes_outside_base,
+)
 from zotune.llm.models.cache_argument import cache_argument, cache_in_call
 from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import output_of_module
+from zotune.messages import say
 from zotune.model.layers import stack_of
 
 Tokens = tuple[int, ...]
@@ -46,9 +53,14 @@ class PromptCache:
         _, layers = stack_of(lm.base)
         slides = any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=lm.config).layers)
         self.num_layers = len(layers)
-        self.depth = 0 if slides or tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
-        self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
-        self._returns_tuple = False
+        self._lm, self._store = lm, store
+        lowest = 0 if slides or tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
+        if lowest and not self._holds_keys_and_values(lowest):
+            say("prompts are not reused: the model's cache holds more of them than keys and values.")
+            lowest = 0
+        self.depth = depth_without_effects(lm, lowest, "prompts", lambda: self._fill((0, 1, 2)))
+        self._layers = list(layers[: self.depth])
+        self._rest: tuple[None, ...] | None = None
         self._heads: list[tuple[int, int]] = []
 
     @contextmanager
@@ -82,7 +94,7 @@ class PromptCache:
             cache = cache_in_call(self._layers[index], (hidden_states, *args), kwargs)
             cache.update(keys, values, index)
             result = hidden_states if output is None else output
-            return (result,) if self._returns_tuple else result
+            return result if self._rest is None else (result, *self._rest)
 
         return forward
 
@@ -99,6 +111,28 @@ class PromptCache:
             self._store.put(prompt, cached)
         return cached
 
+    def _fill(self, prompt: Tokens) -> Any:
+        """Run the model over a prompt; returns the cache that it fills."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        self._lm.base(
+            input_ids=torch.tensor([prompt], device=self._lm.device), **{cache_argument(self._lm.base): cache}
+        )
+        return cache
+
+    @torch.no_grad()
+    def _holds_keys_and_values(self, depth: int) -> bool:
+        """Whether the first layers put keys and values of all tokens into the cache, and nothing else."""
+        from transformers.cache_utils import DynamicLayer
+
+        caches: list[Any] = []
+        on_meta_too(self._lm.base, lambda: caches.append(self._fill((0, 1, 2))))
+        layers = caches[0].layers[:depth] if caches else []
+        return not caches or (
+            len(layers) == depth and all(type(c) is DynamicLayer and c.keys is not None for c in layers)
+        )
+
     @torch.no_grad()
     def _compute(self, prompt: Tokens) -> Tensor:
         """Return (L, width + keys and values) of a prompt's tokens, side by side."""
@@ -108,8 +142,7 @@ class PromptCache:
         ids = torch.tensor([prompt], device=self._lm.device)
         inputs = {"input_ids": ids, cache_argument(self._lm.base): cache}
         output = output_of_module(self._layers[-1], lambda: self._lm.base(**inputs))
-        self._returns_tuple = isinstance(output, tuple)
+        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         pairs = [t[0].transpose(0, 1) for layer in cache.layers[: self.depth] for t in (layer.keys, layer.values)]
         self._heads = [(t.shape[1], t.shape[2]) for t in pairs]
-        entering = output[0] if self._returns_tuple else output
-        return torch.cat([entering[0], *(t.flatten(1) for t in pairs)], dim=1)
+        return torch.cat([first_of(output)[0], *(t.flatten(1) for t in pairs)], dim=1)
