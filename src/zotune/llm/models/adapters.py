@@ -151,7 +151,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
 def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:
     """Return the (count,) ids of random ordinary tokens of the vocabulary, drawn with `seed`."""
     special = set(lm.tokenizer.all_special_ids)
-    ordinary = [i for i in range(min(len(lm.tokenizer), lm.config.vocab_size)) if i not in special]
+    ordinary = [i for i in range(min(len(lm.tokenizer), lm.vocabulary)) if i not in special]
     drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
 

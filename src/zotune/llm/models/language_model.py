@@ -59,9 +59,12 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """The maximum number of input tokens."""
-        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30)) - self.num_virtual_tokens
-        # RoBERTa's positions begin after its padding index.
-        return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = 1 << 30 if limit is None else int(limit)  # relative positions have no limit
+        # In the family of RoBERTa positions begin after the padding index, which the table of positions names.
+        tables = [m for name, m in self.base.named_modules() if name.endswith("position_embeddings")]
+        starts = [int(m.padding_idx) + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+        return limit - max(starts, default=0) - self.num_virtual_tokens
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -137,8 +140,9 @@ class LanguageModel:
     @property
     def vocabulary(self) -> int:
         """The number of rows of the output layer."""
-        output = self.base.get_output_embeddings()
-        return int(self.config.vocab_size if output is None else output.out_features)
+        # A wrapper of peft around the layer may not know its size.
+        rows = getattr(self.base.get_output_embeddings(), "out_features", None)
+        return int(self.config.get_text_config().vocab_size if rows is None else rows)
 
     def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return log-probabilities at some of the positions, from the output of the body."""
