@@ -31,6 +31,8 @@ class LanguageModel:
             text.
         classifies: whether it has a classification head in place of a language-modelling head.
         num_forwards: forward passes so far.
+        base_fingerprint: what identifies the weights of the base model, once an adapter or tuned tensors are beside
+            it.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class LanguageModel:
     masked: bool
     num_forwards: int = field(default=0)
     classifies: bool = False
+    base_fingerprint: dict[str, str] | None = None
 
     @property
     def config(self) -> Any:

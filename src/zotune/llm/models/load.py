@@ -7,11 +7,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zotune.errors import UsageError, did_you_mean, is_out_of_memory
+from zotune.llm.checkpoints.adapter_folder import (
+    AdapterFolder,
+    is_adapter_folder,
+    read_adapter_folder,
+    with_adapter,
+)
 from zotune.llm.checkpoints.causality import check_causal
+from zotune.llm.checkpoints.fingerprint import check_fingerprint
 from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, read_pretrained
 from zotune.llm.config.step import ModelOptions
@@ -50,8 +58,8 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_quantization(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
-    elif (adapter := _adapter_folder(options)) is not None:
-        lm = _load_adapter(adapter, options, labels)
+    elif is_adapter_folder(Path(options.model)):
+        lm = _load_adapter(Path(options.model), options, labels)
     elif (base := tuned_base_model(Path(options.model))) is not None:
         lm = _load_tuned_gguf(base, options)
     else:
@@ -61,10 +69,12 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     elif labels and lm.masked:
         check_head(lm.module, options)
         lm.module, lm.classifies = with_classification_head(lm.module, labels, seed), True
-    if not getattr(lm.base, "is_quantized", False):  # transformers has placed a quantised model already
+    is_quantized = getattr(lm.base, "is_quantized", False)
+    if not is_quantized:  # transformers has placed a quantised model already
         lm.module.to(device)
     lm.module.eval()
-    if not lm.masked and lm.module is lm.base:  # the base of an adapter has been checked
+    # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
+    if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
         check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
 
@@ -189,28 +199,39 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
     return LanguageModel(module, tokenizer, options.model, masked=False)
 
 
-def _adapter_folder(options: ModelOptions) -> Path | None:
-    folder = Path(options.model)
-    return folder if (folder / "adapter_config.json").is_file() else None
-
-
-def _load_adapter(folder: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
-    """Load a base model with the adapter in a folder."""
-    from peft import PeftConfig, PeftModel
-
-    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    quantization = options.quantization or saved_quantization(folder)
-    lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
-    lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
+    """Load a base model with the adapter in a folder, and the folder's tokenizer if it has one."""
+    folder = read_adapter_folder(path)
+    lm = load(base_options(folder, options), labels)
+    check_fingerprint(path, lm.module, folder.base)
+    lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
+    lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model
     return lm
 
 
+def base_options(folder: AdapterFolder, options: ModelOptions) -> ModelOptions:
+    """Return the options that load the base model of an adapter."""
+    quantization = options.quantization or saved_quantization(folder.path)
+    return options.model_copy(update={"model": folder.base, "quantization": quantization})
+
+
+def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
+    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model."""
+    import transformers
+
+    if not folder.has_tokenizer:
+        return of_base
+    with errors_in_words(str(folder.path)):
+        return transformers.AutoTokenizer.from_pretrained(str(folder.path))
+
+
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
     """Load a base model from its GGUF file, with the tuned tensors in a folder."""
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
+    check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
     lm.name = options.model
     return lm

@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 
+from zotune.llm.checkpoints.adapter_folder import is_adapter_folder, read_adapter_folder, with_adapter
 from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.checkpoints.pretrained import check_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import with_classification_head
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.load import check_quantization, errors_in_words, load, quiet_libraries, source_of
+from zotune.llm.models.load import (
+    base_options,
+    check_quantization,
+    errors_in_words,
+    load,
+    quiet_libraries,
+    source_of,
+    tokenizer_of,
+)
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import replace_with_packed_shapes, saved_quantization
 
@@ -29,9 +38,8 @@ def load_meta_model(options: ModelOptions, labels: tuple[str, ...] = ()) -> tupl
         UsageError: the model cannot be found or read; the message is that of `load`.
     """
     quiet_libraries()
-    folder = Path(options.model)
-    if (folder / "adapter_config.json").is_file():
-        return _with_adapter(folder, options, labels)
+    if is_adapter_folder(Path(options.model)):
+        return _with_adapter(Path(options.model), options, labels)
     check_quantization(options)
     if options.is_gguf:  # its packed weights are mapped from the file and not read here
         lm, stored = load(options), _DTYPES.get(options.dtype, torch.float32)
@@ -85,15 +93,12 @@ def _on_meta(options: ModelOptions, config: Any, tokenizer: Any, stored: torch.d
     return LanguageModel(module, tokenizer, options.model, kind.masked or kind.classifies, classifies=kind.classifies)
 
 
-def _with_adapter(folder: Path, options: ModelOptions, labels: tuple[str, ...]) -> tuple[LanguageModel, torch.dtype]:
-    from peft import PeftConfig, get_peft_model
-
-    adapter = PeftConfig.from_pretrained(str(folder))
-    quantization = options.quantization or saved_quantization(folder)
-    base = options.model_copy(update={"model": str(adapter.base_model_name_or_path), "quantization": quantization})
-    lm, stored = load_meta_model(base, labels)
+def _with_adapter(path: Path, options: ModelOptions, labels: tuple[str, ...]) -> tuple[LanguageModel, torch.dtype]:
+    folder = read_adapter_folder(path)
+    lm, stored = load_meta_model(base_options(folder, options), labels)
+    lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     with torch.device("meta"):
-        lm.module = get_peft_model(lm.module, adapter)
+        lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model

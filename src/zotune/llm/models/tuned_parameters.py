@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.fingerprint import fingerprint
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
 from zotune.llm.models.adapters import add_lora, add_peft_adapter, add_prefix, add_prompt, first_layer
@@ -28,6 +29,7 @@ def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
     """
     for p in lm.module.parameters():
         p.requires_grad_(False)
+    lm.base_fingerprint = fingerprint(lm.module)
     SCHEMES[config.tuning](lm, config)
 
 
