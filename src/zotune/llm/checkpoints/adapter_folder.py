@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, is_out_of_memory
-from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, listed
+from zotune.errors import UsageError, is_out_of_memory, listed
+from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
 
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
 # it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.

@@ -8,7 +8,6 @@ BERT, a value head): the model does not read them, and one line says so.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from zotune.errors import UsageError
+from zotune.errors import UsageError, listed
 from zotune.llm.checkpoints.model_kind import ModelKind
 from zotune.messages import say
 
@@ -109,17 +108,6 @@ def check_arrival(
         )
     if other_heads and heed:
         say(f"{name} also holds {listed(other_heads)}: another head, which {kind.words} does not read")
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """Return names as text: the first ones, and how many more there are.
-
-    >>> listed(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    names = list(names)
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _check_files(source: str) -> None:
