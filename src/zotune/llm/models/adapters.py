@@ -13,37 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.quantized.dequantize_model import dequantised_model
 from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 
 # Keys of an adapter's configuration that zotune sets itself.
 _RESERVED_KEYS = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"}
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a model is wrapped by an adapter of peft."""
-    return hasattr(module, "peft_config")
-
-
-def merge_adapter(module: Any) -> Any:
-    """Return a quantised model with its adapter, if any, merged into dequantised weights.
-
-    The model that is passed must not be used afterwards.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    if not is_adapter(module):
-        return dequantised_model(module)
-    adapter, state = module.active_peft_config, get_peft_model_state_dict(module, save_embedding_layers=False)
-    rewrapped = get_peft_model(dequantised_model(module.unload()), adapter)
-    set_peft_model_state_dict(rewrapped, state)
-    return rewrapped.merge_and_unload()
 
 
 def add_lora(lm: LanguageModel, config: StepOptions) -> None:
@@ -134,11 +114,13 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
         if key not in known:
             raise UsageError(f"peft_config: {name} of peft has no key {key!r}.{did_you_mean(key, known)}")
     try:
-        _wrap_with_peft(lm, schemes[name](task_type=_task_type(lm), **config.peft_options), config.seed)
+        adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
+        check_init(adapter, f"peft_config of {name}")
+        _wrap_with_peft(lm, adapter, config.seed)
         token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
             lm.read(token, token)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UsageError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

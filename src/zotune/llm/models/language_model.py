@@ -93,11 +93,18 @@ class LanguageModel:
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits of a forward pass over (S, L) tokens, padded on the right."""
+        return self.read_with(self.module, input_ids, attention_mask)
+
+    def read_with(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As `read`, by another model of the same kind; without a mask nothing is padded."""
+        if attention_mask is None:
+            input_ids = input_ids.to(next(module.parameters()).device)
+            attention_mask = torch.ones_like(input_ids)
         inputs: dict[str, Any] = {"input_ids": input_ids}
         # Causal attention never sees right padding, and without a mask attention runs its fast kernel.
         bidirectional = self.masked or self.classifies
         inputs |= {"attention_mask": attention_mask} if bidirectional else {"use_cache": False}
-        out: Tensor = self.module(**inputs).logits
+        out: Tensor = module(**inputs).logits
         return out
 
     def score(self, batch: Batch) -> Tensor:
