@@ -124,6 +124,7 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         own |= {id(tensor) for tensor in base.parameters()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
             model: Any = PeftModel.from_pretrained(base, path)
             if folder.config.is_prompt_learning:
                 return model

@@ -49,9 +49,7 @@ def merged_model(module: Any, read: Callable[[Any, Tensor], Tensor], name: str) 
         if quantised:
             merged = _dequantised(module)
         else:
-            _untie_adapted(module.get_base_model())
-            merged = module.merge_and_unload()
-            _tie_equal(merged)
+            merged = _merged(module)
         after = read(merged, tokens)
     if not before.is_meta:
         difference, size = float((after - before).abs().max()), float(before.abs().max())
@@ -72,8 +70,13 @@ def _dequantised(module: Any) -> Any:
     adapter, state = module.active_peft_config, get_peft_model_state_dict(module, save_embedding_layers=False)
     rewrapped = get_peft_model(dequantised_model(module.unload()), adapter)
     set_peft_model_state_dict(rewrapped, state)
-    _untie_adapted(rewrapped.get_base_model())
-    merged = rewrapped.merge_and_unload()
+    return _merged(rewrapped)
+
+
+def _merged(module: Any) -> Any:
+    """Merge the adapter into the weights, each matrix of them being a matrix of its own."""
+    _untie_adapted(module.get_base_model())
+    merged = module.merge_and_unload()
     _tie_equal(merged)
     return merged
 

@@ -30,9 +30,9 @@ def check_saved(model: Any, name: str) -> None:
         UsageError: it would not; the message names them.
     """
     groups = tuned_groups(model)
-    if is_adapter(model):
-        if model.active_peft_config.is_prompt_learning:
-            groups = [group for group in groups if not group[0].startswith("prompt_encoder.")]
+    if is_adapter(model) and model.active_peft_config.is_prompt_learning:
+        lost = [group[0] for group in groups if not group[0].startswith("prompt_encoder.")]
+    elif is_adapter(model):
         state = _adapter_state(model)
         storages = {_storage(value) for value in state.values()}
         parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -7,6 +7,7 @@ Lester et al., 2021), because random virtual tokens are unlike any input that th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     """
     from peft import LoraConfig
 
-    path, layers = stack_of(lm.base)
+    path, layers = stack_of(lm.text_model)
     first = first_layer(len(layers), config.tuned_layers)
-    linear = {n.rpartition(".")[2] for n, m in lm.module.named_modules() if isinstance(m, nn.Linear)}
+    linear = {n.rpartition(".")[2] for n, m in lm.text_model.named_modules() if isinstance(m, nn.Linear)}
     default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")
     targets = config.lora_target_modules or default
     unknown = [t for t in targets if t not in linear]
@@ -48,7 +49,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(targets),
+        target_modules=_full_names(lm, targets),
         layers_to_transform=None if config.tuned_layers is None else list(range(first, len(layers))),
         layers_pattern=None if config.tuned_layers is None else path.rpartition(".")[2],
         # A new head is trained in full and saved with the adapter.
@@ -56,6 +57,14 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     _wrap_with_peft(lm, lora, config.seed)
+
+
+def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
+    """Return the names of the target layers; if other parts of the model have layers of these names too, whole paths."""
+    if lm.text_model is lm.base:
+        return list(targets)
+    inside = set(lm.text_model.modules())
+    return [n for n, m in lm.base.named_modules() if m in inside and n.rpartition(".")[2] in targets]
 
 
 def first_layer(num_layers: int, tuned_layers: int | None) -> int:

@@ -55,6 +55,12 @@ class LanguageModel:
         return self.module if get_base is None else get_base()
 
     @property
+    def text_model(self) -> Any:
+        """The part of the model that reads text: the model itself, unless its configuration has parts of other kinds."""
+        is_composite = self.config.get_text_config() is not self.config
+        return self.base.get_decoder() if is_composite else self.base
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(p.device for p in self.module.parameters())

@@ -110,6 +110,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # A warning from peft about transformers that only their developers can act on.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    # Matrices are untied before an adapter on one of them is merged.
+    warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True", category=UserWarning)
     # With prompt tuning peft leaves the positions to the model; they are correct because nothing is padded.
     warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 

@@ -78,6 +78,9 @@ def _candidates(lm: LanguageModel, config: StepOptions) -> list[tuple[str, nn.Pa
     path, layers = stack_of(lm.module)
     first = first_layer(len(layers), config.tuned_layers)
     below = set() if config.tuned_layers is None else parameters_below(lm.module, layers)
+    # The parts of a composite model that read images or sound do not run on text.
+    text = {id(p) for p in lm.text_model.parameters()}
+    below |= {id(p) for p in lm.base.base_model.parameters()} - text
     candidates = []
     for name, p in lm.module.named_parameters():
         # A parameter outside the stack that is not read before it belongs to a module after it.
