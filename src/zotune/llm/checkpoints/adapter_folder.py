@@ -126,8 +126,6 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
             warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
             model: Any = PeftModel.from_pretrained(base, path)
-            if folder.config.is_prompt_learning:
-                return model
             info = set_peft_model_state_dict(model, weights)
     except UsageError:
         raise
@@ -135,7 +133,9 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         if is_out_of_memory(error):
             raise
         raise UsageError(_misfit_message(folder, error)) from None
-    missing, unexpected = _missing(model, info.missing_keys, own), _without_place(weights, info.unexpected_keys)
+    # The tensors of virtual tokens are read apart from the others.
+    missing = [name for name in _missing(model, info.missing_keys, own) if not name.startswith("prompt_encoder.")]
+    unexpected = _without_place(weights, [key for key in info.unexpected_keys if key != "prompt_embeddings"])
     if missing or unexpected:
         which = f"does not hold {listed(missing)}" if missing else f"holds {listed(unexpected)}, which has no place"
         raise UsageError(
@@ -199,6 +199,6 @@ def _misfit_message(folder: AdapterFolder, error: Exception) -> str:
     if isinstance(error, KeyError):
         reason = f"it does not hold {error.args[0]}"
     return (
-        f"the adapter in {folder.path} does not fit its base model {folder.base}: {reason} Is it the adapter of another "
-        "base model?"
+        f"the adapter in {folder.path} does not fit its base model {folder.base}: {reason} Is it the adapter of "
+        "another base model?"
     )

@@ -42,14 +42,13 @@ def merged_model(module: Any, read: Callable[[Any, Tensor], Tensor], name: str) 
     """
     quantised = is_quantised(module.get_base_model() if is_adapter(module) else module)
     if is_adapter(module) and not hasattr(module, "merge_and_unload"):
-        raise UsageError(f"the adapter {name} puts virtual tokens before the input, which cannot be merged into weights.")
+        raise UsageError(
+            f"the adapter {name} puts virtual tokens before the input, which cannot be merged into weights."
+        )
     tokens = torch.arange(3, 11)[None] % int(module.config.get_text_config().vocab_size)
     with torch.no_grad():
         before = read(module, tokens)
-        if quantised:
-            merged = _dequantised(module)
-        else:
-            merged = _merged(module)
+        merged = _dequantised(module) if quantised else _merged(module)
         after = read(merged, tokens)
     if not before.is_meta:
         difference, size = float((after - before).abs().max()), float(before.abs().max())

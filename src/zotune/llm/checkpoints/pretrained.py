@@ -84,6 +84,7 @@ def check_arrival(
     Raises:
         UsageError: a tensor that the model reads is missing, has no place, or has another shape.
     """
+
     def is_read(key: str) -> bool:
         return not (new_head and _is_outside_body(model, key))
 

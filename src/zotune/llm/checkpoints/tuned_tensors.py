@@ -31,7 +31,7 @@ def check_saved(model: Any, name: str) -> None:
     """
     groups = tuned_groups(model)
     if is_adapter(model) and model.active_peft_config.is_prompt_learning:
-        lost = [group[0] for group in groups if not group[0].startswith("prompt_encoder.")]
+        lost = [n for n, *_ in groups if not n.startswith("prompt_encoder.") and ".modules_to_save." not in n]
     elif is_adapter(model):
         state = _adapter_state(model)
         storages = {_storage(value) for value in state.values()}

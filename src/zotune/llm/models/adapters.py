@@ -60,7 +60,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
 
 
 def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
-    """Return the names of the target layers; if other parts of the model have layers of these names too, whole paths."""
+    """Return the names of the target layers; whole paths if other parts of the model may have such layers too."""
     if lm.text_model is lm.base:
         return list(targets)
     inside = set(lm.text_model.modules())

@@ -56,7 +56,7 @@ class LanguageModel:
 
     @property
     def text_model(self) -> Any:
-        """The part of the model that reads text: the model itself, unless its configuration has parts of other kinds."""
+        """The part of the model that reads text: the model itself, unless it also has parts of other kinds."""
         is_composite = self.config.get_text_config() is not self.config
         return self.base.get_decoder() if is_composite else self.base
 

@@ -24,7 +24,7 @@ from zotune.llm.models.load import (
     tokenizer_of,
 )
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.quantized.backends import replace_with_packed_shapes, saved_quantization
+from zotune.llm.quantized.backends import replace_with_packed_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

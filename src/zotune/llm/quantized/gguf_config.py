@@ -137,10 +137,12 @@ def llama3_factors(head_dim: int, theta: float, factor: float) -> np.ndarray[Any
     >>> llama3_factors(8, 500000.0, 8.0).tolist()
     [1.0, 1.0, 8.0, 8.0]
     """
-    waves = _LLAMA3["original_max_position_embeddings"] / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
+    waves = _LLAMA3["original_max_position_embeddings"] / (
+        2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    )
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     kept = np.clip((waves - low) / (high - low), 0, 1)
-    return 1 / (kept + (1 - kept) / factor)  # type: ignore[no-any-return]
+    return 1 / (kept + (1 - kept) / factor)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -68,7 +68,7 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     names = _stored_names(model, architecture)
     tied = ["output.weight"] if config.tie_word_embeddings else []
-    absent = [n for n, s in names.items() if s not in by_name and s not in tied]
+    absent = sorted(set(names.values()) - by_name.keys() - set(tied))
     _check_sets(file, absent, sorted(by_name.keys() - names.values()))
     for name, stored_name in names.items():
         if stored_name in by_name:

@@ -20,11 +20,11 @@ import zotune
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.atomic_write import atomic_write
+from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
-from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.quantized.gguf_output import write_tuned
