@@ -174,13 +174,13 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
         write_tuned(lm.module, folder)
         write_fingerprint(folder, lm.base_fingerprint)
         return
-    if is_adapter(lm.module):
-        write_fingerprint(folder, lm.base_fingerprint)
     # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
     extra: dict[str, Any] = (
         {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
     )
     save_pretrained(lm.module, str(folder), **extra)
+    if is_adapter(lm.module):
+        write_fingerprint(folder, lm.base_fingerprint)
     lm.tokenizer.save_pretrained(str(folder))
 
 
