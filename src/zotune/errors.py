@@ -47,6 +47,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(names)}."
 
 
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Return names as text: the first ones, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    names = list(names)
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out: Python's own, or torch's, which has no class on a CPU.
 

@@ -100,6 +100,7 @@ def _cut_bytes(count: int) -> str:
 
 
 def _verify(args: argparse.Namespace) -> CommandResult:
+    from zotune.errors import listed
     from zotune.llm.ledger.verify import verify
 
     result = verify(args.path, args.base, args.device)
@@ -108,12 +109,16 @@ def _verify(args: argparse.Namespace) -> CommandResult:
         lines.append(_cut_bytes(result.cut_bytes))
     if not result.num_tensors:
         lines.append("no weights are saved beside the ledger, so none were compared")
-    elif result.different:
-        lines.append(f"{len(result.different)} of {result.num_tensors} saved tensors are NOT the ledger's: ")
-        lines[-1] += ", ".join(result.different[:5])
-    else:
+    elif result.is_right:
         lines.append(f"all {result.num_tensors} saved tensors are the ledger's, bit for bit")
-    return vars(result), "\n".join(lines), 1 if result.different else 0
+    for names, text in (
+        (result.different, f"of {result.num_tensors} saved tensors are NOT the ledger's"),
+        (result.missing, "tuned tensors are NOT saved"),
+        (result.unexpected, "saved tensors are NOT of the ledger's model"),
+    ):
+        if names:
+            lines.append(f"{len(names)} {text}: {listed(names, 5)}")
+    return vars(result), "\n".join(lines), 0 if result.is_right else 1
 
 
 def _replay(args: argparse.Namespace) -> CommandResult:

@@ -236,7 +236,7 @@ def _prompt_cache_bytes(lm: LanguageModel, config: TrainConfig, rows: _EncodedRo
     if not depth or not config.reuse_activations:
         return 0
     num_tokens = sum(map(len, {e.prompt for encoded in rows.encoded.values() for e in encoded}))
-    inputs: int = num_tokens * int(lm.config.hidden_size) * lm.base.dtype.itemsize
+    inputs: int = num_tokens * int(lm.config.get_text_config().hidden_size) * lm.base.dtype.itemsize
     return min(inputs + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
 
 

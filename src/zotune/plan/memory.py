@@ -176,7 +176,7 @@ def recorded_bytes(lm: LanguageModel, batch: Batch, config: StepOptions) -> int:
     if config.blocks is None:
         return 0
     _, layers = stack_of(lm.base)
-    width: int = lm.base.dtype.itemsize * int(lm.config.hidden_size)
+    width: int = lm.base.dtype.itemsize * int(lm.config.get_text_config().hidden_size)
     return len(layers) * batch.input_ids.numel() * width * config.gradient_accumulation_steps
 
 

@@ -66,6 +66,11 @@ class Merge:
                     f"runs with the same "
                     "--tuning of the same model."
                 )
+            if first.header.about.get("frozen") != other.header.about.get("frozen"):
+                raise LedgerError(
+                    f"{other.name} was tuned beside other frozen weights than {first.name}, so what they tuned does "
+                    "not belong to one model. Merge runs on the same base model."
+                )
             same_base = [t["digest"] for t in first.header.tensors] == [t["digest"] for t in other.header.tensors]
             if self.kind == "average" and not same_base:
                 raise LedgerError(

@@ -13,10 +13,10 @@ from torch import Tensor
 from zotune.errors import UsageError
 from zotune.ledger import Ledger, LedgerError, LedgerWriter, read
 from zotune.ledger.replay import replay
+from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streamed_base
-from zotune.llm.models.adapters import is_adapter, merge_adapter
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
@@ -156,13 +156,12 @@ def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_s
     """
     check_empty(folder)
     if merged:
-        merge: Any = getattr(rebuilt.lm.module, "merge_and_unload", None)
-        is_merged = not rebuilt.config.is_adapter and not is_quantised(rebuilt.lm.base)
-        if is_merged or (rebuilt.config.is_adapter and merge is None) or rebuilt.config.tuning in ("prefix", "prompt"):
-            raise UsageError(
-                f"tuning: {rebuilt.config.tuning} has nothing to merge into the weights; leave out --merged."
-            )
-        rebuilt.lm.module = merge_adapter(rebuilt.lm.module) if is_quantised(rebuilt.lm.base) else merge()
+        lm, tuning = rebuilt.lm, rebuilt.config.tuning
+        is_merged = not rebuilt.config.is_adapter and not is_quantised(lm.base)
+        has_merge = hasattr(lm.module, "merge_and_unload")
+        if is_merged or (rebuilt.config.is_adapter and not has_merge) or tuning in ("prefix", "prompt"):
+            raise UsageError(f"tuning: {tuning} has nothing to merge into the weights; leave out --merged.")
+        lm.module = merged_model(lm.module, lm.read_with, lm.name)
     with staged_folder(folder) as staging:
         rebuilt.write(staging, max_shard_size)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zotune.ledger import Ledger, LedgerError
@@ -205,9 +206,13 @@ def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
         groups.setdefault(id(module.get_parameter_or_buffer(name)), []).append(name)
     sources: dict[str, str] = {}
     for names in groups.values():
-        key = next((name for name in names if name in checkpoint.names), None)
-        if key is None:
+        keys = [name for name in names if name in checkpoint.names]
+        if not keys:
             raise NotStreamedError(f"its files do not contain {names[0]} under that name")
+        key, *others = keys
+        # transformers does not tie matrices that differ in the files, whatever the configuration says.
+        if any(not torch.equal(checkpoint.tensor(key), checkpoint.tensor(other)) for other in others):
+            raise NotStreamedError(f"its files have other values for {others[0]} than for {key}, which it ties")
         sources |= dict.fromkeys(names, key)
     return sources
 

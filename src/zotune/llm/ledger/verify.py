@@ -10,19 +10,38 @@ import torch
 from torch import Tensor
 
 from zotune.ledger import Ledger, LedgerError
+from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.tuned_tensors import tuned_groups
 from zotune.llm.ledger.merge import find_fine_tune, rebuild_any
-from zotune.llm.ledger.rebuild import config_of
+from zotune.llm.ledger.rebuild import AnyModel, config_of
 from zotune.llm.models.safetensors_shards import Checkpoint
+from zotune.llm.quantized.backends import is_quantised
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of verifying a ledger: steps, bytes of a damaged tail, compared tensors, and those that differ."""
+    """The result of verifying a ledger.
+
+    Attributes:
+        num_steps: number of steps.
+        cut_bytes: bytes of a damaged tail.
+        num_tensors: number of compared tensors.
+        different: the saved tensors that are not the ledger's.
+        missing: the tuned tensors that are not saved.
+        unexpected: the saved tensors that the ledger's model does not have.
+    """
 
     num_steps: int
     cut_bytes: int
     num_tensors: int
     different: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the saved weights, if any, are those of the ledger."""
+        return not (self.different or self.missing or self.unexpected)
 
 
 def verify(path: Path, base: str | None = None, device: str | None = None) -> Verification:
@@ -41,7 +60,21 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
     if saved.names and not names:
         raise LedgerError(f"the weights in {folder} are not of the ledger's model: no tensor has the same name.")
     different = [name for name in names if not _same_bits(rebuilt.tensor(name), saved.tensor(name))]
-    return Verification(len(fine_tune), fine_tune.cut_bytes, len(names), tuple(different))
+    groups = _tuned_groups(rebuilt) if saved.names else []
+    missing = [group[0] for group in groups if saved.names.isdisjoint(group)]
+    # The files of a quantised base hold more tensors than its state, such as the kinds of its blocks.
+    unexpected = () if is_quantised(rebuilt.lm.base) else sorted(saved.names - rebuilt.names)
+    return Verification(
+        len(fine_tune), fine_tune.cut_bytes, len(names), tuple(different), tuple(missing), tuple(unexpected)
+    )
+
+
+def _tuned_groups(rebuilt: AnyModel) -> list[tuple[str, ...]]:
+    """Return the names under which each tuned tensor may be saved."""
+    if is_adapter(rebuilt.lm.module):
+        return [(name,) for name in sorted(rebuilt.names)]
+    # The scales of bitsandbytes are saved in the state of its layers, under other names.
+    return [group for group in tuned_groups(rebuilt.lm.module) if not rebuilt.names.isdisjoint(group)]
 
 
 def _best_step(folder: Path, ledger: Ledger) -> int | None:

@@ -7,43 +7,24 @@ Lester et al., 2021), because random virtual tokens are unlike any input that th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.quantized.dequantize_model import dequantised_model
 from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 
 # Keys of an adapter's configuration that zotune sets itself.
 _RESERVED_KEYS = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"}
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Whether a model is wrapped by an adapter of peft."""
-    return hasattr(module, "peft_config")
-
-
-def merge_adapter(module: Any) -> Any:
-    """Return a quantised model with its adapter, if any, merged into dequantised weights.
-
-    The model that is passed must not be used afterwards.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    if not is_adapter(module):
-        return dequantised_model(module)
-    adapter, state = module.active_peft_config, get_peft_model_state_dict(module, save_embedding_layers=False)
-    rewrapped = get_peft_model(dequantised_model(module.unload()), adapter)
-    set_peft_model_state_dict(rewrapped, state)
-    return rewrapped.merge_and_unload()
 
 
 def add_lora(lm: LanguageModel, config: StepOptions) -> None:
@@ -54,9 +35,9 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     """
     from peft import LoraConfig
 
-    path, layers = stack_of(lm.base)
+    path, layers = stack_of(lm.text_model)
     first = first_layer(len(layers), config.tuned_layers)
-    linear = {n.rpartition(".")[2] for n, m in lm.module.named_modules() if isinstance(m, nn.Linear)}
+    linear = {n.rpartition(".")[2] for n, m in lm.text_model.named_modules() if isinstance(m, nn.Linear)}
     default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")
     targets = config.lora_target_modules or default
     unknown = [t for t in targets if t not in linear]
@@ -68,7 +49,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(targets),
+        target_modules=_full_names(lm, targets),
         layers_to_transform=None if config.tuned_layers is None else list(range(first, len(layers))),
         layers_pattern=None if config.tuned_layers is None else path.rpartition(".")[2],
         # A new head is trained in full and saved with the adapter.
@@ -76,6 +57,14 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     _wrap_with_peft(lm, lora, config.seed)
+
+
+def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
+    """Return the names of the target layers; whole paths if other parts of the model may have such layers too."""
+    if lm.text_model is lm.base:
+        return list(targets)
+    inside = set(lm.text_model.modules())
+    return [n for n, m in lm.base.named_modules() if m in inside and n.rpartition(".")[2] in targets]
 
 
 def first_layer(num_layers: int, tuned_layers: int | None) -> int:
@@ -134,11 +123,13 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
         if key not in known:
             raise UsageError(f"peft_config: {name} of peft has no key {key!r}.{did_you_mean(key, known)}")
     try:
-        _wrap_with_peft(lm, schemes[name](task_type=_task_type(lm), **config.peft_options), config.seed)
+        adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
+        check_init(adapter, f"peft_config of {name}")
+        _wrap_with_peft(lm, adapter, config.seed)
         token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
             lm.read(token, token)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UsageError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -151,7 +142,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
 def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:
     """Return the (count,) ids of random ordinary tokens of the vocabulary, drawn with `seed`."""
     special = set(lm.tokenizer.all_special_ids)
-    ordinary = [i for i in range(min(len(lm.tokenizer), lm.config.vocab_size)) if i not in special]
+    ordinary = [i for i in range(min(len(lm.tokenizer), lm.vocabulary)) if i not in special]
     drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
 

@@ -31,6 +31,8 @@ class LanguageModel:
             text.
         classifies: whether it has a classification head in place of a language-modelling head.
         num_forwards: forward passes so far.
+        base_fingerprint: what identifies the weights of the base model, once an adapter or tuned tensors are beside
+            it.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class LanguageModel:
     masked: bool
     num_forwards: int = field(default=0)
     classifies: bool = False
+    base_fingerprint: dict[str, str] | None = None
 
     @property
     def config(self) -> Any:
@@ -52,6 +55,12 @@ class LanguageModel:
         return self.module if get_base is None else get_base()
 
     @property
+    def text_model(self) -> Any:
+        """The part of the model that reads text: the model itself, unless it also has parts of other kinds."""
+        is_composite = self.config.get_text_config() is not self.config
+        return self.base.get_decoder() if is_composite else self.base
+
+    @property
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(p.device for p in self.module.parameters())
@@ -59,9 +68,12 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """The maximum number of input tokens."""
-        limit = int(getattr(self.config, "max_position_embeddings", 1 << 30)) - self.num_virtual_tokens
-        # RoBERTa's positions begin after its padding index.
-        return limit - self.config.pad_token_id - 1 if self.config.model_type == "roberta" else limit
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        limit = 1 << 30 if limit is None else int(limit)  # relative positions have no limit
+        # In the family of RoBERTa positions begin after the padding index, which the table of positions names.
+        tables = [m for name, m in self.base.named_modules() if name.endswith("position_embeddings")]
+        starts = [int(m.padding_idx) + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+        return limit - max(starts, default=0) - self.num_virtual_tokens
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -87,11 +99,18 @@ class LanguageModel:
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits of a forward pass over (S, L) tokens, padded on the right."""
+        return self.read_with(self.module, input_ids, attention_mask)
+
+    def read_with(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As `read`, by another model of the same kind; without a mask nothing is padded."""
+        if attention_mask is None:
+            input_ids = input_ids.to(next(module.parameters()).device)
+            attention_mask = torch.ones_like(input_ids)
         inputs: dict[str, Any] = {"input_ids": input_ids}
         # Causal attention never sees right padding, and without a mask attention runs its fast kernel.
         bidirectional = self.masked or self.classifies
         inputs |= {"attention_mask": attention_mask} if bidirectional else {"use_cache": False}
-        out: Tensor = self.module(**inputs).logits
+        out: Tensor = module(**inputs).logits
         return out
 
     def score(self, batch: Batch) -> Tensor:
@@ -137,8 +156,9 @@ class LanguageModel:
     @property
     def vocabulary(self) -> int:
         """The number of rows of the output layer."""
-        output = self.base.get_output_embeddings()
-        return int(self.config.vocab_size if output is None else output.out_features)
+        # A wrapper of peft around the layer may not know its size.
+        rows = getattr(self.base.get_output_embeddings(), "out_features", None)
+        return int(self.config.get_text_config().vocab_size if rows is None else rows)
 
     def _part(self, batch: Batch, body: nn.Module, output: Any, rows: Tensor, tokens: Tensor) -> Tensor:
         """Return log-probabilities at some of the positions, from the output of the body."""

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from zotune.errors import UsageError, did_you_mean
+from zotune.errors import UsageError, did_you_mean, is_out_of_memory
+from zotune.llm.checkpoints.adapter_folder import (
+    AdapterFolder,
+    is_adapter_folder,
+    read_adapter_folder,
+    with_adapter,
+)
+from zotune.llm.checkpoints.causality import check_causal
+from zotune.llm.checkpoints.fingerprint import check_fingerprint
+from zotune.llm.checkpoints.model_kind import kind_of
+from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.models.cache_argument import accept_old_name
@@ -47,20 +58,24 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_quantization(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
-    elif (adapter := _adapter_folder(options)) is not None:
-        lm = _load_adapter(adapter, options, labels)
+    elif is_adapter_folder(Path(options.model)):
+        lm = _load_adapter(Path(options.model), options, labels)
     elif (base := tuned_base_model(Path(options.model))) is not None:
         lm = _load_tuned_gguf(base, options)
     else:
-        lm = _pretrained(options)
+        lm = _pretrained(options, new_head=bool(labels))
     if labels and lm.classifies:
         check_labels(lm.name, lm.config, labels)
     elif labels and lm.masked:
         check_head(lm.module, options)
         lm.module, lm.classifies = with_classification_head(lm.module, labels, seed), True
-    if not getattr(lm.base, "is_quantized", False):  # transformers has placed a quantised model already
+    is_quantized = getattr(lm.base, "is_quantized", False)
+    if not is_quantized:  # transformers has placed a quantised model already
         lm.module.to(device)
     lm.module.eval()
+    # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
+    if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
+        check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
 
 
@@ -95,6 +110,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # A warning from peft about transformers that only their developers can act on.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    # Matrices are untied before an adapter on one of them is merged.
+    warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True", category=UserWarning)
     # With prompt tuning peft leaves the positions to the model; they are correct because nothing is padded.
     warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
@@ -117,50 +134,49 @@ def find_device(name: str) -> torch.device:
 
 def _random(name: str, options: ModelOptions) -> LanguageModel:
     """Build an architecture with random weights, the same at each call."""
-    import transformers
-
     if name not in ARCHITECTURES:
         raise UsageError(f"there is no architecture {name!r}.{did_you_mean(name, ARCHITECTURES)}")
     config = ARCHITECTURES[name]()
-    masked = config.model_type == "roberta"
-    auto = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    kind = kind_of(config, options.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = auto.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
+        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
     module.name_or_path = options.model
-    return LanguageModel(module, byte_tokenizer(config), options.model, masked)
+    return LanguageModel(module, byte_tokenizer(config), options.model, kind.masked)
 
 
-def _pretrained(options: ModelOptions) -> LanguageModel:
+def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
     import transformers
 
     if options.is_gguf:
         return _load_gguf(options)
-    built_in = options.model in BUILT_IN
-    source = str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
+    source = source_of(options)
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
-    try:
+    with errors_in_words(options.model):
         config = transformers.AutoConfig.from_pretrained(source)
-        heads = {name.rpartition("For")[2] for name in config.architectures or []}
-        masked, classifies = "MaskedLM" in heads, "SequenceClassification" in heads
-        auto = (
-            transformers.AutoModelForSequenceClassification
-            if classifies
-            else transformers.AutoModelForMaskedLM
-            if masked
-            else transformers.AutoModelForCausalLM
-        )
+        kind = kind_of(config, options.model)
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
         quantisation = loading_options(options.quantization, dtype, find_device(options.device))
-        module = auto.from_pretrained(source, dtype=_DTYPES.get(options.dtype, "auto"), **quantisation)
+        module = read_pretrained(
+            source,
+            kind,
+            options.model,
+            new_head=new_head and kind.masked,
+            dtype=_DTYPES.get(options.dtype, "auto"),
+            **quantisation,
+        )
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
         module.name_or_path = options.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(_not_loaded_message(options.model, error)) from None
-    return LanguageModel(module, tokenizer, options.model, masked or classifies, classifies=classifies)
+    return LanguageModel(module, tokenizer, options.model, kind.masked or kind.classifies, classifies=kind.classifies)
+
+
+def source_of(options: ModelOptions) -> str:
+    """Return the folder of a model, or its name on the Hub."""
+    built_in = options.model in BUILT_IN
+    return str(fetch(options.model, accept_terms=options.accept_terms)) if built_in else options.model
 
 
 def _load_gguf(options: ModelOptions) -> LanguageModel:
@@ -175,48 +191,76 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
         file = Path(options.model)
         folder, named["gguf_file"] = file.parent, file.name
         say(f"reading the configuration and tokenizer of {file}; this takes a while …")
-    try:
+    with errors_in_words(options.model):
         config = transformers.AutoConfig.from_pretrained(str(folder), **named)
         module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32))
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **named)
         if not named:
             module.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(_not_loaded_message(options.model, error)) from None
     module.name_or_path = options.model
     return LanguageModel(module, tokenizer, options.model, masked=False)
 
 
-def _adapter_folder(options: ModelOptions) -> Path | None:
-    folder = Path(options.model)
-    return folder if (folder / "adapter_config.json").is_file() else None
-
-
-def _load_adapter(folder: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
-    """Load a base model with the adapter in a folder."""
-    from peft import PeftConfig, PeftModel
-
-    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    quantization = options.quantization or saved_quantization(folder)
-    lm = load(options.model_copy(update={"model": base, "quantization": quantization}), labels)
-    lm.module = PeftModel.from_pretrained(lm.module, str(folder))
+def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
+    """Load a base model with the adapter in a folder, and the folder's tokenizer if it has one."""
+    folder = read_adapter_folder(path)
+    lm = load(base_options(folder, options), labels)
+    check_fingerprint(path, lm.module, folder.base)
+    lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
+    lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model
     return lm
 
 
+def base_options(folder: AdapterFolder, options: ModelOptions) -> ModelOptions:
+    """Return the options that load the base model of an adapter."""
+    quantization = options.quantization or saved_quantization(folder.path)
+    return options.model_copy(update={"model": folder.base, "quantization": quantization})
+
+
+def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
+    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model."""
+    import transformers
+
+    if not folder.has_tokenizer:
+        return of_base
+    with errors_in_words(str(folder.path)):
+        return transformers.AutoTokenizer.from_pretrained(str(folder.path))
+
+
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
     """Load a base model from its GGUF file, with the tuned tensors in a folder."""
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
+    check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
     lm.name = options.model
     return lm
 
 
+@contextmanager
+def errors_in_words(name: str) -> Iterator[None]:
+    """Within this context an error of the libraries that read a model is raised in words.
+
+    Raises:
+        UsageError: the model cannot be read; the message says why and what to do.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(_not_loaded_message(name, error)) from None
+
+
 def _not_loaded_message(name: str, error: Exception) -> str:
     known = [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES)]
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if name.endswith(".gguf"):
+        return f"{name} is a GGUF file that cannot be read as a model: {reason}"
     if Path(name).is_dir():
         return f"the folder {name!r} does not hold a model that transformers can load: {reason}"
     return (

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
+from zotune.llm.checkpoints.fingerprint import fingerprint
+from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
 from zotune.llm.models.adapters import add_lora, add_peft_adapter, add_prefix, add_prompt, first_layer
@@ -17,6 +20,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import head_module
 from zotune.llm.quantized.backends import is_packed, is_quantised
 from zotune.llm.quantized.scales import SCALES, add_scales, layers_with_scales
+from zotune.messages import say
 from zotune.model.layers import stack_of
 
 
@@ -26,9 +30,29 @@ def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
     Raises:
         UsageError: no parameter would be tuned, or `config` names a layer, module or adapter that does not exist.
     """
+    if is_adapter(lm.module):
+        _merge_adapter(lm, config)
     for p in lm.module.parameters():
         p.requires_grad_(False)
+    lm.base_fingerprint = fingerprint(lm.module)
     SCHEMES[config.tuning](lm, config)
+    check_saved(lm.module, lm.name)
+
+
+def _merge_adapter(lm: LanguageModel, config: StepOptions) -> None:
+    """Merge the adapter of a model whose own weights are to be tuned, because saving an adapter would lose them.
+
+    Raises:
+        UsageError: another adapter is to be tuned, or the adapter cannot be merged.
+    """
+    if config.is_adapter or is_quantised(lm.base):
+        raise UsageError(
+            f"{lm.name} is an adapter, and what --tuning {config.tuning} tunes could not be saved beside it. Merge it "
+            f"into its base model first (zotune ledger export {lm.name} --merged --output-dir FOLDER, or peft's "
+            "merge_and_unload), and tune that folder."
+        )
+    say(f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved")
+    lm.module = merged_model(lm.module, lm.read_with, lm.name)
 
 
 def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
@@ -54,6 +78,9 @@ def _candidates(lm: LanguageModel, config: StepOptions) -> list[tuple[str, nn.Pa
     path, layers = stack_of(lm.module)
     first = first_layer(len(layers), config.tuned_layers)
     below = set() if config.tuned_layers is None else parameters_below(lm.module, layers)
+    # The parts of a composite model that read images or sound do not run on text.
+    text = {id(p) for p in lm.text_model.parameters()}
+    below |= {id(p) for p in lm.base.base_model.parameters()} - text
     candidates = []
     for name, p in lm.module.named_parameters():
         # A parameter outside the stack that is not read before it belongs to a module after it.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zotune.errors import UsageError
+from zotune.errors import UsageError, listed
 from zotune.llm.quantized.gguf_blocks import FORMATS
-from zotune.llm.quantized.gguf_reader import read_gguf
+from zotune.llm.quantized.gguf_config import ROPE_FACTORS, complete_config
+from zotune.llm.quantized.gguf_reader import StoredTensor, read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear
 from zotune.model.layers import stack_of
 
@@ -47,38 +48,72 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
         dtype: dtype of the computation, and of all tensors that are not packed.
 
     Raises:
-        UsageError: the architecture or a tensor's format is not supported.
+        UsageError: the architecture, a key or a tensor's format is not supported, or a tensor has no place; the message
+            names it.
     """
     import transformers
-    from gguf import GGMLQuantizationType, dequantize
 
-    architecture, tensors = read_gguf(file)
+    stored = read_gguf(file)
+    architecture, by_name = stored.architecture, {tensor.name: tensor for tensor in stored.tensors}
     if architecture not in ARCHITECTURES:
         raise UsageError(
             f"{file} holds a model of architecture {architecture!r}; supported GGUF architectures are: "
             f"{', '.join(ARCHITECTURES)}. Convert it to a folder of safetensors, and quantise that (--quantization)."
         )
+    factors = by_name.pop(ROPE_FACTORS, None)
+    complete_config(config, architecture, stored.keys, None if factors is None else factors.data, str(file))
+    # A head in the file is not tied, whatever the configuration says.
+    config.tie_word_embeddings = config.tie_word_embeddings and "output.weight" not in by_name
     with matrices_on_meta():
         model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    by_name = {stored.name: stored for stored in tensors}
-    for name, stored_name in _stored_names(model, architecture).items():
-        stored = by_name.get(stored_name)
-        if stored is None:  # a head tied to the embedding; any other missing tensor raises an error below
-            continue
-        is_packed = stored.kind not in _NUMBERS
-        content = stored.data if is_packed else dequantize(stored.data, GGMLQuantizationType[stored.kind])
-        value = _as_in_transformers(torch.from_numpy(content), stored_name, architecture, config)
-        if is_packed:
-            _pack(model, name, value, stored.kind, dtype)
-        else:
-            set_in_model(model, name, nn.Parameter(value.to(dtype)))
+    names = _stored_names(model, architecture)
+    tied = ["output.weight"] if config.tie_word_embeddings else []
+    absent = sorted(set(names.values()) - by_name.keys() - set(tied))
+    _check_sets(file, absent, sorted(by_name.keys() - names.values()))
+    for name, stored_name in names.items():
+        if stored_name in by_name:
+            _set_tensor(model, name, by_name[stored_name], architecture, config, dtype)
     _tie(model)
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
-    if missing:
-        raise UsageError(
-            f"{file} does not hold {missing[0]} ({len(missing)} tensors are missing): is it of another architecture?"
-        )
     return model.eval()
+
+
+def _check_sets(file: Path, absent: list[str], unread: list[str]) -> None:
+    """Check that the file holds all tensors of the model, and no others.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if absent:
+        raise UsageError(f"{file} does not hold {listed(absent)}. Is it a part of a file, or of another architecture?")
+    if unread:
+        raise UsageError(
+            f"{file} holds {listed(unread)}, which the model of its architecture does not read, so it would compute "
+            "something else. Convert it to a folder of safetensors, and quantise that (--quantization)."
+        )
+
+
+def _set_tensor(
+    model: Any, name: str, stored: StoredTensor, architecture: str, config: Any, dtype: torch.dtype
+) -> None:
+    """Give a parameter of the model the values in the file, packed if the file has them so.
+
+    Raises:
+        UsageError: the format of the tensor is not supported, or its shape is another.
+    """
+    from gguf import GGMLQuantizationType, dequantize
+
+    expected = tuple(model.get_parameter(name).shape)
+    if stored.shape != expected:
+        raise UsageError(
+            f"{stored.name} of the GGUF file has the shape {stored.shape}, but by its configuration {expected}."
+        )
+    is_packed = stored.kind not in _NUMBERS
+    content = stored.data if is_packed else dequantize(stored.data, GGMLQuantizationType[stored.kind])
+    value = _as_in_transformers(torch.from_numpy(content), stored.name, architecture, config)
+    if is_packed:
+        _pack(model, name, value, stored.kind, dtype)
+    else:
+        set_in_model(model, name, nn.Parameter(value.to(dtype)))
 
 
 def _stored_names(model: nn.Module, architecture: str) -> dict[str, str]:

@@ -21,6 +21,10 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
+# Numbers in the longest list that is read: a value for each layer, but not one for each token.
+_LONG = 1024
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a file.
@@ -28,17 +32,28 @@ class StoredTensor:
     Attributes:
         name: its name in the file.
         kind: its format, by ggml's name.
+        shape: the shape of its values.
         data: values of F32 and F16; of other formats bytes, the last dimension being a row. Writing to it does not
             change the file.
     """
 
     name: str
     kind: str
+    shape: tuple[int, ...]
     data: np.ndarray[Any, Any]
 
 
-def read_gguf(path: Path) -> tuple[str, list[StoredTensor]]:
-    """Return the model's architecture and its tensors.
+@dataclass(frozen=True)
+class GGUFFile:
+    """A GGUF file: the model's architecture, its tensors, and its keys without long lists."""
+
+    architecture: str
+    tensors: tuple[StoredTensor, ...]
+    keys: dict[str, Any]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Read a GGUF file; the values of its tensors are mapped from the disk.
 
     Raises:
         UsageError: the file is no GGUF file, or is truncated.
@@ -66,8 +81,8 @@ def read_gguf(path: Path) -> tuple[str, list[StoredTensor]]:
             )
         data = np.asarray(mapped[begin + offset : end])
         data = data.view({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
-        tensors.append(StoredTensor(name, kind.name, data.reshape(*shape[:-1], -1)))
-    return header.architecture, tensors
+        tensors.append(StoredTensor(name, kind.name, shape, data.reshape(*shape[:-1], -1)))
+    return GGUFFile(header.keys.get("general.architecture", ""), tuple(tensors), header.keys)
 
 
 class _Header:
@@ -78,15 +93,13 @@ class _Header:
         magic, version, self.num_tensors, count = self._read("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise KeyError(f"it starts with {magic!r} and version {version}")
-        self.architecture, self.alignment = "", 32
+        self.keys: dict[str, Any] = {}
         for _ in range(count):
             key, (kind,) = self._string(), self._read("I")
-            if key == "general.architecture" and kind == _STRING:
-                self.architecture = self._string()
-            elif key == "general.alignment" and kind == 4:
-                (self.alignment,) = self._read("I")
-            else:
-                self._skip(kind)
+            value = self._value(kind)
+            if value is not None:
+                self.keys[key] = value
+        self.alignment = int(self.keys.get("general.alignment", 32))
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Read the name, shape, format number and offset of the next tensor."""
@@ -102,18 +115,27 @@ class _Header:
         (size,) = self._read("Q")
         return self._file.read(size).decode()
 
-    def _skip(self, kind: int) -> None:
+    def _value(self, kind: int) -> Any:
+        """Read a value; None for a list of strings or lists, and for a list that is long, which are skipped."""
         if kind in _SCALARS:
-            self._file.seek(struct.calcsize(f"<{_SCALARS[kind]}"), 1)
-        elif kind == _STRING:
+            return self._read(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            raise KeyError(f"a value has the unknown type {kind}")
+        inner, count = self._read("IQ")
+        if inner in _SCALARS:
+            if count <= _LONG:
+                return self._read(f"{count}{_SCALARS[inner]}")
+            self._file.seek(count * struct.calcsize(f"<{_SCALARS[inner]}"), 1)
+        else:
+            for _ in range(count):
+                self._skip(inner)
+        return None
+
+    def _skip(self, kind: int) -> None:
+        if kind == _STRING:
             (size,) = self._read("Q")
             self._file.seek(size, 1)
-        elif kind == _ARRAY:
-            inner, count = self._read("IQ")
-            if inner in _SCALARS:
-                self._file.seek(count * struct.calcsize(f"<{_SCALARS[inner]}"), 1)
-            else:
-                for _ in range(count):
-                    self._skip(inner)
         else:
-            raise KeyError(f"a value has the unknown type {kind}")
+            self._value(kind)

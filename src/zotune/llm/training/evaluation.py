@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
@@ -131,8 +132,8 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
 def base_model_of(model: str) -> str | None:
     """Return the base model of a tuned model in a folder, from the configuration of its adapter or run, else None."""
     folder, base = Path(model), None
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if is_adapter_folder(folder):
+        base = base_of_adapter(folder)
     elif (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
         base = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
     # The base of a model that was tuned several times is the first one.

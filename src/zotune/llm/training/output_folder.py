@@ -19,9 +19,11 @@ from safetensors import SafetensorError
 import zotune
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
+from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
+from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
-from zotune.llm.models.adapters import is_adapter
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.quantized.gguf_output import write_tuned
@@ -40,6 +42,7 @@ _RUN_FILES = (
     "config.yaml",
     "config.json",
     "adapter_config.json",
+    FINGERPRINT,
     "*.safetensors.index.json",
 )
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -169,12 +172,15 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     """Write weights or adapter, config and tokenizer."""
     if not is_adapter(lm.module) and has_packed_layers(lm.module):
         write_tuned(lm.module, folder)
+        write_fingerprint(folder, lm.base_fingerprint)
         return
     # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
     extra: dict[str, Any] = (
         {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
     )
     save_pretrained(lm.module, str(folder), **extra)
+    if is_adapter(lm.module):
+        write_fingerprint(folder, lm.base_fingerprint)
     lm.tokenizer.save_pretrained(str(folder))
 
 

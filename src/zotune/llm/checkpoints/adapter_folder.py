@@ -1,0 +1,204 @@
+"""The folder of an adapter of peft: its base model, its tokenizer, and its tensors, each of which finds its place."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from zotune.errors import UsageError, is_out_of_memory, listed
+from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
+
+# Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
+# it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.
+REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter in a folder.
+
+    Attributes:
+        path: the folder.
+        config: its configuration of peft.
+        base: the name or folder of its base model.
+    """
+
+    path: Path
+    config: Any
+    base: str
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer of its own, perhaps with other tokens or another chat template."""
+        return any((self.path / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds an adapter of peft."""
+    return (path / "adapter_config.json").is_file()
+
+
+def read_adapter_folder(path: Path) -> AdapterFolder:
+    """Read the configuration of the adapter in a folder.
+
+    Raises:
+        UsageError: it cannot be read, names no base model, or cannot be loaded as it was saved.
+    """
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
+        raise UsageError(f"{path / 'adapter_config.json'} is no configuration of an adapter of peft: {error}") from None
+    check_init(config, f"the adapter in {path}")
+    return AdapterFolder(path, config, base_of_adapter(path))
+
+
+def base_of_adapter(path: Path) -> str:
+    """Return the base model that an adapter's configuration names; a relative path may start at the adapter's folder.
+
+    Raises:
+        UsageError: it names none, or a folder that is not there.
+    """
+    file = path / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{file} is no configuration of an adapter: {error}") from None
+    if not base:
+        raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')
+    if not Path(base).exists() and (path / base).is_dir():
+        return str(path / base)
+    is_path = Path(base).is_absolute() or base.startswith(("./", "../")) or base.count("/") > 1
+    if is_path and not Path(base).exists():
+        raise UsageError(
+            f"the adapter in {path} names the base model {base!r}, and there is no such folder, neither from here nor "
+            f"from the adapter's folder. Write its place into {file}."
+        )
+    return str(base)
+
+
+def check_init(config: Any, what: str) -> None:
+    """Refuse an initialisation that moves the base in a way that loading the adapter cannot repeat.
+
+    Raises:
+        UsageError: `config` has such an initialisation.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if init not in REPEATABLE_INITS:
+        raise UsageError(
+            f"{what} has init_lora_weights: {init!r}, which changes the weights of the base model by random draws or "
+            "by data, so that the saved adapter would be loaded onto another base than it was tuned on. Use one of: "
+            f"true, {', '.join(str(name) for name in REPEATABLE_INITS if isinstance(name, str))}; or convert the "
+            "adapter with peft (save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+
+
+def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
+    """Return a base model with the adapter in a folder.
+
+    Args:
+        base: the base model; its embedding gets the rows of the adapter's, if these are more.
+        folder: the adapter.
+        num_tokens: number of tokens of the tokenizer.
+
+    Raises:
+        UsageError: a tensor of the adapter is missing, has no place in the base or another shape; the message names it.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    path = str(folder.path)
+    own = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+    try:
+        weights = load_peft_weights(path, device="cpu")
+        _resize_embedding(base, folder, weights, num_tokens)
+        own |= {id(tensor) for tensor in base.parameters()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
+            model: Any = PeftModel.from_pretrained(base, path)
+            info = set_peft_model_state_dict(model, weights)
+    except UsageError:
+        raise
+    except (*LOADING_ERRORS, SafetensorError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(_misfit_message(folder, error)) from None
+    # The tensors of virtual tokens are read apart from the others.
+    missing = [name for name in _missing(model, info.missing_keys, own) if not name.startswith("prompt_encoder.")]
+    unexpected = _without_place(weights, [key for key in info.unexpected_keys if key != "prompt_embeddings"])
+    if missing or unexpected:
+        which = f"does not hold {listed(missing)}" if missing else f"holds {listed(unexpected)}, which has no place"
+        raise UsageError(
+            f"the adapter in {path} {which} in the base model {folder.base}. Is it the adapter of another base model?"
+        )
+    return model
+
+
+def _without_place(weights: dict[str, Tensor], unexpected: list[str]) -> list[str]:
+    """Return the tensors that have no place; peft saves a resized embedding under two names, of which one has."""
+    arrived = [value for key, value in weights.items() if key not in unexpected]
+
+    def is_copy(key: str) -> bool:
+        value = weights.get(key)
+        return value is not None and any(v.shape == value.shape and torch.equal(v, value) for v in arrived)
+
+    return sorted(key for key in unexpected if not is_copy(key))
+
+
+def _missing(model: nn.Module, absent: list[str], own: set[int]) -> list[str]:
+    """Return the adapter's parameters that got no values; a shared parameter gets them under one of its names."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) not in own:
+            names.setdefault(id(p), []).append(name)
+    without = set(absent)
+    return sorted(group[0] for group in names.values() if without.issuperset(group))
+
+
+def _resize_embedding(base: Any, folder: AdapterFolder, weights: dict[str, Tensor], num_tokens: int) -> None:
+    """Give the base's embedding as many rows as the adapter's own embedding has."""
+    embedding = base.get_input_embeddings()
+    here = int(getattr(embedding, "num_embeddings", num_tokens))
+    name = next(name for name, m in base.named_modules() if m is embedding)
+    found = [
+        value.shape[1 if "lora_embedding_A" in key else 0]
+        for key, value in weights.items()
+        if f".{name}." in key and (key.endswith("weight") or "lora_embedding_A" in key)
+    ]
+    rows = max(found, default=here)
+    if num_tokens > max(rows, here):
+        raise UsageError(
+            f"the tokenizer in {folder.path} has {num_tokens} tokens, but the embedding of {folder.base} has {here} "
+            "rows and the adapter holds none of its own. Save the adapter with its embedding (save_embedding_layers)."
+        )
+    if rows == here:
+        return
+    if not isinstance(embedding, nn.Embedding) or not embedding.weight.is_floating_point():
+        raise UsageError(
+            f"the adapter in {folder.path} has an embedding of {rows} rows, but that of the quantised base "
+            f"{folder.base} has {here} and cannot be resized. Load it without --quantization."
+        )
+    # The adapter's tensors replace those of the base, so the values of new rows do not matter.
+    with torch.random.fork_rng(devices=[]):
+        base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _misfit_message(folder: AdapterFolder, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = next((line for line in lines if "size mismatch" in line), lines[0])
+    if isinstance(error, KeyError):
+        reason = f"it does not hold {error.args[0]}"
+    return (
+        f"the adapter in {folder.path} does not fit its base model {folder.base}: {reason} Is it the adapter of "
+        "another base model?"
+    )
