@@ -102,7 +102,7 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.
 _INHERITED = (
     *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),
-    *("scored_turns", "exact_match", "max_length"),
+    *("scored_turns", "chat_date", "read_control_tokens", "exact_match", "max_length"),
     *("objective", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
 )
 

@@ -40,6 +40,10 @@ class LanguageModel:
     num_forwards: int = field(default=0)
     classifies: bool = False
 
+    def __post_init__(self) -> None:
+        if self.classifies and self.config.pad_token_id is None:
+            self.config.pad_token_id = self.pad_token_id
+
     @property
     def config(self) -> Any:
         """The configuration of transformers."""
@@ -71,8 +75,33 @@ class LanguageModel:
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token; any token will do, because padding is on the right or masked."""
-        return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
+        """The padding token; any token with an embedding will do, because padding is on the right or masked.
+
+        A model that classifies by its last token finds it as the last that is not padding: so its padding is a token
+        that the tokenizer does not put behind texts.
+        """
+        t = self.tokenizer
+        behind = {t("a")["input_ids"][-1]} if self.classifies and t.pad_token_id is None else set()
+        known = (t.pad_token_id, t.eos_token_id, t.unk_token_id, t.bos_token_id, 0, 1)
+        return int(next(i for i in known if i is not None and i < self.num_embeddings and i not in behind))
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of tokens that the model has embeddings for."""
+        embeddings = self.base.get_input_embeddings()
+        rows = getattr(embeddings, "num_embeddings", None)
+        return int(self.config.get_text_config().vocab_size if rows is None else rows)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens at which generated text ends: those of the tokenizer, the configurations and their lists."""
+        named = [
+            self.tokenizer.eos_token_id,
+            getattr(self.config, "eos_token_id", None),
+            getattr(getattr(self.base, "generation_config", None), "eos_token_id", None),
+        ]
+        lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
+        return frozenset(int(i) for ids in lists for i in ids if i is not None)
 
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
         """Return the (N, V) logits at the batch's scored positions, or (N, K) logits of the tokens `only`.

@@ -2,7 +2,7 @@
 
 Both metrics are those of SQuAD (Rajpurkar et al., 2016, section 6.1): texts are normalised to lower case without
 punctuation, articles and extra spaces; F1 compares bags of words, with the maximum over the accepted answers.
-Decoding is greedy, at most 50 tokens, up to a newline or the end of text (Malladi et al., 2023, appendix E).
+Decoding is greedy, by default at most 50 tokens, up to a newline or the end of text (Malladi et al., 2023, appendix E).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
-from zotune.llm.scoring.generation import generate
+from zotune.llm.scoring.generation import MAX_NEW_TOKENS, generate
 from zotune.llm.scoring.intervals import mean_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective, mean_loss
 
@@ -92,8 +93,12 @@ def evaluate_answers(
     batch_size: int,
     scorer: Scorer | None = None,
     objective: Objective = TEACHER_FORCING,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stops_at_newline: bool = True,
 ) -> AnswerEvaluation:
     """Generate an answer to each prompt, in batches of similar length, and compare it with the accepted answers."""
+    answers = partial(generate, lm, max_new_tokens=max_new_tokens, stops_at_newline=stops_at_newline)
     start, forwards_before = time.perf_counter(), lm.num_forwards
     predictions, total, weight = [""] * len(examples), 0.0, 0
     with torch.no_grad():
@@ -103,7 +108,7 @@ def evaluate_answers(
             batch_weight = sum(map(objective.weight, batch_examples))
             total += float(mean_loss(objective, (scorer or lm.score)(batch), batch, batch_examples)) * batch_weight
             weight += batch_weight
-            for i, answer in zip(indices, generate(lm, [e.prompt for e in batch_examples]), strict=True):
+            for i, answer in zip(indices, answers([e.prompt for e in batch_examples]), strict=True):
                 predictions[i] = answer
     seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before
     return answer_evaluation(tuple(predictions), examples, total / weight, seconds, forwards)

@@ -7,9 +7,10 @@ of a step use the same random numbers (their difference is due to the weights al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -49,7 +50,10 @@ def generate(
     sampling: Sampling | None = None,
     prefill: Prefill = lambda prompts: nullcontext(),
 ) -> list[str]:
-    """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or the end of text.
+    """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or one of the end tokens.
+
+    The end tokens are those of the tokenizer and of the checkpoint's generation configuration, which for chats often
+    names the end of a turn beside the end of text (`LanguageModel.end_tokens`).
 
     Decoding is greedy unless `sampling` is given. Each new token takes one call of the model, with cached keys and
     values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
@@ -89,25 +93,40 @@ def _generate(
         model, inputs, length = lm.base, *_inputs_after_virtual_tokens(lm, input_ids)
     else:
         model, inputs = lm.module, {"input_ids": input_ids, "attention_mask": attention_mask}
-    out: Tensor = model.generate(
-        **inputs,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            # Greedy decoding, whatever the checkpoint's own generation configuration says.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            pad_token_id=lm.pad_token_id,
-            eos_token_id=lm.tokenizer.eos_token_id,
-        ),
-        stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
-        logits_processor=_processors(sampling, length),
-    )
+    with _plain_decoding(model):
+        out: Tensor = model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=lm.pad_token_id,
+                eos_token_id=sorted(lm.end_tokens) or None,
+            ),
+            stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
+            logits_processor=_processors(sampling, length),
+        )
     lm.num_forwards += out.shape[1] - length
-    texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist()]
+    # A finished row is padded, and neither its end token nor the padding need be special tokens of the tokenizer.
+    rows = [list(takewhile(lambda token: token not in lm.end_tokens, row)) for row in out[:, length:].tolist()]
+    texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return [(text.split("\n")[0] if stops_at_newline else text).strip() for text in texts]
+
+
+@contextmanager
+def _plain_decoding(model: Any) -> Iterator[None]:
+    """Within this context the checkpoint's own generation configuration, with its penalties and bans, has no effect.
+
+    `generate` of transformers fills in from it whatever a given configuration leaves open.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
