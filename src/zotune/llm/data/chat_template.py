@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import lru_cache
@@ -146,12 +147,10 @@ class ChatTemplate:
 
 
 def reads_clock(tokenizer: Any) -> bool:
-    """Return whether a tokenizer's chat template writes the date of today.
-
-    Raises:
-        UsageError: the tokenizer has no template, or several without a default.
-    """
-    return _CLOCK in _names_used(_template_of(tokenizer))
+    """Return whether a tokenizer's chat template writes the date of today; False if it has no template for chats."""
+    with suppress(UsageError):
+        return _CLOCK in _names_used(_template_of(tokenizer))
+    return False
 
 
 @lru_cache(maxsize=16)

@@ -38,7 +38,7 @@ class Example:
     text_limit: tuple[int, int] | None = None
     second: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
-    controls: tuple[tuple[int, int], ...] = ()
+    controls: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     place: str = field(default="", compare=False)
 
 

@@ -9,7 +9,7 @@ word, so a model that is trained on the joined token must not be asked to contin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from zotune.errors import UsageError
@@ -122,47 +122,40 @@ class Encoder:
                 "the model's embeddings (resize_token_embeddings of transformers) and train them."
             )
 
-    def _tokens(self, example: Example, candidate: str = "") -> Tokens:
-        """Tokenise a prompt with a candidate, reading the token of either border only once.
+    def _tokens(self, example: Example, text: str, *, ends: bool = False) -> Tokens:
+        """Tokenise a text that starts with an example's prompt, reading the token of either border only once.
 
-        A beginning-of-sequence token that the prompt starts with is not added again, and an end-of-text token at the
-        end of the candidate is one.
+        A beginning-of-sequence token that the text starts with is not added again. If the text ends here, an
+        end-of-text token at its end is one. The template of a chat has added all special tokens.
         """
-        start = 0 if candidate else _start_of_continuation(example)
-        text = example.prompt[: start or None] + candidate
-        begin, end = self.tokenizer.bos_token, self.tokenizer.eos_token
+        tokenizer, tokens = self.tokenizer, control_tokens(self.tokenizer)
+        if example.spans:
+            return tokens.encode(text, example.controls, add_special_tokens=False)
         borders: list[Span] = []
-        if begin and text.startswith(begin):
-            borders.append((0, len(begin)))
-        if end and candidate.endswith(end):
-            borders.append((len(text) - len(end), len(text)))
-        ids, offsets = control_tokens(self.tokenizer).encode(text, (*example.controls, *borders))
-        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id and offsets[0] == (0, 0):
+        if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+            borders.append((0, len(tokenizer.bos_token)))
+        if ends and tokenizer.eos_token and text.endswith(tokenizer.eos_token):
+            borders.append((len(text) - len(tokenizer.eos_token), len(text)))
+        ids, offsets = tokens.encode(text, (*example.controls, *borders))
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id and offsets[0] == (0, 0):
             return ids[1:], offsets[1:]
         return ids, offsets
 
-    def _chat_tokens(self, example: Example) -> Tokens:
-        """Tokenise a chat, whose template has added the special tokens."""
-        return control_tokens(self.tokenizer).encode(example.prompt, example.controls, add_special_tokens=False)
-
-    def _chat_prompt(self, example: Example) -> Tokens:
-        """Tokenise a chat to be continued; a space at its end that the tokenizer joins with a word is left to it."""
-        if not example.prompt.endswith((" ", "\t")):
-            return self._chat_tokens(example)
-        ids, offsets = self._chat_tokens(replace(example, prompt=f"{example.prompt}a"))
-        stop = next(i for i, (_, end) in enumerate(offsets) if end > len(example.prompt))
-        return ids[:stop], offsets[:stop]
-
     def _prompt(self, example: Example) -> tuple[int, ...]:
         """Return the tokens to generate an answer from, leaving room for the answer."""
-        ids, offsets = self._chat_prompt(example) if example.spans else self._tokens(example)
+        text = example.prompt
+        if example.candidates:
+            text = text[: _start_of_continuation(example)]
+        # Without a known answer, a letter stands for it: does the tokenizer join the last space with what follows?
+        follows = "a" if not example.candidates and text.endswith((" ", "\t")) else ""
+        ids, offsets = self._tokens(example, text + follows)
         # What the tokenizer puts behind a text, such as an end-of-text token, does not belong before its continuation.
-        last = next((i for i in reversed(range(len(ids))) if offsets[i][1]), 0)
-        return self._truncate(ids[: last + 1], last + 1, self.new_tokens)[0]
+        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if 0 < end <= len(text)), default=1)
+        return self._truncate(ids[:stop], stop, self.new_tokens)[0]
 
     def _causal(self, example: Example, candidate: str) -> _Scored:
         """Tokenise prompt and candidate together; the candidate's tokens are those that end after the prompt."""
-        ids, offsets = self._tokens(example, candidate)
+        ids, offsets = self._tokens(example, example.prompt + candidate, ends=True)
         start = _start_of_continuation(example)
         scored = [i for i, (_, end) in enumerate(offsets) if end > start]
         if not scored:
@@ -182,7 +175,7 @@ class Encoder:
 
         What is cut on the left of a chat that is too long is cut from the scored turns too, except the last.
         """
-        ids, offsets = self._chat_tokens(example)
+        ids, offsets = self._tokens(example, example.prompt)
         scored = [
             i for i, (start, end) in enumerate(offsets) if any(start < hi and end > lo for lo, hi in example.spans)
         ]

@@ -54,7 +54,9 @@ def label_notes(options: DataOptions) -> list[str]:
 
 
 def control_token_notes(splits: Splits, options: DataOptions, tokenizer: Any) -> list[str]:
-    """Say how the texts of control tokens in the rows were read."""
+    """Say how the texts of control tokens in the rows were read; nothing without a tokenizer."""
+    if tokenizer is None:
+        return []
     every = [*splits.train, *splits.dev, *(splits.test if splits.test != splits.dev else ())]
     found = _TextsOfControlTokens(every, tokenizer)
     notes = []

@@ -55,7 +55,7 @@ def load_user_data(options: DataOptions, tokenizer: Any, *, masked: bool = False
 
     Args:
         options: the files, and the conversion of their rows.
-        tokenizer: the model's tokenizer, with its chat template and end-of-text token.
+        tokenizer: the model's tokenizer, with its chat template and end-of-text token; rows with labels need none.
         masked: whether the model fills in masks; it then needs rows with labels.
 
     Raises:
@@ -211,8 +211,8 @@ def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: P
     empty = next((label for label in labels if not likeness(label)), None)
     if empty is not None:
         raise UsageError(
-            f"{places[empty]}: the column {options.label_column!r} is empty ({empty!r}). Leave the row out, or give "
-            "each label a word with --verbalizer."
+            f"{places[empty]}: the column {options.label_column!r} is empty, so the label {empty!r} has an empty "
+            "word. Leave the row out, or give the label a word with --verbalizer."
         )
     if len(labels) < 2:
         raise UsageError(
