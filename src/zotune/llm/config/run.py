@@ -123,6 +123,15 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     return {name: saved[name] for name in _INHERITED if name in saved}, str(path)
 
 
+def with_recorded_date(config: TrainConfig) -> TrainConfig:
+    """Return the config of a run to resume with the date for chats that the run recorded at its start."""
+    path = config.output_dir / "config.yaml"
+    if not config.resume or config.chat_date is not None or not path.is_file():
+        return config
+    recorded = read_recipe(path).get("chat_date")
+    return config.model_copy(update={"chat_date": None if recorded is None else str(recorded)})
+
+
 def find_recipe(name: str) -> Path:
     """Return the recipe file of a path or of a shipped recipe's name.
 

@@ -1,8 +1,8 @@
 """Control tokens in text: the texts of a tokenizer's special tokens, and where they are read as these tokens.
 
 A row may contain the characters of a control token, such as `</s>` or `<|im_end|>`. Read as the token, they would end
-the text or a turn of a chat. So only texts that the user or the model's author wrote as control tokens are read as such:
-those of a template, and what the tokenizer adds. In the values of rows they are plain text, unless
+the text or a turn of a chat. So only texts that were written as control tokens are read as such: those of a template
+of the user or of the model, and what the tokenizer adds. In the values of rows they are plain text, unless
 `read_control_tokens` is set. Non-special added tokens are ordinary words of the vocabulary.
 """
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zotune.llm.data.collator import Batch
+from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.models.candidate_scores import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
 from zotune.llm.quantized.backends import supports_row_lookup
@@ -39,10 +40,6 @@ class LanguageModel:
     masked: bool
     num_forwards: int = field(default=0)
     classifies: bool = False
-
-    def __post_init__(self) -> None:
-        if self.classifies and self.config.pad_token_id is None:
-            self.config.pad_token_id = self.pad_token_id
 
     @property
     def config(self) -> Any:
@@ -73,12 +70,16 @@ class LanguageModel:
         adapter: Any = getattr(self.module, "active_peft_config", None)
         return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0
 
+    def __post_init__(self) -> None:
+        # A model that classifies by its last token finds it by its configuration's padding token.
+        if self.classifies and self.config.pad_token_id is None:
+            self.config.pad_token_id = self.pad_token_id
+
     @property
     def pad_token_id(self) -> int:
         """The padding token; any token with an embedding will do, because padding is on the right or masked.
 
-        A model that classifies by its last token finds it as the last that is not padding: so its padding is a token
-        that the tokenizer does not put behind texts.
+        Where a classifier looks for the last token that is not padding, it must not be what ends each text.
         """
         t = self.tokenizer
         behind = {t("a")["input_ids"][-1]} if self.classifies and t.pad_token_id is None else set()
@@ -94,14 +95,20 @@ class LanguageModel:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens at which generated text ends: those of the tokenizer, the configurations and their lists."""
-        named = [
-            self.tokenizer.eos_token_id,
-            getattr(self.config, "eos_token_id", None),
-            getattr(getattr(self.base, "generation_config", None), "eos_token_id", None),
-        ]
-        lists = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
-        return frozenset(int(i) for ids in lists for i in ids if i is not None)
+        """The tokens at which generated text ends: the tokenizer's, and all that the checkpoint names.
+
+        Without a generation configuration of the checkpoint, its place is taken by the model's configuration, whose
+        token may be no more than the default of its class: that counts only if the tokenizer knows it as special.
+        """
+        named = getattr(self.base, "generation_config", None)
+        ids = getattr(named, "eos_token_id", None)
+        ends = {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None}
+        if getattr(named, "_from_model_config", False):
+            default = getattr(type(self.config.get_text_config()), "eos_token_id", None)
+            special = control_tokens(self.tokenizer).ids.values()
+            ends = {i for i in ends if i != default or i in special}
+        own = self.tokenizer.eos_token_id
+        return frozenset(ends if own is None else ends | {own})
 
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
         """Return the (N, V) logits at the batch's scored positions, or (N, K) logits of the tokens `only`.

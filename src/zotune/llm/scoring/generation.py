@@ -93,6 +93,7 @@ def _generate(
         model, inputs, length = lm.base, *_inputs_after_virtual_tokens(lm, input_ids)
     else:
         model, inputs = lm.module, {"input_ids": input_ids, "attention_mask": attention_mask}
+    ends = lm.end_tokens
     with _plain_decoding(model):
         out: Tensor = model.generate(
             **inputs,
@@ -101,14 +102,14 @@ def _generate(
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=lm.pad_token_id,
-                eos_token_id=sorted(lm.end_tokens) or None,
+                eos_token_id=sorted(ends) or None,
             ),
             stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
             logits_processor=_processors(sampling, length),
         )
     lm.num_forwards += out.shape[1] - length
     # A finished row is padded, and neither its end token nor the padding need be special tokens of the tokenizer.
-    rows = [list(takewhile(lambda token: token not in lm.end_tokens, row)) for row in out[:, length:].tolist()]
+    rows = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, length:].tolist()]
     texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return [(text.split("\n")[0] if stops_at_newline else text).strip() for text in texts]
 

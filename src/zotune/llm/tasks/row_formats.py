@@ -141,9 +141,7 @@ def _chat_to_answer(row: LocatedRow, messages: list[dict[str, str]], options: Da
         raise UsageError(f"{row.place}: {error}") from None
     answers = (messages[-1]["content"].strip(),) if is_answered else ()
     end = len(found.text)
-    return Example(
-        found.text, (), 0, answers=answers, spans=((end, end),), controls=found.controls, place=row.place
-    )
+    return Example(found.text, (), 0, answers=answers, spans=((end, end),), controls=found.controls, place=row.place)
 
 
 def choice(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:

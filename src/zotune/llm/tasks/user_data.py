@@ -179,9 +179,7 @@ def _examples(rows: Sequence[LocatedRow], form: Format, options: DataOptions, to
     return tuple(form.to_example(row, options, tokenizer) for row in rows)
 
 
-def _split(
-    examples: Sequence[Example], form: Format, options: DataOptions, tokenizer: Any
-) -> tuple[Splits, list[str]]:
+def _split(examples: Sequence[Example], form: Format, options: DataOptions, tokenizer: Any) -> tuple[Splits, list[str]]:
     """Split examples into training and held-out rows; without eval_file the latter are also the evaluation rows."""
     order = np.random.RandomState(options.data_seed).permutation(len(examples))
     num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
