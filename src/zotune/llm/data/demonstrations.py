@@ -114,7 +114,8 @@ def prepend_demonstrations(
 
 def _after(demonstrations: Sequence[str], example: Example) -> Example:
     """Return an example whose prompt starts with demonstrations."""
-    text, controls = "", []
+    text = ""
+    controls: list[Span] = []
     for demonstration in demonstrations:
         # A span may reach beyond its text, which nothing follows there.
         inside = [(lo, min(hi, len(demonstration))) for lo, hi in getattr(demonstration, "controls", ())]

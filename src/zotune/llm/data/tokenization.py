@@ -115,9 +115,9 @@ class Encoder:
     def _check_embedded(self, ids: set[int]) -> None:
         highest = max(ids, default=0)
         if self._num_embeddings is not None and highest >= self._num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
             raise UsageError(
-                f"the tokenizer gives {self.tokenizer.convert_ids_to_tokens(highest)!r} the id {highest}, but the model "
-                f"has embeddings for {self._num_embeddings} tokens (0 to {self._num_embeddings - 1}). The tokenizer "
+                f"the tokenizer gives {token!r} the id {highest}, but the model has embeddings for {self._num_embeddings} tokens (0 to {self._num_embeddings - 1}). The tokenizer "
                 "knows tokens that the model does not: use the tokenizer that the model was trained with, or resize "
                 "the model's embeddings (resize_token_embeddings of transformers) and train them."
             )

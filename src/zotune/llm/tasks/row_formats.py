@@ -94,7 +94,7 @@ def completion(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example
 
 
 def without_end(text: str, end: str) -> str:
-    """Return a text without the end-of-text token that it ends in, and white space after the token.
+    r"""Return a text without the end-of-text token that it ends in, and white space after the token.
 
     >>> without_end(" pong</s>\n", "</s>"), without_end(" pong\n", "</s>"), without_end(" pong", "")
     (' pong', ' pong\n', ' pong')
@@ -293,7 +293,8 @@ def filled(template: str, values: dict[str, str]) -> tuple[str, tuple[Span, ...]
     >>> filled("[INST] {text} [/INST]", {"text": "hi"})
     ('[INST] hi [/INST]', ((0, 7), (9, 17)))
     """
-    text, spans = "", []
+    text = ""
+    spans: list[Span] = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         if literal:
             # A doubled brace ends a part of the template's text, but not the text.

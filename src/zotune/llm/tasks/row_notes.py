@@ -16,9 +16,9 @@ _SHOWN = 5
 
 
 def likeness(label: str) -> str:
-    """Return what near-equal labels have in common: no case, spaces, invisible characters or forms of numbers.
+    r"""Return what near-equal labels have in common: no case, spaces, invisible characters or forms of numbers.
 
-    >>> [likeness(label) for label in ("good", " GOOD", "go\\u200bod", "1", "1.0", "true", "True")]
+    >>> [likeness(label) for label in ("good", " GOOD", "go\u200bod", "1", "1.0", "true", "True")]
     ['good', 'good', 'good', '1', '1', 'true', 'true']
     """
     visible = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) not in ("Cf", "Cc"))
