@@ -117,9 +117,10 @@ class Encoder:
         if self._num_embeddings is not None and highest >= self._num_embeddings:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise UsageError(
-                f"the tokenizer gives {token!r} the id {highest}, but the model has embeddings for {self._num_embeddings} tokens (0 to {self._num_embeddings - 1}). The tokenizer "
-                "knows tokens that the model does not: use the tokenizer that the model was trained with, or resize "
-                "the model's embeddings (resize_token_embeddings of transformers) and train them."
+                f"the tokenizer gives {token!r} the id {highest}, but the model has embeddings for "
+                f"{self._num_embeddings} tokens (0 to {self._num_embeddings - 1}): the tokenizer knows tokens that the "
+                "model does not. Use the tokenizer that the model was trained with, or resize the model's embeddings "
+                "(resize_token_embeddings of transformers) and train them."
             )
 
     def _tokens(self, example: Example, text: str, *, ends: bool = False) -> Tokens:
