@@ -115,7 +115,7 @@ class ControlTokens:
             found = self._tokenizer(
                 text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False, **options
             )
-            ids, offsets = tuple(found["input_ids"]), tuple(map(tuple, found["offset_mapping"]))
+            ids, offsets = tuple(found["input_ids"]), tuple(found["offset_mapping"])
         else:
             ids, offsets = self._aligned(text, add_special_tokens, bool(literal))
         self._check_plain(text, literal, ids, offsets)

@@ -10,6 +10,8 @@ word, so a model that is trained on the joined token must not be asked to contin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from string import ascii_letters
 from typing import Any
 
 from zotune.errors import UsageError
@@ -145,14 +147,18 @@ class Encoder:
     def _prompt(self, example: Example) -> tuple[int, ...]:
         """Return the tokens to generate an answer from, leaving room for the answer."""
         text = example.prompt
-        if example.candidates:
+        if example.candidates or self._joins_spaces:
             text = text[: _start_of_continuation(example)]
-        # Without a known answer, a letter stands for it: does the tokenizer join the last space with what follows?
-        follows = "a" if not example.candidates and text.endswith((" ", "\t")) else ""
-        ids, offsets = self._tokens(example, text + follows)
+        ids, offsets = self._tokens(example, text)
         # What the tokenizer puts behind a text, such as an end-of-text token, does not belong before its continuation.
-        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if 0 < end <= len(text)), default=1)
+        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if end), default=1)
         return self._truncate(ids[:stop], stop, self.new_tokens)[0]
+
+    @cached_property
+    def _joins_spaces(self) -> bool:
+        """Whether the tokenizer joins a space with the first letter after it."""
+        ends = (control_tokens(self.tokenizer).encode(f". {c}", ())[1] for c in ascii_letters)
+        return any(all(end != len(". ") for _, end in offsets) for offsets in ends)
 
     def _causal(self, example: Example, candidate: str) -> _Scored:
         """Tokenise prompt and candidate together; the candidate's tokens are those that end after the prompt."""

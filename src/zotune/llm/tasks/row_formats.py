@@ -203,7 +203,7 @@ FORMATS: dict[str, Format] = {
         chat,
         TEACHER_FORCING,
         evaluate_log_loss,
-        frozenset({"scored_turns"}),
+        frozenset({"scored_turns", "chat_date"}),
     ),
     "choice": Format(
         "a prompt, choices, and the right one's index or itself",
