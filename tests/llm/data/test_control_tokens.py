@@ -1,4 +1,4 @@
-"""The text of a control token in a row is plain text; those of a template and of the borders are read, and read once."""
+"""The text of a control token in a row is plain text; those of a template and of the borders are read once."""
 
 import json
 from datetime import date
@@ -81,7 +81,6 @@ def test_a_message_cannot_open_a_turn_of_its_own():
     assert chat.text == tokenizer.apply_chat_template(messages, tokenize=False)
     assert [chat.text[lo:hi] for lo, hi in chat.turns] == ["the</s> sky<|im_end|>"]
     ids, _ = control_tokens(tokenizer).encode(chat.text, chat.controls, add_special_tokens=False)
-    # transformers' own way, which breaks the text at each plain control token and so may join less.
     names = [tokenizer.convert_ids_to_tokens(i) for i in ids]
     special = [name for name in names if name in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")]
     assert special == ["<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]

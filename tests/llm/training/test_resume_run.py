@@ -224,3 +224,40 @@ def test_a_run_that_failed_for_losses_fails_again_at_once(config, tmp_path, monk
         train(config(**options, resume=True))
     assert len(read(tmp_path / "out/ledger.zol")) == 12
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
+def test_a_chat_has_the_date_of_the_runs_first_day(config, tmp_path, monkeypatch):
+    """A template that writes the date: a run resumed on another day, and its evaluation, write the first one."""
+    from datetime import date
+
+    from zotune.llm.config.run import EvalConfig, inherited_options
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
+    from zotune.llm.tasks import user_data
+
+    def on(*day):
+        monkeypatch.setattr(user_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: cls(*day))}))
+
+    lm = load(ModelOptions(model="random:llama-tiny", device="cpu"))
+    lm.tokenizer.chat_template = (
+        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    lm.module.save_pretrained(tmp_path / "chat")
+    lm.tokenizer.save_pretrained(tmp_path / "chat")
+    messages = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text((json.dumps({"messages": messages}) + "\n") * 6, encoding="utf-8")
+    options = {"model": str(tmp_path / "chat"), "train_file": rows, "num_dev": 2, "tuning": "lora"}
+    on(2024, 5, 1)
+    train(config(output_dir=tmp_path / "whole", max_steps=3, **options))
+    train(config(output_dir=tmp_path / "cut", max_steps=2, **options))
+    on(2024, 5, 2)
+    train(config(output_dir=tmp_path / "cut", max_steps=3, resume=True, **options))
+    (weights,) = (tmp_path / "whole").glob("*model.safetensors")
+    assert weights.read_bytes() == (tmp_path / "cut" / weights.name).read_bytes()
+    assert results_of(tmp_path / "cut")["config"]["chat_date"] == "2024-05-01"
+    inherited, _ = inherited_options(EvalConfig(model=str(tmp_path / "cut"), eval_file=rows))
+    assert inherited["chat_date"] == "2024-05-01"
+    train(config(output_dir=tmp_path / "later", max_steps=3, **options))
+    assert results_of(tmp_path / "later")["config"]["chat_date"] == "2024-05-02"
