@@ -81,6 +81,8 @@ def test_a_row_that_ended_is_not_continued_by_the_padding(tiny):
     together = generate(lm, list(map(tuple, prompts)), 20, stops_at_newline=False)
     assert together == [generate(lm, [tuple(p)], 20, stops_at_newline=False)[0] for p in prompts]
     assert all(whole.startswith(cut) for whole, cut in zip(alone, together, strict=True))
+    said = first[tuple(prompts[0])]
+    assert together[0] == lm.tokenizer.decode(said[: said.index(end)], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(
