@@ -6,7 +6,7 @@ the same input tokens share one sequence, and so one forward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zotune.errors import UsageError
@@ -29,6 +29,7 @@ class Encoded:
     Attributes:
         label, also_right, answers: as in the example.
         prompt: the tokens to generate an answer from, if it is generated; text: the same prompt as text.
+        place: file and line of the row, or its split and number, for messages; no part of the row's digest.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -38,6 +39,7 @@ class Encoded:
     answers: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
     text: str = ""
+    place: str = field(default="an example", compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -95,7 +97,7 @@ class Encoder:
             )
         candidates = tuple(Candidate(sequences.index(s), positions, tokens) for s, positions, tokens in encoded)
         text = example.prompt if prompt else ""
-        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text)
+        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text, where)
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
         """Return the tokens to generate an answer from, leaving room for the answer."""

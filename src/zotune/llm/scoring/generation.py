@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zotune.llm.models.cache_argument import cache_argument
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.finite import check_best
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50
@@ -48,6 +49,7 @@ def generate(
     stops_at_newline: bool = True,
     sampling: Sampling | None = None,
     prefill: Prefill = lambda prompts: nullcontext(),
+    places: Sequence[str] | None = None,
 ) -> list[str]:
     """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or the end of text.
 
@@ -55,17 +57,22 @@ def generate(
     values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
     peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows. `prefill`
     returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`).
+
+    Raises:
+        NonFiniteScoreError: the logits after a prompt are not finite; `places` names the prompts in the message.
     """
+    places = [f"prompt {i}" for i in range(1, 1 + len(prompts))] if places is None else places
     if not lm.num_virtual_tokens:
         with prefill(prompts):
-            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
+            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling, places)
     texts = [""] * len(prompts)
     for length in sorted(set(map(len, prompts))):
         indices = [i for i, p in enumerate(prompts) if len(p) == length]
         batch_sampling = (
             None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in indices))
         )
-        generated = _generate(lm, [prompts[i] for i in indices], max_new_tokens, stops_at_newline, batch_sampling)
+        some, their_places = [prompts[i] for i in indices], [places[i] for i in indices]
+        generated = _generate(lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places)
         for i, text in zip(indices, generated, strict=True):
             texts[i] = text
     return texts
@@ -77,6 +84,7 @@ def _generate(
     max_new_tokens: int,
     stops_at_newline: bool,
     sampling: Sampling | None,
+    places: Sequence[str],
 ) -> list[str]:
     """Generate from prompts padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -103,7 +111,7 @@ def _generate(
             eos_token_id=lm.tokenizer.eos_token_id,
         ),
         stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
-        logits_processor=_processors(sampling, length),
+        logits_processor=_processors(sampling, length, places),
     )
     lm.num_forwards += out.shape[1] - length
     texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist()]
@@ -135,16 +143,27 @@ def _inputs_after_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[
     return {"inputs_embeds": torch.cat([virtual.to(embeddings.dtype), embeddings], 1), "attention_mask": mask}, 0
 
 
-def _processors(sampling: Sampling | None, prompt_length: int) -> Any:
+def _processors(sampling: Sampling | None, prompt_length: int, places: Sequence[str]) -> Any:
     """Return the processors of the logits, after which the best token is chosen."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    processors: list[Any] = []
+    processors: list[Any] = [_CheckFinite(tuple(places))]
     if sampling is not None:
         processors += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
         processors += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         processors += [_Draw(sampling.seeds, prompt_length)]
     return LogitsProcessorList(processors)
+
+
+@dataclass(frozen=True)
+class _CheckFinite:
+    """Refuse logits without a best token; the choice among NaN would be the first token."""
+
+    places: tuple[str, ...]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_best(scores, self.places)
+        return scores
 
 
 @dataclass(frozen=True)
