@@ -36,6 +36,7 @@ WITHOUT_LEDGER = {
     "fo_adam": {"method": "fo_adam", "eval_steps": 2},
     "fo_adam, dropout": {"method": "fo_adam", "model": "random:opt-tiny", "tuning": "lora"},
     "fo_sgd": {"method": "fo_sgd", "lr_scheduler_type": "linear", "dtype": "bfloat16"},
+    "hybrid, bfloat16": {"hybrid_layers": 1, "hybrid_tied": "zeroth_order", "dtype": "bfloat16"},
     "hybrid": {"hybrid_layers": 1, "hybrid_method": "fo_adam", "sparsity": 0.2, "hybrid_tied": "zeroth_order"},
 }
 
