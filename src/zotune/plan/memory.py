@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
+from zotune.estimate.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
@@ -119,9 +120,13 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     return config.gradient_accumulation_steps * estimates * passes * tokens
 
 
-def forwards_of_training(step: int, config: TrainConfig) -> int:
-    """Forward passes of a run with `step` passes per step; the check of the first forward gradient needs two more."""
-    checks = 2 * config.gradient_accumulation_steps * (config.method == "forward_grad")
+def forwards_of_training(step: int, config: TrainConfig, module: nn.Module) -> int:
+    """Forward passes of a run with `step` passes per step.
+
+    The check of the first forward gradient needs two more, except in half precision.
+    """
+    is_checked = config.method == "forward_grad" and is_compared(precision_of(module))
+    checks = 2 * config.gradient_accumulation_steps * is_checked
     return step * config.max_steps + checks
 
 

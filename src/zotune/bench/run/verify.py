@@ -2,10 +2,10 @@
 
 Two results are of one kind if they come from the same commit and machine and their options are equal, except numbers,
 which must be both 0, both 1, or both larger, so that today's code runs the same branches for all of them. (A coarser
-notion, which takes less time and proves less, is the same method, tuning and precision.) For each kind the cheapest cell is
-recomputed: its search and the runs of other seeds are taken from the stored result; the run of the first seed and the
-evaluation of the untuned model are computed, with as many threads as before. If all repeatable numbers agree to the
-last bit, the results of the kind get today's key and a record of the verification. Measured numbers cannot agree
+notion, which takes less time and proves less, is the same method, tuning and precision.) For each kind the cheapest
+cell is recomputed: its search and the runs of other seeds are taken from the stored result; the run of the first seed
+and the evaluation of the untuned model are computed, with as many threads as before. If all repeatable numbers agree to
+the last bit, the results of the kind get today's key and a record of the verification. Measured numbers cannot agree
 exactly: cells of measurements (memory, time, theory) are accepted if these are close on the same machine.
 
 On another kind of processor the last digits differ. There the code of the stored results can be run beside today's
