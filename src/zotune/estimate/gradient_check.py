@@ -51,8 +51,8 @@ class Trial:
     doubt: float = 3.0
 
 
-# In half precision differences only judge a coefficient of zero, and all five are to agree: where μ is large enough for rounding, a large model may be far from linear,
-# and then some three of five lie together by chance.
+# In half precision differences only judge a coefficient of zero, and all five are to agree: where μ is large enough for
+# rounding, a large model may be far from linear, and then some three of five lie together by chance.
 _TRIALS = {
     torch.float64: Trial(1e-4, (1.6e-3, 4e-4, 2.5e-5, 6.25e-6), 1e-14, 0.01),
     torch.float32: Trial(1e-3, (1.6e-2, 4e-3, 2.5e-4, 6.25e-5), 2e-7, 0.03),
