@@ -55,14 +55,16 @@ def generate(
 
     Decoding is greedy unless `sampling` is given. Each new token takes one call of the model, with cached keys and
     values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
-    peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows. `prefill`
+    peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows; so they do for
+    models that might read padding as text. `prefill`
     returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`).
 
     Raises:
         NonFiniteScoreError: the logits after a prompt are not finite; `places` names the prompts in the message.
     """
     places = [f"prompt {i}" for i in range(1, 1 + len(prompts))] if places is None else places
-    if not lm.num_virtual_tokens:
+    is_one_length = len(set(map(len, prompts))) == 1 and not lm.num_virtual_tokens
+    if is_one_length or lm.generates_padded(max(map(len, prompts)) + max_new_tokens):
         with prefill(prompts):
             return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling, places)
     texts = [""] * len(prompts)
@@ -89,6 +91,7 @@ def _generate(
     """Generate from prompts padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    lm.reset()
     length = max(map(len, prompts))
     padded = [[lm.pad_token_id] * (length - len(p)) + list(p) for p in prompts]
     mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
