@@ -11,6 +11,7 @@ from zotune.errors import NonFiniteLossError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training import checkpoint
+from zotune.llm.training.resume import data_digest
 from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
@@ -247,6 +248,22 @@ def test_held_out_rows_that_choose_the_weights_may_not_change(config, tmp_path):
     checkpoint.save(tmp_path / "out" / "checkpoint.safetensors", found)
     with pytest.raises(UsageError, match="other held-out rows"):
         train(config(**options, resume=True))
+
+
+def test_a_ledger_names_the_held_out_rows_that_choose_the_weights(config, tmp_path, monkeypatch):
+    for options, named in (({}, False), ({"eval_steps": 2, "load_best_model_at_end": True}, True)):
+        out = tmp_path / str(named)
+        train(config(max_steps=2, output_dir=out, **options))
+        about = read(out / "ledger.zol").header.about
+        assert ("held_out" in about) == named
+        if named:
+            assert about["held_out"] not in (data_digest(()), about["data"])
+            monkeypatch.setattr(
+                "zotune.llm.training.resume.data_digest",
+                lambda rows, d=about["data"]: d if len(rows) > 3 else "another",
+            )
+            with pytest.raises(LedgerError, match="other held-out rows"):
+                train(config(max_steps=2, output_dir=out, resume=True, **options))
 
 
 def test_a_checkpoint_that_is_gone_and_fewer_steps_are_refused(config, tmp_path):

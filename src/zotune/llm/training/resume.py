@@ -74,7 +74,7 @@ class Journal:
         self._run["data"] = data_digest(train)
         self._origin = None if self.has_ledger else origin_of(lm, train, dev if config.selects else ())
         self._writer: LedgerWriter | None = None
-        self._description = partial(_description, config, lm, train)
+        self._description = partial(_description, config, lm, train, dev if config.selects else None)
 
     def restore(self, counters: Counters, note: Callable[[StepRecord], None]) -> None:
         """Restore weights, optimizer and counters of a resumed run; a new run starts its ledger.
@@ -148,7 +148,10 @@ class Journal:
 
     def _check_data(self, ledger: Ledger) -> None:
         ours, theirs = self._description(), ledger.header.about
-        for key, name in (("data", "training rows"), ("frozen", "frozen weights")):
+        names = {"data": "training rows", "frozen": "frozen weights"}
+        # Ledgers of earlier versions do not name the held-out rows.
+        names |= {"held_out": "held-out rows"} if "held_out" in ours and "held_out" in theirs else {}
+        for key, name in names.items():
             if ours[key] != theirs.get(key):
                 raise LedgerError(
                     f"{ledger.name} was started with other {name}, so the run cannot resume. Restore them, or start "
@@ -238,12 +241,15 @@ def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
             )
 
 
-def _description(config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...]) -> dict[str, Any]:
-    """Return the description of a run in a ledger's header."""
+def _description(
+    config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...] | None
+) -> dict[str, Any]:
+    """Return the description of a run in a ledger's header; `dev` are held-out rows that choose the weights."""
     libraries = ("torch", "numpy", "transformers", "peft")
     return {
         "config": config.model_dump(mode="json"),
         "data": data_digest(train),
+        **({} if dev is None else {"held_out": data_digest(dev)}),
         "frozen": frozen_digest(lm.module),
         "schedule": {"kind": config.lr_scheduler_type, "max_steps": config.max_steps},
         "tuning": config.tuning,
