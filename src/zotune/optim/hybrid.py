@@ -20,6 +20,14 @@ from zotune.errors import UsageError
 from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
 from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
+from zotune.optim.master_weights import (
+    FirstOrder,
+    back_propagate,
+    finite_gradients,
+    must_repeat,
+    parameters_of,
+    with_master_weights,
+)
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
 
@@ -30,7 +38,8 @@ class Hybrid:
 
     Args:
         zeroth_order: over the shallow parameters: those of the first layers, and what is read before them.
-        first_order: any torch optimizer, over all others that are tuned.
+        first_order: any torch optimizer, over all others that are tuned. Those in half precision get float32 copies,
+            which it then moves in their place (`zotune.optim.master_weights`).
 
     Forward passes a step: the zeroth-order method's, and one whose upper part is back-propagated. Modules of the
     zeroth-order optimizer's model are in eval mode during probes; the first-order pass leaves modes as they are.
@@ -47,19 +56,19 @@ class Hybrid:
     True
     """
 
-    def __init__(self, zeroth_order: ZerothOrder, first_order: torch.optim.Optimizer) -> None:
+    def __init__(self, zeroth_order: ZerothOrder, first_order: FirstOrder) -> None:
         if zeroth_order.block_order == BlockOrder.SEQUENTIAL and len(zeroth_order.blocks) > 1:
             raise UsageError(
                 "a hybrid takes both gradients at the same weights, but sequential blocks move some before others are "
                 'estimated. Use block_order="joint".'
             )
-        self.zeroth_order, self.first_order = zeroth_order, first_order
-        deep = {id(p) for group in first_order.param_groups for p in group["params"]}
+        deep = set(map(id, parameters_of(first_order)))
         both = [t.name for t in zeroth_order.tuned if id(t.parameter) in deep]
         if both:
             raise UsageError(
                 f"{both[0]!r} is tuned by both optimizers, so it would be moved twice a step; leave it to one of them."
             )
+        self.zeroth_order, self.first_order = zeroth_order, with_master_weights(first_order)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -75,7 +84,9 @@ class Hybrid:
         If a loss or a first-order gradient is not finite, neither moves and the step counts as skipped.
         """
         loss = self._differentiate(closure)
-        if not (math.isfinite(loss) and self._finite_gradients()):
+        while math.isfinite(loss) and must_repeat(self.first_order):
+            loss = self._differentiate(closure)
+        if not (math.isfinite(loss) and finite_gradients(self.first_order)):
             self.zeroth_order.skip()
         else:
             skipped = self.zeroth_order.num_skipped
@@ -98,14 +109,10 @@ class Hybrid:
                         "the closure's loss does not depend on the first-order parameters through torch's autograd; "
                         "return it as a tensor, without .item() or torch.no_grad()."
                     )
-                (loss * (weight / sum(micro.weights))).backward()  # type: ignore[no-untyped-call]
+                back_propagate(self.first_order, loss * (weight / sum(micro.weights)))
                 total += weight * float(loss.detach())
         self.zeroth_order.num_forwards += 1
         return total / sum(micro.weights)
-
-    def _finite_gradients(self) -> bool:
-        gradients = (p.grad for group in self.first_order.param_groups for p in group["params"])
-        return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' states."""

@@ -9,7 +9,7 @@ word, so a model that is trained on the joined token must not be asked to contin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_letters
 from typing import Any
@@ -38,6 +38,7 @@ class Encoded:
     Attributes:
         label, also_right, answers: as in the example.
         prompt: the tokens to generate an answer from, if it is generated; text: the same prompt as text.
+        place: file and line of the row, or its split and number, for messages; no part of the row's digest.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -47,6 +48,7 @@ class Encoded:
     answers: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
     text: str = ""
+    place: str = field(default="an example", compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -108,7 +110,7 @@ class Encoder:
             )
         candidates = tuple(Candidate(sequences.index(s), positions, tokens) for s, positions, tokens in encoded)
         text = example.prompt if prompt else ""
-        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text)
+        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text, where)
 
     def _predicted(self, encoded: list[_Scored]) -> set[int]:
         """Return the tokens of all candidates; those of a classification head are numbers of labels."""

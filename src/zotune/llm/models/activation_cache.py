@@ -89,7 +89,9 @@ class SequenceCache:
     def __init__(self, lm: LanguageModel, store: ActivationStore, splits: Sequence[Iterable[Tokens]] = ()) -> None:
         _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
-        self.depth = 0 if tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
+        splits = [list(split) for split in splits]
+        is_padded = lm.reads_padded(max((len(s) for split in splits for s in split), default=0))
+        self.depth = lowest_tuned_layer(lm.base) if is_padded and not tunes_outside_base(lm) else 0
         self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
         self._returns_tuple = False
         self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from zotune.llm.data.collator import Batch
 from zotune.llm.data.control_tokens import control_tokens
+from zotune.llm.data.padding import by_length, generates_padded, reads_padded, reset_rope, rope_grows
 from zotune.llm.models.candidate_scores import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
 from zotune.llm.quantized.backends import supports_row_lookup
+from zotune.messages import say
 
 # Logits computed at a time at most: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -40,6 +42,7 @@ class LanguageModel:
     masked: bool
     num_forwards: int = field(default=0)
     classifies: bool = False
+    _said: bool = field(default=False, repr=False)
 
     @property
     def config(self) -> Any:
@@ -110,6 +113,20 @@ class LanguageModel:
         own = self.tokenizer.eos_token_id
         return frozenset(ends if own is None else ends | {own})
 
+    def reset(self) -> None:
+        """Forget what the model keeps from one pass to the next: the frequencies of the longest row so far."""
+        if rope_grows(self.config):
+            reset_rope(self.base)
+
+    def reads_padded(self, longest: int) -> bool:
+        """Whether sequences of at most `longest` tokens may share a pass, with padding on the right."""
+        bidirectional = self.masked or self.classifies
+        return reads_padded(self.config, longest + self.num_virtual_tokens, masked=bidirectional)
+
+    def generates_padded(self, longest: int) -> bool:
+        """Whether prompts may share a batch, with padding on the left, up to `longest` tokens with the new text."""
+        return not self.num_virtual_tokens and generates_padded(self.config, longest)
+
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
         """Return the (N, V) logits at the batch's scored positions, or (N, K) logits of the tokens `only`.
 
@@ -123,6 +140,7 @@ class LanguageModel:
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits of a forward pass over (S, L) tokens, padded on the right."""
+        self.reset()
         inputs: dict[str, Any] = {"input_ids": input_ids}
         # Causal attention never sees right padding, and without a mask attention runs its fast kernel.
         bidirectional = self.masked or self.classifies
@@ -134,13 +152,38 @@ class LanguageModel:
         """Return (examples, candidates) scores in float64.
 
         They are mean log-probabilities, or these up to a constant per example where the batch does not need them
-        exactly.
+        exactly. Where padding might change them, sequences of one length share a pass.
         """
+        if not self._may_share(batch):
+            return scores_of_tokens(self._log_probabilities_by_length(batch), batch)
         if self.classifies:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
         if batch.needs_only_candidates and supports_row_lookup(self.base.get_output_embeddings()):
             return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
         return scores_of_tokens(self.token_log_probabilities(batch), batch)
+
+    def _may_share(self, batch: Batch) -> bool:
+        """Whether the batch's sequences may share a pass: padding changes nothing, or nothing depends on lengths."""
+        return self.reads_padded(batch.input_ids.shape[1])
+
+    def _log_probabilities_by_length(self, batch: Batch) -> Tensor:
+        """Return the (M,) log-probabilities from passes over sequences of one length, which count as one."""
+        before, parts, places = self.num_forwards, [], []
+        for part, at in by_length(batch):
+            if self.classifies:
+                parts.append(log_probabilities(self.logits(part), part.rows, part.tokens))
+            else:
+                parts.append(self.token_log_probabilities(part))
+            places.append(at)
+        if len(parts) > 1 and not self._said:
+            self._said = True
+            say(f"rows of one length share a pass, because padding might change the results of {self._kind}")
+        self.num_forwards = before + 1
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    @property
+    def _kind(self) -> str:
+        return f"{self.config.model_type} models with rows of this length"
 
     def token_log_probabilities(self, batch: Batch) -> Tensor:
         """Return the (M,) log-probabilities of the candidates' tokens.
@@ -167,6 +210,8 @@ class LanguageModel:
 
     def copies_at_once(self, batch: Batch) -> int:
         """How many copies of a batch one forward pass may score, within the bounds on tokens and on logits."""
+        if not self._may_share(batch):
+            return 1
         positions = max(1, len(batch.positions))
         return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self.vocabulary // positions))
 
