@@ -34,6 +34,10 @@ class NonFiniteLossError(RunError):
     """The objective was NaN or infinite in several consecutive steps."""
 
 
+class NonFiniteScoreError(RunError):
+    """A row of an evaluation has scores that are no numbers, so it has no prediction and no loss."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint for a misspelt `name`: ` Did you mean 'x'?`, or a list of the known names if none is near.
 

@@ -111,3 +111,26 @@ def test_a_new_run_in_the_folder_takes_the_old_page_away(run, monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "zotune.bench.report.run_html", None)
     assert cli.run([*TRAIN, *SHORT, "--output-dir", str(tmp_path), "--overwrite-output-dir"]) == 0
     assert not (tmp_path / PAGE).exists()
+
+
+@pytest.mark.parametrize("scores", [{"log_loss": 2.0}, {"reward": -3.0}], ids=lambda scores: next(iter(scores)))
+def test_the_interval_of_a_single_row_is_left_open(run, tmp_path, scores):
+    """JSON has null for the infinite ends of such an interval."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Q{i}:", "completion": f" {i}"}) + "\n" for i in range(5)))
+    unknown = {**scores, "low": None, "high": None, "num_examples": 1, "loss": 2.5}
+    assert run_page._score("rows", unknown) == ["rows", *scores, f"{next(iter(scores.values())):g}", "–", "1", "2.5000"]
+    lines = [{"step": s, "num_forwards": s, "seconds": 1.0, "loss": 1.0, "peak_memory": 1} for s in (2, 4)]
+    drawn = [point for figure in figures([*lines, {"step": 3, "dev": unknown}], {"dev_before": unknown})
+             for panel in figure.panels for point in panel.points()]  # fmt: skip
+    assert drawn and all(point.low is None and point.high is None for point in drawn)
+    out = tmp_path / "out"
+    model = ["train", "--model", "random:llama-tiny", "--device", "cpu", "--max-steps", "1", "--train-file", str(rows)]
+    assert cli.run([*model, "--tuning", "lora", "--output-dir", str(out)]) == 0
+    assert "<td>–</td>" in sound_page(out)
+
+
+def sound_page(folder):
+    html = (folder / PAGE).read_text(encoding="utf-8")
+    sound(html)
+    return re.sub(r"<td[^>]*>", "<td>", html)

@@ -188,6 +188,15 @@ def test_results_of_a_kind_came_from_one_commit_and_machine_and_differ_in_amount
     assert sorted(len(group.members) for group in grouped(stale_of(tmp_path, specs)[0])) == [1, 1, 1, 2]
 
 
+def test_results_in_different_precisions_are_of_different_kinds(tmp_path, other_code):
+    """First-order methods run other code in half precision, so that single precision proves nothing for it."""
+    specs = small_cells(axes={"method": ["zo_sgd"], "dtype": ["float32", "bfloat16"]})
+    run_cells(specs, tmp_path)
+    found = stale_of_all(tmp_path, specs, other_code)
+    assert len({spec.options["dtype"] for spec in specs}) == 2
+    assert [len(group.members) for group in grouped(found, "method")] == [1, 1]
+
+
 def test_a_run_is_found_again_with_as_many_threads(tmp_path, other_code):
     (spec, _) = small_cells()
     run_cells([spec], tmp_path)

@@ -61,6 +61,82 @@ def test_tangents_that_end_on_the_way_are_refused_and_where_is_said(dtype):
         estimated(network(Detaching(), dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda x: x.data])
+def test_in_half_precision_a_cut_is_judged_by_what_it_cuts_off(dtype, cut):
+    class Beside(nn.Module):
+        """Most of what is passed on has no tangent."""
+
+        def forward(self, x):
+            return x + 5 * cut(x)
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 6 * x
+
+    class Softmax(nn.Module):
+        """exp(x - max) over its sum does not depend on the maximum."""
+
+        def forward(self, x):
+            e = (x - cut(x.amax(-1, keepdim=True))).exp()
+            return 8 * e / e.sum(-1, keepdim=True)
+
+    def slope(middle, seed):
+        model = network(middle, torch.float64, 0.1)
+        return zo.forward_gradient(lambda: loss_of(model), zo.ParameterSet(model), [zo.Direction(seed)]).terms[0][0]
+
+    refused = 0
+    for seed in range(6):
+        whole, left = slope(Doubled(), seed), slope(Beside(), seed)
+        if abs(whole - left) > 0.35 * max(abs(whole), abs(left)) + 0.3:
+            refused += 1
+            with pytest.raises(
+                zo.UsageError, match=r"\.detach\(\) or \.data cuts off.*Tangents end in: .*central_diff"
+            ):
+                estimated(network(Beside(), dtype, 0.1), seed)
+        right = network(Softmax(), dtype)
+        assert estimated(right, seed).terms[0][0] == pytest.approx(
+            zo.forward_gradient(lambda m=right: loss_of(m), zo.ParameterSet(right), [zo.Direction(seed)]).terms[0][0]
+        )
+    assert refused
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("number", [torch.Tensor.item, float, torch.Tensor.tolist, lambda x: x.float().numpy().item()])
+def test_in_half_precision_numbers_that_leave_torch_are_refused_where_the_loss_reads_them(dtype, number):
+    seen = []
+
+    class Reading(nn.Module):
+        def __init__(self, is_used):
+            super().__init__()
+            self.is_used = is_used
+
+        def forward(self, x):
+            with torch.no_grad():
+                seen.append(number(x.abs().amax().clone()))
+            return x / seen[-1] if self.is_used else x
+
+    with pytest.raises(zo.UsageError, match="numbers that left torch"):
+        estimated(network(Reading(True), dtype))
+    assert estimated(network(Reading(False), dtype)).num_forwards == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_in_half_precision_differences_do_not_judge_a_coefficient(dtype, monkeypatch):
+    """Of a model with many tuned weights they are noise."""
+    monkeypatch.setattr(
+        "zotune.estimate.gradient_check.central_difference", lambda *args, **more: pytest.fail("a difference")
+    )
+    model, calls = network(nn.Tanh(), dtype), []
+
+    def loss():
+        calls.append(1)
+        return loss_of(model)
+
+    zo.CheckedForwardGradient()(loss, zo.ParameterSet(model), [zo.Direction(0)])
+    assert len(calls) == 1
+
+
 @each_dtype
 def test_an_operator_that_drops_tangents_is_refused_by_name_even_if_only_a_part_of_them(dtype):
     class Beside(nn.Module):
@@ -92,7 +168,7 @@ def test_a_loss_whose_tangents_nearly_all_vanish_is_refused_in_every_precision(d
             + 1e-6 * (model.below.bias.float().sum())
         )
 
-    with pytest.raises(zo.UsageError, match="differences of the loss say"):
+    with pytest.raises(zo.UsageError, match=r"differences of the loss say|\.data cuts off"):
         zo.CheckedForwardGradient()(loss, zo.ParameterSet(model), [zo.Direction(0)])
 
 

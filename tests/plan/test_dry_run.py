@@ -61,6 +61,8 @@ STATES = [
     {"method": "zo_sgd", "dtype": "bfloat16", "rounding": "master"},
     {"method": "zo_sgd_mmt", "dtype": "bfloat16", "rounding": "master"},
     {"method": "fo_adam", "dtype": "bfloat16"},
+    {"method": "fo_sgd", "dtype": "float16"},
+    {"hybrid_layers": 1, "hybrid_method": "fo_adam", "hybrid_tied": "zeroth_order", "dtype": "bfloat16"},
     {"method": "zo_adam", "hybrid_layers": 1, "hybrid_method": "fo_adam"},
 ]
 

@@ -100,8 +100,8 @@ def _add_comparison(command: CommandParser) -> None:
         "--alike",
         choices=get_args(Alike),
         default="options",
-        help="Jobs of one kind share all options but for amounts (options), or method and tuned parameters; default: "
-        "options.",
+        help="Jobs of one kind share all options but for amounts (options), or method, tuned parameters and precision "
+        "(method); default: options.",
     )
     command.add_argument(
         "--against",

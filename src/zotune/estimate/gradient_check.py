@@ -1,21 +1,24 @@
-"""The forward gradient, compared with differences of losses before it is trusted.
+"""The forward gradient, checked before it is trusted.
 
 An operation that torch does not know how to differentiate (a kernel for quantised weights, a custom operator, a
 `detach`) may drop tangents without a word: the loss is right and its derivative is wrong, often zero. So the first
-coefficient is held against central differences along the same direction.
+coefficient is compared with central differences along the same direction. In half precision these are too noisy with
+many tuned weights, so the operations that drop tangents are found and each kind is judged by its effect: what `detach`
+cuts is passed on in a second pass, and numbers that leave torch are changed in another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zotune.directions.direction import Direction
 from zotune.errors import UsageError
@@ -23,7 +26,7 @@ from zotune.estimate.dual_numbers import tangent_of
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.jvp import forward_gradient
-from zotune.estimate.objective import Closure
+from zotune.estimate.objective import Accumulated, Closure, objective, probing
 from zotune.model.parameters import ParameterSet
 
 
@@ -48,8 +51,8 @@ class Trial:
     doubt: float = 3.0
 
 
-# In half precision all five are to agree: where μ is large enough for rounding, a large model may be far from linear,
-# and then some three of five lie together by chance.
+# In half precision differences only judge a coefficient of zero, and all five are to agree: where μ is large enough for
+# rounding, a large model may be far from linear, and then some three of five lie together by chance.
 _TRIALS = {
     torch.float64: Trial(1e-4, (1.6e-3, 4e-4, 2.5e-5, 6.25e-6), 1e-14, 0.01),
     torch.float32: Trial(1e-3, (1.6e-2, 4e-3, 2.5e-4, 6.25e-5), 2e-7, 0.03),
@@ -59,13 +62,14 @@ _TRIALS = {
 
 
 class CheckedForwardGradient:
-    """`forward_gradient`, whose first estimate is compared with central differences along its first direction.
+    """`forward_gradient`, whose first estimate is checked along its first direction.
 
-    That takes two further forward passes, once; eight more where they leave a doubt. They are no part of the
-    estimate, whose `num_forwards` does not count them. A mismatch must exceed what rounding and curvature explain,
-    which is judged by how far differences with several μ agree with one another: sharp in single precision, while
-    in half precision only large errors stand out. An operator that extends torch (a kernel for quantised weights)
-    and drops tangents is refused by name in any precision.
+    In single and double precision it is compared with central differences. That takes two further forward passes,
+    once; eight more where they leave a doubt. A mismatch must exceed what rounding and curvature explain, which is
+    judged by how far differences with several μ agree with one another. In half precision a further pass is taken only
+    where the objective calls `detach`, two where numbers leave torch (`item`), and differences only where the
+    coefficient is zero. An operator that extends torch (a kernel for quantised weights) and drops tangents is refused
+    by name in any precision. The passes are no part of the estimate, whose `num_forwards` does not count them.
 
     Raises:
         UsageError: as `forward_gradient`, and if the coefficient is not the derivative of the loss; the operations
@@ -89,7 +93,7 @@ class CheckedForwardGradient:
         if self._is_checked:
             return forward_gradient(closure, tuned, directions)
         with _Losing() as lost:
-            estimate = forward_gradient(closure, tuned, directions)
+            estimate = forward_gradient(_followed(closure, lost), tuned, directions)
         if estimate.is_finite:
             _check(closure, tuned, estimate, lost)
             self._is_checked = True
@@ -105,11 +109,22 @@ def _check(closure: Closure, tuned: ParameterSet, estimate: GradientEstimate, lo
         )
     share, u = estimate.terms[0]
     c = share * sum(other.block == u.block for _, other in estimate.terms)
+    precision = precision_of(tuned.model)
+    if not is_compared(precision) and c != 0:
+        said = _without_cuts(closure, tuned, u, c, abs(estimate.loss), precision) if lost.cuts else None
+        said = "it depends on numbers that left torch" if lost.numbers and _reads_numbers(closure, tuned) else said
+        if said is not None:
+            raise UsageError(
+                f"the forward gradient's coefficient is {c:.4g}, but {said}: the loss depends on the weights in ways "
+                f"that forward-mode differentiation does not see. Tangents end in: {', '.join(sorted(lost.names))}. "
+                f"{remedy}"
+            )
+        return
 
     def slope(mu: float) -> float:
         return central_difference(closure, tuned, [u], mu=mu).terms[0][0]
 
-    found = contradiction(c, slope, abs(estimate.loss), _TRIALS[_precision(tuned.model)])
+    found = contradiction(c, slope, abs(estimate.loss), _TRIALS[precision])
     if found is not None:
         where = f" Tangents end in: {', '.join(sorted(lost.names))}." if lost.names else ""
         raise UsageError(
@@ -118,6 +133,36 @@ def _check(closure: Closure, tuned: ParameterSet, estimate: GradientEstimate, lo
             "quantised weights, operators without a derivative, .detach(), and a loss that is not a function of the "
             f"weights alone. {remedy}"
         )
+
+
+def is_compared(precision: torch.dtype) -> bool:
+    """Whether differences of the loss are sharp enough in a precision to judge a coefficient."""
+    return precision in (torch.float32, torch.float64)
+
+
+def _without_cuts(
+    closure: Closure, tuned: ParameterSet, u: Direction, c: float, loss: float, precision: torch.dtype
+) -> str | None:
+    """What the coefficient would be if `detach` passed tangents on, if that is another one; else None."""
+    with _PassingOn():
+        found = forward_gradient(closure, tuned, [u]).terms[0][0]
+    trial = _TRIALS[precision]
+    if _near(c, found, trial.tolerance, trial.rounding * loss / trial.first):
+        return None
+    return f"{found:.4g} with what .detach() or .data cuts off"
+
+
+def _reads_numbers(closure: Closure, tuned: ParameterSet) -> bool:
+    """Whether the loss changes if the numbers that leave torch do; numbers that are only reported change nothing."""
+
+    def value(function: Closure) -> float:
+        with probing(tuned.model):
+            return float(objective(function))
+
+    plain = value(closure)
+    with _Scaling() as scaling:
+        scaled = value(_followed(closure, scaling))
+    return isfinite(plain) and not _near(plain, scaled, 1e-6)
 
 
 def contradiction(c: float, slope: Callable[[float], float], loss: float, trial: Trial) -> float | None:
@@ -158,7 +203,7 @@ def _near(a: float, b: float, relative: float, absolute: float = 0.0) -> bool:
     return not abs(a - b) > relative * max(abs(a), abs(b)) + absolute
 
 
-def _precision(model: nn.Module) -> torch.dtype:
+def precision_of(model: nn.Module) -> torch.dtype:
     """The coarsest precision that a model may compute in; for integer weights that is unknown, and taken as coarse."""
     tensors = list(model.parameters())
     devices = {t.device.type for t in tensors} - {"meta"}
@@ -172,16 +217,39 @@ def _precision(model: nn.Module) -> torch.dtype:
     return torch.bfloat16
 
 
-class _Losing(TorchFunctionMode):
+class _Following(TorchFunctionMode):
+    """Knows whether a call comes from the objective's closure, and not from what reads its value."""
+
+    is_inside = False
+
+
+def _followed(closure: Closure, mode: _Following) -> Closure:
+    """Return the closure as one whose calls the mode knows."""
+    if isinstance(closure, Accumulated):
+        return Accumulated(tuple(_followed(part, mode) for part in closure.closures), closure.weights)
+
+    def inside() -> Any:
+        mode.is_inside = True
+        try:
+            return closure()
+        finally:
+            mode.is_inside = False
+
+    return inside
+
+
+class _Losing(_Following):
     """Names the functions that are given tangents and return floating-point numbers without one.
 
-    That is right for some of torch's own (`detach`, `zeros_like`), and never for an operator that extends torch.
+    That is right for some of torch's own (`zeros_like`, `sign`), may be wrong for those that cut (`detach`) or return
+    numbers of Python (`item`), and is never right for an operator that extends torch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
         self.operators: set[str] = set()
+        self.cuts = self.numbers = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
@@ -189,7 +257,40 @@ class _Losing(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-        if made and all(tangent_of(t) is None for t in made) and any(tangent_of(t) is not None for t in given):
+        is_number = self.is_inside and func in _TO_NUMBERS
+        if "_unpack_dual" in str(func):  # our own rules look at tangents
+            return result
+        if not (made or is_number) or all(tangent_of(t) is None for t in given):
+            return result
+        if is_number or all(tangent_of(t) is None for t in made):
+            self.cuts, self.numbers = self.cuts or func in _CUTS, self.numbers or is_number
             extends = isinstance(func, (OpOverload, OpOverloadPacket)) and not str(func).startswith(("aten", "prim"))
             (self.operators if extends else self.names).add(str(func) if extends else resolve_name(func) or str(func))
         return result
+
+
+_CUTS: set[Any] = {torch.detach, Tensor.detach, Tensor.detach_, Tensor.data.__get__}  # type: ignore[attr-defined]
+_TO_NUMBERS: set[Any] = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__array__}
+
+
+class _PassingOn(TorchFunctionMode):
+    """Within this context `detach` returns a tensor with its tangent."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        cuts = func in _CUTS and isinstance(args[0], Tensor) and tangent_of(args[0]) is not None
+        return args[0].view_as(args[0]) if cuts else func(*args, **(kwargs or {}))
+
+
+class _Scaling(_Following):
+    """Within this context the numbers that leave torch are larger by an eighth."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_number = (
+            self.is_inside and func in _TO_NUMBERS and isinstance(args[0], Tensor) and args[0].is_floating_point()
+        )
+        return tree_map(lambda number: number * 1.125, result) if is_number else result

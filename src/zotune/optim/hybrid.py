@@ -20,6 +20,15 @@ from zotune.errors import UsageError
 from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
 from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
+from zotune.optim.master_weights import (
+    FirstOrder,
+    MasterWeights,
+    back_propagate,
+    finite_gradients,
+    must_repeat,
+    parameters_of,
+    with_master_weights,
+)
 from zotune.optim.undo import UndoLog
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
@@ -31,7 +40,8 @@ class Hybrid:
 
     Args:
         zeroth_order: over the shallow parameters: those of the first layers, and what is read before them.
-        first_order: any torch optimizer, over all others that are tuned.
+        first_order: any torch optimizer, over all others that are tuned. Those in half precision get float32 copies,
+            which it then moves in their place (`zotune.optim.master_weights`).
 
     Forward passes a step: the zeroth-order method's, and one whose upper part is back-propagated. Modules of the
     zeroth-order optimizer's model are in eval mode during probes; the first-order pass leaves modes as they are.
@@ -48,19 +58,19 @@ class Hybrid:
     True
     """
 
-    def __init__(self, zeroth_order: ZerothOrder, first_order: torch.optim.Optimizer) -> None:
+    def __init__(self, zeroth_order: ZerothOrder, first_order: FirstOrder) -> None:
         if zeroth_order.block_order == BlockOrder.SEQUENTIAL and len(zeroth_order.blocks) > 1:
             raise UsageError(
                 "a hybrid takes both gradients at the same weights, but sequential blocks move some before others are "
                 'estimated. Use block_order="joint".'
             )
-        self.zeroth_order, self.first_order = zeroth_order, first_order
-        deep = {id(p) for group in first_order.param_groups for p in group["params"]}
+        deep = set(map(id, parameters_of(first_order)))
         both = [t.name for t in zeroth_order.tuned if id(t.parameter) in deep]
         if both:
             raise UsageError(
                 f"{both[0]!r} is tuned by both optimizers, so it would be moved twice a step; leave it to one of them."
             )
+        self.zeroth_order, self.first_order = zeroth_order, with_master_weights(first_order)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -76,22 +86,27 @@ class Hybrid:
         If a loss or a first-order gradient is not finite, neither moves and the step counts as skipped. After an
         exception both are as before the step.
         """
-        method = self.zeroth_order
+        method, first_order = self.zeroth_order, self.first_order
+        stateful = first_order.optimizer if isinstance(first_order, MasterWeights) else first_order
         try:
-            with method.whole_step(self.first_order) as undo:
+            with method.whole_step(stateful) as undo:
                 loss = self._differentiate(closure)
-                if math.isfinite(loss) and self._finite_gradients():
+                while math.isfinite(loss) and must_repeat(first_order):
+                    loss = self._differentiate(closure)
+                if math.isfinite(loss) and finite_gradients(first_order):
                     method.take_step(closure, also=lambda: self._step_first_order(undo))
                 else:
                     method.leave_out()
         finally:
-            self.first_order.zero_grad()
+            first_order.zero_grad()
         method.stop_if_skipping()
         return loss
 
     def _step_first_order(self, undo: UndoLog) -> None:
         moved = [p for group in self.first_order.param_groups for p in group["params"] if p.grad is not None]
-        undo.keep([p.data for p in moved], moved)
+        # Float32 copies move, and the weights in half precision with them.
+        rounded = self.first_order.parameters if isinstance(self.first_order, MasterWeights) else []
+        undo.keep([p.data for p in (*moved, *rounded)], moved)
         self.first_order.step()
 
     def _differentiate(self, closure: Closure) -> float:
@@ -107,14 +122,10 @@ class Hybrid:
                         "the closure's loss does not depend on the first-order parameters through torch's autograd; "
                         "return it as a tensor, without .item() or torch.no_grad()."
                     )
-                (loss * (weight / sum(micro.weights))).backward()  # type: ignore[no-untyped-call]
+                back_propagate(self.first_order, loss * (weight / sum(micro.weights)))
                 total += weight * float(loss.detach())
         self.zeroth_order.num_forwards += 1
         return total / sum(micro.weights)
-
-    def _finite_gradients(self) -> bool:
-        gradients = (p.grad for group in self.first_order.param_groups for p in group["params"])
-        return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' states."""

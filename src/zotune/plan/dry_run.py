@@ -135,7 +135,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             refused=tuple(rows.refused),
             num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
             num_parameters=num_parameters,
-            forward_passes={"step": step, "training": forwards_of_training(step, config)},
+            forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
             memory=_memory(lm, optimizer, config, rows, data, stored),
         )
 

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
+from zotune.estimate.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
@@ -25,8 +26,9 @@ from zotune.llm.scoring.objectives import Objective
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of
 from zotune.optim.hybrid import Hybrid
+from zotune.optim.master_weights import HALF, parameters_of
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
-from zotune.plan.passes import Copies
+from zotune.plan.passes import Copies, gradient_bytes
 
 # Number of float32 moments per tuned parameter; with a window, moments are recomputed and not stored.
 _MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
@@ -118,27 +120,37 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
     return config.gradient_accumulation_steps * estimates * passes * tokens
 
 
-def forwards_of_training(step: int, config: TrainConfig) -> int:
-    """Forward passes of a run with `step` passes per step; the check of the first forward gradient needs two more."""
-    checks = 2 * config.gradient_accumulation_steps * (config.method == "forward_grad")
+def forwards_of_training(step: int, config: TrainConfig, module: nn.Module) -> int:
+    """Forward passes of a run with `step` passes per step.
+
+    The check of the first forward gradient needs two more, except in half precision.
+    """
+    is_checked = config.method == "forward_grad" and is_compared(precision_of(module))
+    checks = 2 * config.gradient_accumulation_steps * is_checked
     return step * config.max_steps + checks
 
 
 def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
     """Bytes of the optimizer's state after a step: moments and master weights."""
     if isinstance(optimizer, Hybrid):
-        adam = 2 * (config.hybrid_method == "fo_adam")
-        deep = chain.from_iterable(group["params"] for group in optimizer.first_order.param_groups)
-        return state_bytes(optimizer.zeroth_order, config) + adam * _nbytes(deep)
-    tuned = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+        deep = parameters_of(optimizer.first_order)
+        return state_bytes(optimizer.zeroth_order, config) + first_order_state_bytes(deep, config.hybrid_method)
     if not isinstance(optimizer, ZerothOrder):
         name = config.method if config.method in FIRST_ORDER else config.hybrid_method
-        return 2 * (name == "fo_adam") * _nbytes(tuned)
+        return first_order_state_bytes(parameters_of(optimizer), name)
+    tuned = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
     moments = _MOMENTS.get(config.method, 0) + (config.method == "zo_adam" and config.adam == "amsgrad")
     stored = 0 if config.window is not None else moments * sum(p.numel() for p in tuned)
-    half = [p for p in tuned if p.dtype in (torch.bfloat16, torch.float16)]
+    half = [p for p in tuned if p.dtype in HALF]
     master: int = sum(p.numel() for p in half) if optimizer.rounding == Rounding.MASTER else 0
     return int(4 * (stored + master))
+
+
+def first_order_state_bytes(parameters: Iterable[Tensor], name: str) -> int:
+    """Bytes of the moments of `fo_adam`, and of the float32 copies of parameters in half precision."""
+    tuned = list(parameters)
+    moments = 2 * (name == "fo_adam") * sum(map(gradient_bytes, tuned))
+    return moments + sum(4 * p.numel() for p in tuned if p.dtype in HALF)
 
 
 def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Copies:

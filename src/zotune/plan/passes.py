@@ -28,6 +28,7 @@ from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.layers import stack_of
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.optim.hybrid import Hybrid
+from zotune.optim.master_weights import HALF, FirstOrder, MasterWeights, parameters_of
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.live_memory import peak_of, peaks_of
 from zotune.system import limits
@@ -105,20 +106,19 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
     return Pass(plain, scratch=max(0, whole - plain))
 
 
-def back_propagation(
-    lm: LanguageModel, optimizer: torch.optim.Optimizer, options: StepOptions, batch: Batch, device: str
-) -> Pass:
+def back_propagation(lm: LanguageModel, optimizer: FirstOrder, options: StepOptions, batch: Batch, device: str) -> Pass:
     """The pass of an update by back-propagation; the second update if the optimizer has a state."""
-    has_state = isinstance(optimizer, torch.optim.Adam)
+    inner = optimizer.optimizer if isinstance(optimizer, MasterWeights) else optimizer
+    has_state = isinstance(inner, torch.optim.Adam)
     if options.gradient_checkpointing:
         lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    tuned = _parameters(optimizer)
+    tuned = parameters_of(optimizer)
     for group in optimizer.param_groups:
         group["foreach"] = device == "cuda"  # torch's own choice on these devices, which it does not make on `meta`
     alive: dict[int, int] = {}
 
     def count(p: Tensor) -> None:
-        alive[id(p)] = p.nbytes
+        alive[id(p)] = gradient_bytes(p)
 
     def steps() -> None:
         for _ in range(1 + has_state):
@@ -140,7 +140,7 @@ def back_propagation(
         optimizer.zero_grad()
         for handle in handles:
             handle.remove()
-    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim())
+    state = sum(t.nbytes for s in inner.state.values() for t in s.values() if isinstance(t, Tensor) and t.dim())
     return Pass(peak - state - gradients, gradients)
 
 
@@ -219,10 +219,11 @@ class _CountedTangents(DualParameters):
         self._u: WeightOffset = _ZeroOffset()
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def gradient_bytes(p: Tensor) -> int:
+    """Bytes of a first-order parameter's gradient, which is in float32 if the parameter is in half precision."""
+    return p.numel() * (4 if p.dtype in HALF else p.element_size())
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> int:
+def _gradients(optimizer: FirstOrder) -> int:
     """Bytes of all gradients of a first-order optimizer."""
-    return sum(p.nbytes for p in _parameters(optimizer))
+    return sum(map(gradient_bytes, parameters_of(optimizer)))

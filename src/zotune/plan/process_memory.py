@@ -33,6 +33,7 @@ from zotune.llm.training.loop import candidate_loss, try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
+from zotune.optim.master_weights import FirstOrder, back_propagate
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.workload import Workload, synthetic_examples
 from zotune.system.malloc import heap_environment, keep_activations, tune_malloc
@@ -282,12 +283,12 @@ def _marked(closure: Batched, recorder: Recorder) -> Batched:
     return Batched(values, closure.most)
 
 
-def _first_order_step(optimizer: torch.optim.Optimizer, parts: Sequence[Batched], recorder: Recorder) -> float:
+def _first_order_step(optimizer: FirstOrder, parts: Sequence[Batched], recorder: Recorder) -> float:
     optimizer.zero_grad()
     total = 0.0
     for part in parts:
         loss = _marked(part, recorder)() / len(parts)
-        loss.backward()  # type: ignore[no-untyped-call]
+        back_propagate(optimizer, loss)
         total += float(loss.detach())
     recorder.enter("update")
     optimizer.step()

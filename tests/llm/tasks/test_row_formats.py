@@ -143,7 +143,8 @@ def test_a_chat_is_tokenised_as_transformers_does_and_scored_where_it_marks(tiny
     whole = lm.tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
     marked = [i for i, m in enumerate(whole["assistant_masks"]) if m]
     path = write(tmp_path / "rows.jsonl", [{"messages": CHAT}])
-    rows = load_rows(lm, DataOptions(train_file=path, num_dev=0, scored_turns="all"))
+    # One message holds the text of a control token, which transformers reads as the token.
+    rows = load_rows(lm, DataOptions(train_file=path, num_dev=0, scored_turns="all", read_control_tokens=True))
     (candidate,) = rows.train[0].candidates
     assert [p + 1 for p in candidate.positions] == marked
     assert list(candidate.tokens) == [whole["input_ids"][i] for i in marked]
@@ -168,7 +169,7 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"text": "a", "label": 1}, {"text": "b", "label": None}], {}, "line 2: the column 'label' is null"),
         ([{"text": ["a"], "label": 1}, {"text": "b", "label": 0}], {}, r"line 1: the column 'text' holds \['a'\]"),
         ([{"text": "\ud800", "label": 1}, {"text": "b", "label": 0}], {}, "line 1: .*half a character"),
-        ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "the label '' has an empty word"),
+        ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "line 1: .*the label '' has an empty word"),
         ([{"text": "a", "label": 1}], {"verbalizer": {"1": "x", "0": "x "}}, "same word for all labels"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"template": "same"}, "names no column"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"exact_match": True}, "no effect on rows of a text"),

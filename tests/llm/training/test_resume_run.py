@@ -10,6 +10,8 @@ import torch
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.training import checkpoint
+from zotune.llm.training.resume import data_digest
 from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
@@ -36,6 +38,7 @@ WITHOUT_LEDGER = {
     "fo_adam": {"method": "fo_adam", "eval_steps": 2},
     "fo_adam, dropout": {"method": "fo_adam", "model": "random:opt-tiny", "tuning": "lora"},
     "fo_sgd": {"method": "fo_sgd", "lr_scheduler_type": "linear", "dtype": "bfloat16"},
+    "hybrid, bfloat16": {"hybrid_layers": 1, "hybrid_tied": "zeroth_order", "dtype": "bfloat16"},
     "hybrid": {"hybrid_layers": 1, "hybrid_method": "fo_adam", "sparsity": 0.2, "hybrid_tied": "zeroth_order"},
 }
 
@@ -205,6 +208,84 @@ def test_other_rows_are_noticed(config, tmp_path, rows_file):
         train(config(max_steps=3, resume=True))
 
 
+FIRST_ORDER_OPTIONS = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+KINDS = {
+    "fo_sgd": {"method": "fo_sgd"},
+    "fo_adam, no checkpoint of a step": {"method": "fo_adam", "save_steps": None},
+    "hybrid": {"hybrid_layers": 1, "hybrid_tied": "zeroth_order"},
+    "best": {"method": "fo_sgd", "eval_steps": 2, "load_best_model_at_end": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, tmp_path, rows_file, kind):
+    options = {**FIRST_ORDER_OPTIONS, **KINDS[kind]}
+    train(config(**options))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    rows = rows_file.read_text(encoding="utf-8")
+    rows_file.write_text(rows.replace("film", "movie").replace("yawn", "sigh"), encoding="utf-8")
+    with pytest.raises(UsageError, match="other training rows"):
+        train(config(**{**options, "max_steps": 6}, resume=True))
+    rows_file.write_text("".join(sorted(rows.splitlines(keepends=True))), encoding="utf-8")
+    with pytest.raises(UsageError, match="other training rows"):  # the same ones in another order
+        train(config(**{**options, "max_steps": 6}, resume=True))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    rows_file.write_text(rows, encoding="utf-8")
+    assert train(config(**{**options, "max_steps": 6}, resume=True)).num_steps == 6
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "lora"])
+def test_a_run_without_a_ledger_notices_another_base_model(config, tmp_path, tiny, kind):
+    lm, base = tiny("llama"), tmp_path / "base"
+    lm.tokenizer.save_pretrained(base)
+    lm.base.save_pretrained(base)
+    options = {**FIRST_ORDER_OPTIONS, **KINDS.get(kind, {"method": "fo_sgd", "tuning": "lora"}), "model": str(base)}
+    train(config(**options))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with torch.no_grad():
+        lm.base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    lm.base.save_pretrained(base)
+    with pytest.raises(UsageError, match="other weights of the base model"):
+        train(config(**{**options, "max_steps": 6}, resume=True))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_held_out_rows_that_choose_the_weights_may_not_change(config, tmp_path):
+    options = {**FIRST_ORDER_OPTIONS, **KINDS["best"]}
+    train(config(**options))
+    found = checkpoint.load(tmp_path / "out" / "checkpoint.safetensors")
+    found["origin"]["held_out"] = "another"
+    checkpoint.save(tmp_path / "out" / "checkpoint.safetensors", found)
+    with pytest.raises(UsageError, match="other held-out rows"):
+        train(config(**options, resume=True))
+
+
+def test_a_ledger_names_the_held_out_rows_that_choose_the_weights(config, tmp_path, monkeypatch):
+    for options, named in (({}, False), ({"eval_steps": 2, "load_best_model_at_end": True}, True)):
+        out = tmp_path / str(named)
+        train(config(max_steps=2, output_dir=out, **options))
+        about = read(out / "ledger.zol").header.about
+        assert ("held_out" in about) == named
+        if named:
+            assert about["held_out"] not in (data_digest(()), about["data"])
+            monkeypatch.setattr(
+                "zotune.llm.training.resume.data_digest",
+                lambda rows, d=about["data"]: d if len(rows) > 3 else "another",
+            )
+            with pytest.raises(LedgerError, match="other held-out rows"):
+                train(config(max_steps=2, output_dir=out, resume=True, **options))
+
+
+def test_a_checkpoint_that_is_gone_and_fewer_steps_are_refused(config, tmp_path):
+    options = {**FIRST_ORDER_OPTIONS, "method": "fo_sgd"}
+    train(config(**options))
+    with pytest.raises(UsageError, match="a run of 4 steps, so it cannot end after 3"):
+        train(config(**{**options, "max_steps": 3}, resume=True))
+    (tmp_path / "out" / "checkpoint.safetensors").unlink()
+    with pytest.raises(UsageError, match="no checkpoint of this run"):
+        train(config(**options, resume=True))
+
+
 def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
     from zotune.llm.training.output_folder import OutputFolder
 
@@ -234,3 +315,40 @@ def test_a_run_that_failed_for_losses_fails_again_at_once(config, tmp_path, monk
         train(config(**options, resume=True))
     assert len(read(tmp_path / "out/ledger.zol")) == 12
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
+
+
+def test_a_chat_has_the_date_of_the_runs_first_day(config, tmp_path, monkeypatch):
+    """A template that writes the date: a run resumed on another day, and its evaluation, write the first one."""
+    from datetime import date
+
+    from zotune.llm.config.run import EvalConfig, inherited_options
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
+    from zotune.llm.tasks import user_data
+
+    def on(*day):
+        monkeypatch.setattr(user_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: cls(*day))}))
+
+    lm = load(ModelOptions(model="random:llama-tiny", device="cpu"))
+    lm.tokenizer.chat_template = (
+        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    lm.module.save_pretrained(tmp_path / "chat")
+    lm.tokenizer.save_pretrained(tmp_path / "chat")
+    messages = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text((json.dumps({"messages": messages}) + "\n") * 6, encoding="utf-8")
+    options = {"model": str(tmp_path / "chat"), "train_file": rows, "num_dev": 2, "tuning": "lora"}
+    on(2024, 5, 1)
+    train(config(output_dir=tmp_path / "whole", max_steps=3, **options))
+    train(config(output_dir=tmp_path / "cut", max_steps=2, **options))
+    on(2024, 5, 2)
+    train(config(output_dir=tmp_path / "cut", max_steps=3, resume=True, **options))
+    (weights,) = (tmp_path / "whole").glob("*model.safetensors")
+    assert weights.read_bytes() == (tmp_path / "cut" / weights.name).read_bytes()
+    assert results_of(tmp_path / "cut")["config"]["chat_date"] == "2024-05-01"
+    inherited, _ = inherited_options(EvalConfig(model=str(tmp_path / "cut"), eval_file=rows))
+    assert inherited["chat_date"] == "2024-05-01"
+    train(config(output_dir=tmp_path / "later", max_steps=3, **options))
+    assert results_of(tmp_path / "later")["config"]["chat_date"] == "2024-05-02"

@@ -90,11 +90,14 @@ def _header(results: Line) -> list[tuple[str, str]]:
 def _score(label: str, scores: Line) -> list[str]:
     """A row of the table of scores; the metric is the first key, and rates are shown as percentages."""
     metric, value = next(iter(scores.items()))
-    is_rate = scores["low"] >= 0 and scores["high"] <= 1
-    numbers = [f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, scores["low"], scores["high"])]
+    ends = scores["low"], scores["high"]
+    is_rate = None not in ends and ends[0] >= 0 and ends[1] <= 1
+    numbers = ["–" if x is None else f"{100 * x:.1f} %" if is_rate else significant(x) for x in (value, *ends)]
     loss = scores.get("loss")
     text = "–" if loss is None else f"{loss:.4f}"
-    return [label, metric, numbers[0], f"{numbers[1]} to {numbers[2]}", f"{scores['num_examples']:,}", text]
+    # The interval of a single row is not known; infinite ends are null in JSON.
+    interval = "–" if None in ends else f"{numbers[1]} to {numbers[2]}"
+    return [label, metric, numbers[0], interval, f"{scores['num_examples']:,}", text]
 
 
 # Figures --------------------------------------------------------------------------------------------------
@@ -148,9 +151,11 @@ def _over(cost: str, label: str, training: Sequence[Line], dev: Sequence[tuple[L
 
 
 def _metric_point(at: Line, scores: Line, cost: str) -> Point:
-    value = next(iter(scores.values()))
-    note = f"{_at(at)}: {significant(value)} ({significant(scores['low'])} to {significant(scores['high'])})"
-    return Point(at[cost], value, scores["low"], scores["high"], note)
+    value, ends = next(iter(scores.values())), (scores["low"], scores["high"])
+    if None in ends:
+        return Point(at[cost], value, note=f"{_at(at)}: {significant(value)}")
+    note = f"{_at(at)}: {significant(value)} ({significant(ends[0])} to {significant(ends[1])})"
+    return Point(at[cost], value, *ends, note)
 
 
 def _at(line: Line) -> str:

@@ -2,10 +2,10 @@
 
 Two results are of one kind if they come from the same commit and machine and their options are equal, except numbers,
 which must be both 0, both 1, or both larger, so that today's code runs the same branches for all of them. (A coarser
-notion, which takes less time and proves less, is the same method and tuning.) For each kind the cheapest cell is
-recomputed: its search and the runs of other seeds are taken from the stored result; the run of the first seed and the
-evaluation of the untuned model are computed, with as many threads as before. If all repeatable numbers agree to the
-last bit, the results of the kind get today's key and a record of the verification. Measured numbers cannot agree
+notion, which takes less time and proves less, is the same method, tuning and precision.) For each kind the cheapest
+cell is recomputed: its search and the runs of other seeds are taken from the stored result; the run of the first seed
+and the evaluation of the untuned model are computed, with as many threads as before. If all repeatable numbers agree to
+the last bit, the results of the kind get today's key and a record of the verification. Measured numbers cannot agree
 exactly: cells of measurements (memory, time, theory) are accepted if these are close on the same machine.
 
 On another kind of processor the last digits differ. There the code of the stored results can be run beside today's
@@ -46,6 +46,9 @@ from zotune.bench.spec.vocabulary import Alike, State
 NEAR_ENOUGH = {"over_baseline_bytes": 0.03, "seconds_per_step": 0.15}
 # Measured numbers are comparable between machines that agree in these fields.
 _MACHINE = ("machine", "processor", "cpu_threads", "gpu")
+# The options in which results of one kind agree by the coarser notion; in half precision first-order methods run other
+# code than in single precision, and a hybrid has a first-order part.
+_NAMES_OF_A_METHOD = ("method", "tuning", "dtype", "hybrid_method")
 _PARTS = ("search", "chosen", "runs", "baselines")
 # An executor of today's code, and one of the code of the stored results.
 _Slot = tuple[Executor, Executor | None]
@@ -169,7 +172,7 @@ def _kind_of(one: Stale, alike: Alike) -> str:
     """A text that is equal for results of one kind."""
     spec, result = one.spec, one.result
     last = result.verified[-1] if result.verified else result
-    named = {name: spec.options.get(name) for name in ("method", "tuning")}
+    named = {name: spec.options.get(name) for name in _NAMES_OF_A_METHOD}
     options = named if alike == "method" else without_amounts(spec.options)
     is_measured = any(run.measured for run in result.runs)
     origin = (one.commit, result.environment, last.environment)

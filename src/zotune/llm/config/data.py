@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zotune.errors import did_you_mean
 from zotune.llm.config.objective import OF_ANSWERS, ObjectiveOptions
@@ -61,6 +62,16 @@ class DataOptions(ObjectiveOptions):
     scored_turns: Literal["last", "all"] = Field(
         "last", description="Turns of a chat to learn: the assistant's last one, or all of the assistant's."
     )
+    chat_date: str | None = Field(
+        None,
+        description="Date (YYYY-MM-DD) for chat templates that write today's; default: the day of the run, recorded in "
+        "its config.",
+    )
+    read_control_tokens: bool = Field(
+        False,
+        description="Read the texts of control tokens in your rows (</s>, <|im_end|>, …) as these tokens; default: as "
+        "plain text.",
+    )
     exact_match: bool = Field(
         False,
         description="Evaluate completions by generating them (F1 and exact match); default: by their log-loss.",
@@ -91,6 +102,19 @@ class DataOptions(ObjectiveOptions):
         "longer rows are refused.",
     )
     per_device_eval_batch_size: int = Field(32, ge=1, description="Examples in one forward pass of an evaluation.")
+
+    @field_validator("chat_date")
+    @classmethod
+    def _is_date(cls, value: str | None) -> str | None:
+        try:
+            return None if value is None else date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("a date is written YYYY-MM-DD, for instance 2026-01-31") from None
+
+    @property
+    def generates_text(self) -> bool:
+        """Whether text is generated, for the objective or for an evaluation."""
+        return self.is_generated or self.exact_match
 
     @property
     def compares_answers(self) -> bool:

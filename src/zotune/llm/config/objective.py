@@ -38,7 +38,7 @@ class ObjectiveOptions(Options):
     )
     max_new_tokens: int = Field(50, ge=1, description="Generated tokens per text at most.")
     stop_at: Literal["newline", "end"] = Field(
-        "newline", description="End of a generated text: the first newline, or only the end-of-text token."
+        "newline", description="End of a generated text: the first newline, or only the model's end tokens."
     )
 
     @field_validator("objective")
@@ -58,15 +58,22 @@ class ObjectiveOptions(Options):
     def _no_idle_objective_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
-        sampled, of_text = ("temperature", "top_p"), ("generation", "max_new_tokens", "stop_at")
+        sampled, of_text = ("temperature", "top_p"), ("max_new_tokens", "stop_at")
+        objectives = "an objective of generated text: f1, exact_match or module:function"
         for names, used, requirement in (
-            (of_text, self.is_generated, "an objective of generated text: f1, exact_match or module:function"),
+            (("generation",), self.is_generated, objectives),
+            (of_text, self.generates_text, f"{objectives}; or --exact-match"),
             (sampled, self.generation == "sample", "generation: sample"),
         ):
             for name in names:
                 if not used and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} has no effect here: it needs {requirement}")
         return self
+
+    @property
+    def generates_text(self) -> bool:
+        """Whether text is generated at all."""
+        return self.is_generated
 
     @property
     def is_generated(self) -> bool:

@@ -102,7 +102,7 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.
 _INHERITED = (
     *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),
-    *("scored_turns", "exact_match", "max_length"),
+    *("scored_turns", "chat_date", "read_control_tokens", "exact_match", "max_length"),
     *("objective", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
 )
 
@@ -121,6 +121,15 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     if saved.get("train_file") is None or not same_format:
         return {}, ""
     return {name: saved[name] for name in _INHERITED if name in saved}, str(path)
+
+
+def with_recorded_date(config: TrainConfig) -> TrainConfig:
+    """Return the config of a run to resume with the date for chats that the run recorded at its start."""
+    path = config.output_dir / "config.yaml"
+    if not config.resume or config.chat_date is not None or not path.is_file():
+        return config
+    recorded = read_recipe(path).get("chat_date")
+    return config.model_copy(update={"chat_date": None if recorded is None else str(recorded)})
 
 
 def find_recipe(name: str) -> Path:

@@ -48,7 +48,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
         *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
-        *("scored_turns", "data_seed"),
+        *("scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (
         *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),

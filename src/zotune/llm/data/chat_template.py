@@ -3,101 +3,231 @@
 The characters of a turn are never guessed. Either the template marks them itself (`{% generation %}`), or they are the
 difference between two renderings: the chat up to and including the turn, and the chat before it with the opening of an
 answer. If the first does not start with the second, the row is refused.
+
+A rendering depends on the messages alone: a template that reads the clock gets the date of the run's config, and the
+text of a control token within a message stays plain text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from functools import lru_cache
+from typing import Any, cast
 
 from zotune.errors import UsageError
+from zotune.llm.data.control_tokens import EVERYWHERE, Span, control_tokens
 
 Message = dict[str, Any]
-Span = tuple[int, int]
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# A call of transformers' clock with a format written out: the format, in either kind of quotes.
+_CLOCK = "strftime_now"
+_CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
-def assistant_spans(tokenizer: Any, messages: Sequence[Message], *, only_last: bool) -> tuple[str, tuple[Span, ...]]:
-    """Return the whole chat as text, and the (start, end) of the assistant's turns, each with its end-of-turn token.
+@dataclass(frozen=True)
+class ChatText:
+    """A rendered chat.
+
+    Attributes:
+        text: the chat with its special tokens as text.
+        controls: the (start, end) of the characters in which the texts of control tokens are these tokens.
+        turns: the (start, end) of the assistant's turns, each with its end-of-turn token.
+    """
+
+    text: str
+    controls: tuple[Span, ...] = EVERYWHERE
+    turns: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
-        messages: `{"role": …, "content": …}`, the last one by the assistant.
-        only_last: whether to return the last turn only.
+        today: the date for a template that reads the clock; None if it does not.
+        reads_control_tokens: whether the texts of control tokens in messages are read as these tokens.
 
     Raises:
-        UsageError: there is no template, it rejects these messages, or a turn cannot be located.
+        UsageError: the tokenizer has no template, or several without a default, or the template draws at random.
     """
-    _check_template(tokenizer)
-    text, marked = _render(tokenizer, messages)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if marked is not None:
-        if len(marked) != len(turns):
+
+    tokenizer: Any
+    today: date | None = None
+    reads_control_tokens: bool = False
+    _source: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        source = _template_of(self.tokenizer)
+        if _names_used(source) & {"|random", "lipsum"}:
             raise UsageError(
-                f"the chat template marks {len(marked)} of {len(turns)} turns of the assistant. Correct its "
-                "{% generation %} marks, or remove them."
+                "the model's chat template draws at random, so the same rows would give other texts in each run. "
+                "Save the tokenizer with a template that does not."
             )
-        spans = marked
-    else:
-        spans = [_turn_span(tokenizer, messages, i, text) for i in (turns[-1:] if only_last else turns)]
-    return text, tuple(spans[-1:] if only_last else spans)
+        object.__setattr__(self, "_source", source if self.today is None else _at_date(source, self.today))
+
+    def with_turns(self, messages: Sequence[Message], *, only_last: bool) -> ChatText:
+        """Return the whole chat with the assistant's turns.
+
+        Args:
+            messages: `{"role": …, "content": …}`, the last one by the assistant.
+            only_last: whether to return the last turn only.
+
+        Raises:
+            UsageError: the template rejects these messages, or a turn cannot be located.
+        """
+        hidden = self._hide(messages)
+        text, marked = self._render(hidden)
+        turns = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
+        if marked is not None:
+            if len(marked) != len(turns):
+                raise UsageError(
+                    f"the chat template marks {len(marked)} of {len(turns)} turns of the assistant. Correct its "
+                    "{% generation %} marks, or remove them."
+                )
+            spans = marked
+        else:
+            spans = [self._turn_span(hidden, i, text) for i in (turns[-1:] if only_last else turns)]
+        shown, controls = self._show(text)
+        return ChatText(shown, controls, tuple(spans[-1:] if only_last else spans))
+
+    def opening_answer(self, messages: Sequence[Message]) -> ChatText:
+        """Return the chat up to the start of the assistant's next turn.
+
+        Raises:
+            UsageError: the template rejects these messages.
+        """
+        return ChatText(*self._show(self._render(self._hide(messages), opens_answer=True)[0]))
+
+    def _hide(self, messages: Sequence[Message]) -> list[Message]:
+        hide = (lambda text: text) if self.reads_control_tokens else control_tokens(self.tokenizer).hide
+        return cast(list[Message], _mapped(list(messages), hide))
+
+    def _show(self, text: str) -> tuple[str, tuple[Span, ...]]:
+        return (text, EVERYWHERE) if self.reads_control_tokens else control_tokens(self.tokenizer).show(text)
+
+    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> Span:
+        """Locate one turn in the whole chat."""
+        before, _ = self._render(messages[:index], opens_answer=True)
+        after, _ = self._render(messages[: index + 1])
+        if not (after.startswith(before) and text.startswith(after)):
+            raise UsageError(
+                f"the chat template renders the turns up to message {index + 1} differently when others follow, so the "
+                "assistant's characters cannot be located. Use --scored-turns last, or a template that marks its turns "
+                "with {% generation %}."
+            )
+        turn = after[len(before) :]
+        # The end-of-turn token is scored, because the model has to generate it; line breaks after it are not.
+        bare = turn.rstrip()
+        ends = [*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]
+        return len(before), len(before) + len(bare if any(bare.endswith(end) for end in ends) else turn)
+
+    def _render(self, messages: Sequence[Message], *, opens_answer: bool = False) -> tuple[str, list[Span] | None]:
+        """Render the template; return the text and the spans that the template marks, or None if it marks none."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marks = bool(_MARKED.search(self._source))
+        try:
+            texts, spans = render_jinja_template(
+                [list(messages)],
+                chat_template=self._source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=opens_answer,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise UsageError(f"the chat template rejects these messages: {error}") from None
+        return texts[0], [(start, end) for start, end in spans[0]] if marks else None
 
 
-def chat_prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """Return the chat as text up to the start of the assistant's next turn.
+def reads_clock(tokenizer: Any) -> bool:
+    """Return whether a tokenizer's chat template writes the date of today; False if it has no template for chats."""
+    with suppress(UsageError):
+        return _CLOCK in _names_used(_template_of(tokenizer))
+    return False
+
+
+@lru_cache(maxsize=16)
+def _at_date(source: str, today: date) -> str:
+    """Return a template with the calls of the clock replaced by what they give at a date.
 
     Raises:
-        UsageError: there is no template, or it rejects these messages.
+        UsageError: the template uses the clock in another way, so its text cannot be fixed.
     """
-    _check_template(tokenizer)
-    return _render(tokenizer, messages, opens_answer=True)[0]
 
+    def then(call: re.Match[str]) -> str:
+        return repr(datetime.combine(today, time()).strftime(call[1] if call[1] is not None else call[2]))
 
-def _turn_span(tokenizer: Any, messages: Sequence[Message], index: int, text: str) -> Span:
-    """Locate one turn in the whole chat."""
-    before, _ = _render(tokenizer, messages[:index], opens_answer=True)
-    after, _ = _render(tokenizer, messages[: index + 1])
-    if not (after.startswith(before) and text.startswith(after)):
+    fixed = _CLOCK_CALL.sub(then, source)
+    if _CLOCK in _names_used(fixed):
         raise UsageError(
-            f"the chat template renders the turns up to message {index + 1} differently when others follow, so the "
-            "assistant's characters cannot be located. Use --scored-turns last, or a template that marks its turns "
-            "with "
-            "{% generation %}."
+            f"the model's chat template reads the clock ({_CLOCK}) with a format that is not written out, so the text "
+            "of a row would change from day to day. Save the tokenizer with a template that does not."
         )
-    turn = after[len(before) :]
-    # The end-of-turn token is scored, because the model has to generate it; line breaks after it are not.
-    bare = turn.rstrip()
-    ends = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
-    return len(before), len(before) + len(bare if any(bare.endswith(end) for end in ends) else turn)
+    return fixed
 
 
-def _check_template(tokenizer: Any) -> None:
-    if getattr(tokenizer, "chat_template", None) is None:
+@lru_cache(maxsize=16)
+def _names_used(template: str) -> frozenset[str]:
+    """Return the variables and (after a bar) filters of a template, but no variable that it only asks about."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError:
+        return frozenset()  # rendering says what is wrong
+    asked = [id(test.node) for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    used = [node for node in tree.find_all(nodes.Name) if id(node) not in asked]
+    return frozenset([*(node.name for node in used), *(f"|{node.name}" for node in tree.find_all(nodes.Filter))])
+
+
+def without_nulls(value: Any) -> Any:
+    """Return messages without the keys whose value is null, at any depth.
+
+    A table has all keys in all rows, and null where a row has none; JSON lines leave them out. A template should not
+    see a difference.
+
+    >>> without_nulls([{"role": "user", "name": None, "tool_calls": [{"function": {"name": "get", "strict": None}}]}])
+    [{'role': 'user', 'tool_calls': [{'function': {'name': 'get'}}]}]
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a nested value with all its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
+
+
+def _template_of(tokenizer: Any) -> str:
+    """Return the template for chats.
+
+    Raises:
+        UsageError: there is none, or several and none is the default.
+    """
+    known = getattr(tokenizer, "chat_template", None)
+    if not known:
         raise UsageError(
             "the model's tokenizer has no chat template. Use a model that was trained for chats, or rows with a prompt "
             "and a completion."
         )
-
-
-def _render(
-    tokenizer: Any, messages: Sequence[Message], *, opens_answer: bool = False
-) -> tuple[str, list[Span] | None]:
-    """Render the template; return the text and the spans that the template marks, or None if it marks none."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    template = tokenizer.get_chat_template()
-    marks = bool(_MARKED.search(template))
-    try:
-        texts, spans = render_jinja_template(
-            [list(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=opens_answer,
-            **tokenizer.special_tokens_map,
+    if isinstance(known, dict) and "default" not in known:
+        names = ", ".join(sorted(known))
+        raise UsageError(
+            f"the model's tokenizer has several chat templates ({names}), and none of them is named default. Save the "
+            "tokenizer with one of them: tokenizer.chat_template = tokenizer.chat_template['NAME'], then "
+            "tokenizer.save_pretrained(folder)."
         )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise UsageError(f"the chat template rejects these messages: {error}") from None
-    return texts[0], [(start, end) for start, end in spans[0]] if marks else None
+    return str(tokenizer.get_chat_template())

@@ -11,25 +11,58 @@ from dataclasses import replace
 import numpy as np
 
 from zotune.errors import UsageError
+from zotune.llm.data.control_tokens import Span
 from zotune.llm.data.examples import Example
 
 SEPARATOR = "\n\n"
 
 
-def solved_text(example: Example) -> str:
-    """Return the text of a row with its right answer.
+class Demonstration(str):
+    """The text of a solved row.
+
+    Attributes:
+        controls: the (start, end) of the characters in which the texts of control tokens are read as these tokens.
+    """
+
+    __slots__ = ("controls",)
+    controls: tuple[Span, ...]
+
+    def __new__(cls, text: str, controls: Sequence[Span] = ()) -> Demonstration:
+        """Return the text without white space around it; positions are those in `text`."""
+        made = super().__new__(cls, text.strip())
+        made.controls = shifted(controls, len(text.lstrip()) - len(text))
+        return made
+
+
+def solved_text(example: Example, end: str | None = None) -> Demonstration:
+    """Return the text of a row with its right answer, without the end-of-text token `end` behind it.
 
     >>> solved_text(Example("a gorgeous film It was", (" terrible", " great"), 1))
     'a gorgeous film It was great'
     """
     if example.candidates:
-        return (example.prompt + example.candidates[example.label]).strip()
+        return Demonstration(
+            example.prompt + example.candidates[example.label].removesuffix(end or ""), example.controls
+        )
     space = "" if example.prompt[-1:].isspace() else " "
-    return f"{example.prompt}{space}{example.answers[0]}".strip()
+    return Demonstration(f"{example.prompt}{space}{example.answers[0]}", example.controls)
 
 
-def choose_demonstrations(rows: Sequence[Example], number: int, seed: int) -> tuple[str, ...]:
+def shifted(spans: Sequence[Span], by: int) -> tuple[Span, ...]:
+    """Return (start, end) moved by a number of characters; what would start before the text is cut.
+
+    >>> shifted([(0, 2), (5, 7)], -1)
+    ((0, 1), (4, 6))
+    """
+    return tuple((max(0, lo + by), hi + by) for lo, hi in spans if hi + by > 0)
+
+
+def choose_demonstrations(
+    rows: Sequence[Example], number: int, seed: int, end: str | None = None
+) -> tuple[Demonstration, ...]:
     """Choose `number` demonstrations from the rows by a random permutation with `seed`.
+
+    The end-of-text token `end` is left out of them: behind it a model would start another text.
 
     Raises:
         UsageError: there are fewer rows, or a chosen row has no answer.
@@ -37,7 +70,7 @@ def choose_demonstrations(rows: Sequence[Example], number: int, seed: int) -> tu
     if number > len(rows):
         raise UsageError(
             f"{number} demonstrations were asked for, but there are {len(rows)} training rows to "
-            f"choose_demonstrations them from. "
+            f"choose them from. "
             "Lower --num-demonstrations" + ("." if rows else ", or give rows to choose from with --train-file.")
         )
     order = np.random.RandomState(seed).permutation(len(rows))[:number]
@@ -46,7 +79,7 @@ def choose_demonstrations(rows: Sequence[Example], number: int, seed: int) -> tu
             raise UsageError(
                 f"{example.place}: a row without an answer cannot be a demonstration. Leave --num-demonstrations out."
             )
-    return tuple(solved_text(rows[i]) for i in order)
+    return tuple(solved_text(rows[i], end) for i in order)
 
 
 def num_fitting(lengths: Sequence[int], room: int) -> int:
@@ -76,6 +109,18 @@ def prepend_demonstrations(
     needed = [max(length(e.prompt + text) for text in e.candidates or ("",)) for e in examples]
     counts = tuple(num_fitting(lengths, limit - tokens) for tokens in needed)
     shown = (demonstrations[len(demonstrations) - count :] for count in counts)
-    return tuple(
-        replace(e, prompt=SEPARATOR.join([*some, e.prompt.lstrip()])) for e, some in zip(examples, shown, strict=True)
-    ), counts
+    return tuple(_after(some, e) for e, some in zip(examples, shown, strict=True)), counts
+
+
+def _after(demonstrations: Sequence[str], example: Example) -> Example:
+    """Return an example whose prompt starts with demonstrations."""
+    text = ""
+    controls: list[Span] = []
+    for demonstration in demonstrations:
+        # A span may reach beyond its text, which nothing follows there.
+        inside = [(lo, min(hi, len(demonstration))) for lo, hi in getattr(demonstration, "controls", ())]
+        controls += shifted(inside, len(text))
+        text += demonstration + SEPARATOR
+    own = example.prompt.lstrip()
+    controls += shifted(example.controls, len(text) + len(own) - len(example.prompt))
+    return replace(example, prompt=text + own, controls=tuple(controls))

@@ -24,6 +24,8 @@ class Example:
         spans: for a chat, the (start, end) of the characters to score in the prompt, which is the whole chat as
             rendered by its template, with special tokens. The only candidate is then empty. If an answer is to be
             generated, the span is its position at the end.
+        controls: the (start, end) of the characters of the prompt, followed by the candidate, in which the texts of
+            control tokens are read as these tokens; elsewhere they are plain text.
         place: file and line of the row, for messages.
     """
 
@@ -36,6 +38,7 @@ class Example:
     text_limit: tuple[int, int] | None = None
     second: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
+    controls: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     place: str = field(default="", compare=False)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ def read_located_rows(source: Path, split: str = "train") -> Iterator[LocatedRow
         return _hub(str(source).removeprefix(HUB), split)
     if not source.is_file():
         raise UsageError(f"there is no file {str(source)!r}; check the path.")
+    check_fetched(source)
     kind = source.with_suffix("").suffix if source.suffix == ".gz" else source.suffix
     if kind in (".jsonl", ".json"):
         return _text(source, _json_lines)
@@ -57,6 +58,19 @@ def read_located_rows(source: Path, split: str = "train") -> Iterator[LocatedRow
         f".parquet; "
         f"got {kind!r}."
     )
+
+
+def check_fetched(path: Path) -> None:
+    """Check that a file is itself there, and not the pointer that git-lfs leaves in its place.
+
+    Raises:
+        UsageError: it is a pointer.
+    """
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise UsageError(
+                f"{path} is a pointer of git-lfs and not the file itself. Fetch the file with `git lfs pull`."
+            )
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -2,15 +2,24 @@
 
 Each prompt is tokenised together with its candidate; a token that spans both counts for the candidate. Candidates with
 the same input tokens share one sequence, and so one forward pass.
+
+Spaces at the end of a prompt that is to be continued belong to what follows: many tokenizers join them with the next
+word, so a model that is trained on the joined token must not be asked to continue after the spaces.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from string import ascii_letters
 from typing import Any
 
 from zotune.errors import UsageError
+from zotune.llm.data.control_tokens import Span, Tokens, control_tokens
 from zotune.llm.data.examples import Example
+
+# An example's read tokens, the positions at which a candidate's tokens are predicted, and these tokens.
+_Scored = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Encoded:
     Attributes:
         label, also_right, answers: as in the example.
         prompt: the tokens to generate an answer from, if it is generated; text: the same prompt as text.
+        place: file and line of the row, or its split and number, for messages; no part of the row's digest.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -38,6 +48,7 @@ class Encoded:
     answers: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
     text: str = ""
+    place: str = field(default="an example", compare=False, repr=False)
 
     @property
     def length(self) -> int:
@@ -59,6 +70,7 @@ class Encoder:
         max_length: number of tokens to which longer prompts are truncated, from the left (for a classification head
             from the right); None for no truncation.
         new_tokens: number of tokens to reserve after a prompt for a generated answer.
+        num_embeddings: number of tokens that the model has embeddings for; None if that is not known.
     """
 
     def __init__(
@@ -70,8 +82,10 @@ class Encoder:
         max_length: int | None,
         classifies: bool = False,
         new_tokens: int = 50,
+        num_embeddings: int | None = None,
     ) -> None:
         self.tokenizer, self.context, self.max_length, self.new_tokens = tokenizer, context, max_length, new_tokens
+        self._num_embeddings = num_embeddings
         self._encode = self._pair if classifies else self._masked if masked else self._causal
 
     def __call__(self, example: Example, where: str = "an example") -> Encoded:
@@ -83,10 +97,11 @@ class Encoder:
         encode = self._spans if example.spans else self._encode
         try:
             encoded = [encode(example, candidate) for candidate in example.candidates]
+            prompt = self._prompt(example) if example.answers or not example.candidates else ()
+            sequences = tuple(dict.fromkeys(sequence for sequence, _, _ in encoded))
+            self._check_embedded({*prompt, *(i for s in sequences for i in s), *self._predicted(encoded)})
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
-        sequences = tuple(dict.fromkeys(sequence for sequence, _, _ in encoded))
-        prompt = self._prompt(example) if example.answers or not example.candidates else ()
         longest = max([*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0])
         if longest > self.context:
             raise UsageError(
@@ -95,19 +110,63 @@ class Encoder:
             )
         candidates = tuple(Candidate(sequences.index(s), positions, tokens) for s, positions, tokens in encoded)
         text = example.prompt if prompt else ""
-        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text)
+        return Encoded(sequences, candidates, example.label, example.also_right, example.answers, prompt, text, where)
+
+    def _predicted(self, encoded: list[_Scored]) -> set[int]:
+        """Return the tokens of all candidates; those of a classification head are numbers of labels."""
+        return set() if self._encode == self._pair else {i for _, _, tokens in encoded for i in tokens}
+
+    def _check_embedded(self, ids: set[int]) -> None:
+        highest = max(ids, default=0)
+        if self._num_embeddings is not None and highest >= self._num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UsageError(
+                f"the tokenizer gives {token!r} the id {highest}, but the model has embeddings for "
+                f"{self._num_embeddings} tokens (0 to {self._num_embeddings - 1}): the tokenizer knows tokens that the "
+                "model does not. Use the tokenizer that the model was trained with, or resize the model's embeddings "
+                "(resize_token_embeddings of transformers) and train them."
+            )
+
+    def _tokens(self, example: Example, text: str, *, ends: bool = False) -> Tokens:
+        """Tokenise a text that starts with an example's prompt, reading the token of either border only once.
+
+        A beginning-of-sequence token that the text starts with is not added again. If the text ends here, an
+        end-of-text token at its end is one. The template of a chat has added all special tokens.
+        """
+        tokenizer, tokens = self.tokenizer, control_tokens(self.tokenizer)
+        if example.spans:
+            return tokens.encode(text, example.controls, add_special_tokens=False)
+        borders: list[Span] = []
+        if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+            borders.append((0, len(tokenizer.bos_token)))
+        if ends and tokenizer.eos_token and text.endswith(tokenizer.eos_token):
+            borders.append((len(text) - len(tokenizer.eos_token), len(text)))
+        ids, offsets = tokens.encode(text, (*example.controls, *borders))
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id and offsets[0] == (0, 0):
+            return ids[1:], offsets[1:]
+        return ids, offsets
 
     def _prompt(self, example: Example) -> tuple[int, ...]:
         """Return the tokens to generate an answer from, leaving room for the answer."""
-        # The template of a chat has added the special tokens already.
-        ids = tuple(self.tokenizer(example.prompt, add_special_tokens=not example.spans, verbose=False)["input_ids"])
-        return self._truncate(ids, len(ids), self.new_tokens)[0]
+        text = example.prompt
+        if example.candidates or self._joins_spaces:
+            text = text[: _start_of_continuation(example)]
+        ids, offsets = self._tokens(example, text)
+        # What the tokenizer puts behind a text, such as an end-of-text token, does not belong before its continuation.
+        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if end), default=1)
+        return self._truncate(ids[:stop], stop, self.new_tokens)[0]
 
-    def _causal(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    @cached_property
+    def _joins_spaces(self) -> bool:
+        """Whether the tokenizer joins a space with the first letter after it."""
+        ends = (control_tokens(self.tokenizer).encode(f". {c}", ())[1] for c in ascii_letters)
+        return any(all(end != len(". ") for _, end in offsets) for offsets in ends)
+
+    def _causal(self, example: Example, candidate: str) -> _Scored:
         """Tokenise prompt and candidate together; the candidate's tokens are those that end after the prompt."""
-        text = self.tokenizer(example.prompt + candidate, return_offsets_mapping=True, verbose=False)
-        ids, ends = text["input_ids"], [end for _, end in text["offset_mapping"]]
-        scored = [i for i, end in enumerate(ends) if end > len(example.prompt)]
+        ids, offsets = self._tokens(example, example.prompt + candidate, ends=True)
+        start = _start_of_continuation(example)
+        scored = [i for i, (_, end) in enumerate(offsets) if end > start]
         if not scored:
             raise UsageError(f"the tokenizer makes no token of the candidate {candidate!r}; choose other words.")
         if scored[0] == 0:
@@ -117,13 +176,15 @@ class Encoder:
             )
         first, stop = scored[0], scored[-1] + 1
         # The last token is predicted but not part of the input.
-        read, cut = self._truncate(tuple(ids[: stop - 1]), first)
-        return read, tuple(range(first - 1 - cut, stop - 1 - cut)), tuple(ids[first:stop])
+        read, cut = self._truncate(ids[: stop - 1], first)
+        return read, tuple(range(first - 1 - cut, stop - 1 - cut)), ids[first:stop]
 
-    def _spans(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Tokenise a chat, whose template has added the special tokens; the tokens that overlap a span are scored."""
-        text = self.tokenizer(example.prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = tuple(text["input_ids"]), text["offset_mapping"]
+    def _spans(self, example: Example, candidate: str) -> _Scored:
+        """Tokenise a chat, whose template has added the special tokens; the tokens that overlap a span are scored.
+
+        What is cut on the left of a chat that is too long is cut from the scored turns too, except the last.
+        """
+        ids, offsets = self._tokens(example, example.prompt)
         scored = [
             i for i, (start, end) in enumerate(offsets) if any(start < hi and end > lo for lo, hi in example.spans)
         ]
@@ -132,10 +193,13 @@ class Encoder:
                 "the scored turns have no token, or no token before them to predict them from; add a user turn before "
                 "them."
             )
-        read, cut = self._truncate(ids[: scored[-1]], scored[0])
-        return read, tuple(i - 1 - cut for i in scored), tuple(ids[i] for i in scored)
+        last_turn = next(i for i in scored if offsets[i][1] > example.spans[-1][0])
+        read, cut = self._truncate(ids[: scored[-1]], last_turn)
+        # A token is still scored if the token before it is read, other than the beginning that is always kept.
+        left = [i for i in scored if i >= last_turn or i - 1 - cut >= self._num_kept(ids) * bool(cut)]
+        return read, tuple(i - 1 - cut for i in left), tuple(ids[i] for i in left)
 
-    def _masked(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def _masked(self, example: Example, candidate: str) -> _Scored:
         words = self.tokenizer(candidate, add_special_tokens=False)["input_ids"]
         if len(words) != 1:
             raise UsageError(
@@ -144,11 +208,13 @@ class Encoder:
             )
         prompt = self._limit_first_text(example)
         mask = self.tokenizer.mask_token
-        text = self.tokenizer(f"{prompt}{mask}{example.suffix}", return_offsets_mapping=True, verbose=False)
-        # The texts may contain other masks.
-        ends = [end for _, end in text["offset_mapping"]]
-        place = ends.index(len(prompt) + len(mask))
-        read, cut = self._truncate(tuple(text["input_ids"]), place)
+        place_of_mask = len(prompt), len(prompt) + len(mask)
+        ids, offsets = control_tokens(self.tokenizer).encode(
+            f"{prompt}{mask}{example.suffix}", (*example.controls, place_of_mask)
+        )
+        # The template may contain other masks.
+        place = [end for _, end in offsets].index(place_of_mask[1])
+        read, cut = self._truncate(ids, place)
         return read, (place - cut,), (words[0],)
 
     def _limit_first_text(self, example: Example) -> str:
@@ -156,16 +222,16 @@ class Encoder:
         if example.text_limit is None:
             return example.prompt
         end, limit = example.text_limit
-        text = self.tokenizer(
-            example.prompt[:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        stops = [stop for _, stop in text["offset_mapping"]][:limit]
+        text = example.prompt[:end]
+        _, offsets = control_tokens(self.tokenizer).encode(text, example.controls, add_special_tokens=False)
+        stops = [stop for _, stop in offsets][:limit]
         return example.prompt[: stops[-1] if len(stops) == limit else end] + example.prompt[end:]
 
-    def _pair(self, example: Example, candidate: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def _pair(self, example: Example, candidate: str) -> _Scored:
         """Tokenise the texts for a classification head, which reads the first token; candidates number its outputs."""
         cut = {} if self.max_length is None else {"truncation": True, "max_length": self.max_length}
-        ids = self.tokenizer(example.prompt, example.second, verbose=False, **cut)["input_ids"]
+        plain = {} if example.controls else {"split_special_tokens": True}
+        ids = self.tokenizer(example.prompt, example.second, verbose=False, **plain, **cut)["input_ids"]
         return tuple(ids), (0,), (example.candidates.index(candidate),)
 
     def _truncate(self, ids: tuple[int, ...], prompt_length: int, room: int = 0) -> tuple[tuple[int, ...], int]:
@@ -177,8 +243,20 @@ class Encoder:
             raise UsageError(
                 f"--max-length {self.max_length} leaves no token of the prompt beside the candidate; raise it."
             )
-        keep = 1 if ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else 0
+        keep = self._num_kept(ids)
         return ids[:keep] + ids[keep + over :], over
+
+    def _num_kept(self, ids: tuple[int, ...]) -> int:
+        """Return how many tokens at the beginning are never cut."""
+        return int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
+
+
+def _start_of_continuation(example: Example) -> int:
+    """Return where the text starts that continues a prompt: a text to be generated begins with the prompt's spaces."""
+    end = len(example.prompt)
+    if len(example.candidates) > 1:
+        return end  # candidates are compared as they are written
+    return len(example.prompt.rstrip(" \t")) or end
 
 
 def check_distinct(encoded: Encoded, example: Example) -> None:

@@ -132,7 +132,9 @@ class SequenceCache:
     def __init__(self, lm: LanguageModel, store: ActivationStore, splits: Sequence[Iterable[Tokens]] = ()) -> None:
         _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
-        lowest = 0 if tunes_outside_base(lm) else lowest_tuned_layer(lm.base)
+        splits = [list(split) for split in splits]
+        is_padded = lm.reads_padded(max((len(s) for split in splits for s in split), default=0))
+        lowest = lowest_tuned_layer(lm.base) if is_padded and not tunes_outside_base(lm) else 0
         trial = padded([(0, 1, 2, 3), (0, 1)], lm.pad_token_id, lm.device)
         self.depth = depth_without_effects(lm, lowest, "activations", lambda: lm.read(*trial))
         self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zotune.llm.data.collator import Batch
+from zotune.llm.data.control_tokens import control_tokens
+from zotune.llm.data.padding import by_length, generates_padded, reads_padded, reset_rope, rope_grows
 from zotune.llm.models.candidate_scores import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
 from zotune.llm.quantized.backends import supports_row_lookup
+from zotune.messages import say
 
 # Logits computed at a time at most: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -42,6 +45,7 @@ class LanguageModel:
     num_forwards: int = field(default=0)
     classifies: bool = False
     base_fingerprint: dict[str, str] | None = None
+    _said: bool = field(default=False, repr=False)
 
     @property
     def config(self) -> Any:
@@ -81,10 +85,59 @@ class LanguageModel:
         adapter: Any = getattr(self.module, "active_peft_config", None)
         return int(adapter.num_virtual_tokens) if getattr(adapter, "is_prompt_learning", False) else 0
 
+    def __post_init__(self) -> None:
+        # A model that classifies by its last token finds it by its configuration's padding token.
+        if self.classifies and self.config.pad_token_id is None:
+            self.config.pad_token_id = self.pad_token_id
+
     @property
     def pad_token_id(self) -> int:
-        """The padding token; any token will do, because padding is on the right or masked."""
-        return int(next(t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if t is not None))
+        """The padding token; any token with an embedding will do, because padding is on the right or masked.
+
+        Where a classifier looks for the last token that is not padding, it must not be what ends each text.
+        """
+        t = self.tokenizer
+        behind = {t("a")["input_ids"][-1]} if self.classifies and t.pad_token_id is None else set()
+        known = (t.pad_token_id, t.eos_token_id, t.unk_token_id, t.bos_token_id, 0, 1)
+        return int(next(i for i in known if i is not None and i < self.num_embeddings and i not in behind))
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of tokens that the model has embeddings for."""
+        embeddings = self.base.get_input_embeddings()
+        rows = getattr(embeddings, "num_embeddings", None)
+        return int(self.config.get_text_config().vocab_size if rows is None else rows)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens at which generated text ends: the tokenizer's, and all that the checkpoint names.
+
+        Without a generation configuration of the checkpoint, its place is taken by the model's configuration, whose
+        token may be no more than the default of its class: that counts only if the tokenizer knows it as special.
+        """
+        named = getattr(self.base, "generation_config", None)
+        ids = getattr(named, "eos_token_id", None)
+        ends = {int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None}
+        if getattr(named, "_from_model_config", False):
+            default = getattr(type(self.config.get_text_config()), "eos_token_id", None)
+            special = control_tokens(self.tokenizer).ids.values()
+            ends = {i for i in ends if i != default or i in special}
+        own = self.tokenizer.eos_token_id
+        return frozenset(ends if own is None else ends | {own})
+
+    def reset(self) -> None:
+        """Forget what the model keeps from one pass to the next: the frequencies of the longest row so far."""
+        if rope_grows(self.config):
+            reset_rope(self.base)
+
+    def reads_padded(self, longest: int) -> bool:
+        """Whether sequences of at most `longest` tokens may share a pass, with padding on the right."""
+        bidirectional = self.masked or self.classifies
+        return reads_padded(self.config, longest + self.num_virtual_tokens, masked=bidirectional)
+
+    def generates_padded(self, longest: int) -> bool:
+        """Whether prompts may share a batch, with padding on the left, up to `longest` tokens with the new text."""
+        return not self.num_virtual_tokens and generates_padded(self.config, longest)
 
     def logits(self, batch: Batch, only: Tensor | None = None) -> Tensor:
         """Return the (N, V) logits at the batch's scored positions, or (N, K) logits of the tokens `only`.
@@ -99,6 +152,7 @@ class LanguageModel:
 
     def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits of a forward pass over (S, L) tokens, padded on the right."""
+        self.reset()
         return self.read_with(self.module, input_ids, attention_mask)
 
     def read_with(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -117,13 +171,38 @@ class LanguageModel:
         """Return (examples, candidates) scores in float64.
 
         They are mean log-probabilities, or these up to a constant per example where the batch does not need them
-        exactly.
+        exactly. Where padding might change them, sequences of one length share a pass.
         """
+        if not self._may_share(batch):
+            return scores_of_tokens(self._log_probabilities_by_length(batch), batch)
         if self.classifies:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
         if batch.needs_only_candidates and supports_row_lookup(self.base.get_output_embeddings()):
             return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
         return scores_of_tokens(self.token_log_probabilities(batch), batch)
+
+    def _may_share(self, batch: Batch) -> bool:
+        """Whether the batch's sequences may share a pass: padding changes nothing, or nothing depends on lengths."""
+        return self.reads_padded(batch.input_ids.shape[1])
+
+    def _log_probabilities_by_length(self, batch: Batch) -> Tensor:
+        """Return the (M,) log-probabilities from passes over sequences of one length, which count as one."""
+        before, parts, places = self.num_forwards, [], []
+        for part, at in by_length(batch):
+            if self.classifies:
+                parts.append(log_probabilities(self.logits(part), part.rows, part.tokens))
+            else:
+                parts.append(self.token_log_probabilities(part))
+            places.append(at)
+        if len(parts) > 1 and not self._said:
+            self._said = True
+            say(f"rows of one length share a pass, because padding might change the results of {self._kind}")
+        self.num_forwards = before + 1
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    @property
+    def _kind(self) -> str:
+        return f"{self.config.model_type} models with rows of this length"
 
     def token_log_probabilities(self, batch: Batch) -> Tensor:
         """Return the (M,) log-probabilities of the candidates' tokens.
@@ -150,6 +229,8 @@ class LanguageModel:
 
     def copies_at_once(self, batch: Batch) -> int:
         """How many copies of a batch one forward pass may score, within the bounds on tokens and on logits."""
+        if not self._may_share(batch):
+            return 1
         positions = max(1, len(batch.positions))
         return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self.vocabulary // positions))
 

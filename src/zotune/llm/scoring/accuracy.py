@@ -10,9 +10,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from zotune.errors import UsageError
 from zotune.llm.data.collator import Batch, collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.finite import check_scores
 from zotune.llm.scoring.intervals import wilson
 from zotune.llm.scoring.objectives import CLASSIFICATION, Objective
 
@@ -73,17 +75,23 @@ class AccuracyEvaluation(Evaluation):
         accuracy: that fraction, with Wilson's interval; predictions are indices of candidates.
         scores: normalised log-probabilities of each example's candidates: up to a constant per example, the mean
             log-probabilities of their tokens.
+        num_ties: examples with several best candidates, of which the first is the prediction.
     """
 
     metric = "accuracy"
 
     accuracy: float
     scores: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
+    num_ties: int = field(default=0, kw_only=True)
 
     @property
     def value(self) -> float:
         """The accuracy."""
         return self.accuracy
+
+    def __str__(self) -> str:
+        ties = f"; {self.num_ties} with equal best scores, of which the first counts" if self.num_ties else ""
+        return super().__str__() + ties
 
 
 class Measure(Protocol):
@@ -101,7 +109,15 @@ class Measure(Protocol):
 
 
 def batches_by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of indices of the examples, the longest examples first."""
+    """Yield batches of indices of the examples, the longest examples first.
+
+    Raises:
+        UsageError: there is no example, so that no metric has a value.
+    """
+    if not examples:
+        raise UsageError("there is no row to evaluate on; give at least one.")
+    if batch_size < 1:
+        raise UsageError(f"the batch size of an evaluation must be at least 1, got {batch_size}.")
     order = sorted(range(len(examples)), key=lambda i: -examples[i].length)
     for lo in range(0, len(order), batch_size):
         yield order[lo : lo + batch_size]
@@ -117,16 +133,21 @@ def evaluate_accuracy(
     """Evaluate the accuracy, in batches of examples of similar length.
 
     The result is the same as for one example at a time, up to the rounding of batched matrix products.
+
+    Raises:
+        NonFiniteScoreError: an example has no candidate with a finite score, or one whose score is NaN.
     """
     start, forwards_before = time.perf_counter(), lm.num_forwards
     score_of = scorer or lm.score
-    predictions, total = [0] * len(examples), 0.0
+    predictions, total, num_ties = [0] * len(examples), 0.0, 0
     scores: list[tuple[float, ...]] = [()] * len(examples)
     with torch.no_grad():
         for indices in batches_by_length(examples, batch_size):
             batch_examples = [examples[i] for i in indices]
             batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
             score = score_of(batch)
+            check_scores(score, batch_examples)
+            num_ties += int(((score == score.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum())
             weights = torch.tensor(
                 [objective.weight(e) for e in batch_examples], dtype=torch.float64, device=score.device
             )
@@ -148,4 +169,5 @@ def evaluate_accuracy(
         num_forwards=lm.num_forwards - forwards_before,
         values=is_right,
         scores=tuple(scores),
+        num_ties=num_ties,
     )

@@ -1,8 +1,9 @@
 """Evaluating generated answers by F1 and exact match, with greedy decoding.
 
 Both metrics are those of SQuAD (Rajpurkar et al., 2016, section 6.1): texts are normalised to lower case without
-punctuation, articles and extra spaces; F1 compares bags of words, with the maximum over the accepted answers.
-Decoding is greedy, at most 50 tokens, up to a newline or the end of text (Malladi et al., 2023, appendix E).
+punctuation, articles and extra spaces (except texts that are nothing else); F1 compares bags of words, with the
+maximum over the accepted answers.
+Decoding is greedy, by default at most 50 tokens, up to a newline or the end of text (Malladi et al., 2023, appendix E).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,7 +22,8 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
-from zotune.llm.scoring.generation import generate
+from zotune.llm.scoring.finite import check_scores
+from zotune.llm.scoring.generation import MAX_NEW_TOKENS, generate
 from zotune.llm.scoring.intervals import mean_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective, mean_loss
 
@@ -31,10 +34,15 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def normalised(text: str) -> str:
     """Return a text in lower case without punctuation, articles and extra spaces.
 
-    >>> normalised("  The Cat's  hat, an old one.")
-    'cats hat old one'
+    Of a text that has nothing else, such as the letter of a choice, articles count, and then punctuation. Otherwise an
+    empty text would equal it.
+
+    >>> normalised("  The Cat's  hat, an old one."), normalised("A."), normalised("?!")
+    ('cats hat old one', 'a', '?!')
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    lower = text.lower()
+    words = lower.translate(_PUNCTUATION)
+    return next((found for some in (_ARTICLES.sub(" ", words), words, lower) if (found := " ".join(some.split()))), "")
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -92,8 +100,16 @@ def evaluate_answers(
     batch_size: int,
     scorer: Scorer | None = None,
     objective: Objective = TEACHER_FORCING,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    stops_at_newline: bool = True,
 ) -> AnswerEvaluation:
-    """Generate an answer to each prompt, in batches of similar length, and compare it with the accepted answers."""
+    """Generate an answer to each prompt, in batches of similar length, and compare it with the accepted answers.
+
+    Raises:
+        NonFiniteScoreError: an example's logits are NaN or infinite, in its accepted answer or while one is generated.
+    """
+    answers = partial(generate, lm, max_new_tokens=max_new_tokens, stops_at_newline=stops_at_newline)
     start, forwards_before = time.perf_counter(), lm.num_forwards
     predictions, total, weight = [""] * len(examples), 0.0, 0
     with torch.no_grad():
@@ -101,9 +117,12 @@ def evaluate_answers(
             batch_examples = [examples[i] for i in indices]
             batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
             batch_weight = sum(map(objective.weight, batch_examples))
-            total += float(mean_loss(objective, (scorer or lm.score)(batch), batch, batch_examples)) * batch_weight
+            score = (scorer or lm.score)(batch)
+            check_scores(score, batch_examples)
+            total += float(mean_loss(objective, score, batch, batch_examples)) * batch_weight
             weight += batch_weight
-            for i, answer in zip(indices, generate(lm, [e.prompt for e in batch_examples]), strict=True):
+            prompts, places = [e.prompt for e in batch_examples], [e.place for e in batch_examples]
+            for i, answer in zip(indices, answers(prompts, places=places), strict=True):
                 predictions[i] = answer
     seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before
     return answer_evaluation(tuple(predictions), examples, total / weight, seconds, forwards)

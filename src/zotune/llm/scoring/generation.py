@@ -7,9 +7,10 @@ of a step use the same random numbers (their difference is due to the weights al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from zotune.llm.models.cache_argument import cache_argument
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.finite import check_best
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50
@@ -48,24 +50,35 @@ def generate(
     stops_at_newline: bool = True,
     sampling: Sampling | None = None,
     prefill: Prefill = lambda prompts: nullcontext(),
+    places: Sequence[str] | None = None,
 ) -> list[str]:
-    """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or the end of text.
+    """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or one of the end tokens.
+
+    The end tokens are those of the tokenizer and of the checkpoint's generation configuration, which for chats often
+    names the end of a turn beside the end of text (`LanguageModel.end_tokens`).
 
     Decoding is greedy unless `sampling` is given. Each new token takes one call of the model, with cached keys and
     values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
-    peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows. `prefill`
+    peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows; so they do for
+    models that might read padding as text. `prefill`
     returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`).
+
+    Raises:
+        NonFiniteScoreError: the logits after a prompt are not finite; `places` names the prompts in the message.
     """
-    if not lm.num_virtual_tokens:
+    places = [f"prompt {i}" for i in range(1, 1 + len(prompts))] if places is None else places
+    is_one_length = len(set(map(len, prompts))) == 1 and not lm.num_virtual_tokens
+    if is_one_length or lm.generates_padded(max(map(len, prompts)) + max_new_tokens):
         with prefill(prompts):
-            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling)
+            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling, places)
     texts = [""] * len(prompts)
     for length in sorted(set(map(len, prompts))):
         indices = [i for i, p in enumerate(prompts) if len(p) == length]
         batch_sampling = (
             None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in indices))
         )
-        generated = _generate(lm, [prompts[i] for i in indices], max_new_tokens, stops_at_newline, batch_sampling)
+        some, their_places = [prompts[i] for i in indices], [places[i] for i in indices]
+        generated = _generate(lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places)
         for i, text in zip(indices, generated, strict=True):
             texts[i] = text
     return texts
@@ -77,10 +90,12 @@ def _generate(
     max_new_tokens: int,
     stops_at_newline: bool,
     sampling: Sampling | None,
+    places: Sequence[str],
 ) -> list[str]:
     """Generate from prompts padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    lm.reset()
     length = max(map(len, prompts))
     padded = [[lm.pad_token_id] * (length - len(p)) + list(p) for p in prompts]
     mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
@@ -89,25 +104,41 @@ def _generate(
         model, inputs, length = lm.base, *_inputs_after_virtual_tokens(lm, input_ids)
     else:
         model, inputs = lm.module, {"input_ids": input_ids, "attention_mask": attention_mask}
-    out: Tensor = model.generate(
-        **inputs,
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            # Greedy decoding, whatever the checkpoint's own generation configuration says.
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            use_cache=True,
-            pad_token_id=lm.pad_token_id,
-            eos_token_id=lm.tokenizer.eos_token_id,
-        ),
-        stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
-        logits_processor=_processors(sampling, length),
-    )
+    ends = lm.end_tokens
+    with _plain_decoding(model):
+        out: Tensor = model.generate(
+            **inputs,
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=lm.pad_token_id,
+                eos_token_id=sorted(ends) or None,
+            ),
+            stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
+            logits_processor=_processors(sampling, length, places),
+        )
     lm.num_forwards += out.shape[1] - length
-    texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, length:].tolist()]
+    # A finished row is padded, and neither its end token nor the padding need be special tokens of the tokenizer.
+    rows = [list(takewhile(lambda token: token not in ends, row)) for row in out[:, length:].tolist()]
+    texts = [lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     return [(text.split("\n")[0] if stops_at_newline else text).strip() for text in texts]
+
+
+@contextmanager
+def _plain_decoding(model: Any) -> Iterator[None]:
+    """Within this context the checkpoint's own generation configuration, with its penalties and bans, has no effect.
+
+    `generate` of transformers fills in from it whatever a given configuration leaves open.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()
@@ -135,16 +166,27 @@ def _inputs_after_virtual_tokens(lm: LanguageModel, input_ids: Tensor) -> tuple[
     return {"inputs_embeds": torch.cat([virtual.to(embeddings.dtype), embeddings], 1), "attention_mask": mask}, 0
 
 
-def _processors(sampling: Sampling | None, prompt_length: int) -> Any:
+def _processors(sampling: Sampling | None, prompt_length: int, places: Sequence[str]) -> Any:
     """Return the processors of the logits, after which the best token is chosen."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    processors: list[Any] = []
+    processors: list[Any] = [_CheckFinite(tuple(places))]
     if sampling is not None:
         processors += [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
         processors += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
         processors += [_Draw(sampling.seeds, prompt_length)]
     return LogitsProcessorList(processors)
+
+
+@dataclass(frozen=True)
+class _CheckFinite:
+    """Refuse logits without a best token; the choice among NaN would be the first token."""
+
+    places: tuple[str, ...]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        check_best(scores, self.places)
+        return scores
 
 
 @dataclass(frozen=True)

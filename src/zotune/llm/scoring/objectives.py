@@ -95,8 +95,10 @@ class Accuracy:
         return 1
 
     def losses(self, score: Tensor, batch: Batch) -> Tensor:
-        """Return -1 or 0 for each example; of equal scores the first one counts as the best."""
-        return -batch.right.gather(1, score.argmax(dim=1, keepdim=True))[:, 0].double()
+        """Return -1 or 0 for each example, NaN without finite scores; of equal scores the first counts as the best."""
+        best = score.max(dim=1, keepdim=True)
+        hits = batch.right.gather(1, best.indices)[:, 0].double()
+        return torch.where(best.values[:, 0].isfinite(), -hits, torch.nan)
 
 
 CLASSIFICATION, TEACHER_FORCING, ACCURACY = Classification(), TeacherForcing(), Accuracy()

@@ -13,6 +13,7 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
+from zotune.llm.scoring.finite import check_scores
 from zotune.llm.scoring.intervals import ratio_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective
 
@@ -58,13 +59,19 @@ def evaluate_log_loss(
     scorer: Scorer | None = None,
     objective: Objective = TEACHER_FORCING,
 ) -> LogLossEvaluation:
-    """Evaluate the log-loss of the right candidates' tokens, in batches of examples of similar length."""
+    """Evaluate the log-loss of the right candidates' tokens, in batches of examples of similar length.
+
+    Raises:
+        NonFiniteScoreError: the log-loss of an example is NaN or infinite.
+    """
     start, forwards_before = time.perf_counter(), lm.num_forwards
     means = [0.0] * len(examples)
     with torch.no_grad():
         for indices in batches_by_length(examples, batch_size):
-            batch = collate([examples[i] for i in indices], lm.pad_token_id, lm.device, exact=objective.exact)
+            batch_examples = [examples[i] for i in indices]
+            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
             losses = objective.losses((scorer or lm.score)(batch), batch)
+            check_scores(-losses[:, None], batch_examples)
             for i, loss in zip(indices, losses.tolist(), strict=True):
                 means[i] = loss
     tokens = [objective.weight(e) for e in examples]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.errors import RunError, UsageError, did_you_mean
+from zotune.errors import NonFiniteScoreError, RunError, UsageError, did_you_mean
 from zotune.llm.config.objective import ObjectiveOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded
@@ -216,11 +216,18 @@ class GeneratedObjective:
         return lambda: self._loss(lm, examples, seeds)
 
     def _loss(self, lm: LanguageModel, examples: Sequence[Encoded], seeds: Sequence[int]) -> Tensor:
-        rewards = self.reward(self.completions(lm, examples, seeds))
+        try:
+            rewards = self.reward(self.completions(lm, examples, seeds))
+        except NonFiniteScoreError:
+            return torch.tensor(torch.nan, dtype=torch.float64)
         return -torch.tensor(rewards, dtype=torch.float64).mean()
 
     def completions(self, lm: LanguageModel, examples: Sequence[Encoded], seeds: Sequence[int]) -> list[Completion]:
-        """Generate a completion of each example's prompt with the present weights."""
+        """Generate a completion of each example's prompt with the present weights.
+
+        Raises:
+            NonFiniteScoreError: the logits of an example are NaN or infinite.
+        """
         o = self.options
         texts = generate(
             lm,
@@ -229,6 +236,7 @@ class GeneratedObjective:
             stops_at_newline=o.stop_at == "newline",
             sampling=Sampling(o.temperature, o.top_p, tuple(seeds)) if o.generation == "sample" else None,
             prefill=self.prefill,
+            places=[e.place for e in examples],
         )
         return [Completion(e.text, text, e.answers) for e, text in zip(examples, texts, strict=True)]
 

@@ -102,4 +102,5 @@ def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
         max_length=options.max_length,
         classifies=lm.classifies,
         new_tokens=options.max_new_tokens,
+        num_embeddings=lm.num_embeddings,
     )

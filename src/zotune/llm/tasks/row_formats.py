@@ -10,12 +10,14 @@ import string
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from datetime import date
+from functools import lru_cache, partial
 from typing import Any
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
-from zotune.llm.data.chat_template import assistant_spans, chat_prompt
+from zotune.llm.data.chat_template import ChatTemplate, without_nulls
+from zotune.llm.data.control_tokens import EVERYWHERE, Span
 from zotune.llm.data.examples import Example
 from zotune.llm.data.readers import LocatedRow
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
@@ -69,27 +71,42 @@ def classification(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Exa
     words = options.verbalizer
     if label not in words:
         raise UsageError(f"{row.place}: the label {label!r} is not in the verbalizer.{did_you_mean(label, words)}")
-    prompt = _prompt(row, options)
+    prompt, controls = _prompt(row, options)
     distinct = list(dict.fromkeys(word.strip() for word in words.values()))
     candidates = tuple(_after_prompt(prompt, word) for word in distinct)
-    return Example(prompt, candidates, distinct.index(words[label].strip()), place=row.place)
+    return Example(prompt, candidates, distinct.index(words[label].strip()), controls=controls, place=row.place)
 
 
 def completion(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
-    """Return the template's prompt with the completion exactly as written, followed by the end-of-text token."""
-    text = _not_empty(row, column_of("completion", options))
+    """Return the template's prompt with the completion exactly as written, followed by the end-of-text token.
+
+    A completion that ends in this token already is not given a second one.
+    """
+    end = tokenizer.eos_token or ""
+    text = without_end(_not_empty(row, column_of("completion", options)), end)
     answers: tuple[str, ...] = ()
     if options.compares_answers:
         _check_can_be_generated(text, row, options, tokenizer)
     if options.compares_answers or options.is_function:
         answers = (text.strip(),)
-    return Example(_prompt(row, options), (text + (tokenizer.eos_token or ""),), 0, answers=answers, place=row.place)
+    prompt, controls = _prompt(row, options)
+    return Example(prompt, (text + end,), 0, answers=answers, controls=controls, place=row.place)
+
+
+def without_end(text: str, end: str) -> str:
+    r"""Return a text without the end-of-text token that it ends in, and white space after the token.
+
+    >>> without_end(" pong</s>\n", "</s>"), without_end(" pong\n", "</s>"), without_end(" pong", "")
+    (' pong', ' pong\n', ' pong')
+    """
+    bare = text.rstrip()
+    return bare.removesuffix(end) if end and bare.endswith(end) else text
 
 
 def chat(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
     """Return the messages as rendered by the model's chat template, with the assistant's turns scored."""
     column = column_of("messages", options)
-    messages = _list_of(row, column, 'messages, [{"role": "user", "content": "…"}, …]')
+    messages = without_nulls(_list_of(row, column, 'messages, [{"role": "user", "content": "…"}, …]'))
     for message in messages:
         parts = [message.get(part) for part in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(part, str) and part.strip() for part in parts):
@@ -99,26 +116,32 @@ def chat(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
             )
         _check_characters(message["content"], row, column)
     if options.is_function and messages:
-        return _chat_to_answer(row, messages, tokenizer)
+        return _chat_to_answer(row, messages, options, tokenizer)
     if not messages or messages[-1]["role"] != "assistant":
         last = repr(messages[-1]["role"]) if messages else "missing"
         raise UsageError(f"{row.place}: the last message must have the role 'assistant', but its role is {last}.")
     try:
-        text, spans = assistant_spans(tokenizer, messages, only_last=options.scored_turns == "last")
+        found = _chat_template(options, tokenizer).with_turns(messages, only_last=options.scored_turns == "last")
     except UsageError as error:
         raise UsageError(f"{row.place}: {error}") from None
-    return Example(text, ("",), 0, spans=spans, place=row.place)
+    return Example(found.text, ("",), 0, spans=found.turns, controls=found.controls, place=row.place)
 
 
-def _chat_to_answer(row: LocatedRow, messages: list[dict[str, str]], tokenizer: Any) -> Example:
+def _chat_template(options: DataOptions, tokenizer: Any) -> ChatTemplate:
+    today = None if options.chat_date is None else date.fromisoformat(options.chat_date)
+    return ChatTemplate(tokenizer, today, options.read_control_tokens)
+
+
+def _chat_to_answer(row: LocatedRow, messages: list[dict[str, str]], options: DataOptions, tokenizer: Any) -> Example:
     """Return the chat up to the answer to generate; an answer in the row becomes the reference."""
     is_answered = messages[-1]["role"] == "assistant"
     try:
-        text = chat_prompt(tokenizer, messages[: len(messages) - is_answered])
+        found = _chat_template(options, tokenizer).opening_answer(messages[: len(messages) - is_answered])
     except UsageError as error:
         raise UsageError(f"{row.place}: {error}") from None
     answers = (messages[-1]["content"].strip(),) if is_answered else ()
-    return Example(text, (), 0, answers=answers, spans=((len(text), len(text)),), place=row.place)
+    end = len(found.text)
+    return Example(found.text, (), 0, answers=answers, spans=((end, end),), controls=found.controls, place=row.place)
 
 
 def choice(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
@@ -133,10 +156,9 @@ def choice(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
     twice = next((c for i, c in enumerate(choices) if c in choices[:i]), None)
     if twice is not None:
         raise UsageError(f"{row.place}: the choice {twice!r} appears twice; give each choice once.")
-    prompt = _prompt(row, options)
-    return Example(
-        prompt, tuple(_after_prompt(prompt, c) for c in choices), _right_choice(row, options, values), place=row.place
-    )
+    prompt, controls = _prompt(row, options)
+    candidates = tuple(_after_prompt(prompt, c) for c in choices)
+    return Example(prompt, candidates, _right_choice(row, options, values), controls=controls, place=row.place)
 
 
 def prompt_alone(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
@@ -149,8 +171,10 @@ def prompt_alone(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Examp
         value = row.columns.get(column)
         if value is not None and not answers:
             references = value if isinstance(value, list) else [value]
-            answers = [cell_text(LocatedRow(row.place, {column: one}), column).strip() for one in references]
-    return Example(_prompt(row, options), (), 0, answers=tuple(answers), place=row.place)
+            texts = [cell_text(LocatedRow(row.place, {column: one}), column) for one in references]
+            answers = [without_end(text, tokenizer.eos_token or "").strip() for text in texts]
+    prompt, controls = _prompt(row, options)
+    return Example(prompt, (), 0, answers=tuple(answers), controls=controls, place=row.place)
 
 
 FORMATS: dict[str, Format] = {
@@ -179,7 +203,7 @@ FORMATS: dict[str, Format] = {
         chat,
         TEACHER_FORCING,
         evaluate_log_loss,
-        frozenset({"scored_turns"}),
+        frozenset({"scored_turns", "chat_date"}),
     ),
     "choice": Format(
         "a prompt, choices, and the right one's index or itself",
@@ -205,7 +229,11 @@ FORMATS: dict[str, Format] = {
 
 def measure_of(form: Format, options: DataOptions) -> Measure:
     """Return the evaluation of rows of a format."""
-    return evaluate_answers if options.exact_match else form.measure
+    if not options.exact_match:
+        return form.measure
+    return partial(
+        evaluate_answers, max_new_tokens=options.max_new_tokens, stops_at_newline=options.stop_at == "newline"
+    )
 
 
 @lru_cache
@@ -249,12 +277,34 @@ def cell_text(row: LocatedRow, column: str) -> str:
     raise UsageError(f"{row.place}: the column {column!r} holds {_short(value)}, which is not text.")
 
 
-def _prompt(row: LocatedRow, options: DataOptions) -> str:
+def _prompt(row: LocatedRow, options: DataOptions) -> tuple[str, tuple[Span, ...]]:
+    """Return the filled template, and the spans in which the texts of control tokens are read as these tokens."""
     assert options.template is not None
     values = {name: cell_text(row, column_of(name, options)) for name in template_columns(options.template)}
     if not any(value.strip() for value in values.values()):
         raise UsageError(f"{row.place}: the text is empty ({', '.join(map(repr, values))}). Leave the row out.")
-    return options.template.format_map(values)
+    prompt, written = filled(options.template, values)
+    return prompt, EVERYWHERE if options.read_control_tokens else written
+
+
+def filled(template: str, values: dict[str, str]) -> tuple[str, tuple[Span, ...]]:
+    """Return a template with its values, and the (start, end) of the template's own text in it.
+
+    >>> filled("[INST] {text} [/INST]", {"text": "hi"})
+    ('[INST] hi [/INST]', ((0, 7), (9, 17)))
+    """
+    text = ""
+    spans: list[Span] = []
+    for literal, name, form, conversion in string.Formatter().parse(template):
+        if literal:
+            # A doubled brace ends a part of the template's text, but not the text.
+            joined = spans.pop()[0] if spans and spans[-1][1] == len(text) else len(text)
+            text += literal
+            spans.append((joined, len(text)))
+        if name is not None:
+            field = f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
+            text += field.format_map(values)
+    return text, tuple(spans)
 
 
 def _after_prompt(prompt: str, text: str) -> str:
@@ -283,10 +333,10 @@ def _check_can_be_generated(text: str, row: LocatedRow, options: DataOptions, to
     one_line = options.stop_at == "newline"
     if (one_line and "\n" in text.strip()) or tokens > options.max_new_tokens:
         output = "one generated line" if one_line else "generated text"
-        remedy = "Raise max_new_tokens, or stop_at: end" if options.is_generated else "Leave exact_match out"
         raise UsageError(
             f"{row.place}: {options.objective or 'exact_match'} compares {output} of at most {options.max_new_tokens} "
-            f"tokens, but this completion has {len(text.strip().splitlines())} lines and {tokens} tokens. {remedy}."
+            f"tokens, but this completion has {len(text.strip().splitlines())} lines and {tokens} tokens. "
+            "Raise --max-new-tokens, or give --stop-at end for several lines."
         )
 
 

@@ -1,13 +1,14 @@
 """Loading the user's own rows: inferring their format from their columns, and splitting them into examples.
 
-As for a task, a random permutation with `data_seed` starts with the training rows and ends with the held-out rows.
+As for a task, a random permutation with `data_seed` starts with the training rows and ends with the held-out rows; if
+only some of the evaluation rows are asked for, another one with the same seed chooses them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import numpy as np
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
+from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.readers import LocatedRow, read_located_rows
 from zotune.llm.scoring.accuracy import Measure
 from zotune.llm.scoring.objectives import Objective
 from zotune.llm.scoring.rewards import GeneratedObjective
 from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE, Format, cell_text, column_of, measure_of
+from zotune.llm.tasks.row_notes import control_token_notes, ended_rows_note, label_notes, likeness
 
 # Options whose defaults are inferred from the rows.
-RESOLVED_OPTIONS = ("data_format", "template", "verbalizer")
+RESOLVED_OPTIONS = ("data_format", "template", "verbalizer", "chat_date")
 
 # Options that only some formats use.
-_FORMAT_OPTIONS = ("template", "verbalizer", "exact_match", "scored_turns")
+_FORMAT_OPTIONS = ("template", "verbalizer", "exact_match", "scored_turns", "chat_date")
 
 
 @dataclass(frozen=True)
@@ -52,25 +55,40 @@ def load_user_data(options: DataOptions, tokenizer: Any, *, masked: bool = False
 
     Args:
         options: the files, and the conversion of their rows.
-        tokenizer: the model's tokenizer, with its chat template and end-of-text token.
+        tokenizer: the model's tokenizer, with its chat template and end-of-text token; rows with labels need none.
         masked: whether the model fills in masks; it then needs rows with labels.
 
     Raises:
         UsageError: a file or a row cannot be used; the message says which and why.
     """
+    source = options.train_file or options.eval_file
+    assert source is not None
+    rows = list(read_located_rows(source, "train" if options.train_file else "validation"))
+    options = _with_date(resolve_format(options, rows, source, masked=masked), tokenizer)
+    form = FORMATS[options.data_format or ""]
     if options.train_file is None:
-        assert options.eval_file is not None
-        rows = _evaluation_rows(options)
-        options = resolve_format(options, rows, options.eval_file, masked=masked)
-        form = FORMATS[options.data_format or ""]
-        splits = Splits((), (), _examples(rows, form, options, tokenizer))
+        chosen, chosen_notes = _chosen(rows, options)
+        splits = Splits((), (), _examples(chosen, form, options, tokenizer))
     else:
-        rows = list(read_located_rows(options.train_file))
-        options = resolve_format(options, rows, options.train_file, masked=masked)
-        form = FORMATS[options.data_format or ""]
-        splits = _split(_examples(rows, form, options, tokenizer), form, options, tokenizer)
-    notes = (_format_note(form, options), *_overlap_notes(splits))
+        splits, chosen_notes = _split(_examples(rows, form, options, tokenizer), form, options, tokenizer)
+    notes = (
+        *(_format_note(form, options), *chosen_notes, *label_notes(options), *_end_notes(rows, options, tokenizer)),
+        *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
+    )
     return Data(splits, form.objective, measure_of(form, options), options, notes)
+
+
+def _with_date(options: DataOptions, tokenizer: Any) -> DataOptions:
+    """Return the options with the date of chats, if the chat template writes one: today's unless it is given."""
+    if options.data_format != "chat" or not reads_clock(tokenizer):
+        return options.model_copy(update={"chat_date": None})
+    return options.model_copy(update={"chat_date": options.chat_date or date.today().isoformat()})
+
+
+def _end_notes(rows: Sequence[LocatedRow], options: DataOptions, tokenizer: Any) -> list[str]:
+    if options.data_format != "completion":
+        return []
+    return ended_rows_note((row.columns.get(column_of("completion", options)) for row in rows), tokenizer.eos_token)
 
 
 def resolve_format(options: DataOptions, rows: Sequence[LocatedRow], source: Path, *, masked: bool) -> DataOptions:
@@ -145,16 +163,23 @@ def _infer_format(rows: Sequence[LocatedRow], options: DataOptions, source: Path
     )
 
 
-def _evaluation_rows(options: DataOptions) -> list[LocatedRow]:
-    assert options.eval_file is not None
-    return list(islice(read_located_rows(options.eval_file, split="validation"), options.num_eval))
+def _chosen(rows: Sequence[Any], options: DataOptions) -> tuple[Sequence[Any], list[str]]:
+    """Return `num_eval` of the evaluation rows, drawn with `data_seed` and in their order, and a note that says so.
+
+    Files are often sorted, by label for instance, so the first rows would not stand for all.
+    """
+    if options.num_eval is None or options.num_eval >= len(rows):
+        return rows, []
+    order = np.random.RandomState(options.data_seed).permutation(len(rows))
+    note = f"{options.num_eval} of {len(rows)} evaluation rows, drawn at random with data_seed {options.data_seed}"
+    return [rows[i] for i in sorted(order[: options.num_eval])], [note]
 
 
 def _examples(rows: Sequence[LocatedRow], form: Format, options: DataOptions, tokenizer: Any) -> tuple[Example, ...]:
     return tuple(form.to_example(row, options, tokenizer) for row in rows)
 
 
-def _split(examples: Sequence[Example], form: Format, options: DataOptions, tokenizer: Any) -> Splits:
+def _split(examples: Sequence[Example], form: Format, options: DataOptions, tokenizer: Any) -> tuple[Splits, list[str]]:
     """Split examples into training and held-out rows; without eval_file the latter are also the evaluation rows."""
     order = np.random.RandomState(options.data_seed).permutation(len(examples))
     num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
@@ -167,15 +192,26 @@ def _split(examples: Sequence[Example], form: Format, options: DataOptions, toke
     train = tuple(examples[i] for i in order[:num_train])
     dev = tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
     if options.eval_file is None:
-        return Splits(train, dev, dev[: options.num_eval])
-    rows = _evaluation_rows(options)
-    if not rows:
+        test, notes = _chosen(dev, options)
+        return Splits(train, dev, tuple(test)), notes
+    every = list(read_located_rows(options.eval_file, split="validation"))
+    if not every:
         raise UsageError(f"{options.eval_file} contains no row.")
-    return Splits(train, dev, _examples(rows, form, options, tokenizer))
+    rows, notes = _chosen(every, options)
+    return Splits(train, dev, _examples(rows, form, options, tokenizer)), notes
 
 
 def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: Path) -> dict[str, str]:
-    labels = sorted({cell_text(row, options.label_column) for row in rows})
+    places: dict[str, str] = {}
+    for row in rows:
+        places.setdefault(cell_text(row, options.label_column), row.place)
+    labels = sorted(places)
+    empty = next((label for label in labels if not likeness(label)), None)
+    if empty is not None:
+        raise UsageError(
+            f"{places[empty]}: the column {options.label_column!r} is empty, so the label {empty!r} has an empty "
+            "word. Leave the row out, or give the label a word with --verbalizer."
+        )
     if len(labels) < 2:
         raise UsageError(
             f"{source}: column {options.label_column!r} holds {len(labels)} different labels; at least two are needed."

@@ -196,7 +196,7 @@ def _add_demonstrations(
     limit = min(lm.context, config.max_length or lm.context)
     is_generated = splits.test[0].answers or not splits.test[0].candidates
     room = limit - (config.max_new_tokens if is_generated else 0)
-    chosen = choose_demonstrations(splits.train, number, config.data_seed)
+    chosen = choose_demonstrations(splits.train, number, config.data_seed, lm.tokenizer.eos_token)
     examples, counts = prepend_demonstrations(
         splits.test, chosen, lambda text: len(lm.tokenizer(text, verbose=False).input_ids), room
     )

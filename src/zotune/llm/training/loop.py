@@ -62,7 +62,7 @@ class Run:
             keep_activations()
         self.update = _update(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
-        self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes)
+        self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
         self._forwards_before = 0
 
     def run_steps(self, display: Display, stop: StopRequest) -> None:

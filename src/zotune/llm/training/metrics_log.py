@@ -22,6 +22,11 @@ class MetricsLog:
         self._path = path
         self._lines: dict[tuple[int, bool], Line] = {}
 
+    @property
+    def has_lines(self) -> bool:
+        """Whether an earlier part of the run recorded anything."""
+        return any(True for _ in _whole_lines(self._path))
+
     def truncate(self, num_steps: int) -> float:
         """Remove the lines after step `num_steps`; return the training seconds recorded in the remaining ones."""
         lines: dict[tuple[int, bool], Line] = {}

@@ -18,11 +18,12 @@ from zotune.estimate.finite_difference import central_difference, forward_differ
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.methods.paper import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
+from zotune.optim.master_weights import FirstOrder, with_master_weights
 from zotune.optim.zeroth_order import ZerothOrder
 
 _DIFFERENCES = {"central": central_difference, "forward": forward_difference}
 
-AnyOptimizer = ZerothOrder | Hybrid | torch.optim.Optimizer
+AnyOptimizer = ZerothOrder | Hybrid | FirstOrder
 
 
 def make_optimizer(
@@ -60,8 +61,11 @@ def make_optimizer(
 
 def first_order(
     name: str, parameters: Iterable[nn.Parameter], learning_rate: float, options: MethodOptions
-) -> torch.optim.Optimizer:
-    """Build `fo_sgd` or `fo_adam` of torch, with decoupled weight decay from which biases and norms are exempt."""
+) -> FirstOrder:
+    """Build `fo_sgd` or `fo_adam` of torch, with decoupled weight decay from which biases and norms are exempt.
+
+    Parameters in half precision get float32 copies, which take the steps.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
@@ -70,11 +74,12 @@ def first_order(
     groups = [group for group in groups if group["params"]]
     if name == "fo_sgd":
         # Without momentum, coupled and decoupled weight decay are the same.
-        return torch.optim.SGD(groups, lr=learning_rate)
+        return with_master_weights(torch.optim.SGD(groups, lr=learning_rate))
     betas = (options.adam_beta1, options.adam_beta2)
-    return torch.optim.Adam(
+    adam = torch.optim.Adam(
         groups, lr=learning_rate, betas=betas, eps=options.adam_epsilon, decoupled_weight_decay=True
     )
+    return with_master_weights(adam)
 
 
 def _zeroth_order(

@@ -2,7 +2,8 @@
 
 The ledger alone suffices to resume a zeroth-order run; a checkpoint only makes resuming faster. A run with a
 first-order
-part has no ledger, because its steps cannot be recorded in a few numbers, and resumes from its last checkpoint.
+part has no ledger, because its steps cannot be recorded in a few numbers, and resumes from its last checkpoint. Its
+first checkpoint, of step 0, has no tensor: it names the rows and the weights that the run began with.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Journal:
         output: folder of the run.
         config: options of the run.
         lm, optimizer: the base model, and the optimizer that tunes it.
-        train: the training rows, whose digest the ledger records.
+        train: the training rows, whose digest the ledger records; dev: the held-out rows, which may choose the weights.
         passes: returns the forward passes of the step in progress.
     """
 
@@ -65,13 +66,15 @@ class Journal:
         optimizer: AnyOptimizer,
         train: tuple[Encoded, ...],
         passes: Callable[[], int],
+        dev: tuple[Encoded, ...] = (),
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         self._run = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE_OPTIONS}
         self._run["data"] = data_digest(train)
+        self._origin = None if self.has_ledger else origin_of(lm, train, dev if config.selects else ())
         self._writer: LedgerWriter | None = None
-        self._description = partial(_description, config, lm, train)
+        self._description = partial(_description, config, lm, train, dev if config.selects else None)
 
     def restore(self, counters: Counters, note: Callable[[StepRecord], None]) -> None:
         """Restore weights, optimizer and counters of a resumed run; a new run starts its ledger.
@@ -82,12 +85,11 @@ class Journal:
 
         Raises:
             LedgerError: the ledger is damaged, or belongs to another base model, data or options; nothing was changed.
+            UsageError: the same of the checkpoint of a run without a ledger.
         """
         saved = self._checkpoint()
         if not isinstance(self._optimizer, ZerothOrder):
-            if saved is not None:
-                self._load(saved, counters)
-            self._output.metrics.truncate(counters.step)
+            self._restore_without_ledger(saved, counters)
             return
         path = self._output.path / LEDGER
         if not (self._output.is_resumed and path.exists()):
@@ -96,6 +98,35 @@ class Journal:
         else:
             self._replay(saved, counters, note)
         self._optimizer.on_step = self._append
+
+    def _restore_without_ledger(self, saved: Any, counters: Counters) -> None:
+        """Check that a resumed run has the rows and weights that it began with, and load its last checkpoint."""
+        if not self._output.is_resumed or (saved is None and not self._output.metrics.has_lines):
+            self._output.metrics.truncate(0)
+            checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), "weights": {}, "optimizer": {}})
+            return
+        folder, again = self._output.path, "or start again with --overwrite-output-dir."
+        if saved is None:
+            raise UsageError(f"{folder} has no checkpoint of this run to resume from. Restore {CHECKPOINT}, {again}")
+        # Checkpoints of earlier versions know only the training rows.
+        theirs, ours = saved.get("origin") or {"data": saved["run"].get("data")}, self._origin or {}
+        for name, what in ORIGIN.items():
+            if name in theirs and theirs[name] != ours[name]:
+                raise UsageError(
+                    f"the checkpoint in {folder} is of a run with other {what}, so it cannot resume. Restore them, "
+                    f"choose another --output-dir, {again}"
+                )
+        step = saved["counters"]["step"]
+        if step > self._config.max_steps:
+            raise UsageError(
+                f"{folder} holds a run of {step} steps, so it cannot end after {self._config.max_steps}. Raise "
+                f"--max-steps, choose another --output-dir, {again}"
+            )
+        if saved["weights"] and not self._config.selects:
+            self._load(saved, counters)
+        else:
+            say("there is no checkpoint of a step to go on from, so the run starts again at step 0")
+        self._output.metrics.truncate(counters.step)
 
     def _replay(self, saved: Any, counters: Counters, note: Callable[[StepRecord], None]) -> None:
         assert isinstance(self._optimizer, ZerothOrder)
@@ -117,7 +148,10 @@ class Journal:
 
     def _check_data(self, ledger: Ledger) -> None:
         ours, theirs = self._description(), ledger.header.about
-        for key, name in (("data", "training rows"), ("frozen", "frozen weights")):
+        names = {"data": "training rows", "frozen": "frozen weights"}
+        # Ledgers of earlier versions do not name the held-out rows.
+        names |= {"held_out": "held-out rows"} if "held_out" in ours and "held_out" in theirs else {}
+        for key, name in names.items():
             if ours[key] != theirs.get(key):
                 raise LedgerError(
                     f"{ledger.name} was started with other {name}, so the run cannot resume. Restore them, or start "
@@ -138,25 +172,29 @@ class Journal:
         self._output.metrics.sync()
         if self._writer is not None:
             self._writer.sync()
-        tree = {
-            "run": self._run,
-            "counters": vars(counters),
-            "weights": self._tuned,
-            "optimizer": self._optimizer.state_dict(),
-        }
-        checkpoint.save(self._output.path / CHECKPOINT, tree)
+        state = {"weights": self._tuned, "optimizer": self._optimizer.state_dict()}
+        checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), **state})
+
+    def _tree(self, counters: Counters) -> dict[str, Any]:
+        """Return the part of a checkpoint that says of which run and which step it is."""
+        return {"run": self._run, "counters": vars(counters), "origin": self._origin}
 
     def _checkpoint(self) -> Any:
-        """Return the last checkpoint if it is valid and of this run; checkpoints do not record the best step."""
+        """Return the last checkpoint if it is valid and of this run; with a ledger only if it suffices.
+
+        Checkpoints do not record the best step.
+        """
         path = self._output.path / CHECKPOINT
-        if not self._output.is_resumed or not path.exists() or self._config.selects:
+        if not self._output.is_resumed or not path.exists() or (self._config.selects and self.has_ledger):
             return None
         try:
             saved = checkpoint.load(path)
         except DamagedCheckpointError as error:
             say(f"{error}; resuming without it")
             return None
-        ours, theirs = ({k: v for k, v in run.items() if k != "max_steps"} for run in (self._run, saved["run"]))
+        # Without a ledger the origin says more of the rows than their digest among the options.
+        free = {"max_steps"} if self.has_ledger else {"max_steps", "data"}
+        ours, theirs = ({k: v for k, v in run.items() if k not in free} for run in (self._run, saved["run"]))
         return saved if ours == theirs else None
 
     def _load(self, saved: Any, counters: Counters) -> None:
@@ -173,6 +211,17 @@ class Journal:
         """Release the ledger."""
         if self._writer is not None:
             self._writer.close()
+
+
+ORIGIN = {"data": "training rows", "held_out": "held-out rows", "weights": "weights of the base model"}
+"""What a run without a ledger begins with, besides its options: keys in a checkpoint and names for messages."""
+
+
+def origin_of(lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...]) -> dict[str, str]:
+    """Return digests of what a run begins with, of the model before the first step."""
+    tuned = {t.name: t.parameter for t in ParameterSet(lm.module)}
+    weights = [frozen_digest(lm.module), combined_digest(tuned, digests_of(tuned.values()))]
+    return {"data": data_digest(train), "held_out": data_digest(dev), "weights": combined_digest(weights, ())}
 
 
 def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
@@ -192,12 +241,15 @@ def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
             )
 
 
-def _description(config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...]) -> dict[str, Any]:
-    """Return the description of a run in a ledger's header."""
+def _description(
+    config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...] | None
+) -> dict[str, Any]:
+    """Return the description of a run in a ledger's header; `dev` are held-out rows that choose the weights."""
     libraries = ("torch", "numpy", "transformers", "peft")
     return {
         "config": config.model_dump(mode="json"),
         "data": data_digest(train),
+        **({} if dev is None else {"held_out": data_digest(dev)}),
         "frozen": frozen_digest(lm.module),
         "schedule": {"kind": config.lr_scheduler_type, "max_steps": config.max_steps},
         "tuning": config.tuning,

@@ -22,6 +22,7 @@ from zotune.llm.training.counters import Counters
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
+from zotune.optim.master_weights import FirstOrder, back_propagate, finite_gradients, must_repeat
 from zotune.optim.zeroth_order import ZerothOrder
 
 # The optimizer, closures of each micro-batch's mean loss, and the weights of the micro-batches → the loss.
@@ -86,9 +87,26 @@ class FirstOrderStep:
             lm.module.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def __call__(
-        self, optimizer: torch.optim.Optimizer, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
+        self, optimizer: FirstOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
     ) -> float:
-        """Update the weights; return the loss before the update."""
+        """Update the weights; return the loss before the update, NaN if a gradient is not finite."""
+        loss = self._differentiate(optimizer, closures, weights)
+        while math.isfinite(loss) and must_repeat(optimizer):
+            loss = self._differentiate(optimizer, closures, weights)
+        loss = loss if finite_gradients(optimizer) else math.nan
+        if math.isfinite(loss):
+            optimizer.step()
+        elif self._counters.skipped_in_a_row + 1 >= MAX_SKIPPED:
+            raise NonFiniteLossError(
+                f"the loss or its gradient was NaN or infinite for {MAX_SKIPPED} steps in a row. Lower the learning "
+                "rate."
+            )
+        return loss
+
+    def _differentiate(
+        self, optimizer: FirstOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
+    ) -> float:
+        """Add up the gradients of the micro-batches; return the loss."""
         self._lm.module.train()
         optimizer.zero_grad()
         total = 0.0
@@ -97,14 +115,8 @@ class FirstOrderStep:
             torch.manual_seed(derive_seed(self._seed, self._counters.step))
             for closure, weight in zip(closures, weights, strict=True):
                 loss = closure() * (weight / sum(weights))
-                loss.backward()  # type: ignore[no-untyped-call]
+                back_propagate(optimizer, loss)
                 total += float(loss.detach())
-        if math.isfinite(total):
-            optimizer.step()
-        elif self._counters.skipped_in_a_row + 1 >= MAX_SKIPPED:
-            raise NonFiniteLossError(
-                f"the loss was NaN or infinite for {MAX_SKIPPED} steps in a row. Lower the learning rate."
-            )
         return total
 
 

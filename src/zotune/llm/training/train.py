@@ -11,7 +11,7 @@ import torch
 
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.run import TrainConfig, with_recorded_date
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
@@ -100,6 +100,7 @@ def train(config: TrainConfig) -> Result:
     >>> result.num_steps
     2
     """
+    config = with_recorded_date(config)
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
