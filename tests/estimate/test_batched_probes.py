@@ -1,6 +1,7 @@
 """Probes that share a forward pass give what they give alone, for whatever a model does with its tuned tensors."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -8,22 +9,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import zotune as zo
+from model_families import EXPERTS, FAMILIES, MASKED, PARTLY_SINGLE, SINGLE, tiny_model
 from tuning_schemes import EXAMPLES, SCHEMES, moved, prepared
 from zotune.directions.direction import Direction
 from zotune.directions.samplers import gaussian, rademacher
 from zotune.estimate import batched_probes as side_by_side
-from zotune.estimate import probes
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.estimate.objective import Batched, batched
 from zotune.estimate.perturb import OffsetAlong
-from zotune.estimate.probes import is_separable, set_separable, values_at, values_side_by_side
+from zotune.estimate.probes import values_at, values_side_by_side
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare_tuning
-from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss, mean_losses
+from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss
 from zotune.model.parameters import ParameterSet
 from zotune.system import limits
 
@@ -32,13 +33,12 @@ def objectives(lm, examples, objective=CLASSIFICATION, most=2):
     """An objective for probes one by one, and the same for probes side by side."""
     encoded = [objective.reads(e) for e in examples]
 
-    def batch(copies):
-        return collate(encoded * copies, lm.pad_token_id, lm.device, exact=objective.exact)
+    batch = collate(encoded, lm.pad_token_id, lm.device, exact=objective.exact)
 
-    def values(copies):
-        return mean_losses(objective, lm.score(batch(copies)), batch(copies), encoded, copies)
+    def value(_):
+        return mean_loss(objective, lm.score(batch), batch, encoded)
 
-    return lambda: mean_loss(objective, lm.score(batch(1)), batch(1), encoded), Batched(values, most)
+    return lambda: value(1), Batched(value, most)
 
 
 def encode(lm, examples):
@@ -60,7 +60,6 @@ def test_every_scheme_on_every_family_has_the_same_values(tiny, family, scheme, 
     examples = encode(lm, EXAMPLES)
     alone, together = objectives(lm, examples, objective, most=6)
     tuned = ParameterSet(lm.module)
-    assert is_separable(together, tuned)
     points = [(a, Direction(seed, gaussian)) for seed in (3, 4, 5) for a in (1e-2, -1e-2)]
     with torch.no_grad():
         assert values_side_by_side(together, tuned, points) == pytest.approx(values_at(alone, tuned, points), abs=1e-11)
@@ -75,7 +74,6 @@ def test_in_every_precision_the_values_are_the_same_up_to_its_rounding(tiny, mon
     lm = tiny(of, dtype)
     alone, together = objectives(lm, encode(lm, EXAMPLES))
     tuned, points = ParameterSet(lm.module), [(a, Direction(9, sampler)) for a in (0.01, -0.01)]
-    assert is_separable(together, tuned)
     tolerance = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}[dtype]
     with torch.no_grad():
         assert values_at(together, tuned, points) == pytest.approx(values_at(alone, tuned, points), abs=tolerance)
@@ -124,14 +122,13 @@ def test_weights_that_are_reshaped_added_to_and_shared_have_the_same_values():
     model = Odd()
     together = batched(lambda ids, y: F.cross_entropy(model(ids), y, reduction="none"), IDS, LABELS, most=4)
     tuned, points = ParameterSet(model), [(a, Direction(s)) for s in (1, 2) for a in (0.1, -0.1)]
-    assert is_separable(together, tuned)
     with torch.no_grad():
         expected = values_at(lambda: F.cross_entropy(model(IDS), LABELS), tuned, points)
         assert values_side_by_side(together, tuned, points) == pytest.approx(expected, abs=1e-12)
 
 
 class Mixes(nn.Module):
-    """A model whose examples are not a share of the first dimension each."""
+    """A model whose examples are not a share of the first dimension each, or which looks at the length of its batch."""
 
     def __init__(self, how):
         super().__init__()
@@ -141,40 +138,130 @@ class Mixes(nn.Module):
     def forward(self, x):
         if self.how == "centred":
             x = x - x.mean(0)
+        if self.how == "a constant of the batch's length":
+            x = x + torch.arange(len(x), dtype=x.dtype)[:, None, None]
         h = self.one(x.transpose(0, 1)).transpose(0, 1) if self.how == "time first" else self.one(x)
+        if self.how == "attends to other examples":
+            h = F.scaled_dot_product_attention(*(h.transpose(0, 1)[None],) * 3)[0].transpose(0, 1)
+        if self.how == "ranks":
+            h = h.gather(0, h.argsort(dim=0))
+        if self.how == "writes in place":
+            h[1:] += 0.5 * h[:-1]
+        if self.how == "has a vmap of its own":
+            h = torch.func.vmap(lambda one: self.one(one).tanh())(h)
+        if self.how == "sums over the batch":
+            h = h / h.square().sum().sqrt()
         if self.how == "reversed":
-            h = h.flip(0)
             return self.two(h.tanh().mean(1)).flip(0)
-        if self.how == "a number":
-            return self.two(h.mean(1)) * float(self.one.weight.sum())
-        return self.two(h.tanh().mean(1))
+        return self.two(h.tanh().mean(1)) / len(x)
 
 
-@pytest.mark.parametrize("how", ["time first", "reversed", "a number"])
-def test_a_model_that_mixes_examples_is_found_out_and_probed_one_by_one(how):
+MIXES = (
+    """
+    centred,a constant of the batch's length,time first,attends to other examples,ranks,writes in place
+    has a vmap of its own,sums over the batch,reversed
+""".strip()
+    .replace("\n", ",")
+    .split(",")
+)
+
+
+@pytest.mark.parametrize("most", [2, 6])
+@pytest.mark.parametrize("how", [how.strip() for how in MIXES])
+def test_a_model_that_mixes_its_examples_has_the_same_coefficients_from_shared_passes(how, most):
     torch.manual_seed(0)
-    model, x = Mixes(how), torch.randn(5, 4, 6, dtype=torch.float64)
-    together = batched(lambda x: model(x).square().sum(1), x)
-    alone = lambda: model(x).square().sum(1).mean()  # noqa: E731
-    tuned, u = ParameterSet(model), [Direction(3)]
-    with pytest.warns(UserWarning, match="could not be told apart"):
-        found = central_difference(together, tuned, u, mu=1e-3)
-    assert probes._IS_SEPARABLE[tuned] is False
-    expected = central_difference(alone, ParameterSet(model), u, mu=1e-3)
-    assert found.terms[0][0] == pytest.approx(expected.terms[0][0], rel=1e-9)
+    model, x = Mixes(how), torch.randn(6, 4, 6, dtype=torch.float64)
+    calls = []
+
+    def losses(x):
+        calls.append(len(x))
+        h = model(x)
+        return F.cross_entropy(h @ h.mT, torch.arange(len(x)), reduction="none")
+
+    tuned, u = ParameterSet(model), [Direction(seed, gaussian) for seed in (3, 4, 5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = central_difference(batched(losses, x, most=most), tuned, u, mu=1e-3)
+    assert calls == [6] * (6 // most)
+    expected = central_difference(lambda: losses(x).mean(), ParameterSet(model), u, mu=1e-3)
+    assert [c for c, _ in found.terms] == pytest.approx([c for c, _ in expected.terms], rel=1e-7)
+    assert min(abs(c) for c, _ in found.terms) > 1e-5
 
 
-def test_copies_that_stay_apart_pass_although_the_batch_is_centred_over_each_copy():
-    """The trial is of values, not of code: what does not differ from copy to copy may do as it likes."""
+def reads_a_number(model, x):
+    h = model(x)
+    return h.square().sum(1) * float(model.weight.sum())
+
+
+def branches(model, x):
+    h = model(x)
+    return h.square().sum(1) if h.sum() > 0 else h.sum(1)
+
+
+def chooses_rows(model, x):
+    h = model(x)
+    return torch.zeros(len(x)).index_add(0, (h[:, 0] > 0).nonzero()[:, 0], h[h[:, 0] > 0].sum(1))
+
+
+def leaves_torch(model, x):
+    return torch.from_numpy(model(x).detach().numpy()).square().sum(1)
+
+
+def draws(model, x):
+    return F.dropout(model(x), 0.5).sum(1)
+
+
+REFUSED = [reads_a_number, branches, chooses_rows, leaves_torch]
+
+
+@pytest.mark.parametrize("losses", REFUSED, ids=lambda f: f.__name__)
+def test_an_objective_that_needs_the_numbers_of_one_end_is_probed_one_by_one_and_says_so_once(losses):
     torch.manual_seed(0)
-    model, x = Mixes("centred"), torch.randn(5, 4, 6, dtype=torch.float64)
-    assert is_separable(batched(lambda x: model(x).square().sum(1), x), ParameterSet(model))
+    model, x = nn.Linear(6, 3), torch.randn(5, 6)
+    opt, u = zo.zo_sgd(model, lr=0.0), [Direction(3)]
+    f = batched(partial(losses, model), x)
+    with pytest.warns(UserWarning, match=rf"probes of .*{losses.__name__}:\d+ run one after the other, .*\(.+\)"):
+        found = central_difference(f, opt.tuned, u, mu=1e-2)
+    expected = central_difference(lambda: f(), ParameterSet(model), u, mu=1e-2)
+    assert found.terms == expected.terms
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert central_difference(f, opt.tuned, u, mu=1e-2).terms == expected.terms
+        # Another objective over the same model is judged by itself.
+        two = batched(lambda x: model(x).square().sum(1), x)
+        central_difference(two, opt.tuned, u, mu=1e-2)
+    assert [losses.__name__ in name for name in opt.state_dict()["zeroth_order"]["one_by_one"]] == [True]
 
 
-def test_an_objective_that_hardly_depends_on_the_weights_is_not_trusted():
-    model = nn.Linear(3, 1)
-    together = batched(lambda x: 0 * model(x)[:, 0] + 1, torch.randn(4, 3))
-    assert not is_separable(together, ParameterSet(model))
+def test_a_resumed_optimizer_knows_which_objectives_share_no_pass():
+    """Probes that share a pass round otherwise than probes alone, so the bits of a resumed run depend on it."""
+    model, x = nn.Linear(6, 3), torch.randn(5, 6)
+    f = batched(partial(branches, model), x)
+    first, second = zo.zo_sgd(model, lr=0.0), zo.zo_sgd(model, lr=0.0)
+    with pytest.warns(UserWarning, match="one after the other"):
+        first.estimate(f)
+    second.load_state_dict(first.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.estimate(f)
+
+
+def test_random_draws_are_refused_for_each_end_would_have_its_own():
+    model, x = nn.Linear(6, 3), torch.randn(5, 6)
+    with pytest.raises(NotSeparableError, match="random"), torch.no_grad():
+        values_side_by_side(
+            batched(partial(draws, model), x), ParameterSet(model), [(1.0, Direction(1)), (-1.0, Direction(1))]
+        )
+
+
+def test_an_error_of_the_objectives_own_is_raised_as_it_is():
+    model, x = nn.Linear(6, 3), torch.randn(5, 6)
+
+    def losses(x):
+        raise IndexError("my own mistake")
+
+    with pytest.warns(UserWarning, match="my own mistake"), pytest.raises(IndexError, match="my own mistake"):
+        central_difference(batched(losses, x), ParameterSet(model), [Direction(1)], mu=1e-2)
 
 
 def test_steps_are_the_same_and_the_trial_passes_without_a_word(tiny):
@@ -217,36 +304,21 @@ def test_a_pass_is_shared_by_as_many_probes_as_are_allowed_and_by_two_of_large_t
     sizes = []
 
     def losses(x):
-        sizes.append(len(x) // 4)
+        sizes.append(len(x))
         return model(x).square().sum(1)
 
     tuned, u = ParameterSet(model), [Direction(s) for s in range(4)]
-    set_separable(tuned, True)
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
-    assert sizes == [6, 2]
+    assert len(sizes) == 2
     sizes.clear()
     monkeypatch.setattr(limits, "CACHED_BYTES", 0)
     central_difference(batched(losses, x, most=6), tuned, u, mu=1e-2)
-    assert sizes == [2, 2, 2, 2]
-
-
-def test_a_later_batch_that_cannot_be_told_apart_is_probed_one_by_one():
-    model, x = nn.Linear(6, 3), torch.randn(4, 6)
-
-    def losses(x):
-        return model(x).square().sum(1) * float(model.weight.sum())
-
-    tuned = ParameterSet(model)
-    set_separable(tuned, True)
-    with pytest.raises(NotSeparableError), torch.no_grad():
-        values_side_by_side(batched(losses, x), tuned, [(1.0, Direction(1)), (2.0, Direction(1))])
-    assert central_difference(batched(losses, x), tuned, [Direction(1)], mu=1e-2).is_finite
+    assert len(sizes) == 4
 
 
 def test_a_tensor_that_is_not_read_is_found_side_by_side_too():
     model = nn.ModuleDict({"read": nn.Linear(6, 3), "not": nn.Linear(2, 2)})
     tuned = ParameterSet(model)
-    set_separable(tuned, True)
     with pytest.raises(zo.UnreadTensorError, match=r"not\.weight"):
         central_difference(batched(lambda x: model["read"](x).sum(1), torch.randn(4, 6)), tuned, [Direction(1)], mu=1)
 
@@ -267,10 +339,10 @@ def test_reads_and_noise_are_shared(monkeypatch):
     monkeypatch.setattr(side_by_side.noise, "axpy_pair", lambda *a: made.append(a[6]))
     monkeypatch.setattr(side_by_side.noise, "foreach_axpy_", lambda *a: ends.append((a[1], *a[-1])))
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.LayerNorm(3))
-    tuned = ParameterSet(model)
+    tuned, x = ParameterSet(model), torch.randn(8, 6)
     points = [OffsetAlong(Direction(1), 0.1), OffsetAlong(Direction(1), -0.1)]
-    with torch.no_grad(), side_by_side.side_by_side(tuned, points):
-        model(torch.randn(8, 6))
+    with torch.no_grad():
+        side_by_side.side_by_side(tuned, points).evaluate(lambda: model(x))
     assert sorted(made) == sorted(t.id for t in tuned if t.parameter.dim() == 2)
     # Those of all vectors in two calls, one an end.
     vectors = [t.id for t in tuned if t.parameter.dim() == 1]
@@ -284,19 +356,16 @@ def test_vectors_displaced_together_are_those_displaced_alone(monkeypatch, dtype
     monkeypatch.setattr(limits, "CACHED_BYTES", most)
     model = nn.ModuleList(nn.LayerNorm(7).to(dtype) for dtype in dtypes)
     tuned, u = ParameterSet(model), Direction(1, gaussian)
-    x = torch.randn(6, 7)
+    ends = [OffsetAlong(u, a) for a in (0.1, -0.1)]
 
-    def outs(x):
-        return [layer(x.to(layer.weight.dtype)) for layer in model]
+    def vectors():
+        return torch.stack([p.float() for layer in model for p in (layer.weight, layer.bias)])
 
-    with torch.no_grad(), side_by_side.side_by_side(tuned, [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]):
-        found = outs(x)
-    for part, a in ((slice(0, 3), 0.1), (slice(3, 6), -0.1)):
-        with torch.no_grad(), zo.perturbed(model, u, a):
-            expected = outs(x[part])
-        for y, z in zip(found, expected, strict=True):
-            assert y.dtype == z.dtype
-            assert torch.equal(y[part], z)
+    with torch.no_grad():
+        found = side_by_side.side_by_side(tuned, ends).evaluate(vectors)
+        for of_end, a in zip(found, (0.1, -0.1), strict=True):
+            with zo.perturbed(model, u, a):
+                assert torch.equal(of_end, vectors())
 
 
 @pytest.mark.slow
@@ -306,26 +375,42 @@ def test_the_built_in_model_is_tuned_side_by_side():
     moved(lm, 0.01)
     alone, together = objectives(lm, encode(lm, EXAMPLES), most=4)
     tuned = ParameterSet(lm.module)
-    assert is_separable(together, tuned)
     u = [Direction(1), Direction(2)]
     one, other = (central_difference(f, tuned, u, mu=1e-2) for f in (alone, together))
     for (c, _), (d, _) in zip(one.terms, other.terms, strict=True):
         assert c == pytest.approx(d, rel=0.02)
 
 
-def test_what_is_kept_of_displaced_tensors_alone_is_bounded_in_all(monkeypatch):
+# Layers whose gradient is written by hand for autograd alone, which torch cannot follow.
+ONE_BY_ONE = {("bloom", None), ("recurrent_gemma", None)} | {(family, "eager") for family in EXPERTS}
 
-    model = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
-    u = Direction(seed=1)
-    pair = [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]
 
-    def read_all():
-        with torch.no_grad(), side_by_side.side_by_side(ParameterSet(model), pair):
-            return [layer.weight * 2 for layer in model]
+@pytest.mark.parametrize("length", [7, 12])
+@pytest.mark.parametrize("family", [*((f, None) for f in FAMILIES), *((f, "eager") for f in sorted(EXPERTS))], ids=str)
+def test_every_family_has_the_values_of_the_plain_closure_from_one_pass_or_says_why_not(family, length):
+    name, experts = family
+    model, passes = tiny_model(name, experts), []
+    for parameter, p in model.named_parameters():
+        # Longformer has weights for global attention, which no token asks for here.
+        p.requires_grad_("global" not in parameter)
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(3, 320, (4, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
 
-    kept = 2 * 4 * 16 * 16 * 4
-    monkeypatch.setattr(limits, "ALL_DERIVED_BYTES", kept)
-    assert len(read_all()) == 4
-    monkeypatch.setattr(limits, "ALL_DERIVED_BYTES", kept - 1)
-    with pytest.raises(NotSeparableError):
-        read_all()
+    def losses(ids, mask):
+        passes.append(len(ids))
+        logits = model(input_ids=ids, attention_mask=mask, **({} if name in MASKED else {"use_cache": False})).logits
+        return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(len(ids), -1).mean(1)
+
+    f, tuned = batched(losses, ids, mask), ParameterSet(model)
+    points = [(a, Direction(3, gaussian)) for a in (0.05, -0.05)]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.filterwarnings("always", "probes of")
+        found = values_at(f, tuned, points)
+        assert len(passes) == (3 if family in ONE_BY_ONE else 1), [str(w.message) for w in said]
+        expected = values_at(lambda: f(), tuned, points)
+    assert len(said) == (family in ONE_BY_ONE)
+    tolerance = 1e-5 if name in SINGLE | PARTLY_SINGLE else 1e-10
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert abs(found[0] - found[1]) > 10 * tolerance * found[0]

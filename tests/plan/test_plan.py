@@ -103,7 +103,7 @@ def test_activations_are_what_autograd_keeps_of_real_tensors(name):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = lm.score(architecture.batch(made)(1)).sum()
+        loss = lm.score(architecture.batch(made)).sum()
     assert loss.requires_grad
     # A real attention kernel also keeps the (empty) state of its dropout.
     assert found.a == pytest.approx(sum(size for _, size in kept.values()), rel=0.001)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -107,33 +108,37 @@ def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = No
 
 @dataclass(frozen=True)
 class Batched:
-    """An objective that can be had for several copies of its batch at once, each to meet weights of its own.
+    """An objective whose probes may share a forward pass.
 
     Attributes:
-        values: of a number of copies, the objective's value in each; shape (copies,). A copy's examples lie
-            together along the first dimension of whatever depends on them, and examples do not affect each other.
-        most: how many copies at once at most.
+        value: the objective's value, shape (), computed by torch functions alone; given the number of probes that
+            share the pass, which matters to a counter of passes, not to the value.
+        most: how many probes may share a pass.
+        name: names the objective among those over the same model.
     """
 
-    values: Callable[[int], Tensor]
+    value: Callable[[int], Tensor]
     most: int = 2
+    name: str = "objective"
 
     def __call__(self) -> Tensor:
         """The objective."""
-        return self.values(1)[0]
+        return self.value(1)
 
 
 def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Batched:
     """The mean of a batch's losses as an objective whose probes run side by side: faster, with the same result.
 
     A probe's two ends read each weight and make each direction once, and a small adapter's copies are one product.
-    The optimizer tries at its first step whether the examples can be told apart, and else probes one by one.
+    torch follows through the forward pass what differs between the ends. Where the losses need a number of one end
+    alone (`.item()`, a condition on a tensor, rows chosen by a tensor, as mixtures of experts do), the probes of these
+    losses run one after the other, and a warning gives the reason once.
 
     Args:
         losses: given the inputs, the loss of each example: shape (batch,), single precision or better.
         inputs: tensors with the examples along their first dimension.
-        most: how many copies of the batch there may be at once; more than two only for an adapter that is small, or
-            directions of low rank.
+        most: how many probes may share a pass; more than two only for an adapter that is small, or directions of low
+            rank.
 
     Raises:
         ValueError: the inputs differ in length (when called: the losses do).
@@ -148,18 +153,27 @@ def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Ba
         raise ValueError(f"the inputs must hold the same examples along their first dimension, got {sorted(lengths)}")
     (length,) = lengths
 
-    def values(copies: int) -> Tensor:
-        found = losses(*(x.repeat(copies, *(1,) * (x.dim() - 1)) for x in inputs))
-        if found.shape != (copies * length,):
+    def value(_: int) -> Tensor:
+        found = losses(*inputs)
+        if found.shape != (length,):
             raise ValueError(
-                f"the losses of {copies * length} examples must have shape ({copies * length},), got "
-                f"{tuple(found.shape)}: one number an example, as with reduction='none'."
+                f"the losses of {length} examples must have shape ({length},), got {tuple(found.shape)}: one number an "
+                "example, as with reduction='none'."
             )
         if found.dtype in (torch.bfloat16, torch.float16):
-            return found.view(copies, -1).mean(dim=1)  # which is refused as too coarse, with what to do
-        return found.double().view(copies, -1).mean(dim=1)
+            return found.mean()  # which is refused as too coarse, with what to do
+        return found.double().mean()
 
-    return Batched(values, most)
+    return Batched(value, most, name_of(losses))
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A name of a function that is the same in another process: its module, its place there, and its line."""
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}" + ("" if code is None else f":{code.co_firstlineno}")
 
 
 @contextmanager

@@ -1,24 +1,16 @@
-"""The objective at several points: in one forward pass where the batch can be repeated, otherwise one after the other.
-
-Whether copies can be told apart is found out by trying: two of them run side by side, one at x, the other far away
-at x + a·u. Where a model mixes its examples, or carries them elsewhere than along the first dimension, at least one
-of the two values is not what it is alone.
-"""
+"""The objective at several points: in one forward pass where its probes can share one, else one after the other."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError, side_by_side
-from zotune.estimate.objective import Accumulated, Batched, Closure, as_number, evaluate, objective, probing, read
+from zotune.estimate.objective import Accumulated, Batched, Closure, as_number, objective
 from zotune.estimate.perturb import OffsetAlong, nbytes, perturbed
 from zotune.model.parameters import ParameterSet
 from zotune.system import limits
@@ -26,15 +18,11 @@ from zotune.system import limits
 # How far to go along which direction: x + a·u.
 Point = tuple[float, Direction]
 
-NOT_SEPARABLE = (
-    "the objective's examples could not be told apart along the first dimension (the model mixes them, or the value "
-    "hardly depends on what is tuned): probes run one after the other, which is slower and gives the same."
-)
+ONE_BY_ONE = "probes of {name} run one after the other, which is slower and gives the same ({reason})."
 
-# Of the difference between the two values, what rounding may account for: shares that are mixed up change all of it.
-TOLERANCE = 0.2
-# How far to go, in root mean squares of the tuned numbers: far enough that it shows, not so far that all overflows.
-DISTANCES = (0.1, 1.0, 10.0)
+# By set of tuned tensors: names of the objectives that were refused. Probes side by side round otherwise than probes
+# alone, so a resumed run has to know them: they belong to the optimizer's state.
+_REFUSED: WeakKeyDictionary[ParameterSet, set[str]] = WeakKeyDictionary()
 
 
 def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
@@ -45,10 +33,24 @@ def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point]) ->
     if isinstance(closure, Accumulated) and all(isinstance(part, Batched) for part in closure.closures):
         parts = [values_at(part, tuned, points) for part in closure.closures]
         return [closure.mean(values) for values in zip(*parts, strict=True)]
-    if isinstance(closure, Batched) and _may_be_side_by_side(closure, tuned):
-        groups = _groups(tuned, points, closure.most)
-        return [value for group in groups for value in _values_of(closure, tuned, group)]
+    if isinstance(closure, Batched) and closure.most > 1 and closure.name not in refused(tuned):
+        try:
+            groups = _groups(tuned, points, closure.most)
+            return [value for group in groups for value in _values_of(closure, tuned, group)]
+        except NotSeparableError as error:
+            warnings.warn(refuse(closure, tuned, error), stacklevel=2)
     return [_at(closure, tuned, a, u) for a, u in points]
+
+
+def refused(tuned: ParameterSet) -> set[str]:
+    """Names of the objectives over these tensors whose probes do not share a pass; a caller may add to them."""
+    return _REFUSED.setdefault(tuned, set())
+
+
+def refuse(closure: Batched, tuned: ParameterSet, reason: Exception) -> str:
+    """Remember that this objective's probes do not share a pass, and return the sentence that says so."""
+    refused(tuned).add(closure.name)
+    return ONE_BY_ONE.format(name=closure.name, reason=reason)
 
 
 def _groups(tuned: ParameterSet, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
@@ -70,62 +72,22 @@ def made_whole(tuned: ParameterSet, direction: Direction) -> frozenset[int]:
 
 
 def _values_of(closure: Batched, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
-    if len(points) > 1:
-        with suppress(NotSeparableError):
-            return values_side_by_side(closure, tuned, points)
-    return [_at(closure, tuned, a, u) for a, u in points]
-
-
-# By set of tuned tensors: the verdict of its trial, or that of a caller who knows it.
-_IS_SEPARABLE: WeakKeyDictionary[ParameterSet, bool] = WeakKeyDictionary()
-
-
-def _may_be_side_by_side(closure: Batched, tuned: ParameterSet) -> bool:
-    """The verdict of the first objective over these tensors, tried once and remembered."""
-    if closure.most < 2:
-        return False
-    if tuned not in _IS_SEPARABLE and not set_separable(tuned, is_separable(closure, tuned)):
-        warnings.warn(NOT_SEPARABLE, stacklevel=2)
-    return _IS_SEPARABLE[tuned]
-
-
-def set_separable(tuned: ParameterSet, verdict: bool) -> bool:
-    """Remember whether probes over these tensors can share a forward pass, for all objectives; returns the verdict."""
-    _IS_SEPARABLE[tuned] = verdict
-    return verdict
-
-
-def _at(closure: Closure, tuned: ParameterSet, a: float, direction: Direction) -> Tensor | float:
-    with perturbed(tuned, direction, a):
-        return objective(closure)
-
-
-def is_separable(closure: Batched, tuned: ParameterSet) -> bool:
-    """Whether x and x + a·u have the same values side by side as alone."""
-    # A piece at a time: the squares of a large embedding are as large as it is.
-    pieces = (x for t in tuned for x in torch.split(t.storage().detach().flatten(), limits.STATISTIC_ELEMENTS))
-    squares = sum(float(x.float().square().sum()) for x in pieces)
-    u, scale = Direction(seed=0), math.sqrt(squares / tuned.numel) or 1.0
-    with probing(tuned.model):
-        here = evaluate(closure)
-        for distance in DISTANCES:
-            with perturbed(tuned, u, distance * scale):
-                there = evaluate(closure)
-            try:
-                found = read(values_side_by_side(closure, tuned, [(0.0, u), (distance * scale, u)]))
-            except NotSeparableError:
-                return False
-            differences = [abs(one - other) for one, other in zip(found, (here, there), strict=True)]
-            if max(differences) <= TOLERANCE * abs(there - here) > 0:
-                return True
-    return False
+    if len(points) == 1:
+        return [_at(closure, tuned, *points[0])]
+    return values_side_by_side(closure, tuned, points)
 
 
 def values_side_by_side(closure: Batched, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
     """The objective at several points that perturb the same tensors, from one forward pass.
 
     Raises:
-        NotSeparableError: some computation would mix the copies of the batch.
+        NotSeparableError: the objective has no meaning for several copies of the weights at once.
     """
-    with side_by_side(tuned, [OffsetAlong(u, a) for a, u in points]):
-        return [as_number(value) for value in closure.values(len(points))]
+    copies = side_by_side(tuned, [OffsetAlong(u, a) for a, u in points])
+    values = copies.evaluate(lambda: closure.value(len(points)))
+    return [as_number(value) for value in values]
+
+
+def _at(closure: Closure, tuned: ParameterSet, a: float, direction: Direction) -> Tensor | float:
+    with perturbed(tuned, direction, a):
+        return objective(closure)

@@ -26,6 +26,7 @@ from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import Estimator, central_difference
 from zotune.estimate.objective import Closure, evaluate, probing
 from zotune.estimate.perturb import perturbed_by
+from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
@@ -407,6 +408,7 @@ class ZerothOrder(CountingOptimizer):
         history = None if self._window is None else self._window.state()
         own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
         state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
+        state["zeroth_order"]["one_by_one"] = sorted(refused(self.tuned))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -416,6 +418,7 @@ class ZerothOrder(CountingOptimizer):
         self.seed = own["seed"]
         self.set_noise_version(own.get("noise_version", 1))
         self._sampling.load(self.seed, own["sampler"])
+        refused(self.tuned).update(own.get("one_by_one", ()))
         if self._window is not None:
             self._window.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)
 

@@ -39,7 +39,7 @@ from zotune.plan.memory import (
     state_bytes,
     weight_bytes,
 )
-from zotune.plan.passes import forward, largest_pass
+from zotune.plan.passes import MAX_COPIES, forward, largest_pass
 from zotune.system.peak_memory import peak_memory
 
 SHOWN_EXAMPLES, SHOWN_CHARACTERS, SHOWN_REFUSED = 3, 2000, 5
@@ -199,12 +199,12 @@ def _memory(
     batch = largest_batch(lm, train_rows, config.per_device_train_batch_size, data.objective)
     eval_size = min(config.per_device_eval_batch_size, len(eval_rows))
     eval_batches = [largest_batch(lm, eval_rows, eval_size, data.objective)] if eval_rows else []
-    # Probes that generate text do not share a pass.
-    copies = (lambda _: batch(1)) if config.is_generated else batch
     device = "cpu" if on_cpu else "cuda"
-    passes = [largest_pass(lm, optimizer, config, copies, device)]
-    largest = max([*passes, *(forward(lm, b(1)) for b in eval_batches)], key=lambda one: one.total)
-    cache = max(cache_bytes(lm, b(1).input_ids.numel()) for b in (batch, *eval_batches)) * config.is_generated
+    # Probes that generate text do not share a pass.
+    most = 1 if config.is_generated else MAX_COPIES
+    passes = [largest_pass(lm, optimizer, config, batch, device, most)]
+    largest = max([*passes, *(forward(lm, b) for b in eval_batches)], key=lambda one: one.total)
+    cache = max(cache_bytes(lm, b.input_ids.numel()) for b in (batch, *eval_batches)) * config.is_generated
     return Memory(
         weights=weight_bytes(lm),
         loading=sum(p.numel() for p in base) * stored.itemsize if is_converted else 0,
@@ -215,7 +215,7 @@ def _memory(
         reused=_prompt_cache_bytes(lm, config, rows)
         if config.is_generated
         else _activation_cache_bytes(lm, config, [train_rows, *(rows.encoded[name] for name in ("dev", "test"))])
-        + recorded_bytes(lm, batch(1), config),
+        + recorded_bytes(lm, batch, config),
         overhead=overhead_bytes(optimizer, device),
         libraries=peak_memory("cpu") if on_cpu else 0,
     )

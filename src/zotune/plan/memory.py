@@ -28,7 +28,7 @@ from zotune.model.layers import stack_of
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.master_weights import HALF, parameters_of
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
-from zotune.plan.passes import Copies, gradient_bytes
+from zotune.plan.passes import gradient_bytes
 
 # Number of float32 moments per tuned parameter; with a window, moments are recomputed and not stored.
 _MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
@@ -153,18 +153,18 @@ def first_order_state_bytes(parameters: Iterable[Tensor], name: str) -> int:
     return moments + sum(4 * p.numel() for p in tuned if p.dtype in HALF)
 
 
-def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Copies:
+def largest_batch(lm: LanguageModel, examples: Sequence[Encoded], size: int, objective: Objective) -> Batch:
     """The batch with the most tokens, with padding, among batches of `size` examples of similar length."""
     groups = [[examples[i] for i in chosen] for chosen in batches_by_length(examples, size)]
     largest = max(groups, key=lambda some: sum(len(e.sequences) for e in some) * max(e.length for e in some))
     # If there are fewer examples than the batch size, some are repeated.
     largest = (largest * size)[:size] if len(examples) < size else largest
-    return copies_of(lm, largest, objective)
+    return batch_of(lm, largest, objective)
 
 
-def copies_of(lm: LanguageModel, examples: Sequence[Encoded], objective: Objective) -> Copies:
-    """A function that returns the batch of some examples, repeated as often as it is asked to."""
-    return lambda copies: collate([*examples] * copies, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
+def batch_of(lm: LanguageModel, examples: Sequence[Encoded], objective: Objective) -> Batch:
+    """The batch of some examples, on the CPU."""
+    return collate(examples, lm.pad_token_id, torch.device("cpu"), exact=objective.exact)
 
 
 def generated(example: Encoded, new_tokens: int) -> Encoded:

@@ -6,7 +6,7 @@ back-propagation, with checkpointing. Only the noise is left out, since tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,9 @@ from zotune.plan.live_memory import peak_of, peaks_of
 from zotune.system import limits
 from zotune.system.malloc import OWN_PAGES
 
+# No fewer than any plan's probes that share a pass.
+MAX_COPIES = 1 << 30
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -55,30 +58,30 @@ class Pass:
         return self.activations + self.gradients + self.scratch
 
 
-# Returns a batch with the given number of copies of the same examples.
-Copies = Callable[[int], Batch]
-
-
-def largest_pass(lm: LanguageModel, optimizer: AnyOptimizer, options: StepOptions, batch: Copies, device: str) -> Pass:
+def largest_pass(
+    lm: LanguageModel, optimizer: AnyOptimizer, options: StepOptions, batch: Batch, device: str, most: int = MAX_COPIES
+) -> Pass:
     """The pass of a step with the largest memory on a device ("cpu" or "cuda").
 
     Args:
         lm: the model on `meta`, prepared for tuning.
         optimizer: the optimizer of its tuned parameters.
         options: the options from which the optimizer was made.
-        batch: returns the batch with several copies of its examples, for probes that share a pass.
+        batch: the batch of a pass.
         device: the device whose memory is counted.
+        most: how many probes may share a pass, within what training allows.
     """
     with meta_as(device):
         if isinstance(optimizer, ZerothOrder):
-            return probe(lm, optimizer, options, batch)
+            return probe(lm, optimizer, options, batch, most)
         if not isinstance(optimizer, Hybrid):
-            return back_propagation(lm, optimizer, options, batch(1), device)
+            return back_propagation(lm, optimizer, options, batch, device)
         shallow = [t.parameter for t in optimizer.zeroth_order.tuned]
         with _frozen(shallow):
-            deep = back_propagation(lm, optimizer.first_order, options, batch(1), device)
+            deep = back_propagation(lm, optimizer.first_order, options, batch, device)
         # The gradients of the deep layers stay in memory during the probes of the shallow layers.
-        probes = replace(probe(lm, optimizer.zeroth_order, options, batch), gradients=_gradients(optimizer.first_order))
+        probes = probe(lm, optimizer.zeroth_order, options, batch, most)
+        probes = replace(probes, gradients=_gradients(optimizer.first_order))
         return max(deep, probes, key=lambda one: one.total)
 
 
@@ -88,21 +91,20 @@ def forward(lm: LanguageModel, batch: Batch) -> Pass:
         return Pass(peak_of(lambda: score(lm, batch)))
 
 
-def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Copies) -> Pass:
+def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch, most: int) -> Pass:
     """The pass of a probe: the objective at perturbed weights or with tangents, at as many points as in training."""
     is_dual = options.method == "forward_grad"
-    copies = 1 if is_dual else _points_at_once(lm, optimizer, options, batch(1))
-    many = batch(copies)
-    plain = forward(lm, many).activations
+    copies = 1 if is_dual else min(most, _points_at_once(lm, optimizer, options, batch))
+    plain = forward(lm, batch).activations
     with torch.no_grad():
         if is_dual:
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-                whole = peak_of(lambda: _within(_CountedTangents(optimizer.tuned), lm, many), fused=False)
+                whole = peak_of(lambda: _within(_CountedTangents(optimizer.tuned), lm, batch), fused=False)
         elif copies == 1:
-            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _ZeroOffset()), lm, many))
+            whole = peak_of(lambda: _within(perturbed_by(optimizer.tuned, _ZeroOffset()), lm, batch))
         else:
             points = [_ZeroOffset() for _ in range(copies)]
-            whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, many))
+            whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, batch))
     return Pass(plain, scratch=max(0, whole - plain))
 
 
@@ -167,8 +169,12 @@ def _within(context: perturbed_by | side_by_side | DualParameters, lm: LanguageM
     # If perturbed tensors are cached, those of all layers count. Otherwise two layers suffice, and the tensors of the
     # others stay unread.
     keeps = nbytes(context.tuned, None) <= limits.CACHED_BYTES
-    with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError), context:
-        score(lm, batch)
+    with nullcontext() if keeps else _few_layers(lm), suppress(UnreadTensorError):
+        if isinstance(context, side_by_side):
+            context.evaluate(lambda: score(lm, batch))
+        else:
+            with context:
+                score(lm, batch)
 
 
 @contextmanager

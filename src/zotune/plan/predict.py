@@ -9,6 +9,7 @@ import torch
 
 from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
+from zotune.llm.data.collator import Batch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model, meta_model_from_config
 from zotune.llm.models.random_models import ARCHITECTURES
@@ -17,8 +18,8 @@ from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
 from zotune.plan.live_memory import FakeScalars, peak_of
-from zotune.plan.memory import Memory, copies_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
-from zotune.plan.passes import Copies, Pass, largest_pass
+from zotune.plan.memory import Memory, batch_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
+from zotune.plan.passes import Pass, largest_pass
 from zotune.plan.workload import Workload, synthetic_examples
 
 # From ids on the Hugging Face Hub to the names of built-in architectures.
@@ -107,20 +108,20 @@ class Architecture:
             gradients=largest.gradients,
             activations=largest.activations,
             scratch=largest.scratch,
-            reused=recorded_bytes(self.lm, batch(1), workload),
+            reused=recorded_bytes(self.lm, batch, workload),
             overhead=overhead_bytes(optimizer, device),
         )
 
     def terms(self, workload: Workload) -> Terms:
         """The terms of the paper's formulas for a workload."""
-        return terms_of(self.lm, self.batch(workload)(1))
+        return terms_of(self.lm, self.batch(workload))
 
-    def batch(self, workload: Workload) -> Copies:
-        """The batch of one forward pass: copies of a single example."""
+    def batch(self, workload: Workload) -> Batch:
+        """The batch of one forward pass: a single example, repeated."""
         one = synthetic_examples(
             workload.model_copy(update={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}), self.lm
         )
-        return copies_of(self.lm, one * workload.per_device_train_batch_size, OBJECTIVES[workload.objective])
+        return batch_of(self.lm, one * workload.per_device_train_batch_size, OBJECTIVES[workload.objective])
 
     @property
     def loading(self) -> int:

@@ -274,13 +274,13 @@ def _touch_pages(module: nn.Module) -> None:
 def _marked(closure: Batched, recorder: Recorder) -> Batched:
     """The objective with marks for the recorder: computing it is the forward phase; backward or update follows."""
 
-    def values(copies: int) -> Tensor:
+    def value(copies: int) -> Tensor:
         recorder.enter("forward")
-        losses = closure.values(copies)
-        recorder.enter("backward" if losses.requires_grad else "update")
-        return losses
+        loss = closure.value(copies)
+        recorder.enter("backward" if loss.requires_grad else "update")
+        return loss
 
-    return Batched(values, closure.most)
+    return Batched(value, closure.most, closure.name)
 
 
 def _first_order_step(optimizer: FirstOrder, parts: Sequence[Batched], recorder: Recorder) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zotune.llm.data.collator import Batch
+from zotune.llm.data.collator import Batch, on_device
 
 
 def scores(logits: Tensor, batch: Batch) -> Tensor:
@@ -36,9 +36,11 @@ def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _by_example(values: Tensor, batch: Batch) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(torch.split(values, list(batch.counts))), batch_first=True, padding_value=float("-inf")
-    )
+    counts = on_device(batch.counts, values.device, torch.long)[:, None]
+    place = torch.arange(max(batch.counts), device=values.device)
+    # A candidate that an example does not have is read from one more value, behind the others.
+    index = torch.where(place < counts, counts.cumsum(0) - counts + place, len(values))
+    return torch.cat([values, values.new_full((1,), float("-inf"))])[index]
 
 
 def losses(score: Tensor, batch: Batch) -> Tensor:

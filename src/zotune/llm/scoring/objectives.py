@@ -111,15 +111,7 @@ OBJECTIVES: dict[str, Objective] = {
 """The objectives made of candidates' scores, by the value of the option `objective`."""
 
 
-def mean_losses(
-    objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded], copies: int = 1
-) -> Tensor:
-    """Return the (copies,) values of the objective for a batch that holds several copies of the examples."""
-    weights = on_device([objective.weight(e) for e in examples], score.device, torch.float64)
-    per_example = objective.losses(score, batch).view(copies, len(examples))
-    return (per_example * weights).sum(dim=1) / weights.sum()
-
-
 def mean_loss(objective: Objective, score: Tensor, batch: Batch, examples: Sequence[Encoded]) -> Tensor:
     """Return the value of the objective: the mean of a batch's losses by the examples' weights."""
-    return mean_losses(objective, score, batch, examples)[0]
+    weights = on_device([objective.weight(e) for e in examples], score.device, torch.float64)
+    return (objective.losses(score, batch) * weights).sum() / weights.sum()

@@ -7,22 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from zotune.estimate.objective import Batched
-from zotune.estimate.probes import NOT_SEPARABLE, is_separable, set_separable
+from zotune.directions.direction import Direction
+from zotune.estimate.batched_probes import NotSeparableError
+from zotune.estimate.objective import Batched, probing
+from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
-from zotune.llm.data.collator import Batch, collate
+from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
-from zotune.llm.scoring.objectives import Objective, mean_losses
+from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
@@ -237,18 +239,19 @@ def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[
 def try_side_by_side(
     optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
 ) -> None:
-    """Test on the closure's few examples whether probes can share a forward pass, and remember the answer."""
+    """Find out on the closure's few examples whether its probes may share a pass, and say so if they may not."""
     zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
-    if not isinstance(zeroth_order, ZerothOrder):
+    # The forward gradient has no probes that could share a pass.
+    if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
         return
-    if options.method == "forward_grad":  # it has no probes that could share a pass
-        set_separable(zeroth_order.tuned, False)
-    elif isinstance(closure, Batched) and closure.most > 1:
-        before = lm.num_forwards
-        separable = set_separable(zeroth_order.tuned, is_separable(closure, zeroth_order.tuned))
+    if isinstance(closure, Batched) and closure.most > 1:
+        before, u = lm.num_forwards, Direction(seed=0)
+        try:
+            with probing(lm.module):
+                values_side_by_side(closure, zeroth_order.tuned, [(1.0, u), (-1.0, u)])
+        except NotSeparableError as error:
+            say(refuse(closure, zeroth_order.tuned, error))
         lm.num_forwards = before
-        if not separable:
-            say(NOT_SEPARABLE)
 
 
 def candidate_loss(
@@ -260,14 +263,10 @@ def candidate_loss(
     places: Sequence[int],
 ) -> Batched:
     """Return a closure of the mean loss of candidates' scores, for as many probes per forward pass as fit."""
+    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
 
-    @cache
-    def batch_of(copies: int) -> Batch:
-        return collate([*examples] * copies, lm.pad_token_id, lm.device, exact=objective.exact)
-
-    def values(copies: int) -> Tensor:
+    def value(copies: int) -> Tensor:
         lm.num_forwards += copies - 1
-        batch = batch_of(copies)
-        return mean_losses(objective, scorer(batch), batch, examples, copies)
+        return mean_loss(objective, scorer(batch), batch, examples)
 
-    return Batched(values, lm.copies_at_once(batch_of(1)))
+    return Batched(value, lm.copies_at_once(batch), f"the {objective.name} loss")
