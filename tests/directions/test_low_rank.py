@@ -19,7 +19,7 @@ from zotune.errors import UsageError
 from zotune.estimate import probes
 from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.perturb import OffsetAlong, perturbed_by
-from zotune.estimate.probes import set_separable, values_at
+from zotune.estimate.probes import refused, values_at
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
 from zotune.ledger.stream import Trace
@@ -239,12 +239,13 @@ def test_a_bias_of_any_shape_that_is_broadcast_is_added_to_each_end(shape, tuned
     model, x = Layer(), torch.randn(6, 4, dtype=torch.float64)
     for of in (sampler("rademacher", 2), zo.rademacher):
         (u,) = zo.zo_sgd(model, lr=0.1, sampler=of).directions()
-        with torch.no_grad(), side_by_side(ParameterSet(model), [OffsetAlong(u, 0.3), OffsetAlong(u, -0.3)]):
-            found = model(x)
-        for part, a in ((slice(0, 3), 0.3), (slice(3, 6), -0.3)):
+        with torch.no_grad():
+            ends = side_by_side(ParameterSet(model), [OffsetAlong(u, 0.3), OffsetAlong(u, -0.3)])
+            found = ends.evaluate(lambda model=model: model(x))
+        for of_end, a in zip(found, (0.3, -0.3), strict=True):
             moved = {t.name: t.parameter + a * u.of(model, t.name) for t in ParameterSet(model)}
-            expected = torch.func.functional_call(model, moved, x[part])
-            assert torch.allclose(found[part], expected, rtol=0, atol=1e-7)
+            expected = torch.func.functional_call(model, moved, x)
+            assert torch.allclose(of_end, expected, rtol=0, atol=1e-7)
 
 
 def test_no_weight_is_made_or_written(monkeypatch):
@@ -252,7 +253,6 @@ def test_no_weight_is_made_or_written(monkeypatch):
     model = network(torch.float32, vocabulary=200, places=200)
     model.conv.requires_grad_(False)
     opt = zo.zo_sgd(model, lr=0.1, sampler=sampler(), num_queries=3)
-    set_separable(opt.tuned, True)
     before, made = copy.deepcopy(model), []
     for kind, name in ((perturbed_by, "read"), (side_by_side, "_perturbed")):
         monkeypatch.setattr(kind, name, noted(made, getattr(kind, name)))
@@ -285,7 +285,7 @@ def test_side_by_side_is_one_by_one(most, interval):
     with torch.no_grad():
         together = values_at(f, opt.tuned, points)
         alone = values_at(lambda: f(), opt.tuned, points)
-    assert probes._IS_SEPARABLE[opt.tuned]
+    assert not refused(opt.tuned)
     assert np.allclose([float(v) for v in together], [float(v) for v in alone], rtol=0, atol=1e-12)
 
 
@@ -295,10 +295,9 @@ def test_many_directions_share_one_pass(monkeypatch):
     model.conv.requires_grad_(False)
     f = objective(model, most=6)
     monkeypatch.setattr(limits, "CACHED_BYTES", 6 * 4 * (12 * 2 + 31))
-    counted = type(f)(lambda copies: asked.append(copies) or f.values(copies), most=6)
+    counted = type(f)(lambda copies: asked.append(copies) or f.value(copies), most=6)
     for chosen, expected in ((sampler(), [6]), (zo.rademacher, [2, 2, 2])):
         opt = zo.zo_sgd(model, lr=0.1, sampler=chosen, num_queries=3)
-        set_separable(opt.tuned, True)
         opt.estimate(counted)
         assert asked == expected
         asked.clear()

@@ -139,9 +139,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        *batch, heads, length, _ = query.shape
-        out = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-2, -3)
-        sums = query.new_empty((*batch, heads, length), dtype=torch.float32)
+        out, sums = _attention_results(query, value)
         ctx.save_for_backward(query, key, value, out, sums)
         return out
 
@@ -149,6 +147,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attention_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    *batch, heads, length, _ = query.shape
+    out = query.new_empty((*batch, length, heads, value.shape[-1])).transpose(-2, -3)
+    return out, query.new_empty((*batch, heads, length), dtype=torch.float32)
 
 
 @contextmanager
@@ -160,6 +164,8 @@ def fused_attention() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return _attention_results(query, value)[0]
         return _Attention.apply(query, key, value)  # type: ignore[no-untyped-call]
 
     F.scaled_dot_product_attention = fused
