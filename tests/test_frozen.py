@@ -67,10 +67,10 @@ def products_round_as_then():
 
 # Every method, precision and tuned set occurs in a case that is quick.
 SLOW = [name for name in CASES if name.endswith(("-float32-full", "-bfloat16-lora"))]
-RUNS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
+QUICK_AND_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", QUICK_AND_SLOW)
 def test_a_run_gives_the_frozen_losses_and_weights(config, name):
     options, frozen = CASES[name]["options"], RUNS.get(name, {})
     run = {"max_steps": 5, "learning_rate": 1e-2, "seed": 7, "output_dir": Path(name), **options}

@@ -16,7 +16,6 @@ from zotune.directions.direction import add_terms, sum_terms
 from zotune.directions.low_rank import add_products
 from zotune.directions.samplers import Factors
 from zotune.errors import UsageError
-from zotune.estimate import probes
 from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.perturb import OffsetAlong, perturbed_by
 from zotune.estimate.probes import refused, values_at

@@ -337,7 +337,7 @@ def test_reads_and_noise_are_shared(monkeypatch):
     """The reason for all this: each weight is read and each direction made once for both ends of a probe."""
     made, ends = [], []
     monkeypatch.setattr(side_by_side.noise, "axpy_pair", lambda *a: made.append(a[6]))
-    monkeypatch.setattr(side_by_side.noise, "foreach_axpy_", lambda *a: ends.append((a[1], *a[-1])))
+    monkeypatch.setattr(side_by_side.noise, "foreach_axpy_", lambda *a: ends.append((a[1], *a[4])))
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.LayerNorm(3))
     tuned, x = ParameterSet(model), torch.randn(8, 6)
     points = [OffsetAlong(Direction(1), 0.1), OffsetAlong(Direction(1), -0.1)]

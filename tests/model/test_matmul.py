@@ -48,12 +48,13 @@ def test_a_product_in_halves_is_the_product(halves, dtype, bias, shape):
 
 
 def test_passes_side_by_side_take_halves_of_layers_that_are_frozen_and_of_low_rank(halves):
-    frozen, tuned = nn.Linear(4, 400).requires_grad_(False), nn.Linear(400, 400, bias=False)
+    frozen, above = (nn.Linear(n, 400).requires_grad_(False) for n in (4, 400))
+    tuned = nn.Linear(400, 400, bias=False)
     (u,) = zo.zo_sgd(tuned, lr=1.0, sampler=zo.low_rank(zo.rademacher)).directions()
-    with torch.no_grad(), side_by_side(zo.ParameterSet(tuned), [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]):
-        x = frozen(torch.randn(500, 4))
-        assert halves == [250, 250]
-        tuned(x)
+    ends, x = side_by_side(zo.ParameterSet(tuned), [OffsetAlong(u, 0.1), OffsetAlong(u, -0.1)]), torch.randn(250, 4)
+    with torch.no_grad():
+        # 250 rows of a frozen layer for both ends, then 250 of each.
+        ends.evaluate(lambda: above(tuned(frozen(x))))
     assert halves == [250] * 4
 
 

@@ -32,7 +32,7 @@ class Direction:
     >>> model = nn.Linear(2, 3)
     >>> u = Direction(seed=7)
     >>> u.of(model, "bias").tolist()
-    [1.0, -1.0, 1.0]
+    [-1.0, 1.0, 1.0]
     >>> u.of(model, "weight").shape, u.of(model, "weight").dtype
     (torch.Size([3, 2]), torch.float32)
     """

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zotune import noise
 from zotune.directions.low_rank import linear
@@ -25,7 +26,7 @@ from zotune.errors import UnreadTensorError
 from zotune.estimate.copies import each_copy, is_innermost, stacked_copies, with_copies
 from zotune.estimate.perturb import WeightOffset, antithetic_pair, largest_piece, nbytes, piece_elements, pieces
 from zotune.model import matmul as gemm
-from zotune.model.intercept import ParameterInterceptor
+from zotune.model.intercept import ParameterInterceptor, SpecialCase
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
 
@@ -216,6 +217,22 @@ class side_by_side(ParameterInterceptor):  # noqa: N801 - named as `perturbed_by
             out[..., lo:hi] = gemm.products(x, self._piece(tensor, weight, lo, hi), own)
         return out
 
+    def _in_turn(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+        """The function of each copy's own arguments: of a norm, whose factors `vmap` would apply after it has rounded.
+
+        In half precision it rounds once, as where no pass is shared.
+        """
+        leaves, structure = tree_flatten((args, kwargs))
+        own = [self._stacked(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        if all(each is None for each in own) or not is_innermost(self._level):
+            return None
+        results = []
+        for copy in range(self._copies):
+            pairs = zip(leaves, own, strict=True)
+            its_args, its_kwargs = tree_unflatten([x if each is None else each[copy] for x, each in pairs], structure)
+            results.append(function(*its_args, **its_kwargs))
+        return with_copies(torch.stack(results), self._level)
+
     def _embedding(
         self,
         input: Tensor,
@@ -269,8 +286,13 @@ class side_by_side(ParameterInterceptor):  # noqa: N801 - named as `perturbed_by
         return (value.expand(self._copies, *value.shape) if own is None else own).flatten(0, 1)
 
 
+def _in_turn(function: Callable[..., Tensor]) -> SpecialCase:
+    return lambda copies, *args, **kwargs: copies._in_turn(function, *args, **kwargs)
+
+
 side_by_side.special = {
     F.linear: side_by_side._linear,
     F.embedding: side_by_side._embedding,
     F.scaled_dot_product_attention: side_by_side._attention,
+    **{norm: _in_turn(norm) for norm in (F.layer_norm, F.rms_norm, F.group_norm)},
 }

@@ -301,9 +301,9 @@ def test_a_run_that_failed_for_losses_fails_again_at_once(config, tmp_path, monk
     calls, real = [], LanguageModel.score
 
     def break_down(self, batch):
-        # Three calls try whether probes may share a pass, then each step is one.
+        # One call tries whether probes may share a pass, then each step is one.
         calls.append(1)
-        return real(self, batch) * (1.0 if len(calls) <= 5 else math.nan)
+        return real(self, batch) * (1.0 if len(calls) <= 3 else math.nan)
 
     monkeypatch.setattr(LanguageModel, "score", break_down)
     options = {"num_dev": 0, "reuse_activations": False, "max_steps": 50}

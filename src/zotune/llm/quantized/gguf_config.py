@@ -134,8 +134,8 @@ def llama3_factors(head_dim: int, theta: float, factor: float) -> np.ndarray[Any
     Frequencies whose wave is longer than the original context are divided by `factor`, those with at least four waves
     in it stay, and those between are interpolated (Llama 3.1, section 3.4.2 of arXiv:2407.21783).
 
-    >>> llama3_factors(8, 500000.0, 8.0).tolist()
-    [1.0, 1.0, 8.0, 8.0]
+    >>> llama3_factors(8, 500000.0, 8.0).round(3).tolist()
+    [1.0, 1.0, 2.695, 8.0]
     """
     waves = _LLAMA3["original_max_position_embeddings"] / (
         2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
