@@ -143,6 +143,11 @@ class Mixes(nn.Module):
         h = self.one(x.transpose(0, 1)).transpose(0, 1) if self.how == "time first" else self.one(x)
         if self.how == "attends to other examples":
             h = F.scaled_dot_product_attention(*(h.transpose(0, 1)[None],) * 3)[0].transpose(0, 1)
+        if self.how.startswith("a mask of its weights"):
+            mask = (
+                self.one.weight[:4, :4] if self.how.endswith("shared") else self.one.weight[:4, :4].expand(1, 1, 4, 4)
+            )
+            h = F.scaled_dot_product_attention(*(h[:, None],) * 3, attn_mask=mask)[:, 0]
         if self.how == "ranks":
             h = h.gather(0, h.argsort(dim=0))
         if self.how == "writes in place":
@@ -159,7 +164,7 @@ class Mixes(nn.Module):
 MIXES = (
     """
     centred,a constant of the batch's length,time first,attends to other examples,ranks,writes in place
-    has a vmap of its own,sums over the batch,reversed
+    has a vmap of its own,sums over the batch,reversed,a mask of its weights shared,a mask of its weights
 """.strip()
     .replace("\n", ",")
     .split(",")

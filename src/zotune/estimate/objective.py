@@ -125,6 +125,10 @@ class Batched:
         """The objective."""
         return self.value(1)
 
+    def values(self, copies: int) -> Tensor:
+        """The objective's value in each of several copies that meet the same weights: shape (copies,)."""
+        return self.value(copies).expand(copies)
+
 
 def batched(losses: Callable[..., Tensor], *inputs: Tensor, most: int = 2) -> Batched:
     """The mean of a batch's losses as an objective whose probes run side by side: faster, with the same result.

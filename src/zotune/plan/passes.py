@@ -45,7 +45,8 @@ class Pass:
     Attributes:
         activations: activations of the forward pass, those saved for a backward pass, and temporaries of the update.
         gradients: gradients of first-order parameters.
-        scratch: additional memory of a probe: perturbed weights, tangents.
+        scratch: additional memory of a probe: perturbed weights, tangents, activations of the probes that share the
+            pass.
     """
 
     activations: int

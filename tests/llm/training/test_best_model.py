@@ -168,7 +168,7 @@ def test_the_saved_model_is_that_of_the_best_step_to_the_bit(config, tmp_path, m
 
 def test_what_is_reported_is_what_the_saved_model_does(config, tmp_path):
     """The held-out result of the best step is found again by evaluating the folder."""
-    made = config(**KEEPING, tuning="lora", max_steps=5, learning_rate=0.5)
+    made = config(**KEEPING, tuning="lora", max_steps=5, learning_rate=2.0)
     result = train(made)
     assert result.best_step < 5
     lm = load(made.model_copy(update={"model": str(tmp_path / "out")}))
@@ -237,6 +237,7 @@ def test_reported_rows_are_read_by_no_forward_pass_before_the_end(config, tmp_pa
 
     monkeypatch.setattr(LanguageModel, "read", note)
     train(made)
+    monkeypatch.setattr(LanguageModel, "read", real)
     reported = {s for e in load_rows(load(made), made).test for s in e.sequences}
     places = [i for i, s in enumerate(read) if s in reported]
     assert len(reported) == 3 * 2
