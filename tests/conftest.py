@@ -4,6 +4,7 @@ The tiny models are made anew for each test, for tests change them; the built-in
 the package's own code, into the user's cache.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -59,6 +60,12 @@ def pytest_collection_modifyitems(items):
         values |= new
         if not new:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """Let garbage collection pass over modules and tests, which live as long as the process and are most objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

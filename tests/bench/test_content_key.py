@@ -280,17 +280,15 @@ def test_every_name_of_the_package_that_code_refers_to_is_found():
                 assert found.definitions or found.module, (name, bound, path)
 
 
-def test_a_copy_of_the_package_in_another_place_has_its_keys(tmp_path):
+def test_a_copy_of_the_package_with_a_module_in_another_place_has_its_keys(tmp_path):
     copy = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.jsonl*"))
     plain = code_hash(PACKAGE, ENTRIES["quality"], on_cpu=True)
-    assert code_hash(copy, ENTRIES["quality"], on_cpu=True) == plain
     moved = Path(copy / "moved")
     moved.mkdir()
     (copy / "apply" / "transforms.py").rename(moved / "maps.py")
     for path in copy.rglob("*.py"):
         path.write_text(path.read_text().replace("zotune.apply.transforms", "zotune.moved.maps"))
-    code_hash_module._package.cache_clear()
     assert code_hash.__wrapped__(copy, ENTRIES["quality"], on_cpu=True) == plain
     (moved / "maps.py").write_text((moved / "maps.py").read_text().replace("1 - beta1", "1 + beta1"))
     code_hash_module._package.cache_clear()

@@ -154,7 +154,7 @@ def closure_of(objective, model):
     return lambda: objective(model, IDS)
 
 
-def run(make, objective, reuse, steps=2, way=zo.blocks_by_layer, method=zo.zo_sgd, dtype=torch.float32, **options):
+def run(make, objective, reuse, steps, way=zo.blocks_by_layer, method=zo.zo_sgd, dtype=torch.float32, **options):
     model = make().to(dtype)
     opt = method(model, 1e-2, mu=1e-2, blocks=way(model), reuse_prefix=reuse, sampler=zo.gaussian, **options)
     estimates = []
@@ -167,17 +167,19 @@ def run(make, objective, reuse, steps=2, way=zo.blocks_by_layer, method=zo.zo_sg
 @pytest.mark.parametrize(
     ("order", "difference"), [("joint", zo.forward_difference), ("sequential", zo.central_difference)]
 )
-def test_reuse_changes_no_bit(name, order, difference):
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_reuse_changes_no_bit(name, order, difference, steps):
     options = {"block_order": order, "difference": difference, "num_queries": 2}
-    (plain, without), (reused, using) = (run(*OBJECTIVES[name], reuse, **options) for reuse in (False, True))
+    (plain, without), (reused, using) = (run(*OBJECTIVES[name], reuse, steps, **options) for reuse in (False, True))
     assert plain == reused
     assert_same_bits(without, using)
 
 
 @pytest.mark.parametrize("way", [zo.blocks_by_part, zo.blocks_by_linear, partial(zo.blocks_by_size, max_elements=150)])
 @each_order
-def test_reuse_changes_no_bit_whatever_the_blocks(way, order):
-    results = [run(*OBJECTIVES["tied opt"], reuse, steps=2, way=way, block_order=order) for reuse in (False, True)]
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_reuse_changes_no_bit_whatever_the_blocks(way, order, steps):
+    results = [run(*OBJECTIVES["tied opt"], reuse, steps, way=way, block_order=order) for reuse in (False, True)]
     assert results[0][0] == results[1][0]
     assert_same_bits(results[0][1], results[1][1])
 

@@ -390,7 +390,7 @@ def test_the_built_in_model_is_tuned_side_by_side():
 ONE_BY_ONE = {("bloom", None), ("recurrent_gemma", None)} | {(family, "eager") for family in EXPERTS}
 
 
-@pytest.mark.parametrize("length", [7, 12])
+@pytest.mark.parametrize("length", [7, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [*((f, None) for f in FAMILIES), *((f, "eager") for f in sorted(EXPERTS))], ids=str)
 def test_every_family_has_the_values_of_the_plain_closure_from_one_pass_or_says_why_not(family, length):
     name, experts = family

@@ -310,9 +310,16 @@ def same_weights(a, b):
     return all(torch.equal(bits(p), bits(q)) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+# Of the interpreter, steps are the slowest; each kernel alone is compared in every precision above.
+MORE_RUNS = [
+    *((m, torch.bfloat16) for m in METHODS if m != "sparse"),
+    *(("sgd", torch.float32), ("sgd", torch.float16), ("adam", torch.float16)),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [*((m, torch.bfloat16) for m in METHODS), ("sgd", torch.float32), ("sgd", torch.float16), ("adam", torch.float16)],
+    [("sparse", torch.bfloat16), *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE_RUNS)],
 )
 def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -326,11 +333,15 @@ def test_a_ledger_of_the_cpus_replays_to_the_same_weights(method, dtype, tmp_pat
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU's forward passes are not a CPU's")
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))],
+    ids=str,
+)
 def test_whole_steps_are_those_of_the_cpus_kernels_bit_for_bit(dtype, monkeypatch):
-    here, losses = trained("sgd", dtype, "cpu")
+    here, losses = trained("sgd", dtype, "cpu", num_steps=1)
     monkeypatch.setattr(noise, "back_end", back_ends.back_end)
-    there, expected = trained("sgd", dtype, "cpu")
+    there, expected = trained("sgd", dtype, "cpu", num_steps=1)
     assert losses == expected
     assert same_weights(here, there)
 

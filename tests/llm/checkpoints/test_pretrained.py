@@ -166,7 +166,9 @@ def test_the_context_is_the_longest_sequence_that_can_be_read(family, tmp_path):
         run.module(torch.full((1, run.context + 1), 7))
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora", "prompt", "prefix"])
+@pytest.mark.parametrize(
+    "tuning", ["lora", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "prompt"))]
+)
 def test_composite_configurations_are_read(tuning, tmp_path, tiny, config):
     from zotune.llm.training.train import train
     from zotune.plan.dry_run import dry_run

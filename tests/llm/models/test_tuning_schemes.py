@@ -203,7 +203,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("opt-13b", "llama2-7b") else name for name in SIZES],
+)
 @pytest.mark.parametrize("scheme", ["lora", "prefix", "prompt"])
 def test_adapters_of_the_papers_models_have_the_published_sizes(name, scheme, monkeypatch):
     quiet_libraries()

@@ -143,6 +143,9 @@ def bits(tensors):
 
 
 ALL = ["gguf", *LIBRARIES]
+# One way of storing a base of each origin in `make test`, the others in `make test-slow`.
+FEW = ["gguf", LIBRARIES[0], LIBRARIES[2]]
+FEW += [pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow]) for case in (LIBRARIES[1], LIBRARIES[3])]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -236,7 +239,7 @@ def test_the_digest_of_a_base_sees_each_of_its_packed_tensors(name, base):
     assert len(seen) == 1 + len(parts) > 1
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FEW)
 def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, base, config, rows_file):
     result = train(config(**base(name), tuning="lora", learning_rate=1e-2))
     lm = load(ModelOptions(model=str(result.output_dir), device="cpu"))
@@ -298,7 +301,7 @@ def test_whole_tuning_of_packed_weights_is_refused_by_name(name, base, config):
         train(config(**base(name), tuned_parameters="q_proj"))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FEW)
 def test_norms_of_a_quantised_base_are_tuned(name, base, config):
     result = train(config(**base(name), tuned_parameters="norm", learning_rate=1e-3, max_steps=2))
     assert result.num_tuned == 7 * 64
@@ -309,13 +312,16 @@ def test_norms_of_a_quantised_base_are_tuned(name, base, config):
 
 
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", FEW)
 def test_virtual_tokens_go_before_a_quantised_model(name, tuning, base, config):
     result = train(config(**base(name), tuning=tuning, learning_rate=1e-2))
     assert verify(result.output_dir).different == ()
 
 
-@pytest.mark.parametrize("method", ["zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam"])
+@pytest.mark.parametrize(
+    "method",
+    ["zo_sgd_cons", "zo_adam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zo_sgd_sign", "zo_sgd_mmt"))],
+)
 def test_every_method_steps_on_a_gguf_base(method, base, config):
     result = train(config(**base("gguf"), tuning="scales", method=method, learning_rate=1e-6, mu=1e-5))
     assert (result.num_steps, result.num_skipped) == (2, 0)
