@@ -135,9 +135,9 @@ def test_parts_are_those_counted_by_hand(monkeypatch):
         parts = (each.weights, each.state, each.gradients, each.activations, each.scratch, each.reused, each.overhead)
         assert each.running == sum(parts) <= each.total
         assert (each.gradients > 0) == (method in FIRST_ORDER)
-    # The forward pass; what the second end of a probe adds counts as scratch. The most is alive in the ReLU: what enters and what leaves
-    # it (4 h each), what goes round it, what entered the layer, and the embeddings of tokens and of positions (h each);
-    # beside that some integers a token.
+    # The forward pass; the second end of a probe counts as scratch. The most is alive in the ReLU: what enters and what
+    # leaves it (4 h each), what goes round it, what entered the layer, and the embeddings of tokens and of positions
+    # (h each); beside that some integers a token.
     tokens = BATCH * LENGTH
     integers = found["zo_sgd"].activations - 4 * tokens * (4 + 4 + 1 + 1 + 2) * WIDTH
     assert 0 <= integers <= 4 * 8 * tokens
