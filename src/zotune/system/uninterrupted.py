@@ -18,12 +18,11 @@ def uninterrupted() -> Iterator[None]:
     """Within this context Python's signal handlers, Ctrl-C's among them, wait; on leaving they run.
 
     >>> done = []
-    >>> try:
-    ...     with uninterrupted():
-    ...         signal.raise_signal(signal.SIGINT)
-    ...         done.append("the stretch")
-    ... except KeyboardInterrupt:
-    ...     done.append("the handler")
+    >>> before = signal.signal(signal.SIGTERM, lambda number, frame: done.append("the handler"))
+    >>> with uninterrupted():
+    ...     signal.raise_signal(signal.SIGTERM)
+    ...     done.append("the stretch")
+    >>> _ = signal.signal(signal.SIGTERM, before)
     >>> done
     ['the stretch', 'the handler']
     """
