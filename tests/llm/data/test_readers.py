@@ -124,6 +124,13 @@ def test_a_file_with_broken_bytes_is_read_or_refused_by_name(tmp_path, sound, na
         assert all(isinstance(row.columns, dict) and name in row.place for row in rows)
 
 
+def test_text_of_a_parquet_file_that_is_not_utf_8_is_refused_by_name(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["größe", "b"]}), tmp_path / "whole.parquet", compression="none")
+    content = (tmp_path / "whole.parquet").read_bytes().replace("größe".encode(), b"gr\xc3\x9f\x9f\xc3e")
+    with pytest.raises(UsageError, match=r"rows\.parquet, after row 0: not a valid Parquet file \(.*utf-8"):
+        read(tmp_path / "rows.parquet", content)
+
+
 @FUZZ
 @given(content=st.binary(max_size=200), name=st.sampled_from([*SOUND, "rows.parquet"]))
 def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, name):

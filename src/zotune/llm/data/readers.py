@@ -196,7 +196,7 @@ def _parquet(path: Path) -> Iterator[LocatedRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield LocatedRow(f"{path}, row {number}", _without_nan(row))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}, after row {number}: not a valid Parquet file ({_first_line(error)}).") from None
 
 
