@@ -242,9 +242,7 @@ class side_by_side(ParameterInterceptor):  # noqa: N801 - named as `perturbed_by
         *args: Any,
         **kwargs: Any,
     ) -> Tensor | None:
-        if self.find(weight) is None or self._stacked(input) is not None or not is_innermost(self._level):
-            return None
-        found = self.lookup(input, weight, max_norm)
+        found = self.lookup(input, weight, max_norm) if is_innermost(self._level) else None
         if found is None:
             return None
         tensor, indices, places = found

@@ -3,7 +3,8 @@
 Under `vmap` code sees a tensor of one copy, and torch follows through each operation which tensors differ between the
 copies: PyTorch defines, for every operation, a batching rule that equals a loop over the copies, or refuses. zotune
 computes a few operations on all copies at once by kernels of its own, so it takes the stacked numbers out of such a
-tensor, and puts them in. torch has these two conversions under a private name alone; every use of it is here.
+tensor, and puts them in. torch has these two conversions under a private name alone; they are called here and nowhere
+else.
 """
 
 from __future__ import annotations

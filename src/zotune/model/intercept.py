@@ -31,7 +31,7 @@ _METADATA_METHODS = """
     size dim numel nelement stride is_contiguous is_floating_point is_complex element_size ndimension
     storage_offset data_ptr get_device __len__ __hash__ __repr__ requires_grad_
     new_zeros new_ones new_empty new_empty_strided new_full new_tensor new dim_order is_pinned is_shared is_same_size
-    is_set_to is_signed is_inference is_conj is_neg is_distributed nelement untyped_storage
+    is_set_to is_signed is_inference is_conj is_neg is_distributed untyped_storage
 """
 _METADATA_FUNCTIONS = """
     is_floating_point is_complex numel zeros_like ones_like empty_like full_like rand_like randn_like randint_like

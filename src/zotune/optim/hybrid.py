@@ -22,12 +22,13 @@ from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
 from zotune.optim.master_weights import (
     FirstOrder,
-    MasterWeights,
     back_propagate,
     finite_gradients,
+    inner,
     must_repeat,
     parameters_of,
     with_master_weights,
+    written_by_step,
 )
 from zotune.optim.undo import UndoLog
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
@@ -87,9 +88,8 @@ class Hybrid:
         exception both are as before the step.
         """
         method, first_order = self.zeroth_order, self.first_order
-        stateful = first_order.optimizer if isinstance(first_order, MasterWeights) else first_order
         try:
-            with method.whole_step(stateful) as undo:
+            with method.whole_step(inner(first_order)) as undo:
                 loss = self._differentiate(closure)
                 while math.isfinite(loss) and must_repeat(first_order):
                     loss = self._differentiate(closure)
@@ -103,10 +103,8 @@ class Hybrid:
         return loss
 
     def _step_first_order(self, undo: UndoLog) -> None:
-        moved = [p for group in self.first_order.param_groups for p in group["params"] if p.grad is not None]
-        # Float32 copies move, and the weights in half precision with them.
-        rounded = self.first_order.parameters if isinstance(self.first_order, MasterWeights) else []
-        undo.keep([p.data for p in (*moved, *rounded)], moved)
+        written = written_by_step(self.first_order)
+        undo.keep([p.data for p in written], written)
         self.first_order.step()
 
     def _differentiate(self, closure: Closure) -> float:

@@ -160,6 +160,17 @@ def parameters_of(optimizer: FirstOrder) -> list[Tensor]:
     return optimizer.parameters if isinstance(optimizer, MasterWeights) else _parameters_in(optimizer)
 
 
+def inner(optimizer: FirstOrder) -> torch.optim.Optimizer:
+    """Return the torch optimizer that holds the moments: of the copies, where there are any."""
+    return optimizer.optimizer if isinstance(optimizer, MasterWeights) else optimizer
+
+
+def written_by_step(optimizer: FirstOrder) -> list[Tensor]:
+    """Return the tensors that the next step writes: those with a gradient, and the parameters that copies round to."""
+    moved = [p for p in _parameters_in(optimizer) if p.grad is not None]
+    return [*moved, *(p for p, _ in optimizer._pairs)] if isinstance(optimizer, MasterWeights) else moved
+
+
 def back_propagate(optimizer: FirstOrder, loss: Tensor) -> None:
     """Add the gradient of a loss to those that the optimizer's next step reads."""
     if isinstance(optimizer, MasterWeights):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zotune.system import limits
 
@@ -25,7 +25,7 @@ class UndoLog:
         is_complete: whether everything written so far can be put back.
         is_over: whether the step is complete, so that nothing is to be put back.
 
-    >>> x, state = nn.Parameter(torch.zeros(2)), {}
+    >>> x, state = torch.nn.Parameter(torch.zeros(2)), {}
     >>> log = UndoLog([state])
     >>> log.keep([x.data], [x])
     >>> state[x] = {"step": x.data.add_(1)}
@@ -42,7 +42,7 @@ class UndoLog:
         self.has_written = self.is_writing = self.is_over = False
         self.is_complete = True
 
-    def keep(self, weights: Iterable[Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def keep(self, weights: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
         """Copy weights that are about to be written, and the states of their parameters, if there is room for them."""
         held = (before[p] for p in parameters for _, before in self._states if p in before)
         tensors = [*weights, *(v for of_p in held for v in of_p.values() if isinstance(v, Tensor))]

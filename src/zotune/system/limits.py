@@ -26,9 +26,6 @@ PERTURBED_ELEMENTS = 3 << 20
 DEVICE_PERTURBED_ELEMENTS = 1 << 26
 # Perturbed tensors are cached for one pass where all of them together take at most this many bytes.
 CACHED_BYTES = 16 << 20
-# Values computed from perturbed tensors alone and kept once a copy of the batch: one value, and all of a pass.
-DERIVED_BYTES = 16 << 20
-ALL_DERIVED_BYTES = 64 << 20
 
 # Forward gradient: elements of a piece of a matrix's tangent, logits per slice of the loss, attention scores at a time.
 TANGENT_ELEMENTS = 3 << 20

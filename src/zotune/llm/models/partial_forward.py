@@ -6,7 +6,8 @@ The head of a language model is computed only at the scored positions, and only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from zotune.llm.data.collator import Batch
 from zotune.llm.quantized.layers import PackedLinear
+from zotune.model.effects import forwards
 from zotune.model.intercept import readable
 
 
@@ -92,18 +94,9 @@ def output_of_module(module: nn.Module, run: Callable[[], object]) -> Any:
     return outputs.pop()
 
 
-@contextmanager
-def fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
+def fixed_output(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """Within this context the module returns `output` without computing anything."""
-    original = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        if original is None:
-            del module.forward
-        else:
-            module.forward = original
+    return forwards([module], [lambda *args, **kwargs: output])
 
 
 def head_module(model: Any) -> nn.Module:
@@ -132,14 +125,8 @@ def head_at_positions(model: Any, batch: Batch, only: Tensor | None) -> Iterator
         return F.linear(hidden, weight, bias)
 
     handle = head.register_forward_pre_hook(select)
-    original = vars(output).get("forward")
-    if only is not None:
-        output.forward = lambda hidden: rows(output, hidden)
     try:
-        yield
+        with nullcontext() if only is None else forwards([output], [partial(rows, output)]):
+            yield
     finally:
         handle.remove()
-        if original is not None:
-            output.forward = original
-        elif only is not None:
-            del output.forward

@@ -58,7 +58,7 @@ class PromptCache:
         if lowest and not self._holds_keys_and_values(lowest):
             say("prompts are not reused: the model's cache holds more of them than keys and values.")
             lowest = 0
-        self.depth = depth_without_effects(lm, lowest, "prompts", lambda: self._fill((0, 1, 2)))
+        self.depth = depth_without_effects(lm, lowest, "prompts", lambda: self._fill((0, 1, 2), _empty_cache()))
         self._layers = list(layers[: self.depth])
         self._rest: tuple[None, ...] | None = None
         self._heads: list[tuple[int, int]] = []
@@ -111,11 +111,8 @@ class PromptCache:
             self._store.put(prompt, cached)
         return cached
 
-    def _fill(self, prompt: Tokens) -> Any:
-        """Run the model over a prompt; returns the cache that it fills."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+    def _fill(self, prompt: Tokens, cache: Any) -> Any:
+        """Run the model over a prompt; returns the cache, which it has filled."""
         self._lm.base(
             input_ids=torch.tensor([prompt], device=self._lm.device), **{cache_argument(self._lm.base): cache}
         )
@@ -127,7 +124,7 @@ class PromptCache:
         from transformers.cache_utils import DynamicLayer
 
         caches: list[Any] = []
-        on_meta_too(self._lm.base, lambda: caches.append(self._fill((0, 1, 2))))
+        on_meta_too(self._lm.base, lambda: caches.append(self._fill((0, 1, 2), _empty_cache())))
         layers = caches[0].layers[:depth] if caches else []
         return not caches or (
             len(layers) == depth and all(type(c) is DynamicLayer and c.keys is not None for c in layers)
@@ -136,13 +133,15 @@ class PromptCache:
     @torch.no_grad()
     def _compute(self, prompt: Tokens) -> Tensor:
         """Return (L, width + keys and values) of a prompt's tokens, side by side."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        ids = torch.tensor([prompt], device=self._lm.device)
-        inputs = {"input_ids": ids, cache_argument(self._lm.base): cache}
-        output = output_of_module(self._layers[-1], lambda: self._lm.base(**inputs))
+        cache = _empty_cache()
+        output = output_of_module(self._layers[-1], lambda: self._fill(prompt, cache))
         self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         pairs = [t[0].transpose(0, 1) for layer in cache.layers[: self.depth] for t in (layer.keys, layer.values)]
         self._heads = [(t.shape[1], t.shape[2]) for t in pairs]
         return torch.cat([first_of(output)[0], *(t.flatten(1) for t in pairs)], dim=1)
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
