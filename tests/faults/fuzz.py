@@ -1,0 +1,115 @@
+"""Damaged and crafted files in processes with little memory: each ends in exit code 0, 1 or 2 and a message in words.
+
+A child takes a few hundred files one after another, and says before each which it is, so that one that kills its
+process, or takes too long, is known by its number. `file(kind, number)` makes the same file again.
+"""
+
+import contextlib
+import io
+import os
+import random
+import re
+import signal
+import sys
+import traceback
+
+from faults import fuzz_files, process
+from faults.fuzz_files import KINDS
+
+BATCH = 250
+# A file of a few kilobytes must do with this much more memory than the process had, and so much time.
+MEMORY, SECONDS = 1 << 30, 30
+TRACEBACK = re.compile(r"Traceback|\bbug\b")
+# A kind's share of all files.
+SHARES = {"ledger": 340, "recipe": 260, "rows": 240, "config": 40, "adapter": 40, "gguf": 40, "page": 15, "table": 15}
+SHARES |= {"index": 10, "replayed ledger": 10, "cell": 5, "resumed": 5}
+
+
+def plan(count, chance):
+    """Batches: each a kind, its first number, and how many."""
+    batches = []
+    for kind, share in SHARES.items():
+        total = -(-count * share // sum(SHARES.values()))
+        batches += [f"{kind} {first} {min(BATCH, total - first)}" for first in range(0, total, BATCH)]
+    chance.shuffle(batches)
+    return batches
+
+
+def trial(place, batch, chance):
+    """Run a batch; how many files it had."""
+    kind, first, count = re.fullmatch(r"(.+) (\d+) (\d+)", batch).groups()
+    fuzz_files.furnish(place, kind)
+    numbers, failed = list(range(int(first), int(first) + int(count))), []
+    while numbers:
+        done, why = run_some(place, kind, numbers)
+        numbers = numbers[done:]
+        if why:
+            failed.append(why)
+            print(why, file=sys.stderr, flush=True)
+    assert not failed, f"{len(failed)} of {count}\n" + "\n".join(failed)
+    return int(count)
+
+
+def run_some(place, kind, numbers):
+    """Let a child take files until one fails; how many it took, and why the last one failed if it did."""
+    reader, writer = os.pipe()
+
+    def work():
+        os.close(reader)
+        process.limit_memory(MEMORY)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        with fuzz_files.shortened(kind):
+            for number in numbers:
+                signal.alarm(SECONDS)
+                why = outcome(place, kind, number)
+                os.write(writer, b"." if not why else b"!" + why.encode(errors="replace")[-3000:])
+                if why:
+                    break
+        return 0
+
+    pid = process.fork(work, place.log)
+    os.close(writer)
+    content = b""
+    while part := os.read(reader, 65536):
+        content += part
+    os.close(reader)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    good, bad, why = content.partition(b"!")
+    if bad:
+        return len(good) + 1, f"{kind} {numbers[len(good)]}: {why.decode(errors='replace')}"
+    if len(good) < len(numbers):
+        last = process.said(place.log)[-1000:]
+        return len(good) + 1, f"{kind} {numbers[len(good)]}: the process ended with {code} {last}"
+    return len(good), None
+
+
+def outcome(place, kind, number):
+    """Give one file to the command that reads it; what is wrong with its answer, or None."""
+    out, err = io.StringIO(), io.StringIO()
+    chance = random.Random(f"{kind} {number}")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            args = KINDS[kind](place.here, chance)
+            code = answer(args)
+    except BaseException:
+        return traceback.format_exc()
+    said = out.getvalue() + err.getvalue()
+    if code not in (0, 1, 2):
+        return f"exit code {code}: {said}"
+    if TRACEBACK.search(said):
+        return said
+    if "out of memory" in said:
+        return f"a small file took more than {MEMORY >> 20} MiB: {said}"
+    if code and not err.getvalue().strip() and not out.getvalue().strip():
+        return f"exit code {code} without a message"
+    return None
+
+
+def answer(args):
+    """The exit code of a command line, or of a function that stands for one."""
+    try:
+        return process.cli.run([str(arg) for arg in args])
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+
+
