@@ -14,7 +14,8 @@ import torch
 
 from faults import disks, fuzz, kills, pairs
 from faults.commands import Place
-from zotune.llm.training.output_folder import environment, write_json
+from zotune.llm.output.environment import environment
+from zotune.llm.output.json_files import write_json
 
 KINDS = {"kills": kills, "pairs": pairs, "disks": disks, "fuzz": fuzz}
 COUNTS = {"kills": 600, "pairs": 100, "disks": 100, "fuzz": 100_000}
