@@ -32,7 +32,8 @@ def inject(kind, count, seed, place):
             counted += KINDS[kind].trial(place, name, random.Random(f"{seed} {kind} {number}"))
         except AssertionError as error:
             failed.append({"number": number, "name": name, "error": str(error)[:3000]})
-            print(f"{kind} {number}, {name}: {error}"[:3000], file=sys.stderr, flush=True)
+            counted += getattr(error, "count", 0)
+            print(f"{kind} {number}, {name}: {error}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
         seconds = round(time.monotonic() - began)
         yield {"seed": seed, "count": counted, "tried": dict(tried), "failed": failed, "seconds": seconds}
         if kind == "kills" and number + 1 == len(names) and counted < count:

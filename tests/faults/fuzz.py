@@ -22,7 +22,15 @@ MEMORY, SECONDS = 1 << 30, 30
 TRACEBACK = re.compile(r"Traceback|\bbug\b")
 # A kind's share of all files.
 SHARES = {"ledger": 340, "recipe": 260, "rows": 240, "config": 40, "adapter": 40, "gguf": 40, "page": 15, "table": 15}
-SHARES |= {"index": 10, "replayed ledger": 10, "cell": 5, "resumed": 5}
+SHARES |= {"index": 10, "replayed ledger": 10, "cell": 5, "resumed": 5, "saved": 5}
+
+
+class FilesFailedError(AssertionError):
+    """Some files of a batch were not answered as they should; `count` is the number of all its files."""
+
+    def __init__(self, count, failed):
+        super().__init__(f"{len(failed)} of {count}\n" + "\n".join(failed))
+        self.count = count
 
 
 def plan(count, chance):
@@ -46,7 +54,8 @@ def trial(place, batch, chance):
         if why:
             failed.append(why)
             print(why, file=sys.stderr, flush=True)
-    assert not failed, f"{len(failed)} of {count}\n" + "\n".join(failed)
+    if failed:
+        raise FilesFailedError(int(count), failed)
     return int(count)
 
 

@@ -1,5 +1,6 @@
 """Damaged and crafted files of each kind, and the command that reads them: a function of the number alone."""
 
+import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from zotune.llm.training import evaluation
 
 EVAL = ("eval", "--model", "case", "--eval-file", "rows.jsonl", "--num-eval", 2, "--device", "cpu")
 NEEDS = {
-    **dict.fromkeys(("ledger", "replayed ledger", "adapter", "page", "resumed"), ("run",)),
+    **dict.fromkeys(("ledger", "replayed ledger", "adapter", "page", "resumed", "saved"), ("run",)),
     **dict.fromkeys(("config", "index"), ("whole",)),
 }
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
@@ -57,7 +58,10 @@ def recipe(here, chance):
         for _ in range(chance.choice([1, 2, 4])):
             key = chance.choice(list(TrainConfig.model_fields)) if chance.random() < 0.9 else chance.choice(TEXT)
             values[key] = odd(chance) if chance.random() < 0.6 else chance.choice(WORDS)
-        content = yaml.safe_dump(values, allow_unicode=True).encode("utf-8", errors="surrogatepass")
+        try:
+            content = yaml.safe_dump(values, allow_unicode=True).encode("utf-8", errors="surrogatepass")
+        except RecursionError:
+            content = json.dumps(values).encode()
     (here / "f.yaml").write_bytes(content)
     return "train", "f.yaml", "--dry-run"
 
@@ -128,6 +132,13 @@ def adapter(here, chance):
     return EVAL
 
 
+def saved(here, chance):
+    """Weights beside a ledger, damaged."""
+    name = chance.choice(("adapter_model.safetensors", "results.json"))
+    _case(here, "run", name, change_of(name), chance)
+    return "ledger", "verify", "case"
+
+
 def page(here, chance):
     name = chance.choice(RUN_FILES)
     _case(here, "run", name, change_of(name), chance)
@@ -177,10 +188,10 @@ def _gguf(here):
     path = here.parent / "sound.gguf"
     chance = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    tokens = [*sorted(ByteLevel.alphabet()), "<s>", "</s>"]
+    tokens = [*sorted(ByteLevel.alphabet()), "<s>", "</s>", "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3, 3])
+    writer.add_token_types([1] * 256 + [3, 3, 1, 1])
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
@@ -211,7 +222,7 @@ def _gguf(here):
 
 KINDS = {"ledger": ledger, "replayed ledger": replayed_ledger, "recipe": recipe, "rows": rows, "config": config}
 KINDS |= {"index": index, "adapter": adapter, "page": page, "resumed": resumed, "cell": cell, "table": table}
-KINDS |= {"gguf": gguf_file}
+KINDS |= {"gguf": gguf_file, "saved": saved}
 """By name, a function that writes a file and returns the command line that reads it."""
 
 

@@ -201,7 +201,8 @@ def undo(folder: Path, num_steps: int, base: str | None = None, device: str | No
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Return a summary of a ledger and its run."""
-    config = ledger.header.about.get("config") or {}
+    config = ledger.header.about.get("config")
+    config = config if isinstance(config, dict) else {}
     return {
         "steps": len(ledger),
         "skipped": sum(record.is_skipped for record in ledger),
