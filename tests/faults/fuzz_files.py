@@ -14,6 +14,7 @@ import yaml
 from pytest import MonkeyPatch
 from tokenizers.pre_tokenizers import ByteLevel
 
+import zotune.cli.eval
 import zotune.cli.train
 from faults.commands import COMMANDS, Command, prepare
 from faults.mutations import PIECES, TEXT, odd, of_bytes, of_json, of_ledger, of_lines, of_safetensors
@@ -248,11 +249,27 @@ def _loaded():
     return load(ModelOptions(model="random:llama-tiny", device="cpu"))
 
 
+def remembered(parse):
+    """`parse`, which repeats its answer to equal arguments."""
+    answers = {}
+
+    def parsed(schema, recipe, source, args, prog):
+        key = repr((recipe, source, args))
+        if key not in answers:
+            answers[key] = parse(schema, recipe, source, args, prog)
+        return answers[key]
+
+    return parsed
+
+
 @contextmanager
 def shortened(kind):
-    """Within this context a child spares what has nothing to do with its files: it loads no model anew, plans nothing."""
+    """Within this context a child spares what has nothing to do with its files: no model is loaded anew, no run is
+    planned, and the same arguments are parsed once.
+    """
     with MonkeyPatch.context() as patch:
         prepare()
+        patch.setattr(zotune.cli.eval, "parse", remembered(zotune.cli.eval.parse))
         if kind == "recipe":
             patch.setattr(zotune.cli.train, "_dry_run", lambda config, as_json: 0)
         if kind == "rows":
