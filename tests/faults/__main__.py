@@ -34,8 +34,8 @@ def inject(kind, count, seed, place):
             failed.append({"number": number, "name": name, "error": str(error)[:3000]})
             counted += getattr(error, "count", 0)
             print(f"{kind} {number}, {name}: {error}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
-        seconds = round(time.monotonic() - began)
-        yield {"seed": seed, "count": counted, "tried": dict(tried), "failed": failed, "seconds": seconds}
+        found = {"seed": seed, "count": counted, "failed": failed, "seconds": round(time.monotonic() - began)}
+        yield {**found, ("exit_codes" if kind == "fuzz" else "tried"): fuzz.answers if kind == "fuzz" else dict(tried)}
         if kind == "kills" and number + 1 == len(names) and counted < count:
             # A process that ended before it was killed counts for nothing.
             names += KINDS[kind].plan(count - counted, random.Random(f"{seed} {number}"))

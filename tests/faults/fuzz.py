@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+from collections import Counter
 
 from faults import fuzz_files, process
 from faults.fuzz_files import KINDS
@@ -19,6 +20,8 @@ from faults.fuzz_files import KINDS
 BATCH = 200
 # A file of a few kilobytes must do with this much more memory than the process had, and so much time.
 MEMORY, SECONDS = 1 << 30, 30
+answers = {}
+"""How often each kind of file was answered with which exit code."""
 TRACEBACK = re.compile(r"Traceback|\bbug\b")
 # A kind's share of all files.
 SHARES = {"ledger": 360, "recipe": 260, "rows": 260, "config": 25, "adapter": 25, "gguf": 30, "page": 10, "table": 10}
@@ -70,8 +73,8 @@ def run_some(place, kind, numbers):
         with fuzz_files.shortened(kind):
             for number in numbers:
                 signal.alarm(SECONDS)
-                why = outcome(place, kind, number)
-                os.write(writer, b"." if not why else b"!" + why.encode(errors="replace")[-3000:])
+                code, why = outcome(place, kind, number)
+                os.write(writer, b"!" + why.encode(errors="replace")[-3000:] if why else str(code).encode())
                 if why:
                     break
         return 0
@@ -84,6 +87,7 @@ def run_some(place, kind, numbers):
     os.close(reader)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     good, bad, why = content.partition(b"!")
+    answers.setdefault(kind, Counter()).update(good.decode())
     if bad:
         return len(good) + 1, f"{kind} {numbers[len(good)]}: {why.decode(errors='replace')}"
     if len(good) < len(numbers):
@@ -93,7 +97,7 @@ def run_some(place, kind, numbers):
 
 
 def outcome(place, kind, number):
-    """Give one file to the command that reads it; what is wrong with its answer, or None."""
+    """Give one file to the command that reads it; the exit code, and what is wrong with the answer, or None."""
     out, err = io.StringIO(), io.StringIO()
     chance = random.Random(f"{kind} {number}")
     try:
@@ -101,17 +105,19 @@ def outcome(place, kind, number):
             args = KINDS[kind](place.here, chance)
             code = answer(args)
     except BaseException:
-        return traceback.format_exc()
-    said = out.getvalue() + err.getvalue()
+        return 70, traceback.format_exc()
+    return code, complaint(code, out.getvalue() + err.getvalue())
+
+
+def complaint(code, said):
+    """What is wrong with an answer, or None."""
     if code not in (0, 1, 2):
         return f"exit code {code}: {said}"
     if TRACEBACK.search(said):
         return said
     if "out of memory" in said:
         return f"a small file took more than {MEMORY >> 20} MiB: {said}"
-    if code and not err.getvalue().strip() and not out.getvalue().strip():
-        return f"exit code {code} without a message"
-    return None
+    return f"exit code {code} without a message" if code and not said.strip() else None
 
 
 def answer(args):
@@ -120,5 +126,3 @@ def answer(args):
         return process.cli.run([str(arg) for arg in args])
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 1
-
-

@@ -30,7 +30,13 @@ NEEDS = {
 }
 MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors")
 MODEL_FILES += ("config.yaml", "results.json")
-ADAPTER_FILES = ("adapter_config.json", "adapter_config.json", "adapter_model.safetensors", "base_model.json", "config.yaml")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base_model.json",
+    "config.yaml",
+)
 RUN_FILES = ("metrics.jsonl", "metrics.jsonl", "results.json", "config.yaml", "ledger.zol")
 
 
@@ -46,7 +52,22 @@ def replayed_ledger(here, chance):
 
 SOUND = [path.read_bytes() for path in sorted(RECIPES.glob("*.yaml"))]
 MARKS = (*PIECES, b": ", b"&a ", b"*a", b"- ", b"\t", b"!!python/name:os.system ", b"<<: ", b"---\n", b"'")
-WORDS = ("auto", "float32", "zo_sgd", "fo_adam", "none", "layer", "1e-3", "yes", "~", "lora", "rows.jsonl", "sst2", 1, 0.1)
+WORDS = (
+    "auto",
+    "float32",
+    "zo_sgd",
+    "fo_adam",
+    "none",
+    "layer",
+    "1e-3",
+    "yes",
+    "~",
+    "lora",
+    "rows.jsonl",
+    "sst2",
+    1,
+    0.1,
+)
 
 
 def recipe(here, chance):

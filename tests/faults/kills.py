@@ -1,4 +1,4 @@
-"""Killed at any write, or at any time, once or several times; then the command is run again and ends as if nothing was."""
+"""Killed at any write, or at any time, once or more; then the command is run again and ends as if nothing had been."""
 
 import os
 import signal

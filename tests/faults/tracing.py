@@ -15,13 +15,21 @@ from contextlib import suppress
 
 from faults.process import SECONDS, Ended, begin, said, within
 
-# Calls by number: that write to a descriptor (those of stdout and stderr pass), that open with flags in an argument, and
-# others. Those in _TAKE_SPACE fail on a full disk.
+# Calls by number: that write to a descriptor (those of stdout and stderr pass), that open with flags in an argument,
+# and others. Those in _TAKE_SPACE fail on a full disk.
 _WRITES = {1: "write", 18: "pwrite64", 20: "writev", 296: "pwritev", 40: "sendfile", 285: "fallocate", 77: "ftruncate"}
 _SYNCS = {74: "fsync", 75: "fdatasync"}
 _OPENS = {2: 1, 257: 2}  # open, openat: the argument that holds the flags
 _NAMES = {82: "rename", 264: "renameat", 316: "renameat2", 87: "unlink", 263: "unlinkat", 84: "rmdir"}
-_MAKES = {83: "mkdir", 258: "mkdirat", 86: "link", 265: "linkat", 88: "symlink", 266: "symlinkat", 326: "copy_file_range"}
+_MAKES = {
+    83: "mkdir",
+    258: "mkdirat",
+    86: "link",
+    265: "linkat",
+    88: "symlink",
+    266: "symlinkat",
+    326: "copy_file_range",
+}
 _TAKE_SPACE = {*_WRITES, *_SYNCS, *_OPENS, *_MAKES} - {77}
 _OPEN, _OTHER, _WRITE = 3, 2, 1
 
@@ -51,7 +59,13 @@ def _program():
     allow, stop = 0x7FFF0000, 0x7FF00000
     code = [(load, 0, 0, 0)]
     for number in _WRITES:  # load the descriptor; at most 2: allow
-        code += [(equal, 0, 4, number), (load, 0, 0, 16), (greater, 0, 1, 2), (leave, 0, 0, stop | _WRITE), (leave, 0, 0, allow)]
+        code += [
+            (equal, 0, 4, number),
+            (load, 0, 0, 16),
+            (greater, 0, 1, 2),
+            (leave, 0, 0, stop | _WRITE),
+            (leave, 0, 0, allow),
+        ]
     for number, argument in _OPENS.items():  # O_CREAT
         code += [(equal, 0, 4, number), (load, 0, 0, 16 + 8 * argument), (bit, 0, 1, os.O_CREAT)]
         code += [(leave, 0, 0, stop | _OPEN), (leave, 0, 0, allow)]
@@ -93,7 +107,7 @@ def nothing(number, kind, pid):
 
 
 def kill_at(when, chance, *, torn=0.5):
-    """Kill the child before its call number `when`; a write is cut short in some cases, and its process killed after it."""
+    """Kill the child before its call number `when`, or cut that short if it is a write, and kill the child after it."""
     cut = []
 
     def act(number, kind, pid):

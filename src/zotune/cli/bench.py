@@ -223,7 +223,9 @@ def _status(args: argparse.Namespace) -> CommandResult:
     for row in rows.values():
         counts[row["state"]] = counts.get(row["state"], 0) + 1
     width = max(map(len, rows))
-    lines = [f"{path.ljust(width)}  {row['state']:<13}  {one_line(row['message'])}".rstrip() for path, row in rows.items()]
+    lines = [
+        f"{path.ljust(width)}  {row['state']:<13}  {one_line(row['message'])}".rstrip() for path, row in rows.items()
+    ]
     lines.append(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     return {"cells": rows, "counts": counts}, "\n".join(lines), 0
 

@@ -17,7 +17,7 @@ from zotune.errors import UsageError, listed
 from zotune.llm.checkpoints.model_kind import ModelKind
 from zotune.messages import say
 
-# What the readers of a checkpoint raise when it is damaged or does not fit: anything, for they take its content on trust.
+# What the readers of a checkpoint raise when it is damaged or does not fit: anything, for they trust its content.
 LOADING_ERRORS = (Exception,)
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "_fsdp_wrapped_module.": "FSDP"}
 _GIT_LFS = b"version https://git-lfs"

@@ -253,7 +253,9 @@ def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
     """Load a base model from its GGUF file, with the tuned tensors in a folder."""
     if base not in BUILT_IN and Path(base).is_dir():
-        raise UsageError(f"the tuned tensors in {options.model} name the folder {base!r} as their base, and no GGUF file.")
+        raise UsageError(
+            f"the tuned tensors in {options.model} name the folder {base!r} as their base, and no GGUF file."
+        )
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
     check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
