@@ -40,9 +40,11 @@ class LockedFolder:
         try:
             self._lock = self._make_and_lock()
             staging.recover(path)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise not_written(path, error) from None
+            if isinstance(error, OSError):
+                raise not_written(path, error) from None
+            raise
         self.manifest: Manifest = manifest_of(path)
 
     def _make_and_lock(self) -> int:

@@ -56,7 +56,8 @@ class OutputFolder:
             recipe = self.path / CONFIG
             self.is_resumed = config.resume and CONFIG in self._folder.manifest.files and recipe.is_file()
             if not self.is_resumed:
-                check_free(self._folder, self._valuable_files(), overwrites=config.overwrite_output_dir)
+                valuable = [*self._valuable_files(), *self._folder.manifest.replaced]
+                check_free(self._folder, valuable, overwrites=config.overwrite_output_dir)
             self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
         except BaseException:
             self._folder.close()
@@ -103,7 +104,7 @@ class OutputFolder:
     def _valuable_files(self) -> list[str]:
         """Return the names of the files with something in them that zotune wrote, without the options of a run."""
         names = self._folder.manifest.present(self.path)
-        return [*self._folder.manifest.replaced, *(n for n in names if n != CONFIG and _is_valuable(self.path / n))]
+        return [name for name in names if name != CONFIG and _is_valuable(self.path / name)]
 
     def check_free_space(self, lm: LanguageModel) -> None:
         """Check that the disk has room for the tuned model.
