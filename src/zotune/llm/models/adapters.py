@@ -23,6 +23,15 @@ from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 ALL_LINEAR = ("all-linear",)
+# Choices of our own: latent attention makes its queries, and its keys with the values, in layers of these names; of
+# state-space models peft refuses the output projections, whose fused kernels read the weights past an adapter.
+_BY_TYPE = {
+    "deepseek_v2": ("q_b_proj", "kv_b_proj"),
+    "deepseek_v3": ("q_b_proj", "kv_b_proj"),
+    "mamba": ("in_proj", "x_proj"),
+    "falcon_mamba": ("in_proj", "x_proj"),
+    "mamba2": ("in_proj",),
+}
 
 # Keys of an adapter's configuration that zotune sets itself.
 _RESERVED_KEYS = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"}
@@ -66,7 +75,10 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         modules_to_save=head_module_names(lm.base) if lm.classifies else None,
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
-    _wrap_with_peft(lm, lora, config.seed)
+    try:
+        _wrap_with_peft(lm, lora, config.seed)
+    except ValueError as error:
+        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {error}") from error
 
 
 def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]:
@@ -83,7 +95,7 @@ def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     of_type = tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ()))
-    choices = (("q_proj", "v_proj"), ("query", "value"), of_type)
+    choices = (("q_proj", "v_proj"), ("query", "value"), _BY_TYPE.get(model_type), of_type)
     return next((names for names in choices if names and set(names) <= set(linear)), ALL_LINEAR)
 
 
