@@ -1,5 +1,6 @@
 """What is run, on which folders, and what must be there at the end: every file, and no other."""
 
+import hashlib
 import json
 import os
 import re
@@ -201,6 +202,8 @@ PASSING = {"seconds", "peak_memory", "seconds_per_step", "seconds_before", "meas
 def lasting(path):
     """A file's content without what differs between two runs of the same command."""
     content = path.read_bytes()
+    if path.name == "zotune-files.json":
+        return manifest(json.loads(content), path.parent)
     if path.name == CHECKPOINT:
         return tree_map(lambda x: x.numpy().tobytes() if isinstance(x, Tensor) else x, without_passing(load(path)))
     if path.suffix == ".json" and path.name != "tokenizer.json":
@@ -210,6 +213,15 @@ def lasting(path):
     if path.name == "README.md":
         return re.sub(rb"(?m)^\| (training time|peak memory).*", b"", content)
     return path.suffix if path.suffix == ".html" else content
+
+
+def manifest(value, folder):
+    """The names in a folder's manifest, and whether each digest is that of the file, which must be there."""
+    contents = {name: (folder / name).read_bytes() for name, digest in value["files"].items() if digest}
+    right = {
+        name: hashlib.blake2b(c, digest_size=16).hexdigest() == value["files"][name] for name, c in contents.items()
+    }
+    return {**value, "files": dict.fromkeys(value["files"]) | right}
 
 
 def without_passing(value):

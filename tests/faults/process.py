@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def fork(work, log):
         os.dup2(to, 1)
         os.dup2(to, 2)
         os.close(to)
+        # What captures the streams of this process has files of its own, which are not the child's.
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))
         code = work()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
