@@ -11,11 +11,15 @@ Names are imported at their first use, so that the command line answers before t
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
 
 from zotune.system.lazy_names import lazy_names
 
+# `python -m zotune` looks for modules in the current folder until its own first lines run, so nothing is imported here
+# that Python has not imported itself, `typing` neither.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from zotune.apply.tensor_update import Rounding as Rounding
     from zotune.directions.blocks import BLOCKS as BLOCKS
     from zotune.directions.blocks import Block as Block

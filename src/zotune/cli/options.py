@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
+from zotune.errors import UsageError
 from zotune.llm.config.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -30,6 +31,11 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
     """
     import tyro
 
+    if any(a.replace("_", "-").startswith("--trust-remote-code") for a in args):
+        raise UsageError(
+            "there is no --trust-remote-code: zotune runs no code of a model. Use a model of an architecture that "
+            "transformers has."
+        )
     values = complete(schema, recipe, source)
     if any(a.replace("_", "-").startswith(("--train-file", "--eval-file")) for a in args):
         # The user's own files replace the task of the recipe.

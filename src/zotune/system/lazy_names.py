@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+
+# No `typing`, for the reason that `zotune/__init__.py` gives.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
