@@ -21,6 +21,7 @@ from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
 from zotune.llm.training.signals import signal_handler
 from zotune.messages import say
+from zotune.system.child_python import python
 
 RESULTS = Path("benchmarks/results/bench")
 

@@ -78,19 +78,21 @@ RECIPE_BYTES = Bound("ZOTUNE_MAX_RECIPE_BYTES", 1 << 20, "bytes")
 JSON_BYTES = Bound("ZOTUNE_MAX_JSON_BYTES", 1 << 26, "bytes")
 # The header of a ledger of 100,000 tensors has a million values.
 JSON_VALUES = Bound("ZOTUNE_MAX_JSON_VALUES", 1 << 22, "values")
+# A million steps of a thousand queries take half as much.
+LEDGER_BYTES = Bound("ZOTUNE_MAX_LEDGER_BYTES", 1 << 33, "bytes")
 ROW_LENGTH = Bound("ZOTUNE_MAX_ROW_LENGTH", 1 << 24, "characters in a row")
 ROW_VALUES = Bound("ZOTUNE_MAX_ROW_VALUES", 1 << 20, "values in a row")
 ROWS = Bound("ZOTUNE_MAX_ROWS", 1 << 21, "rows")
 DATA_BYTES = Bound("ZOTUNE_MAX_DATA_BYTES", 1 << 31, "bytes of rows")
 DATA_VALUES = Bound("ZOTUNE_MAX_DATA_VALUES", 1 << 25, "values")
 WIDTH = Bound("ZOTUNE_MAX_WIDTH", 10_000, "characters of width")
-COUNT = Bound("ZOTUNE_MAX_COUNT", 1 << 16, "queries, steps of a window, ranks or tokens")
+COUNT = Bound("ZOTUNE_MAX_COUNT", 1 << 16, "queries, blocks, ranks or tokens")
 LAYERS = Bound("ZOTUNE_MAX_LAYERS", 1 << 12, "layers or experts")
-CHAT_BYTES = Bound("ZOTUNE_MAX_CHAT_BYTES", 1 << 30, "bytes of memory in its rendering")
+CHAT_MEMORY = Bound("ZOTUNE_MAX_CHAT_MEMORY", 1 << 30, "bytes of memory in one rendering")
 
 BOUNDS = (
-    *(RECIPE_BYTES, JSON_BYTES, JSON_VALUES, ROW_LENGTH, ROW_VALUES, ROWS, DATA_BYTES, DATA_VALUES),
-    *(WIDTH, COUNT, LAYERS, CHAT_BYTES),
+    *(RECIPE_BYTES, JSON_BYTES, JSON_VALUES, LEDGER_BYTES, ROW_LENGTH, ROW_VALUES, ROWS, DATA_BYTES, DATA_VALUES),
+    *(WIDTH, COUNT, LAYERS, CHAT_MEMORY),
 )
 """All bounds, for the docs and the tests."""
 
@@ -101,8 +103,9 @@ def count_values(text: str | bytes) -> int:
     >>> count_values('{"a": [1, 2, []]}')
     6
     """
-    signs = (b",", b"[", b"{") if isinstance(text, bytes) else (",", "[", "{")
-    return 1 + sum(text.count(sign) for sign in signs)  # type: ignore[arg-type]
+    if isinstance(text, str):
+        return 1 + text.count(",") + text.count("[") + text.count("{")
+    return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
@@ -135,9 +138,14 @@ def read_bytes(path: Path, bound: Bound) -> bytes:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        content = file.read(bound.value + 1)
-    bound.check(len(content), str(path))
-    return content
+        size = os.fstat(file.fileno()).st_size  # 0 for what is no regular file
+        bound.check(size, str(path))
+        parts, size = [], 0
+        while part := file.read(1 << 24):
+            size += len(part)
+            bound.check(size, str(path))
+            parts.append(part)
+    return b"".join(parts)
 
 
 def address_space() -> int:

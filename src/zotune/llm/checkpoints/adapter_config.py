@@ -23,7 +23,14 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
     "covariance_file": (None,),
 }
 _COUNTS = ("r", "rank", "num_virtual_tokens", "num_layers", "token_dim", "encoder_hidden_size", "num_vectors")
-_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "rank_pattern", "alpha_pattern")
+_PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 def check_adapter_config(values: Mapping[str, Any], what: str, base: str) -> None:
@@ -35,7 +42,7 @@ def check_adapter_config(values: Mapping[str, Any], what: str, base: str) -> Non
         base: name of the base model, whose tokenizer it may name.
 
     Raises:
-        UsageError: it names code, files, another model or another tokenizer, a pattern that may take forever, or a
+        UsageError: it names code, files, another model or another tokenizer, a pattern that may take for ever, or a
             count that is too large.
     """
     own_tokenizer = (None, "", base, values.get("base_model_name_or_path"))
@@ -76,8 +83,7 @@ def check_pattern(pattern: str, what: str) -> None:
     >>> check_pattern(r"layers\.[0-9]+\..*(q|v)_proj", "the pattern")
     >>> check_pattern("(a+)+b", "the pattern")
     Traceback (most recent call last):
-    zotune.errors.UsageError: the pattern, '(a+)+b', repeats a part that itself repeats, which may take forever. Write
-    it without the outer or the inner repetition.
+    zotune.errors.UsageError: the pattern, '(a+)+b', repeats a part that itself repeats, which may take for ever.
     """
     if len(pattern) > 10_000:
         raise UsageError(f"{what} is a regular expression of {len(pattern):,} characters; at most 10,000 are tried.")
@@ -86,10 +92,7 @@ def check_pattern(pattern: str, what: str) -> None:
     except (re.error, RecursionError, OverflowError):
         return
     if _repeats_twice(tree, False):
-        raise UsageError(
-            f"{what}, {pattern[:80]!r}, repeats a part that itself repeats, which may take forever. Write it without "
-            "the outer or the inner repetition."
-        )
+        raise UsageError(f"{what}, {pattern[:80]!r}, repeats a part that itself repeats, which may take for ever.")
 
 
 def _repeats_twice(tree: Any, inside: bool) -> bool:

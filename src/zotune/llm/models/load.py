@@ -38,6 +38,7 @@ from zotune.llm.quantized.backends import (
 )
 from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
+from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.messages import say
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -186,6 +187,7 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
         folder = fetch(options.model, accept_terms=options.accept_terms)
     else:
         file = Path(options.model)
+        read_gguf(file)  # transformers would believe every count in its header
         folder, named["gguf_file"] = file.parent, file.name
         say(f"reading the configuration and tokenizer of {file}; this takes a while …")
     with errors_in_words(options.model):
