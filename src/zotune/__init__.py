@@ -8,14 +8,12 @@
 Names are imported at their first use, so that the command line answers before torch is loaded.
 """
 
-from __future__ import annotations
-
 import warnings
 
 from zotune.system.lazy_names import lazy_names
 
 # `python -m zotune` looks for modules in the current folder until its own first lines run, so nothing is imported here
-# that Python has not imported itself, `typing` neither.
+# that Python has not imported itself, neither `typing` nor `__future__`.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -90,7 +88,7 @@ __all__ = sorted([*_HOME, "__version__"])
 _RENAMED = {"TunedTensors": "ParameterSet"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _RENAMED:
         message = f"zotune.{name} is now zotune.{_RENAMED[name]}; the former name will be removed in version 0.3."
         warnings.warn(message, DeprecationWarning, stacklevel=2)
