@@ -92,7 +92,7 @@ def test_a_model_that_needs_its_code_is_refused_in_words(evil, zotune, rows_file
 
 def test_an_inherited_function_is_named_and_not_imported(evil):
     config = EvalConfig(model=str(evil), eval_file="rows.jsonl")
-    with pytest.raises(UsageError, match="names the objective 'evil:run'.*--objective"):
+    with pytest.raises(UsageError, match=r"names the objective 'evil:run'.*--objective"):
         inherited_options(config)
     options, _ = inherited_options(config.model_copy(update={"objective": "f1"}))
     assert "objective" not in options
@@ -120,11 +120,10 @@ def test_a_configuration_of_endless_layers_is_refused(model):
         read_config(model)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "adapter_config.json", "model.safetensors.index.json", "added_tokens.json"]
-)
-def test_a_file_of_endless_values_is_refused_before_libraries_read_it(model, name):
-    (model / name).write_text("[" + "[]," * 5_000_000 + "[]]")
+@pytest.mark.parametrize("name", ["config", "adapter_config", "model.safetensors.index", "added_tokens", "tokenizer"])
+def test_a_file_of_endless_values_is_refused_before_libraries_read_it(tmp_path, name):
+    model = tmp_path
+    (model / f"{name}.json").write_text("[" + "[]," * 5_000_000 + "[]]")
     with pytest.raises(UsageError, match="ZOTUNE_MAX_JSON_VALUES"):
         check_metadata(model)
 

@@ -26,7 +26,7 @@ from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, Objective
 from zotune.llm.scoring.perplexity import evaluate_log_loss
-from zotune.system.bounds import ROW_LENGTH, WIDTH
+from zotune.system.bounds import ROW_LENGTH, ROW_VALUES, WIDTH, count_values
 
 # A row, the options and the model's tokenizer → the example.
 ToExample = Callable[[LocatedRow, DataOptions, Any], Example]
@@ -378,6 +378,7 @@ def _list_of(row: LocatedRow, column: str, like: str) -> list[Any]:
     value = row.columns.get(column)
     if value is None or isinstance(value, str):
         value = cell_text(row, column)
+        ROW_VALUES.check(count_values(value), row.place)
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list):
