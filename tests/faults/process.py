@@ -47,7 +47,7 @@ def fork(work, log):
         os.dup2(to, 2)
         os.close(to)
         # What captures the streams of this process has files of its own, which are not the child's.
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
         code = work()
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1

@@ -29,7 +29,7 @@ def old_weights(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def write_errors_in_words() -> Iterator[None]:
-    """Within this context a library that cannot write a file raises an error in words: its own error is of no known kind.
+    """Within this context a library that cannot write a file raises an error in words; its own is of no known kind.
 
     Raises:
         NotWrittenError: safetensors, or tokenizers, which raises a plain `Exception`, could not write a file.
