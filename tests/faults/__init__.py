@@ -5,5 +5,5 @@
 
 One process imports everything and forks a child for each trial; the child runs the command line. Read `process` (a
 child and its end), `tracing` (stopping a child before a chosen write), `commands` (what is run, and what it leaves),
-then the kinds: `kills`, `pairs`, `disks`, `fuzz` with its inputs in `fuzz_files` and `mutations`.
+then the kinds: `kills`, `pairs`, `disks`, `accidents`, `fuzz` with its inputs in `fuzz_files` and `mutations`.
 """

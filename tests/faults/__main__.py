@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from faults import disks, fuzz, kills, pairs
+from faults import accidents, disks, fuzz, kills, pairs
 from faults.commands import Place
 from zotune.llm.output.environment import environment
 from zotune.llm.output.json_files import write_json
 
-KINDS = {"kills": kills, "pairs": pairs, "disks": disks, "fuzz": fuzz}
-COUNTS = {"kills": 600, "pairs": 100, "disks": 100, "fuzz": 100_000}
+KINDS = {"kills": kills, "pairs": pairs, "disks": disks, "accidents": accidents, "fuzz": fuzz}
+COUNTS = {"kills": 600, "pairs": 100, "disks": 100, "accidents": 100, "fuzz": 100_000}
 SECONDS_BETWEEN_LINES = 10
 
 
