@@ -32,9 +32,9 @@ from transformers import LlamaForCausalLM
 from zotune.cli import main as cli
 from zotune.ledger import files, read
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output import metrics_log as metrics
 from zotune.llm.output import environment as machine
 from zotune.llm.output import json_files
+from zotune.llm.output import metrics_log as metrics
 from zotune.llm.output import output_folder as output
 from zotune.llm.training import checkpoint
 from zotune.llm.training.train import train
