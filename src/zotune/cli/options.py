@@ -13,6 +13,14 @@ from zotune.llm.config.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
 
+# An option of the command line and the key of a recipe that it replaces, because both say the same in another way.
+_REPLACES = {
+    "--train-file": "task",
+    "--eval-file": "task",
+    "--num-train-epochs": "max_steps",
+    "--max-steps": "num_train_epochs",
+}
+
 
 def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: list[str], prog: str) -> Config:
     """Read options into a validated record of `schema`.
@@ -31,9 +39,9 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
     import tyro
 
     values = complete(schema, recipe, source)
-    if any(a.replace("_", "-").startswith(("--train-file", "--eval-file")) for a in args):
-        # The user's own files replace the task of the recipe.
-        values["task"] = None
+    for option, replaced in _REPLACES.items():
+        if replaced in values and any(a.replace("_", "-").split("=")[0] == option for a in args):
+            values[replaced] = schema.model_fields[replaced].default
     args = join_values([a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args], "--task")
     record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
     return validate(schema, dataclasses.asdict(record), "command line")

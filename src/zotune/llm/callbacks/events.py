@@ -1,8 +1,9 @@
 """Calling the callbacks of a run at its events, in the order of transformers' `Trainer`.
 
-After a step: on_step_end, then on_log, on_evaluate and on_save if they are due; a callback may ask for each of these,
-or call it off, and may end the run. Steps that a resumed run replays call nothing, but a callback that exports its
-state (as `EarlyStoppingCallback` does) sees their evaluations again, because its decisions depend on them.
+After a step: on_step_end, then on_log, on_evaluate and on_save if they are due, and the same after on_epoch_end; a
+callback may ask for each of these, or call it off, and may end the run. Steps that a resumed run replays call nothing,
+but a callback that exports its state (as `EarlyStoppingCallback` does) sees their evaluations again, because its
+decisions depend on them.
 """
 
 from __future__ import annotations
@@ -85,18 +86,28 @@ class Events:
 
     def end_step(self, step: int) -> None:
         """Find out what is due after a step, and let the callbacks change it."""
-        self.replay_step(step)
+        self._advance(step)
+        control, config = self.control, self._config
+        control.should_log = step == config.max_steps or step % config.logging_steps == 0
+        control.should_evaluate = evaluation_is_due(config, step, "steps")
+        control.should_save = checkpoint_is_due(config, step, "steps")
         self._call("on_step_end")
-        if self.ends_epoch(step):
-            self._call("on_epoch_end")
+
+    def end_epoch(self) -> None:
+        """Find out what is due after the last step of an epoch, and let the callbacks change it."""
+        control, config, step = self.control, self._config, self.state.global_step
+        control.should_log = False
+        control.should_evaluate = evaluation_is_due(config, step, "epoch")
+        control.should_save = checkpoint_is_due(config, step, "epoch")
+        self._call("on_epoch_end")
 
     def replay_step(self, step: int) -> None:
-        """Find out what was due after a step of an earlier part of the run."""
+        """Find out what was due after a step of an earlier part of the run, by its options."""
         self._advance(step)
-        config, control, ends_epoch = self._config, self.control, self.ends_epoch(step)
+        control, config = self.control, self._config
         control.should_log = step == config.max_steps or step % config.logging_steps == 0
-        control.should_evaluate = evaluation_is_due(config, step, ends_epoch=ends_epoch)
-        control.should_save = checkpoint_is_due(config, step, ends_epoch=ends_epoch)
+        kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
+        control.should_evaluate = any(evaluation_is_due(config, step, kind) for kind in kinds)
 
     def _advance(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, self.epoch_of(step)
@@ -120,6 +131,12 @@ class Events:
         self.log(metrics, replayed=replayed)
         self._call("on_evaluate", only_exporting=replayed, metrics=dict(metrics))
         self._note_best(metrics[f"eval_{self._config.metric_for_best_model}"])
+
+    def log_evaluation(self, summary: Mapping[str, Any]) -> None:
+        """Log the evaluation of the last step after training, unless its own was logged during training."""
+        history, step = self.state.log_history, self.state.global_step
+        if not any("eval_loss" in logs and logs["step"] == step for logs in history):
+            self.log(evaluation_metrics(summary))
 
     def saved(self) -> None:
         """Call the callbacks after a checkpoint was saved."""
@@ -171,21 +188,22 @@ class Events:
             self.control = self.control if returned is None else returned
 
 
-def evaluation_is_due(config: TrainConfig, step: int, *, ends_epoch: bool) -> bool:
-    """Whether the held-out rows are evaluated after a step; after the last one only if it may be the best."""
-    if config.evaluates == "no":
+def evaluation_is_due(config: TrainConfig, step: int, after: str) -> bool:
+    """Whether the held-out rows are evaluated after a step; after the last one only if it may be the best.
+
+    `after` says of what the step is one: of all steps, or of the last steps of epochs.
+    """
+    if config.evaluates != after:
         return False
-    last = step == config.max_steps
-    if config.evaluates == "epoch":
-        return ends_epoch and (not last or config.selects)
-    return step % config.steps_between_evaluations == 0 or (last and config.selects)
+    if step == config.max_steps and config.selects:
+        return True
+    return step < config.max_steps if after == "epoch" else step % config.steps_between_evaluations == 0
 
 
-def checkpoint_is_due(config: TrainConfig, step: int, *, ends_epoch: bool) -> bool:
-    """Whether a checkpoint is written after a step; with save_strategy best that depends on its evaluation."""
-    if config.saves == "epoch":
-        return ends_epoch
-    return config.saves == "steps" and (step % config.steps_between_checkpoints == 0 or step == config.max_steps)
+def checkpoint_is_due(config: TrainConfig, step: int, after: str) -> bool:
+    """Whether a checkpoint is written after a step; with save_strategy: best that depends on its evaluation."""
+    is_last = step == config.max_steps
+    return config.saves == after and (after == "epoch" or is_last or step % config.steps_between_checkpoints == 0)
 
 
 def training_metrics(line: Mapping[str, Any]) -> dict[str, Any]:

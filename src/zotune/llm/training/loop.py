@@ -95,8 +95,8 @@ class Run:
                 return
             self.events.begin_step()
             self._run_step(examples, display)
-            self._save_checkpoint(stopped=stop.signal is not None)
             if stop.signal is not None:
+                self._save_if_needed()
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
 
@@ -111,6 +111,11 @@ class Run:
         self._count(loss, passes, is_flat=is_flat)
         self.events.end_step(self.counters.step)
         self._report(display)
+        self._save_checkpoint()
+        if self.events.ends_epoch(self.counters.step):
+            self.events.end_epoch()
+            self._evaluate_if_due(display)
+            self._save_checkpoint()
 
     @property
     def stops_early(self) -> bool:
@@ -170,27 +175,38 @@ class Run:
 
     def _report(self, display: Display, *, replayed: bool = False) -> None:
         """Show and log a counted step, and evaluate on the held-out rows if it is due."""
-        counters, control = self.counters, self.events.control
+        counters = self.counters
         status = self._status(sum(counters.recent) / len(counters.recent))
         display.update(status)
-        if control.should_log:
+        if self.events.control.should_log:
             rate = set_learning_rates(self.optimizer, self._schedule(counters.step - 1))
             line = {**asdict(status), "held_out": counters.held_out, "learning_rate": rate}
             self.output.metrics.append(line)
             self.events.log(training_metrics(line), replayed=replayed)
-        if control.should_evaluate or (replayed and self.output.metrics.evaluation(counters.step) is not None):
+        self._evaluate_if_due(display, replayed=replayed)
+
+    def _evaluate_if_due(self, display: Display, *, replayed: bool = False) -> None:
+        """Evaluate if it is due; what a callback asked for in an earlier part of the run is in its metrics."""
+        is_logged = replayed and self.output.metrics.evaluation(self.counters.step) is not None
+        if self.events.control.should_evaluate or is_logged:
             self._evaluate_held_out(display, replayed=replayed)
 
-    def _save_checkpoint(self, *, stopped: bool) -> None:
-        """Write a folder checkpoint-N if it is due; without a ledger, save a checkpoint when the run is stopped."""
-        is_due, step = self.events.control.should_save, self.counters.step
-        if is_due or (stopped and not self.journal.has_ledger):
-            self.counters.callbacks = self.events.exported()
-            self.journal.save(self.counters)
-        if is_due:
-            write_checkpoint(self.lm, self.output.path, step, self.events.write_state)
+    def _save_checkpoint(self) -> None:
+        """Write a folder checkpoint-N if it is due."""
+        if self.events.control.should_save:
+            self._save_state()
+            write_checkpoint(self.lm, self.output.path, self.counters.step, self.events.write_state)
             remove_old_checkpoints(self.output.path, self.config.save_total_limit, self.selection.step)
             self.events.saved()
+
+    def _save_if_needed(self) -> None:
+        """Without a ledger, save what resuming needs when the run is stopped."""
+        if not self.journal.has_ledger:
+            self._save_state()
+
+    def _save_state(self) -> None:
+        self.counters.callbacks = self.events.exported()
+        self.journal.save(self.counters)
 
     def evaluate_before(self) -> Evaluation | None:
         """Evaluate on the held-out rows before the first step; the best step must beat this result."""

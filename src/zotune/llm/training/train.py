@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from zotune.errors import NotWrittenError, RunError, UsageError
-from zotune.llm.callbacks.events import evaluation_metrics
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import TrainConfig, with_recorded_date
+from zotune.llm.config.run import TrainConfig, read_recipe, with_recorded_date
+from zotune.llm.config.schema import validate
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
@@ -126,8 +126,11 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
     for note in rows.notes:
         say(note)
-    if checkpoint is not None and not (config.output_dir / "config.yaml").exists():
-        put_checkpoint(checkpoint, config.output_dir)
+    if checkpoint is not None:
+        recipe = checkpoint / "config.yaml"
+        check_same_run(validate(TrainConfig, read_recipe(recipe), str(recipe)), config)
+        if not (config.output_dir / "config.yaml").exists():
+            put_checkpoint(checkpoint, config.output_dir)
     with closing(OutputFolder(config)) as output:
         if output.is_resumed:
             check_same_run(output.before, config)
@@ -158,8 +161,8 @@ def _train(run: Run, config: TrainConfig) -> Result:
     output.save_model(lm)
     # A stopped run ends without evaluations.
     dev = run.evaluate_after() if stop.signal is None else None
-    if dev is not None:
-        run.events.log(evaluation_metrics(dev.summary()))
+    if dev is not None and not config.load_best_model_at_end:
+        run.events.log_evaluation(dev.summary())
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
     result = _result(run, before, dev, test, stop)
     output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)

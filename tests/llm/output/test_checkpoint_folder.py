@@ -1,0 +1,171 @@
+"""A folder checkpoint-N is what the run's folder would be after N steps, and a run goes on from it to the same end."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from zotune.errors import NotWrittenError, UsageError
+from zotune.ledger import read
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load
+from zotune.llm.output import checkpoint_folder
+from zotune.llm.training.train import train
+
+RUNS = {
+    "zo_adam, lora": {"method": "zo_adam", "tuning": "lora"},
+    "zo_sgd, bfloat16": {"dtype": "bfloat16", "tuned_layers": 1},
+    "zo_sgd, master": {"dtype": "float16", "rounding": "master", "tuned_layers": 1},
+    "fo_adam": {"method": "fo_adam", "tuning": "lora"},
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zo_sgd, bfloat16", "zo_sgd, master")]
+
+
+def weights_in(folder):
+    (path,) = (p for p in folder.glob("*model*.safetensors") if p.name != "checkpoint.safetensors")
+    return path.read_bytes()
+
+
+def checkpoints(folder):
+    return sorted(int(p.name.partition("-")[2]) for p in folder.glob("checkpoint-*") if p.is_dir())
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["zo_adam, lora", "fo_adam", *SLOW])
+def test_a_checkpoint_is_the_run_of_so_many_steps_and_leads_to_the_same_end(config, tmp_path, name):
+    options = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": 2, **RUNS[name]}
+    whole, short = tmp_path / "whole", tmp_path / "short"
+    train(config(**options, output_dir=whole))
+    assert checkpoints(whole) == [2, 4, 5]
+    train(config(**{**options, "max_steps": 2, "save_steps": None}, output_dir=short))
+    part = whole / "checkpoint-2"
+    assert weights_in(part) == weights_in(short)
+    assert json.loads((part / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 2
+    if (short / "ledger.zol").exists():
+        assert [repr(r) for r in read(part / "ledger.zol")] == [repr(r) for r in read(short / "ledger.zol")]
+    # On another folder, and on the run's own, whose later steps are taken again.
+    for out in (tmp_path / "other", whole):
+        end = weights_in(whole)
+        train(config(**options, output_dir=out, resume_from_checkpoint=part))
+        assert weights_in(out) == weights_in(whole / "checkpoint-5") == end
+        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_transformers_and_peft_load_a_checkpoint(config, tmp_path, tuning):
+    train(config(tuning=tuning, max_steps=2, save_steps=1, learning_rate=1e-2))
+    folder = tmp_path / "out/checkpoint-1"
+    if tuning == "full":
+        from transformers import AutoModelForCausalLM
+
+        tuned = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    else:
+        from peft import PeftModel
+
+        base = load(ModelOptions(model="random:llama-tiny", device="cpu")).module
+        tuned = PeftModel.from_pretrained(base, folder).state_dict()
+    ours = load(ModelOptions(model=str(folder), device="cpu")).module.state_dict()
+    assert all(torch.equal(ours[name], tuned[name]) for name in tuned if name in ours)
+    assert len(ours.keys() & tuned.keys()) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"save_total_limit": 2}, [4, 5]),
+        ({"save_total_limit": 1}, [5]),
+        ({"save_strategy": "epoch", "save_steps": None}, [2, 4, 5]),  # eight rows in batches of four
+        ({"save_strategy": "no", "save_steps": None}, []),
+        ({"save_strategy": "steps", "save_steps": None}, [5]),
+    ],
+)
+def test_as_many_checkpoints_stay_as_asked_and_what_others_wrote(config, tmp_path, options, kept):
+    out = tmp_path / "out"
+    foreign = [out / "checkpoint-1", out / "checkpoint-x"]
+    for folder in foreign:
+        folder.mkdir(parents=True)
+        (folder / "mine.txt").write_text("mine", encoding="utf-8")
+    train(config(**{"max_steps": 5, "save_steps": 2, **options}))
+    assert checkpoints_of_the_run(out) == kept
+    assert [(folder / "mine.txt").read_text(encoding="utf-8") for folder in foreign] == ["mine", "mine"]
+
+
+def checkpoints_of_the_run(out):
+    return list(checkpoint_folder.checkpoints_in(out))
+
+
+def test_the_best_checkpoint_stays_and_is_written_where_it_is_asked_for(config, tmp_path):
+    options = {"max_steps": 7, "eval_steps": 1, "learning_rate": 0.01, "seed": 1, "load_best_model_at_end": True}
+    best = train(config(**options, output_dir=tmp_path / "plain")).best_step
+    assert 0 < best < 6
+    train(config(**options, save_steps=1, save_total_limit=2, output_dir=tmp_path / "limit"))
+    assert checkpoints(tmp_path / "limit") == [best, 7]
+    train(config(**options, save_strategy="best", output_dir=tmp_path / "best"))
+    assert checkpoints(tmp_path / "best")[-1] == best
+    assert weights_in(tmp_path / "best" / f"checkpoint-{best}") == weights_in(tmp_path / "plain")
+
+
+def test_a_folder_of_another_is_never_replaced(config, tmp_path):
+    foreign = tmp_path / "out/checkpoint-2"
+    foreign.mkdir(parents=True)
+    (foreign / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(NotWrittenError, match="no checkpoint"):
+        train(config(max_steps=2, save_steps=2))
+    assert content(foreign) == {next(foreign.iterdir()).relative_to(foreign): b"mine"}
+
+
+@pytest.mark.parametrize("failing", ["write_model_files", "_link_or_copy"])
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_run_goes_on_later(
+    config, tmp_path, failing, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, failing, full)
+        with pytest.raises(NotWrittenError, match=r"checkpoint-2 could not be written: .*No space left"):
+            train(config(max_steps=3, save_steps=2))
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+    assert train(config(max_steps=3, save_steps=2, resume=True)).num_steps == 3
+
+
+def test_true_and_false_stand_for_resume(config):
+    assert [config(resume_from_checkpoint=value).resume for value in (True, "true", "True")] == [True] * 3
+    assert [config(resume_from_checkpoint=value).resume for value in (False, "false", None)] == [False] * 3
+    assert config(resume_from_checkpoint=True).resume_from_checkpoint is None
+
+
+def test_what_is_no_checkpoint_or_of_another_run_is_refused_and_changes_nothing(config, tmp_path):
+    options = {"max_steps": 3, "save_steps": 2, "tuning": "lora"}
+    train(config(**options, output_dir=tmp_path / "a"))
+    train(config(**options, output_dir=tmp_path / "b", seed=1))
+    before = content(tmp_path)
+    part = tmp_path / "a/checkpoint-2"
+    for given, said in (
+        ({"resume_from_checkpoint": tmp_path / "a/checkpoint-9"}, "holds checkpoint-2, checkpoint-3"),
+        ({"resume_from_checkpoint": tmp_path / "a"}, "is no folder checkpoint-N"),
+        ({"resume_from_checkpoint": part, "output_dir": tmp_path / "b"}, "holds a run already"),
+        ({"resume_from_checkpoint": part, "seed": 1}, "holds a run with seed: 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            train(config(**{**options, "output_dir": tmp_path / "a", **given}))
+        assert content(tmp_path) == before
+    with pytest.raises(UsageError, match="seed: 0"):
+        train(config(**options, output_dir=tmp_path / "c", resume_from_checkpoint=part, seed=1))
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_command_line_resumes_from_a_checkpoint(short, zotune, tmp_path):
+    assert zotune(*short("--save-steps", 1)).code == 0
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    for value in ("true", tmp_path / "out/checkpoint-1"):
+        said = zotune(*short("--save-steps", 1, "--resume-from-checkpoint", value))
+        assert said.code == 0, said.err
+    assert zotune(*short("--resume-from-checkpoint", tmp_path / "none")).code == 2
+    assert zotune(*short("--save-total-limit", 3)).code == 2
+    assert zotune(*short("--save-steps", 3, "--save-strategy", "epoch")).code == 2
