@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from zotune.llm.config.method import MethodOptions
-from zotune.llm.config.schema import as_json, is_partial
+from zotune.llm.config.schema import MAPPING_OR_TEXT, as_json, is_partial
 
 # Schedules that do not depend on the number of steps, so that a run may be prolonged.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -29,7 +29,7 @@ class ScheduleOptions(MethodOptions):
         description="Steps in which the learning rate rises from 0; a value below 1 is a fraction of all steps.",
     )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Fraction of all steps for which warmup_steps stands.")
-    lr_scheduler_kwargs: Annotated[str, BeforeValidator(as_json)] = Field(
+    lr_scheduler_kwargs: Annotated[str, BeforeValidator(as_json), MAPPING_OR_TEXT] = Field(
         "{}",
         description="Further arguments of the schedule: a mapping in a recipe, '{\"num_cycles\": 2}' as an option.",
     )

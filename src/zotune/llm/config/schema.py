@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.config.aliases import resolve_aliases
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -39,6 +40,10 @@ class Options(BaseModel):
                 "the text contains half a character (a lone surrogate), which no option can hold; remove it"
             )
         return value
+
+
+# For editors: a recipe has the mapping itself.
+MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
 
 
 def as_json(value: Any) -> Any:
@@ -136,12 +141,13 @@ def is_partial(info: ValidationInfo) -> bool:
 
 
 def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:
-    """Return a record of `schema` from plain values.
+    """Return a record of `schema` from plain values; names of other tools are accepted where they mean the same.
 
     Raises:
         UsageError: a key is unknown or a value is wrong; the message names `source`, the key, and the nearest known
-            key.
+            key, or what to do in place of another tool's option.
     """
+    values = resolve_aliases(values, schema.model_fields, source)
     try:
         return schema.model_validate(values, context={"partial": partial})
     except ValidationError as error:
