@@ -114,7 +114,7 @@ def test_arguments_that_a_schedule_does_not_take_are_refused_before_a_model_is_l
 
 
 def test_epochs_are_passes_over_the_rows(config):
-    made = config(max_steps=-1, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    made = config(max_steps=1000, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     rows = list(range(10))
     made = made.with_steps(len(rows), made.rows_a_step)
     assert (made.max_steps, made.num_train_epochs) == (8, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,10 +33,10 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         return dict(self._run_options)
 
 
-def arguments_of(config: TrainConfig, device: torch.device) -> RunArguments:
-    """Return the arguments of a run; what a run has no option for has the default of transformers."""
+def arguments_of(config: TrainConfig, folder: Path, device: torch.device) -> RunArguments:
+    """Return the arguments of a run in a folder; what a run has no option for has the default of transformers."""
     arguments = RunArguments(
-        output_dir=str(config.output_dir),
+        output_dir=str(folder),
         run_name=config.run_name,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,

@@ -32,6 +32,7 @@ class Events:
         lm: the model.
         optimizer: its optimizer.
         num_rows: number of training rows.
+        folder: folder of the run; None if it writes none.
 
     Attributes:
         state: the step, the epoch, the logs and the best evaluation, as `trainer_state.json` holds them.
@@ -42,9 +43,16 @@ class Events:
     higher_is_better = True
 
     def __init__(
-        self, callbacks: Sequence[Any], config: TrainConfig, lm: LanguageModel, optimizer: Any, num_rows: int
+        self,
+        callbacks: Sequence[Any],
+        config: TrainConfig,
+        lm: LanguageModel,
+        optimizer: Any,
+        num_rows: int,
+        folder: Path | None,
     ) -> None:
         self._callbacks, self._config, self._lm = tuple(callbacks), config, lm
+        self._folder = folder or Path()
         self._model = {"model": lm.module, "processing_class": lm.tokenizer, "optimizer": optimizer}
         self._rows_an_epoch = num_rows / config.rows_a_step
         self.control = TrainerControl()
@@ -60,7 +68,7 @@ class Events:
     @cached_property
     def arguments(self) -> Any:
         """The options of the run as callbacks read them."""
-        arguments = arguments_of(self._config, self._lm.device)
+        arguments = arguments_of(self._config, self._folder, self._lm.device)
         arguments.greater_is_better = self._is_maximised
         return arguments
 
@@ -166,7 +174,7 @@ class Events:
     def write_state(self, folder: Path) -> None:
         """Write `trainer_state.json`, with the states of the callbacks that export theirs."""
         if self._config.selects and self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(self._config.output_dir / f"checkpoint-{self.state.global_step}")
+            self.state.best_model_checkpoint = str(self._folder / f"checkpoint-{self.state.global_step}")
         exporting = [c for c in (*self._callbacks, self.control) if isinstance(c, ExportableState)]
         state = TrainerState(**{**vars(self.state), "stateful_callbacks": exporting})
         state.save_to_json(str(folder / STATE_FILE))

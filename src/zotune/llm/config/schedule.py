@@ -6,7 +6,7 @@ import json
 import math
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from zotune.llm.config.method import MethodOptions
 from zotune.llm.config.schema import MAPPING_OR_TEXT, as_json, is_partial
@@ -33,12 +33,6 @@ class ScheduleOptions(MethodOptions):
         "{}",
         description="Further arguments of the schedule: a mapping in a recipe, '{\"num_cycles\": 2}' as an option.",
     )
-
-    @field_validator("max_steps", mode="before")
-    @classmethod
-    def _unset_steps(cls, value: Any) -> Any:
-        """Take -1, which means `not set` in transformers' recipes, for the default."""
-        return _DEFAULT_STEPS if value in (-1, "-1") else value
 
     @model_validator(mode="after")
     def _no_idle_schedule_option(self, info: ValidationInfo) -> Self:

@@ -76,7 +76,7 @@ class Run:
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
         self._forwards_before = 0
-        self.events = Events(callbacks, config, lm, self.optimizer, len(rows.train))
+        self.events = Events(callbacks, config, lm, self.optimizer, len(rows.train), output.path)
 
     @cached_property
     def _schedule(self) -> Schedule:
