@@ -84,19 +84,9 @@ def test_transformers_and_peft_load_a_checkpoint(config, tmp_path, tuning):
         ({"save_strategy": "steps", "save_steps": None}, [5]),
     ],
 )
-def test_as_many_checkpoints_stay_as_asked_and_what_others_wrote(config, tmp_path, options, kept):
-    out = tmp_path / "out"
-    foreign = [out / "checkpoint-1", out / "checkpoint-x"]
-    for folder in foreign:
-        folder.mkdir(parents=True)
-        (folder / "mine.txt").write_text("mine", encoding="utf-8")
+def test_as_many_checkpoints_stay_as_asked(config, tmp_path, options, kept):
     train(config(**{"max_steps": 5, "save_steps": 2, **options}))
-    assert checkpoints_of_the_run(out) == kept
-    assert [(folder / "mine.txt").read_text(encoding="utf-8") for folder in foreign] == ["mine", "mine"]
-
-
-def checkpoints_of_the_run(out):
-    return list(checkpoint_folder.checkpoints_in(out))
+    assert checkpoints(tmp_path / "out") == kept
 
 
 def test_the_best_checkpoint_stays_and_is_written_where_it_is_asked_for(config, tmp_path):
@@ -110,13 +100,17 @@ def test_the_best_checkpoint_stays_and_is_written_where_it_is_asked_for(config, 
     assert weights_in(tmp_path / "best" / f"checkpoint-{best}") == weights_in(tmp_path / "plain")
 
 
-def test_a_folder_of_another_is_never_replaced(config, tmp_path):
-    foreign = tmp_path / "out/checkpoint-2"
-    foreign.mkdir(parents=True)
-    (foreign / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(NotWrittenError, match="no checkpoint"):
-        train(config(max_steps=2, save_steps=2))
-    assert content(foreign) == {next(foreign.iterdir()).relative_to(foreign): b"mine"}
+def test_what_the_user_put_or_changed_there_is_neither_replaced_nor_deleted(config, tmp_path):
+    options, out = {"save_steps": 1, "tuning": "lora"}, tmp_path / "out"
+    train(config(**options, max_steps=3))
+    (out / "checkpoint-1/mine.txt").write_text("mine", encoding="utf-8")
+    (out / "checkpoint-5").mkdir()
+    (out / "checkpoint-5/mine.txt").write_text("mine", encoding="utf-8")
+    train(config(**options, max_steps=5, resume=True, save_total_limit=1))
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-5", "checkpoint-5.saved"]
+    assert [p.read_text(encoding="utf-8") for p in out.glob("*/mine.txt")] == ["mine", "mine"]
+    assert not (out / "checkpoint-5/mine.txt").exists()
+    train(config(max_steps=1, overwrite_output_dir=True, output_dir=tmp_path / "out/checkpoint-5"))
 
 
 @pytest.mark.parametrize("failing", ["write_model_files", "_link_or_copy"])
@@ -149,7 +143,7 @@ def test_what_is_no_checkpoint_or_of_another_run_is_refused_and_changes_nothing(
     for given, said in (
         ({"resume_from_checkpoint": tmp_path / "a/checkpoint-9"}, "holds checkpoint-2, checkpoint-3"),
         ({"resume_from_checkpoint": tmp_path / "a"}, "is no folder checkpoint-N"),
-        ({"resume_from_checkpoint": part, "output_dir": tmp_path / "b"}, "holds a run already"),
+        ({"resume_from_checkpoint": part, "output_dir": tmp_path / "b"}, "holds an earlier run"),
         ({"resume_from_checkpoint": part, "seed": 1}, "holds a run with seed: 0"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -123,6 +123,9 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
+NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
+"""The options that a recipe does not repeat: whoever runs it again begins a new run."""
+
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.
 _INHERITED = (
     *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),

@@ -87,6 +87,8 @@ class Run:
         self._try_side_by_side()
         self.journal.restore(self.counters, partial(self._count_replayed, display))
         self._restore_events()
+        if "tensorboard" in self.config.report_to and self.output.path is not None:
+            self.output.claim("runs")
         self.events.begin()
         for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
             if self.stops_early:
@@ -195,8 +197,8 @@ class Run:
         """Write a folder checkpoint-N if it is due."""
         if self.events.control.should_save:
             self._save_state()
-            write_checkpoint(self.lm, self.output.path, self.counters.step, self.events.write_state)
-            remove_old_checkpoints(self.output.path, self.config.save_total_limit, self.selection.step)
+            write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state)
+            remove_old_checkpoints(self.output, self.config.save_total_limit, self.selection.step)
             self.events.saved()
 
     def _save_if_needed(self) -> None:

@@ -13,16 +13,16 @@ import torch
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import TrainConfig, read_recipe, with_recorded_date
-from zotune.llm.config.schema import validate
+from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_date
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
-from zotune.llm.output.checkpoint_folder import check_checkpoint, put_checkpoint
+from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
+from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.tasks import head_labels
@@ -110,10 +110,10 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     # Before anything is loaded.
     callbacks = all_callbacks(config.report_to, callbacks)
     schedule_of(config)
-    checkpoint = config.resume_from_checkpoint
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, config.output_dir)
-    config = with_recorded_date(config).model_copy(update={"resume_from_checkpoint": None})
+    if config.resume_from_checkpoint is not None:
+        check_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    config = with_recorded_date(config)
+    tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
@@ -126,26 +126,20 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
     for note in rows.notes:
         say(note)
-    if checkpoint is not None:
-        recipe = checkpoint / "config.yaml"
-        check_same_run(validate(TrainConfig, read_recipe(recipe), str(recipe)), config)
-        if not (config.output_dir / "config.yaml").exists():
-            put_checkpoint(checkpoint, config.output_dir)
     with closing(OutputFolder(config)) as output:
         if output.is_resumed:
             check_same_run(output.before, config)
-        if checkpoint is not None:
-            put_checkpoint(checkpoint, output.path)
         output.check_free_space(lm)
         scorer, rows = _scorer(lm, rows, config), _with_prompt_cache(lm, rows, config)
         with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
-            return _train(run, config.model_copy(update={"resume": False}))
+            return _train(run, config.model_copy(update=NEW_RUN))
 
 
 def _train(run: Run, config: TrainConfig) -> Result:
     """Run all steps, save the model, and evaluate it."""
     lm, rows, output = run.lm, run.rows, run.output
     before = run.evaluate_before()
+    output.begin()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
         try:
             run.run_steps(display, stop)
