@@ -194,8 +194,8 @@ class Run:
             self._evaluate_held_out(display, replayed=replayed)
 
     def _save_checkpoint(self) -> None:
-        """Write a folder checkpoint-N if it is due."""
-        if self.events.control.should_save:
+        """Write a folder checkpoint-N if it is due and the run has a folder."""
+        if self.events.control.should_save and self.output.path is not None:
             self._save_state()
             write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state)
             remove_old_checkpoints(self.output, self.config.save_total_limit, self.selection.step)
