@@ -1,16 +1,18 @@
 """A folder checkpoint-N is what the run's folder would be after N steps, and a run goes on from it to the same end."""
 
 import json
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from zotune.errors import NotWrittenError, UsageError
 from zotune.ledger import read
+from zotune.llm.callbacks.events import checkpoint_is_due
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load
 from zotune.llm.output import checkpoint_folder
+from zotune.llm.output.manifest import manifest_of
 from zotune.llm.training.train import train
 
 RUNS = {
@@ -35,28 +37,36 @@ def content(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["zo_adam, lora", "fo_adam", *SLOW])
-def test_a_checkpoint_is_the_run_of_so_many_steps_and_leads_to_the_same_end(config, tmp_path, name):
-    options = {"learning_rate": 1e-2, "max_steps": 5, "save_steps": 2, **RUNS[name]}
-    whole, short = tmp_path / "whole", tmp_path / "short"
-    train(config(**options, output_dir=whole))
-    assert checkpoints(whole) == [2, 4, 5]
-    train(config(**{**options, "max_steps": 2, "save_steps": None}, output_dir=short))
-    part = whole / "checkpoint-2"
+@pytest.mark.parametrize("name", ["zo_adam, lora", *SLOW])
+def test_a_checkpoint_is_the_run_of_so_many_steps(config, tmp_path, name):
+    options = {"learning_rate": 1e-2, "max_steps": 3, **RUNS[name]}
+    train(config(**options, save_steps=2, output_dir=tmp_path / "whole"))
+    train(config(**{**options, "max_steps": 2}, output_dir=tmp_path / "short"))
+    part, short = tmp_path / "whole/checkpoint-2", tmp_path / "short"
     assert weights_in(part) == weights_in(short)
     assert json.loads((part / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == 2
-    if (short / "ledger.zol").exists():
-        assert [repr(r) for r in read(part / "ledger.zol")] == [repr(r) for r in read(short / "ledger.zol")]
-    # On another folder, and on the run's own, whose later steps are taken again.
-    for out in (tmp_path / "other", whole):
-        end = weights_in(whole)
-        train(config(**options, output_dir=out, resume_from_checkpoint=part))
-        assert weights_in(out) == weights_in(whole / "checkpoint-5") == end
-        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        assert steps == [1, 2, 3, 4, 5]
+    assert [repr(r) for r in read(part / "ledger.zol")] == [repr(r) for r in read(short / "ledger.zol")]
+    assert manifest_of(part).foreign(part) == []
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("name", ["zo_adam, lora", "fo_adam", *SLOW])
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_end(config, tmp_path, name, elsewhere):
+    options = {"learning_rate": 1e-2, "max_steps": 4, "save_steps": 2, **RUNS[name]}
+    whole = tmp_path / "whole"
+    train(config(**options, output_dir=whole))
+    end = weights_in(whole)
+    # In the run's own folder the later steps are taken again.
+    out = tmp_path / "other" if elsewhere else whole
+    train(config(**options, output_dir=out, resume_from_checkpoint=whole / "checkpoint-2"))
+    assert weights_in(out) == weights_in(out / "checkpoint-4") == weights_in(whole / "checkpoint-4") == end
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2, 3, 4]
+    config_of_other = (out / "config.yaml").read_text(encoding="utf-8")
+    assert "resume: false" in config_of_other and "resume_from_checkpoint: null" in config_of_other
+
+
+@pytest.mark.parametrize("tuning", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_transformers_and_peft_load_a_checkpoint(config, tmp_path, tuning):
     train(config(tuning=tuning, max_steps=2, save_steps=1, learning_rate=1e-2))
     folder = tmp_path / "out/checkpoint-1"
@@ -75,29 +85,41 @@ def test_transformers_and_peft_load_a_checkpoint(config, tmp_path, tuning):
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"),
+    ("limit", "best", "kept"),
+    [(None, 2, [1, 2, 3, 4]), (9, 2, [1, 2, 3, 4]), (2, None, [3, 4]), (2, 2, [2, 4]), (1, 2, [2, 4]), (1, 4, [4])],
+)
+def test_as_many_checkpoints_stay_as_asked_and_the_best_one(limit, best, kept):
+    names = {f"checkpoint-{step}" for step in range(1, 5)}
+    output = SimpleNamespace(names=tuple(names), remove=lambda *old: names.difference_update(old))
+    checkpoint_folder.remove_old_checkpoints(output, limit, best)
+    assert checkpoint_folder.steps_of(names) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
     [
-        ({"save_total_limit": 2}, [4, 5]),
-        ({"save_total_limit": 1}, [5]),
-        ({"save_strategy": "epoch", "save_steps": None}, [2, 4, 5]),  # eight rows in batches of four
-        ({"save_strategy": "no", "save_steps": None}, []),
-        ({"save_strategy": "steps", "save_steps": None}, [5]),
+        ({}, []),
+        ({"save_steps": 2}, [2, 4, 5]),
+        ({"save_strategy": "steps"}, [5]),
+        ({"save_strategy": "epoch"}, [2, 4, 5]),  # eight rows in batches of four
+        ({"save_strategy": "no"}, []),
     ],
 )
-def test_as_many_checkpoints_stay_as_asked(config, tmp_path, options, kept):
-    train(config(**{"max_steps": 5, "save_steps": 2, **options}))
-    assert checkpoints(tmp_path / "out") == kept
+def test_checkpoints_are_due_as_the_strategy_says(config, options, steps):
+    made = config(max_steps=5, **options)
+    due = [step for step in range(1, 6) if checkpoint_is_due(made, step, "steps")]
+    due += [step for step in (2, 4, 5) if checkpoint_is_due(made, step, "epoch")]
+    assert due == steps
 
 
 def test_the_best_checkpoint_stays_and_is_written_where_it_is_asked_for(config, tmp_path):
     options = {"max_steps": 7, "eval_steps": 1, "learning_rate": 0.01, "seed": 1, "load_best_model_at_end": True}
-    best = train(config(**options, output_dir=tmp_path / "plain")).best_step
+    best = train(config(**options, save_steps=1, save_total_limit=2, output_dir=tmp_path / "limit")).best_step
     assert 0 < best < 6
-    train(config(**options, save_steps=1, save_total_limit=2, output_dir=tmp_path / "limit"))
     assert checkpoints(tmp_path / "limit") == [best, 7]
+    assert weights_in(tmp_path / "limit") == weights_in(tmp_path / "limit" / f"checkpoint-{best}")
     train(config(**options, save_strategy="best", output_dir=tmp_path / "best"))
     assert checkpoints(tmp_path / "best")[-1] == best
-    assert weights_in(tmp_path / "best" / f"checkpoint-{best}") == weights_in(tmp_path / "plain")
 
 
 def test_what_the_user_put_or_changed_there_is_neither_replaced_nor_deleted(config, tmp_path):
@@ -156,10 +178,9 @@ def test_what_is_no_checkpoint_or_of_another_run_is_refused_and_changes_nothing(
 
 def test_the_command_line_resumes_from_a_checkpoint(short, zotune, tmp_path):
     assert zotune(*short("--save-steps", 1)).code == 0
-    shutil.rmtree(tmp_path / "out/checkpoint-2")
-    for value in ("true", tmp_path / "out/checkpoint-1"):
-        said = zotune(*short("--save-steps", 1, "--resume-from-checkpoint", value))
-        assert said.code == 0, said.err
+    said = zotune(*short("--save-steps", 1, "--resume-from-checkpoint", tmp_path / "out/checkpoint-1"))
+    assert said.code == 0, said.err
+    assert "resumed at step 1" in said.err
     assert zotune(*short("--resume-from-checkpoint", tmp_path / "none")).code == 2
     assert zotune(*short("--save-total-limit", 3)).code == 2
     assert zotune(*short("--save-steps", 3, "--save-strategy", "epoch")).code == 2

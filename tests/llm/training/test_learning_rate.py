@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from zotune.cli.options import parse
 from zotune.errors import UsageError
 from zotune.ledger import read
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import validate
 from zotune.llm.training.learning_rate import schedule_of
@@ -130,18 +132,18 @@ def test_a_run_of_epochs_is_the_run_of_as_many_steps(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "steps"),
+    ("recipe", "args", "length"),
     [
-        (["--num-train-epochs", 2], 4),
-        (["--max-steps", 3], 3),
-        (["--max_steps", -1, "--num_train_epochs=0.5"], 1),
+        ({"max_steps": 7}, ["--num-train-epochs", "2"], (1000, 2)),
+        ({"max_steps": 7}, ["--max-steps=-1", "--num_train_epochs=0.5"], (1000, 0.5)),
+        ({"num_train_epochs": 2}, ["--max_steps", "3"], (3, None)),
     ],
 )
-def test_an_option_replaces_the_length_of_the_recipe(zotune, tmp_path, rows_file, args, steps):
-    recipe = tmp_path / "recipe.yaml"
-    length = "num_train_epochs: 1" if "--max-steps" in args else "max_steps: 7"
-    recipe.write_text(f"model: random:llama-tiny\ntrain_file: {rows_file}\nnum_dev: 3\n{length}\n", encoding="utf-8")
-    more = ["--per-device-train-batch-size", 4, "--output-dir", tmp_path / "out", "--device", "cpu", "--json"]
-    said = zotune("train", recipe, *args, *more)
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["num_steps"] == steps
+def test_an_option_replaces_the_length_of_the_recipe(recipe, args, length):
+    made = parse(TrainConfig, {"task": "sst2", **recipe}, "recipe", args, "zotune train")
+    assert (made.max_steps, made.num_train_epochs) == length
+
+
+def test_two_lengths_on_the_command_line_are_refused(short, zotune):
+    said = zotune(*short("--num-train-epochs", 2))  # beside --max-steps
+    assert (said.code, "give only one of them" in said.err) == (2, True)
