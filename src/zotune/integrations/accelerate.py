@@ -39,7 +39,8 @@ def averaged(accelerator: Any, values: Tensor) -> Tensor:
 
     def mean(local: Tensor) -> Tensor:
         every: Tensor = accelerator.gather(local)
-        return every.view(n, -1).T.flatten().sum() / n
+        total: Tensor = every.view(n, -1).T.flatten().sum()
+        return total.div(n)
 
     value, tangent = unpack(values)
     return mean(value) if tangent is None else dual(mean(value), mean(tangent))

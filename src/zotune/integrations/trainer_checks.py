@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Trainer
 
@@ -115,11 +114,10 @@ def _objective(trainer: Any) -> Iterator[str]:
             'loss_type="dft" is no objective: it weighs each token by its own probability as if that were constant, '
             'which only a gradient can do. Use loss_type="nll".'
         )
-    half = any(p.dtype in HALF for p in trainer.model.parameters() if p.is_floating_point())
+    half = sorted({str(p.dtype) for p in trainer.model.parameters() if p.dtype in HALF})
     if trainer.label_smoother is not None and half and trainer.accelerator.mixed_precision == "no":
         yield (
-            "label_smoothing_factor computes the loss in the precision of the weights, "
-            f"{'/'.join(sorted({str(p.dtype) for p in trainer.model.parameters() if p.dtype in HALF}))}, too coarse for "
+            f"label_smoothing_factor computes the loss in the precision of the weights, {half[0]}, too coarse for "
             "differences of losses. Set bf16=True, load the model in float32, or leave it out."
         )
 

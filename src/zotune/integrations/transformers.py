@@ -79,6 +79,8 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
             `zotune.integrations.trainer_checks`.
     """
 
+    optimizer: Any
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the zeroth-order optimizer, and `self.optimizer` for the Trainer; called when training begins."""
         check_trainer(self, ZerothOrderMixin)
@@ -111,17 +113,18 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, without `grad_norm`, which would be 0: the Trainer reads it from gradients, and has none."""
+        """As the Trainer's, without `grad_norm`: there are no gradients, so it would be 0."""
         logs.pop("grad_norm", None)
         super().log(logs, *args, **kwargs)
 
     def _take_step(self, model: nn.Module, batch: Sequence[Any], num_items: Tensor | int | None) -> float:
         optimizer, has_steps = self._stepped.optimizer, False
-        counters = {name: vars(self)[name] for name in _COUNTERS if name in vars(self)}
+        counters = {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)}
 
         def objective() -> Tensor:
             nonlocal has_steps
-            vars(self).update(counters)
+            for name, value in counters.items():
+                setattr(self, name, value)
             losses = [self._loss_of(model, inputs, num_items) for inputs in batch]
             has_steps = not all(isinstance(loss, Tensor) for loss in losses)
             values = torch.stack([torch.as_tensor(loss, device=self.args.device).double() for loss in losses])
@@ -173,7 +176,9 @@ def _optimizer_of(args: Any, model: nn.Module) -> tuple[float | None, ZerothOrde
     values = {name: getattr(args, name) for name in (*_OWN, *_SHARED) if hasattr(args, name)}
     options = validate(MethodOptions, values, type(args).__name__)
     if options.method in FIRST_ORDER:
-        raise UsageError(f"method is {options.method}, which back-propagates: use the Trainer without ZerothOrderMixin.")
+        raise UsageError(
+            f"method is {options.method}, which back-propagates: use the Trainer without ZerothOrderMixin."
+        )
     # What a Trainer's loss runs is unknown, so no activation of it is used again.
     optimizer = make_optimizer(model, options, args.seed, reuse_prefix=False)
     assert isinstance(optimizer, ZerothOrder)
@@ -185,5 +190,5 @@ class ZOTrainingArguments(ZerothOrderArguments, TrainingArguments):  # type: ign
     """`transformers.TrainingArguments` with the options of the method."""
 
 
-class ZOTrainer(ZerothOrderMixin, Trainer):
+class ZOTrainer(ZerothOrderMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` by forward passes; see `ZerothOrderMixin`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 try:
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 except ImportError as error:
-    raise ImportError("zotune.integrations.trl needs TRL: pip install 'zotune[trl]'") from error
+    raise ImportError("zotune.integrations.trl needs TRL: pip install 'zotune[llm,trl]'") from error
 
 from zotune.integrations.transformers import ZerothOrderArguments, ZerothOrderMixin
 
@@ -37,17 +37,17 @@ class ZORewardConfig(ZerothOrderArguments, RewardConfig):  # type: ignore[misc]
     """`trl.RewardConfig` with the options of the method."""
 
 
-class ZOSFTTrainer(ZerothOrderMixin, SFTTrainer):
+class ZOSFTTrainer(ZerothOrderMixin, SFTTrainer):  # type: ignore[misc]
     """`trl.SFTTrainer` by forward passes."""
 
 
-class ZODPOTrainer(ZerothOrderMixin, DPOTrainer):
+class ZODPOTrainer(ZerothOrderMixin, DPOTrainer):  # type: ignore[misc]
     """`trl.DPOTrainer` by forward passes."""
 
 
-class ZOKTOTrainer(ZerothOrderMixin, KTOTrainer):
+class ZOKTOTrainer(ZerothOrderMixin, KTOTrainer):  # type: ignore[misc]
     """`trl.KTOTrainer` by forward passes."""
 
 
-class ZORewardTrainer(ZerothOrderMixin, RewardTrainer):
+class ZORewardTrainer(ZerothOrderMixin, RewardTrainer):  # type: ignore[misc]
     """`trl.RewardTrainer` by forward passes."""
