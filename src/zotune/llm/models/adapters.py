@@ -40,6 +40,8 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     linear = {n.rpartition(".")[2] for n, m in lm.text_model.named_modules() if isinstance(m, nn.Linear)}
     default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")
     targets = config.lora_target_modules or default
+    if targets == ("all-linear",):
+        targets = _linear_in(layers)
     unknown = [t for t in targets if t not in linear]
     if unknown:
         raise UsageError(
@@ -57,6 +59,12 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     _wrap_with_peft(lm, lora, config.seed)
+
+
+def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return the last names of the linear layers inside a model's layers, as peft's "all-linear" chooses them."""
+    inside = (n for layer in layers for n, m in layer.named_modules() if isinstance(m, nn.Linear))
+    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in inside))
 
 
 def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
