@@ -1,6 +1,9 @@
 """TRL's trainers by forward passes: their losses are objectives, their metrics and counts are of each batch once."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import datasets
 import peft
@@ -118,3 +121,25 @@ def test_losses_that_are_no_objective_are_refused(tmp_path, tiny):
     assert "GRPOTrainer has a training_step of its own" in found
     for known in (ours.ZOSFTTrainer, ours.ZODPOTrainer, ours.ZOKTOTrainer, ours.ZORewardTrainer):
         assert not list(_steps(object.__new__(known), ZerothOrderMixin))
+
+
+def test_the_script_of_the_docs_runs(tmp_path, tiny, monkeypatch):
+    """With a tiny model and two steps; and it is TRL's script but for two lines."""
+    page = (Path(__file__).parents[2] / "docs/howto/trainer.md").read_text(encoding="utf-8")
+    script = re.search(r"^:caption: sft.py\n(.*?)^```", page, re.M | re.S)[1]
+    assert len(re.findall(r"# was: ", script)) == 2
+    lm = tiny("llama")
+    lm.module.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
+    monkeypatch.chdir(tmp_path)
+    for old, new in (
+        ('"HuggingFaceTB/SmolLM2-135M-Instruct"', '"model"'),
+        ("max_steps=2000,", "max_steps=2, report_to=[], use_cpu=True,"),
+        ("LoraConfig()", 'LoraConfig(target_modules="all-linear")'),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    exec(compile(script, "sft.py", "exec"), names := {})
+    assert names["trainer"].state.global_step == 2
+    assert (tmp_path / "runs/sft/adapter_model.safetensors").exists()
