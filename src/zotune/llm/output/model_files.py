@@ -27,6 +27,11 @@ def old_weights(names: Iterable[str]) -> list[str]:
     return [name for name in names if _WEIGHTS.fullmatch(name)]
 
 
+def is_write_error(error: Exception) -> bool:
+    """Whether an error says that files could not be written; of a tokenizer it is a plain `Exception`."""
+    return isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
+
+
 @contextmanager
 def write_errors_in_words() -> Iterator[None]:
     """Within this context a library that cannot write a file raises an error in words; its own is of no known kind.
