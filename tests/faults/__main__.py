@@ -7,6 +7,7 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -30,10 +31,11 @@ def inject(kind, count, seed, place):
         tried[name] += 1
         try:
             counted += KINDS[kind].trial(place, name, random.Random(f"{seed} {kind} {number}"))
-        except AssertionError as error:
-            failed.append({"number": number, "name": name, "error": str(error)[:3000]})
+        except Exception as error:
+            said = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+            failed.append({"number": number, "name": name, "error": said[:3000]})
             counted += getattr(error, "count", 0)
-            print(f"{kind} {number}, {name}: {error}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
+            print(f"{kind} {number}, {name}: {said}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
         found = {"seed": seed, "count": counted, "failed": failed, "seconds": round(time.monotonic() - began)}
         yield {**found, ("exit_codes" if kind == "fuzz" else "tried"): fuzz.answers if kind == "fuzz" else dict(tried)}
         if kind == "kills" and number + 1 == len(names) and counted < count:

@@ -1,6 +1,5 @@
 """What is run, on which folders, and what must be there at the end: every file, and no other."""
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from faults import process, tracing
 from zotune.bench.report.run_html import write_run_page
 from zotune.bench.run import processes, worker
 from zotune.llm.ledger.merge import find_fine_tune
+from zotune.llm.output.manifest import digest_of
 from zotune.llm.training.checkpoint import load
 from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.resume import CHECKPOINT
@@ -217,10 +217,8 @@ def lasting(path):
 
 def manifest(value, folder):
     """The names in a folder's manifest, and whether each digest is that of the file, which must be there."""
-    contents = {name: (folder / name).read_bytes() for name, digest in value["files"].items() if digest}
-    right = {
-        name: hashlib.blake2b(c, digest_size=16).hexdigest() == value["files"][name] for name, c in contents.items()
-    }
+    named = {name: digest for name, digest in value["files"].items() if digest}
+    right = {name: digest_of(folder / name) == digest for name, digest in named.items()}
     return {**value, "files": dict.fromkeys(value["files"]) | right}
 
 
