@@ -31,6 +31,7 @@ _RUN_FILES = (
     *_VALUABLE_FILES,
     "report.html",
     "config.yaml",
+    "search.json",
     "config.json",
     "adapter_config.json",
     FINGERPRINT,
@@ -96,6 +97,11 @@ class OutputFolder:
         except OSError as error:
             raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
         self.metrics = MetricsLog(self.path / "metrics.jsonl")
+
+    def record_search(self, config: TrainConfig, search: dict[str, Any]) -> None:
+        """Record the learning rate that a search chose, so that a resumed run does not search again."""
+        write_json(self.path / "search.json", search)
+        write_yaml(self.path / "config.yaml", config.model_copy(update={"resume": False}))
 
     def close(self) -> None:
         """Release the lock of the folder."""
