@@ -21,7 +21,7 @@ _EXPONENT = 0.7
 _OF_METHOD = {"zo_sgd_mmt": 0.1}
 # The exponents of first-order methods, and K of each tuning scheme.
 _FIRST_ORDER = {"fo_adam": 0.5, "fo_sgd": 0.35}
-_ADAM = {"full": 0.8, "head": 0.8, "scales": 0.001, "lora": 0.4, "prefix": 8.0, "prompt": 2.3, "peft": 0.4}
+_ADAM = {"full": 0.8, "head": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3, "peft": 1.2}
 _SGD = {"full": 5.9, "head": 5.9, "scales": 0.007, "lora": 2.8, "prefix": 28.0, "prompt": 2.8, "peft": 2.8}
 # Factors around the default within which searches and published grids found working values.
 _BELOW, _ABOVE = 100.0, 10.0

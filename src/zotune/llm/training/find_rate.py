@@ -2,14 +2,16 @@
 
 A trial takes the first steps of the run at one rate and computes the objective on training rows that its steps leave
 out; held-out and evaluation rows are not read. The trials go downhill from the default rate of the tuned parameters.
-The weights are then what they were, bit for bit, so the run is the same as one with this rate in its config.
+Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken. The
+weights are then what they were, bit for bit, so the run is the same as one with this rate in its config.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from zotune.errors import RunError
@@ -67,7 +69,7 @@ class FoundRate:
 MakeRun = Callable[[EncodedData, TrainConfig], Run]
 
 
-def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_run: MakeRun) -> FoundRate:
+def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_run: MakeRun, folder: Path) -> FoundRate:
     """Return the learning rate of the best of a few short trials, or the default rate where a run has no room for them.
 
     Args:
@@ -75,6 +77,7 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
         rows: the rows of the run, of which training rows are read.
         config: the options of the run.
         make_run: makes a run of other rows and options, with a new optimizer.
+        folder: folder for a copy of weights that are too large for memory.
 
     Raises:
         RunError: there is no room for a copy of the tuned weights.
@@ -85,10 +88,13 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
     left_out = set(range(0, len(rows.train), _ONE_IN)[: len(judges)])
     learned = tuple(e for i, e in enumerate(rows.train) if i not in left_out)
     if not learned:
-        return _default(default, "there are too few training rows")
+        return _default(default, "there are too few training rows for a search")
+    too_short = f"{config.max_steps} steps are too few for a search at a quarter of their passes"
+    if MAX_SHARE * config.max_steps < MAX_TRIALS * MIN_STEPS:
+        return _default(default, too_short)
     before = lm.num_forwards
     trials = _Trials(make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
-    copy = copy_weights(tuned, config.output_dir, _REMEDY)
+    copy = copy_weights(tuned, folder, _REMEDY)
     start, passes_of_judging = trials.judge(default), lm.num_forwards - before
     trials.take_steps(default, 1)
     passes_a_step = lm.num_forwards - before - passes_of_judging
@@ -97,7 +103,7 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
     steps = min(MAX_STEPS, math.floor((budget / MAX_TRIALS - passes_of_judging) / passes_a_step))
     if steps < MIN_STEPS:
         lm.num_forwards = before
-        return _default(default, f"{config.max_steps} steps are too few for a search at a quarter of their passes")
+        return _default(default, too_short)
     say(f"searching the learning rate: at most {MAX_TRIALS} trials of {steps} steps, on training rows alone")
     results: list[Trial] = []
     for rate in _asked(climb(default, FACTOR, MAX_TRIALS), results):
@@ -105,10 +111,21 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
         restore_weights(tuned, copy)
         say(f"  learning rate {rate:g}: loss {results[-1].loss:.4f} (before: {start:.4f})")
     spent, lm.num_forwards = lm.num_forwards - before, before
-    chosen = min(results, key=lambda trial: (trial.loss, trial.learning_rate)).learning_rate
+    chosen = choose(results, start)
     share = spent / (passes_a_step * config.max_steps)
     say(f"learning rate {chosen:g} chosen; the search took {spent} forward passes, {share:.0%} of those of the run")
     return FoundRate(chosen, tuple(results), start, steps, spent)
+
+
+def choose(trials: Sequence[Trial], loss_before: float) -> float:
+    """Return the smallest rate that lowers the loss by at least half as much as the best one; of none, the smallest.
+
+    >>> choose([Trial(0.01, 1.05), Trial(0.03, 0.85), Trial(0.09, 0.79), Trial(0.3, 2.2)], loss_before=1.06)
+    0.03
+    """
+    enough = loss_before - (loss_before - min(trial.loss for trial in trials)) / 2
+    good = [t.learning_rate for t in trials if t.loss <= enough < loss_before]
+    return min(good or [t.learning_rate for t in trials])
 
 
 def _default(rate: float, reason: str) -> FoundRate:
