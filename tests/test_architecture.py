@@ -25,6 +25,7 @@ LINES = {
         "models",
         "scoring",
         "tasks",
+        "search",
         "output",
         "training",
         "ledger",

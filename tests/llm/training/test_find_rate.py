@@ -126,21 +126,20 @@ def test_a_resumed_run_does_not_search_again(config, tmp_path, short_search, mon
     def killed(*_):
         raise KeyboardInterrupt
 
-    auto = config(learning_rate="auto", **short_search)
+    resumed = config(learning_rate="auto", resume=True, **short_search)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "find_rate", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(auto)
-    # Killed in the search: it is made again.
-    assert recorded(folder)["learning_rate"] == "auto"
-    resumed = auto.model_copy(update={"resume": True})
-    assert with_recorded_choices(resumed).learning_rate == "auto"
+            train(resumed)
+    # Killed in the search: nothing is written, and it is made again.
+    assert not (folder / "config.yaml").exists()
     train(resumed)
     rate = recorded(folder)["learning_rate"]
     assert isinstance(rate, float)
     monkeypatch.setattr(train_module, "find_rate", killed)
     assert with_recorded_choices(resumed).learning_rate == rate
     assert train(resumed).num_steps == 24
+    assert (folder / "search.json").is_file()
     # A rate that is not given is the recorded one, too; another number is refused as ever.
     assert with_recorded_choices(resumed.model_copy(update={"learning_rate": None})).learning_rate == rate
     assert with_recorded_choices(resumed.model_copy(update={"learning_rate": 0.5})).learning_rate == 0.5

@@ -79,8 +79,9 @@ def climb(start: float, factor: float, most: int) -> Search[float]:
     losses: dict[int, float] = {}
     while len(losses) < most:
         best = min(losses, key=lambda power: (losses[power], power), default=0)
-        # A larger rate comes first, because a rate that is too small learns nothing at all.
-        power = next((p for p in (best, best + 1, best - 1) if p not in losses), None)
+        # A larger rate comes first, because a rate that is too small learns nothing; unless the best one diverges.
+        step = -1 if losses.get(best) == math.inf else 1
+        power = next((p for p in (best, best + step, best - step) if p not in losses), None)
         if power is None:
             return
         losses[power] = yield start * factor**power
