@@ -28,6 +28,7 @@ LINES = {
         "search",
         "output",
         "training",
+        "tune",
         "ledger",
     ),
     "zotune.bench": ("spec", "results", "measure", "run", "report"),

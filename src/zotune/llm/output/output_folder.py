@@ -28,6 +28,7 @@ from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 
 METRICS, LEDGER, CHECKPOINT = "metrics.jsonl", "ledger.zol", "checkpoint.safetensors"
+SEARCH = "search.json"
 # Files that grow, or are written again and again, while a run goes on.
 _GROWING = (METRICS, LEDGER, CHECKPOINT)
 
@@ -91,7 +92,7 @@ class OutputFolder:
         with self._folder.staged() as staging:
             write_yaml(staging / CONFIG, config.model_copy(update={"resume": False}))
             if self._search is not None:
-                write_json(staging / "search.json", self._search)
+                write_json(staging / SEARCH, self._search)
 
     def record_search(self, config: TrainConfig, search: dict[str, Any]) -> None:
         """Have `begin` write the options with the learning rate that a search found, and the search beside them."""
@@ -111,7 +112,7 @@ class OutputFolder:
     def _valuable_files(self) -> list[str]:
         """Return the names of the files with something in them that zotune wrote, without the options of a run."""
         names = self._folder.manifest.present(self.path)
-        return [name for name in names if name != CONFIG and _is_valuable(self.path / name)]
+        return [name for name in names if name not in (CONFIG, SEARCH) and _is_valuable(self.path / name)]
 
     def check_free_space(self, lm: LanguageModel) -> None:
         """Check that the disk has room for the tuned model.
