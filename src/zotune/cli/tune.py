@@ -6,7 +6,7 @@ from typing import Any, get_origin
 
 from zotune.cli.help import HelpPage, help_text
 from zotune.cli.options import complete, is_help, option_of, parse
-from zotune.cli.output import print_json, print_text
+from zotune.cli.output import print_json, print_message, print_text
 from zotune.errors import UsageError
 from zotune.llm.config.aliases import alias_table
 from zotune.llm.config.run import TrainConfig, find_recipe, read_recipe
@@ -48,11 +48,15 @@ def run(args: list[str], as_json: bool) -> int:
     first = [f"--{name.replace('_', '-')}={values[0]}" for name, values in axes.items()]
     config = parse(TrainConfig, recipe, source, [*args, *first], "zotune tune")
     typed = {name: _typed(config, name, values) for name, values in axes.items()}
-    from zotune.llm.tune.sweep import sweep, table
+    from zotune.llm.tune.sweep import SearchStoppedError, sweep, table
     from zotune.system.malloc import tune_malloc
 
     tune_malloc()
-    outcome = sweep(config, typed, num_trials)
+    try:
+        outcome = sweep(config, typed, num_trials)
+    except SearchStoppedError as stopped:
+        print_message(str(stopped))
+        return 128 + stopped.signal
     if as_json:
         print_json(outcome.to_json())
     else:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,14 @@ from zotune.llm.training.train import Result, train
 from zotune.messages import say
 
 RECIPE, RESULTS = "best.yaml", "tune.json"
+
+
+class SearchStoppedError(RunError):
+    """A signal stopped a run of a search; the same search goes on with it."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__("the search was stopped; the same command goes on with it")
+        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ def sweep(config: TrainConfig, axes: Mapping[str, Sequence[Any]], num_trials: in
 
     Raises:
         UsageError: the rows leave nothing to compare by, or a run cannot start as configured.
-        RunError: a run was stopped by a signal, or none has a loss.
+        SearchStoppedError: a run was stopped by a signal.
+        RunError: no run has a loss.
     """
     if config.num_dev == 0:
         raise UsageError("a search compares runs on held-out rows: give --num-dev above 0.")
@@ -88,7 +97,7 @@ def _trials(points: Search[Point], config: TrainConfig) -> list[TrialResult]:
     trials: list[TrialResult] = []
     point: Point | None = next(points)
     while point is not None:
-        trials.append(_trial(config, point))
+        trials.append(_trial(config, point, is_first=not trials))
         loss = trials[-1].loss
         say(f"{_text(point)}: {f'held-out loss {loss:.4f}' if loss is not None else trials[-1].message}")
         try:
@@ -100,33 +109,59 @@ def _trials(points: Search[Point], config: TrainConfig) -> list[TrialResult]:
 
 def _at(config: TrainConfig, point: Mapping[str, Any], folder: Path) -> TrainConfig:
     """Return the options of a run at a point."""
-    changed = {**config.model_dump(), **point, "output_dir": folder, "overwrite_output_dir": False}
+    changed = {**config.model_dump(exclude_unset=True), **point, "output_dir": folder, "overwrite_output_dir": False}
     return validate(TrainConfig, changed, _text(point))
 
 
-def _trial(config: TrainConfig, point: Point) -> TrialResult:
-    """Run a trial, or the rest of one that was stopped; a finished one is read."""
+def _trial(config: TrainConfig, point: Point, *, is_first: bool) -> TrialResult:
+    """Run a trial, or the rest of one that was stopped; of a finished one, read the results."""
     values = json.dumps({k: str(v) for k, v in point.items()}, sort_keys=True)
     name = f"{_text(point, '-')}-{hashlib.blake2b(values.encode(), digest_size=3).hexdigest()}".replace("/", "_")
     folder = config.output_dir / name[-80:]
-    # Evaluation rows are for the run that the recipe makes.
-    options = _at(config, point, folder).model_copy(update={"num_eval": 0, "resume": True})
-    say(f"{_text(point)}: in {folder}")
     trial = TrialResult(point, str(folder))
     try:
-        return _summary(trial, train(options))
-    except RunError as error:
-        return TrialResult(point, str(folder), message=str(error).splitlines()[0])
+        # Evaluation rows are for the run that the recipe makes.
+        options = _at(config, point, folder).model_copy(update={"num_eval": 0})
+        return _finished(trial, options) or _summary(trial, train(options.model_copy(update={"resume": True})))
+    except SearchStoppedError:
+        raise
+    except (RunError, UsageError) as error:
+        # What is wrong with the first point is wrong with all of them.
+        if is_first and isinstance(error, UsageError):
+            raise
+        return replace(trial, message=str(error).splitlines()[0])
+
+
+def _finished(trial: TrialResult, options: TrainConfig) -> TrialResult | None:
+    """Return the result of a run that has ended already, with these options."""
+    path = Path(trial.folder) / "results.json"
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    given, dev = options.model_dump(mode="json"), saved.get("dev")
+    # What the rows and the defaults decide is filled in.
+    if dev is None or any(saved["config"].get(k) != v for k, v in given.items() if v not in (None, "auto")):
+        return None
+    metric, value = next(iter(dev.items()))
+    return replace(
+        trial,
+        loss=dev["loss"],
+        value=value,
+        metric=metric,
+        num_forwards=saved["num_forwards"],
+        seconds=saved["seconds"],
+    )
 
 
 def _summary(trial: TrialResult, result: Result) -> TrialResult:
     if result.stopped_by is not None:
-        raise RunError("the search was stopped; the same command goes on with it")
+        raise SearchStoppedError(result.stopped_by)
     dev = result.dev
     if dev is None or not math.isfinite(dev.loss):
-        return TrialResult(trial.point, trial.folder, message="the held-out loss is not finite")
-    return TrialResult(
-        trial.point, trial.folder, dev.loss, dev.value, dev.metric, result.num_forwards, round(result.seconds, 3)
+        return replace(trial, message="the held-out loss is not finite")
+    metric, value = next(iter(dev.summary().items()))
+    return replace(
+        trial, loss=dev.loss, value=value, metric=metric, num_forwards=result.num_forwards, seconds=result.seconds
     )
 
 
