@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
+from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.schema import Options, is_partial
 
 
@@ -18,9 +19,9 @@ def _as_json(value: Any) -> Any:
         ValueError: the value is neither.
     """
     try:
-        plain = yaml.safe_load(value) if isinstance(value, str) else value
+        plain = parse_yaml(value) if isinstance(value, str) else value
         text = json.dumps(plain)
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'it must be a mapping, like {{"r": 4}} ({error})') from None
     if not isinstance(plain, dict):
         raise ValueError('it must be a mapping, like {"r": 4}')

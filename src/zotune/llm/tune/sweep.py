@@ -139,18 +139,13 @@ def _finished(trial: TrialResult, options: TrainConfig) -> TrialResult | None:
         return None
     saved = json.loads(path.read_text(encoding="utf-8"))
     given, dev = options.model_dump(mode="json"), saved.get("dev")
-    # What the rows and the defaults decide is filled in.
-    if dev is None or any(saved["config"].get(k) != v for k, v in given.items() if v not in (None, "auto")):
+    # What the rows and the defaults decide was open.
+    fixed = {k: v for k, v in given.items() if k not in RESOLVED_OPTIONS and v not in (None, "auto")}
+    if dev is None or any(saved["config"].get(k) != v for k, v in fixed.items()):
         return None
     metric, value = next(iter(dev.items()))
-    return replace(
-        trial,
-        loss=dev["loss"],
-        value=value,
-        metric=metric,
-        num_forwards=saved["num_forwards"],
-        seconds=saved["seconds"],
-    )
+    cost = {name: saved[name] for name in ("num_forwards", "seconds")}
+    return replace(trial, loss=dev["loss"], value=value, metric=metric, **cost)
 
 
 def _summary(trial: TrialResult, result: Result) -> TrialResult:
