@@ -16,6 +16,7 @@ from zotune.llm.config.schema import validate
 from zotune.llm.output.json_files import write_json
 from zotune.llm.output.locked_folder import LockedFolder
 from zotune.llm.search.points import Point, Search, grid, optuna_trials
+from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.train import Result, train
 from zotune.messages import say
 
