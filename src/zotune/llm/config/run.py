@@ -18,7 +18,7 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.schedule import ScheduleOptions
-from zotune.llm.config.schema import is_partial
+from zotune.llm.config.schema import is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
@@ -164,13 +164,17 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     return inherited, str(path)
 
 
-def with_recorded_date(config: TrainConfig) -> TrainConfig:
-    """Return the config of a run to resume with the date for chats that the run recorded at its start."""
+def with_recorded_choices(config: TrainConfig) -> TrainConfig:
+    """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
+
+    These are the date for chats, and the learning rate of a search or of the defaults.
+    """
     path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
-    if not config.resume or config.chat_date is not None or not path.is_file():
+    is_open = {"chat_date": config.chat_date is None, "learning_rate": not isinstance(config.learning_rate, float)}
+    if not config.resume or not any(is_open.values()) or not path.is_file():
         return config
-    recorded = read_recipe(path).get("chat_date")
-    return config.model_copy(update={"chat_date": None if recorded is None else str(recorded)})
+    recorded = validate(TrainConfig, read_recipe(path), str(path))
+    return config.model_copy(update={name: getattr(recorded, name) for name, is_so in is_open.items() if is_so})
 
 
 def find_recipe(name: str) -> Path:
