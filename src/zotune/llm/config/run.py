@@ -7,21 +7,23 @@ one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
+from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
 from zotune.system.atomic_write import atomic_write
+from zotune.system.bounds import RECIPE_BYTES, read_bytes
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -57,6 +59,10 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
+# For editors: a recipe may hold true in place of a folder.
+_PATH_OR_SWITCH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]})
+
+
 class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
@@ -66,7 +72,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
     resume: bool = Field(
         False, description="Resume the run in output_dir, however it ended; start a new one if there is none."
     )
-    resume_from_checkpoint: Path | None = Field(
+    resume_from_checkpoint: Annotated[Path | None, _PATH_OR_SWITCH] = Field(
         None, description="Go on from a folder checkpoint-N; true stands for --resume. Default: start a new run."
     )
     reuse_activations: bool = Field(
@@ -138,7 +144,10 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     """Return the options that the evaluation of a tuned model inherits from its training, and the file they come from.
 
     There are none if zotune did not tune the model, if it was tuned on a task, or if it now reads a task or rows of
-    another format.
+    another format. They are data: the file may be somebody else's, so it names no code.
+
+    Raises:
+        UsageError: the model was tuned with a function of the user, and `config` names no objective.
     """
     path = Path(config.model) / "config.yaml"
     if config.task is not None or not path.is_file():
@@ -147,7 +156,16 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     same_format = config.data_format in (None, saved.get("data_format"))
     if saved.get("train_file") is None or not same_format:
         return {}, ""
-    return {name: saved[name] for name in _INHERITED if name in saved}, str(path)
+    inherited = {name: saved[name] for name in _INHERITED if name in saved}
+    if ":" in str(inherited.get("objective")):
+        function = inherited.pop("objective")
+        if config.objective is None:
+            raise UsageError(
+                f"{path} names the objective {str(function)[:80]!r}, a function in a file of Python. A model's folder "
+                "names no code to run: if you trust that file, name the function with --objective; else name another "
+                "objective."
+            )
+    return inherited, str(path)
 
 
 def with_recorded_date(config: TrainConfig) -> TrainConfig:
@@ -174,33 +192,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-_MAX_ALIASES = 16
-
-
-class _Loader(yaml.SafeLoader):
-    """A loader of YAML's safe subset that refuses repeated keys, whose value would be ambiguous, and many aliases.
-
-    Nested lists of aliases would expand to more data than memory holds.
-    """
-
-    num_aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Override the base class."""
-        self.num_aliases += self.check_event(yaml.AliasEvent)
-        if self.num_aliases > _MAX_ALIASES:
-            raise ValueError(f"there are more than {_MAX_ALIASES} aliases; write out their content")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Override the base class."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if twice is not None:
-            raise ValueError(f"the key {twice!r} appears twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML recipe.
 
@@ -208,7 +199,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, is not valid YAML, or is no mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(read_bytes(path, RECIPE_BYTES).decode("utf-8"))
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     # The parser also raises errors of Python for malformed numbers and dates, and for nesting that is too deep.

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, Wit
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
+from zotune.llm.config.safe_yaml import parse_yaml
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -53,9 +54,9 @@ def as_json(value: Any) -> Any:
         ValueError: the value is neither.
     """
     try:
-        plain = yaml.safe_load(value) if isinstance(value, str) else value
+        plain = parse_yaml(value) if isinstance(value, str) else value
         text = json.dumps(plain)
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'it must be a mapping, like {{"r": 4}} ({error})') from None
     if not isinstance(plain, dict):
         raise ValueError('it must be a mapping, like {"r": 4}')
