@@ -4,7 +4,9 @@ The faster form of the kills, in one process: runs cut anywhere (tests/llm/train
 """
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,7 @@ def test_a_child_is_stopped_before_any_chosen_write(place, monkeypatch):
         (lambda args: 2, "exit code 2 without a message"),
         (lambda args: int("x"), "invalid literal"),
         (lambda args: len(bytearray(fuzz.MEMORY + (1 << 28))) and 0, "MemoryError"),
-        (lambda args: __import__("os").kill(__import__("os").getpid(), 11), "the process ended with -11"),
+        (lambda args: os.kill(os.getpid(), signal.SIGKILL), "the process ended with -9"),
     ],
     ids=["code", "silence", "traceback", "memory", "crash"],
 )
