@@ -28,8 +28,8 @@ from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
+from zotune.llm.training.in_memory import MemoryOutput, NoJournal, Output
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
@@ -48,7 +48,7 @@ class Run:
     """The state of a run between steps: the model, its rows, its optimizer, its counters and its journal."""
 
     def __init__(
-        self, lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: OutputFolder
+        self, lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: Output
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.counters = Counters()
@@ -64,7 +64,11 @@ class Run:
             keep_activations()
         self.update = _update(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
-        self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
+        self.journal = (
+            NoJournal()
+            if isinstance(output, MemoryOutput)
+            else Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
+        )
         self._forwards_before = 0
 
     def run_steps(self, display: Display, stop: StopRequest) -> None:

@@ -61,6 +61,10 @@ class MetricsLog:
         line = self._lines.get((step, True))
         return None if line is None else line["dev"]
 
+    def lines(self) -> list[Line]:
+        """Return all lines in order."""
+        return list(_whole_lines(self._path))
+
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         with self._path.open("rb") as metrics:
