@@ -46,22 +46,27 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
             check_causal(lambda ids: lm.read_with(lm.module, ids), lm.vocabulary, lm.name)
         yield lm
     except BaseException:
-        state.restore(model)
+        state.restore()
         raise
     state.settle(lm.module)
 
 
+# What peft and `accept_old_name` set on modules of the model itself.
+_SET = ("forward", "peft_config")
+
+
 class _State:
-    """The state of a model's modules: children, parameters, replaced `forward`, mode, and what requires a gradient."""
+    """The state of a model's modules: children, parameters, mode, what `_SET` names, and what requires a gradient."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules = [
-            (m, m.training, dict(m._modules), dict(m._parameters), vars(m).get("forward")) for m in model.modules()
+            (m, m.training, dict(m._modules), dict(m._parameters), {k: vars(m)[k] for k in _SET if k in vars(m)})
+            for m in model.modules()
         ]
         self._parameters = [(p, p.requires_grad) for p in model.parameters()]
 
-    def restore(self, model: nn.Module) -> None:
+    def restore(self) -> None:
         """Restore everything."""
         for module, training, children, parameters, _ in self._modules:
             module._modules.clear()
@@ -69,26 +74,25 @@ class _State:
             module._parameters.clear()
             module._parameters.update(parameters)
             module.training = training
-        self._restore_parameters()
+        self._restore_attributes()
 
     def settle(self, module: nn.Module) -> None:
         """Restore everything but an adapter around the model, whose new modules get the mode of the model."""
         known = {id(m) for m, *_ in self._modules}
-        for new in module.modules():
-            new.training = self._model.training if id(new) not in known else new.training
         for m, training, *_ in self._modules:
             m.training = training
+        for new in module.modules():
+            new.training = new.training if id(new) in known else self._model.training
         if module is self._model:
-            self._restore_parameters()
+            self._restore_attributes()
 
-    def _restore_parameters(self) -> None:
+    def _restore_attributes(self) -> None:
         for parameter, requires_grad in self._parameters:
             parameter.requires_grad_(requires_grad)
-        for module, *_, forward in self._modules:
-            if forward is not None:
-                module.forward = forward
-            elif "forward" in vars(module):
-                del module.forward
+        for module, *_, attributes in self._modules:
+            for name in _SET:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
 
 
 def _language_model(model: Any, tokenizer: Any) -> LanguageModel:
