@@ -25,6 +25,7 @@ LINES = {
         "models",
         "scoring",
         "tasks",
+        "output",
         "training",
         "ledger",
         "api",

@@ -88,6 +88,14 @@ def test_lora_tunes_query_and_value_and_nothing_else(tiny, family):
     assert prepared(tiny(family), tuning="lora", tuned_layers=1) == adapter_names(family, (1,), modules)
 
 
+def test_all_linear_means_the_layers_that_peft_means(tiny, causal_family):
+    from peft import LoraConfig, get_peft_model
+
+    ours = prepared(tiny(causal_family), tuning="lora", lora_target_modules=("all-linear",))
+    theirs = get_peft_model(tiny(causal_family).base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert ours == {n for n, p in theirs.named_parameters() if p.requires_grad}
+
+
 def test_lora_takes_rank_scale_and_modules(tiny):
     lm = tiny("llama")
     options = {"tuning": "lora", "lora_r": 3, "lora_alpha": 12, "lora_target_modules": ("down_proj",)}

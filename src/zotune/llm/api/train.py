@@ -19,11 +19,11 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.tuning import TuningOptions
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import UserRows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.train import Result, tune, with_options_of
 from zotune.messages import say
 

@@ -30,8 +30,9 @@ from zotune.llm.ledger.rebuild import (
     say_in_memory,
 )
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, mean_of_models, streamed_base
+from zotune.llm.output.json_files import write_json
+from zotune.llm.output.locked_folder import tidy
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.output_folder import write_json
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
 
@@ -121,6 +122,8 @@ def find_fine_tune(path: Path) -> Ledger | Merge:
     Raises:
         LedgerError: there is none, or it is damaged.
     """
+    if path.is_dir():
+        tidy(path)
     file = path / MERGE
     return _read_merge(file) if file.is_file() else find_ledger(path)
 

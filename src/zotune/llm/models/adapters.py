@@ -42,6 +42,8 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     linear = {n.rpartition(".")[2] for n, m in lm.text_model.named_modules() if isinstance(m, nn.Linear)}
     default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")
     targets = config.lora_target_modules or default
+    if targets == ("all-linear",):
+        targets = _linear_in(layers)
     unknown = [t for t in targets if t not in linear]
     if unknown:
         raise UsageError(
@@ -59,6 +61,12 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     _wrap_with_peft(lm, lora, config.seed)
+
+
+def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return the last names of the linear layers inside a model's layers, as peft's "all-linear" chooses them."""
+    inside = (n for layer in layers for n, m in layer.named_modules() if isinstance(m, nn.Linear))
+    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in inside))
 
 
 def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
@@ -210,9 +218,11 @@ def _stand_ins(module: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type == "meta":
         offloaded = []
     for m, name, p in offloaded:
-        m._parameters[name] = nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape))
+        place = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+        m._parameters[name] = nn.Parameter(place, requires_grad=False)
     try:
         yield
     finally:
         for m, name, p in offloaded:
-            m._parameters[name] = p.requires_grad_(False)
+            p.requires_grad_(False)
+            m._parameters[name] = p

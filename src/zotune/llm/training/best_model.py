@@ -92,8 +92,8 @@ class BestModelTracker:
     def _copy(self) -> ActivationStore:
         """Return a copy of the tuned weights."""
         num_bytes = sum(8 * -(-p.nbytes // 8) for p in self._tuned)
-        in_memory = num_bytes <= MAX_MEMORY or self._folder is None
-        store = ActivationStore([MemoryTier(num_bytes) if in_memory else FileTier(num_bytes, self._folder)])
+        folder = self._folder if num_bytes > MAX_MEMORY else None
+        store = ActivationStore([MemoryTier(num_bytes) if folder is None else FileTier(num_bytes, folder)])
         for i, p in enumerate(self._tuned):
             if not store.put((i,), p.detach()):
                 raise RunError(

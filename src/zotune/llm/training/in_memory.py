@@ -8,10 +8,10 @@ from typing import Any
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.metrics_log import Line, MetricsLog
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.training.counters import Counters
-from zotune.llm.training.metrics_log import Line, MetricsLog
-from zotune.llm.training.output_folder import OutputFolder
 
 
 class MetricsInMemory:

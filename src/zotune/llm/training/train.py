@@ -24,6 +24,9 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.environment import environment
+from zotune.llm.output.locked_folder import tidy
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
@@ -31,7 +34,6 @@ from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.in_memory import Output
 from zotune.llm.training.loop import Run
-from zotune.llm.training.output_folder import OutputFolder, environment
 from zotune.llm.training.progress import Display
 from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import StopRequest, stop_on_signal
@@ -126,6 +128,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Result:
     2
     """
     config = with_recorded_date(config)
+    tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
@@ -179,6 +182,7 @@ def _train(run: Run, config: TrainConfig) -> Result:
     """Run all steps, save the model, and evaluate it."""
     lm, rows, output = run.lm, run.rows, run.output
     before = run.evaluate_before()
+    output.begin()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
         try:
             run.run_steps(display, stop)

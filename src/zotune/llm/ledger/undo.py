@@ -1,0 +1,38 @@
+"""Undoing steps: a run's folder as it was after an earlier step, from which `--resume` continues."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from zotune.ledger import LedgerWriter
+from zotune.llm.ledger.rebuild import find_ledger, rebuild
+from zotune.llm.output.locked_folder import LockedFolder
+from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.model_files import old_weights
+from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, METRICS
+
+
+def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
+    """Restore weights, ledger and metrics of a run's folder at an earlier step.
+
+    Weights, ledger and metrics change at once, after all weights were computed and checked.
+
+    Raises:
+        LedgerError: there are fewer steps.
+        UsageError: another command writes into the folder.
+    """
+    ledger = find_ledger(folder).first(num_steps)
+    with LockedFolder(folder) as locked:
+        # The ledger may have grown until the folder was locked.
+        ledger = find_ledger(folder).first(num_steps)
+        writer, _ = LedgerWriter.resume(folder / LEDGER)
+        with writer:
+            rebuilt = rebuild(ledger, base, device)
+            stale = [CHECKPOINT, "results.json", *old_weights(locked.manifest.files)]
+            with locked.staged(without=stale) as staging:
+                rebuilt.write(staging)
+                (staging / LEDGER).write_bytes(ledger.to_bytes())
+                if (folder / METRICS).is_file():
+                    shutil.copyfile(folder / METRICS, staging / METRICS)
+                    MetricsLog(staging / METRICS).truncate(num_steps)
