@@ -25,6 +25,7 @@ LINES = {
         "models",
         "scoring",
         "tasks",
+        "callbacks",
         "output",
         "training",
         "ledger",

@@ -116,6 +116,34 @@ def collected(completions):
     return [len(c.text) for c in completions]
 
 
+def test_callbacks_are_called_and_may_end_the_run(loaded):
+    from transformers import TrainerCallback
+
+    class Noting(TrainerCallback):
+        def __init__(self):
+            self.steps, self.metrics = [], []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            assert type(model).__name__ == "PeftModelForCausalLM"
+            self.steps.append(state.global_step)
+            control.should_training_stop = state.global_step == 2
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.metrics.append(metrics["eval_loss"])
+
+    noting = Noting()
+    result = train(*loaded(), ROWS, ROWS, **{**QUICK, "max_steps": 9}, eval_steps=1, callbacks=[noting])
+    assert noting.steps == [1, 2]
+    assert result.num_steps == 2
+    assert noting.metrics[-1] == result.test.loss
+    with pytest.raises(UsageError, match="which is no callback"):
+        train(*loaded(), ROWS, callbacks=[print])
+
+
+def test_epochs_end_the_run(loaded):
+    assert train(*loaded(), ROWS, num_train_epochs=2, per_device_train_batch_size=4).num_steps == 6
+
+
 def test_a_reward_function_without_a_name_is_refused(loaded):
     with pytest.raises(UsageError, match=r"cannot be found by its name\. Define it with `def` at the top level"):
         train(*loaded(), PAIRS, objective=lambda completions: [0.0] * len(completions))
@@ -229,6 +257,7 @@ REFUSED = {
     "value": (lambda m, t, p: ((m, t, ROWS), {"method": "zo_sdg"}), "Did you mean 'zo_sgd'"),
     "named": (lambda m, t, p: ((m, t, ROWS), {"dtype": "float16"}), r"use train\(TrainConfig\(dtype=…\)\)"),
     "folder": (lambda m, t, p: ((m, t, ROWS), {"save_steps": 1}), "save_steps has no effect here: it needs output_dir"),
+    "trackers": (lambda m, t, p: ((m, t, ROWS), {"report_to": "tensorboard"}), "report_to: tensorboard has no effect"),
     "nested": (lambda m, t, p: ((p, t, ROWS), {"tuning": "lora"}), r"an adapter already \(lora\).*leave out tuning"),
     "rank": (lambda m, t, p: ((p, t, ROWS), {"lora_r": 4}), "leave out lora_r"),
     "injected": (lambda m, t, p: ((p.base_model.model, t, ROWS), {}), r"pass its result\.model"),

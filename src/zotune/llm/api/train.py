@@ -12,6 +12,7 @@ from zotune.errors import UsageError
 from zotune.llm.api.arguments import config_of, in_words_of_python
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
+from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.method import MethodName
@@ -19,16 +20,21 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.tuning import TuningOptions
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import UserRows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
+from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.train import Result, tune, with_options_of
 from zotune.messages import say
 
 # Options of what a run writes or reads in its folder.
-_OF_THE_FOLDER = ("overwrite_output_dir", "resume", "save_steps", "reuse_file")
+_OF_THE_FOLDER = (
+    *("overwrite_output_dir", "resume", "resume_from_checkpoint", "reuse_file"),
+    *("save_steps", "save_strategy", "save_total_limit"),
+)
 
 
 @overload
@@ -84,7 +90,7 @@ def train(
             that do not require a gradient stay frozen.
         learning_rate: the learning rate η at the first step.
         output_dir: folder for the model, its ledger, metrics and results; None: nothing is written.
-        callbacks: objects that are told of the run's steps, evaluations and saves.
+        callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
         options: further options of `TrainConfig` by name: `max_steps`, `mu`, `per_device_train_batch_size`, …;
             `objective` may be a reward function.
 
@@ -109,13 +115,15 @@ def train(
     """
     if isinstance(model, TrainConfig):
         _check_alone(tokenizer, train_dataset, eval_dataset, output_dir, learning_rate, tuning, *options.values())
-        return by_name.train(model, callbacks)
+        return by_name.train(model, callbacks=callbacks)
     named = {"tuning": tuning, "learning_rate": learning_rate, "output_dir": output_dir}
     options |= {"method": method, **{k: v for k, v in named.items() if v is not None}}
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         _check_rows_given(train_dataset)
         config = config_of(TrainConfig, lm, _complete(lm, options), "train")
         _check_folder(config, output_dir)
+        callbacks = all_callbacks(config.report_to, callbacks)
+        schedule_of(config)
         given = _rows(train_dataset, eval_dataset, config)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
@@ -154,7 +162,15 @@ def _complete(lm: LanguageModel, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_folder(config: TrainConfig, output_dir: str | Path | None) -> None:
-    given = [name for name in _OF_THE_FOLDER if name in config.model_fields_set]
+    """Refuse options of the output folder if there is none.
+
+    Raises:
+        UsageError: there is none, or the checkpoint to resume from is none.
+    """
+    if config.resume_from_checkpoint is not None:
+        check_checkpoint(config.resume_from_checkpoint, config.output_dir)
+    given = [name for name in _OF_THE_FOLDER if name in config.model_fields_set and getattr(config, name) != "no"]
+    given += ["report_to: tensorboard"] if "tensorboard" in config.report_to else []
     if output_dir is None and given:
         raise UsageError(f"{given[0]} has no effect here: it needs output_dir, without which nothing is written.")
 

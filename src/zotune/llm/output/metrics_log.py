@@ -65,6 +65,11 @@ class MetricsLog:
         """Return all lines in order."""
         return list(_whole_lines(self._path))
 
+    @property
+    def earlier(self) -> tuple[Line, ...]:
+        """The lines of an earlier part of the run."""
+        return tuple(self._lines.values())
+
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         with self._path.open("rb") as metrics:

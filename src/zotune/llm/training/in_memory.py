@@ -18,6 +18,7 @@ class MetricsInMemory:
     """The metrics of a run as a list; see `MetricsLog`."""
 
     has_lines = False
+    earlier: tuple[Line, ...] = ()
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
