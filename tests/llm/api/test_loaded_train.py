@@ -102,7 +102,16 @@ def test_all_rows_are_trained_on_if_none_are_held_out(loaded):
     model, tokenizer = loaded()
     rows = [{"prompt": row["text"], "label": row["label"]} for row in ROWS]
 
-    train(model, tokenizer, rows, objective=collected, method="zo_sgd", max_steps=1, per_device_train_batch_size=11)
+    train(
+        model,
+        tokenizer,
+        rows,
+        objective=collected,
+        method="zo_sgd",
+        max_steps=1,
+        per_device_train_batch_size=11,
+        max_new_tokens=1,
+    )
     seen = {c.prompt for c in COLLECTED}
     assert seen == {row["text"] for row in ROWS}
 
@@ -256,6 +265,8 @@ REFUSED = {
     "unknown": (lambda m, t, p: ((m, t, ROWS), {"max_stepz": 1}), r"train\(\): unknown key 'max_stepz'\. Did you mean"),
     "value": (lambda m, t, p: ((m, t, ROWS), {"method": "zo_sdg"}), "Did you mean 'zo_sgd'"),
     "named": (lambda m, t, p: ((m, t, ROWS), {"dtype": "float16"}), r"use train\(TrainConfig\(dtype=…\)\)"),
+    "alias": (lambda m, t, p: ((m, t, ROWS), {"bf16": True}), r"no option dtype \(or another tool's name of it\)"),
+    "no held-out rows": (lambda m, t, p: ((m, t, ROWS), {"eval_steps": 1}), "pass eval_dataset, or hold rows"),
     "folder": (lambda m, t, p: ((m, t, ROWS), {"save_steps": 1}), "save_steps has no effect here: it needs output_dir"),
     "trackers": (lambda m, t, p: ((m, t, ROWS), {"report_to": "tensorboard"}), "report_to: tensorboard has no effect"),
     "nested": (lambda m, t, p: ((p, t, ROWS), {"tuning": "lora"}), r"an adapter already \(lora\).*leave out tuning"),

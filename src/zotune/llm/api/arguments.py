@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from zotune.errors import UsageError
+from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.data import IN_MEMORY
 from zotune.llm.config.schema import validate
 from zotune.llm.models.language_model import LanguageModel
@@ -39,15 +40,27 @@ def config_of(schema: type[Config], lm: LanguageModel, options: Mapping[str, Any
     Raises:
         UsageError: an option is unknown, has a wrong value, or names what the caller passes as an argument.
     """
-    named = next((name for name in _BY_NAME if name in options), None)
-    if named is not None:
-        raise UsageError(
-            f"{function}() has no option {named!r}, because it takes a model and rows that are loaded. To name them, "
-            f"use {function}({schema.__name__}({named}=…))."
-        )
+    options = _with_name_of_objective(our_names(schema, options, function))
     dtype = str(lm.base.dtype).removeprefix("torch.")
     loaded = {"model": lm.name, "dtype": dtype if dtype in _DTYPES else "auto", "data_source": IN_MEMORY}
-    return validate(schema, {**_with_name_of_objective(options), **loaded}, f"{function}()")
+    return validate(schema, {**options, **loaded}, f"{function}()")
+
+
+def our_names(schema: type[BaseModel], options: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """Return options under our own names; those of other tools are accepted where they mean the same.
+
+    Raises:
+        UsageError: an option names what the caller passes as an argument, or has no counterpart here.
+    """
+    ours = resolve_aliases(options, schema.model_fields, f"{function}()")
+    named = next((name for name in _BY_NAME if name in ours), None)
+    if named is not None:
+        asked = named if named in options else f"{named} (or another tool's name of it)"
+        raise UsageError(
+            f"{function}() has no option {asked}, because it takes a model and rows that are loaded. To name them, "
+            f"use {function}({schema.__name__}({named}=…))."
+        )
+    return ours
 
 
 def _with_name_of_objective(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from zotune.errors import UsageError
-from zotune.llm.api.arguments import config_of, in_words_of_python
+from zotune.llm.api.arguments import config_of, in_words_of_python, our_names
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
 from zotune.llm.callbacks.trackers import all_callbacks
@@ -120,8 +120,9 @@ def train(
     options |= {"method": method, **{k: v for k, v in named.items() if v is not None}}
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         _check_rows_given(train_dataset)
-        config = config_of(TrainConfig, lm, _complete(lm, options), "train")
+        config = config_of(TrainConfig, lm, _complete(lm, our_names(TrainConfig, options, "train")), "train")
         _check_folder(config, output_dir)
+        _check_held_out(config, eval_dataset)
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
         given = _rows(train_dataset, eval_dataset, config)
@@ -173,6 +174,14 @@ def _check_folder(config: TrainConfig, output_dir: str | Path | None) -> None:
     given += ["report_to: tensorboard"] if "tensorboard" in config.report_to else []
     if output_dir is None and given:
         raise UsageError(f"{given[0]} has no effect here: it needs output_dir, without which nothing is written.")
+
+
+def _check_held_out(config: TrainConfig, eval_dataset: Any) -> None:
+    if config.evaluates != "no" and eval_dataset is None and not config.num_dev:
+        raise UsageError(
+            "the run is to be evaluated on rows that it does not train on, and there are none: pass eval_dataset, or "
+            "hold rows of train_dataset out with num_dev."
+        )
 
 
 def _rows(train_dataset: Any, eval_dataset: Any, config: TrainConfig) -> UserRows:
