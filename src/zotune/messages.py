@@ -1,13 +1,54 @@
-"""Messages to the person who runs zotune; all on stderr."""
+"""Messages to the person who runs zotune, all on stderr; and text from files, made safe for where it is shown."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 # The benchmark's content keys leave out this module: it shows messages, and computes nothing of a result.
 COUNTS_FOR_RESULTS = "never"
 
 
+# What a terminal obeys or hides, but for line breaks and tabs: control characters, marks that turn the direction of
+# writing, line separators, byte order marks, halves of characters.
+_CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def printable(text: str) -> str:
+    r"""Return text whose control characters are shown as escapes, so that no terminal obeys them.
+
+    Text from files, and messages about it, may hold sequences that rewrite the screen, the clipboard or the title of a
+    terminal. Line breaks and tabs stay.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return _CONTROLS.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    r"""Return text as `printable` does, with line breaks and tabs as escapes too, so that it forges no further line.
+
+    >>> print(one_line("a\nb"))
+    a\nb
+    """
+    return re.sub("[\n\t]", _escape, printable(text))
+
+
+def markdown_text(text: str) -> str:
+    r"""Return text that Markdown, and HTML in it, shows as it is: no link, tag, emphasis or column comes of it.
+
+    >>> print(markdown_text("my_rows <b> | [x](y)"))
+    my_rows \<b\> \| \[x\](y)
+    """
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
 def say(message: str) -> None:
-    """Print a message on stderr."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    """Print a message on stderr, its control characters as escapes."""
+    print(printable(message), file=sys.stderr, flush=True)  # noqa: T201

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
+from zotune.messages import one_line
 
 _DESCRIPTION = """Work with the ledger of a fine-tune: the few kilobytes from which zotune
 rebuilds the tuned weights with no data and no forward pass."""
@@ -78,7 +79,7 @@ def _show(args: argparse.Namespace) -> CommandResult:
     ledger = find_ledger(args.path)
     properties = summary(ledger)
     records = list(ledger)
-    lines = [f"{key}: {value}" for key, value in properties.items() if value is not None]
+    lines = [one_line(f"{key}: {value}") for key, value in properties.items() if value is not None]
     stride = max(1, -(-len(records) // max(args.rows, 1)))
     lines += ["", f"{'step':>8} {'loss':>12} {'rate':>12} {'scale':>6}  coefficients"]
     for record in records[::stride]:

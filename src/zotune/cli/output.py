@@ -1,4 +1,7 @@
-"""Results on stdout: JSON, plain text or a table of names; and the case that the reader of stdout has left."""
+"""Results on stdout: JSON, plain text or a table of names; and the case that the reader of stdout has left.
+
+What is printed may hold text from files, so its control characters are printed as escapes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from zotune.messages import printable
 
 
 class OutputClosedError(Exception):
@@ -24,14 +29,14 @@ def print_text(text: str) -> None:
         OutputClosedError: the reader of stdout has left.
     """
     try:
-        print(text, flush=True)  # noqa: T201
+        print(printable(text), flush=True)  # noqa: T201
     except BrokenPipeError:
         raise OutputClosedError from None
 
 
 def print_message(message: str) -> None:
     """Print a message to the user on stderr."""
-    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+    print(printable(f"zotune: {message}"), file=sys.stderr)  # noqa: T201
 
 
 def print_table(rows: Mapping[str, str], as_json: bool) -> None:

@@ -183,7 +183,8 @@ def export_into(folder: LockedFolder, rebuilt: AnyModel, *, merged: bool, max_sh
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Return a summary of a ledger and its run."""
-    config = ledger.header.about.get("config") or {}
+    config = ledger.header.about.get("config")
+    config = config if isinstance(config, dict) else {}
     return {
         "steps": len(ledger),
         "skipped": sum(record.is_skipped for record in ledger),

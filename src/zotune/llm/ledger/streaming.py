@@ -28,6 +28,7 @@ from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.model_files import write_errors_in_words
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.resume import combined_digest
@@ -63,6 +64,7 @@ class StreamedModel:
         """The names of the saved tensors."""
         return frozenset(self.shapes)
 
+    @write_errors_in_words()
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write a folder for transformers to load, with one tensor in memory at a time."""
         module: Any = self.lm.module

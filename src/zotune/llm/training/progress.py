@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from zotune.messages import say
+from zotune.messages import printable, say
 
 # The benchmark's content keys leave out this module: it shows a run, and computes nothing of its result.
 COUNTS_FOR_RESULTS = "never"
@@ -88,4 +88,4 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays above the progress bar."""
-        self._console.print(message, markup=False) if self._live else say(message)
+        self._console.print(printable(message), markup=False) if self._live else say(message)
