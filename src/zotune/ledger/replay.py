@@ -43,15 +43,19 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
     """
     if optimizer.num_steps:
         raise LedgerError(f"a ledger begins with the first step, but {optimizer.num_steps} have been taken.")
-    num_blocks, q = len(optimizer.blocks), optimizer.num_queries
-    layout = Layout(
+    version = optimizer.tuned.noise_version
+    return Header(layout_of(optimizer), describe(optimizer), describe_tensors(optimizer), about or {}, version)
+
+
+def layout_of(optimizer: ZerothOrder) -> Layout:
+    """The numbers in a record of the optimizer's steps."""
+    num_blocks = len(optimizer.blocks)
+    return Layout(
         num_estimates=num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1,
         num_groups=len(optimizer.param_groups),
-        num_coefficients=num_blocks * q,
+        num_coefficients=num_blocks * optimizer.num_queries,
         precision="f8" if _tunes_doubles(optimizer) else "f4",
     )
-    version = optimizer.tuned.noise_version
-    return Header(layout, describe(optimizer), describe_tensors(optimizer), about or {}, version)
 
 
 def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
@@ -110,6 +114,8 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
     header = ledger.header
     match_noise(optimizer, ledger)
     _check_method(optimizer, header, ledger.name)
+    if (layout := layout_of(optimizer)) != header.layout:
+        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
     with_numbers = digests and optimizer.num_steps == 0
     found = {t["name"]: t for t in describe_tensors(optimizer, digests=with_numbers)}
     for tensor in header.tensors:
