@@ -114,8 +114,6 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
     header = ledger.header
     match_noise(optimizer, ledger)
     _check_method(optimizer, header, ledger.name)
-    if (layout := layout_of(optimizer)) != header.layout:
-        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
     with_numbers = digests and optimizer.num_steps == 0
     found = {t["name"]: t for t in describe_tensors(optimizer, digests=with_numbers)}
     for tensor in header.tensors:
@@ -130,6 +128,8 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
                 )
     if found:
         raise LedgerError(f"{ledger.name} does not move {min(found)!r}, which is tuned here: another base model.")
+    if (layout := layout_of(optimizer)) != header.layout:
+        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
 
 
 def match_noise(optimizer: ZerothOrder, ledger: Ledger) -> None:
