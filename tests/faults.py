@@ -32,9 +32,11 @@ from transformers import LlamaForCausalLM
 from zotune.cli import main as cli
 from zotune.ledger import files, read
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output import environment as machine
+from zotune.llm.output import json_files
+from zotune.llm.output import metrics_log as metrics
+from zotune.llm.output import output_folder as output
 from zotune.llm.training import checkpoint
-from zotune.llm.training import metrics_log as metrics
-from zotune.llm.training import output_folder as output
 from zotune.llm.training.train import train
 from zotune.optim import zeroth_order
 
@@ -393,9 +395,9 @@ def main():
         warm_up(Path(folder))
         for found in inject(args.count, args.seed, Path(folder)):
             found["seconds"] = round(time.monotonic() - began)
-            found["environment"] = output.environment()
+            found["environment"] = machine.environment()
             if args.output:
-                output.write_json(args.output, found)
+                json_files.write_json(args.output, found)
     print(json.dumps(found, indent=2))
     sys.exit(1 if found["failed"] else 0)
 

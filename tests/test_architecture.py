@@ -17,7 +17,18 @@ LINES = {
         *("errors", "messages", "system", "noise", "model", "directions", "estimate", "apply", "optim", "methods"),
         *("ledger", "llm", "plan", "bench", "cli"),
     ),
-    "zotune.llm": ("config", "data", "quantized", "checkpoints", "models", "scoring", "tasks", "training", "ledger"),
+    "zotune.llm": (
+        "config",
+        "data",
+        "quantized",
+        "checkpoints",
+        "models",
+        "scoring",
+        "tasks",
+        "output",
+        "training",
+        "ledger",
+    ),
     "zotune.bench": ("spec", "results", "measure", "run", "report"),
 }
 MAX_MODULES, MAX_LINES, MAX_FUNCTION = 15, 300, 50

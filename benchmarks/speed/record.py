@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from zotune.llm.training.output_folder import environment
+from zotune.llm.output.environment import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 

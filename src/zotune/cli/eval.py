@@ -35,8 +35,8 @@ def run(args: list[str], as_json: bool) -> int:
     inherited, source = inherited_options(config)
     if inherited:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
+    from zotune.llm.output.json_files import write_json
     from zotune.llm.training.evaluation import evaluate
-    from zotune.llm.training.output_folder import write_json
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
     tune_malloc(OWN_PAGES_OF_PASSES)

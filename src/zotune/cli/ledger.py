@@ -149,7 +149,7 @@ def _undo(args: argparse.Namespace) -> CommandResult:
 def _merge(args: argparse.Namespace) -> CommandResult:
     from zotune.llm.ledger.merge import Merge
     from zotune.llm.ledger.rebuild import check_empty, find_ledger
-    from zotune.llm.training.output_folder import staged_folder
+    from zotune.llm.output.staging import staged_folder
 
     ledgers = tuple(find_ledger(path) for path in (args.path, *args.others))
     merge = Merge("average" if args.average else "row", ledgers)

@@ -52,7 +52,7 @@ def env(args: list[str], as_json: bool) -> int:
         "env", "Show versions, processor, GPU and the cache folder, for instance for a report of a bug.", args
     ):
         return 0
-    from zotune.llm.training.output_folder import environment
+    from zotune.llm.output.environment import environment
     from zotune.system.cache_dir import cache_folder
 
     print_table({**environment(), "processors": str(os.cpu_count()), "cache": str(cache_folder())}, as_json)

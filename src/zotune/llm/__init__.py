@@ -5,8 +5,8 @@
     result = train(TrainConfig(model="smollm2-135m", task="sst2", max_steps=100, output_dir="runs/first"))
 
 Read the packages in the order in which they depend on each other: `config`, `data`, `quantized`, `models`, `scoring`,
-`tasks`, `training`, `ledger`. Names are imported at their first use, so that importing this package loads neither torch
-nor transformers.
+`tasks`, `output`, `training`, `ledger`. Names are imported at their first use, so that importing this package loads
+neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
 from zotune.llm.models.load import find_device, load
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.environment import environment
 from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.loop import candidate_loss, try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.output_folder import environment
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.master_weights import FirstOrder, back_propagate
 from zotune.optim.zeroth_order import ZerothOrder

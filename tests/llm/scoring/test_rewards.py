@@ -23,6 +23,7 @@ from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring import generation
 from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.generated_answers import exact_match, f1
@@ -32,7 +33,6 @@ from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
 from zotune.llm.scoring.rewards import Completion, GeneratedObjective, checked_rewards, load_reward, open_ended
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training.loop import Run
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.step import check_first_estimate
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of

@@ -14,12 +14,12 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import language_model as models
 from zotune.llm.models.candidate_scores import losses
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, mean_loss
 from zotune.llm.tasks import TASKS
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.training.loop import Run
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.train import train
 
 EXAMPLES = (

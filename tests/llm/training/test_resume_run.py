@@ -287,7 +287,7 @@ def test_a_checkpoint_that_is_gone_and_fewer_steps_are_refused(config, tmp_path)
 
 
 def test_a_folder_is_one_runs_at_a_time(config, tmp_path):
-    from zotune.llm.training.output_folder import OutputFolder
+    from zotune.llm.output.output_folder import OutputFolder
 
     made = config(tuning="lora")
     folder = OutputFolder(made)

@@ -205,7 +205,7 @@ def read_results(results: Path | str, scale: str, experiment: str) -> Iterator[C
 def write_result(results: Path, result: CellResult) -> Path:
     """Write a cell's result atomically and return its path."""
     # Imported here because it imports torch, which readers of results do not need.
-    from zotune.llm.training.output_folder import write_json
+    from zotune.llm.output.json_files import write_json
 
     path = result_path(results, result.scale, result.experiment, result.cell)
     path.parent.mkdir(parents=True, exist_ok=True)

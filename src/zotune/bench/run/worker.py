@@ -21,7 +21,8 @@ from zotune.bench.measure.step import step_taken
 from zotune.bench.run.jobs import Job
 from zotune.bench.run.processes import FAILED, OUT_OF_MEMORY
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean, is_out_of_memory
-from zotune.llm.training.output_folder import environment, write_json
+from zotune.llm.output.environment import environment
+from zotune.llm.output.json_files import write_json
 from zotune.system.malloc import tune_malloc
 
 # Does a job, given its options and a folder of its own; returns JSON values.

@@ -30,8 +30,8 @@ from zotune.llm.ledger.rebuild import (
     say_in_memory,
 )
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, mean_of_models, streamed_base
+from zotune.llm.output.json_files import write_json
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.output_folder import write_json
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
 

@@ -21,12 +21,13 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.model_files import write_model_files
+from zotune.llm.output.staging import staged_folder
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels
-from zotune.llm.training.metrics_log import MetricsLog
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.output_folder import staged_folder, write_model_files
 from zotune.llm.training.resume import CHECKPOINT, LEDGER, frozen_digest
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from zotune.llm.quantized.backends import (
 from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
 from zotune.messages import say
+from zotune.system.processor import emulates
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,10 +75,23 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     if not is_quantized:  # transformers has placed a quantised model already
         lm.module.to(device)
     lm.module.eval()
+    if lm.device.type == "cpu":
+        _say_what_is_emulated(lm.base.dtype)
     # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
     if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
         check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
+
+
+@cache
+def _say_what_is_emulated(dtype: torch.dtype) -> None:
+    """Say once that products of a precision are slow on this processor."""
+    if emulates(dtype):
+        name = str(dtype).removeprefix("torch.")
+        say(
+            f"this processor has no instructions for {name} products: they take several times as long as those of "
+            "float32. If there is memory for it (twice the bytes of the weights), add --dtype float32."
+        )
 
 
 def check_quantization(options: ModelOptions) -> None:

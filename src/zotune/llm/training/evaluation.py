@@ -17,14 +17,14 @@ from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demons
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
+from zotune.llm.output.environment import environment
+from zotune.llm.output.json_files import json_safe
 from zotune.llm.quantized.backends import saved_quantization
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tasks.load_data import encode_rows, load_examples
 from zotune.llm.tasks.user_data import Data
-from zotune.llm.training.metrics_log import json_safe
-from zotune.llm.training.output_folder import environment
 from zotune.messages import say
 from zotune.system.atomic_write import atomic_write
 from zotune.system.peak_memory import peak_memory

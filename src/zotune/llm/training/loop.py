@@ -23,13 +23,13 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest

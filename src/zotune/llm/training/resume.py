@@ -28,12 +28,12 @@ from zotune.ledger.replay import check, digests_of, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer
-from zotune.llm.training.output_folder import OutputFolder
 from zotune.messages import say
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder

@@ -18,13 +18,14 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.environment import environment
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.loop import Run
-from zotune.llm.training.output_folder import OutputFolder, environment
 from zotune.llm.training.progress import Display
 from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import StopRequest, stop_on_signal

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-import zotune
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
-from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
-from zotune.llm.quantized.gguf_output import write_tuned
+from zotune.llm.output.json_files import write_json
+from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.model_card import model_card
+from zotune.llm.output.model_files import save_model_files
+from zotune.llm.output.staging import STAGING
 from zotune.llm.quantized.layers import has_packed_layers
-from zotune.llm.quantized.scales import save_pretrained
 from zotune.llm.scoring.accuracy import Evaluation
-from zotune.llm.training.metrics_log import MetricsLog, json_safe
-from zotune.llm.training.model_card import model_card
-from zotune.system.atomic_write import atomic_write
 
 # Patterns of the files that a run writes; a failed run may leave only the first ones.
 _VALUABLE_FILES = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
@@ -45,9 +36,6 @@ _RUN_FILES = (
     FINGERPRINT,
     "*.safetensors.index.json",
 )
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# Folder in which a model is written before it is complete.
-_STAGING = ".saving"
 
 
 class OutputFolder:
@@ -98,7 +86,7 @@ class OutputFolder:
         recipe = self.path / "config.yaml"
         self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
         try:
-            shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+            shutil.rmtree(self.path / STAGING, ignore_errors=True)
             # An adapter of an earlier run would be loaded in place of new weights beside it.
             for path in [p for pattern in _RUN_FILES for p in self.path.glob(pattern) if not self.is_resumed]:
                 path.unlink()
@@ -160,67 +148,3 @@ def _is_valuable(path: Path) -> bool:
         return len(read(path)) > 0
     except LedgerError:
         return True
-
-
-def save_model_files(lm: LanguageModel, folder: Path) -> None:
-    """Write weights or adapter, config and tokenizer; they replace earlier files once they are complete."""
-    with staged_folder(folder) as staging:
-        write_model_files(lm, staging)
-
-
-def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write weights or adapter, config and tokenizer."""
-    if not is_adapter(lm.module) and has_packed_layers(lm.module):
-        write_tuned(lm.module, folder)
-        write_fingerprint(folder, lm.base_fingerprint)
-        return
-    # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
-    extra: dict[str, Any] = (
-        {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
-    )
-    save_pretrained(lm.module, str(folder), **extra)
-    if is_adapter(lm.module):
-        write_fingerprint(folder, lm.base_fingerprint)
-    lm.tokenizer.save_pretrained(str(folder))
-
-
-@contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
-    """Yield a staging folder; when the context ends without an error, its files are moved into `folder`.
-
-    Earlier weight files are removed, because shards could otherwise remain beside a single file.
-    """
-    staging, is_new = folder / _STAGING, not folder.exists()
-    staging.mkdir(parents=True, exist_ok=True)
-    try:
-        yield staging
-        new = {file.name for file in staging.iterdir()}
-        for file in staging.iterdir():
-            file.replace(folder / file.name)
-        for old in [old for pattern in _WEIGHTS for old in folder.glob(pattern) if old.name not in new]:
-            old.unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # it is not empty if the files are complete
-                folder.rmdir()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(json_safe(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def environment() -> dict[str, str]:
-    """Return versions and machine, which every result records."""
-    libraries = ("transformers", "peft")
-    return {
-        "zotune": zotune.__version__,
-        "torch": torch.__version__,
-        **{name: version(name) for name in libraries},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpu_threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }

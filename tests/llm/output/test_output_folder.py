@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load
+from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.tasks.user_data import load_user_data
-from zotune.llm.training.metrics_log import MetricsLog
 from zotune.llm.training.train import train
 
 
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_is_reported_as_such(zotune, short, monkeypatch, sa
     elif saved_by == "tokenizer":
         monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
     else:
-        monkeypatch.setattr("zotune.llm.training.output_folder.write_json", full)
+        monkeypatch.setattr("zotune.llm.output.output_folder.write_json", full)
     said = zotune(*short())
     assert (said.code, said.out) == (1, "")
     assert "No space left on device" in said.err

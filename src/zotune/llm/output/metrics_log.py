@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zotune.errors import NotWrittenError
+from zotune.llm.output.json_files import json_safe
 from zotune.system.atomic_write import atomic_write
 
 Line = dict[str, Any]
@@ -65,15 +65,6 @@ class MetricsLog:
         """Wait until all lines are on the disk."""
         with self._path.open("rb") as metrics:
             os.fsync(metrics.fileno())
-
-
-def json_safe(value: Any) -> Any:
-    """Return `value` with None in place of NaN and infinities, which JSON cannot represent."""
-    if isinstance(value, dict):
-        return {k: json_safe(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,24 @@
+"""Versions and machine, which every result records."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+import zotune
+
+
+def environment() -> dict[str, str]:
+    """Return versions and machine, which every result records."""
+    libraries = ("transformers", "peft")
+    return {
+        "zotune": zotune.__version__,
+        "torch": torch.__version__,
+        **{name: version(name) for name in libraries},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }

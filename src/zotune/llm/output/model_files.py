@@ -1,0 +1,37 @@
+"""The files of a model: weights or adapter, configuration and tokenizer, for transformers or peft to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.fingerprint import write_fingerprint
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
+from zotune.llm.output.staging import staged_folder
+from zotune.llm.quantized.gguf_output import write_tuned
+from zotune.llm.quantized.layers import has_packed_layers
+from zotune.llm.quantized.scales import save_pretrained
+
+
+def save_model_files(lm: LanguageModel, folder: Path) -> None:
+    """Write weights or adapter, config and tokenizer; they replace earlier files once they are complete."""
+    with staged_folder(folder) as staging:
+        write_model_files(lm, staging)
+
+
+def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """Write weights or adapter, config and tokenizer."""
+    if not is_adapter(lm.module) and has_packed_layers(lm.module):
+        write_tuned(lm.module, folder)
+        write_fingerprint(folder, lm.base_fingerprint)
+        return
+    # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
+    extra: dict[str, Any] = (
+        {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
+    )
+    save_pretrained(lm.module, str(folder), **extra)
+    if is_adapter(lm.module):
+        write_fingerprint(folder, lm.base_fingerprint)
+    lm.tokenizer.save_pretrained(str(folder))
