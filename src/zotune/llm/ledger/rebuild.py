@@ -28,7 +28,8 @@ from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.resume import CHECKPOINT, LEDGER, frozen_digest
+from zotune.llm.training.origin import frozen_digest
+from zotune.llm.training.resume import CHECKPOINT, LEDGER
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
 

@@ -30,7 +30,7 @@ from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, wri
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.resume import combined_digest
+from zotune.llm.training.origin import combined_digest
 from zotune.optim.zeroth_order import ZerothOrder
 
 # A function from a tensor's name to its values, on the CPU in memory that the caller may change.

@@ -27,7 +27,6 @@ from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
-from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import StopRequest, stop_on_signal
 from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
@@ -114,8 +113,6 @@ def train(config: TrainConfig) -> Result:
     for note in rows.notes:
         say(note)
     with closing(OutputFolder(config)) as output:
-        if output.is_resumed:
-            check_same_run(output.before, config)
         output.check_free_space(lm)
         scorer, rows = _scorer(lm, rows, config), _with_prompt_cache(lm, rows, config)
         with closing(Run(lm, rows, config, scorer, output)) as run:
@@ -125,6 +122,7 @@ def train(config: TrainConfig) -> Result:
 def _train(run: Run, config: TrainConfig) -> Result:
     """Run all steps, save the model, and evaluate it."""
     lm, rows, output = run.lm, run.rows, run.output
+    run.journal.check()
     before = run.evaluate_before()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
         try:
