@@ -41,6 +41,7 @@ from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
 from zotune.messages import say
 from zotune.system.processor import emulates
 
+_TALKATIVE = ("transformers", "huggingface_hub", "datasets", "peft", "bitsandbytes", "torchao", "torch.utils._pytree")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -119,10 +120,11 @@ def quiet_libraries() -> None:
     """Silence transformers and related libraries; zotune shows progress and messages of its own."""
     import transformers
 
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name in ("huggingface_hub", "datasets", "peft", "bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in _TALKATIVE:
+        # Setting a level makes every logger of the process forget what it has cached.
+        if (logger := logging.getLogger(name)).level != logging.ERROR:
+            logger.setLevel(logging.ERROR)
     # A warning from peft about transformers that only their developers can act on.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     # Matrices are untied before an adapter on one of them is merged.
