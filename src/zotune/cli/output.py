@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from zotune.messages import say
 
 
 class OutputClosedError(Exception):
@@ -31,7 +32,7 @@ def print_text(text: str) -> None:
 
 def print_message(message: str) -> None:
     """Print a message to the user on stderr."""
-    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+    say(f"zotune: {message}")
 
 
 def print_table(rows: Mapping[str, str], as_json: bool) -> None:

@@ -13,8 +13,8 @@ import zlib
 # How far behind the damage a record may begin at any place, and how many records may be missing there.
 _MAX_PLACES = 1 << 20
 _MAX_MISSING = 1 << 12
-# A chance match of 32 bits is believed if fewer than one in so many files would hold it; else two in a row are asked.
-_ONE_IN = 1 << 14
+# A match of 32 bits is believed if fewer than one file in so many would hold it by chance; else two in a row are asked.
+_ONE_IN = 1 << 13
 
 
 def has_good_record(rest: memoryview, size: int, num_good: int, header_crc: int) -> bool:
@@ -39,10 +39,15 @@ def has_good_record(rest: memoryview, size: int, num_good: int, header_crc: int)
         return True
     last = len(rest) - size
     num_places = min(last + 1, _MAX_PLACES)
-    one_is_enough = num_places * len(numbers) * _ONE_IN < 1 << 32
+    # Where no record is missing, few numbers are possible at a place, and fewer chance matches.
+    is_sure = num_places * len(numbers) * _ONE_IN < 1 << 32
+    is_sure_if_none_is_missing = num_places * (num_places // size + 2) * _ONE_IN < 1 << 33
     for place in range(num_places):
-        number = number_at(place)
-        if number is not None and (one_is_enough or (place + size <= last and number_at(place + size) == number + 1)):
+        if (number := number_at(place)) is None:
+            continue
+        if is_sure or (is_sure_if_none_is_missing and number - num_good <= place // size + 1):
+            return True
+        if place + size <= last and number_at(place + size) == number + 1:
             return True
     return False
 

@@ -182,7 +182,7 @@ class LedgerWriter:
         content, file = header.to_bytes(), -1
         try:
             with atomic_write(path) as temporary:
-                file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
                 _lock(file, path)
                 _write_all(file, content)
                 os.fsync(file)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from zotune.errors import UsageError
-from zotune.ledger import Ledger, LedgerError, LedgerWriter, read
+from zotune.ledger import Ledger, LedgerError, read
+from zotune.ledger.files import DamagedLedgerError, locked
 from zotune.ledger.replay import replay
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.config.run import TrainConfig
@@ -32,16 +35,21 @@ from zotune.llm.training.origin import frozen_digest
 from zotune.llm.training.resume import CHECKPOINT, LEDGER
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
+from zotune.system.atomic_write import atomic_write, sync
 
 # The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
 
 
-def find_ledger(path: Path) -> Ledger:
+def find_ledger(path: Path, num_steps: int | None = None) -> Ledger:
     """Read the ledger in a run's folder or in a file.
 
+    Args:
+        path: the folder or the file.
+        num_steps: read the first steps only, also those before damage in the middle; all steps for None.
+
     Raises:
-        LedgerError: there is none, or it is damaged.
+        LedgerError: there is none, it has fewer steps, or it is damaged before that step.
     """
     file = path / LEDGER if path.is_dir() else path
     if (path / MERGE).is_file():
@@ -52,7 +60,12 @@ def find_ledger(path: Path) -> Ledger:
             f"recorded "
             "in a few numbers."
         )
-    return read(file)
+    try:
+        return read(file).first(num_steps)
+    except DamagedLedgerError as error:
+        if num_steps is None or num_steps > len(error.intact):
+            raise
+        return error.intact.first(num_steps)
 
 
 def config_of(ledger: Ledger, base: str | None = None, device: str | None = None) -> TrainConfig:
@@ -98,6 +111,9 @@ class RebuiltModel:
     def tensor(self, name: str) -> Tensor:
         """Return the tensor of a name, on the CPU."""
         return self._state[name].detach().cpu()
+
+    def check_base(self) -> None:
+        """Do nothing: the base was read and checked when the model was rebuilt."""
 
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write a folder for transformers or peft to load."""
@@ -186,23 +202,38 @@ def undo(folder: Path, num_steps: int, base: str | None = None, device: str | No
         LedgerError: there are fewer steps, or another process writes the ledger.
     """
     path = folder / LEDGER
-    ledger = find_ledger(folder).first(num_steps)
-    writer, _ = LedgerWriter.resume(path)
-    with writer:
+    find_ledger(folder, num_steps)
+    with locked(path):
+        ledger = find_ledger(folder, num_steps)
         rebuilt = rebuild(ledger, base, device)
         with staged_folder(folder) as staging:
             # Tensors are computed and checked while they are written; the ledger is truncated only after that.
             rebuilt.write(staging)
             (folder / CHECKPOINT).unlink(missing_ok=True)
             (folder / "results.json").unlink(missing_ok=True)
+            keep_if_damaged(path)
             (staging / LEDGER).write_bytes(ledger.to_bytes())
             (staging / LEDGER).replace(path)
             MetricsLog(folder / "metrics.jsonl").truncate(num_steps)
 
 
+def keep_if_damaged(path: Path) -> None:
+    """Keep a copy of a ledger that is damaged in the middle: the good records behind the damage are not lost."""
+    try:
+        read(path)
+    except DamagedLedgerError:
+        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
+        kept = next(name for name in names if not name.exists())
+        with atomic_write(kept) as temporary:
+            shutil.copyfile(path, temporary)
+            sync(temporary)
+        say(f"{path} is damaged in the middle; it is kept as {kept}")
+
+
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Return a summary of a ledger and its run."""
-    config = ledger.header.about.get("config") or {}
+    config = ledger.header.about.get("config")
+    config = config if isinstance(config, dict) else {}
     return {
         "steps": len(ledger),
         "skipped": sum(record.is_skipped for record in ledger),
