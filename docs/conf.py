@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "docstrings",
     "zotune_options",
+    "foreign_options",
     "public_names",
     "built_links",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -107,10 +108,12 @@ def test_a_page_that_cannot_be_written_does_not_fail_the_run(tmp_path, monkeypat
 
 
 def test_a_new_run_in_the_folder_takes_the_old_page_away(run, monkeypatch, tmp_path):
-    (tmp_path / PAGE).write_text("old", encoding="utf-8")
+    out = tmp_path / "out"
+    shutil.copytree(run, out)
+    assert (out / PAGE).is_file()
     monkeypatch.setitem(sys.modules, "zotune.bench.report.run_html", None)
-    assert cli.run([*TRAIN, *SHORT, "--output-dir", str(tmp_path), "--overwrite-output-dir"]) == 0
-    assert not (tmp_path / PAGE).exists()
+    assert cli.run([*TRAIN, *SHORT, "--output-dir", str(out), "--overwrite-output-dir"]) == 0
+    assert not (out / PAGE).exists()
 
 
 @pytest.mark.parametrize("scores", [{"log_loss": 2.0}, {"reward": -3.0}], ids=lambda scores: next(iter(scores)))

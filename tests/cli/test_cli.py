@@ -155,7 +155,7 @@ def test_bad_usage_exits_with_2_and_names_the_way(zotune, arguments, message, tm
     ("text", "message"),
     [
         ("task: sst2\nlerning_rate: 1e-6\n", r"my.yaml: unknown key 'lerning_rate'. Did you mean 'learning_rate'\?"),
-        ("task: sst2\nlearning-rate: 1e-6\n", r"unknown key 'learning-rate'. Did you mean 'learning_rate'\?"),
+        ("task: sst2\nlerning-rate: 1e-6\n", r"unknown key 'lerning_rate'. Did you mean 'learning_rate'\?"),
         ("task: sst2\nmethod: zo_sdg\n", r"method is 'zo_sdg'. Did you mean 'zo_sgd'\?"),
         ("task: sst2\nmax_steps: many\n", r"my.yaml: max_steps is 'many': "),
         ("task: sst2\nmu: 1e-3\nzo_eps: 1e-2\n", r"my.yaml: .*zo_eps"),

@@ -2,8 +2,8 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -12,11 +12,14 @@ import zotune.llm
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.plan import PlanConfig
-from zotune.llm.config.method import MethodName
+from zotune.llm.config.aliases import alias_table
 from zotune.llm.config.run import EvalConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS / "_ext"))
+from alias_text import meaning_text  # noqa: E402
+
 PAGES = sorted(DOCS.rglob("*.md"))
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
 PARSERS = {"ledger": ledger_parser, "bench": bench_parser}
@@ -61,15 +64,25 @@ def test_the_commands_of_the_pages_have_options_that_exist(verb, arguments):
     if verb in PARSERS:
         PARSERS[verb]().parse_args([a for a in arguments if a != "--json"])
         return
-    known = {*SCHEMAS[verb].model_fields, "dry_run", "json", "batch_size", "zo_eps"}
+    known = {*SCHEMAS[verb].model_fields, "dry_run", "json", *alias_table().names}
     given = [a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")]
     assert [name for name in given if name.removeprefix("no_") not in known] == []
 
 
-def test_the_options_in_the_table_of_other_tools_exist():
-    rows = re.findall(r"^\| (`.*?) \|", text_of(DOCS / "coming-from.md"), re.M)
-    options = {name for row in rows for name in re.findall(r"`(\w+)(?::[^`]*)?`", row)}
-    assert options - {"zo_eps", *get_args(MethodName)} - set(TrainConfig.model_fields) == set()
+@pytest.mark.parametrize("tool", alias_table().tools)
+def test_each_option_in_the_table_of_another_tool_is_accepted_or_answered(tool):
+    assert f"```{{zotune-aliases}} {tool}\n" in text_of(DOCS / "coming-from.md")
+    names = alias_table().tools[tool]
+    assert len(names) == len(set(names)) > 30
+    assert [name for name in names if name not in TrainConfig.model_fields and name not in alias_table().names] == []
+
+
+def test_the_tables_of_other_tools_name_options_that_exist():
+    rows = {name: meaning_text(name) for names in alias_table().tools.values() for name in names}
+    options = {option for cell in rows.values() for option in re.findall(r"`(\w+)(?:: [^`]*)`", cell)}
+    assert options - TrainConfig.model_fields.keys() == set()
+    assert rows["lr"] == "`learning_rate`" and rows["learning_rate"] == "the same"
+    assert rows["base_model"] == rows["model_name_or_path"] == "`model`"
 
 
 def test_no_folder_of_pages_is_longer_than_a_screen():

@@ -19,12 +19,12 @@ from zotune.ledger.stream import Trace
 from zotune.llm.ledger import merge as merging
 from zotune.llm.ledger import rebuild as ledgers
 from zotune.llm.models.safetensors_shards import Checkpoint
-from zotune.llm.output.staging import staged_folder
 from zotune.llm.training.train import train
 
 SPARSE = {f"random masks, {i}": zo.sparse(zo.gaussian, 0.4, group="layer", interval=i) for i in (1, 3)}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -119,10 +119,11 @@ def contents(path, *, but=()):
 
 
 # What a run writes beside the model.
-OF_A_RUN = {"README.md", "config.yaml", "ledger.zol", "metrics.jsonl", "results.json"}
+OF_A_RUN = {"README.md", "config.yaml", "ledger.zol", "metrics.jsonl", "results.json", "zotune-files.json"}
 VERBALIZER = {"verbalizer": {"yes": "Yes", "no": "No"}}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("max_shard_size", ["50GB", "40KB"])
 def test_every_family_comes_out_with_the_bytes_of_the_run(
     config, zotune, folder, only_streamed, tmp_path, family, max_shard_size
@@ -154,6 +155,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_run_is_streamed(config, zotune, folder, only_streamed, tmp_path, name):
     train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=4, **OPTIONS[name]))
@@ -363,20 +365,3 @@ def test_a_merge_whose_ledgers_are_not_its_own_is_refused(config, zotune, tmp_pa
         said = zotune("ledger", "verify", tmp_path / "m")
         assert said.code == 2
         assert "merge.json" in said.err
-
-
-def test_files_of_another_cut_do_not_stay_beside_what_is_saved(tmp_path):
-    for name in (
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "notes.txt",
-        "adapter.safetensors",
-    ):
-        (tmp_path / name).write_text("old", encoding="utf-8")
-    with staged_folder(tmp_path) as aside:
-        (aside / "model.safetensors").write_text("new", encoding="utf-8")
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "notes.txt", "adapter.safetensors"}
-    with pytest.raises(OSError, match="full"), staged_folder(tmp_path) as aside:
-        (aside / "model.safetensors").write_text("half", encoding="utf-8")
-        raise OSError("full")
-    assert (tmp_path / "model.safetensors").read_text(encoding="utf-8") == "new"

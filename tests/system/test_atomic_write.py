@@ -29,7 +29,7 @@ def test_the_new_file_appears_when_the_context_ends_and_not_before(tmp_path):
     with atomic_write(path) as temporary:
         temporary.write_text("whole")
         assert not path.exists()
-        assert temporary.parent == path.parent
+        assert temporary.parent.parent == path.parent
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "whole"}
 
 

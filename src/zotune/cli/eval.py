@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from zotune.cli.help import HelpPage, help_text
 from zotune.cli.options import complete, is_help, parse
 from zotune.cli.output import print_json, print_text
@@ -35,15 +37,16 @@ def run(args: list[str], as_json: bool) -> int:
     inherited, source = inherited_options(config)
     if inherited:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
-    from zotune.llm.output.json_files import write_json
+    from zotune.llm.output.results_folder import results_folder, write_results
     from zotune.llm.training.evaluation import evaluate
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
 
     tune_malloc(OWN_PAGES_OF_PASSES)
-    evaluations, results = evaluate(config)
-    if config.output_dir is not None:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.output_dir / "results.json", results)
+    # The folder is checked before the evaluation, and nobody else writes there during it.
+    with nullcontext() if config.output_dir is None else results_folder(config.output_dir) as folder:
+        evaluations, results = evaluate(config)
+        if folder is not None:
+            write_results(folder, results)
     if as_json:
         print_json(results)
     else:

@@ -123,17 +123,19 @@ def _verify(args: argparse.Namespace) -> CommandResult:
 
 def _replay(args: argparse.Namespace) -> CommandResult:
     from zotune.llm.ledger.merge import find_fine_tune, rebuild_any
-    from zotune.llm.ledger.rebuild import check_empty, export
+    from zotune.llm.ledger.rebuild import export_into
+    from zotune.llm.output.locked_folder import new_folder
 
     fine_tune = find_fine_tune(args.path, args.step)
     size = _shard_size(args.max_shard_size)
-    check_empty(args.output_dir)
-    export(rebuild_any(fine_tune, args.base, args.device), args.output_dir, merged=args.merged, max_shard_size=size)
+    with new_folder(args.output_dir) as folder:
+        rebuilt = rebuild_any(fine_tune, args.base, args.device)
+        export_into(folder, rebuilt, merged=args.merged, max_shard_size=size)
     return _saved(args.output_dir, len(fine_tune))
 
 
 def _undo(args: argparse.Namespace) -> CommandResult:
-    from zotune.llm.ledger.rebuild import undo
+    from zotune.llm.ledger.undo import undo
 
     undo(args.path, args.to_step, args.base, args.device)
     return _saved(args.path, args.to_step)
@@ -141,17 +143,17 @@ def _undo(args: argparse.Namespace) -> CommandResult:
 
 def _merge(args: argparse.Namespace) -> CommandResult:
     from zotune.llm.ledger.merge import Merge
-    from zotune.llm.ledger.rebuild import check_empty, find_ledger
-    from zotune.llm.output.staging import staged_folder
+    from zotune.llm.ledger.rebuild import find_ledger
+    from zotune.llm.output.locked_folder import new_folder
 
     ledgers = tuple(find_ledger(path) for path in (args.path, *args.others))
     merge = Merge("average" if args.average else "row", ledgers)
     size = _shard_size(args.max_shard_size)
-    check_empty(args.output_dir)
-    rebuilt = merge.rebuild(args.base, args.device)
-    with staged_folder(args.output_dir) as aside:
-        rebuilt.write(aside, size)
-        merge.write(aside)
+    with new_folder(args.output_dir) as folder:
+        rebuilt = merge.rebuild(args.base, args.device)
+        with folder.staged() as staging:
+            rebuilt.write(staging, size)
+            merge.write(staging)
     return _saved(args.output_dir, len(merge))
 
 

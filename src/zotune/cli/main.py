@@ -29,6 +29,7 @@ Commands:
   models     List the models that have a name here.
   tasks      List the tasks that have a name here.
   methods    List the methods.
+  schema     Print the JSON Schema of recipes, for editors.
   env        Show versions, processor, GPU and cache folder.
 
 Examples:
@@ -50,6 +51,7 @@ _VERBS = {
     "models": ("listings", "models"),
     "tasks": ("listings", "tasks"),
     "methods": ("listings", "methods"),
+    "schema": ("schema", "run"),
     "env": ("listings", "env"),
 }
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
+from zotune.errors import UsageError
+from zotune.llm.config.aliases import is_alias, meaning_of, resolve_aliases
 from zotune.llm.config.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -30,11 +33,15 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
     """
     import tyro
 
-    values = complete(schema, recipe, source)
-    if any(a.replace("_", "-").startswith(("--train-file", "--eval-file")) for a in args):
+    args, aliased = split_aliases(args, schema.model_fields)
+    given = resolve_aliases(aliased, schema.model_fields, "command line")
+    _check_once(aliased, args, schema, prog)
+    validate(schema, given, "command line", partial=True)
+    values = complete(schema, {**resolve_aliases(recipe, schema.model_fields, source), **given}, source)
+    if {"train_file", "eval_file"} & {*given, *map(option_of, args)}:
         # The user's own files replace the task of the recipe.
         values["task"] = None
-    args = join_values([a.replace("--zo-eps", "--mu").replace("--zo_eps", "--mu") for a in args], "--task")
+    args = join_values(args, "--task")
     record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
     return validate(schema, dataclasses.asdict(record), "command line")
 
@@ -60,6 +67,51 @@ def unchecked_record(schema: type[BaseModel], values: Mapping[str, Any]) -> Any:
         for name, info in schema.model_fields.items()
     ]
     return dataclasses.make_dataclass(schema.__name__, fields, frozen=True)
+
+
+def option_of(arg: str) -> str:
+    """Return the name of the option that an argument begins, without --no; empty if it is a value.
+
+    >>> option_of("--learning-rate=1"), option_of("--no-resume"), option_of("1e-3")
+    ('learning_rate', 'resume', '')
+    """
+    return arg[2:].partition("=")[0].replace("-", "_").removeprefix("no_") if arg.startswith("--") else ""
+
+
+def split_aliases(args: list[str], known: Collection[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the arguments without the options that the table of aliases explains, and these with their values.
+
+    >>> split_aliases(["--bf16", "--seed", "1", "--lr=1e-3"], ("seed",))
+    (['--seed', '1'], {'bf16': True, 'lr': '1e-3'})
+    """
+    rest: list[str] = []
+    aliased: dict[str, Any] = {}
+    starts = [i for i, arg in enumerate(args) if arg.startswith("--")] + [len(args)]
+    rest += args[: starts[0]]
+    for start, stop in itertools.pairwise(starts):
+        flag, _, joined = args[start].partition("=")
+        given = [joined] if "=" in args[start] else args[start + 1 : stop]
+        whole = flag[2:].replace("-", "_")
+        for name, bare in ((whole, True), (whole.removeprefix("no_"), False)):
+            value: Any = given[0] if len(given) == 1 else given or bare
+            if is_alias(name, value, known):
+                aliased[name] = value
+                break
+        else:
+            rest += args[start:stop]
+    return rest, aliased
+
+
+def _check_once(aliased: Mapping[str, Any], args: list[str], schema: type[BaseModel], prog: str) -> None:
+    """Refuse an option that is given by two names, and one that the command does not have."""
+    for name, value in aliased.items():
+        flag = f"--{name.replace('_', '-')}"
+        for option in meaning_of(name, value, schema.model_fields).options:
+            ours = f"--{option.replace('_', '-')}"
+            if option not in schema.model_fields:
+                raise UsageError(f"{flag} is {ours} here, an option that `{prog}` does not have.")
+            if option in map(option_of, args):
+                raise UsageError(f"{flag} and {ours} both set {option}; give one of them.")
 
 
 def join_values(args: list[str], option: str) -> list[str]:

@@ -25,7 +25,7 @@ def run(args: list[str], as_json: bool) -> int:
     if is_help(args):
         print_text(help_text(_PAGE, PlanConfig, complete(PlanConfig, {}, "defaults")))
         return 0
-    config = parse(PlanConfig, {}, "command line", join_values(_full_names(args), "--method"), "zotune plan")
+    config = parse(PlanConfig, {}, "command line", join_values(args, "--method"), "zotune plan")
     from zotune.plan.planning import plan
     from zotune.plan.report import show
 
@@ -35,13 +35,3 @@ def run(args: list[str], as_json: bool) -> int:
     else:
         show(predictions)
     return 0
-
-
-def _full_names(args: list[str]) -> list[str]:
-    """Replace --batch-size by the option that it abbreviates.
-
-    >>> _full_names(["--batch-size", "4"]), _full_names(["--batch-size=4"])
-    (['--per-device-train-batch-size', '4'], ['--per-device-train-batch-size=4'])
-    """
-    short, full = "--batch-size", "--per-device-train-batch-size"
-    return [full + a.removeprefix(short) if a == short or a.startswith(f"{short}=") else a for a in args]

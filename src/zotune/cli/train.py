@@ -81,8 +81,8 @@ def _write_page(folder: Path) -> None:
         return
     try:
         write_run_page(folder)
-    except OSError as error:
-        print_message(f"the run's page could not be written: {error.strerror}")
+    except (OSError, UsageError) as error:
+        print_message(f"the run's page could not be written: {getattr(error, 'strerror', None) or error}")
 
 
 def _dry_run(config: TrainConfig, as_json: bool) -> int:

@@ -7,16 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zotune.system.scratch_folder import obey_umask, scratch_folder
+
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file beside `path`, which replaces `path` when the context ends without an error.
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield the path of a temporary file, which replaces `path` when the context ends without an error.
 
     After an error the temporary file is removed, and `path` is as it was. A file that has to outlive a power failure
     is synced by its writer: the temporary file inside the context, the folder after it, both by `sync`.
+
+    Args:
+        path: the file to write; of a link, the link is replaced and not what it leads to.
+        replace: whether an earlier file may be replaced.
+
+    Raises:
+        FileExistsError: `replace` is false, and there is something at `path`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -25,13 +34,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
     ...     (Path(folder) / "a.txt").read_text(), len(os.listdir(folder))
     ('whole', 1)
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with scratch_folder(path.parent) as folder:
+        temporary = folder / path.name
         yield temporary
+        obey_umask(folder)
+        if not replace:
+            # Whoever makes the name first has it; only then it is replaced.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def sync(path: Path) -> None:

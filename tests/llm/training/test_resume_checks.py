@@ -182,9 +182,10 @@ def test_a_run_that_wrote_nothing_yet_may_start(config, tmp_path):
     options = {**OPTIONS, "max_steps": 2}
     train(config(**options, output_dir=tmp_path / "whole"))
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "metrics.jsonl").touch()
-    shutil.copy(tmp_path / "whole/config.yaml", out)
+    shutil.copytree(tmp_path / "whole", out)
+    for name in ("ledger.zol", "results.json", "model.safetensors"):
+        (out / name).unlink()
+    (out / "metrics.jsonl").write_bytes(b"")
     train(config(**options, resume=True))
     assert (out / "ledger.zol").read_bytes() == (tmp_path / "whole/ledger.zol").read_bytes()
 

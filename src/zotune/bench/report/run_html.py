@@ -14,7 +14,7 @@ from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
 from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
-from zotune.system.atomic_write import atomic_write
+from zotune.llm.output.locked_folder import LockedFolder
 
 PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
@@ -33,10 +33,9 @@ def write_run_page(folder: Path) -> Path:
         UsageError: the folder holds no finished run.
     """
     page = run_page(folder)
-    path = folder / PAGE
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    with LockedFolder(folder) as locked, locked.staged() as staging:
+        (staging / PAGE).write_text(page, encoding="utf-8")
+    return folder / PAGE
 
 
 def run_page(folder: Path) -> str:

@@ -111,6 +111,16 @@ class DataOptions(ObjectiveOptions):
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD, for instance 2026-01-31") from None
 
+    @field_validator("template")
+    @classmethod
+    def _names_a_column(cls, value: str | None) -> str | None:
+        if value is not None and "{" not in value:
+            raise ValueError(
+                "it names no column, so all rows would have the same prompt; write a column as {column}. The template "
+                "of chats is that of the model's tokenizer"
+            )
+        return value
+
     @property
     def generates_text(self) -> bool:
         """Whether text is generated, for the objective or for an evaluation."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.config.aliases import resolve_aliases
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -112,12 +113,13 @@ def is_partial(info: ValidationInfo) -> bool:
 
 
 def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:
-    """Return a record of `schema` from plain values.
+    """Return a record of `schema` from plain values; names of other tools are accepted where they mean the same.
 
     Raises:
         UsageError: a key is unknown or a value is wrong; the message names `source`, the key, and the nearest known
-            key.
+            key, or what to do in place of another tool's option.
     """
+    values = resolve_aliases(values, schema.model_fields, source)
     try:
         return schema.model_validate(values, context={"partial": partial})
     except ValidationError as error:

@@ -6,7 +6,7 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.llm.config.schema import Options, is_partial
 
@@ -26,6 +26,9 @@ def _as_json(value: Any) -> Any:
         raise ValueError('it must be a mapping, like {"r": 4}')
     return text
 
+
+# For editors: a recipe has the mapping itself.
+_MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
 
 # Options that belong to some tuning schemes, those schemes, and a hint for the others.
 _SCHEMES_OF_OPTION = (
@@ -62,7 +65,9 @@ class TuningOptions(Options):
         16, gt=0, description="Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_r."
     )
     lora_target_modules: tuple[str, ...] = Field(
-        (), description="Linear layers that get a LoRA adapter; default: q_proj and v_proj (query and value)."
+        (),
+        description="Linear layers that get a LoRA adapter, or all-linear for each one inside the layers; default: "
+        "q_proj and v_proj, or query and value; else those that peft chooses for this type of model; else all-linear.",
     )
 
     num_virtual_tokens: int | None = Field(
@@ -71,7 +76,7 @@ class TuningOptions(Options):
     peft_type: str | None = Field(
         None, description="Adapter of peft by its name there: ia3, vera, … (with tuning: peft)."
     )
-    peft_config: Annotated[str, BeforeValidator(_as_json)] = Field(
+    peft_config: Annotated[str, BeforeValidator(_as_json), _MAPPING_OR_TEXT] = Field(
         "{}",
         description="Configuration of the adapter named by peft_type: a mapping in a recipe, '{\"r\": 4}' as an "
         "option.",

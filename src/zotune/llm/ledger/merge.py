@@ -32,6 +32,7 @@ from zotune.llm.ledger.rebuild import (
 )
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, mean_of_models, streamed_base
 from zotune.llm.output.json_files import write_json
+from zotune.llm.output.locked_folder import tidy
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
@@ -127,6 +128,8 @@ def find_fine_tune(path: Path, num_steps: int | None = None) -> Ledger | Merge:
         LedgerError: there is none, it has fewer steps, or it is damaged.
         UsageError: only some steps of a merge are asked for.
     """
+    if path.is_dir():
+        tidy(path)
     file = path / MERGE
     if not file.is_file():
         return find_ledger(path, num_steps)

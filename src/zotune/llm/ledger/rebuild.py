@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from zotune.errors import UsageError
 from zotune.ledger import Ledger, LedgerError, read
-from zotune.ledger.files import DamagedLedgerError, locked
+from zotune.ledger.files import DamagedLedgerError
 from zotune.ledger.replay import replay
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.config.run import TrainConfig
@@ -24,18 +22,16 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
-from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
 from zotune.llm.output.model_files import write_model_files
-from zotune.llm.output.staging import staged_folder
+from zotune.llm.output.output_folder import LEDGER
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.origin import frozen_digest
-from zotune.llm.training.resume import CHECKPOINT, LEDGER
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
-from zotune.system.atomic_write import atomic_write, sync
 
 # The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
@@ -51,6 +47,8 @@ def find_ledger(path: Path, num_steps: int | None = None) -> Ledger:
     Raises:
         LedgerError: there is none, it has fewer steps, or it is damaged before that step.
     """
+    if path.is_dir():
+        tidy(path)
     file = path / LEDGER if path.is_dir() else path
     if (path / MERGE).is_file():
         raise LedgerError(f"{path} holds a merge of several ledgers; name one of them, such as {path / '1.zol'}.")
@@ -165,14 +163,19 @@ def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_s
 
     Args:
         rebuilt: the model.
-        folder: a folder without a model.
+        folder: a folder without files.
         merged: whether to merge the adapter into the weights, and to dequantise a quantised base.
         max_shard_size: maximum size of a file of whole weights.
 
     Raises:
-        UsageError: the folder holds a model, or the tuned parameters cannot be merged.
+        UsageError: the folder holds files or another command writes there, or the tuned parameters cannot be merged.
     """
-    check_empty(folder)
+    with new_folder(folder) as locked:
+        export_into(locked, rebuilt, merged=merged, max_shard_size=max_shard_size)
+
+
+def export_into(folder: LockedFolder, rebuilt: AnyModel, *, merged: bool, max_shard_size: str) -> None:
+    """Write a model as `export` does, into a folder that is locked already."""
     if merged:
         lm, tuning = rebuilt.lm, rebuilt.config.tuning
         is_merged = not rebuilt.config.is_adapter and not is_quantised(lm.base)
@@ -180,54 +183,8 @@ def export(rebuilt: AnyModel, folder: Path, *, merged: bool = False, max_shard_s
         if is_merged or (rebuilt.config.is_adapter and not has_merge) or tuning in ("prefix", "prompt"):
             raise UsageError(f"tuning: {tuning} has nothing to merge into the weights; leave out --merged.")
         lm.module = merged_model(lm.module, lm.read_with, lm.name)
-    with staged_folder(folder) as staging:
+    with folder.staged() as staging:
         rebuilt.write(staging, max_shard_size)
-
-
-def check_empty(folder: Path) -> None:
-    """Check that a folder holds no model.
-
-    Raises:
-        UsageError: it does.
-    """
-    files = [p.name for pattern in ("*.safetensors", "*.zol") for p in folder.glob(pattern)] if folder.is_dir() else []
-    if files:
-        raise UsageError(f"{folder} holds a model already ({files[0]}); choose another --output-dir.")
-
-
-def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
-    """Restore weights, ledger and metrics of a run's folder at an earlier step, from which `--resume` continues.
-
-    Raises:
-        LedgerError: there are fewer steps, or another process writes the ledger.
-    """
-    path = folder / LEDGER
-    find_ledger(folder, num_steps)
-    with locked(path):
-        ledger = find_ledger(folder, num_steps)
-        rebuilt = rebuild(ledger, base, device)
-        with staged_folder(folder) as staging:
-            # Tensors are computed and checked while they are written; the ledger is truncated only after that.
-            rebuilt.write(staging)
-            (folder / CHECKPOINT).unlink(missing_ok=True)
-            (folder / "results.json").unlink(missing_ok=True)
-            keep_if_damaged(path)
-            (staging / LEDGER).write_bytes(ledger.to_bytes())
-            (staging / LEDGER).replace(path)
-            MetricsLog(folder / "metrics.jsonl").truncate(num_steps)
-
-
-def keep_if_damaged(path: Path) -> None:
-    """Keep a copy of a ledger that is damaged in the middle: the good records behind the damage are not lost."""
-    try:
-        read(path)
-    except DamagedLedgerError:
-        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
-        kept = next(name for name in names if not name.exists())
-        with atomic_write(kept) as temporary:
-            shutil.copyfile(path, temporary)
-            sync(temporary)
-        say(f"{path} is damaged in the middle; it is kept as {kept}")
 
 
 def summary(ledger: Ledger) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
     different = [name for name in names if not _same_bits(rebuilt.tensor(name), saved.tensor(name))]
     rebuilt.check_base()
     groups = _groups(rebuilt) if saved.names else []
-    missing = [group[0] for group in groups if saved.names.isdisjoint(group)]
+    missing = sorted(group[0] for group in groups if saved.names.isdisjoint(group))
     # The files of a quantised base hold more tensors than its state, such as the kinds of its blocks.
     unexpected = () if is_quantised(rebuilt.lm.base) else sorted(saved.names - rebuilt.names)
     return Verification(

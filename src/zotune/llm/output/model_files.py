@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,16 @@ from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
-from zotune.llm.output.staging import staged_folder
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
 
+_WEIGHTS = re.compile(r"(adapter_|tuned_)?model(-.*)?\.safetensors(\.index\.json)?")
 
-def save_model_files(lm: LanguageModel, folder: Path) -> None:
-    """Write weights or adapter, config and tokenizer; they replace earlier files once they are complete."""
-    with staged_folder(folder) as staging:
-        write_model_files(lm, staging)
+
+def old_weights(names: Iterable[str]) -> list[str]:
+    """Return those names of files that hold weights, which could otherwise remain beside weights of other names."""
+    return [name for name in names if _WEIGHTS.fullmatch(name)]
 
 
 def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:

@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.checkpoints.adapter_merge import is_adapter
-from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
 from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.free_folder import check_free, check_inputs
 from zotune.llm.output.json_files import write_json
+from zotune.llm.output.locked_folder import LockedFolder, not_written
+from zotune.llm.output.manifest import CONFIG
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_card import model_card
-from zotune.llm.output.model_files import save_model_files
-from zotune.llm.output.staging import STAGING
+from zotune.llm.output.model_files import old_weights, write_model_files
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.scoring.accuracy import Evaluation
+from zotune.messages import say
 
-# Patterns of the files that a run writes; a failed run may leave only the first ones.
-_VALUABLE_FILES = ("metrics.jsonl", "results.json", "README.md", "*.safetensors", "ledger.zol")
-_RUN_FILES = (
-    *_VALUABLE_FILES,
-    "report.html",
-    "config.yaml",
-    "config.json",
-    "adapter_config.json",
-    FINGERPRINT,
-    "*.safetensors.index.json",
-)
+METRICS, LEDGER, CHECKPOINT = "metrics.jsonl", "ledger.zol", "checkpoint.safetensors"
+# Files that grow, or are written again and again, while a run goes on.
+_GROWING = (METRICS, LEDGER, CHECKPOINT)
 
 
 class OutputFolder:
-    """The folder of one run, created at its start, so that a failed run leaves its metrics, and locked until `close`.
+    """The folder of one run, locked until `close`. Nothing is written before `begin`.
 
     Attributes:
         path: path of the folder.
@@ -49,57 +43,68 @@ class OutputFolder:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        """Create the folder, or open that of a run to resume.
+        """Make or open the folder, and check that the run may write there.
 
         Raises:
-            UsageError: the folder holds another run, cannot be created, or is in use by another process.
+            UsageError: the folder holds another run or files of the user's, cannot be created, or is in use by another
+                process.
         """
-        self.path = config.output_dir
-        self._check_free(config)
+        self.path, self._config, self._has_begun = config.output_dir, config, False
+        self._folder = LockedFolder(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
-        try:
-            self._begin(config)
-        except BaseException:
-            self.close()
-            raise
-
-    def _check_free(self, config: TrainConfig) -> None:
-        self.is_resumed = config.resume and (self.path / "config.yaml").is_file()
-        files = [p.name for pattern in _VALUABLE_FILES for p in self.path.glob(pattern) if _is_valuable(p)]
-        if files and not config.overwrite_output_dir and not self.is_resumed:
-            raise UsageError(
-                f"{self.path} holds an earlier run or other files ({files[0]}); "
-                "choose another --output-dir, resume it (--resume), or give --overwrite-output-dir to replace it."
-            )
-
-    def _begin(self, config: TrainConfig) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another run is writing to {str(self.path)!r}; wait until it ends, or choose another --output-dir."
-            ) from None
-        recipe = self.path / "config.yaml"
-        self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
-        try:
-            shutil.rmtree(self.path / STAGING, ignore_errors=True)
-            # An adapter of an earlier run would be loaded in place of new weights beside it.
-            for path in [p for pattern in _RUN_FILES for p in self.path.glob(pattern) if not self.is_resumed]:
-                path.unlink()
+            check_inputs(config, self._folder.manifest)
+            recipe = self.path / CONFIG
+            self.is_resumed = config.resume and CONFIG in self._folder.manifest.files and recipe.is_file()
             if not self.is_resumed:
-                write_yaml(recipe, config.model_copy(update={"resume": False}))
-            (self.path / "metrics.jsonl").touch()
+                valuable = [*self._valuable_files(), *self._folder.manifest.replaced]
+                check_free(self._folder, valuable, overwrites=config.overwrite_output_dir)
+            self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
+        except BaseException:
+            self._folder.close()
+            raise
+        self.metrics = MetricsLog(self.path / METRICS)
+
+    def begin(self) -> None:
+        """Start to write: the options and an empty log. An earlier run is set aside until the new model is saved.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        self._has_begun = True
+        try:
+            if self.is_resumed:
+                self._folder.claim(*_GROWING)
+            else:
+                self._folder.start_over(*_GROWING)
+                self.write_config(self._config)
+            (self.path / METRICS).touch()
         except OSError as error:
-            raise UsageError(f"the output folder {str(self.path)!r} cannot be written: {error.strerror}.") from None
-        self.metrics = MetricsLog(self.path / "metrics.jsonl")
+            raise not_written(self.path, error) from None
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write config.yaml; one that the user changed is kept under another name.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with self._folder.staged() as staging:
+            write_yaml(staging / CONFIG, config.model_copy(update={"resume": False}))
 
     def close(self) -> None:
-        """Release the lock of the folder."""
-        os.close(self._lock)
+        """Release the lock of the folder; a new run without a step leaves the folder as it was before `begin`."""
+        try:
+            if self._has_begun and not self.is_resumed and not self._valuable_files():
+                self._folder.go_back()
+            elif self._has_begun and self._folder.manifest.replaced:
+                places = ", ".join(self._folder.manifest.replaced)
+                say(f"the earlier run is in {self.path}/{places} until a new model is saved")
+        finally:
+            self._folder.close()
+
+    def _valuable_files(self) -> list[str]:
+        """Return the names of the files with something in them that zotune wrote, without the options of a run."""
+        names = self._folder.manifest.present(self.path)
+        return [name for name in names if name != CONFIG and _is_valuable(self.path / name)]
 
     def check_free_space(self, lm: LanguageModel) -> None:
         """Check that the disk has room for the tuned model.
@@ -127,8 +132,12 @@ class OutputFolder:
             RunError: the files cannot be written.
         """
         try:
-            save_model_files(lm, self.path)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with self._folder.staged(without=old_weights(self._folder.manifest.files), is_whole=True) as staging:
+                write_model_files(lm, staging)
+        # A tokenizer that cannot be written raises a plain Exception.
+        except Exception as error:
+            if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
+                raise
             raise RunError(
                 f"the tuned model could not be saved to {self.path}: {error}. "
                 "Metrics up to the last step are in metrics.jsonl."
@@ -136,15 +145,36 @@ class OutputFolder:
 
     def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Evaluation | None) -> None:
         """Write results.json and the model card, which shows the result on the evaluation rows."""
-        write_json(self.path / "results.json", results)
-        (self.path / "README.md").write_text(model_card(results, config, lm, test), encoding="utf-8")
+        with self._folder.staged() as staging:
+            write_json(staging / "results.json", results)
+            (staging / "README.md").write_text(model_card(results, config, lm, test), encoding="utf-8")
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """Yield a scratch folder; when the context ends without an error, its files and folders become the run's."""
+        with self._folder.staged() as staging:
+            yield staging
+
+    def claim(self, *names: str) -> None:
+        """Say that the run writes files or folders of these names, which grow."""
+        self._folder.claim(*names)
+
+    def remove(self, *names: str) -> None:
+        """Delete files or folders if zotune wrote them."""
+        self._folder.remove(*names)
 
 
 def _is_valuable(path: Path) -> bool:
-    """Whether a file is neither empty nor a ledger without steps."""
-    if path.name != "ledger.zol":
-        return path.stat().st_size > 0
-    try:
-        return len(read(path)) > 0
-    except LedgerError:
-        return True
+    """Whether a file is neither empty, nor a ledger or a checkpoint without steps."""
+    if path.name == LEDGER:
+        try:
+            return len(read(path)) > 0
+        except LedgerError:
+            return True
+    if path.name == CHECKPOINT:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return bool(list(file.keys()))
+        except (OSError, SafetensorError):
+            return True
+    return path.is_dir() or path.stat().st_size > 0

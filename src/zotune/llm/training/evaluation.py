@@ -19,6 +19,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.output.environment import environment
 from zotune.llm.output.json_files import json_safe
+from zotune.llm.output.locked_folder import tidy
 from zotune.llm.quantized.backends import saved_quantization
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference
@@ -108,6 +109,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     True
     """
     _check_options(config)
+    tidy(Path(config.model))
     lm = load(config, head_labels(config.of(config.tasks[0])))
     results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
     peak = peak_memory(lm.device)
@@ -225,10 +227,13 @@ def _compare_with_base(
 
 def write_predictions(path: Path, results: dict[str, TaskEvaluation]) -> None:
     """Write one JSON object per row, in order: the prompt, the prediction and the right answer."""
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for task, result in results.items():
-            for record in _records(task, result):
-                file.write(json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        with atomic_write(path, replace=False) as temporary, temporary.open("w", encoding="utf-8") as file:
+            for task, result in results.items():
+                for record in _records(task, result):
+                    file.write(json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False) + "\n")
+    except FileExistsError:
+        raise UsageError(f"--predictions: the file {str(path)!r} was made meanwhile, and is not replaced.") from None
 
 
 def _records(task: str, result: TaskEvaluation) -> Sequence[dict[str, Any]]:

@@ -23,10 +23,10 @@ from zotune.estimate.gradient_check import CheckedForwardGradient
 from zotune.estimate.jvp import forward_gradient
 from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord
 from zotune.ledger.replay import check, header_of, replay
-from zotune.llm.config.run import TrainConfig, write_yaml
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.output_folder import OutputFolder
+from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, OutputFolder
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
@@ -43,8 +43,6 @@ from zotune.llm.training.origin import (
 from zotune.messages import say
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
-
-LEDGER, CHECKPOINT = "ledger.zol", "checkpoint.safetensors"
 
 _START_AGAIN = "choose another --output-dir, or start again with --overwrite-output-dir."
 
@@ -164,9 +162,8 @@ class Journal:
             counters: counters of a new run, updated in place.
             note: called after each replayed step.
         """
-        options = self._config.model_copy(update={"resume": False})
-        if options != self._output.before:
-            write_yaml(self._output.path / "config.yaml", options)
+        if self._output.is_resumed and self._config.model_copy(update={"resume": False}) != self._output.before:
+            self._output.write_config(self._config)
         if not isinstance(self._optimizer, ZerothOrder):
             self._restore_without_ledger(counters)
             return

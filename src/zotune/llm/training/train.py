@@ -19,6 +19,7 @@ from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.environment import environment
+from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.tasks import head_labels
@@ -101,6 +102,7 @@ def train(config: TrainConfig) -> Result:
     2
     """
     config = with_recorded_date(config)
+    tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
@@ -124,6 +126,7 @@ def _train(run: Run, config: TrainConfig) -> Result:
     lm, rows, output = run.lm, run.rows, run.output
     run.journal.check()
     before = run.evaluate_before()
+    output.begin()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
         try:
             run.run_steps(display, stop)
