@@ -27,6 +27,7 @@ from zotune.model.parameters import ParameterSet
 FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
     | {"reuse_activations", "reuse_memory", "reuse_file"}
+    | {"report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
 )
 
 NAMES = {
@@ -41,13 +42,8 @@ NAMES = {
 
 def recorded_options(config: TrainConfig) -> dict[str, Any]:
     """Return the options on which the weights depend, in plain values."""
-    free = FREE_OPTIONS if depends_on_max_steps(config) else FREE_OPTIONS | {"max_steps"}
+    free = FREE_OPTIONS if config.schedule_needs_end else FREE_OPTIONS | {"max_steps"}
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
-
-
-def depends_on_max_steps(config: TrainConfig) -> bool:
-    """Whether the first steps of a run depend on how many steps there will be."""
-    return config.lr_scheduler_type != "constant"
 
 
 def origin_of(lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...] | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,12 +22,14 @@ import zotune
 from zotune.errors import UsageError
 from zotune.estimate.gradient_check import CheckedForwardGradient
 from zotune.estimate.jvp import forward_gradient
-from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord
+from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord, read
+from zotune.ledger.files import locked
 from zotune.ledger.replay import check, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, OutputFolder
+from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, METRICS, OutputFolder
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
@@ -35,7 +38,6 @@ from zotune.llm.training.origin import (
     check_num_steps,
     check_options,
     check_origin,
-    depends_on_max_steps,
     origin_of,
     recorded_options,
     with_tuned_weights,
@@ -79,6 +81,8 @@ class Journal:
     def check(self) -> None:
         """Check that the run to resume, if there is one, is this run. Nothing is changed; `restore` comes after it.
 
+        The run may lie in a folder `checkpoint-N`, from which it is copied in between.
+
         Raises:
             LedgerError: its ledger is damaged, or another process writes it.
             UsageError: it began with other rows, another base model or other options, has more steps than it shall
@@ -86,22 +90,23 @@ class Journal:
         """
         if not self._output.is_resumed:
             return
-        check_options(self._output.before.model_dump(mode="json"), self._config, str(self._output.path))
-        path = self._output.path / (LEDGER if self.has_ledger else CHECKPOINT)
+        folder = self._output.source
+        check_options(self._output.before.model_dump(mode="json"), self._config, str(folder))
+        path = folder / (LEDGER if self.has_ledger else CHECKPOINT)
         if not path.exists():
-            self._check_not_begun(path.name)
+            self._check_not_begun(folder, path.name)
         elif isinstance(self._optimizer, ZerothOrder):
-            self._writer, self._ledger = LedgerWriter.resume(path)
+            with locked(path):
+                self._ledger = read(path)
             self._check_ledger(self._ledger, self._optimizer)
-            self._saved = self._checkpoint_of(self._ledger)
+            self._saved = self._checkpoint_of(self._ledger, folder / CHECKPOINT)
         else:
-            self._saved = self._checked_checkpoint()
+            self._saved = self._checked_checkpoint(path)
 
-    def _check_not_begun(self, missing: str) -> None:
+    def _check_not_begun(self, folder: Path, missing: str) -> None:
         """Check that the run without the file it resumes from has not taken a step, so that it may start."""
-        folder = self._output.path
         files = [p.name for pattern in ("results.json", "*.safetensors") for p in folder.glob(pattern)]
-        if files or self._output.metrics.has_lines:
+        if files or MetricsLog(folder / METRICS).has_lines:
             raise UsageError(
                 f"{folder} holds a run ({files[0] if files else 'metrics.jsonl'}), but its {missing} is not there to "
                 f"resume it from. Restore that file, {_START_AGAIN}"
@@ -117,12 +122,11 @@ class Journal:
         check(optimizer, ledger)
         check_num_steps(len(ledger), self._config, ledger.name)
 
-    def _checkpoint_of(self, ledger: Ledger) -> Any:
+    def _checkpoint_of(self, ledger: Ledger, path: Path) -> Any:
         """Return the checkpoint if it is sound and of this ledger's run: without it, resuming only takes longer.
 
         Checkpoints do not record the best step.
         """
-        path = self._output.path / CHECKPOINT
         if not path.exists() or self._config.selects:
             return None
         try:
@@ -142,8 +146,7 @@ class Journal:
             return None
         return saved
 
-    def _checked_checkpoint(self) -> Any:
-        path = self._output.path / CHECKPOINT
+    def _checked_checkpoint(self, path: Path) -> Any:
         try:
             saved = checkpoint.load(path)
         except DamagedCheckpointError as error:
@@ -151,8 +154,8 @@ class Journal:
         check_options(_options_of(saved), self._config, str(path))
         # Checkpoints of earlier versions know only the training rows.
         check_origin(self._origin, saved.get("origin") or {"data": saved["run"].get("data")}, str(path))
-        num_steps = max(saved["counters"]["step"], self._output.metrics.last_step)
-        check_num_steps(num_steps, self._config, str(self._output.path))
+        num_steps = max(saved["counters"]["step"], MetricsLog(path.with_name(METRICS)).last_step)
+        check_num_steps(num_steps, self._config, str(path.parent))
         return saved
 
     def restore(self, counters: Counters, note: Callable[[StepRecord], None]) -> None:
@@ -167,12 +170,13 @@ class Journal:
         if not isinstance(self._optimizer, ZerothOrder):
             self._restore_without_ledger(counters)
             return
-        if self._writer is None or self._ledger is None:
+        if self._ledger is None:
             header = header_of(self._optimizer, _description(self._config, self._origin))
             self._writer = LedgerWriter.create(self._output.path / LEDGER, header)
             self._output.metrics.truncate(0)
         else:
-            self._replay(self._writer, self._ledger, self._optimizer, counters, note)
+            self._writer, ledger = LedgerWriter.resume(self._output.path / LEDGER)
+            self._replay(self._writer, ledger, self._optimizer, counters, note)
         self._optimizer.on_step = self._append
 
     def _restore_without_ledger(self, counters: Counters) -> None:
@@ -251,7 +255,7 @@ def _options_of(saved: Any) -> dict[str, Any]:
 def _description(config: TrainConfig, origin: Mapping[str, str]) -> dict[str, Any]:
     """Return the description of a run in a ledger's header."""
     libraries = ("torch", "numpy", "transformers", "peft")
-    end = {"max_steps": config.max_steps} if depends_on_max_steps(config) else {}
+    end = {"max_steps": config.max_steps} if config.schedule_needs_end else {}
     return {
         "config": recorded_options(config),
         **origin,
