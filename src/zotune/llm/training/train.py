@@ -41,7 +41,6 @@ from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
-from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import StopRequest, stop_on_signal
 from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
@@ -182,8 +181,6 @@ def tune(
     Raises:
         UsageError, RunError: as `train`.
     """
-    if isinstance(output, OutputFolder) and output.is_resumed:
-        check_same_run(output.before, config)
     output.check_free_space(lm)
     store = _activation_store(config, output)
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
@@ -218,6 +215,7 @@ def _with_found_rate(
 def _train(run: Run, config: TrainConfig) -> Result:
     """Run all steps, save the model, and evaluate it."""
     lm, rows, output = run.lm, run.rows, run.output
+    run.journal.check()
     before = run.evaluate_before()
     output.begin()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
