@@ -29,6 +29,7 @@ LINES = {
         "output",
         "training",
         "ledger",
+        "api",
     ),
     "zotune.bench": ("spec", "results", "measure", "run", "report"),
 }

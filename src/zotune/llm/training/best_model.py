@@ -44,13 +44,14 @@ class BestModelTracker:
         options: the criterion, whether to store the weights, and the patience of early stopping.
         tuned: the tuned parameters.
         folder: folder for a copy that is too large for memory; its file has no name, so a crash leaves nothing behind.
+            None: each copy is in memory.
 
     Attributes:
         step, best: step and result of the best evaluation; None before the first one.
         num_waited: evaluations since then.
     """
 
-    def __init__(self, options: SelectionOptions, tuned: Sequence[nn.Parameter], folder: Path) -> None:
+    def __init__(self, options: SelectionOptions, tuned: Sequence[nn.Parameter], folder: Path | None) -> None:
         self._options, self._tuned, self._folder = options, tuple(tuned), folder
         self._weights = ActivationStore()
         self.step: int | None = None
@@ -91,9 +92,8 @@ class BestModelTracker:
     def _copy(self) -> ActivationStore:
         """Return a copy of the tuned weights."""
         num_bytes = sum(8 * -(-p.nbytes // 8) for p in self._tuned)
-        store = ActivationStore(
-            [MemoryTier(num_bytes) if num_bytes <= MAX_MEMORY else FileTier(num_bytes, self._folder)]
-        )
+        folder = self._folder if num_bytes > MAX_MEMORY else None
+        store = ActivationStore([MemoryTier(num_bytes) if folder is None else FileTier(num_bytes, folder)])
         for i, p in enumerate(self._tuned):
             if not store.put((i,), p.detach()):
                 raise RunError(
