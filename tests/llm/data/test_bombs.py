@@ -46,7 +46,7 @@ def test_a_line_of_many_values_is_refused(tmp_path, little_memory):
 )
 def test_a_row_without_end_is_read_no_further_than_its_bound(tmp_path, little_memory, monkeypatch, kind, part):
     monkeypatch.setenv("ZOTUNE_MAX_ROW_LENGTH", "100000")
-    path = packed(tmp_path / f"a.{kind}.gz", (b'{"text": "' if kind == "jsonl" else b"", 1), (part * 100_000, 400))
+    path = packed(tmp_path / f"a.{kind}.gz", (b'{"text": "' if kind == "jsonl" else b"", 1), (part * 20_000, 500))
     assert path.stat().st_size < 2 * MIB
     tracemalloc.start()
     try:
@@ -79,7 +79,7 @@ def test_all_rows_together_are_bounded_and_the_bound_can_be_raised(tmp_path, mon
 def test_a_parquet_file_of_endless_rows_is_refused_by_what_it_states(tmp_path, little_memory):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": pa.nulls(5_000_000, pa.string())}), path)
-    assert path.stat().st_size < 1000
+    assert path.stat().st_size < 20_000
     refused(path, limit=little_memory, variable="ZOTUNE_MAX_ROWS")
 
 
@@ -121,9 +121,7 @@ def test_a_text_that_stands_for_many_is_refused(tmp_path, monkeypatch):
         list(read_rows(path))
 
 
-@pytest.mark.parametrize(
-    "template", ["{text:99999999999}", "{text:>99999999999}", "{text:.99999999999}", "{text:0999999}"]
-)
+@pytest.mark.parametrize("template", ["{t:99999999999}", "{t:>99999999999}", "{t:.99999999999}", "{t:0999999}"])
 def test_a_template_of_endless_width_is_refused(template, little_memory):
     with little_memory(100 * MIB), pytest.raises(UsageError, match="ZOTUNE_MAX_WIDTH"):
         template_columns(template)
@@ -149,7 +147,7 @@ def test_a_template_that_repeats_a_column_is_bounded(little_memory):
         "{{ 'x' * 10**10 }}",
         "{{ '%09999999999d' % 7 }}",
         "{{ 'x'.ljust(9999999999) }}",
-        "{% set ns = namespace(s='x' * 1000) %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set n = namespace(s='x' * 999) %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     ],
 )
 def test_a_chat_template_of_endless_text_is_refused(tiny, monkeypatch, template):
