@@ -247,6 +247,7 @@ def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
 
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
     """Load a base model from its GGUF file, with the tuned tensors in a folder."""
+    say(f"the tuned tensors in {options.model} name the base model {base}")
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
     check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
