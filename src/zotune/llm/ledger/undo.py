@@ -8,9 +8,10 @@ from pathlib import Path
 from zotune.ledger import LedgerWriter
 from zotune.llm.ledger.rebuild import find_ledger, rebuild
 from zotune.llm.output.locked_folder import LockedFolder
+from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_files import old_weights
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, METRICS
+from zotune.llm.output.output_folder import CHECKPOINT, METRICS
 
 
 def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:

@@ -28,7 +28,8 @@ from zotune.ledger.replay import check, digests_of, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, OutputFolder
+from zotune.llm.output.manifest import LEDGER
+from zotune.llm.output.output_folder import CHECKPOINT, OutputFolder
 from zotune.llm.quantized.backends import frozen_tensors
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
