@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,22 +48,32 @@ ROWS = tuple({"text": text, "label": "yes" if i % 2 == 0 else "no"} for i, text 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items):
-    """Mark as slow the cases of a matrix of parameters whose values all occur in other cases.
+    """Mark as slow the cases of a matrix of parameters that others stand for.
 
     A test with two parameters or more runs in `make test` on so many cases that each value of each parameter occurs
-    (each-choice coverage); `make test-slow` runs the other combinations. Which cases these are depends on their names
-    alone, so that every process chooses the same. A case that is slow by its own mark stands for no value.
+    (each-choice coverage), a test marked `sample(n)` on n of its cases; `make test-slow` runs the others. Which cases
+    these are depends on their names alone, so that every process chooses the same. A case that is slow by its own
+    mark stands for no other.
     """
-    covered = {}
+    covered, sampled = {}, Counter()
     for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        if len(params) < 2 or item.path.name == "test_frozen.py" or item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow"):
             continue
-        values = covered.setdefault(item.nodeid.partition("[")[0], set())
-        new = {(name, repr(value)) for name, value in params.items()} - values
-        values |= new
-        if not new:
+        test = item.nodeid.partition("[")[0]
+        if sample := item.get_closest_marker("sample"):
+            sampled[test] += 1
+            if sampled[test] > sample.args[0]:
+                item.add_marker(pytest.mark.slow)
+        elif not _brings_a_value(item, covered.setdefault(test, set())):
             item.add_marker(pytest.mark.slow)
+
+
+def _brings_a_value(item, covered):
+    """Return whether a case has a parameter's value that is not covered yet; it is then."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    new = {(name, repr(value)) for name, value in params.items()} - covered
+    covered |= new
+    return len(params) < 2 or bool(new) or item.path.name == "test_frozen.py"
 
 
 def pytest_collection_finish():

@@ -12,15 +12,18 @@ import conftest
 class Case:
     """What a collected test is to the hook that splits."""
 
-    def __init__(self, test, slow=False, file="test_some.py", **params):
+    def __init__(self, test, slow=False, file="test_some.py", sample=None, **params):
         self.nodeid = f"tests/{file}::{test}[{'-'.join(map(str, params.values()))}]"
-        self.path, self.callspec, self.marks = Path(file), SimpleNamespace(params=params), ["slow"] * slow
+        self.path, self.callspec = Path(file), SimpleNamespace(params=params)
+        self.marks = {"slow": pytest.mark.slow} if slow else {}
+        if sample:
+            self.marks["sample"] = pytest.mark.sample(sample)
 
     def get_closest_marker(self, name):
-        return name if name in self.marks else None
+        return self.marks.get(name)
 
     def add_marker(self, mark):
-        self.marks.append(mark.name)
+        self.marks[mark.name] = mark
 
 
 def fast(cases):
@@ -71,6 +74,19 @@ def test_each_test_is_split_alone_and_one_parameter_is_not_split():
     for test in ("test_a", "test_b"):
         kept = [case.callspec.params for case in cases if test in case.nodeid and "slow" not in case.marks]
         assert values(kept) == {(name, i) for name in "xy" for i in range(2)}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sample_has_as_many_cases_as_it_says_and_none_that_is_slow_by_its_own_mark(order):
+    cases = [Case("test_a", slow=x > 5, sample=4, x=x, y=y) for x in range(8) for y in range(3)]
+    few = [Case("test_b", sample=4, x=x) for x in range(3)]
+    kept = fast(cases[::order])
+    assert len(kept) == 4
+    assert max(params["x"] for params in kept) <= 5
+    assert sorted(map(str, kept)) == sorted(
+        map(str, fast([Case("test_a", sample=4, **c.callspec.params) for c in cases if c.callspec.params["x"] <= 5]))
+    )
+    assert len(fast(few)) == 3
 
 
 def test_the_choice_does_not_depend_on_the_order_of_collection():

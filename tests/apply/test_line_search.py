@@ -29,6 +29,7 @@ def start(p, lr, transform="identity", **options):
     return zo.ZerothOrder(p.model, lr, estimator=estimator, transform=chosen, step=conservative, **options)
 
 
+@pytest.mark.sample(2)
 @each_transform
 @each_dtype
 @pytest.mark.parametrize("rounding", list(zo.Rounding))

@@ -42,6 +42,7 @@ def assert_same_run(one, other):
     assert_same_bits(one[1].model, other[1].model)
 
 
+@pytest.mark.sample(5)
 @each_method
 @pytest.mark.parametrize(
     ("setting", "dtype"), [("plain", torch.float32), *((setting, torch.bfloat16) for setting in SETTINGS)], ids=str

@@ -280,6 +280,7 @@ def test_every_name_of_the_package_that_code_refers_to_is_found():
                 assert found.definitions or found.module, (name, bound, path)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_package_with_a_module_in_another_place_has_its_keys(tmp_path):
     copy = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.jsonl*"))

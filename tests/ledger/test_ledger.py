@@ -47,6 +47,7 @@ def assert_same_optimizer(one, other):
     )
 
 
+@pytest.mark.sample(6)
 @each_method
 @each_dtype
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
@@ -78,6 +79,7 @@ def test_masks_are_made_again(mask, group, interval, method, tmp_path):
     assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, sampler=sampler), read(tmp_path / "a.zol")))
 
 
+@pytest.mark.sample(6)
 @each_method
 def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_path):
     whole, base = run(make, tmp_path / "a.zol", 8)

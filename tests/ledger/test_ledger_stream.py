@@ -24,6 +24,7 @@ from zotune.llm.training.train import train
 SPARSE = {f"random masks, {i}": zo.sparse(zo.gaussian, 0.4, group="layer", interval=i) for i in (1, 3)}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -122,6 +123,7 @@ OF_A_RUN = {"README.md", "config.yaml", "ledger.zol", "metrics.jsonl", "results.
 VERBALIZER = {"verbalizer": {"yes": "Yes", "no": "No"}}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("max_shard_size", ["50GB", "40KB"])
 def test_every_family_comes_out_with_the_bytes_of_the_run(
     config, zotune, folder, only_streamed, tmp_path, family, max_shard_size
@@ -153,6 +155,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_run_is_streamed(config, zotune, folder, only_streamed, tmp_path, name):
     train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=4, **OPTIONS[name]))

@@ -115,6 +115,7 @@ def test_the_path_in_double_precision_is_that_of_the_reference(case, name, q, di
     assert np.abs(path[-1] - start).max() > 1e-3
 
 
+@pytest.mark.sample(5)
 @each_case
 @each_problem
 @each_q
@@ -184,6 +185,7 @@ def test_master_weights_take_the_single_precision_path_of_the_same_estimates(cas
         assert all(torch.equal(m, p) for m, p in zip(masters, single.model.parameters(), strict=True))
 
 
+@pytest.mark.sample(5)
 @each_case
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.bfloat16) for name in PROBLEMS), ("quadratic", torch.float32)], ids=str

@@ -148,6 +148,7 @@ def test_rounding_concerns_no_other_dtype(rounding):
         assert not opt.state[model["w"]]
 
 
+@pytest.mark.sample(2)
 @each_dtype
 @each_sampler
 def test_an_update_with_many_directions_allocates_no_more_than_one_with_one(dtype, sampler, kernels, monkeypatch):

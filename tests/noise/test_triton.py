@@ -176,6 +176,7 @@ def test_round_to_equals_the_reference_bit_for_bit(dtype):
     assert torch.equal(bits(out), bits(expected))
 
 
+@pytest.mark.sample(2)
 @each_dtype
 @each_stream
 @each_rounding
@@ -225,6 +226,7 @@ def test_float64_weights_are_moved_in_double_precision():
     assert torch.equal(bits(out), bits(expected))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @each_stream
 @pytest.mark.parametrize("width", [131, 1100])
@@ -239,6 +241,7 @@ def test_add_rows_equals_add_on_the_whole_matrix(dtype, stream, width):
         assert torch.equal(bits(rows), bits(whole[indices]))
 
 
+@pytest.mark.sample(2)
 @each_dtype
 @pytest.mark.parametrize(("stream", "shift"), [(RADEMACHER, 0), (GAUSSIAN, 0), (RADEMACHER, 1)])
 @each_rounding
@@ -470,11 +473,13 @@ def compiled(tmp_path_factory):
     return *map(int, counts.split()), code
 
 
+@pytest.mark.slow
 def test_other_seeds_scales_and_tensors_compile_nothing(compiled):
     first, all_five, _ = compiled
     assert first == all_five == 8
 
 
+@pytest.mark.slow
 def test_the_compiled_kernels_round_every_operation_as_ieee_754_wants_it(compiled):
     *_, code = compiled
     operations = set(re.findall(r"\b((?:fma|mad|add|sub|mul|div|sqrt|rcp|cvt|ex2|lg2|sin|cos)[.\w]*\.f32[.\w]*)", code))
@@ -484,6 +489,7 @@ def test_the_compiled_kernels_round_every_operation_as_ieee_754_wants_it(compile
     assert not [op for op in operations if ".rn" not in op and op not in ("cvt.f32.f16", "cvt.rzi.u32.f32")]
 
 
+@pytest.mark.slow
 def test_the_compiled_kernels_read_and_write_whole_tiles_in_the_widest_pieces(compiled):
     *_, code = compiled
     kernels = code.split(".visible .entry ")[1:]

@@ -203,6 +203,7 @@ TIED = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TIED)
 def test_a_merged_model_computes_what_the_adapted_one_does(name, base, tmp_path, config):
     options = {"tuning": "peft", "peft_type": "lora", "peft_config": json.dumps({"r": 4, **TIED[name]})}

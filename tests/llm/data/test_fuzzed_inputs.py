@@ -164,6 +164,7 @@ def test_any_bytes_are_a_recipe_or_refused_by_name(tmp_path, content):
         assert_as_meant(config, yaml.safe_load(content.decode()))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("content", HARD, ids=range(len(HARD)))
 def test_what_upsets_readers_of_yaml_is_refused_by_name(tmp_path, content):
     assert read(tmp_path / "recipe.yaml", content) is None

@@ -71,6 +71,7 @@ def change_tuned(lm):
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
 
 
+@pytest.mark.sample(5)
 @each_tuning
 @torch.no_grad()
 def test_reused_activations_give_the_plain_scores(tiny, family, tuning):
@@ -90,6 +91,7 @@ def test_reused_activations_give_the_plain_scores(tiny, family, tuning):
         assert not torch.equal(lm.score(batches[0]), before)
 
 
+@pytest.mark.sample(4)
 @each_tuning
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()
@@ -114,6 +116,7 @@ def test_every_bit_is_the_same_with_and_without_reuse_whatever_the_batch(tiny, f
         change_tuned(lm)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"tuning": "lora"}, {"method": "fo_adam"}], ids=str)
 def test_a_run_with_reuse_is_the_run_without_to_the_bit(config, tmp_path, dtype, options):
@@ -240,6 +243,7 @@ def test_what_is_kept_stays_within_its_bound(tiny):
         assert (0 in runs) == (bound < sum(sizes))
 
 
+@pytest.mark.sample(3)
 def test_a_failing_call_leaves_every_forward_as_it_was(tiny, family):
     lm = prepared(tiny(family), tuned_layers=1)
     reused, batch = reusing(lm), batch_of(lm, EXAMPLES)

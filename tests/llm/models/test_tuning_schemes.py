@@ -86,6 +86,7 @@ def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, famil
         assert not tuned.keys() & {id(p) for p in base.values()}
 
 
+@pytest.mark.sample(5)
 @each_adapter
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
 @torch.no_grad()
@@ -203,6 +204,7 @@ SIZES = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name in ("opt-13b", "llama2-7b") else name for name in SIZES],
@@ -298,6 +300,7 @@ def test_first_order_baselines_tune_the_same_adapters(config, method, scheme, tm
 # From the command line -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [

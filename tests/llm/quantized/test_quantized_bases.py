@@ -204,6 +204,7 @@ def test_no_tensor_as_large_as_a_matrix_of_numbers_is_made_but_in_pieces(base, m
     assert largest.numel < 64 * 64  # the smallest square matrix; the embedding has 320 × 64
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ALL)
 def test_an_adapter_is_tuned_and_its_base_keeps_its_bits(name, base, config):
     options = config(**base(name), tuning="lora", learning_rate=1e-2, max_steps=3)
@@ -239,6 +240,7 @@ def test_the_digest_of_a_base_sees_each_of_its_packed_tensors(name, base):
     assert len(seen) == 1 + len(parts) > 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FEW)
 def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, base, config, rows_file):
     result = train(config(**base(name), tuning="lora", learning_rate=1e-2))
@@ -251,6 +253,7 @@ def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, b
     assert found["rows"].base == base(name)["model"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])
 def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
     options = config(**base(name), tuning="scales", learning_rate=1e-7, mu=1e-5, max_steps=3)
@@ -328,6 +331,7 @@ def test_every_method_steps_on_a_gguf_base(method, base, config):
     assert verify(result.output_dir).different == ()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("tuning", ["lora", "scales"])
 @pytest.mark.parametrize("name", ALL)
 def test_a_merged_export_computes_what_the_tuned_model_does(name, tuning, base, config, tmp_path):

@@ -162,6 +162,7 @@ def test_prompts_are_cut_to_leave_room_for_the_answer(tiny):
     assert encoded.length == 100
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_evaluations_are_means_over_examples_in_their_order(tiny, batch_size):
     lm = tiny("opt")

@@ -104,6 +104,7 @@ def test_objectives_that_choose_refuse_rows_without_a_choice(tmp_path, tiny, nam
         load_rows(tiny("llama"), DataOptions(eval_file=path, objective=name))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_queries": 2, "difference": "forward"}, {"blocks": "layer"}, {"tuning": "lora", "tuned_layers": 1}],

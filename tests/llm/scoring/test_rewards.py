@@ -140,6 +140,7 @@ def sampled(lm, ids, seed, n, temperature=1.0, top_p=1.0):
     return lm.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.3, 1.0), (1.0, 0.5)])
 def test_drawn_text_is_that_of_plain_sampling_whatever_the_batch(tiny, causal_family, temperature, top_p):
     lm = tiny(causal_family)
@@ -271,6 +272,7 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
         assert found != at_x or (lm.config.model_type, scheme) == ("opt", "prompt")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("room", [0, 1 << 24])
 @pytest.mark.parametrize("options", [{"tuning": "lora"}, {"tuning": "full"}], ids=lambda o: o["tuning"])
 def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, options, room):
@@ -313,6 +315,7 @@ def greedy(lm, prompt, n):
     return lm.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scheme", ["prefix", "prompt"])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_text_behind_virtual_tokens_is_that_of_plain_peft_whatever_the_batch(tiny, causal_family, scheme, drawn):
@@ -357,6 +360,7 @@ def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny,
     assert found[1 << 24][1] <= 2 * len(tuned) < found[0][1]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("method", ZEROTH_ORDER)
 @pytest.mark.parametrize(
     "options",

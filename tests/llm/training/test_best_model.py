@@ -151,6 +151,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", METHODS, ids=lambda o: "-".join(map(str, o.values())))
 def test_the_saved_model_is_that_of_the_best_step_to_the_bit(config, tmp_path, monkeypatch, options):
     weights = scripted(monkeypatch, [3.0, 2.0, 1.0, 1.0, 2.0])

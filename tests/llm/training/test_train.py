@@ -69,6 +69,7 @@ def test_every_method_tunes_every_family_and_writes_every_file(config, family, m
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"tuning": "lora", "sampler": "gaussian", "num_queries": 2}, {"method": "fo_adam"}, {"dtype": "bfloat16"}],
@@ -232,6 +233,7 @@ def test_checkpointed_activations_give_the_same_losses(config, tmp_path, tuning)
     assert losses_of(tmp_path / "True")[0] != losses_of(tmp_path / "True")[-1]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_small_steps_on_one_batch_lower_its_loss(config, tmp_path, method):
     train(
