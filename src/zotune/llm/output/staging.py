@@ -116,8 +116,8 @@ def _finish_swap(folder: Path, swap: Path) -> None:
     before, after = manifest_of(folder), read_manifest(swap)
     if after is not None:
         new = [path for path in sorted(swap.iterdir()) if path.name != FILE]
-        for name in before.present(folder):
-            if name not in after.files:
+        for name in before.files.keys() - after.files.keys():
+            if before.owns(folder / name):
                 remove(folder / name)
         for path in new:
             make_way(folder / path.name, before)
