@@ -70,7 +70,8 @@ def test_what_a_run_reads_is_not_replaced_by_it(config, tmp_path):
     check_inputs(config(model=model, train_file=rows), Manifest())
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "config.json", "report.html", "README.md", "vocab.json", "notes.txt"])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", ["config.yaml", "notes.txt", "config.json", "report.html", "README.md", "vocab.json"])
 def test_a_file_of_the_users_makes_a_folder_another_ones(zotune, short, tmp_path, name):
     (tmp_path / "out").mkdir()
     text = yaml.safe_dump({"seed": 1, "output_dir": "out"}, sort_keys=False) if name == "config.yaml" else "mine"
@@ -156,6 +157,7 @@ def test_a_file_that_was_changed_is_not_replaced(zotune, short, tmp_path):
     assert bytes_of(tmp_path / "out") == before
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("has_ledger", [True, False])
 def test_a_run_of_an_earlier_version_is_resumed_and_replaced(zotune, short, tmp_path, has_ledger):
     assert zotune(*short()).code == 0
@@ -189,6 +191,7 @@ def test_an_evaluation_does_not_replace_the_results_of_a_run(zotune, short, rows
     assert bytes_of(tmp_path / "measured") == first
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["config.json", "README.md", "adapter_config.json"])
 def test_a_replay_and_a_merge_replace_nothing(zotune, short, tmp_path, name):
     assert zotune(*short("--tuning", "lora")).code == 0
