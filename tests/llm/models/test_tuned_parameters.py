@@ -1,10 +1,19 @@
 """Exactly the parameters that were asked for are tuned; a fresh adapter changes nothing."""
 
+import re
+
 import pytest
 import torch
+import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers.pytorch_utils import Conv1D
 
+from model_families import FAMILIES, MASKED, tiny_model
 from zotune.errors import UsageError
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.load import quiet_libraries
+from zotune.llm.models.random_models import byte_tokenizer
 from zotune.llm.models.tuned_parameters import prepare_tuning
 
 EMBEDDINGS = {
@@ -94,6 +103,63 @@ def test_all_linear_means_the_layers_that_peft_means(tiny, causal_family):
     ours = prepared(tiny(causal_family), tuning="lora", lora_target_modules=("all-linear",))
     theirs = get_peft_model(tiny(causal_family).base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     assert ours == {n for n, p in theirs.named_parameters() if p.requires_grad}
+
+
+def of_family(family):
+    quiet_libraries()
+    module = tiny_model(family)
+    module.name_or_path = family
+    return LanguageModel(module, byte_tokenizer(module.config), family, family in MASKED)
+
+
+def adapted(module):
+    return {n.partition(".lora_")[0].removeprefix("base_model.model.") for n, p in module.named_parameters()
+            if p.requires_grad}  # fmt: skip
+
+
+@pytest.mark.sample(20)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_layers_that_lora_adapts_by_default(family):
+    """Queries and values where they have layers of their own, else what peft chooses, else every linear layer."""
+    from peft import LoraConfig, get_peft_model
+
+    lm = of_family(family)
+    linear = {n: m for n, m in lm.base.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    last = {n.rpartition(".")[2] for n in linear}
+    prepared(lm, tuning="lora", lora_r=2)
+    chosen = adapted(lm.module)
+    pair = next((pair for pair in (("q_proj", "v_proj"), ("query", "value")) if set(pair) <= last), None)
+    if pair:
+        assert chosen == {n for n in linear if n.rpartition(".")[2] in pair}
+    else:
+        own = {"mamba": ["in_proj", "x_proj"], "mamba2": ["in_proj"], "deepseek_v3": ["q_b_proj", "kv_b_proj"]}
+        mapped = lm.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        options = {"target_modules": own.get(family, None if mapped else "all-linear"), "r": 2}
+        options["fan_in_fan_out"] = any(isinstance(m, Conv1D) for m in linear.values())
+        theirs = get_peft_model(tiny_model(family), LoraConfig(**options, task_type=None if lm.masked else "CAUSAL_LM"))
+        assert chosen == {n for n in adapted(theirs) if re.search(r"\d", n)}  # peft also adapts the head of an encoder
+    ids = torch.arange(3, 9)[None]
+    plain = of_family(family).read(ids, torch.ones_like(ids))
+    torch.testing.assert_close(lm.read(ids, torch.ones_like(ids)), plain, rtol=0, atol=0)
+
+
+def test_lora_of_a_composite_model_tunes_the_layers_asked_for(tiny):
+    text = tiny("gemma3").config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    for targets, names in (((), ("q_proj", "v_proj")), (("o_proj",), ("o_proj",))):
+        module = transformers.AutoModelForCausalLM.from_config(whole)
+        lm = LanguageModel(module, byte_tokenizer(text), "composite", False)
+        prepared(lm, tuning="lora", tuned_layers=1, lora_target_modules=targets)
+        assert {n.split("layers.")[1] for n in adapted(lm.module)} == {f"1.self_attn.{name}" for name in names}
+        assert all("vision" not in n for n in adapted(lm.module))
+
+
+def test_what_peft_refuses_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"cannot add a LoRA adapter to mamba.*out_proj"):
+        prepared(of_family("mamba"), tuning="lora", lora_target_modules=("out_proj",))
 
 
 def test_lora_takes_rank_scale_and_modules(tiny):

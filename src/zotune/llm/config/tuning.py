@@ -67,7 +67,7 @@ class TuningOptions(Options):
     lora_target_modules: tuple[str, ...] = Field(
         (),
         description="Linear layers that get a LoRA adapter, or all-linear for each one inside the layers; default: "
-        "q_proj and v_proj (query and value).",
+        "q_proj and v_proj, or query and value; else those that peft chooses for this type of model; else all-linear.",
     )
 
     num_virtual_tokens: int | None = Field(

@@ -7,7 +7,7 @@ Lester et al., 2021), because random virtual tokens are unlike any input that th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,16 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
+ALL_LINEAR = ("all-linear",)
+# Choices of our own: latent attention makes its queries, and its keys with the values, in layers of these names; of
+# state-space models peft refuses the output projections, whose fused kernels read the weights past an adapter.
+_BY_TYPE = {
+    "deepseek_v2": ("q_b_proj", "kv_b_proj"),
+    "deepseek_v3": ("q_b_proj", "kv_b_proj"),
+    "mamba": ("in_proj", "x_proj"),
+    "falcon_mamba": ("in_proj", "x_proj"),
+    "mamba2": ("in_proj",),
+}
 
 # Keys of an adapter's configuration that zotune sets itself.
 _RESERVED_KEYS = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"}
@@ -37,42 +47,75 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
 
     path, layers = stack_of(lm.text_model)
     first = first_layer(len(layers), config.tuned_layers)
-    linear = {n.rpartition(".")[2] for n, m in lm.text_model.named_modules() if isinstance(m, nn.Linear)}
-    default = ("q_proj", "v_proj") if "q_proj" in linear else ("query", "value")
-    targets = config.lora_target_modules or default
-    if targets == ("all-linear",):
+    linear = {name.rpartition(".")[2] for name, _ in linear_layers(lm.text_model)}
+    targets = config.lora_target_modules or default_targets(lm.config.get_text_config().model_type, linear)
+    inside = targets == ALL_LINEAR
+    if inside:
         targets = _linear_in(layers)
+    if not targets:
+        raise UsageError(f"tuning: lora: {lm.name} has no linear layer inside its layers; tune it with --tuning full.")
     unknown = [t for t in targets if t not in linear]
     if unknown:
         raise UsageError(
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
+    paths = _paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
+    by_name = lm.text_model is lm.base and (config.tuned_layers or paths == _paths(lm, targets, [lm.base]))
+    in_layers = by_name and config.tuned_layers is not None
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=_full_names(lm, targets),
-        layers_to_transform=None if config.tuned_layers is None else list(range(first, len(layers))),
-        layers_pattern=None if config.tuned_layers is None else path.rpartition(".")[2],
+        target_modules=list(targets) if by_name else paths,
+        layers_to_transform=list(range(first, len(layers))) if in_layers else None,
+        layers_pattern=path.rpartition(".")[2] if in_layers else None,
+        # Conv1D holds its weight transposed.
+        fan_in_fan_out=any(not isinstance(lm.base.get_submodule(name), nn.Linear) for name in paths),
         # A new head is trained in full and saved with the adapter.
         modules_to_save=head_module_names(lm.base) if lm.classifies else None,
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
-    _wrap_with_peft(lm, lora, config.seed)
+    try:
+        _wrap_with_peft(lm, lora, config.seed)
+    except ValueError as error:
+        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {error}") from error
+
+
+def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]:
+    """Return the last names of the layers that LoRA adapts by default, given those of a model's linear layers.
+
+    They are the projections to queries and values (Hu et al., 2021, section 7.1) where these have a layer of their own,
+    else those that peft chooses for this type of model, else all linear layers inside the model's layers.
+
+    >>> default_targets("llama", {"q_proj", "k_proj", "v_proj"}), default_targets("gpt2", {"c_attn", "c_proj"})
+    (('q_proj', 'v_proj'), ('c_attn',))
+    >>> default_targets("none_known", {"in_proj", "out_proj"})
+    ('all-linear',)
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    of_type = tuple(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, ()))
+    choices = (("q_proj", "v_proj"), ("query", "value"), _BY_TYPE.get(model_type), of_type)
+    return next((names for names in choices if names and set(names) <= set(linear)), ALL_LINEAR)
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    yield from ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
 def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
     """Return the last names of the linear layers inside a model's layers, as peft's "all-linear" chooses them."""
-    inside = (n for layer in layers for n, m in layer.named_modules() if isinstance(m, nn.Linear))
-    return tuple(dict.fromkeys(n.rpartition(".")[2] for n in inside))
+    inside = (name.rpartition(".")[2] for layer in layers for name, _ in linear_layers(layer))
+    return tuple(dict.fromkeys(inside))
 
 
-def _full_names(lm: LanguageModel, targets: Sequence[str]) -> list[str]:
-    """Return the names of the target layers; whole paths if other parts of the model may have such layers too."""
-    if lm.text_model is lm.base:
-        return list(targets)
-    inside = set(lm.text_model.modules())
-    return [n for n, m in lm.base.named_modules() if m in inside and n.rpartition(".")[2] in targets]
+def _paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.Module]) -> list[str]:
+    """Return the paths of the linear layers in some parts of a model whose last name is a target."""
+    inside = {m for part in parts for m in part.modules()}
+    return [name for name, m in linear_layers(lm.base) if m in inside and name.rpartition(".")[2] in targets]
 
 
 def first_layer(num_layers: int, tuned_layers: int | None) -> int:
