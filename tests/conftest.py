@@ -7,10 +7,12 @@ the package's own code, into the user's cache.
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,3 +232,20 @@ def kernels(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(back_ends, "cpu", lambda: request.param)
         yield request.param
+
+
+@pytest.fixture
+def little_memory():
+    """A context: within it the process may take so many bytes more; what would take more is a MemoryError."""
+
+    @contextmanager
+    def limit(num_bytes):
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    return limit

@@ -8,14 +8,16 @@
 Names are imported at their first use, so that the command line answers before torch is loaded.
 """
 
-from __future__ import annotations
-
 import warnings
-from typing import TYPE_CHECKING, Any
 
 from zotune.system.lazy_names import lazy_names
 
+# `python -m zotune` looks for modules in the current folder until its own first lines run, so nothing is imported here
+# that Python has not imported itself, neither `typing` nor `__future__`.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from zotune.apply.tensor_update import Rounding as Rounding
     from zotune.directions.blocks import BLOCKS as BLOCKS
     from zotune.directions.blocks import Block as Block
@@ -86,7 +88,7 @@ __all__ = sorted([*_HOME, "__version__"])
 _RENAMED = {"TunedTensors": "ParameterSet"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _RENAMED:
         message = f"zotune.{name} is now zotune.{_RENAMED[name]}; the former name will be removed in version 0.3."
         warnings.warn(message, DeprecationWarning, stacklevel=2)

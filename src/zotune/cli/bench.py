@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
 from zotune.llm.training.signals import signal_handler
 from zotune.messages import say
+from zotune.system.child_python import python
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -303,7 +303,7 @@ def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tupl
         raise UsageError("--against runs on this machine only; leave --executor out.")
     source = (args.against / "src").resolve()
     worker = next(iter(sorted(source.glob("*/bench/**/worker.py")))).relative_to(source).with_suffix("")
-    command = (sys.executable, "-m", ".".join(worker.parts))
+    command = tuple(python("-m", ".".join(worker.parts)))
     return [(slot, replace(slot, command=command, source=source)) for slot in slots]
 
 

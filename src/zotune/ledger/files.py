@@ -18,10 +18,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from zotune.errors import NotWrittenError
+from zotune.errors import NotWrittenError, UsageError
 from zotune.ledger.format import Header, LedgerError, checksum, parse_header
 from zotune.optim.record import StepRecord
 from zotune.system.atomic_write import atomic_write, sync
+from zotune.system.bounds import LEDGER_BYTES, read_bytes
 
 _SECONDS_BETWEEN_SYNCS = 1.0
 
@@ -78,7 +79,9 @@ def read(path: Path | str) -> Ledger:
             follow a bad one.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(Path(path), LEDGER_BYTES)
+    except UsageError as error:
+        raise LedgerError(str(error)) from None
     except OSError as error:
         raise LedgerError(f"the ledger {str(path)!r} cannot be read: {error.strerror}.") from None
     return parse(content, str(path))

@@ -26,12 +26,11 @@ from numpy.typing import NDArray
 from zotune.errors import UsageError
 from zotune.noise.spec import NOISE_VERSION, NOISE_VERSIONS
 from zotune.optim.record import StepRecord
+from zotune.system.bounds import JSON_BYTES, parse_json
 
 FORMAT_VERSION = 1
 MAGIC = b"ZOLEDGER"
 PREFIX_SIZE = 20
-# No header is larger once it is inflated; the tensors of a model with 100,000 of them take a tenth of this.
-_MAX_HEADER = 1 << 28
 _LEFT_OUT = 2
 _MAX_PASSES = (1 << 24) - 1
 
@@ -150,14 +149,16 @@ def parse_header(content: bytes, name: str) -> tuple[Header, int]:
 
 def _from_body(body: bytes, name: str) -> Header:
     try:
-        inflate = zlib.decompressobj()
-        fields = json.loads(inflate.decompress(body, _MAX_HEADER))
+        what = f"the header of {name}"
+        fields = parse_json(zlib.decompressobj().decompress(body, JSON_BYTES.value + 1), what)
         layout = Layout(**fields.pop("layout"))
         counts = (layout.num_estimates, layout.num_groups, layout.num_coefficients)
         if layout.precision not in ("f4", "f8") or not all(type(n) is int and 0 < n < 1 << 24 for n in counts):
             raise ValueError(f"its records would be {layout}")
         header = Header(layout, **fields)
         _check_types(header)
+    except UsageError as error:
+        raise LedgerError(str(error)) from None
     except (zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LedgerError(f"the header of {name} cannot be understood: {error}") from None
     if header.noise_version not in NOISE_VERSIONS:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.no_code import read_config
 from zotune.llm.config.schema import validate
 from zotune.llm.data.collator import Batch
 from zotune.llm.models.language_model import LanguageModel
@@ -166,10 +167,10 @@ def _meta_model(options: Workload, config: Any) -> tuple[LanguageModel, torch.dt
 
 
 def _config_of(folder: Path) -> Any:
-    import transformers
-
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
+        return read_config(folder)
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"{folder}/config.json does not describe a model that transformers knows: {str(error).splitlines()[0]}"

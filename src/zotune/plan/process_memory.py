@@ -36,6 +36,7 @@ from zotune.optim.hybrid import Hybrid
 from zotune.optim.master_weights import FirstOrder, back_propagate
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.plan.workload import Workload, synthetic_examples
+from zotune.system.child_python import python, python_path
 from zotune.system.malloc import heap_environment, keep_activations, tune_malloc
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
@@ -133,9 +134,9 @@ def measure(options: dict[str, Any], *, num_steps: int = 2) -> Measurement:
     workload = validate(Workload, options, "measure")
     if num_steps < 1:
         raise ValueError(f"num_steps, the number of timed steps, must be at least 1, got {num_steps}")
-    command = [sys.executable, "-m", "zotune.plan.process_memory", workload.model_dump_json(), str(num_steps)]
-    with_heap = {**os.environ, **heap_environment()}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=with_heap)
+    command = python("-m", "zotune.plan.process_memory", workload.model_dump_json(), str(num_steps))
+    environment = {**os.environ, **heap_environment(), "PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"signal {-done.returncode}"]
         raise RunError(f"the measuring process of {workload.model} failed: {reason[0]}")

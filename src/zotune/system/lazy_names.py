@@ -1,17 +1,19 @@
 """A package's public names, imported at their first use, so that importing the package stays quick."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+
+# Neither `typing` nor `__future__`, for the reason that `zotune/__init__.py` gives.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 
 
-def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+def lazy_names(package: str, home: Mapping[str, str]) -> "Callable[[str], Any]":
     """Return the `__getattr__` of a package.
 
     Args:
@@ -26,7 +28,7 @@ def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
     AttributeError: module 'zotune.plan' has no attribute 'foretell'
     """
 
-    def get(name: str) -> Any:
+    def get(name: str) -> "Any":
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{home[name]}"), name)

@@ -138,7 +138,7 @@ def fake_index(monkeypatch, tmp_path, content):
         folder = tmp_path / "site" / f"part_of_a_model_{i}" / "data"
         folder.mkdir(parents=True)
         (folder / "x.part").write_bytes(piece)
-        parts.append(builtin.Part(f"part-of-a-model-{i}==1", f"part_of_a_model_{i}/data/x.part"))
+        parts.append(builtin.Part(f"part-of-a-model-{i}==1", f"part_of_a_model_{i}/data/x.part", "0" * 64))
     digest = hashlib.sha256(b"onetwo").hexdigest()
     model = builtin.BuiltIn("a model", "x.gguf", digest, tuple(parts), 1, terms="Be kind.")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))

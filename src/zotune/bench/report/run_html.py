@@ -15,6 +15,7 @@ from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
 from zotune.errors import UsageError
 from zotune.llm.output.locked_folder import LockedFolder
+from zotune.system.bounds import read_json
 
 PAGE = "report.html"
 _SPLITS = {"dev_before": "held-out rows, untuned", "dev": "held-out rows", "test": "evaluation rows"}
@@ -45,7 +46,7 @@ def run_page(folder: Path) -> str:
         UsageError: the folder holds no finished run.
     """
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_json(folder / "results.json")
         recipe = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} holds no finished run: {error}. Give --run the --output-dir of a run.") from None

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import IO
 
 from zotune.bench.run.content_key import PACKAGE
 from zotune.bench.run.jobs import Job, Outcome
+from zotune.system.child_python import python, python_path
 from zotune.system.malloc import heap_environment
 
 # Exit codes of the worker: it ran out of memory; it failed and printed the reason.
@@ -42,7 +42,7 @@ class Process:
 
     stopped: Callable[[], bool]
     environment: Mapping[str, str]
-    command: tuple[str, ...] = (sys.executable, "-m", "zotune.bench.run.worker")
+    command: tuple[str, ...] = tuple(python("-m", "zotune.bench.run.worker"))
     source: Path | None = None
 
     def __call__(self, job: Job, folder: Path) -> Outcome:
@@ -66,8 +66,7 @@ class Process:
 
     def _start(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # The worker imports the same package as this process, installed or not.
-        source = str(self.source or PACKAGE.parent)
-        path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = python_path(self.source or PACKAGE.parent)
         return subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,

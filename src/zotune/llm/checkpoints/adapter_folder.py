@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, is_out_of_memory, listed
+from zotune.llm.checkpoints.adapter_config import check_adapter_config
+from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
+from zotune.system.bounds import read_json
 
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
 # it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.
@@ -55,11 +57,16 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     from peft import PeftConfig
 
     try:
+        check_metadata(path)
         config = PeftConfig.from_pretrained(str(path))
+    except UsageError:
+        raise
     except (*LOADING_ERRORS, TypeError, AttributeError) as error:
         raise UsageError(f"{path / 'adapter_config.json'} is no configuration of an adapter of peft: {error}") from None
+    base = base_of_adapter(path)
+    check_adapter_config(config.to_dict(), f"the adapter in {path}", base)
     check_init(config, f"the adapter in {path}")
-    return AdapterFolder(path, config, base_of_adapter(path))
+    return AdapterFolder(path, config, base)
 
 
 def base_of_adapter(path: Path) -> str:
@@ -70,8 +77,8 @@ def base_of_adapter(path: Path) -> str:
     """
     file = path / "adapter_config.json"
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
+        base = read_json(file).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is no configuration of an adapter: {error}") from None
     if not base:
         raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')

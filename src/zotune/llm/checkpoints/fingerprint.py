@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
+from zotune.system.bounds import read_json
 
 FILE = "base_model.json"
 _SAMPLE = 256
@@ -56,11 +57,13 @@ def check_fingerprint(folder: Path, model: nn.Module, base: str) -> None:
         UsageError: it is another one.
     """
     try:
-        saved = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        saved = read_json(folder / FILE)
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder / FILE} cannot be read: {error}") from None
+    if not isinstance(saved, dict):
+        raise UsageError(f"{folder / FILE} is no JSON object that describes a base model.")
     here = fingerprint(model)
     if here is not None and saved.get("dtypes") == here["dtypes"] and saved.get("digest") != here["digest"]:
         raise UsageError(

@@ -17,6 +17,7 @@ from torch import nn
 
 from zotune.errors import UsageError, listed
 from zotune.llm.checkpoints.model_kind import ModelKind
+from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.messages import say
 
 # What the readers of a checkpoint raise when it is damaged or does not fit.
@@ -47,7 +48,7 @@ def read_pretrained(
     """
     _check_files(source)
     # Tensors of another shape are then listed with the missing ones, and are errors here.
-    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {**options, **NO_CODE, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = kind.auto_class.from_pretrained(source, **options)
     check_arrival(model, info, kind, name, new_head=new_head, heed=heed)
     return model

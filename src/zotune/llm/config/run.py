@@ -15,11 +15,15 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.output import OutputOptions
+from zotune.llm.config.safe_yaml import parse_yaml
+from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
 from zotune.system.atomic_write import atomic_write
+from zotune.system.bounds import RECIPE_BYTES, read_bytes
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -55,22 +59,18 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
-class TrainConfig(StepOptions, DataOptions, SelectionOptions):
+class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
     With --dry-run: show the data, the tuned parameters and the costs; start nothing, write nothing.
     """
 
-    output_dir: Path = Field(Path("runs/latest"), description="Folder for the model, config, metrics and results.")
-    overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir; default: refuse to.")
     resume: bool = Field(
         False, description="Resume the run in output_dir, however it ended; start a new one if there is none."
     )
-    save_steps: int | None = Field(
-        None, ge=1, description="Steps between full checkpoints; default: none, because the ledger suffices to resume."
+    resume_from_checkpoint: Path | None = Field(
+        None, description="Go on from a folder checkpoint-N; true stands for --resume. Default: start a new run."
     )
-
-    max_steps: int = Field(1000, ge=1, description="Number of optimisation steps.")
     reuse_activations: bool = Field(
         True, description="Cache the activations below the lowest tuned layer, computed once per row."
     )
@@ -79,7 +79,16 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
         0.0, ge=0, description="Size of a temporary file in output_dir for further activations, in GiB."
     )
 
-    logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    @model_validator(mode="before")
+    @classmethod
+    def _resume_from(cls, values: Any) -> Any:
+        """Read `resume_from_checkpoint` as transformers does: true, false or a folder; each but false resumes."""
+        if not isinstance(values, dict) or (asked := values.get("resume_from_checkpoint")) is None:
+            return values
+        switch = {"true": True, "false": False}.get(str(asked).lower())
+        if switch is None:
+            return {**values, "resume": True}
+        return {**values, "resume_from_checkpoint": None, "resume": switch or values.get("resume", False)}
 
     @model_validator(mode="after")
     def _no_idle_option(self, info: ValidationInfo) -> Self:
@@ -96,8 +105,28 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
         if self.reuse_file and not self.reuse_activations:
             raise ValueError("reuse_file has no effect without reuse_activations; give both or neither")
+        if self.saves == "best" and self.evaluates == "no":
+            raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
         return self
 
+    @property
+    def selects(self) -> bool:
+        """Whether the run compares its evaluations with each other."""
+        return super().selects or self.saves == "best"
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Steps between two evaluations, if the run evaluates every so many steps."""
+        return self.eval_steps or self.logging_steps
+
+    @property
+    def rows_a_step(self) -> int:
+        """Training rows that one step reads."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
+"""The options that a recipe does not repeat: whoever runs it again begins a new run."""
 
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.
 _INHERITED = (
@@ -111,7 +140,10 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     """Return the options that the evaluation of a tuned model inherits from its training, and the file they come from.
 
     There are none if zotune did not tune the model, if it was tuned on a task, or if it now reads a task or rows of
-    another format.
+    another format. They are data: the file may be somebody else's, so it names no code.
+
+    Raises:
+        UsageError: the model was tuned with a function of the user, and `config` names no objective.
     """
     path = Path(config.model) / "config.yaml"
     if config.task is not None or not path.is_file():
@@ -120,12 +152,21 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     same_format = config.data_format in (None, saved.get("data_format"))
     if saved.get("train_file") is None or not same_format:
         return {}, ""
-    return {name: saved[name] for name in _INHERITED if name in saved}, str(path)
+    inherited = {name: saved[name] for name in _INHERITED if name in saved}
+    if ":" in str(inherited.get("objective")):
+        function = inherited.pop("objective")
+        if config.objective is None:
+            raise UsageError(
+                f"{path} names the objective {str(function)[:80]!r}, a function in a file of Python. A model's folder "
+                "names no code to run: if you trust that file, name the function with --objective; else name another "
+                "objective."
+            )
+    return inherited, str(path)
 
 
 def with_recorded_date(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with the date for chats that the run recorded at its start."""
-    path = config.output_dir / "config.yaml"
+    path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
     if not config.resume or config.chat_date is not None or not path.is_file():
         return config
     recorded = read_recipe(path).get("chat_date")
@@ -147,33 +188,6 @@ def find_recipe(name: str) -> Path:
     )
 
 
-_MAX_ALIASES = 16
-
-
-class _Loader(yaml.SafeLoader):
-    """A loader of YAML's safe subset that refuses repeated keys, whose value would be ambiguous, and many aliases.
-
-    Nested lists of aliases would expand to more data than memory holds.
-    """
-
-    num_aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Override the base class."""
-        self.num_aliases += self.check_event(yaml.AliasEvent)
-        if self.num_aliases > _MAX_ALIASES:
-            raise ValueError(f"there are more than {_MAX_ALIASES} aliases; write out their content")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Override the base class."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-        if twice is not None:
-            raise ValueError(f"the key {twice!r} appears twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML recipe.
 
@@ -181,7 +195,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, is not valid YAML, or is no mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(read_bytes(path, RECIPE_BYTES).decode("utf-8"))
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from None
     # The parser also raises errors of Python for malformed numbers and dates, and for nesting that is too deep.

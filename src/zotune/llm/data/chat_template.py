@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from zotune.errors import UsageError
 from zotune.llm.data.control_tokens import EVERYWHERE, Span, control_tokens
+from zotune.system.bounds import CHAT_MEMORY, address_space, memory_below
 
 Message = dict[str, Any]
 
@@ -27,6 +28,10 @@ _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A call of transformers' clock with a format written out: the format, in either kind of quotes.
 _CLOCK = "strftime_now"
 _CLOCK_CALL = re.compile(_CLOCK + r"""\(\s*(?:format\s*=\s*)?(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+
+
+# What an expression of a template may raise.
+_PYTHON_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,18 @@ class ChatTemplate:
 
         marks = bool(_MARKED.search(self._source))
         try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                chat_template=self._source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=opens_answer,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            # The template is the model's: its sandbox bounds neither repetition of text nor widths.
+            with memory_below(address_space() + CHAT_MEMORY.value):
+                texts, spans = render_jinja_template(
+                    [list(messages)],
+                    chat_template=self._source,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=opens_answer,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except MemoryError:
+            raise UsageError(CHAT_MEMORY.refusal("the model's chat template")) from None
+        except (TemplateError, *_PYTHON_ERRORS) as error:
             raise UsageError(f"the chat template rejects these messages: {error}") from None
         return texts[0], [(start, end) for start, end in spans[0]] if marks else None
 

@@ -5,18 +5,22 @@ Each row carries its place, so that error messages name file and line.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zotune.errors import UsageError
+from zotune.llm.data.row_bounds import BoundedLines, RowBounds
+from zotune.system.bounds import DATA_BYTES, DATA_VALUES, ROWS, address_space, count_values, memory_below
 
 Row = dict[str, Any]
 
@@ -83,7 +87,8 @@ def _text(path: Path, lines: Any) -> Iterator[LocatedRow]:
     try:
         try:
             with _open(path) as file:
-                yield from lines(file, path)
+                bounds = RowBounds(str(path))
+                yield from lines(BoundedLines(file, str(path), bounds), path, bounds)
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{path}, line {_undecodable_line(path)}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
@@ -103,20 +108,24 @@ def _open_bytes(path: Path) -> Any:
 
 def _undecodable_line(path: Path) -> int:
     """Return the first line that is not UTF-8; a decoder reports only the position in its buffer."""
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with _open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
+        while part := file.read(1 << 16):
             try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 1
+                decoder.decode(part)
+            except UnicodeDecodeError as error:
+                return number + error.object[: error.start].count(b"\n")
+            number += part.count(b"\n")
+    return number
 
 
-def _json_lines(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
-    for number, line in enumerate(file, start=1):
+def _json_lines(lines: BoundedLines, path: Path, bounds: RowBounds) -> Iterator[LocatedRow]:
+    for number, line in enumerate(lines, start=1):
+        size = lines.end_row()
         if not line.strip():
             continue
         place = f"{path}, line {number}"
+        bounds.check_row(place, size, count_values(line))
         try:
             # NaN and infinities, which Python writes although JSON has no such values, count as missing.
             row = json.loads(line, parse_constant=lambda _: None, object_pairs_hook=_object)
@@ -133,18 +142,18 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     """Return a JSON object; a repeated key is an error, because its value would be ambiguous."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} appears twice")
     return row
 
 
-def _csv(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
+def _csv(lines: BoundedLines, path: Path, bounds: RowBounds) -> Iterator[LocatedRow]:
     with _long_fields():
-        yield from _csv_rows(file, path)
+        yield from _csv_rows(lines, path, bounds)
 
 
-def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
-    reader = csv.reader(file, strict=True)
+def _csv_rows(lines: BoundedLines, path: Path, bounds: RowBounds) -> Iterator[LocatedRow]:
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     while True:
         place = f"{path}, line {reader.line_num + 1}"
@@ -152,10 +161,12 @@ def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
             cells = next(reader, None)
         except csv.Error as error:
             raise UsageError(f"{place}: malformed CSV ({error}).") from None
+        size = lines.end_row()
         if cells is None:
             return
         if not cells:  # an empty line
             continue
+        bounds.check_row(place, size, len(cells))
         if header is None:
             header = cells
             _check_names(header, place)
@@ -170,7 +181,7 @@ def _csv_rows(file: io.TextIOBase, path: Path) -> Iterator[LocatedRow]:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Within this context a cell may be longer than 131,072 characters, the default limit."""
+    """Within this context a cell may be longer than 131,072 characters, the default limit: as long as its row."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -179,9 +190,9 @@ def _long_fields() -> Iterator[None]:
 
 
 def _check_names(names: Sequence[str], place: str) -> None:
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise UsageError(f"{place}: two columns are named {twice[0]!r}; rename one.")
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UsageError(f"{place}: two columns are named {twice!r}; rename one.")
 
 
 def _parquet(path: Path) -> Iterator[LocatedRow]:
@@ -192,12 +203,63 @@ def _parquet(path: Path) -> Iterator[LocatedRow]:
     try:
         with parquet.ParquetFile(path) as file:
             _check_names(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+            _check_declared(file.metadata, str(path))
+            for rows in _parquet_batches(file, str(path)):
+                for row in rows:
                     number += 1
                     yield LocatedRow(f"{path}, row {number}", _without_nan(row))
+    except UsageError:
+        raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}, after row {number}: not a valid Parquet file ({_first_line(error)}).") from None
+
+
+def _check_declared(metadata: Any, path: str) -> None:
+    """Check the counts that a Parquet file states, before anything of such a size is read.
+
+    Raises:
+        UsageError: one of them is above its bound.
+    """
+    ROWS.check(metadata.num_rows, path)
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+    DATA_VALUES.check(values, path)
+
+
+def _parquet_batches(file: Any, path: str) -> Iterator[list[Row]]:
+    """Yield the rows of a Parquet file, some at a time.
+
+    What a file states may be false, a page of zeros is compressed to nothing, and a long text may stand for many. So
+    values are counted before they become objects of Python, and the process's memory is limited while they are read.
+
+    Raises:
+        UsageError: the rows are above a bound.
+    """
+    bounds, batches = RowBounds(path), file.iter_batches(batch_size=256)
+    limit = address_space() + 2 * DATA_BYTES.value  # for the file's values and for those of Python
+    while True:
+        try:
+            with memory_below(limit):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                bounds.check_rows(batch.num_rows, batch.nbytes, sum(map(_num_values, batch.columns)))
+                rows = batch.to_pylist()
+        except MemoryError:
+            raise UsageError(DATA_BYTES.refusal(path)) from None
+        yield rows
+
+
+def _num_values(array: Any) -> int:
+    """Return the number of values in a column of arrow, with those in its lists and structs."""
+    from pyarrow import types
+
+    parts: list[Any] = []
+    if types.is_struct(array.type):
+        parts = array.flatten()
+    elif types.is_nested(array.type) and hasattr(array, "flatten"):
+        parts = [array.flatten()]
+    return len(array) + sum(map(_num_values, parts))
 
 
 def _hub(name: str, split: str) -> Iterator[LocatedRow]:
@@ -209,8 +271,10 @@ def _hub(name: str, split: str) -> Iterator[LocatedRow]:
             f"/CONFIGURATION:SPLIT."
         )
     split = named or split
-    rows = hub_rows("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split)
+    rows, most = hub_rows("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split), ROWS.value
     for number, row in enumerate(rows, start=1):
+        if number > most:
+            raise UsageError(ROWS.refusal(f"{HUB}{path}:{split}"))
         yield LocatedRow(f"{HUB}{path}:{split}, row {number}", _without_nan(row))
 
 

@@ -6,7 +6,6 @@ The folder of a merge holds `merge.json` and the numbered ledgers it names; the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from zotune.llm.output.locked_folder import tidy
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
+from zotune.system.bounds import read_json
 
 
 class _Part(Options):
@@ -135,7 +135,7 @@ def rebuild_any(fine_tune: Ledger | Merge, base: str | None = None, device: str 
 
 def _read_merge(path: Path) -> Merge:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise LedgerError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -31,7 +31,10 @@ from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.resume import frozen_digest
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
+from zotune.system.bounds import COUNT
 
+# Counts of a run's options for which something of their size is made to replay it.
+_COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank")
 # The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
 
@@ -71,7 +74,11 @@ def config_of(ledger: Ledger, base: str | None = None, device: str | None = None
         )
     overrides = {"model": base, "device": device}
     values = {**recorded, **{k: v for k, v in overrides.items() if v is not None}, "resume": False}
-    return validate(TrainConfig, values, ledger.name)
+    config = validate(TrainConfig, values, ledger.name)
+    for key in _COUNTS:
+        if isinstance(value := getattr(config, key, None), int):
+            COUNT.check(value, f"{key} in {ledger.name}")
+    return config
 
 
 @dataclass(frozen=True)

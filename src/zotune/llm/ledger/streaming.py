@@ -7,7 +7,6 @@ the previous one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from zotune.ledger import Ledger, LedgerError
 from zotune.ledger.replay import check, digest_of, match_noise
 from zotune.ledger.stream import Trace
+from zotune.llm.checkpoints.no_code import read_generation_config
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
@@ -32,6 +32,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.resume import combined_digest
 from zotune.optim.zeroth_order import ZerothOrder
+from zotune.system.bounds import read_json
 
 # A function from a tensor's name to its values, on the CPU in memory that the caller may change.
 Weights = Callable[[str], Tensor]
@@ -184,7 +185,7 @@ def _checkpoint(source: str) -> Checkpoint:
         if (single := find(SAFE_WEIGHTS_NAME)) is not None:
             return Checkpoint([Path(single)])
         if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json(Path(index))["weight_map"].values())
             return Checkpoint([Path(path) for shard in sorted(shards) if (path := find(shard)) is not None])
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise NotStreamedError(f"its files cannot be found one by one ({error})") from None
@@ -193,10 +194,8 @@ def _checkpoint(source: str) -> Checkpoint:
 
 def _read_generation_config(module: Any, source: str) -> None:
     """Read the generation configuration in the model's folder, which is saved with the model."""
-    from transformers import GenerationConfig
-
     with suppress(OSError):  # without such a file the model keeps its own configuration
-        module.generation_config = GenerationConfig.from_pretrained(source)
+        module.generation_config = read_generation_config(source)
 
 
 def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from zotune.llm.ledger.merge import find_fine_tune, rebuild_any
 from zotune.llm.ledger.rebuild import AnyModel, config_of
 from zotune.llm.models.safetensors_shards import Checkpoint
 from zotune.llm.quantized.backends import is_quantised
+from zotune.system.bounds import read_json
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def _best_step(folder: Path, ledger: Ledger) -> int | None:
     if not config_of(ledger).load_best_model_at_end or not results.is_file():
         return None
     try:
-        content = json.loads(results.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(results)
+    except (OSError, ValueError, RecursionError) as error:
         raise LedgerError(f"{results}, which names the step whose weights were saved, is damaged: {error}") from None
     step = content.get("best_step") if isinstance(content, dict) else None
     return step if isinstance(step, int) else None

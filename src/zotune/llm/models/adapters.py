@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean
+from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
@@ -173,6 +174,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
     for key in config.peft_options:
         if key not in known:
             raise UsageError(f"peft_config: {name} of peft has no key {key!r}.{did_you_mean(key, known)}")
+    check_adapter_config(config.peft_options, "peft_config", lm.name)
     try:
         adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
         check_init(adapter, f"peft_config of {name}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.no_code import NO_CODE
 
 
 def with_classification_head(model: Any, labels: Sequence[str], seed: int) -> Any:
@@ -29,7 +30,7 @@ def with_classification_head(model: Any, labels: Sequence[str], seed: int) -> An
     # Initial weights come from torch's global generator, whose state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = transformers.AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+        classifier = transformers.AutoModelForSequenceClassification.from_config(config, dtype=model.dtype, **NO_CODE)
     # Strict, apart from a pooling layer, which only heads read.
     differences = classifier.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
     if any("pooler" not in name for name in differences.missing_keys):

@@ -22,6 +22,7 @@ from zotune.llm.checkpoints.adapter_folder import (
 from zotune.llm.checkpoints.causality import check_causal
 from zotune.llm.checkpoints.fingerprint import check_fingerprint
 from zotune.llm.checkpoints.model_kind import kind_of
+from zotune.llm.checkpoints.no_code import NO_CODE, read_config, read_generation_config, read_tokenizer
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
@@ -38,6 +39,7 @@ from zotune.llm.quantized.backends import (
 )
 from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
+from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.messages import say
 from zotune.system.processor import emulates
 
@@ -157,21 +159,19 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
     kind = kind_of(config, options.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32))
+        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32), **NO_CODE)
     module.name_or_path = options.model
     return LanguageModel(module, byte_tokenizer(config), options.model, kind.masked)
 
 
 def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
-    import transformers
-
     if options.is_gguf:
         return _load_gguf(options)
     source = source_of(options)
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     with errors_in_words(options.model):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = read_config(source)
         kind = kind_of(config, options.model)
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
         quantisation = loading_options(options.quantization, dtype, find_device(options.device))
@@ -186,7 +186,7 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
         module.name_or_path = options.model
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     return LanguageModel(module, tokenizer, options.model, kind.masked or kind.classifies, classifies=kind.classifies)
 
 
@@ -198,22 +198,21 @@ def source_of(options: ModelOptions) -> str:
 
 def _load_gguf(options: ModelOptions) -> LanguageModel:
     """Load the model of a GGUF file, or a built-in model from its GGUF file."""
-    import transformers
-
     named: dict[str, str] = {}
     if options.model in BUILT_IN:
         file = fetch_gguf(options.model, accept_terms=options.accept_terms)
         folder = fetch(options.model, accept_terms=options.accept_terms)
     else:
         file = Path(options.model)
+        read_gguf(file)  # transformers would believe every count in its header
         folder, named["gguf_file"] = file.parent, file.name
         say(f"reading the configuration and tokenizer of {file}; this takes a while …")
     with errors_in_words(options.model):
-        config = transformers.AutoConfig.from_pretrained(str(folder), **named)
+        config = read_config(folder, **named)
         module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **named)
+        tokenizer = read_tokenizer(folder, **named)
         if not named:
-            module.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+            module.generation_config = read_generation_config(folder)
     module.name_or_path = options.model
     return LanguageModel(module, tokenizer, options.model, masked=False)
 
@@ -221,6 +220,7 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
 def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
     """Load a base model with the adapter in a folder, and the folder's tokenizer if it has one."""
     folder = read_adapter_folder(path)
+    say(f"the adapter {path} names the base model {folder.base}")
     lm = load(base_options(folder, options), labels)
     check_fingerprint(path, lm.module, folder.base)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
@@ -239,12 +239,10 @@ def base_options(folder: AdapterFolder, options: ModelOptions) -> ModelOptions:
 
 def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
     """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model."""
-    import transformers
-
     if not folder.has_tokenizer:
         return of_base
     with errors_in_words(str(folder.path)):
-        return transformers.AutoTokenizer.from_pretrained(str(folder.path))
+        return read_tokenizer(folder.path)
 
 
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
@@ -276,6 +274,11 @@ def errors_in_words(name: str) -> Iterator[None]:
 def _not_loaded_message(name: str, error: Exception) -> str:
     known = [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES)]
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "custom code" in reason:
+        return (
+            f"the model {name!r} comes with Python code of its own, without which transformers cannot read it, and "
+            "zotune runs no code of a model. Use a model of an architecture that transformers has."
+        )
     if name.endswith(".gguf"):
         return f"{name} is a GGUF file that cannot be read as a model: {reason}"
     if Path(name).is_dir():

@@ -9,6 +9,7 @@ import torch
 
 from zotune.llm.checkpoints.adapter_folder import is_adapter_folder, read_adapter_folder, with_adapter
 from zotune.llm.checkpoints.model_kind import kind_of
+from zotune.llm.checkpoints.no_code import NO_CODE, read_config, read_tokenizer
 from zotune.llm.checkpoints.pretrained import check_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.cache_argument import accept_old_name
@@ -65,8 +66,6 @@ def meta_model_from_config(options: ModelOptions, config: Any) -> tuple[Language
 
 
 def _base(options: ModelOptions, *, new_head: bool) -> tuple[LanguageModel, torch.dtype]:
-    import transformers
-
     name = options.model.removeprefix("random:")
     if name != options.model and name in ARCHITECTURES:
         config: Any = ARCHITECTURES[name]()
@@ -76,11 +75,11 @@ def _base(options: ModelOptions, *, new_head: bool) -> tuple[LanguageModel, torc
         load(options)  # raises an error that suggests a name
     source = source_of(options)
     with errors_in_words(options.model):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = read_config(source)
         kind = kind_of(config, options.model)
         if getattr(config, "quantization_config", None) is None:
             check_pretrained(source, kind, options.model, new_head=new_head and kind.masked)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
         stored = config.dtype or torch.float32
         return _on_meta(options, config, tokenizer, stored), stored
 
@@ -88,7 +87,7 @@ def _base(options: ModelOptions, *, new_head: bool) -> tuple[LanguageModel, torc
 def _on_meta(options: ModelOptions, config: Any, tokenizer: Any, stored: torch.dtype) -> LanguageModel:
     kind = kind_of(config, options.model)
     with torch.device("meta"):
-        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, stored))
+        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, stored), **NO_CODE)
     module.name_or_path = options.model
     return LanguageModel(module, tokenizer, options.model, kind.masked or kind.classifies, classifies=kind.classifies)
 

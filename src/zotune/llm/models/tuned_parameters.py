@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.adapter_config import check_pattern
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.checkpoints.fingerprint import fingerprint
 from zotune.llm.checkpoints.tuned_tensors import check_saved
@@ -60,6 +61,7 @@ def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
         pattern = re.compile(config.tuned_parameters or "")
     except re.error as error:
         raise UsageError(f"tuned_parameters is no regular expression: {config.tuned_parameters!r} ({error}).") from None
+    check_pattern(pattern.pattern, "tuned_parameters")
     names = [name for name, _ in lm.module.named_parameters()]
     for name, p in _candidates(lm, config):
         if pattern.search(name):

@@ -18,6 +18,7 @@ import yaml
 
 from zotune.errors import UsageError
 from zotune.llm.config.run import read_recipe
+from zotune.system.bounds import read_json
 
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
@@ -82,7 +83,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest in a folder; None if there is none, or it is damaged."""
     try:
-        value = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        value = read_json(folder / FILE)
         files, replaced = value["files"], value["replaced"]
         is_valid = all(_is_plain(name) for name in [*files, *replaced])
         is_valid = is_valid and all(digest is None or isinstance(digest, str) for digest in files.values())

@@ -65,7 +65,7 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     # A head in the file is not tied, whatever the configuration says.
     config.tie_word_embeddings = config.tie_word_embeddings and "output.weight" not in by_name
     with matrices_on_meta():
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     names = _stored_names(model, architecture)
     tied = ["output.weight"] if config.tie_word_embeddings else []
     absent = sorted(set(names.values()) - by_name.keys() - set(tied))

@@ -12,8 +12,8 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -86,14 +86,17 @@ def open_ended(example: Example) -> Example:
 def load_reward(name: str) -> Reward:
     """Import the reward function `module:function` from the current folder or the Python path.
 
+    The user names it, so the current folder comes first while the module is imported. Afterwards it comes last: what
+    the module imports later is found there, but nothing there takes the place of a library.
+
     Raises:
         UsageError: the module cannot be imported, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+    here = str(Path.cwd())
     try:
-        module = importlib.import_module(module_name)
+        with _first_place_of_modules(here):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UsageError(f"objective {name}: importing {module_name} failed, {_where(error)}.") from error
@@ -111,6 +114,19 @@ def load_reward(name: str) -> Reward:
             + did_you_mean(function_name, known)
         )
     return partial(checked_rewards, name, function)
+
+
+@contextmanager
+def _first_place_of_modules(folder: str) -> Iterator[None]:
+    """Within this context look for modules in a folder first, and last from then on."""
+    is_new = folder not in sys.path
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        if is_new:
+            sys.path.append(folder)
 
 
 def checked_rewards(name: str, function: Reward, completions: Sequence[Completion]) -> list[float]:

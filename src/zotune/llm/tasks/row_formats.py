@@ -6,7 +6,9 @@ Each format is a pure function from a row to an example. Error messages name the
 from __future__ import annotations
 
 import json
+import re
 import string
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, Objective
 from zotune.llm.scoring.perplexity import evaluate_log_loss
+from zotune.system.bounds import ROW_LENGTH, ROW_VALUES, WIDTH, count_values
 
 # A row, the options and the model's tokenizer → the example.
 ToExample = Callable[[LocatedRow, DataOptions, Any], Example]
@@ -153,8 +156,8 @@ def choice(row: LocatedRow, options: DataOptions, tokenizer: Any) -> Example:
         raise UsageError(
             f"{row.place}: the column {column!r} holds {_short(values)}; give at least two choices, none of them empty."
         )
-    twice = next((c for i, c in enumerate(choices) if c in choices[:i]), None)
-    if twice is not None:
+    if len(set(choices)) < len(choices):
+        twice = Counter(choices).most_common(1)[0][0]
         raise UsageError(f"{row.place}: the choice {twice!r} appears twice; give each choice once.")
     prompt, controls = _prompt(row, options)
     candidates = tuple(_after_prompt(prompt, c) for c in choices)
@@ -244,16 +247,34 @@ def template_columns(template: str) -> tuple[str, ...]:
     ('text', 'other')
     """
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [(name, form) for _, name, form, _ in string.Formatter().parse(template) if name is not None]
+        for _, form in fields:
+            _check_width(form or "", template)
+        names = [name for name, _ in fields]
         template.format_map(dict.fromkeys(names, ""))
         if not names:
             raise ValueError("it names no column, so all prompts would be the same")
+    except UsageError:
+        raise
     except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
             f"the template {template!r} is not valid: {error}. {{column}} stands for a row's column; "
             "write a literal brace twice: {{ or }}."
         ) from None
     return tuple(names)
+
+
+def _check_width(form: str, template: str) -> None:
+    """Check the format of a field before a text of its width is made.
+
+    Raises:
+        UsageError: the width is above its bound.
+        ValueError: the width is itself a field, so that a row would choose it.
+    """
+    if "{" in form:
+        raise ValueError(f"its format {form!r} names a column")
+    for digits in re.findall(r"[0-9]+", form):
+        WIDTH.check(int(digits[:20]), f"the template {template[:80]!r}")
 
 
 def cell_text(row: LocatedRow, column: str) -> str:
@@ -283,8 +304,20 @@ def _prompt(row: LocatedRow, options: DataOptions) -> tuple[str, tuple[Span, ...
     values = {name: cell_text(row, column_of(name, options)) for name in template_columns(options.template)}
     if not any(value.strip() for value in values.values()):
         raise UsageError(f"{row.place}: the text is empty ({', '.join(map(repr, values))}). Leave the row out.")
+    _check_length(options.template, values, row.place)
     prompt, written = filled(options.template, values)
     return prompt, EVERYWHERE if options.read_control_tokens else written
+
+
+def _check_length(template: str, values: dict[str, str], place: str) -> None:
+    """Check the length of a filled template before it is made; a template may repeat a column many times.
+
+    Raises:
+        UsageError: it is above the bound of a row.
+    """
+    fields = Counter(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)
+    length = len(template) + sum(count * len(values[name]) for name, count in fields.items())
+    ROW_LENGTH.check(length, f"{place}: the prompt")
 
 
 def filled(template: str, values: dict[str, str]) -> tuple[str, tuple[Span, ...]]:
@@ -345,6 +378,7 @@ def _list_of(row: LocatedRow, column: str, like: str) -> list[Any]:
     value = row.columns.get(column)
     if value is None or isinstance(value, str):
         value = cell_text(row, column)
+        ROW_VALUES.check(count_values(value), row.place)
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, list):

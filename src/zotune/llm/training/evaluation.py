@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
-from zotune.llm.config.run import EvalConfig
+from zotune.llm.config.run import EvalConfig, read_recipe
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.models.language_model import LanguageModel
@@ -137,7 +135,8 @@ def base_model_of(model: str) -> str | None:
     if is_adapter_folder(folder):
         base = base_of_adapter(folder)
     elif (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
-        base = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["model"]
+        named = read_recipe(folder / "config.yaml").get("model")
+        base = named if isinstance(named, str) else None
     # The base of a model that was tuned several times is the first one.
     return None if base is None else base_model_of(base) or base
 
