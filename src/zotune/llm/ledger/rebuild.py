@@ -23,8 +23,8 @@ from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
+from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.model_files import write_model_files
-from zotune.llm.output.output_folder import LEDGER
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels

@@ -11,9 +11,10 @@ from zotune.ledger.files import DamagedLedgerError
 from zotune.ledger.files import locked as locked_ledger
 from zotune.llm.ledger.rebuild import find_ledger, rebuild
 from zotune.llm.output.locked_folder import LockedFolder
+from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_files import old_weights
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, METRICS
+from zotune.llm.output.output_folder import CHECKPOINT, METRICS
 from zotune.messages import say
 
 

@@ -28,8 +28,9 @@ from zotune.ledger.replay import check, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.metrics_log import MetricsLog
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, METRICS, OutputFolder
+from zotune.llm.output.output_folder import CHECKPOINT, METRICS, OutputFolder
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
