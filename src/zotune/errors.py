@@ -48,7 +48,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(names)}."
+    return f" Did you mean {near[0]!r}?" if near else f" There is: {listed(names, 100)}."
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

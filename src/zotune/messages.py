@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
+from typing import Any
 
 # The benchmark's content keys leave out this module: it shows messages, and computes nothing of a result.
 COUNTS_FOR_RESULTS = "never"
 
 
+# What a write to a full disk, a closed pipe, a closed stream or, in a signal handler, to a stream being written raises.
+_NOT_WRITTEN = (OSError, ValueError, RuntimeError)
 # What a terminal obeys or hides, but for line breaks and tabs: control characters, marks that turn the direction of
 # writing, line separators, byte order marks, halves of characters.
 _CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -49,6 +53,46 @@ def _escape(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode()
 
 
+class Lossy:
+    """A text stream that drops what cannot be written, for no run should end for a message that nobody reads.
+
+    Args:
+        stream: the stream to write to; None, as `sys.stderr` is in a process without one, drops everything.
+
+    >>> Lossy(None).write("unread")
+    6
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text, or drop it; return its length."""
+        if self._stream is not None:
+            with suppress(*_NOT_WRITTEN):
+                self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write some texts."""
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        """Write what is buffered, or leave it."""
+        if self._stream is not None:
+            with suppress(*_NOT_WRITTEN):
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal; a closed stream is none."""
+        with suppress(*_NOT_WRITTEN):
+            return self._stream is not None and bool(self._stream.isatty())
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def say(message: str) -> None:
-    """Print a message on stderr, its control characters as escapes."""
-    print(printable(message), file=sys.stderr, flush=True)  # noqa: T201
+    """Print a message on stderr, its control characters as escapes; if it cannot be printed there, it is dropped."""
+    print(printable(message), file=Lossy(sys.stderr), flush=True)

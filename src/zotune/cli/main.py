@@ -16,6 +16,7 @@ from io import TextIOWrapper
 
 from zotune.cli.output import OutputClosedError, print_message, print_text
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory
+from zotune.messages import Lossy
 
 _HELP = """usage: zotune COMMAND [--OPTION VALUE ...]
 
@@ -61,6 +62,7 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
+    keep_standard_streams()
     if (
         argv is None
         and sys.argv[1:2] in (["train"], ["tune"], ["eval"])
@@ -73,6 +75,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character gets its escape
             stream.reconfigure(errors="backslashreplace")
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def keep_standard_streams() -> None:
+    """Let a full or closed stderr end nothing, and give no file the number of a closed standard stream.
+
+    Libraries write messages to number 2 whatever it is; were it free, the ledger could get it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # From here on, for the interpreter flushes the stream at its end, and would change the exit code.
+    sys.stderr = Lossy(sys.stderr)
 
 
 def run(argv: list[str]) -> int:

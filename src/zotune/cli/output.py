@@ -6,11 +6,10 @@ What is printed may hold text from files, so its control characters are printed 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from zotune.messages import printable
+from zotune.messages import printable, say
 
 
 class OutputClosedError(Exception):
@@ -36,7 +35,7 @@ def print_text(text: str) -> None:
 
 def print_message(message: str) -> None:
     """Print a message to the user on stderr."""
-    print(printable(f"zotune: {message}"), file=sys.stderr)  # noqa: T201
+    say(f"zotune: {message}")
 
 
 def print_table(rows: Mapping[str, str], as_json: bool) -> None:

@@ -254,6 +254,7 @@ def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
         raise UsageError(
             f"the tuned tensors in {options.model} name the folder {base!r} as their base, and no GGUF file."
         )
+    say(f"the tuned tensors in {options.model} name the base model {base}")
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
     check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
