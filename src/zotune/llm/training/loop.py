@@ -219,7 +219,7 @@ class Run:
             self.events.saved()
 
     def _save_missed_checkpoint(self) -> None:
-        """Write the checkpoint that was due after the last step of the earlier part of a run, if a kill prevented it."""
+        """Write the checkpoint that was due after the last step of the part before, if a kill prevented it."""
         step, path = self.counters.step, self.output.path
         if path is None or not step or (path / f"checkpoint-{step}").exists():
             return
