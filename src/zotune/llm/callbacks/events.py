@@ -117,10 +117,19 @@ class Events:
         kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
         control.should_evaluate = any(evaluation_is_due(config, step, kind) for kind in kinds)
 
-    def checkpoint_was_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after a step of an earlier part of the run, by its options."""
-        kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
-        return any(checkpoint_is_due(self._config, step, kind) for kind in kinds)
+    def find_missed(self, step: int, *, is_best: bool) -> None:
+        """Find out what was due when the checkpoint of the last step of an earlier part of the run was, by its options.
+
+        Args:
+            step: the step.
+            is_best: whether a checkpoint is due because the step is the best one.
+        """
+        control, config = self.control, self._config
+        kind = config.evaluates if config.saves == "best" else config.saves
+        is_due = kind != "epoch" or self.ends_epoch(step)
+        control.should_log = kind == "steps" and (step == config.max_steps or step % config.logging_steps == 0)
+        control.should_evaluate = is_due and evaluation_is_due(config, step, kind)
+        control.should_save = is_due and (is_best or checkpoint_is_due(config, step, kind))
 
     def _advance(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, self.epoch_of(step)

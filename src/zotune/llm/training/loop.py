@@ -224,7 +224,7 @@ class Run:
         if path is None or not step or (path / f"checkpoint-{step}").exists():
             return
         is_best = self.config.saves == "best" and self.selection.step == step
-        self.events.control.should_save = is_best or self.events.checkpoint_was_due(step)
+        self.events.find_missed(step, is_best=is_best)
         self._save_checkpoint()
 
     def _save_if_needed(self) -> None:
