@@ -31,6 +31,7 @@ LINES = {
         "training",
         "tune",
         "ledger",
+        "api",
     ),
     "zotune.bench": ("spec", "results", "measure", "run", "report"),
 }

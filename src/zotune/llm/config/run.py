@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.data import DataOptions
+from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
@@ -154,7 +154,8 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
         return {}, ""
     saved = read_recipe(path)
     same_format = config.data_format in (None, saved.get("data_format"))
-    if saved.get("train_file") is None or not same_format:
+    of_a_task = saved.get("train_file") is None and saved.get("data_source") != IN_MEMORY
+    if of_a_task or not same_format:
         return {}, ""
     inherited = {name: saved[name] for name in _INHERITED if name in saved}
     if ":" in str(inherited.get("objective")):

@@ -69,7 +69,9 @@ class FoundRate:
 MakeRun = Callable[[EncodedData, TrainConfig], Run]
 
 
-def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_run: MakeRun, folder: Path) -> FoundRate:
+def find_rate(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_run: MakeRun, folder: Path | None
+) -> FoundRate:
     """Return the learning rate of the best of a few short trials, or the default rate where a run has no room for them.
 
     Args:
@@ -77,7 +79,7 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
         rows: the rows of the run, of which training rows are read.
         config: the options of the run.
         make_run: makes a run of other rows and options, with a new optimizer.
-        folder: folder for a copy of weights that are too large for memory.
+        folder: folder for a copy of weights that are too large for memory; None: they are copied in memory.
 
     Raises:
         RunError: there is no room for a copy of the tuned weights.
