@@ -26,9 +26,12 @@ LINES = {
         "scoring",
         "tasks",
         "callbacks",
+        "search",
         "output",
         "training",
+        "tune",
         "ledger",
+        "api",
     ),
     "zotune.bench": ("spec", "results", "measure", "run", "report"),
 }

@@ -47,7 +47,8 @@ def run(args: list[str], as_json: bool) -> int:
         return 0
     if not args and not recipe:
         raise UsageError(_NO_DATA)
-    config = parse(TrainConfig, recipe, source, args, "zotune train")
+    # Without a recipe nobody has chosen a learning rate.
+    config = parse(TrainConfig, recipe or {"learning_rate": "auto"}, source, args, "zotune train")
     return _dry_run(config, as_json) if is_dry else _train(config, as_json)
 
 
@@ -57,7 +58,7 @@ def _train(config: TrainConfig, as_json: bool) -> int:
 
     tune_malloc()
     result = train(config)
-    _write_page(result.output_dir)
+    _write_page(config.output_dir)
     if as_json:
         print_json(result.to_json())
     else:

@@ -15,11 +15,11 @@ from zotune.directions.schedule import AnySampler
 from zotune.directions.sparse import sparse
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.rates import initial_learning_rate
 from zotune.methods.paper import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
 from zotune.optim.master_weights import FirstOrder, with_master_weights
 from zotune.optim.zeroth_order import ZerothOrder
-from zotune.system.bounds import COUNT
 
 _DIFFERENCES = {"central": central_difference, "forward": forward_difference}
 
@@ -45,8 +45,10 @@ def make_optimizer(
             share cached activations.
     """
     tuned = [p for p in module.parameters() if p.requires_grad]
+    rate = initial_learning_rate(options, sum(p.numel() for p in tuned))
+    options = options.model_copy(update={"learning_rate": rate})
     if options.method in FIRST_ORDER:
-        return first_order(options.method, tuned, options.learning_rate, options)
+        return first_order(options.method, tuned, rate, options)
     if options.hybrid_layers is None:
         return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix)
     assert run_once is not None
@@ -102,6 +104,7 @@ def _zeroth_order(
     probes = (
         {} if options.method == "forward_grad" else {"mu": options.mu, "difference": _DIFFERENCES[options.difference]}
     )
+    assert isinstance(options.learning_rate, float)
     return METHODS[options.method](
         module,
         options.learning_rate,
@@ -134,7 +137,5 @@ def _blocks(module: nn.Module, options: MethodOptions, params: list[nn.Parameter
     if options.blocks is None:
         return None
     if options.blocks == "size":
-        numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        COUNT.check(numbers // options.block_size, f"the blocks of block_size {options.block_size}")
         return blocks_by_size(module, options.block_size, params)
     return BLOCKS[options.blocks](module, params)
