@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LINES = {
     "zotune": (
         *("errors", "messages", "system", "noise", "model", "directions", "estimate", "apply", "optim", "methods"),
-        *("ledger", "llm", "plan", "bench", "cli"),
+        *("ledger", "llm", "plan", "bench", "cli", "integrations"),
     ),
     "zotune.llm": (
         "config",
@@ -26,6 +26,7 @@ LINES = {
         "scoring",
         "tasks",
         "search",
+        "callbacks",
         "output",
         "training",
         "tune",

@@ -16,6 +16,14 @@ from zotune.llm.config.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
 
+# An option of the command line and the key of a recipe that it replaces, because both say the same in another way.
+_REPLACES = {
+    "train_file": "task",
+    "eval_file": "task",
+    "num_train_epochs": "max_steps",
+    "max_steps": "num_train_epochs",
+}
+
 
 def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: list[str], prog: str) -> Config:
     """Read options into a validated record of `schema`.
@@ -38,9 +46,10 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
     _check_once(aliased, args, schema, prog)
     validate(schema, given, "command line", partial=True)
     values = complete(schema, {**resolve_aliases(recipe, schema.model_fields, source), **given}, source)
-    if {"train_file", "eval_file"} & {*given, *map(option_of, args)}:
-        # The user's own files replace the task of the recipe.
-        values["task"] = None
+    for option in {*given, *map(option_of, args)} & _REPLACES.keys():
+        replaced = _REPLACES[option]
+        if replaced in values and replaced not in given:
+            values[replaced] = schema.model_fields[replaced].default
     args = join_values(args, "--task")
     record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
     chosen = {k: v for k, v in dataclasses.asdict(record).items() if v is not None or not _is_open(schema, k)}

@@ -119,6 +119,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
+        config = config.with_steps(len(data.splits.train), config.rows_a_step)
         rows = _EncodedRows(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(

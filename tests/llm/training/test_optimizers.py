@@ -1,7 +1,5 @@
 """Options of a run become the optimizer that they name."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +8,8 @@ import zotune as zo
 from zotune.errors import UsageError
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import validate
-from zotune.llm.training.optimizers import learning_rate_factor, make_optimizer, set_learning_rates
+from zotune.llm.training.learning_rate import set_learning_rates
+from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
 from zotune.methods.paper import METHODS
 
@@ -121,14 +120,9 @@ def test_options_without_effect_or_sense_are_refused(given, said):
 def test_every_first_learning_rate_is_scheduled_from_its_own_value():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = zo.Hybrid(zo.zo_sgd(a, lr=0.4), torch.optim.SGD(b.parameters(), lr=8.0))
-    for kind, factors in (
-        ("linear", (1, 0.75, 0.25)),
-        ("cosine", tuple((1 + math.cos(math.pi * t)) / 2 for t in (0, 0.25, 0.75))),
-    ):
-        for done, factor in zip((0.0, 0.25, 0.75), factors, strict=True):
-            assert learning_rate_factor(kind, done) == pytest.approx(factor)
-            assert set_learning_rates(optimizer, kind, done) == pytest.approx(0.4 * factor)
-            assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.4 * factor, 8 * factor])
+    for factor in (1, 0.75, 0, 0.25):
+        assert set_learning_rates(optimizer, factor) == pytest.approx(0.4 * factor)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.4 * factor, 8 * factor])
 
 
 @pytest.mark.parametrize(("layers", "kind"), [(0, torch.optim.SGD), (1, zo.Hybrid), (2, zo.ZerothOrder)])

@@ -197,10 +197,10 @@ def test_more_steps_go_on_where_the_run_ended(config, tmp_path):
 def test_a_run_asked_for_differently_is_not_resumed(config, tmp_path, changed, said):
     options = {"max_steps": 3, "learning_rate": 0.01, "output_dir": tmp_path / "out"}
     train(config(**options))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=said):
         train(config(**{**options, **changed}, resume=True))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
 def test_other_rows_are_noticed(config, tmp_path, rows_file):
@@ -224,7 +224,7 @@ KINDS = {
 def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, tmp_path, rows_file, kind):
     options = {**FIRST_ORDER_OPTIONS, **KINDS[kind]}
     train(config(**options))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     rows = rows_file.read_text(encoding="utf-8")
     rows_file.write_text(rows.replace("film", "movie").replace("yawn", "sigh"), encoding="utf-8")
     with pytest.raises(UsageError, match="other training rows"):
@@ -232,7 +232,7 @@ def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, t
     rows_file.write_text("".join(sorted(rows.splitlines(keepends=True))), encoding="utf-8")
     with pytest.raises(UsageError, match="other training rows"):  # the same ones in another order
         train(config(**{**options, "max_steps": 6}, resume=True))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     rows_file.write_text(rows, encoding="utf-8")
     assert train(config(**{**options, "max_steps": 6}, resume=True)).num_steps == 6
 
@@ -244,13 +244,13 @@ def test_a_run_without_a_ledger_notices_another_base_model(config, tmp_path, tin
     lm.base.save_pretrained(base)
     options = {**FIRST_ORDER_OPTIONS, **KINDS.get(kind, {"method": "fo_sgd", "tuning": "lora"}), "model": str(base)}
     train(config(**options))
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with torch.no_grad():
         lm.base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     lm.base.save_pretrained(base)
     with pytest.raises(UsageError, match="other weights of the base model"):
         train(config(**{**options, "max_steps": 6}, resume=True))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
 def test_held_out_rows_that_choose_the_weights_may_not_change(config, tmp_path):

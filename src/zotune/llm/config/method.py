@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from zotune.llm.config.schema import Options, is_partial
 
@@ -14,6 +14,33 @@ MethodName = Literal[
     "zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad", "fo_sgd", "fo_adam"
 ]
 FIRST_ORDER = ("fo_sgd", "fo_adam")
+# Those of transformers that are functions of the step, so that a ledger and a resumed run repeat them.
+SchedulerName = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+
+
+def _function_of_the_step(value: Any) -> Any:
+    """Refuse the schedules of transformers that follow the loss.
+
+    Raises:
+        ValueError: the schedule is no function of the step.
+    """
+    if value in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            "this schedule follows the noise of the losses and not the step, so a resumed run could not repeat it; "
+            "use linear, cosine or another schedule of the step"
+        )
+    return value
 
 
 # μ of each tuning scheme, from the searches of the benchmark and of MeZO.
@@ -38,8 +65,8 @@ class MethodOptions(Options):
         description="Learning rate η at the first step; auto finds one by short trials on training rows. Default: a "
         "rate for this method and number of tuned parameters.",
     )
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Schedule of the learning rate: constant, or a linear or cosine decay to 0."
+    lr_scheduler_type: Annotated[SchedulerName, BeforeValidator(_function_of_the_step)] = Field(
+        "constant", description="Schedule of the learning rate, by transformers' names."
     )
     mu: float = Field(
         default_factory=lambda data: default_mu(data.get("tuning", "full")),

@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field, ValidationInfo, model_validator
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.method import FIRST_ORDER
+from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
+from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
@@ -57,22 +59,18 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
-class TrainConfig(StepOptions, DataOptions, SelectionOptions):
+class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
     With --dry-run: show the data, the tuned parameters and the costs; start nothing, write nothing.
     """
 
-    output_dir: Path = Field(Path("runs/latest"), description="Folder for the model, config, metrics and results.")
-    overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir; default: refuse to.")
     resume: bool = Field(
         False, description="Resume the run in output_dir, however it ended; start a new one if there is none."
     )
-    save_steps: int | None = Field(
-        None, ge=1, description="Steps between full checkpoints; default: none, because the ledger suffices to resume."
+    resume_from_checkpoint: Path | None = Field(
+        None, description="Go on from a folder checkpoint-N; true stands for --resume. Default: start a new run."
     )
-
-    max_steps: int = Field(1000, ge=1, description="Number of optimisation steps.")
     reuse_activations: bool = Field(
         True, description="Cache the activations below the lowest tuned layer, computed once per row."
     )
@@ -81,7 +79,16 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
         0.0, ge=0, description="Size of a temporary file in output_dir for further activations, in GiB."
     )
 
-    logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    @model_validator(mode="before")
+    @classmethod
+    def _resume_from(cls, values: Any) -> Any:
+        """Read `resume_from_checkpoint` as transformers does: true, false or a folder; each but false resumes."""
+        if not isinstance(values, dict) or (asked := values.get("resume_from_checkpoint")) is None:
+            return values
+        switch = {"true": True, "false": False}.get(str(asked).lower())
+        if switch is None:
+            return {**values, "resume": True}
+        return {**values, "resume_from_checkpoint": None, "resume": switch or values.get("resume", False)}
 
     @model_validator(mode="after")
     def _no_idle_option(self, info: ValidationInfo) -> Self:
@@ -98,8 +105,28 @@ class TrainConfig(StepOptions, DataOptions, SelectionOptions):
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
         if self.reuse_file and not self.reuse_activations:
             raise ValueError("reuse_file has no effect without reuse_activations; give both or neither")
+        if self.saves == "best" and self.evaluates == "no":
+            raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
         return self
 
+    @property
+    def selects(self) -> bool:
+        """Whether the run compares its evaluations with each other."""
+        return super().selects or self.saves == "best"
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Steps between two evaluations, if the run evaluates every so many steps."""
+        return self.eval_steps or self.logging_steps
+
+    @property
+    def rows_a_step(self) -> int:
+        """Training rows that one step reads."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
+"""The options that a recipe does not repeat: whoever runs it again begins a new run."""
 
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.
 _INHERITED = (
@@ -142,7 +169,7 @@ def with_recorded_choices(config: TrainConfig) -> TrainConfig:
 
     These are the date for chats, and the learning rate of a search or of the defaults.
     """
-    path = config.output_dir / "config.yaml"
+    path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
     is_open = {"chat_date": config.chat_date is None, "learning_rate": not isinstance(config.learning_rate, float)}
     if not config.resume or not any(is_open.values()) or not path.is_file():
         return config

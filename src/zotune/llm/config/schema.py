@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
+from zotune.llm.config.safe_yaml import parse_yaml
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -40,6 +43,26 @@ class Options(BaseModel):
         return value
 
 
+# For editors: a recipe has the mapping itself.
+MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
+
+
+def as_json(value: Any) -> Any:
+    """Return a mapping, or the YAML text of one, as one line of JSON.
+
+    Raises:
+        ValueError: the value is neither.
+    """
+    try:
+        plain = parse_yaml(value) if isinstance(value, str) else value
+        text = json.dumps(plain)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'it must be a mapping, like {{"r": 4}} ({error})') from None
+    if not isinstance(plain, dict):
+        raise ValueError('it must be a mapping, like {"r": 4}')
+    return text
+
+
 GROUPS = ("Model", "Data", "Tuning", "Method", "Run", "Evaluation", "Output")
 """The groups of options, in the order in which `--help` shows them."""
 
@@ -56,21 +79,27 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
     "Method": (
-        *("method", "learning_rate", "mu", "num_queries", "lr_scheduler_type", "objective", "rounding", "sampler"),
+        *("method", "learning_rate", "mu", "num_queries", "lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+        *("objective", "rounding", "sampler"),
         *("difference", "weight_decay", "max_coefficient", "momentum", "sign", "adam", "adam_beta1", "adam_beta2"),
         *("adam_epsilon", "window", "blocks", "block_size", "block_order", "sparsity", "mask", "mask_group"),
         *("mask_interval", "rank", "rank_interval", "hybrid_layers", "hybrid_method", "hybrid_learning_rate"),
-        *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
+        *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at", "lr_scheduler_kwargs"),
     ),
     "Run": (
-        *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "resume"),
-        *("gradient_checkpointing", "reuse_activations", "reuse_memory", "reuse_file"),
+        *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+        *("resume", "resume_from_checkpoint", "gradient_checkpointing"),
+        *("reuse_activations", "reuse_memory", "reuse_file"),
     ),
     "Evaluation": (
-        *("eval_steps", "load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "exact_match"),
+        *("eval_steps", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),
+        *("early_stopping_patience", "exact_match"),
         *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
     ),
-    "Output": ("output_dir", "overwrite_output_dir", "save_steps", "logging_steps", "predictions"),
+    "Output": (
+        *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "run_name", "save_steps"),
+        *("save_strategy", "save_total_limit", "predictions"),
+    ),
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}
 _PLACE_OF = {name: place for place, name in enumerate(_GROUP_OF)}

@@ -15,8 +15,16 @@ from zotune.llm.config.schema import Options, is_partial
 class SelectionOptions(Options):
     """When a run evaluates on its held-out rows, and how it uses the outcome."""
 
+    eval_strategy: Literal["no", "steps", "epoch"] | None = Field(
+        None,
+        description="When to evaluate on the held-out rows during the run: every eval_steps steps, or after each pass "
+        "over the training rows; default: steps if eval_steps is given, else no.",
+    )
     eval_steps: int | None = Field(
-        None, ge=1, description="Steps between evaluations on the held-out rows; default: only at the end."
+        None,
+        ge=1,
+        description="Steps between evaluations on the held-out rows; default: only at the end, or logging_steps with "
+        "eval_strategy: steps.",
     )
     load_best_model_at_end: bool = Field(
         False,
@@ -37,7 +45,9 @@ class SelectionOptions(Options):
     def _no_idle_selection_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
-        if self.selects and self.eval_steps is None:
+        if self.eval_steps is not None and self.evaluates != "steps":
+            raise ValueError(f"eval_steps has no effect with eval_strategy: {self.evaluates}; give only one")
+        if self.selects and self.evaluates == "no":
             option = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
             raise ValueError(f"{option} compares evaluations during the run: give --eval-steps")
         if self.metric_for_best_model != "loss" and not self.selects:
@@ -45,6 +55,11 @@ class SelectionOptions(Options):
                 "metric_for_best_model has no effect here: it needs load_best_model_at_end or early_stopping_patience"
             )
         return self
+
+    @property
+    def evaluates(self) -> Literal["no", "steps", "epoch"]:
+        """When the run evaluates on the held-out rows before its end."""
+        return self.eval_strategy or ("no" if self.eval_steps is None else "steps")
 
     @property
     def selects(self) -> bool:

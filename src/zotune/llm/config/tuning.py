@@ -5,31 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from zotune.llm.config.safe_yaml import parse_yaml
-from zotune.llm.config.schema import Options, is_partial
-
-
-def _as_json(value: Any) -> Any:
-    """Return a mapping, or the YAML text of one, as one line of JSON.
-
-    Raises:
-        ValueError: the value is neither.
-    """
-    try:
-        plain = parse_yaml(value) if isinstance(value, str) else value
-        text = json.dumps(plain)
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f'it must be a mapping, like {{"r": 4}} ({error})') from None
-    if not isinstance(plain, dict):
-        raise ValueError('it must be a mapping, like {"r": 4}')
-    return text
-
-
-# For editors: a recipe has the mapping itself.
-_MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
+from zotune.llm.config.schema import MAPPING_OR_TEXT, Options, as_json, is_partial
 
 # Options that belong to some tuning schemes, those schemes, and a hint for the others.
 _SCHEMES_OF_OPTION = (
@@ -77,7 +55,7 @@ class TuningOptions(Options):
     peft_type: str | None = Field(
         None, description="Adapter of peft by its name there: ia3, vera, … (with tuning: peft)."
     )
-    peft_config: Annotated[str, BeforeValidator(_as_json), _MAPPING_OR_TEXT] = Field(
+    peft_config: Annotated[str, BeforeValidator(as_json), MAPPING_OR_TEXT] = Field(
         "{}",
         description="Configuration of the adapter named by peft_type: a mapping in a recipe, '{\"r\": 4}' as an "
         "option.",

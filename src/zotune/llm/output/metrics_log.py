@@ -61,6 +61,11 @@ class MetricsLog:
         line = self._lines.get((step, True))
         return None if line is None else line["dev"]
 
+    @property
+    def earlier(self) -> tuple[Line, ...]:
+        """The lines of an earlier part of the run."""
+        return tuple(self._lines.values())
+
     def sync(self) -> None:
         """Wait until all lines are on the disk."""
         with self._path.open("rb") as metrics:

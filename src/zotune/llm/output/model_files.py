@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.models.language_model import LanguageModel
@@ -21,6 +23,11 @@ _WEIGHTS = re.compile(r"(adapter_|tuned_)?model(-.*)?\.safetensors(\.index\.json
 def old_weights(names: Iterable[str]) -> list[str]:
     """Return those names of files that hold weights, which could otherwise remain beside weights of other names."""
     return [name for name in names if _WEIGHTS.fullmatch(name)]
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an error says that files could not be written; of a tokenizer it is a plain `Exception`."""
+    return isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
 
 
 def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:

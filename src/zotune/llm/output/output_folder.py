@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from zotune.errors import RunError, UsageError
 from zotune.ledger import LedgerError, read
 from zotune.llm.checkpoints.adapter_merge import is_adapter
-from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
+from zotune.llm.config.run import NEW_RUN, TrainConfig, read_recipe, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.free_folder import check_free, check_inputs
@@ -22,7 +22,7 @@ from zotune.llm.output.locked_folder import LockedFolder, not_written
 from zotune.llm.output.manifest import CONFIG
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_card import model_card
-from zotune.llm.output.model_files import old_weights, write_model_files
+from zotune.llm.output.model_files import is_write_error, old_weights, write_model_files
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
@@ -31,6 +31,8 @@ METRICS, LEDGER, CHECKPOINT = "metrics.jsonl", "ledger.zol", "checkpoint.safeten
 SEARCH = "search.json"
 # Files that grow, or are written again and again, while a run goes on.
 _GROWING = (METRICS, LEDGER, CHECKPOINT)
+RUN_FILES = (CONFIG, *_GROWING)
+"""The files from which a run goes on."""
 
 
 class OutputFolder:
@@ -38,7 +40,8 @@ class OutputFolder:
 
     Attributes:
         path: path of the folder.
-        is_resumed: whether it holds a run to resume.
+        is_resumed: whether there is a run to resume.
+        source: where that is: the folder itself, or a checkpoint, whose files `begin` puts into the folder.
         before: options of that run.
         metrics: its metrics.jsonl.
     """
@@ -52,12 +55,15 @@ class OutputFolder:
         """
         self.path, self._config, self._has_begun = config.output_dir, config, False
         self._search: dict[str, Any] | None = None
+        self.source = config.resume_from_checkpoint or self.path
         self._folder = LockedFolder(self.path)
         try:
             check_inputs(config, self._folder.manifest)
-            recipe = self.path / CONFIG
-            self.is_resumed = config.resume and CONFIG in self._folder.manifest.files and recipe.is_file()
-            if not self.is_resumed:
+            recipe = self.source / CONFIG
+            holds_run = CONFIG in self._folder.manifest.files and (self.path / CONFIG).is_file()
+            is_elsewhere = not self.source.resolve().is_relative_to(self.path.resolve())
+            self.is_resumed = config.resume and recipe.is_file() and (holds_run or is_elsewhere)
+            if not self.is_resumed or is_elsewhere:
                 valuable = [*self._valuable_files(), *self._folder.manifest.replaced]
                 check_free(self._folder, valuable, overwrites=config.overwrite_output_dir)
             self.before = validate(TrainConfig, read_recipe(recipe), str(recipe)) if self.is_resumed else config
@@ -76,6 +82,9 @@ class OutputFolder:
         try:
             if self.is_resumed:
                 self._folder.claim(*_GROWING)
+                if self.source != self.path:
+                    with self._folder.staged() as staging:
+                        _copy_run(self.source, staging)
             else:
                 self._folder.start_over(*_GROWING)
                 self.write_config(self._config)
@@ -90,7 +99,7 @@ class OutputFolder:
             OSError: it cannot be written.
         """
         with self._folder.staged() as staging:
-            write_yaml(staging / CONFIG, config.model_copy(update={"resume": False}))
+            write_yaml(staging / CONFIG, config.model_copy(update=NEW_RUN))
             if self._search is not None:
                 write_json(staging / SEARCH, self._search)
 
@@ -142,9 +151,8 @@ class OutputFolder:
         try:
             with self._folder.staged(without=old_weights(self._folder.manifest.files), is_whole=True) as staging:
                 write_model_files(lm, staging)
-        # A tokenizer that cannot be written raises a plain Exception.
         except Exception as error:
-            if not isinstance(error, OSError | RuntimeError | SafetensorError) and type(error) is not Exception:
+            if not is_write_error(error):
                 raise
             raise RunError(
                 f"the tuned model could not be saved to {self.path}: {error}. "
@@ -156,6 +164,11 @@ class OutputFolder:
         with self._folder.staged() as staging:
             write_json(staging / "results.json", results)
             (staging / "README.md").write_text(model_card(results, config, lm, test), encoding="utf-8")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the files and folders that zotune wrote there."""
+        return tuple(self._folder.manifest.files)
 
     @contextmanager
     def staged(self) -> Iterator[Path]:
@@ -170,6 +183,13 @@ class OutputFolder:
     def remove(self, *names: str) -> None:
         """Delete files or folders if zotune wrote them."""
         self._folder.remove(*names)
+
+
+def _copy_run(source: Path, target: Path) -> None:
+    """Copy the files from which a run goes on."""
+    for name in RUN_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _is_valuable(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -13,6 +14,7 @@ class Counters:
         num_flat: steps in which all probes had the same value, so that the weights did not change.
         held_out, held_out_short: metric of the last evaluation during the run, as a number and as text.
         recent: losses of the last steps, in single precision as in the ledger.
+        callbacks: what the callbacks leave to a resumed run, see `Events.exported`.
     """
 
     step: int = 0
@@ -24,3 +26,4 @@ class Counters:
     held_out: float | None = None
     held_out_short: str | None = None
     recent: list[float] = field(default_factory=list)
+    callbacks: dict[str, Any] = field(default_factory=dict)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,21 @@ from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.objective import Batched, accumulate, probing
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
+from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
-from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer, set_learning_rates
+from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
+from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
@@ -48,7 +52,13 @@ class Run:
     """The state of a run between steps: the model, its rows, its optimizer, its counters and its journal."""
 
     def __init__(
-        self, lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: OutputFolder
+        self,
+        lm: LanguageModel,
+        rows: EncodedData,
+        config: TrainConfig,
+        scorer: Scorer,
+        output: OutputFolder,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.counters = Counters()
@@ -66,24 +76,29 @@ class Run:
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
         self._forwards_before = 0
+        self.events = Events(callbacks, config, lm, self.optimizer, len(rows.train), output.path)
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return schedule_of(self.config)
 
     def run_steps(self, display: Display, stop: StopRequest) -> None:
         """Run all steps, or the remaining ones of a resumed run, until the end, early stopping or a signal."""
         self._try_side_by_side()
         self.journal.restore(self.counters, partial(self._count_replayed, display))
+        self._restore_events()
+        if "tensorboard" in self.config.report_to and self.output.path is not None:
+            self.output.claim("runs")
+        self.events.begin()
         for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
-            if self.selection.is_exhausted:
-                display.say(f"stopped early at step {self.counters.step}: the best step is {self.selection.step}")
+            if self.stops_early:
+                best = f": the best step is {self.selection.step}" if self.selection.is_exhausted else " by a callback"
+                display.say(f"stopped early at step {self.counters.step}{best}")
                 return
-            start, self._forwards_before = time.perf_counter(), self.lm.num_forwards
-            self._set_learning_rates()
-            loss = self.update(self.optimizer, *self._closures(examples))
-            passes = self._passes()
-            self.counters.seconds += time.perf_counter() - start
-            is_flat = isinstance(self.update, ZerothOrderStep) and self.update.is_flat
-            self._count(loss, passes, display, is_flat=is_flat)
-            self._save_checkpoint(stopped=stop.signal is not None)
+            self.events.begin_step()
+            self._run_step(examples, display)
             if stop.signal is not None:
+                self._save_if_needed()
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
 
@@ -98,6 +113,28 @@ class Run:
         closures, weights = self._closures(examples)
         with probing(self.lm.module):
             return float(accumulate(closures, weights)())
+
+    def _run_step(self, examples: Sequence[Encoded], display: Display) -> None:
+        """Take a step, and count it."""
+        start, self._forwards_before = time.perf_counter(), self.lm.num_forwards
+        set_learning_rates(self.optimizer, self._schedule(self.counters.step))
+        loss = self.update(self.optimizer, *self._closures(examples))
+        passes = self._passes()
+        self.counters.seconds += time.perf_counter() - start
+        is_flat = isinstance(self.update, ZerothOrderStep) and self.update.is_flat
+        self._count(loss, passes, is_flat=is_flat)
+        self.events.end_step(self.counters.step)
+        self._report(display)
+        self._save_checkpoint()
+        if self.events.ends_epoch(self.counters.step):
+            self.events.end_epoch()
+            self._evaluate_if_due(display)
+            self._save_checkpoint()
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the patience of early stopping is exhausted, or a callback asked to stop."""
+        return self.selection.is_exhausted or self.events.control.should_training_stop
 
     def _try_side_by_side(self) -> None:
         """Test at the start whether probes can share a forward pass, so that a resumed run gets the same answer."""
@@ -123,45 +160,73 @@ class Run:
         """Return the forward passes of the step in progress."""
         return self.lm.num_forwards - self._forwards_before
 
-    def _set_learning_rates(self) -> float:
-        fraction = self.counters.step / self.config.max_steps
-        return set_learning_rates(self.optimizer, self.config.lr_scheduler_type, fraction)
-
     def _count_replayed(self, display: Display, record: StepRecord) -> None:
         """Count a step of an earlier part of the run, which was replayed from its record."""
+        self._restore_events()
         is_flat = not self.config.has_gradient and not any(record.coefficients)
-        self._count(record.loss, record.num_forwards, display, is_flat=is_flat)
+        self._count(record.loss, record.num_forwards, is_flat=is_flat)
+        self.events.replay_step(self.counters.step)
+        self._report(display, replayed=True)
 
-    def _count(self, loss: float, passes: int, display: Display, *, is_flat: bool) -> None:
-        """Count, show and log a completed step, and evaluate on the held-out rows if it is due."""
-        counters, config = self.counters, self.config
-        learning_rate = self._set_learning_rates()
+    def _restore_events(self) -> None:
+        """Restore the callbacks of a resumed run, once, before the first step after its checkpoint."""
+        if self.events.state.global_step or not self.output.is_resumed:
+            return
+        step = self.counters.step
+        lines = [line for line in self.output.metrics.earlier if line["step"] <= step]
+        self.events.restore(self.counters.callbacks, lines, step)
+
+    def _count(self, loss: float, passes: int, *, is_flat: bool) -> None:
+        """Count a completed step."""
+        counters = self.counters
         counters.step += 1
         counters.num_skipped += not math.isfinite(loss)
         counters.skipped_in_a_row = 0 if math.isfinite(loss) else counters.skipped_in_a_row + 1
         counters.num_forwards += passes
         counters.num_flat += is_flat
         # In single precision, as in the ledger, so that a resumed run logs the same.
-        counters.recent = [*counters.recent, c_float(loss).value][-max(config.logging_steps, 20) :]
+        counters.recent = [*counters.recent, c_float(loss).value][-max(self.config.logging_steps, 20) :]
+
+    def _report(self, display: Display, *, replayed: bool = False) -> None:
+        """Show and log a counted step, and evaluate on the held-out rows if it is due."""
+        counters = self.counters
         status = self._status(sum(counters.recent) / len(counters.recent))
         display.update(status)
-        if counters.step % config.logging_steps == 0 or counters.step == config.max_steps:
-            line = {**asdict(status), "held_out": counters.held_out, "learning_rate": learning_rate}
+        if self.events.control.should_log:
+            rate = set_learning_rates(self.optimizer, self._schedule(counters.step - 1))
+            line = {**asdict(status), "held_out": counters.held_out, "learning_rate": rate}
             self.output.metrics.append(line)
-        if self._evaluation_is_due():
-            self._evaluate_held_out(display)
+            self.events.log(training_metrics(line), replayed=replayed)
+        self._evaluate_if_due(display, replayed=replayed)
 
-    def _save_checkpoint(self, *, stopped: bool) -> None:
-        """Save a full checkpoint every `save_steps` steps; without a ledger, also when the run is stopped."""
-        every = self.config.save_steps
-        last = self.counters.step == self.config.max_steps
-        if (every and (last or self.counters.step % every == 0)) or (stopped and not self.journal.has_ledger):
-            self.journal.save(self.counters)
+    def _evaluate_if_due(self, display: Display, *, replayed: bool = False) -> None:
+        """Evaluate if it is due; what a callback asked for in an earlier part of the run is in its metrics."""
+        is_logged = replayed and self.output.metrics.evaluation(self.counters.step) is not None
+        if self.events.control.should_evaluate or is_logged:
+            self._evaluate_held_out(display, replayed=replayed)
+
+    def _save_checkpoint(self) -> None:
+        """Write a folder checkpoint-N if it is due and the run has a folder."""
+        if self.events.control.should_save and self.output.path is not None:
+            self._save_state()
+            write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state)
+            remove_old_checkpoints(self.output, self.config.save_total_limit, self.selection.step)
+            self.events.saved()
+
+    def _save_if_needed(self) -> None:
+        """Without a ledger, save what resuming needs when the run is stopped."""
+        if not self.journal.has_ledger:
+            self._save_state()
+
+    def _save_state(self) -> None:
+        self.counters.callbacks = self.events.exported()
+        self.journal.save(self.counters)
 
     def evaluate_before(self) -> Evaluation | None:
         """Evaluate on the held-out rows before the first step; the best step must beat this result."""
         evaluation = self.evaluate(self.rows.dev)
         if evaluation is not None:
+            self.events.higher_is_better = evaluation.higher_is_better
             self.selection.observe(0, evaluation)
         return evaluation
 
@@ -177,25 +242,25 @@ class Run:
         size = self.config.per_device_eval_batch_size
         return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
 
-    def _evaluation_is_due(self) -> bool:
-        """Whether to evaluate now: every `eval_steps` steps, and at the last step if it may be the best."""
-        last = self.counters.step == self.config.max_steps and self.config.selects
-        return self.config.eval_steps is not None and (last or self.counters.step % self.config.eval_steps == 0)
-
-    def _evaluate_held_out(self, display: Display) -> None:
+    def _evaluate_held_out(self, display: Display, *, replayed: bool) -> None:
         step = self.counters.step
         logged = self.output.metrics.evaluation(step)
         if logged is not None and not self.config.selects:
             self.counters.held_out = next(iter(logged.values()))
             self.counters.held_out_short = f"{self.counters.held_out:.4g}"
+            self.events.evaluated(logged, replayed=replayed)
             return
         evaluation = self.evaluate(self.rows.dev)
-        if evaluation is not None:
-            self.counters.held_out, self.counters.held_out_short = evaluation.value, evaluation.short
-            self.selection.observe(step, evaluation)
-            best = {"best_step": self.selection.step} if self.config.selects else {}
-            self.output.metrics.append({"step": step, "dev": evaluation.summary(), **best})
-            display.say(f"step {step}: held-out {evaluation.metric} {evaluation}, loss {evaluation.loss:.4f}")
+        if evaluation is None:
+            return
+        self.counters.held_out, self.counters.held_out_short = evaluation.value, evaluation.short
+        self.selection.observe(step, evaluation)
+        best = {"best_step": self.selection.step} if self.config.selects else {}
+        self.output.metrics.append({"step": step, "dev": evaluation.summary(), **best})
+        display.say(f"step {step}: held-out {evaluation.metric} {evaluation}, loss {evaluation.loss:.4f}")
+        if self.config.saves == "best" and self.selection.step == step:
+            self.events.control.should_save = True
+        self.events.evaluated(evaluation.summary(), replayed=replayed)
 
     def _closures(self, examples: Sequence[Encoded]) -> tuple[list[Callable[[], Tensor]], list[int]]:
         """Split a batch by length into micro-batches of at most the configured size; return closures and weights."""
@@ -239,7 +304,7 @@ def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, cou
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
     """Yield `max_steps` batches from passes over the rows, each in a new random order drawn by the seed."""
     generator = torch.Generator().manual_seed(config.seed)
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size = config.rows_a_step
     queue: list[int] = []
     for _ in range(config.max_steps):
         while len(queue) < size:

@@ -1,8 +1,7 @@
-"""Building the optimizer from a run's options, and the schedule of its learning rate."""
+"""Building the optimizer from a run's options."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -143,19 +142,3 @@ def _blocks(module: nn.Module, options: MethodOptions, params: list[nn.Parameter
         COUNT.check(numbers // options.block_size, f"the blocks of block_size {options.block_size}")
         return blocks_by_size(module, options.block_size, params)
     return BLOCKS[options.blocks](module, params)
-
-
-def learning_rate_factor(kind: str, done: float) -> float:
-    """Return the factor of the learning rate after a fraction `done` of the steps, in [0, 1).
-
-    >>> [round(learning_rate_factor(kind, 0.5), 6) for kind in ("constant", "linear", "cosine")]
-    [1.0, 0.5, 0.5]
-    """
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
-
-
-def set_learning_rates(optimizer: AnyOptimizer, kind: str, done: float) -> float:
-    """Set each group's learning rate to its initial value times `learning_rate_factor`; return the first group's."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * learning_rate_factor(kind, done)
-    return float(optimizer.param_groups[0]["lr"])

@@ -42,6 +42,7 @@ from zotune.optim.zeroth_order import ZerothOrder
 _FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
     | {"reuse_activations", "reuse_memory", "reuse_file"}
+    | {"report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
 )
 
 
@@ -228,7 +229,7 @@ def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
     Raises:
         UsageError: an option that affects the weights differs; `max_steps` may differ under a constant schedule.
     """
-    free = _FREE_OPTIONS | ({"max_steps"} if now.lr_scheduler_type == "constant" else set())
+    free = _FREE_OPTIONS | (set() if now.schedule_needs_end else {"max_steps"})
     for key, value in now.model_dump(mode="json").items():
         original = before.model_dump(mode="json")[key]
         if key not in free and value != original:

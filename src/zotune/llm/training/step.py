@@ -153,13 +153,18 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
             f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
             "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."
         )
-    has_slope = estimate.is_finite and any(c != 0 for c, _ in estimate.terms)
+    # During a warm-up the first learning rate is 0.
+    has_slope = estimate.is_finite and any(c != 0 for c, _ in estimate.terms) and not _is_warming_up(optimizer)
     if optimizer.rounding == Rounding.NEAREST and has_slope and not _moves(optimizer, estimate):
         raise UsageError(
             f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
             "the first update is below half a rounding unit of every weight, so nothing would move. "
             "Use --rounding stochastic or master, a larger learning rate, or float32."
         )
+
+
+def _is_warming_up(optimizer: ZerothOrder) -> bool:
+    return all(group["lr"] < group.get("initial_lr", 0) for group in optimizer.param_groups)
 
 
 def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,15 +12,17 @@ import torch
 
 from zotune.apply.tensor_update import HALF
 from zotune.errors import NotWrittenError, RunError, UsageError
+from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.rates import default_learning_rate, warnings
-from zotune.llm.config.run import TrainConfig, with_recorded_choices
+from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
@@ -29,6 +32,7 @@ from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.find_rate import find_rate
+from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
 from zotune.llm.training.resume import check_same_run
@@ -79,11 +83,12 @@ class Result:
         return {**scalars, "output_dir": str(self.output_dir), **evaluations, "environment": environment()}
 
 
-def train(config: TrainConfig) -> Result:
+def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     """Fine-tune a model, and write it with its config, metrics and results to `config.output_dir`.
 
     Args:
         config: the options of the run, as on the command line of `zotune train`.
+        callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
 
     Returns:
         The result, whose metrics are those of the saved model.
@@ -105,6 +110,11 @@ def train(config: TrainConfig) -> Result:
     >>> result.num_steps
     2
     """
+    # Before anything is loaded.
+    callbacks = all_callbacks(config.report_to, callbacks)
+    schedule_of(config)
+    if config.resume_from_checkpoint is not None:
+        check_checkpoint(config.resume_from_checkpoint, config.output_dir)
     config = with_recorded_choices(config)
     tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
@@ -114,6 +124,7 @@ def train(config: TrainConfig) -> Result:
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
+    config = config.with_steps(len(rows.train), config.rows_a_step)
     # Options inferred from the rows are saved, so that an evaluation inherits them.
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
     config = _with_default_rate(lm, config)
@@ -125,8 +136,8 @@ def train(config: TrainConfig) -> Result:
         output.check_free_space(lm)
         scorer, rows = _scorer(lm, rows, config), _with_prompt_cache(lm, rows, config)
         config = _with_found_rate(lm, rows, config, scorer, output)
-        with closing(Run(lm, rows, config, scorer, output)) as run:
-            return _train(run, config.model_copy(update={"resume": False}))
+        with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
+            return _train(run, config.model_copy(update=NEW_RUN))
 
 
 def _with_default_rate(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
@@ -172,9 +183,12 @@ def _train(run: Run, config: TrainConfig) -> Result:
     output.save_model(lm)
     # A stopped run ends without evaluations.
     dev = run.evaluate_after() if stop.signal is None else None
+    if dev is not None and not config.load_best_model_at_end:
+        run.events.log_evaluation(dev.summary())
     test = dev if rows.test == rows.dev or stop.signal is not None else run.evaluate(rows.test)
     result = _result(run, before, dev, test, stop)
     output.finish({**result.to_json(), "config": config.model_dump(mode="json")}, config, lm, test)
+    run.events.end()
     return result
 
 
@@ -196,7 +210,7 @@ def _result(
         test=test,
         stopped_by=stop.signal,
         best_step=run.selection.step,
-        stopped_early=run.selection.is_exhausted,
+        stopped_early=run.stops_early,
     )
 
 

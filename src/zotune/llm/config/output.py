@@ -1,0 +1,86 @@
+"""The options of what a run writes and reports while it runs: metrics, checkpoints, trackers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from zotune.errors import did_you_mean
+from zotune.llm.config.schema import Options, is_partial
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+TRACKERS: tuple[str, ...] = get_args(Tracker)
+
+# Steps between checkpoints with save_strategy: steps and no save_steps, as in transformers.
+_DEFAULT_SAVE_STEPS = 500
+
+
+def _tracker_names(value: Any) -> Any:
+    """Return the trackers that a name, a list of names, `all` or `none` stands for.
+
+    Raises:
+        ValueError: there is no such tracker.
+    """
+    if value is None:
+        return ()
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    for name in names:
+        if name not in (*TRACKERS, "all", "none"):
+            raise ValueError(
+                f"there is no tracker {name!r}.{did_you_mean(name, [*TRACKERS, 'all', 'none'])} From Python, "
+                "train(…, callbacks=[…]) takes the callback of any other tracker"
+            )
+    if "none" in names and len(names) > 1:
+        raise ValueError("none excludes every tracker; give it alone")
+    return TRACKERS if "all" in names else () if "none" in names else tuple(dict.fromkeys(names))
+
+
+class OutputOptions(Options):
+    """What a run writes into its folder and reports to trackers, and when."""
+
+    output_dir: Path = Field(Path("runs/latest"), description="Folder for the model, config, metrics and results.")
+    overwrite_output_dir: bool = Field(False, description="Replace an earlier run in output_dir; default: refuse to.")
+    save_strategy: Literal["no", "steps", "epoch", "best"] | None = Field(
+        None,
+        description="When to write a folder checkpoint-N: every save_steps steps, after each pass over the training "
+        "rows, or after each new best evaluation; default: steps if save_steps is given, else no.",
+    )
+    save_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between two folders checkpoint-N; default: none, because the ledger suffices to resume.",
+    )
+    save_total_limit: int | None = Field(
+        None, ge=1, description="Keep the last N folders checkpoint-N of the run, and the best one; default: all."
+    )
+    logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    report_to: Annotated[tuple[str, ...], BeforeValidator(_tracker_names)] = Field(
+        (),
+        description="Trackers that get the metrics, one or several of tensorboard, trackio, wandb, mlflow, or all; "
+        "default: none.",
+    )
+    run_name: str | None = Field(None, description="Name of the run in trackers; default: theirs.")
+
+    @model_validator(mode="after")
+    def _no_idle_output_option(self, info: ValidationInfo) -> Self:
+        if is_partial(info):
+            return self
+        if self.save_steps is not None and self.save_strategy not in (None, "steps"):
+            raise ValueError(f"save_steps has no effect with save_strategy: {self.save_strategy}; give only one")
+        if self.save_total_limit is not None and self.saves == "no":
+            raise ValueError("save_total_limit limits the folders checkpoint-N: give --save-steps or --save-strategy")
+        return self
+
+    @property
+    def saves(self) -> Literal["no", "steps", "epoch", "best"]:
+        """When the run writes checkpoints."""
+        return self.save_strategy or ("no" if self.save_steps is None else "steps")
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """Steps between two checkpoints, if they are written every so many steps."""
+        return self.save_steps or _DEFAULT_SAVE_STEPS
