@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zotune.apply.tensor_update import HALF
 from zotune.errors import RunError
-from zotune.llm.config.rates import default_learning_rate
+from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
@@ -64,6 +65,15 @@ class FoundRate:
     def to_json(self) -> dict[str, Any]:
         """Return the content of search.json."""
         return asdict(self)
+
+
+def with_default_rate(lm: LanguageModel, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Return the config with the default learning rate if it has none, and what is outside the ranges that work."""
+    tuned = [p for p in lm.module.parameters() if p.requires_grad]
+    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
+    if config.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
+    return config, warnings(config, num_tuned, half_precision=half_precision)
 
 
 MakeRun = Callable[[EncodedData, TrainConfig], Run]

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from zotune.apply.tensor_update import HALF
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
@@ -31,7 +29,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
-from zotune.llm.training.find_rate import find_rate
+from zotune.llm.training.find_rate import find_rate, with_default_rate
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
@@ -127,8 +125,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     config = config.with_steps(len(rows.train), config.rows_a_step)
     # Options inferred from the rows are saved, so that an evaluation inherits them.
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
-    config = _with_default_rate(lm, config)
-    for note in rows.notes:
+    config, notes = with_default_rate(lm, config)
+    for note in (*rows.notes, *notes):
         say(note)
     with closing(OutputFolder(config)) as output:
         if output.is_resumed:
@@ -138,17 +136,6 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
         config = _with_found_rate(lm, rows, config, scorer, output)
         with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
             return _train(run, config.model_copy(update=NEW_RUN))
-
-
-def _with_default_rate(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
-    """Return the config with the default learning rate if it has none; say what is outside the ranges that work."""
-    tuned = [p for p in lm.module.parameters() if p.requires_grad]
-    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
-    if config.learning_rate is None:
-        config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
-    for warning in warnings(config, num_tuned, half_precision=half_precision):
-        say(warning)
-    return config
 
 
 def _with_found_rate(
