@@ -106,11 +106,11 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
     trials = _Trials(make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
     copy = copy_weights(tuned, folder, _REMEDY)
     start, passes_of_judging = trials.judge(default), lm.num_forwards - before
-    trials.take_steps(default, 1)
-    passes_a_step = lm.num_forwards - before - passes_of_judging
+    # A first step also makes its checks, which cost passes of their own.
+    first, a_step = trials.passes_of_steps(default)
     restore_weights(tuned, copy)
-    budget = MAX_SHARE * config.max_steps * passes_a_step - (lm.num_forwards - before)
-    steps = min(MAX_STEPS, math.floor((budget / MAX_TRIALS - passes_of_judging) / passes_a_step))
+    budget = MAX_SHARE * config.max_steps * a_step - (lm.num_forwards - before)
+    steps = min(MAX_STEPS, 1 + math.floor((budget / MAX_TRIALS - passes_of_judging - first) / a_step))
     if steps < MIN_STEPS:
         lm.num_forwards = before
         return _default(default, too_short)
@@ -122,7 +122,7 @@ def find_rate(lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_ru
         say(f"  learning rate {rate:g}: loss {results[-1].loss:.4f} (before: {start:.4f})")
     spent, lm.num_forwards = lm.num_forwards - before, before
     chosen = choose(results, start)
-    share = spent / (passes_a_step * config.max_steps)
+    share = spent / (a_step * config.max_steps)
     say(f"learning rate {chosen:g} chosen; the search took {spent} forward passes, {share:.0%} of those of the run")
     return FoundRate(chosen, tuple(results), start, steps, spent)
 
@@ -176,6 +176,15 @@ class _Trials:
         run = self._run(rate)
         run.take_steps(steps)
         return run
+
+    def passes_of_steps(self, rate: float) -> tuple[int, int]:
+        """Return the forward passes of a run's first step, and of each other one, by taking two."""
+        run = self._run(rate)
+        counts = [run.lm.num_forwards]
+        for _ in range(2):
+            run.take_steps(1)
+            counts.append(run.lm.num_forwards)
+        return counts[1] - counts[0], counts[2] - counts[1]
 
     def loss_after(self, rate: float, steps: int) -> float:
         """Return the objective on the left-out rows after a trial; infinite if the steps or the loss are."""
