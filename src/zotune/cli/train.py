@@ -58,7 +58,7 @@ def _train(config: TrainConfig, as_json: bool) -> int:
 
     tune_malloc()
     result = train(config)
-    _write_page(result.output_dir)
+    _write_page(config.output_dir)
     if as_json:
         print_json(result.to_json())
     else:

@@ -264,3 +264,18 @@ def _offload_map(module: nn.Module) -> Any:
         if getattr(candidate, "weights_map", None) is not None:
             return candidate.weights_map
     return None
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device that a model's inputs are put on: that of its first weights, or where these are used if offloaded.
+
+    >>> input_device(nn.Linear(1, 1)), input_device(nn.Linear(1, 1, device="meta"))
+    (device(type='cpu'), device(type='meta'))
+    """
+    first = next(p.device for p in model.parameters())
+    if first.type != "meta":
+        return first
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    each = [hook for outer in hooks for hook in getattr(outer, "hooks", [outer])]
+    used = (getattr(hook, "execution_device", None) for hook in each)
+    return next((torch.device(device) for device in used if device is not None), first)

@@ -114,6 +114,19 @@ def test_checks_of_a_first_step_count_among_the_passes(searched, tmp_path):
     assert found.num_forwards > len(found.trials) * (found.num_steps + 1) + 3
 
 
+def test_a_search_that_fails_leaves_the_weights_as_they_were(searched, tmp_path, monkeypatch):
+    lm, rows, given, make_run = searched()
+    before = {name: p.clone() for name, p in lm.module.named_parameters()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Trials, "loss_after", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_rate(lm, rows, given, make_run, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in lm.module.named_parameters())
+
+
 def test_rates_that_diverge_are_left(searched, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "default_learning_rate", lambda *_: 1e12)
     found = find_rate(*searched(), tmp_path)

@@ -23,8 +23,8 @@ _ROUGH = 0.1
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a model is wrapped by an adapter of peft."""
-    return hasattr(module, "peft_config")
+    """Whether a model is wrapped by an adapter of peft; one that was unwrapped may still have its configuration."""
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
 
 
 def merged_model(module: Any, read: Callable[[Any, Tensor], Tensor], name: str) -> Any:

@@ -42,12 +42,13 @@ MASKED = ModelKind("a masked language model", masked=True)
 CLASSIFIER = ModelKind("a sequence classifier", classifies=True)
 
 
-def kind_of(config: Any, name: str) -> ModelKind:
+def kind_of(config: Any, name: str, architecture: str | None = None) -> ModelKind:
     """Return how a model is read.
 
     Args:
         config: its configuration of transformers.
         name: its name, for errors.
+        architecture: the class of a model that is loaded; default: the classes that the configuration names.
 
     Raises:
         UsageError: zotune cannot read a model of this kind.
@@ -59,7 +60,8 @@ def kind_of(config: Any, name: str) -> ModelKind:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
 
-    heads = {architecture.rpartition("For")[2] for architecture in config.architectures or []}
+    architectures = [architecture] if architecture is not None else config.architectures or []
+    heads = {name.rpartition("For")[2] for name in architectures}
     if "SequenceClassification" in heads:
         return CLASSIFIER
     if getattr(config, "is_encoder_decoder", False):

@@ -12,6 +12,9 @@ from zotune.errors import did_you_mean
 from zotune.llm.config.objective import OF_ANSWERS, ObjectiveOptions
 from zotune.llm.config.schema import is_partial
 
+# The data source of a run from Python on rows that the caller holds, so that no option names them.
+IN_MEMORY = "memory"
+
 # Roles of columns in the user's own rows; text and label have options of their own.
 ROLES = ("prompt", "completion", "messages", "choices")
 
@@ -133,7 +136,8 @@ class DataOptions(ObjectiveOptions):
 
     @model_validator(mode="after")
     def _one_source(self, info: ValidationInfo) -> Self:
-        if not is_partial(info) and (self.task is None) == (self.train_file is None and self.eval_file is None):
+        num_named = (self.task is not None) + (self.train_file is not None or self.eval_file is not None)
+        if not is_partial(info) and num_named != (self.data_source != IN_MEMORY):
             raise ValueError(
                 "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
             )

@@ -7,13 +7,13 @@ one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.data import DataOptions
+from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
@@ -59,6 +59,10 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
+# For editors: a recipe may hold true in place of a folder.
+_PATH_OR_SWITCH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]})
+
+
 class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
@@ -68,7 +72,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
     resume: bool = Field(
         False, description="Resume the run in output_dir, however it ended; start a new one if there is none."
     )
-    resume_from_checkpoint: Path | None = Field(
+    resume_from_checkpoint: Annotated[Path | None, _PATH_OR_SWITCH] = Field(
         None, description="Go on from a folder checkpoint-N; true stands for --resume. Default: start a new run."
     )
     reuse_activations: bool = Field(
@@ -150,7 +154,8 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
         return {}, ""
     saved = read_recipe(path)
     same_format = config.data_format in (None, saved.get("data_format"))
-    if saved.get("train_file") is None or not same_format:
+    of_a_task = saved.get("train_file") is None and saved.get("data_source") != IN_MEMORY
+    if of_a_task or not same_format:
         return {}, ""
     inherited = {name: saved[name] for name in _INHERITED if name in saved}
     if ":" in str(inherited.get("objective")):

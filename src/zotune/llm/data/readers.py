@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -284,15 +284,22 @@ def hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
     Raises:
         UsageError: the data set cannot be loaded; the message says why.
     """
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     try:
         data = load_dataset(name, configuration, split=split)
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         raise UsageError(f"the data set {name} could not be loaded from the Hub: {_first_line(error)}") from None
-    classes = {column: feature for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
     for row in data:
-        yield {**row, **{f"{column}_name": _class_name(feature, row[column]) for column, feature in classes.items()}}
+        yield class_names(row, data.features)
+
+
+def class_names(row: Row, features: Mapping[str, Any]) -> Row:
+    """Return a row of `datasets` with `COLUMN_name`, the name of the class, for each column of class numbers."""
+    from datasets import ClassLabel
+
+    classes = {column: feature for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    return {**row, **{f"{column}_name": _class_name(feature, row[column]) for column, feature in classes.items()}}
 
 
 def _class_name(feature: object, number: int | None) -> str | None:

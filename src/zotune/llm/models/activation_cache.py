@@ -27,7 +27,7 @@ from zotune.llm.models.partial_forward import output_of_module, parameters_read
 from zotune.messages import say
 from zotune.model.effects import effect_of_layers
 from zotune.model.layers import ReadTracer, stack_of
-from zotune.model.parameters import ParameterSet
+from zotune.model.parameters import ParameterSet, input_device
 
 Tokens = tuple[int, ...]
 
@@ -57,7 +57,7 @@ def _lowest_read(model: nn.Module) -> int:
     """Return how many layers run before the first tuned parameter is read, wherever it is held."""
     tuned = ParameterSet(model)
     with torch.no_grad(), ReadTracer(tuned) as seen:
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
         on_meta_too(model, lambda: model(input_ids=token))
     return min(seen.first.values(), default=len(stack_of(model)[1]))
 

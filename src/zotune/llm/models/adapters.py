@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
 from zotune.model.layers import stack_of
+from zotune.model.parameters import input_device
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 ALL_LINEAR = ("all-linear",)
@@ -170,6 +172,11 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
     name = (config.peft_type or "").lower()
     if name not in schemes:
         raise UsageError(f"peft_type: peft has no adapter {config.peft_type!r}.{did_you_mean(name, schemes)}")
+    if any(p.is_meta for p in lm.module.parameters()) and lm.device.type != "meta":
+        raise UsageError(
+            f"the weights of {lm.name} are offloaded, and adapters by name may begin from them. Tune lora, full, a "
+            "prefix or a prompt, or load the model onto one device."
+        )
     known = {field.name for field in dataclasses.fields(schemes[name]) if field.init} - _RESERVED_KEYS
     for key in config.peft_options:
         if key not in known:
@@ -206,7 +213,7 @@ def keys_and_values(model: nn.Module, tokens: Tensor) -> Tensor:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    device = next(model.parameters()).device
+    device = input_device(model)
     model(input_ids=tokens[None].to(device), **{cache_argument(model): cache})
     pairs = torch.stack([t[0] for layer in cache.layers for t in (layer.keys, layer.values)])
     # (2 · layers, heads, T, head size) → a row for each token
@@ -238,7 +245,29 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, seed: int) -> None:
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
         torch.manual_seed(seed)
         lm.module = get_peft_model(lm.module, adapter)
     lm.module.eval()
+
+
+@contextmanager
+def _stand_ins(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within this context offloaded weights have a place: on the device of their use, without memory.
+
+    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values.
+    """
+    offloaded = [
+        (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and p.is_meta
+    ]
+    if device.type == "meta":
+        offloaded = []
+    for m, name, p in offloaded:
+        place = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+        m._parameters[name] = nn.Parameter(place, requires_grad=False)
+    try:
+        yield
+    finally:
+        for m, name, p in offloaded:
+            p.requires_grad_(False)
+            m._parameters[name] = p

@@ -17,6 +17,7 @@ from zotune.llm.models.candidate_scores import log_probabilities, losses, scores
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
+from zotune.model.parameters import input_device
 
 # Logits computed at a time at most: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -66,8 +67,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return next(p.device for p in self.module.parameters())
+        """The device of the first weights; of offloaded ones that on which they are used."""
+        return input_device(self.module)
 
     @property
     def context(self) -> int:
@@ -158,7 +159,7 @@ class LanguageModel:
     def read_with(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """As `read`, by another model of the same kind; without a mask nothing is padded."""
         if attention_mask is None:
-            input_ids = input_ids.to(next(module.parameters()).device)
+            input_ids = input_ids.to(input_device(module))
             attention_mask = torch.ones_like(input_ids)
         inputs: dict[str, Any] = {"input_ids": input_ids}
         # Causal attention never sees right padding, and without a mask attention runs its fast kernel.

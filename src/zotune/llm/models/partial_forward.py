@@ -20,6 +20,7 @@ from zotune.llm.data.collator import Batch
 from zotune.llm.quantized.layers import PackedLinear
 from zotune.model.effects import forwards
 from zotune.model.intercept import readable
+from zotune.model.parameters import input_device
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -67,7 +68,7 @@ def _up_to(model: nn.Module, until: Callable[[nn.Module], bool]) -> tuple[list[n
     reads = _Reads()
     try:
         with torch.no_grad(), reads:
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
     except _Reached:
         pass
     finally:

@@ -61,6 +61,10 @@ class MetricsLog:
         line = self._lines.get((step, True))
         return None if line is None else line["dev"]
 
+    def lines(self) -> list[Line]:
+        """Return all lines in order."""
+        return list(_whole_lines(self._path))
+
     @property
     def earlier(self) -> tuple[Line, ...]:
         """The lines of an earlier part of the run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import zotune
+from zotune.llm.config.data import IN_MEMORY
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.builtin import BUILT_IN
 from zotune.llm.models.language_model import LanguageModel
@@ -18,12 +19,15 @@ def model_card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, 
     if test is not None:
         metric, result = f"{test.metric} (95 % interval)", str(test)
     best = "" if results["best_step"] is None else f"\n| best step | {results['best_step']} |"
+    again = "`zotune train config.yaml` runs it again"
+    if config.data_source == IN_MEMORY:
+        again = "the model and the rows were loaded in Python, by a program that called `zotune.llm.train`"
     return f"""---
 library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
 ---
 
-# {config.model}, tuned on {config.task or config.train_file}
+# {config.model}, tuned on {config.task or config.train_file or "rows in memory"}
 
 Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
 ({results["num_tuned"]:,} numbers tuned).
@@ -42,7 +46,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 {_loading_code(config, lm)}
 ```
 
-`config.yaml` holds every option; `zotune train config.yaml` runs it again.
+`config.yaml` holds every option; {again}.
 """
 
 

@@ -54,8 +54,8 @@ class OutputFolder:
                 process.
         """
         self.path, self._config, self._has_begun = config.output_dir, config, False
-        self._search: dict[str, Any] | None = None
         self.source = config.resume_from_checkpoint or self.path
+        self._search: dict[str, Any] | None = None
         self._folder = LockedFolder(self.path)
         try:
             check_inputs(config, self._folder.manifest)

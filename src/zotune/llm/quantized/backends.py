@@ -152,8 +152,9 @@ def is_quantised(model: Any) -> bool:
 
 
 def supports_row_lookup(head: nn.Module | None) -> bool:
-    """Whether single rows of an output layer can be computed."""
-    return isinstance(head, PackedLinear) or (isinstance(head, nn.Linear) and not is_packed(head.weight))
+    """Whether single rows of an output layer can be computed; one with a hook, which may load it, runs as a whole."""
+    is_plain = isinstance(head, nn.Linear) and not is_packed(head.weight) and not hasattr(head, "_hf_hook")
+    return isinstance(head, PackedLinear) or is_plain
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:

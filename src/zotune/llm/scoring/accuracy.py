@@ -43,10 +43,10 @@ class Evaluation:
     high: float
     num_examples: int
     loss: float
-    predictions: tuple[Any, ...]
+    predictions: tuple[Any, ...] = field(repr=False)
     seconds: float
     num_forwards: int
-    values: tuple[float, ...] = field(default=(), kw_only=True)
+    values: tuple[float, ...] = field(default=(), kw_only=True, repr=False)
 
     @property
     def value(self) -> float:
@@ -81,7 +81,7 @@ class AccuracyEvaluation(Evaluation):
     metric = "accuracy"
 
     accuracy: float
-    scores: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True)
+    scores: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True, repr=False)
     num_ties: int = field(default=0, kw_only=True)
 
     @property

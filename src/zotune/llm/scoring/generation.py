@@ -133,12 +133,16 @@ def _plain_decoding(model: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
+    # The `generate` of peft writes the configuration of the wrapper into the model inside it, and leaves it there.
+    get_base = getattr(model, "get_base_model", None)
+    models = [model] if get_base is None else [model, get_base()]
+    own = [m.generation_config for m in models]
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        for m, config in zip(models, own, strict=True):
+            m.generation_config = config
 
 
 @torch.no_grad()

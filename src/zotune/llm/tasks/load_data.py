@@ -13,7 +13,7 @@ from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
-from zotune.llm.tasks.user_data import Data, load_user_data
+from zotune.llm.tasks.user_data import Data, UserRows, load_user_data
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class EncodedData:
     generated: GeneratedObjective | None = None
 
 
-def load_examples(lm: LanguageModel, options: DataOptions) -> Data:
-    """Load the data that `options` name as examples, with their objective.
+def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> Data:
+    """Load the data that `options` name, or rows that are given, as examples with their objective.
 
     Raises:
         UsageError: the data cannot be read, or the objective does not suit the data or the model.
@@ -46,7 +46,7 @@ def load_examples(lm: LanguageModel, options: DataOptions) -> Data:
         raise UsageError(f"{lm.name} has a classification head, which needs no prompt: give a task and --prompt none.")
     check_model(lm, options)
     if options.task is None:
-        return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked))
+        return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked, given=given))
     task = find_task(options.task)
     return _with_objective(Data(task.splits(options, lm.masked), task.objective, task.measure, options, ()))
 
@@ -62,13 +62,13 @@ def _with_objective(data: Data) -> Data:
     return data if options.objective is None else replace(data, objective=OBJECTIVES[options.objective])
 
 
-def load_rows(lm: LanguageModel, options: DataOptions) -> EncodedData:
-    """Load the data that `options` name as tokens of the model, with their objective.
+def load_rows(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> EncodedData:
+    """Load the data that `options` name, or rows that are given, as tokens of the model, with their objective.
 
     Raises:
         UsageError: as `load_examples` and `encode_rows`.
     """
-    return encode_rows(lm, options, load_examples(lm, options))
+    return encode_rows(lm, options, load_examples(lm, options, given))
 
 
 def encode_rows(lm: LanguageModel, options: DataOptions, data: Data) -> EncodedData:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.data import DataOptions
+from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.readers import LocatedRow, read_located_rows
@@ -50,29 +50,69 @@ class Data:
     generated: GeneratedObjective | None = None
 
 
-def load_user_data(options: DataOptions, tokenizer: Any, *, masked: bool = False) -> Data:
-    """Load examples from the user's own files.
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they were read, before they become examples, and their source: a file, or the name of an argument."""
+
+    source: str | Path
+    rows: Sequence[LocatedRow]
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """The training rows and the evaluation rows of a user; either may be missing, but not both."""
+
+    train: Rows | None = None
+    eval: Rows | None = None
+
+    @property
+    def first(self) -> Rows:
+        """The rows that tell the format: the training rows if there are any."""
+        first = self.train or self.eval
+        assert first is not None
+        return first
+
+
+def read_files(options: DataOptions) -> UserRows:
+    """Read the rows of the files that `options` name.
+
+    Raises:
+        UsageError: a file cannot be read; the message says which and why.
+    """
+    train, evaluation = options.train_file, options.eval_file
+    return UserRows(
+        None if train is None else Rows(train, list(read_located_rows(train))),
+        None if evaluation is None else Rows(evaluation, list(read_located_rows(evaluation, split="validation"))),
+    )
+
+
+def load_user_data(
+    options: DataOptions, tokenizer: Any, *, masked: bool = False, given: UserRows | None = None
+) -> Data:
+    """Load examples from the user's own files, or from rows that are given.
 
     Args:
         options: the files, and the conversion of their rows.
         tokenizer: the model's tokenizer, with its chat template and end-of-text token; rows with labels need none.
         masked: whether the model fills in masks; it then needs rows with labels.
+        given: the rows in place of files.
 
     Raises:
         UsageError: a file or a row cannot be used; the message says which and why.
     """
-    source = options.train_file or options.eval_file
-    assert source is not None
-    rows = list(read_located_rows(source, "train" if options.train_file else "validation"))
-    options = _with_date(resolve_format(options, rows, source, masked=masked), tokenizer)
+    if given is None and options.data_source == IN_MEMORY:
+        raise UsageError(
+            "these options are those of a run from Python, whose rows were in memory: give --train-file or --eval-file "
+            "with the rows, and --data-source sample."
+        )
+    given = read_files(options) if given is None else given
+    rows = given.first.rows
+    options = _with_date(resolve_format(options, rows, given.first.source, masked=masked), tokenizer)
     form = FORMATS[options.data_format or ""]
-    if options.train_file is None:
-        chosen, chosen_notes = _chosen(rows, options)
-        splits = Splits((), (), _examples(chosen, form, options, tokenizer))
-    else:
-        splits, chosen_notes = _split(_examples(rows, form, options, tokenizer), form, options, tokenizer)
+    splits, chosen_notes = _split(given, form, options, tokenizer)
     notes = (
-        *(_format_note(form, options), *chosen_notes, *label_notes(options), *_end_notes(rows, options, tokenizer)),
+        *(_format_note(form, options, given), *chosen_notes, *label_notes(options)),
+        *_end_notes(rows, options, tokenizer),
         *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
     )
     return Data(splits, form.objective, measure_of(form, options), options, notes)
@@ -91,7 +131,9 @@ def _end_notes(rows: Sequence[LocatedRow], options: DataOptions, tokenizer: Any)
     return ended_rows_note((row.columns.get(column_of("completion", options)) for row in rows), tokenizer.eos_token)
 
 
-def resolve_format(options: DataOptions, rows: Sequence[LocatedRow], source: Path, *, masked: bool) -> DataOptions:
+def resolve_format(
+    options: DataOptions, rows: Sequence[LocatedRow], source: str | Path, *, masked: bool
+) -> DataOptions:
     """Return the options with the rows' format, template and verbalizer filled in.
 
     Raises:
@@ -136,7 +178,7 @@ def _columns_with_values(rows: Sequence[LocatedRow]) -> set[str]:
     return {name for row in rows for name, value in row.columns.items() if value is not None}
 
 
-def _infer_format(rows: Sequence[LocatedRow], options: DataOptions, source: Path) -> str:
+def _infer_format(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path) -> str:
     """Infer the format from the columns; for a reward function it is a chat or a prompt alone.
 
     Raises:
@@ -179,29 +221,41 @@ def _examples(rows: Sequence[LocatedRow], form: Format, options: DataOptions, to
     return tuple(form.to_example(row, options, tokenizer) for row in rows)
 
 
-def _split(examples: Sequence[Example], form: Format, options: DataOptions, tokenizer: Any) -> tuple[Splits, list[str]]:
-    """Split examples into training and held-out rows; without eval_file the latter are also the evaluation rows."""
+def _split(given: UserRows, form: Format, options: DataOptions, tokenizer: Any) -> tuple[Splits, list[str]]:
+    """Split rows into examples for training, held out and for evaluation; without evaluation rows the latter two agree.
+
+    Without training rows all examples are for evaluation.
+    """
+    train, dev = _split_training(given.train, form, options, tokenizer)
+    if given.eval is None:
+        test, notes = _chosen(dev, options)
+        return Splits(train, dev, tuple(test)), notes
+    if not given.eval.rows:
+        raise UsageError(f"{given.eval.source} contains no row.")
+    rows, notes = _chosen(given.eval.rows, options)
+    return Splits(train, dev, _examples(rows, form, options, tokenizer)), notes
+
+
+def _split_training(
+    given: Rows | None, form: Format, options: DataOptions, tokenizer: Any
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Split the rows for training into those to train on and those held out."""
+    if given is None:
+        return (), ()
+    examples = _examples(given.rows, form, options, tokenizer)
     order = np.random.RandomState(options.data_seed).permutation(len(examples))
     num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
     num_train = options.num_train or len(examples) - num_dev
     if num_train < 1 or num_train + num_dev > len(examples):
         raise UsageError(
-            f"{options.train_file} has {len(examples)} rows, too few for {max(num_train, 1)} to train on and {num_dev} "
+            f"{given.source} has {len(examples)} rows, too few for {max(num_train, 1)} to train on and {num_dev} "
             "held out. Lower --num-train or --num-dev."
         )
     train = tuple(examples[i] for i in order[:num_train])
-    dev = tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
-    if options.eval_file is None:
-        test, notes = _chosen(dev, options)
-        return Splits(train, dev, tuple(test)), notes
-    every = list(read_located_rows(options.eval_file, split="validation"))
-    if not every:
-        raise UsageError(f"{options.eval_file} contains no row.")
-    rows, notes = _chosen(every, options)
-    return Splits(train, dev, _examples(rows, form, options, tokenizer)), notes
+    return train, tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
 
 
-def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: Path) -> dict[str, str]:
+def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path) -> dict[str, str]:
     places: dict[str, str] = {}
     for row in rows:
         places.setdefault(cell_text(row, options.label_column), row.place)
@@ -232,9 +286,9 @@ def _check_words(words: Any) -> None:
         raise UsageError(f"the verbalizer has the same word for all labels ({words}); at least two are needed.")
 
 
-def _format_note(form: Format, options: DataOptions) -> str:
-    """Describe the files and the format of their rows."""
-    files = " and ".join(str(f) for f in (options.train_file, options.eval_file) if f is not None)
+def _format_note(form: Format, options: DataOptions, given: UserRows) -> str:
+    """Describe the sources and the format of their rows."""
+    files = " and ".join(str(rows.source) for rows in (given.train, given.eval) if rows is not None)
     note = f"{files}: rows of {form.description} (data_format: {options.data_format})"
     if options.verbalizer:
         shown = [f"{label!r} → {word.strip()!r}" for label, word in options.verbalizer.items()]

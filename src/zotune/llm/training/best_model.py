@@ -44,13 +44,14 @@ class BestModelTracker:
         options: the criterion, whether to store the weights, and the patience of early stopping.
         tuned: the tuned parameters.
         folder: folder for a copy that is too large for memory; its file has no name, so a crash leaves nothing behind.
+            None: each copy is in memory.
 
     Attributes:
         step, best: step and result of the best evaluation; None before the first one.
         num_waited: evaluations since then.
     """
 
-    def __init__(self, options: SelectionOptions, tuned: Sequence[nn.Parameter], folder: Path) -> None:
+    def __init__(self, options: SelectionOptions, tuned: Sequence[nn.Parameter], folder: Path | None) -> None:
         self._options, self._tuned, self._folder = options, tuple(tuned), folder
         self._weights = ActivationStore()
         self.step: int | None = None
@@ -89,14 +90,15 @@ class BestModelTracker:
         restore_weights(self._tuned, self._weights)
 
 
-def copy_weights(tuned: Sequence[nn.Parameter], folder: Path, remedy: str) -> ActivationStore:
-    """Return a copy of weights: in memory up to `MAX_MEMORY` bytes, else in a file without a name in `folder`.
+def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str) -> ActivationStore:
+    """Return a copy of weights: in memory up to `MAX_MEMORY` bytes, else in a file without a name in `folder`, if any.
 
     Raises:
         RunError: there is no room; the message ends with `remedy`.
     """
     num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
-    store = ActivationStore([MemoryTier(num_bytes) if num_bytes <= MAX_MEMORY else FileTier(num_bytes, folder)])
+    on_disk = folder if num_bytes > MAX_MEMORY else None
+    store = ActivationStore([MemoryTier(num_bytes) if on_disk is None else FileTier(num_bytes, on_disk)])
     for i, p in enumerate(tuned):
         if not store.put((i,), p.detach()):
             raise RunError(

@@ -34,8 +34,8 @@ def schedule_of(options: ScheduleOptions) -> Schedule:
         return lambda step: 1 - step / steps
     from transformers import get_scheduler
 
-    # The schedules read the initial learning rate from an optimizer; one that is still open may be any.
-    rate = options.learning_rate if isinstance(options.learning_rate, float) else 1e-3
+    # The schedules read the initial learning rate from an optimizer.
+    rate = options.learning_rate if isinstance(options.learning_rate, float) else 1.0  # one that is not found yet
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     try:
         scheduler = get_scheduler(

@@ -26,12 +26,12 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
-from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
+from zotune.llm.training.in_memory import MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.training.progress import Display, Status
@@ -57,7 +57,7 @@ class Run:
         rows: EncodedData,
         config: TrainConfig,
         scorer: Scorer,
-        output: OutputFolder,
+        output: Output,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
@@ -74,7 +74,11 @@ class Run:
             keep_activations()
         self.update = _update(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
-        self.journal = Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
+        self.journal = (
+            NoJournal()
+            if isinstance(output, MemoryOutput)
+            else Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
+        )
         self._forwards_before = 0
         self.events = Events(callbacks, config, lm, self.optimizer, len(rows.train), output.path)
 
@@ -102,18 +106,6 @@ class Run:
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
 
-    def take_steps(self, count: int) -> None:
-        """Take the first steps of the run without counting, logging or recording them, as a trial does."""
-        self._try_side_by_side()
-        for examples in islice(_batches(self.rows.train, self.config), count):
-            self.update(self.optimizer, *self._closures(examples))
-
-    def objective_on(self, examples: Sequence[Encoded]) -> float:
-        """Return the objective on some rows at the present weights."""
-        closures, weights = self._closures(examples)
-        with probing(self.lm.module):
-            return float(accumulate(closures, weights)())
-
     def _run_step(self, examples: Sequence[Encoded], display: Display) -> None:
         """Take a step, and count it."""
         start, self._forwards_before = time.perf_counter(), self.lm.num_forwards
@@ -135,6 +127,18 @@ class Run:
     def stops_early(self) -> bool:
         """Whether the patience of early stopping is exhausted, or a callback asked to stop."""
         return self.selection.is_exhausted or self.events.control.should_training_stop
+
+    def take_steps(self, count: int) -> None:
+        """Take the first steps of the run without counting, logging or recording them, as a trial does."""
+        self._try_side_by_side()
+        for examples in islice(_batches(self.rows.train, self.config), count):
+            self.update(self.optimizer, *self._closures(examples))
+
+    def objective_on(self, examples: Sequence[Encoded]) -> float:
+        """Return the objective on some rows at the present weights."""
+        closures, weights = self._closures(examples)
+        with probing(self.lm.module):
+            return float(accumulate(closures, weights)())
 
     def _try_side_by_side(self) -> None:
         """Test at the start whether probes can share a forward pass, so that a resumed run gets the same answer."""

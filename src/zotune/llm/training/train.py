@@ -1,10 +1,15 @@
-"""One run of fine-tuning, `train(config) -> Result`, with a zeroth-order method or a first-order baseline."""
+"""One run of fine-tuning, with a zeroth-order method or a first-order baseline, in three stages.
+
+`train` resolves what a config names, a model and rows, and calls `tune`, which runs the steps on a model and rows that
+are there. Whatever is written goes to an output that `tune` is given: a folder, or memory alone. Python's `train` of a
+loaded model (`zotune.llm.api`) enters at the second stage.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.find_rate import find_rate, with_default_rate
+from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
@@ -44,7 +50,8 @@ class Result:
     """The result of a run.
 
     Attributes:
-        output_dir: folder of the model, config, metrics and results.
+        output_dir: folder of the model, config, metrics and results; None if the run wrote nothing.
+        model, tokenizer: the tuned model, and its tokenizer.
         num_steps, num_skipped: number of updates, and of steps skipped because the loss was not finite.
         best_step: step of the best held-out evaluation if the run selects one; 0 is the untuned model.
         stopped_early: whether the run ended because no new best evaluation came.
@@ -55,9 +62,11 @@ class Result:
         dev_before, dev, test: accuracy (F1 of generated answers) on the held-out rows before and after training, and on
             the evaluation rows; the last two are of the saved model.
         stopped_by: the signal that ended the run early, or None.
+        log_history: the lines of metrics.jsonl: a line of training every `logging_steps` steps, and one of each
+            evaluation during the run.
     """
 
-    output_dir: Path
+    output_dir: Path | None
     num_steps: int
     num_skipped: int
     num_forwards: int
@@ -71,14 +80,28 @@ class Result:
     stopped_by: int | None
     best_step: int | None
     stopped_early: bool
+    model: Any = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+    log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The result in a few numbers: `train_loss` of the last steps, cost, and `eval_…` on the evaluation rows."""
+        losses = [line["loss"] for line in self.log_history if "loss" in line]
+        test = {} if self.test is None else {f"eval_{k}": v for k, v in self.test.summary().items()}
+        cost = {"train_runtime": self.seconds, "num_steps": self.num_steps, "num_forwards": self.num_forwards}
+        return {**({"train_loss": losses[-1]} if losses else {}), **cost, **test}
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of results.json, with versions and machine."""
-        scalars = {k: v for k, v in asdict(self).items() if not isinstance(getattr(self, k), Evaluation)}
-        evaluations = {
-            k: v.summary() for k in ("dev_before", "dev", "test") if isinstance(v := getattr(self, k), Evaluation)
-        }
-        return {**scalars, "output_dir": str(self.output_dir), **evaluations, "environment": environment()}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_IN_JSON}
+        scalars = {k: v for k, v in values.items() if not isinstance(v, Evaluation)}
+        evaluations = {k: v.summary() for k, v in values.items() if isinstance(v, Evaluation)}
+        output_dir = None if self.output_dir is None else str(self.output_dir)
+        return {**scalars, "output_dir": output_dir, **evaluations, "environment": environment()}
+
+
+_NOT_IN_JSON = ("model", "tokenizer", "log_history")
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
@@ -119,27 +142,57 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
     rows = load_rows(lm, config)
+    config = with_options_of(lm, rows, config)
+    with closing(OutputFolder(config)) as output:
+        return tune(lm, rows, config, output, callbacks)
+
+
+def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> TrainConfig:
+    """Check the rows of a run, show the remarks on them, and return the config with what was inferred from them.
+
+    These options are saved, so that an evaluation inherits them.
+
+    Raises:
+        UsageError: there are no rows to train on, or to select the best step by.
+    """
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
     config = config.with_steps(len(rows.train), config.rows_a_step)
-    # Options inferred from the rows are saved, so that an evaluation inherits them.
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
     config, notes = with_default_rate(lm, config)
     for note in (*rows.notes, *notes):
         say(note)
-    with closing(OutputFolder(config)) as output:
-        if output.is_resumed:
-            check_same_run(output.before, config)
-        output.check_free_space(lm)
-        scorer, rows = _scorer(lm, rows, config), _with_prompt_cache(lm, rows, config)
-        config = _with_found_rate(lm, rows, config, scorer, output)
-        with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
-            return _train(run, config.model_copy(update=NEW_RUN))
+    return config
+
+
+def tune(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, output: Output, callbacks: Sequence[Any] = ()
+) -> Result:
+    """Tune a model on rows, and write to the output whatever it takes.
+
+    Args:
+        lm: the model, of which exactly the tuned parameters require a gradient.
+        rows: the rows as tokens of the model.
+        config: the options of the run; those that name the model, the rows and the output were used before.
+        output: the folder of the run, or memory alone.
+        callbacks: transformers' callbacks, those of trackers among them.
+
+    Raises:
+        UsageError, RunError: as `train`.
+    """
+    if isinstance(output, OutputFolder) and output.is_resumed:
+        check_same_run(output.before, config)
+    output.check_free_space(lm)
+    store = _activation_store(config, output)
+    scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
+    config = _with_found_rate(lm, rows, config, scorer, output)
+    with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
+        return _train(run, config.model_copy(update=NEW_RUN))
 
 
 def _with_found_rate(
-    lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: OutputFolder
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: Output
 ) -> TrainConfig:
     """Return the config with the learning rate that short trials find, if it asks for that; record the rate."""
     if config.learning_rate != "auto":
@@ -184,7 +237,7 @@ def _result(
 ) -> Result:
     """Collect the result of the run."""
     return Result(
-        output_dir=run.config.output_dir,
+        output_dir=run.output.path,
         num_steps=run.counters.step,
         num_skipped=run.counters.num_skipped,
         num_forwards=run.counters.num_forwards,
@@ -198,10 +251,13 @@ def _result(
         stopped_by=stop.signal,
         best_step=run.selection.step,
         stopped_early=run.stops_early,
+        model=run.lm.module,
+        tokenizer=run.lm.tokenizer,
+        log_history=tuple(run.output.metrics.lines()),
     )
 
 
-def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> Scorer:
+def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: ActivationStore) -> Scorer:
     """Return the function that scores rows; it caches activations below the tuned layers if they never change."""
     if rows.generated is not None:
         return lm.score  # not used for generated text
@@ -209,7 +265,7 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> Scorer
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
     splits = [[s for e in split for s in e.sequences] for split in (rows.train, rows.dev, rows.test)]
-    cache = SequenceCache(lm, _activation_store(config), splits)
+    cache = SequenceCache(lm, store, splits)
     if cache.depth and config.reuse_activations:
         file = f" and {config.reuse_file:g} GiB of a file" if config.reuse_file else ""
         say(
@@ -221,11 +277,13 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> Scorer
     return cache.score
 
 
-def _with_prompt_cache(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> EncodedData:
+def _with_prompt_cache(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: ActivationStore
+) -> EncodedData:
     """Return the rows with a cache of the prompts below the tuned layers, if text is generated from them."""
     if rows.generated is None:
         return rows
-    cache = PromptCache(lm, _activation_store(config))
+    cache = PromptCache(lm, store)
     if cache.depth and config.reuse_activations:
         say(
             f"caching prompts: layers 1 to {cache.depth} of {cache.num_layers} are below the tuned parameters and are "
@@ -235,9 +293,11 @@ def _with_prompt_cache(lm: LanguageModel, rows: EncodedData, config: TrainConfig
     return replace(rows, generated=generated, measure=generated.measure)
 
 
-def _activation_store(config: TrainConfig) -> ActivationStore:
+def _activation_store(config: TrainConfig, output: Output) -> ActivationStore:
     """Return the storage of cached activations, without a tier if caching is off."""
     if not config.reuse_activations:
         return ActivationStore()
     memory, file = (int(gib * 2**30) for gib in (config.reuse_memory, config.reuse_file))
-    return ActivationStore([MemoryTier(memory), *([FileTier(file, config.output_dir)] if file else [])])
+    return ActivationStore(
+        [MemoryTier(memory), *([FileTier(file, output.path)] if file and output.path is not None else [])]
+    )

@@ -1,0 +1,105 @@
+"""Options as keyword arguments: those of the command line by the same names, and messages that speak of arguments."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from zotune.errors import UsageError
+from zotune.llm.config.aliases import resolve_aliases
+from zotune.llm.config.data import IN_MEMORY
+from zotune.llm.config.schema import validate
+from zotune.llm.models.language_model import LanguageModel
+
+Config = TypeVar("Config", bound=BaseModel)
+
+# Options that name what the caller has loaded.
+_BY_NAME = (
+    *("model", "dtype", "quantization", "device", "accept_terms"),
+    *("task", "train_file", "eval_file", "data_source", "prompt"),
+)
+_DTYPES = ("float32", "bfloat16", "float16")
+_OPTION = re.compile(r"--([a-z][a-z-]*[a-z])")
+_ARGUMENTS = {"train_file": "train_dataset", "eval_file": "eval_dataset"}
+
+
+def config_of(schema: type[Config], lm: LanguageModel, options: Mapping[str, Any], function: str) -> Config:
+    """Return the record of the options of a call on a loaded model.
+
+    Args:
+        schema: the record of the command that does the same.
+        lm: the model, whose name and precision the record holds.
+        options: the options that the caller gave.
+        function: the name of the function, for errors.
+
+    Raises:
+        UsageError: an option is unknown, has a wrong value, or names what the caller passes as an argument.
+    """
+    options = _with_name_of_objective(our_names(schema, options, function))
+    dtype = str(lm.base.dtype).removeprefix("torch.")
+    loaded = {"model": lm.name, "dtype": dtype if dtype in _DTYPES else "auto", "data_source": IN_MEMORY}
+    return validate(schema, {**options, **loaded}, f"{function}()")
+
+
+def our_names(schema: type[BaseModel], options: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """Return options under our own names; those of other tools are accepted where they mean the same.
+
+    Raises:
+        UsageError: an option names what the caller passes as an argument, or has no counterpart here.
+    """
+    ours = resolve_aliases(options, schema.model_fields, f"{function}()")
+    named = next((name for name in _BY_NAME if name in ours), None)
+    if named is not None:
+        asked = named if named in options else f"{named} (or another tool's name of it)"
+        raise UsageError(
+            f"{function}() has no option {asked}, because it takes a model and rows that are loaded. To name them, "
+            f"use {function}({schema.__name__}({named}=…))."
+        )
+    return ours
+
+
+def _with_name_of_objective(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the name of a reward function in place of the function.
+
+    Raises:
+        UsageError: the function has no name by which it is found again.
+    """
+    objective = options.get("objective")
+    if not callable(objective):
+        return dict(options)
+    module, name = getattr(objective, "__module__", ""), getattr(objective, "__name__", "")
+    if getattr(sys.modules.get(module), name, None) is not objective:
+        raise UsageError(
+            f"objective: the function {name or objective!r} cannot be found by its name. Define it with `def` at the "
+            "top level of a module or a notebook."
+        )
+    return {**options, "objective": f"{module}:{name}"}
+
+
+@contextmanager
+def in_words_of_python() -> Iterator[None]:
+    """Within this context the messages of errors name arguments in place of the command line's options."""
+    try:
+        yield
+    except UsageError as error:
+        error.args = (in_python(str(error)),)
+        raise
+
+
+def in_python(message: str) -> str:
+    """Return a message with arguments in place of options of the command line.
+
+    >>> in_python("Lower --num-train, or give other rows with --eval-file.")
+    'Lower num_train, or give other rows with eval_dataset.'
+    """
+
+    def argument(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return _ARGUMENTS.get(name, name)
+
+    return _OPTION.sub(argument, message)

@@ -1,0 +1,92 @@
+"""Generating text with a model that is loaded, as objectives and evaluations of generated text do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from zotune.llm.api.arguments import config_of, in_words_of_python
+from zotune.llm.api.loaded import borrowed
+from zotune.llm.api.rows import rows_of
+from zotune.llm.config.run import EvalConfig
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import batches_by_length
+from zotune.llm.scoring.generation import Sampling
+from zotune.llm.scoring.generation import generate as continuations
+from zotune.llm.tasks.load_data import encode_rows
+from zotune.llm.tasks.user_data import UserRows, load_user_data
+from zotune.noise import derive_seed
+
+# Rows whose text is generated are those of a reward function; this one is not called.
+_REWARD = "a:reward"
+
+
+@overload
+def generate(model: Any, tokenizer: Any, prompts: str, *, seed: int = 0, **options: Any) -> str: ...
+
+
+@overload
+def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], *, seed: int = 0, **options: Any) -> list[str]: ...
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: str | Sequence[Any], *, seed: int = 0, **options: Any
+) -> str | list[str]:
+    """Generate a text after each prompt with a loaded model, greedily unless `generation="sample"`.
+
+    Args:
+        model: a causal language model of transformers, or a `peft.PeftModel`, as for `zotune.llm.train`.
+        tokenizer: the model's tokenizer (or its processor).
+        prompts: a text, or a sequence of texts, of chats (each a list of messages), or of rows (`{"prompt": …}`, or
+            columns that `template` names). A chat is rendered by the tokenizer's chat template, up to the answer.
+        seed: seed of sampling; a text depends on the seed and its prompt's place in the sequence alone.
+        options: options of `EvalConfig` by name: `max_new_tokens` (50), `stop_at` ("end", or "newline" for one line),
+            `generation` ("greedy" or "sample"), `temperature`, `top_p`, `template`, `max_length`,
+            `per_device_eval_batch_size`, …
+
+    Returns:
+        The new text of each prompt, without white space around it; a text for a single text.
+
+    Raises:
+        UsageError: an option or a prompt does not suit the model.
+
+    >>> from zotune.llm import generate, load
+    >>> model, tokenizer = load("random:llama-tiny", device="cpu")
+    >>> texts = generate(model, tokenizer, ["Once upon", "The end"], max_new_tokens=4)
+    >>> len(texts), generate(model, tokenizer, "Once upon", max_new_tokens=4) == texts[0]
+    (2, True)
+    """
+    rows = [_row(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    if not rows:
+        return []
+    with in_words_of_python(), borrowed(model, tokenizer) as lm:
+        config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": _REWARD}, "generate")
+        given = UserRows(eval=rows_of(rows, "prompts"))
+        data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=given)
+        texts = _texts(lm, encode_rows(lm, config, data).test, config, seed)
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def _row(prompt: Any) -> Any:
+    """Return the row of a text, of the messages of a chat, or of columns."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    return prompt if isinstance(prompt, Mapping) else {"messages": prompt}
+
+
+def _texts(lm: LanguageModel, examples: Sequence[Encoded], config: EvalConfig, seed: int) -> list[str]:
+    texts = [""] * len(examples)
+    for indices in batches_by_length(examples, config.per_device_eval_batch_size):
+        seeds = tuple(derive_seed(seed, i) for i in indices)
+        some = continuations(
+            lm,
+            [examples[i].prompt for i in indices],
+            config.max_new_tokens,
+            stops_at_newline=config.stop_at == "newline",
+            sampling=Sampling(config.temperature, config.top_p, seeds) if config.generation == "sample" else None,
+            places=[examples[i].place for i in indices],
+        )
+        for i, text in zip(indices, some, strict=True):
+            texts[i] = text
+    return texts
