@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from zotune.cli.output import print_text
 from zotune.ledger import Header, Layout, LedgerWriter
 from zotune.ledger.replay import describe
 from zotune.llm.models.random_models import ARCHITECTURES
@@ -33,6 +34,11 @@ def test_a_ledgers_header_moves_no_cursor_and_forges_no_line(zotune, hostile_led
     assert FORGED not in said.out.splitlines()
     if command == "show":
         assert r"model: \x1b]0;owned\x07\x1b[2J\r\n" in said.out
+
+
+def test_results_show_control_characters_as_escapes(capsys):
+    print_text("a\x1b[2Jb\nc")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\nc\n"
 
 
 @pytest.mark.parametrize("verb", ["eval", "train"])
