@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LINES = {
     "zotune": (
         *("errors", "messages", "system", "noise", "model", "directions", "estimate", "apply", "optim", "methods"),
-        *("ledger", "llm", "plan", "bench", "cli"),
+        *("ledger", "llm", "plan", "bench", "cli", "integrations"),
     ),
     "zotune.llm": (
         "config",
@@ -26,8 +26,10 @@ LINES = {
         "scoring",
         "tasks",
         "callbacks",
+        "search",
         "output",
         "training",
+        "tune",
         "ledger",
         "api",
     ),

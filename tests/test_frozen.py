@@ -74,7 +74,7 @@ QUICK_AND_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else
 @pytest.mark.parametrize("name", QUICK_AND_SLOW)
 def test_a_run_gives_the_frozen_losses_and_weights(config, name):
     options, frozen = CASES[name]["options"], RUNS.get(name, {})
-    run = {"max_steps": 5, "learning_rate": 1e-2, "seed": 7, "output_dir": Path(name), **options}
+    run = {"max_steps": 5, "learning_rate": 1e-2, "mu": 1e-3, "seed": 7, "output_dir": Path(name), **options}
     train(config(**run))
     lines = map(json.loads, Path(name, "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -79,6 +79,8 @@ def sentence(text: str) -> str:
 
 def default_text(field: Any) -> str:
     """A field's default as it would be written, or nothing where its description says what happens without it."""
+    if field.default_factory_takes_validated_data:  # the description says how it depends on other options
+        return ""
     value = field.get_default(call_default_factory=True)
     if field.is_required():
         return "Required."

@@ -32,6 +32,7 @@ def test_dropout_that_is_left_on_elsewhere_is_refused_and_nothing_moves(name):
         lambda: other(tuned(X)).square().mean(),
         lambda: F.dropout(tuned(X), 0.5, training=True).square().mean(),
         lambda: tuned(X[torch.randperm(8)[:4]]).square().mean(),
+        zo.accumulate([lambda: other(tuned(X[:4])).square().mean(), lambda: other(tuned(X[4:])).square().mean()]),
     ):
         with pytest.raises(zo.UsageError, match="draws random numbers"):
             opt.step(loss)

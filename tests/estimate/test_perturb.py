@@ -252,6 +252,28 @@ def test_linear_layer_wider_than_the_scratch_is_still_perturbed(monkeypatch):
     assert torch.equal(out, moved_copy(model, u, A)(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_read_in_slices_of_rows_equals_the_whole_and_each_row_is_made_once(monkeypatch, dtype):
+    monkeypatch.setattr(limits, "CACHED_BYTES", 0)  # as a large matrix, which is not made whole and kept
+    model, u, made = nn.Linear(10, 37).to(dtype), zo.Direction(5), []
+    whole = perturb.OffsetAlong.move
+
+    def move(self, out, x, tensor, start):
+        made.append((start, x.numel()))
+        whole(self, out, x, tensor, start)
+
+    monkeypatch.setattr(perturb.OffsetAlong, "move", move)
+    weight = model.weight
+    with torch.no_grad(), zo.perturbed(model, u, A):
+        parts = [weight[lo : lo + 8] for lo in range(0, 37, 8)]
+        other = [weight[::2], weight[5:2], weight[3], weight[-2:], model.bias[1:]]
+    moved = moved_copy(model, u, A)
+    assert torch.equal(torch.cat(parts), moved.weight)
+    assert made[:5] == [(10 * lo, 10 * min(8, 37 - lo)) for lo in range(0, 37, 8)]
+    expected = [moved.weight[::2], moved.weight[5:2], moved.weight[3], moved.weight[-2:], moved.bias[1:]]
+    assert all(map(torch.equal, other, expected))
+
+
 def test_mixed_dtypes_share_the_scratch_without_mixing():
     model = nn.ModuleList([nn.Linear(6, 4).to(d) for d in (torch.float32, torch.bfloat16, torch.float64) * 2])
     x, u = torch.randn(2, 6), zo.Direction(5)

@@ -21,6 +21,7 @@ Fine-tune language models with forward passes only, at the memory of inference.
 
 Commands:
   train      Fine-tune a model on a task or on your own rows.
+  tune       Search learning rate and other options on held-out rows.
   eval       Measure a model's accuracy, F1 or loss, with 95 % intervals.
   plan       Predict memory (and time) of each method before a run.
   bench      Run the experiments of the benchmark and report the results.
@@ -43,6 +44,7 @@ command prints one JSON object on stdout. `zotune --version` shows the version.
 # The module and the function that run a verb, given its arguments without --json and whether --json was among them.
 _VERBS = {
     "train": ("train", "run"),
+    "tune": ("tune", "run"),
     "eval": ("eval", "run"),
     "plan": ("plan", "run"),
     "bench": ("bench", "run"),
@@ -57,7 +59,11 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
-    if argv is None and sys.argv[1:2] in (["train"], ["eval"]) and not {"-h", "--help", "--dry-run"} & {*sys.argv}:
+    if (
+        argv is None
+        and sys.argv[1:2] in (["train"], ["tune"], ["eval"])
+        and not {"-h", "--help", "--dry-run"} & {*sys.argv}
+    ):
         from zotune.system.malloc import restart_with_heap_environment
 
         restart_with_heap_environment()

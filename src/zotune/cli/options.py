@@ -52,12 +52,23 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
             values[replaced] = schema.model_fields[replaced].default
     args = join_values(args, "--task")
     record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
-    return validate(schema, dataclasses.asdict(record), "command line")
+    chosen = {k: v for k, v in dataclasses.asdict(record).items() if v is not None or not _is_open(schema, k)}
+    return validate(schema, chosen, "command line")
 
 
 def complete(schema: type[BaseModel], recipe: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return the recipe's values, checked one by one, and the defaults of all other options."""
-    return validate(schema, dict(recipe), source, partial=True).model_dump()
+    """Return the recipe's values, checked one by one, and the defaults of all other options.
+
+    A default that depends on other options is None, because these may still change.
+    """
+    record = validate(schema, dict(recipe), source, partial=True)
+    is_set = record.model_fields_set
+    return {k: v if k in is_set or not _is_open(schema, k) else None for k, v in record.model_dump().items()}
+
+
+def _is_open(schema: type[BaseModel], name: str) -> bool:
+    """Return whether an option's default depends on other options."""
+    return bool(schema.model_fields[name].default_factory_takes_validated_data)
 
 
 def unchecked_record(schema: type[BaseModel], values: Mapping[str, Any]) -> Any:
@@ -70,12 +81,17 @@ def unchecked_record(schema: type[BaseModel], values: Mapping[str, Any]) -> Any:
     fields = [
         (
             name,
-            Annotated[info.annotation, tyro.conf.arg(help=info.description)],
+            Annotated[_type_of(schema, name), tyro.conf.arg(help=info.description)],
             dataclasses.field(default_factory=functools.partial(values.get, name)),
         )
         for name, info in schema.model_fields.items()
     ]
     return dataclasses.make_dataclass(schema.__name__, fields, frozen=True)
+
+
+def _type_of(schema: type[BaseModel], name: str) -> Any:
+    annotation: Any = schema.model_fields[name].annotation
+    return annotation | None if _is_open(schema, name) else annotation
 
 
 def option_of(arg: str) -> str:

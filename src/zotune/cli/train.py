@@ -47,7 +47,8 @@ def run(args: list[str], as_json: bool) -> int:
         return 0
     if not args and not recipe:
         raise UsageError(_NO_DATA)
-    config = parse(TrainConfig, recipe, source, args, "zotune train")
+    # Without a recipe nobody has chosen a learning rate.
+    config = parse(TrainConfig, recipe or {"learning_rate": "auto"}, source, args, "zotune train")
     return _dry_run(config, as_json) if is_dry else _train(config, as_json)
 
 

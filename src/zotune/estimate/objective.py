@@ -79,7 +79,8 @@ class Accumulated:
 
     def __call__(self) -> Tensor | float:
         """The weighted mean of the parts."""
-        mean: Tensor | float = self.mean([objective(closure) for closure in self.closures])
+        # Not `objective`, which notes the end of an evaluation: there is one, of all parts.
+        mean: Tensor | float = self.mean([as_number(closure()) for closure in self.closures])
         return mean
 
     def mean(self, values: Sequence[Any]) -> Any:

@@ -201,8 +201,26 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         self._offset.move_rows(rows, indices, tensor)
         return F.embedding(places, rows)
 
+    def _slice(self, value: Tensor, index: Any) -> Tensor | None:
+        """Rows lo … hi - 1 alone: a head that is read in slices would else be perturbed whole for each."""
+        tensor = self.find(value)
+        if tensor is None or not isinstance(index, slice) or not value.dim() or self._is_read_again(tensor):
+            return None
+        lo, hi, step = index.indices(len(value))
+        if step != 1 or hi <= lo or not value.is_contiguous():
+            return None
+        self.note(tensor)
+        rows = value.detach()[lo:hi]
+        out = torch.empty_like(rows)
+        self._offset.move(out.view(-1), rows.view(-1), tensor, lo * value.stride(0))
+        return out
 
-perturbed_by.special = {F.linear: perturbed_by._linear, F.embedding: perturbed_by._embedding}
+
+perturbed_by.special = {
+    F.linear: perturbed_by._linear,
+    F.embedding: perturbed_by._embedding,
+    torch.Tensor.__getitem__: perturbed_by._slice,
+}
 
 
 def piece_elements(device_type: str) -> int:

@@ -6,12 +6,8 @@
     result = train(model, tokenizer, rows, max_steps=100)
 
 Read the packages in the order in which they depend on each other: `config`, `data`, `quantized`, `models`, `scoring`,
-<<<<<<< HEAD
-`tasks`, `training`, `ledger`, `api`. Names are imported at their first use, so that importing this package loads
-=======
-`tasks`, `output`, `training`, `ledger`. Names are imported at their first use, so that importing this package loads
->>>>>>> main
-neither torch nor transformers.
+`tasks`, `output`, `training`, `ledger`, `api`. Names are imported at their first use, so that importing this package
+loads neither torch nor transformers.
 """
 
 from __future__ import annotations

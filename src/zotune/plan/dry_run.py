@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from zotune.errors import UsageError
+from zotune.llm.callbacks.trackers import check_installed
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
@@ -25,6 +26,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
+from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import FakeScalars
 from zotune.plan.memory import (
@@ -111,6 +113,8 @@ def dry_run(config: TrainConfig) -> DryRun:
     Raises:
         UsageError: the run could not start with this configuration. Rows that are too long are listed instead.
     """
+    check_installed(config.report_to)
+    schedule_of(config)
     with FakeScalars():
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())

@@ -91,6 +91,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(conf
         ([], ()),
         ("all", trackers.TRACKERS),
         ("wandb,tensorboard", ("wandb", "tensorboard")),
+        (("wandb,tensorboard",), ("wandb", "tensorboard")),
         (["mlflow"], ("mlflow",)),
     ],
 )

@@ -102,7 +102,7 @@ def broken_run(monkeypatch):
     def refuse(*_):
         raise UsageError("mu: it cannot work")
 
-    monkeypatch.setattr(loop.Run, "_set_learning_rates", refuse)
+    monkeypatch.setattr(loop, "set_learning_rates", refuse)
 
 
 @pytest.mark.parametrize("method", ["zo_sgd", "fo_sgd"])

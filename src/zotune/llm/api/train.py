@@ -88,7 +88,8 @@ def train(
         tuning: the parameters to tune: `lora`, the default, `full`, `head`, `prefix`, `prompt`, `scales` or `peft`. Of
             a `PeftModel` those that require a gradient are tuned, and `tuning` is left out. With `full`, parameters
             that do not require a gradient stay frozen.
-        learning_rate: the learning rate η at the first step.
+        learning_rate: the learning rate η at the first step; `auto` finds one by short trials. Default: one that suits
+            what is tuned.
         output_dir: folder for the model, its ledger, metrics and results; None: nothing is written.
         callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
         options: further options of `TrainConfig` by name: `max_steps`, `mu`, `per_device_train_batch_size`, …;
@@ -128,7 +129,7 @@ def train(
         given = _rows(train_dataset, eval_dataset, config)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
-        config = with_options_of(rows, config)
+        config = with_options_of(lm, rows, config)
         with closing(MemoryOutput() if output_dir is None else OutputFolder(config)) as output:
             return tune(lm, rows, config, output, callbacks)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from zotune.llm.config.schema import Options, is_partial
 
@@ -42,20 +43,38 @@ def _function_of_the_step(value: Any) -> Any:
     return value
 
 
+# μ of each tuning scheme, from the searches of the benchmark and of MeZO.
+_MU = {"lora": 1e-2, "peft": 1e-2, "prompt": 1e-2, "prefix": 1e-1, "scales": 1e-5}
+
+
+def default_mu(tuning: str) -> float:
+    """Return the μ to begin with.
+
+    >>> default_mu("lora"), default_mu("full")
+    (0.01, 0.001)
+    """
+    return _MU.get(tuning, 1e-3)
+
+
 class MethodOptions(Options):
     """The options of the optimisation."""
 
     method: MethodName = Field("zo_sgd", description="Optimisation method (see `methods`).")
-    learning_rate: float = Field(1e-3, ge=0, description="Learning rate η at the first step.")
+    learning_rate: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None,
+        description="Learning rate η at the first step; auto finds one by short trials on training rows. Default: a "
+        "rate for this method and number of tuned parameters.",
+    )
     lr_scheduler_type: Annotated[SchedulerName, BeforeValidator(_function_of_the_step)] = Field(
         "constant", description="Schedule of the learning rate, by transformers' names."
     )
     mu: float = Field(
-        1e-3,
+        default_factory=lambda data: default_mu(data.get("tuning", "full")),
         gt=0,
         validation_alias=AliasChoices("mu", "zo_eps"),
         description="Smoothing parameter μ: distance of the probes from the weights along a direction, in units of the "
-        "weights (elsewhere: zo_eps).",
+        "weights (elsewhere: zo_eps). Default: 1e-2 for lora, prompt and peft, 1e-1 for prefix, 1e-5 for scales, else "
+        "1e-3.",
     )
     num_queries: int = Field(
         1, ge=1, description="Number q of random directions per step; the gradient estimate averages over them."
@@ -151,6 +170,19 @@ class MethodOptions(Options):
         "zeroth-order "
         "method, or freeze them (with hybrid_layers); default: refuse them.",
     )
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _is_rate(cls, value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        try:
+            rate = float(value)
+        except (TypeError, ValueError):
+            raise ValueError("give a number of at least 0, as 1e-3, or auto") from None
+        if not 0 <= rate < math.inf:
+            raise ValueError("a learning rate is a finite number greater than or equal to 0, or auto")
+        return rate
 
     @model_validator(mode="after")
     def _no_idle_method_option(self, info: ValidationInfo) -> Self:

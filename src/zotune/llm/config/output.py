@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.errors import did_you_mean
 from zotune.llm.config.schema import Options, is_partial
@@ -23,11 +23,10 @@ def _tracker_names(value: Any) -> Any:
     Raises:
         ValueError: there is no such tracker.
     """
-    if value is None:
-        return ()
-    names = value.replace(",", " ").split() if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    given = [value] if isinstance(value, str) else value or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
         return value
+    names = [name for text in given for name in text.replace(",", " ").split()]
     for name in names:
         if name not in (*TRACKERS, "all", "none"):
             raise ValueError(
@@ -37,6 +36,12 @@ def _tracker_names(value: Any) -> Any:
     if "none" in names and len(names) > 1:
         raise ValueError("none excludes every tracker; give it alone")
     return TRACKERS if "all" in names else () if "none" in names else tuple(dict.fromkeys(names))
+
+
+# For editors: a recipe may hold one name.
+_NAME_OR_NAMES = WithJsonSchema(
+    {"anyOf": [{"enum": [*TRACKERS, "all", "none"]}, {"type": "array", "items": {"enum": list(TRACKERS)}}]}
+)
 
 
 class OutputOptions(Options):
@@ -58,7 +63,7 @@ class OutputOptions(Options):
         None, ge=1, description="Keep the last N folders checkpoint-N of the run, and the best one; default: all."
     )
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
-    report_to: Annotated[tuple[str, ...], BeforeValidator(_tracker_names)] = Field(
+    report_to: Annotated[tuple[str, ...], BeforeValidator(_tracker_names), _NAME_OR_NAMES] = Field(
         (),
         description="Trackers that get the metrics, one or several of tensorboard, trackio, wandb, mlflow, or all; "
         "default: none.",

@@ -7,10 +7,10 @@ one.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, model_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import IN_MEMORY, DataOptions
@@ -18,7 +18,7 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.schedule import ScheduleOptions
-from zotune.llm.config.schema import is_partial
+from zotune.llm.config.schema import is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
@@ -59,6 +59,10 @@ class EvalConfig(ModelOptions, DataOptions):
         return self.model_copy(update={"task": task})
 
 
+# For editors: a recipe may hold true in place of a folder.
+_PATH_OR_SWITCH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]})
+
+
 class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
@@ -68,7 +72,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
     resume: bool = Field(
         False, description="Resume the run in output_dir, however it ended; start a new one if there is none."
     )
-    resume_from_checkpoint: Path | None = Field(
+    resume_from_checkpoint: Annotated[Path | None, _PATH_OR_SWITCH] = Field(
         None, description="Go on from a folder checkpoint-N; true stands for --resume. Default: start a new run."
     )
     reuse_activations: bool = Field(
@@ -165,13 +169,17 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     return inherited, str(path)
 
 
-def with_recorded_date(config: TrainConfig) -> TrainConfig:
-    """Return the config of a run to resume with the date for chats that the run recorded at its start."""
+def with_recorded_choices(config: TrainConfig) -> TrainConfig:
+    """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
+
+    These are the date for chats, and the learning rate of a search or of the defaults.
+    """
     path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
-    if not config.resume or config.chat_date is not None or not path.is_file():
+    is_open = {"chat_date": config.chat_date is None, "learning_rate": not isinstance(config.learning_rate, float)}
+    if not config.resume or not any(is_open.values()) or not path.is_file():
         return config
-    recorded = read_recipe(path).get("chat_date")
-    return config.model_copy(update={"chat_date": None if recorded is None else str(recorded)})
+    recorded = validate(TrainConfig, read_recipe(path), str(path))
+    return config.model_copy(update={name: getattr(recorded, name) for name, is_so in is_open.items() if is_so})
 
 
 def find_recipe(name: str) -> Path:

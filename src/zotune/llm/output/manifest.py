@@ -33,9 +33,19 @@ _WHOLE, _BLOCK, _NUM_BLOCKS = 2**20, 4096, 256
 _PROOF = ("metrics.jsonl", "ledger.zol", "results.json")
 # Patterns of the names that a run may write. Earlier versions of zotune wrote no manifest.
 RUN_PATTERNS = (
-    *(CONFIG, "metrics.jsonl", "results.json", "README.md", "report.html", "*.zol", "merge.json", "checkpoint-*"),
+    *(
+        CONFIG,
+        "metrics.jsonl",
+        "search.json",
+        "results.json",
+        "README.md",
+        "report.html",
+        "*.zol",
+        "merge.json",
+        "checkpoint-*",
+    ),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "config.json", "generation_config.json"),
-    *("adapter_config.json", FINGERPRINT, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("search.json", "adapter_config.json", FINGERPRINT, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.jinja", "additional_chat_templates", "trainer_state.json", "runs"),
 )
 

@@ -28,6 +28,7 @@ from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 
 METRICS, LEDGER, CHECKPOINT = "metrics.jsonl", "ledger.zol", "checkpoint.safetensors"
+SEARCH = "search.json"
 # Files that grow, or are written again and again, while a run goes on.
 _GROWING = (METRICS, LEDGER, CHECKPOINT)
 RUN_FILES = (CONFIG, *_GROWING)
@@ -54,6 +55,7 @@ class OutputFolder:
         """
         self.path, self._config, self._has_begun = config.output_dir, config, False
         self.source = config.resume_from_checkpoint or self.path
+        self._search: dict[str, Any] | None = None
         self._folder = LockedFolder(self.path)
         try:
             check_inputs(config, self._folder.manifest)
@@ -98,6 +100,12 @@ class OutputFolder:
         """
         with self._folder.staged() as staging:
             write_yaml(staging / CONFIG, config.model_copy(update=NEW_RUN))
+            if self._search is not None:
+                write_json(staging / SEARCH, self._search)
+
+    def record_search(self, config: TrainConfig, search: dict[str, Any]) -> None:
+        """Have `begin` write the options with the learning rate that a search found, and the search beside them."""
+        self._config, self._search = config, search
 
     def close(self) -> None:
         """Release the lock of the folder; a new run without a step leaves the folder as it was before `begin`."""
@@ -113,7 +121,7 @@ class OutputFolder:
     def _valuable_files(self) -> list[str]:
         """Return the names of the files with something in them that zotune wrote, without the options of a run."""
         names = self._folder.manifest.present(self.path)
-        return [name for name in names if name != CONFIG and _is_valuable(self.path / name)]
+        return [name for name in names if name not in (CONFIG, SEARCH) and _is_valuable(self.path / name)]
 
     def check_free_space(self, lm: LanguageModel) -> None:
         """Check that the disk has room for the tuned model.

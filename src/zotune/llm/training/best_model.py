@@ -76,31 +76,45 @@ class BestModelTracker:
             self.num_waited += 1
             return
         if self._options.load_best_model_at_end:
-            self._weights = self._copy()
+            self._weights = copy_weights(
+                self._tuned,
+                self._folder,
+                "Make room, choose another --output-dir, or leave out --load-best-model-at-end.",
+            )
         self.step, self.best, self.num_waited = step, evaluation, 0
 
     def restore(self) -> None:
         """Restore the weights of the best step, if they were stored."""
         if self.step is None or not self._options.load_best_model_at_end:
             return
-        with torch.no_grad():
-            for i, p in enumerate(self._tuned):
-                weights = self._weights.get((i,))
-                assert weights is not None
-                p.copy_(weights)
+        restore_weights(self._tuned, self._weights)
 
-    def _copy(self) -> ActivationStore:
-        """Return a copy of the tuned weights."""
-        num_bytes = sum(8 * -(-p.nbytes // 8) for p in self._tuned)
-        folder = self._folder if num_bytes > MAX_MEMORY else None
-        store = ActivationStore([MemoryTier(num_bytes) if folder is None else FileTier(num_bytes, folder)])
-        for i, p in enumerate(self._tuned):
-            if not store.put((i,), p.detach()):
-                raise RunError(
-                    f"the best model so far could not be stored in {self._folder}: it takes {num_bytes / 1e6:.0f} MB. "
-                    "Make room, choose another --output-dir, or leave out --load-best-model-at-end."
-                )
-        return store
+
+def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str) -> ActivationStore:
+    """Return a copy of weights: in memory up to `MAX_MEMORY` bytes, else in a file without a name in `folder`, if any.
+
+    Raises:
+        RunError: there is no room; the message ends with `remedy`.
+    """
+    num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
+    folder = folder if num_bytes > MAX_MEMORY else None
+    store = ActivationStore([MemoryTier(num_bytes) if folder is None else FileTier(num_bytes, folder)])
+    for i, p in enumerate(tuned):
+        if not store.put((i,), p.detach()):
+            raise RunError(
+                f"a copy of the tuned weights could not be stored in {folder or 'memory'}: it takes "
+                f"{num_bytes / 1e6:.0f} MB. {remedy}"
+            )
+    return store
+
+
+@torch.no_grad()
+def restore_weights(tuned: Sequence[nn.Parameter], store: ActivationStore) -> None:
+    """Set weights to their copies, bit for bit."""
+    for i, p in enumerate(tuned):
+        weights = store.get((i,))
+        assert weights is not None
+        p.copy_(weights)
 
 
 def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence[Encoded]) -> None:

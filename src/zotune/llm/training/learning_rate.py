@@ -35,7 +35,8 @@ def schedule_of(options: ScheduleOptions) -> Schedule:
     from transformers import get_scheduler
 
     # The schedules read the initial learning rate from an optimizer.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+    rate = options.learning_rate if isinstance(options.learning_rate, float) else 1.0  # one that is not found yet
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     try:
         scheduler = get_scheduler(
             options.lr_scheduler_type,
@@ -61,7 +62,7 @@ def _explanation(options: ScheduleOptions, problem: str) -> str:
     takes = f"it takes {', '.join(sorted(names))}" if names else "it takes none"
     return (
         f"lr_scheduler_type {options.lr_scheduler_type} with lr_scheduler_kwargs {options.lr_scheduler_kwargs} and "
-        f"learning_rate {options.learning_rate:g}: {problem}. Change lr_scheduler_kwargs ({takes}) or the schedule."
+        f"learning_rate {options.learning_rate}: {problem}. Change lr_scheduler_kwargs ({takes}) or the schedule."
     )
 
 

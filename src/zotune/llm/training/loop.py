@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
-from zotune.estimate.objective import Batched, probing
+from zotune.estimate.objective import Batched, accumulate, probing
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
@@ -127,6 +127,18 @@ class Run:
     def stops_early(self) -> bool:
         """Whether the patience of early stopping is exhausted, or a callback asked to stop."""
         return self.selection.is_exhausted or self.events.control.should_training_stop
+
+    def take_steps(self, count: int) -> None:
+        """Take the first steps of the run without counting, logging or recording them, as a trial does."""
+        self._try_side_by_side()
+        for examples in islice(_batches(self.rows.train, self.config), count):
+            self.update(self.optimizer, *self._closures(examples))
+
+    def objective_on(self, examples: Sequence[Encoded]) -> float:
+        """Return the objective on some rows at the present weights."""
+        closures, weights = self._closures(examples)
+        with probing(self.lm.module):
+            return float(accumulate(closures, weights)())
 
     def _try_side_by_side(self) -> None:
         """Test at the start whether probes can share a forward pass, so that a resumed run gets the same answer."""

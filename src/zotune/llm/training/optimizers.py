@@ -15,6 +15,7 @@ from zotune.directions.schedule import AnySampler
 from zotune.directions.sparse import sparse
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.rates import initial_learning_rate
 from zotune.methods.paper import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
 from zotune.optim.master_weights import FirstOrder, with_master_weights
@@ -45,8 +46,10 @@ def make_optimizer(
             share cached activations.
     """
     tuned = [p for p in module.parameters() if p.requires_grad]
+    rate = initial_learning_rate(options, sum(p.numel() for p in tuned))
+    options = options.model_copy(update={"learning_rate": rate})
     if options.method in FIRST_ORDER:
-        return first_order(options.method, tuned, options.learning_rate, options)
+        return first_order(options.method, tuned, rate, options)
     if options.hybrid_layers is None:
         return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix)
     assert run_once is not None
@@ -102,6 +105,7 @@ def _zeroth_order(
     probes = (
         {} if options.method == "forward_grad" else {"mu": options.mu, "difference": _DIFFERENCES[options.difference]}
     )
+    assert isinstance(options.learning_rate, float)
     return METHODS[options.method](
         module,
         options.learning_rate,

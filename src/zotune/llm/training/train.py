@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from zotune.apply.tensor_update import HALF
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_date
+from zotune.llm.config.rates import default_learning_rate, warnings
+from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
@@ -34,6 +36,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
+from zotune.llm.training.find_rate import find_rate
 from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
@@ -135,18 +138,18 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     schedule_of(config)
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    config = with_recorded_date(config)
+    config = with_recorded_choices(config)
     tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
     rows = load_rows(lm, config)
-    config = with_options_of(rows, config)
+    config = with_options_of(lm, rows, config)
     with closing(OutputFolder(config)) as output:
         return tune(lm, rows, config, output, callbacks)
 
 
-def with_options_of(rows: EncodedData, config: TrainConfig) -> TrainConfig:
+def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> TrainConfig:
     """Check the rows of a run, show the remarks on them, and return the config with what was inferred from them.
 
     These options are saved, so that an evaluation inherits them.
@@ -157,10 +160,12 @@ def with_options_of(rows: EncodedData, config: TrainConfig) -> TrainConfig:
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
+    config = config.with_steps(len(rows.train), config.rows_a_step)
+    config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
+    config = _with_default_rate(lm, config)
     for note in rows.notes:
         say(note)
-    config = config.with_steps(len(rows.train), config.rows_a_step)
-    return config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
+    return config
 
 
 def tune(
@@ -183,8 +188,32 @@ def tune(
     output.check_free_space(lm)
     store = _activation_store(config, output)
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
+    config = _with_found_rate(lm, rows, config, scorer, output)
     with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
         return _train(run, config.model_copy(update=NEW_RUN))
+
+
+def _with_default_rate(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
+    """Return the config with the default learning rate if it has none; say what is outside the ranges that work."""
+    tuned = [p for p in lm.module.parameters() if p.requires_grad]
+    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
+    if config.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
+    for warning in warnings(config, num_tuned, half_precision=half_precision):
+        say(warning)
+    return config
+
+
+def _with_found_rate(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, scorer: Scorer, output: Output
+) -> TrainConfig:
+    """Return the config with the learning rate that short trials find, if it asks for that; record the rate."""
+    if config.learning_rate != "auto":
+        return config
+    found = find_rate(lm, rows, config, lambda some, options: Run(lm, some, options, scorer, output), output.path)
+    config = config.model_copy(update={"learning_rate": found.learning_rate})
+    output.record_search(config, found.to_json())
+    return config
 
 
 def _train(run: Run, config: TrainConfig) -> Result:

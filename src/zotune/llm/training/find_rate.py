@@ -1,0 +1,177 @@
+"""`learning_rate: auto`: the rate is found by short trials before the first step.
+
+A trial takes the first steps of the run at one rate and computes the objective on training rows that its steps leave
+out; held-out and evaluation rows are not read. The trials go downhill from the default rate of the tuned parameters.
+Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken. The
+weights are then what they were, bit for bit, so the run is the same as one with this rate in its config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from zotune.errors import RunError
+from zotune.llm.config.rates import default_learning_rate
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.tokenization import Encoded
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.search.points import Search, climb
+from zotune.llm.tasks.load_data import EncodedData
+from zotune.llm.training.best_model import copy_weights, restore_weights
+from zotune.llm.training.loop import Run
+from zotune.messages import say
+
+# All trials together cost at most this share of the passes of the run.
+MAX_SHARE = 0.25
+MAX_TRIALS, FACTOR = 5, math.sqrt(10)
+# A shorter trial says nothing; a longer one says hardly more.
+MIN_STEPS, MAX_STEPS = 10, 500
+# One training row in so many is left out of the trials' steps, and judges them.
+_ONE_IN, _MAX_JUDGES = 5, 128
+_REMEDY = "Make room, choose another --output-dir, or give --learning-rate a number."
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: its learning rate, and the objective on the left-out rows after it, infinite if it diverged."""
+
+    learning_rate: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class FoundRate:
+    """The outcome of a search.
+
+    Attributes:
+        learning_rate: the rate that was chosen.
+        trials: the trials in their order; none if the run is too short for a search.
+        loss_before: the objective on the left-out rows before the first step.
+        num_steps: steps of each trial.
+        num_forwards: forward passes of the search.
+    """
+
+    learning_rate: float
+    trials: tuple[Trial, ...] = ()
+    loss_before: float = math.nan
+    num_steps: int = 0
+    num_forwards: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of search.json."""
+        return asdict(self)
+
+
+MakeRun = Callable[[EncodedData, TrainConfig], Run]
+
+
+def find_rate(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, make_run: MakeRun, folder: Path | None
+) -> FoundRate:
+    """Return the learning rate of the best of a few short trials, or the default rate where a run has no room for them.
+
+    Args:
+        lm: the model, whose weights are the same afterwards.
+        rows: the rows of the run, of which training rows are read.
+        config: the options of the run.
+        make_run: makes a run of other rows and options, with a new optimizer.
+        folder: folder for a copy of weights that are too large for memory.
+
+    Raises:
+        RunError: there is no room for a copy of the tuned weights.
+    """
+    tuned = [p for p in lm.module.parameters() if p.requires_grad]
+    default = default_learning_rate(config, sum(p.numel() for p in tuned))
+    judges = rows.train[::_ONE_IN][:_MAX_JUDGES]
+    left_out = set(range(0, len(rows.train), _ONE_IN)[: len(judges)])
+    learned = tuple(e for i, e in enumerate(rows.train) if i not in left_out)
+    if not learned:
+        return _default(default, "there are too few training rows for a search")
+    too_short = f"{config.max_steps} steps are too few for a search at a quarter of their passes"
+    if MAX_SHARE * config.max_steps < MAX_TRIALS * MIN_STEPS:
+        return _default(default, too_short)
+    before = lm.num_forwards
+    trials = _Trials(make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
+    copy = copy_weights(tuned, folder, _REMEDY)
+    start, passes_of_judging = trials.judge(default), lm.num_forwards - before
+    trials.take_steps(default, 1)
+    passes_a_step = lm.num_forwards - before - passes_of_judging
+    restore_weights(tuned, copy)
+    budget = MAX_SHARE * config.max_steps * passes_a_step - (lm.num_forwards - before)
+    steps = min(MAX_STEPS, math.floor((budget / MAX_TRIALS - passes_of_judging) / passes_a_step))
+    if steps < MIN_STEPS:
+        lm.num_forwards = before
+        return _default(default, too_short)
+    say(f"searching the learning rate: at most {MAX_TRIALS} trials of {steps} steps, on training rows alone")
+    results: list[Trial] = []
+    for rate in _asked(climb(default, FACTOR, MAX_TRIALS), results):
+        results.append(Trial(rate, trials.loss_after(rate, steps)))
+        restore_weights(tuned, copy)
+        say(f"  learning rate {rate:g}: loss {results[-1].loss:.4f} (before: {start:.4f})")
+    spent, lm.num_forwards = lm.num_forwards - before, before
+    chosen = choose(results, start)
+    share = spent / (passes_a_step * config.max_steps)
+    say(f"learning rate {chosen:g} chosen; the search took {spent} forward passes, {share:.0%} of those of the run")
+    return FoundRate(chosen, tuple(results), start, steps, spent)
+
+
+def choose(trials: Sequence[Trial], loss_before: float) -> float:
+    """Return the smallest rate that lowers the loss by at least half as much as the best one; of none, the smallest.
+
+    >>> choose([Trial(0.01, 1.05), Trial(0.03, 0.85), Trial(0.09, 0.79), Trial(0.3, 2.2)], loss_before=1.06)
+    0.03
+    """
+    enough = loss_before - (loss_before - min(trial.loss for trial in trials)) / 2
+    good = [t.learning_rate for t in trials if t.loss <= enough < loss_before]
+    return min(good or [t.learning_rate for t in trials])
+
+
+def _default(rate: float, reason: str) -> FoundRate:
+    say(f"learning rate {rate:g}, the default for what is tuned: {reason}")
+    return FoundRate(rate)
+
+
+def _asked(search: Search[float], results: list[Trial]) -> Iterable[float]:
+    """Yield the rates of a search, which is told the result that was added after each."""
+    try:
+        rate = float(f"{next(search):.1g}")
+        while True:
+            yield rate
+            rate = float(f"{search.send(results[-1].loss):.1g}")
+    except StopIteration:
+        return
+
+
+class _Trials:
+    """Trials that share rows: some for their steps, the others for their judgement."""
+
+    def __init__(self, make_run: MakeRun, rows: EncodedData, judges: tuple[Encoded, ...], config: TrainConfig) -> None:
+        self._make_run, self._rows, self._judges = make_run, rows, judges
+        self._config = config.model_copy(
+            update={"load_best_model_at_end": False, "early_stopping_patience": None, "eval_steps": None}
+        )
+
+    def _run(self, rate: float) -> Run:
+        return self._make_run(self._rows, self._config.model_copy(update={"learning_rate": rate}))
+
+    def judge(self, rate: float, run: Run | None = None) -> float:
+        """Return the objective on the left-out rows at the present weights."""
+        loss = (run or self._run(rate)).objective_on(self._judges)
+        return loss if math.isfinite(loss) else math.inf
+
+    def take_steps(self, rate: float, steps: int) -> Run:
+        """Take the first steps of a run at a rate."""
+        run = self._run(rate)
+        run.take_steps(steps)
+        return run
+
+    def loss_after(self, rate: float, steps: int) -> float:
+        """Return the objective on the left-out rows after a trial; infinite if the steps or the loss are."""
+        try:
+            return self.judge(rate, self.take_steps(rate, steps))
+        except RunError:
+            return math.inf
