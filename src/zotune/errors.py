@@ -48,7 +48,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" There is: {', '.join(names)}."
+    return f" Did you mean {near[0]!r}?" if near else f" There is: {listed(names, 100)}."
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
@@ -62,10 +62,24 @@ def listed(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what an error of a library says, as a part of a sentence: its first line, and its kind if that says more.
+
+    >>> reason_of(ValueError("no such layer")), reason_of(TypeError("an int is needed")), reason_of(KeyError("size"))
+    ('no such layer', 'an int is needed (TypeError)', "'size' (KeyError)")
+    """
+    text, kind = str(error).strip(), type(error).__name__
+    if not text:
+        return kind
+    first = text.splitlines()[0]
+    return first if isinstance(error, (ValueError, OSError)) or kind in first else f"{first} ({kind})"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out: Python's own, or torch's, which has no class on a CPU.
 
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(ValueError("a wrong option"))
     (True, False)
     """
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    says = ("out of memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in says)

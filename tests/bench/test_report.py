@@ -348,10 +348,25 @@ def test_the_command_writes_page_tables_and_figures(results, capsys):
     found = json.loads(capsys.readouterr().out)
     folder = results / "report-smoke"
     assert found["page"] == str(folder / "index.html")
-    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".html", ".md", ".csv", ".tex", ".pdf", ".svg"}
+    endings = {p.suffix for p in folder.rglob("*") if p.is_file()}
+    assert endings == {".html", ".md", ".csv", ".tex", ".pdf", ".svg", ".json"}
     html = (folder / "index.html").read_text(encoding="utf-8")
     sound(html)
     assert "2 of 2 cells done" in html
+
+
+def test_a_report_replaces_what_it_wrote_and_renames_what_it_did_not(results):
+    folder = results / "report-smoke"
+    (folder / "tables").mkdir(parents=True)
+    for name in ("index.html", "tables/small.csv", "notes.txt"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    assert reported(results) == 0
+    first = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert {str(p.relative_to(folder)) for p, content in first.items() if content == b"mine"} == {
+        *("index.html.saved", "tables/small.csv.saved", "notes.txt")
+    }
+    assert reported(results) == 0
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}.keys() == first.keys()
 
 
 def test_a_result_of_other_code_is_marked(results, capsys):

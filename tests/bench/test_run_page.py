@@ -137,3 +137,37 @@ def sound_page(folder):
     html = (folder / PAGE).read_text(encoding="utf-8")
     sound(html)
     return re.sub(r"<td[^>]*>", "<td>", html)
+
+
+ODD = {
+    "metrics.jsonl": [
+        "[]\n",
+        "3\n",
+        '{"step": "x"}\n',
+        '{"step": 1, "dev": []}\n',
+        "\0\n",
+        "{}\n{}\n",
+        '{"step": 1e999}\n',
+    ],
+    "results.json": [
+        "[]",
+        "3",
+        "{}",
+        '{"config": 1}',
+        "",
+        "[" * 9999,
+        '{"config": {"model": "m"}, "dev": {"low": "x"}}',
+    ],
+    "config.yaml": ["\udcff"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, c) for name, all_ in ODD.items() for c in all_])
+def test_odd_files_of_a_run_are_told_in_a_sentence(run, tmp_path, capsys, name, content):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    assert cli.run(["bench", "report", "--run", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("zotune: ")
+    assert str(tmp_path / "run") in err
+    assert "Traceback" not in err

@@ -74,6 +74,20 @@ def test_what_is_done_is_skipped_and_what_failed_is_tried_again(tmp_path):
     assert nothing.jobs == []
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3", '{"run"', "\0", "[" * 9999], ids=ascii)
+def test_a_damaged_job_is_run_again(tmp_path, content):
+    specs = small_cells()
+    first, again = Interrupted(), Interrupted()
+    run_cells(specs, tmp_path, first)
+    reference = repeatable(contents(tmp_path))
+    (path,) = (tmp_path / "smoke" / JOBS).glob(f"{first.jobs[-1]}.json")
+    path.write_text(content)
+    result_path(tmp_path, "smoke", "small", specs[-1].name).unlink()
+    run_cells(specs, tmp_path, again)
+    assert again.jobs == first.jobs[-1:]
+    assert repeatable(contents(tmp_path)) == reference
+
+
 def test_a_trial_that_fails_loses_the_search_and_does_not_end_the_cell(tmp_path):
     (spec, _) = small_cells()
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from zotune.ledger import read
+from zotune.ledger import LedgerError, read
 from zotune.llm.ledger.rebuild import plot
 from zotune.llm.training.train import train
 
@@ -70,7 +70,6 @@ def test_steps_are_undone_and_taken_again(config, zotune, tmp_path):
 
 
 def test_other_weights_are_noticed(config, zotune, tmp_path):
-    from safetensors.torch import save_file
 
     train(config(learning_rate=1e-2))
     weights = weights_of(tmp_path / "out")
@@ -172,3 +171,99 @@ def test_what_is_no_ledger_is_said(zotune, tmp_path):
     said = zotune("ledger", "verify", tmp_path / "x.zol")
     assert (said.code, said.out) == (2, "")
     assert "is no ledger" in said.err
+
+
+def test_a_ledger_damaged_in_the_middle_is_gone_back_before(config, zotune, tmp_path):
+    """A byte lost in the middle: refused as it stands, but the steps before it are there, and nothing is lost."""
+    options = {"learning_rate": 1e-2, "max_steps": 6}
+    train(config(**options))
+    path = tmp_path / "out/ledger.zol"
+    whole, weights = path.read_bytes(), weights_of(tmp_path / "out")
+    at = len(whole) - 3 * 20 + 5
+    path.write_bytes(whole[:at] + whole[at + 1 :])
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    with pytest.raises(LedgerError, match="damaged in the middle"):
+        train(config(**options, resume=True))
+    for verb in ("show", "verify"):
+        said = zotune("ledger", verb, tmp_path / "out")
+        assert (said.code, said.out) == (2, "")
+        assert "--to-step 3, which keeps" in said.err
+    assert zotune("ledger", "undo", tmp_path / "out", "--to-step", 4).code == 2
+    said = zotune("ledger", "replay", tmp_path / "out", "--step", 3, "--output-dir", tmp_path / "third")
+    assert said.code == 0, said.err
+    assert {p: p.read_bytes() for p in before} == before
+    said = zotune("ledger", "undo", tmp_path / "out", "--to-step", 3)
+    assert said.code == 0, said.err
+    assert (tmp_path / "out/ledger.zol.damaged").read_bytes() == before[path]
+    assert path.read_bytes() == whole[: len(whole) - 3 * 20]
+    assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "third"))
+    train(config(**options, resume=True))
+    assert path.read_bytes() == whole
+    assert same_bits(weights_of(tmp_path / "out"), weights)
+    assert (tmp_path / "out/ledger.zol.damaged").read_bytes() == before[path]
+
+
+def rewritten(path, **method):
+    """A ledger whose header says another method than its run's, with good checksums."""
+    from dataclasses import replace
+
+    from zotune.ledger.format import checksum
+
+    ledger = read(path)
+    content = replace(ledger.header, method={**ledger.header.method, **method}).to_bytes()
+    crc = int.from_bytes(content[16:20], "little")
+    for i, row in enumerate(ledger.rows):
+        content += checksum(row.tobytes(), i, crc).to_bytes(4, "little") + row.tobytes()[4:]
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_method_of_every_ledger_in_a_row_is_checked(config, zotune, tmp_path, tuning):
+    for name in ("a", "b"):
+        train(config(tuning=tuning, output_dir=tmp_path / name))
+    arguments = ("ledger", "merge", tmp_path / "a", tmp_path / "b", "--output-dir")
+    assert zotune(*arguments, tmp_path / "row").code == 0
+    rewritten(tmp_path / "b/ledger.zol", max_coefficient=0.5)
+    said = zotune(*arguments, tmp_path / "n")
+    assert said.code == 2
+    assert "is of a run with max_coefficient: 0.5, not None" in said.err
+    assert not (tmp_path / "n").exists()
+
+
+def test_a_base_is_called_right_only_if_all_of_it_was_read(config, zotune, tiny, tmp_path):
+    lm = tiny("llama")
+    lm.tokenizer.save_pretrained(tmp_path / "base")
+    lm.base.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    shards = sorted((tmp_path / "base").glob("model-*.safetensors"))
+    train(config(model=str(tmp_path / "base"), tuned_layers=1))
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "out/ledger.zol", tmp_path / "alone")
+    for folder in ("out", "alone"):
+        said = zotune("ledger", "verify", tmp_path / folder)
+        assert said.code == 0, said.err
+        assert "of this base model" in said.out
+    for shard in shards:
+        kept = shard.read_bytes()
+        tensors = load_file(shard)
+        name = sorted(tensors)[-1]
+        for how in ("gone", "changed"):
+            shard.unlink()
+            if how == "changed":
+                changed = {**tensors, name: tensors[name] * 1.5}
+                save_file(changed, shard, {"format": "pt"})
+            for folder in ("out", "alone"):
+                said = zotune("ledger", "verify", tmp_path / folder)
+                assert said.code != 0
+                assert "of this base model" not in said.out
+            shard.write_bytes(kept)
+
+
+def test_a_lost_shard_of_frozen_weights_is_noticed(config, zotune, tmp_path):
+    train(config(tuned_layers=1))
+    out = tmp_path / "out"
+    weights = weights_of(out)
+    frozen = sorted(name for name in weights if "layers.0." in name)
+    save_file({k: v for k, v in weights.items() if k not in frozen}, out / "model.safetensors", {"format": "pt"})
+    said = zotune("ledger", "verify", out)
+    assert said.code == 1
+    assert f"{len(frozen)} tensors of the model are NOT saved: {frozen[0]}" in said.out

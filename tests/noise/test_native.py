@@ -175,6 +175,27 @@ def test_a_source_tree_installs_without_a_compiler_and_takes_the_same_step(tree,
     assert digest == eager_steps[2]
 
 
+def test_no_library_is_loaded_from_a_folder_that_is_not_the_package(monkeypatch, tmp_path):
+    """Neither from the cache, where an earlier version compiled some, nor from the current folder."""
+    names = [f"native-{native.source_hash()}-{width}.so" for width in WIDTHS.values()]
+    for folder in (tmp_path, tmp_path / "native"):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).write_bytes(b"planted")
+    monkeypatch.setenv("ZOTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    loaded = []
+    monkeypatch.setattr(native, "_loaded", lambda path: loaded.append(path) or native.ctypes.CDLL(None))
+    monkeypatch.setattr(native, "_reproduces_the_specification", lambda library: True)
+    native.library.cache_clear()
+    try:
+        native.library()
+    finally:
+        native.library.cache_clear()
+    assert all(path.is_absolute() and path.parent == native._SOURCE.parent for path in loaded)
+
+
 def test_zotune_native_0_gives_torch_operations(monkeypatch, caplog):
     monkeypatch.setenv("ZOTUNE_NATIVE", "0")
     assert native.library.__wrapped__() is None

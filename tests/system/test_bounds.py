@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -72,3 +73,9 @@ def test_memory_is_limited_within_the_context_alone():
         bytes(256 << 20)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert JSON_BYTES.value == JSON_BYTES.default
+
+
+def test_the_documented_bounds_are_those_of_the_code():
+    text = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(ZOTUNE_MAX_\w+)` \| .* \| ([\d,]+) \|$", text, re.MULTILINE))
+    assert documented == {bound.variable: f"{bound.default:,}" for bound in BOUNDS}

@@ -20,7 +20,7 @@ from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbPa
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
 from zotune.llm.training.signals import signal_handler
-from zotune.messages import say
+from zotune.messages import one_line, say
 from zotune.system.child_python import python
 
 RESULTS = Path("benchmarks/results/bench")
@@ -223,7 +223,9 @@ def _status(args: argparse.Namespace) -> CommandResult:
     for row in rows.values():
         counts[row["state"]] = counts.get(row["state"], 0) + 1
     width = max(map(len, rows))
-    lines = [f"{path.ljust(width)}  {row['state']:<13}  {row['message']}".rstrip() for path, row in rows.items()]
+    lines = [
+        f"{path.ljust(width)}  {row['state']:<13}  {one_line(row['message'])}".rstrip() for path, row in rows.items()
+    ]
     lines.append(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     return {"cells": rows, "counts": counts}, "\n".join(lines), 0
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
+from zotune.messages import one_line
 
 _DESCRIPTION = """Work with the ledger of a fine-tune: the few kilobytes from which zotune
 rebuilds the tuned weights with no data and no forward pass."""
@@ -35,7 +36,7 @@ def _parser() -> VerbParser:
             command.add_argument(
                 "--base", metavar="MODEL", help="Base model; default: the model that the ledger names."
             )
-            command.add_argument("--device", help="Device, such as cpu or cuda; default: the device of the run.")
+            command.add_argument("--device", help="Device, such as cpu or cuda; default: a GPU if there is one.")
         if writes:
             command.add_argument(
                 "--output-dir", metavar="FOLDER", type=Path, required=True, help="New folder for the model."
@@ -78,7 +79,7 @@ def _show(args: argparse.Namespace) -> CommandResult:
     ledger = find_ledger(args.path)
     properties = summary(ledger)
     records = list(ledger)
-    lines = [f"{key}: {value}" for key, value in properties.items() if value is not None]
+    lines = [one_line(f"{key}: {value}") for key, value in properties.items() if value is not None]
     stride = max(1, -(-len(records) // max(args.rows, 1)))
     lines += ["", f"{'step':>8} {'loss':>12} {'rate':>12} {'scale':>6}  coefficients"]
     for record in records[::stride]:
@@ -113,7 +114,7 @@ def _verify(args: argparse.Namespace) -> CommandResult:
         lines.append(f"all {result.num_tensors} saved tensors are the ledger's, bit for bit")
     for names, text in (
         (result.different, f"of {result.num_tensors} saved tensors are NOT the ledger's"),
-        (result.missing, "tuned tensors are NOT saved"),
+        (result.missing, "tensors of the model are NOT saved"),
         (result.unexpected, "saved tensors are NOT of the ledger's model"),
     ):
         if names:
@@ -122,18 +123,11 @@ def _verify(args: argparse.Namespace) -> CommandResult:
 
 
 def _replay(args: argparse.Namespace) -> CommandResult:
-    from zotune.errors import UsageError
-    from zotune.llm.ledger.merge import Merge, find_fine_tune, rebuild_any
+    from zotune.llm.ledger.merge import find_fine_tune, rebuild_any
     from zotune.llm.ledger.rebuild import export_into
     from zotune.llm.output.locked_folder import new_folder
 
-    fine_tune = find_fine_tune(args.path)
-    if not isinstance(fine_tune, Merge):
-        fine_tune = fine_tune.first(args.step)
-    elif args.step is not None:
-        raise UsageError(
-            f"--step does not apply to {args.path}, which holds a merge of several runs; replay one of its ledgers."
-        )
+    fine_tune = find_fine_tune(args.path, args.step)
     size = _shard_size(args.max_shard_size)
     with new_folder(args.output_dir) as folder:
         rebuilt = rebuild_any(fine_tune, args.base, args.device)

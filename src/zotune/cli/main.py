@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from zotune.cli.output import OutputClosedError, print_message, print_text
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory
+from zotune.messages import Lossy
 
 _HELP = """usage: zotune COMMAND [--OPTION VALUE ...]
 
@@ -59,6 +62,7 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and leave with its exit code."""
+    keep_standard_streams()
     if (
         argv is None
         and sys.argv[1:2] in (["train"], ["tune"], ["eval"])
@@ -67,7 +71,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         from zotune.system.malloc import restart_with_heap_environment
 
         restart_with_heap_environment()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that cannot show a character gets its escape
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def keep_standard_streams() -> None:
+    """Let a full or closed stderr end nothing, and give no file the number of a closed standard stream.
+
+    Libraries write messages to number 2 whatever it is; were it free, the ledger could get it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    # From here on, for the interpreter flushes the stream at its end, and would change the exit code.
+    sys.stderr = Lossy(sys.stderr)
 
 
 def run(argv: list[str]) -> int:
@@ -79,9 +100,7 @@ def run(argv: list[str]) -> int:
         return _dispatch(argv)
     except OutputClosedError:
         return 141
-    except (ZotuneError, ImportError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, ZotuneError) and not is_out_of_memory(error):
-            raise
+    except (Exception, KeyboardInterrupt) as error:
         message, code = _explain(error)
         print_message(message)
         return code
@@ -114,8 +133,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    path = getattr(error, "filename", None)
-    return f"{getattr(error, 'strerror', None) or error}{f': {path}' if path else ''}", 1
+    if isinstance(error, OSError):
+        path = getattr(error, "filename", None)
+        return f"{error.strerror or error}{f': {path}' if path else ''}", 1
+    # Nobody foresaw it, so the way to it is all that there is to say.
+    trace = "".join(traceback.format_exception(error))
+    return f"an unforeseen error, which may be a bug of zotune; please report it with these lines.\n{trace.rstrip()}", 1
 
 
 if __name__ == "__main__":

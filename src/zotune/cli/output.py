@@ -1,11 +1,15 @@
-"""Results on stdout: JSON, plain text or a table of names; and the case that the reader of stdout has left."""
+"""Results on stdout: JSON, plain text or a table of names; and the case that the reader of stdout has left.
+
+What is printed may hold text from files, so its control characters are printed as escapes.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+from zotune.messages import printable, say
 
 
 class OutputClosedError(Exception):
@@ -24,14 +28,14 @@ def print_text(text: str) -> None:
         OutputClosedError: the reader of stdout has left.
     """
     try:
-        print(text, flush=True)  # noqa: T201
+        print(printable(text), flush=True)  # noqa: T201
     except BrokenPipeError:
         raise OutputClosedError from None
 
 
 def print_message(message: str) -> None:
     """Print a message to the user on stderr."""
-    print(f"zotune: {message}", file=sys.stderr)  # noqa: T201
+    say(f"zotune: {message}")
 
 
 def print_table(rows: Mapping[str, str], as_json: bool) -> None:

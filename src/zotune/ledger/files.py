@@ -1,15 +1,18 @@
 """Ledger files: written so that nothing but the last step can be lost, read so that nothing wrong is believed.
 
 A record is one write of some bytes at the end of the file, so a killed process leaves whole records, and
-perhaps a torn one at the end. The file is synced at most a second after a record.
+perhaps a torn one at the end. The file is synced at most a second after a record, whether or not another one follows.
+
+What follows the last intact record is a torn tail unless there is a good record in it. Then the file was damaged in the
+middle: it is refused, because cutting it would lose the good ones.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zotune.errors import NotWrittenError, UsageError
+from zotune.ledger.damage import has_good_record
 from zotune.ledger.format import Header, LedgerError, checksum, parse_header
+from zotune.ledger.sync import LateSync
 from zotune.optim.record import StepRecord
 from zotune.system.atomic_write import atomic_write, sync
 from zotune.system.bounds import LEDGER_BYTES, read_bytes
 
 _SECONDS_BETWEEN_SYNCS = 1.0
+_ROWS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,11 @@ class Ledger:
         return len(self.rows)
 
     def __getitem__(self, step: int) -> StepRecord:
-        return self.header.layout.from_row(self.rows[step], step)
+        return next(self.header.layout.from_rows(self.rows[step, np.newaxis], step))
 
     def __iter__(self) -> Iterator[StepRecord]:
-        return (self[step] for step in range(len(self)))
+        starts = range(0, len(self), _ROWS_AT_ONCE)
+        return (r for i in starts for r in self.header.layout.from_rows(self.rows[i : i + _ROWS_AT_ONCE], i))
 
     def first(self, num_steps: int | None) -> Ledger:
         """The ledger of the first steps only; of all steps for None.
@@ -69,6 +76,30 @@ class Ledger:
     def to_bytes(self) -> bytes:
         """The file's bytes without the damaged tail."""
         return self.content[: self.end]
+
+    @property
+    def mark(self) -> int:
+        """A number that identifies the header and the last record: the last checksum."""
+        return int(self.rows["crc"][-1]) if len(self) else _header_crc(self.content)
+
+
+class DamagedLedgerError(LedgerError):
+    """A ledger is damaged in the middle: good records follow a bad one.
+
+    Attributes:
+        intact: the ledger of the steps before the damage.
+    """
+
+    def __init__(self, intact: Ledger) -> None:
+        """`intact` is the ledger of the steps before the damage."""
+        steps = len(intact)
+        super().__init__(
+            f"{intact.name} is damaged in the middle: behind step {steps} there is no good record at byte {intact.end} "
+            "of the file, but there are some after it. Restore the file from a copy. Without one, return to the last "
+            f"step before the damage, zotune ledger undo FOLDER --to-step {steps}, which keeps the damaged file under "
+            "another name, and resume the run."
+        )
+        self.intact = intact
 
 
 def read(path: Path | str) -> Ledger:
@@ -90,20 +121,39 @@ def read(path: Path | str) -> Ledger:
 def parse(content: bytes, name: str) -> Ledger:
     """As `read`, of a file's content."""
     header, start = parse_header(content, name)
-    dtype = header.layout.record
+    dtype, crc, view = header.layout.record, _header_crc(content), memoryview(content)
     size = dtype.itemsize
     count = (len(content) - start) // size
-    crc = int.from_bytes(content[16:20], "little")
     rows = np.frombuffer(content, dtype, count, start)
-    good = [int(rows["crc"][i]) == checksum(content[start + i * size :][:size], i, crc) for i in range(count)]
-    num_good = good.index(False) if False in good else count
-    if True in good[num_good:]:
-        raise LedgerError(
-            f"{name} is damaged in the middle: step {num_good + 1} does not have the checksum it was written "
-            "with, though later ones do. Restore the file from a copy, or start the run again."
-        )
+    stored = rows["crc"].tolist()
+    good = (stored[i] == checksum(view[start + i * size : start + (i + 1) * size], i, crc) for i in range(count))
+    num_good = next((i for i, is_good in enumerate(good) if not is_good), count)
     end = start + num_good * size
-    return Ledger(name, header, rows[:num_good], len(content) - end, end, content)
+    ledger = Ledger(name, header, rows[:num_good], len(content) - end, end, content)
+    if (wrong := header.layout.first_wrong(ledger.rows)) is not None:
+        raise LedgerError(f"step {wrong[0] + 1} of {name} was not written by zotune: {wrong[1]}.")
+    if has_good_record(view[end:], size, num_good, crc):
+        raise DamagedLedgerError(ledger)
+    return ledger
+
+
+def _header_crc(content: bytes) -> int:
+    return int.from_bytes(content[16:20], "little")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a ledger file within this context.
+
+    Raises:
+        LedgerError: another one is writing it, or it cannot be opened.
+    """
+    file = _open(path)
+    try:
+        _lock(file, path)
+        yield
+    finally:
+        os.close(file)
 
 
 class LedgerWriter:
@@ -111,13 +161,15 @@ class LedgerWriter:
 
     Attributes:
         num_steps: records in the file.
+        mark: as `Ledger.mark`.
     """
 
-    def __init__(self, path: Path, file: int, header: Header, num_steps: int, end: int, crc: int) -> None:
+    def __init__(self, path: Path, file: int, ledger: Ledger) -> None:
         """See `create` and `resume`."""
-        self.path, self.header, self.num_steps = path, header, num_steps
-        self._file, self._end, self._crc = file, end, crc
-        self._synced = time.monotonic()
+        self.path, self.header, self.num_steps, self.mark = path, ledger.header, len(ledger), ledger.mark
+        self._file, self._end, self._crc = file, ledger.end, _header_crc(ledger.content)
+        self._has_tail = ledger.cut_bytes > 0
+        self._late = LateSync(file, _SECONDS_BETWEEN_SYNCS)
 
     @classmethod
     def create(cls, path: Path | str, header: Header) -> Self:
@@ -142,32 +194,33 @@ class LedgerWriter:
             if file >= 0:
                 os.close(file)
             raise
-        return cls(path, file, header, 0, len(content), int.from_bytes(content[16:20], "little"))
+        return cls(path, file, parse(content, str(path)))
 
     @classmethod
     def resume(cls, path: Path | str) -> tuple[Self, Ledger]:
-        """Open a ledger to append after its last intact record, cutting the rest; returns the writer and the present
-        ledger.
+        """Open a ledger to append after its last intact record; returns the writer and the present ledger.
+
+        The file is not changed before the first `append` or `cut_tail`.
 
         Raises:
-            LedgerError: as `read`, or another process writes the file. It is left as it is.
+            LedgerError: as `read`, or another process writes the file.
         """
         path = Path(path)
-        try:
-            file = os.open(path, os.O_RDWR)
-        except OSError as error:
-            raise LedgerError(f"the ledger {str(path)!r} cannot be opened for writing: {error.strerror}.") from None
+        file = _open(path)
         try:
             _lock(file, path)
             ledger = read(path)
-            if ledger.cut_bytes:
-                os.ftruncate(file, ledger.end)
-                os.fsync(file)
-            os.lseek(file, ledger.end, os.SEEK_SET)
         except BaseException:
             os.close(file)
             raise
-        return cls(path, file, ledger.header, len(ledger), ledger.end, _stored_crc(file)), ledger
+        return cls(path, file, ledger), ledger
+
+    def cut_tail(self) -> None:
+        """Cut the torn or damaged bytes after the last intact record, if there are any."""
+        if self._has_tail:
+            os.ftruncate(self._file, self._end)
+            os.fsync(self._file)
+            self._has_tail = False
 
     def append(self, record: StepRecord) -> None:
         """Append the record of a step.
@@ -179,34 +232,32 @@ class LedgerWriter:
         if record.step != self.num_steps:
             raise LedgerError(f"the ledger's next step is number {self.num_steps}, got number {record.step}.")
         row = self.header.layout.to_row(record)
-        row["crc"] = checksum(row.tobytes(), record.step, self._crc)
+        row["crc"] = crc = checksum(row.tobytes(), record.step, self._crc)
         try:
+            self.cut_tail()
+            os.lseek(self._file, self._end, os.SEEK_SET)
             _write_all(self._file, row.tobytes())
-            if time.monotonic() - self._synced >= _SECONDS_BETWEEN_SYNCS:
-                self.sync()
+            self._late.note()
         except OSError as error:
             os.ftruncate(self._file, self._end)
-            os.lseek(self._file, self._end, os.SEEK_SET)
             raise NotWrittenError(
                 f"step {record.step + 1} could not be written to {self.path}: {error.strerror}. The ledger holds the "
                 f"{self.num_steps} steps before it."
             ) from None
         self._end += row.nbytes
         self.num_steps += 1
+        self.mark = crc
 
     def sync(self) -> None:
         """Sync all records to the disk."""
-        if not os.fstat(self._file).st_nlink:
-            raise FileNotFoundError(2, "the file was removed")
-        os.fdatasync(self._file)
-        self._synced = time.monotonic()
+        self._late.sync()
 
     def close(self) -> None:
         """Sync and release the lock."""
         if self._file >= 0:
             file, self._file = self._file, -1
             try:
-                os.fdatasync(file)
+                self._late.close()
             finally:
                 os.close(file)
 
@@ -219,8 +270,11 @@ class LedgerWriter:
         self.close()
 
 
-def _stored_crc(file: int) -> int:
-    return int.from_bytes(os.pread(file, 4, 16), "little")
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise LedgerError(f"the ledger {str(path)!r} cannot be opened for writing: {error.strerror}.") from None
 
 
 def _write_all(file: int, content: bytes) -> None:
@@ -235,3 +289,8 @@ def _lock(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise LedgerError(f"another process is writing {path}; wait for its end, or choose another folder.") from None
+    except OSError as error:
+        raise LedgerError(
+            f"{path} cannot be locked, so that two processes could write it at once: {error.strerror}. Choose a folder "
+            "on a file system with locks."
+        ) from None

@@ -9,6 +9,9 @@ The specification is docs/reference/ledger-format.md.
 All numbers are little endian. Loss, rates and coefficients are float32 (float64 if the run tunes float64
 weights), and it is these rounded numbers that the run itself applied. A record's checksum covers its place
 and the header, so a record that was moved, or comes from another ledger, is no good one.
+
+A checksum shows that nothing was changed, not that the content has a meaning: that is checked as well, of the header
+and of each record.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +35,9 @@ FORMAT_VERSION = 1
 MAGIC = b"ZOLEDGER"
 PREFIX_SIZE = 20
 _LEFT_OUT = 2
+_SCALES = (-1, 0, 1, _LEFT_OUT)
+# The keys of a tensor in the header, and the types of their values.
+_TENSOR = {"name": str, "id": int, "dtype": str, "shape": list, "digest": str}
 _MAX_PASSES = (1 << 24) - 1
 
 
@@ -65,7 +71,8 @@ class Layout:
         """A record as an array of one row; its checksum is not set.
 
         Raises:
-            LedgerError: it does not have the numbers that this layout has room for.
+            LedgerError: it does not have the numbers that this layout has room for, or some of them cannot have been
+                applied.
         """
         given = len(record.scales), len(record.learning_rates), len(record.coefficients)
         if given != (self.num_estimates, self.num_groups, self.num_coefficients):
@@ -74,26 +81,50 @@ class Layout:
                 f"ledger's header says {self.num_estimates}, {self.num_groups} and {self.num_coefficients}."
             )
         codes = [_LEFT_OUT if math.isnan(scale) else scale for scale in record.scales]
-        if any(code not in (-1, 0, 1, _LEFT_OUT) for code in codes):
+        if any(code not in _SCALES for code in codes):
             raise LedgerError(f"a ledger holds steps taken once, not at all or backwards, not {codes} times.")
         row = np.zeros(1, self.record)
         row["passes"][0] = list(min(record.num_forwards, _MAX_PASSES).to_bytes(3, "little"))
         row["scales"][0, : len(codes)] = codes
         with np.errstate(over="ignore"):
             row["numbers"][0] = [record.loss, *record.learning_rates, *record.coefficients]
+        if (wrong := self.first_wrong(row)) is not None:
+            raise LedgerError(f"step {record.step + 1} cannot be recorded: {wrong[1]}.")
         return row
 
-    def from_row(self, row: Any, step: int) -> StepRecord:
-        """The record of a row."""
-        numbers, codes = row["numbers"].tolist(), row["scales"][: self.num_estimates].tolist()
-        return StepRecord(
-            step,
-            numbers[0],
-            tuple(numbers[1 : 1 + self.num_groups]),
-            tuple(math.nan if code == _LEFT_OUT else float(code) for code in codes),
-            tuple(numbers[1 + self.num_groups :]),
-            int.from_bytes(bytes(row["passes"].tolist()), "little"),
+    def first_wrong(self, rows: NDArray[Any]) -> tuple[int, str] | None:
+        """The index of the first row that no step can have, and what is wrong with it; None if all rows are sound.
+
+        Every step's learning rates are finite, and so are the coefficients of every estimate that was not left out.
+        """
+        codes, padding = np.split(rows["scales"], [self.num_estimates], axis=1)
+        rates, coefficients = np.split(rows["numbers"][:, 1:], [self.num_groups], axis=1)
+        unknown = ~np.isin(codes, _SCALES).all(axis=1) | padding.any(axis=1)
+        # Each estimate has as many coefficients as the others. Of a layout that no method has, all have all of them.
+        each, rest = divmod(self.num_coefficients, self.num_estimates)
+        shape = (len(rows), 1, self.num_coefficients) if rest else (len(rows), self.num_estimates, each)
+        infinite = ~np.isfinite(coefficients).reshape(shape).all(axis=2) & (codes != _LEFT_OUT)
+        found = (
+            (unknown, f"a scale is none of {_SCALES}"),
+            (~np.isfinite(rates).all(axis=1), "a learning rate is not finite"),
+            (infinite.any(axis=1), "a coefficient is not finite, but its estimate was not left out"),
         )
+        wrong = [(int(bad.argmax()), what) for bad, what in found if bad.any()]
+        return min(wrong, default=None)
+
+    def from_rows(self, rows: NDArray[Any], first: int) -> Iterator[StepRecord]:
+        """The records of some rows, of which the first is of step `first`."""
+        passes = rows["passes"] @ np.array([1, 1 << 8, 1 << 16])
+        columns = (rows["numbers"].tolist(), rows["scales"][:, : self.num_estimates].tolist(), passes.tolist())
+        for step, (numbers, codes, num_forwards) in enumerate(zip(*columns, strict=True), start=first):
+            yield StepRecord(
+                step,
+                numbers[0],
+                tuple(numbers[1 : 1 + self.num_groups]),
+                tuple(math.nan if code == _LEFT_OUT else float(code) for code in codes),
+                tuple(numbers[1 + self.num_groups :]),
+                num_forwards,
+            )
 
 
 @dataclass(frozen=True)
@@ -171,16 +202,37 @@ def _from_body(body: bytes, name: str) -> Header:
 
 
 def _check_types(header: Header) -> None:
-    """Check the types of a header: a checksum shows that nothing was changed, not that the content has a meaning."""
+    """Check that the fields of a header are of their types, and that its counts agree with each other."""
     if not (isinstance(header.method, dict) and isinstance(header.about, dict) and isinstance(header.tensors, list)):
         raise ValueError("method and about are no objects, or tensors no list")
-    if type(header.method.get("seed")) is not int:
+    seed = header.method.get("seed")
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
         raise ValueError("method has no seed")
     for tensor in header.tensors:
-        if not isinstance(tensor, dict) or not {"name", "id", "dtype", "shape", "digest"} <= tensor.keys():
+        if not isinstance(tensor, dict) or any(type(tensor.get(key)) is not kind for key, kind in _TENSOR.items()):
             raise ValueError(f"{str(tensor)[:80]} is no tensor")
+        if not all(type(n) is int and n >= 0 for n in tensor["shape"]):
+            raise ValueError(f"{str(tensor['shape'])[:80]} is no shape")
+    _check_counts(header.layout, header.method)
 
 
-def checksum(row: bytes, index: int, header_crc: int) -> int:
+def _check_counts(layout: Layout, method: dict[str, Any]) -> None:
+    """Check that records have the numbers that the method needs: they could not be applied otherwise.
+
+    A header that does not say what its method is made of is refused when it is compared with an optimizer.
+    """
+    blocks, groups, queries = (method.get(key) for key in ("blocks", "groups", "num_queries"))
+    if not (isinstance(blocks, list) and isinstance(groups, list) and type(queries) is int):
+        return
+    num_estimates = len(blocks) if method.get("block_order") == "sequential" else 1
+    given = layout.num_estimates, layout.num_groups, layout.num_coefficients
+    if given != (num_estimates, len(groups), len(blocks) * queries):
+        raise ValueError(
+            f"its records hold {given[0]} estimates, {given[1]} groups and {given[2]} coefficients, but its method "
+            f"has {num_estimates}, {len(groups)} and {len(blocks) * queries}"
+        )
+
+
+def checksum(row: bytes | memoryview, index: int, header_crc: int) -> int:
     """CRC-32 of a record without its first four bytes, seeded with its position and the header's checksum."""
     return zlib.crc32(row[4:], zlib.crc32(index.to_bytes(8, "little"), header_crc))

@@ -43,15 +43,19 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
     """
     if optimizer.num_steps:
         raise LedgerError(f"a ledger begins with the first step, but {optimizer.num_steps} have been taken.")
-    num_blocks, q = len(optimizer.blocks), optimizer.num_queries
-    layout = Layout(
+    version = optimizer.tuned.noise_version
+    return Header(layout_of(optimizer), describe(optimizer), describe_tensors(optimizer), about or {}, version)
+
+
+def layout_of(optimizer: ZerothOrder) -> Layout:
+    """The numbers in a record of the optimizer's steps."""
+    num_blocks = len(optimizer.blocks)
+    return Layout(
         num_estimates=num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1,
         num_groups=len(optimizer.param_groups),
-        num_coefficients=num_blocks * q,
+        num_coefficients=num_blocks * optimizer.num_queries,
         precision="f8" if _tunes_doubles(optimizer) else "f4",
     )
-    version = optimizer.tuned.noise_version
-    return Header(layout, describe(optimizer), describe_tensors(optimizer), about or {}, version)
 
 
 def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
@@ -124,6 +128,8 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
                 )
     if found:
         raise LedgerError(f"{ledger.name} does not move {min(found)!r}, which is tuned here: another base model.")
+    if (layout := layout_of(optimizer)) != header.layout:
+        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
 
 
 def match_noise(optimizer: ZerothOrder, ledger: Ledger) -> None:

@@ -8,6 +8,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from zotune.messages import one_line
 from zotune.plan.formulas import FORMULAS, Layer, Terms
 from zotune.plan.planning import Plan, gib
 
@@ -22,10 +23,11 @@ _LABELS = {
 
 def show(plan: Plan) -> None:
     """Print the formulas, the prediction and the advice on standard output."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    # Names of models and layers are text, and no markup.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False)
     config = plan.config
     console.print(
-        f"{config.model}, {config.tuning} tuning, {config.dtype}: {config.per_device_train_batch_size} x "
+        f"{one_line(config.model)}, {config.tuning} tuning, {config.dtype}: {config.per_device_train_batch_size} x "
         f"{config.length} tokens, {config.objective}"
     )
     console.print(_layers(plan.terms))

@@ -86,7 +86,7 @@ ROWS = Bound("ZOTUNE_MAX_ROWS", 1 << 21, "rows")
 DATA_BYTES = Bound("ZOTUNE_MAX_DATA_BYTES", 1 << 31, "bytes of rows")
 DATA_VALUES = Bound("ZOTUNE_MAX_DATA_VALUES", 1 << 25, "values")
 WIDTH = Bound("ZOTUNE_MAX_WIDTH", 10_000, "characters of width")
-COUNT = Bound("ZOTUNE_MAX_COUNT", 1 << 16, "queries, blocks, ranks or tokens")
+COUNT = Bound("ZOTUNE_MAX_COUNT", 1 << 16, "queries, ranks or tokens")
 LAYERS = Bound("ZOTUNE_MAX_LAYERS", 1 << 12, "layers or experts")
 CHAT_MEMORY = Bound("ZOTUNE_MAX_CHAT_MEMORY", 1 << 30, "bytes of memory in one rendering")
 

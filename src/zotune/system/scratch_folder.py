@@ -2,24 +2,30 @@
 
 A process holds a lock on each of its scratch folders. The lock ends with the process, however it ends, so the next one
 that makes a scratch folder in the same place knows which of those that it finds there are left over, and removes them.
+Locks of other machines cannot be seen, so a name says which machine made it; those of others go after a day.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 
-_NAME = re.compile(r"\.zotune-[0-9a-f]{16}")
+_PREFIX = ".zotune-"
+_SECONDS_ELSEWHERE = 24 * 3600.0
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -50,8 +56,10 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def remove_left_over(parent: Path) -> None:
     """Remove the scratch folders of processes that have ended."""
-    for folder in left_over(parent, _NAME):
+    for folder in made_folders(parent):
         with suppress(OSError):
+            if machine() not in folder.name and time.time() - folder.stat().st_mtime < _SECONDS_ELSEWHERE:
+                continue
             lock = os.open(folder, _OPEN_FOLDER)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,17 +68,26 @@ def remove_left_over(parent: Path) -> None:
                 os.close(lock)
 
 
-def left_over(parent: Path, name: re.Pattern[str] = _NAME) -> list[Path]:
-    """Return the folders in `parent` whose whole name matches, without links to folders."""
+@cache
+def machine() -> str:
+    """Return a tag of this machine since it was started: processes with the same tag see each other's locks."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text(encoding="ascii") if boot.is_file() else platform.node()
+    return hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+
+
+def made_folders(parent: Path, prefix: str = _PREFIX) -> list[Path]:
+    """Return the folders in `parent` that `make_folder` made with a prefix, without links to folders."""
+    name = re.compile(rf"{re.escape(prefix)}[0-9a-f]{{8}}-[0-9a-f]{{16}}")
     with suppress(OSError), os.scandir(parent) as entries:
         return sorted(Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
     return []
 
 
-def make_folder(parent: Path, prefix: str = ".zotune-") -> Path:
+def make_folder(parent: Path, prefix: str = _PREFIX) -> Path:
     """Make a folder of an unpredictable name, which neither exists nor is a link."""
     while True:
-        folder = parent / f"{prefix}{secrets.token_hex(8)}"
+        folder = parent / f"{prefix}{machine()}-{secrets.token_hex(8)}"
         with suppress(FileExistsError):
             folder.mkdir()
             return folder

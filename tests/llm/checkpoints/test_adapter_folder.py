@@ -247,3 +247,21 @@ def test_other_initialisations_are_saved_as_they_were_evaluated(init, base, conf
     )
     found, _ = evaluate(EvalConfig(model=str(result.output_dir), device="cpu", train_file=rows_file, num_dev=3))
     assert found["rows"].evaluation.loss == pytest.approx(result.test.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", "c"]], ids=len)
+def test_adapters_that_name_each_other_as_their_base_are_refused(base, tmp_path, names):
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        shutil.copytree(base, tmp_path / name)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(tmp_path / other)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    for read in (load, load_meta_model):
+        with pytest.raises(UsageError, match="names itself as its base model"):
+            read(cpu(tmp_path / names[0]))
+
+
+@pytest.mark.parametrize("value", [3, ["x"], {"a": 1}, True, ""], ids=str)
+def test_a_base_that_is_no_name_is_refused(base, tmp_path, value):
+    (base / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": value}))
+    with pytest.raises(UsageError, match=r"names no base model|no configuration of an adapter"):
+        load(cpu(base))

@@ -185,3 +185,40 @@ def test_composite_configurations_are_read(tuning, tmp_path, tiny, config):
     assert [lm.context for lm in both(tmp_path / "g3")] == [512, 512]
     options = config(model=str(tmp_path / "g3"), tuning=tuning)
     assert train(options).num_tuned == dry_run(options).num_tuned
+
+
+DAMAGED = {
+    "model.safetensors.index.json": [
+        "",
+        "[]",
+        "3",
+        '{"weight_map": 1}',
+        '{"weight_map": {"a": 1, "b": "c"}}',
+        "[" * 9999,
+    ],
+    "config.json": [
+        '{"architectures": [3]}',
+        '{"hidden_size": "x"}',
+        '{"num_attention_heads": 0}',
+        '{"rope_parameters": 7}',
+    ],
+    "tokenizer_config.json": ['{"model_max_length": "x"}', '{"bos_token": 5}', "[]", '{"added_tokens_decoder": 1}'],
+    "tokenizer.json": ["{}", '{"model": {"type": "BPE"}}', "\0"],
+    "generation_config.json": ["[", "3"],
+}
+
+
+@pytest.mark.sample(8)
+@pytest.mark.parametrize(("name", "content"), [(name, c) for name, all_ in DAMAGED.items() for c in all_])
+def test_a_damaged_file_of_a_model_is_an_error_in_words(tmp_path, zotune, rows_file, tiny, name, content):
+    lm = tiny("llama")
+    lm.module.save_pretrained(tmp_path / "m", max_shard_size="50KB" if "index" in name else "1GB")
+    lm.tokenizer.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / name
+    if name == "config.json":
+        content = json.dumps({**json.loads(path.read_text()), **json.loads(content)})
+    path.write_text(content)
+    said = zotune("eval", "--model", tmp_path / "m", "--eval-file", rows_file, "--device", "cpu")
+    assert said.code == 2, said
+    assert said.err.startswith("zotune: ")
+    assert "Traceback" not in said.err

@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,17 @@ def test_what_a_dead_process_left_is_removed_by_the_next_one_and_not_what_a_livi
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "whole"}
 
 
+def test_what_another_machine_makes_is_left_alone_for_a_day(tmp_path):
+    """Its locks cannot be seen from here."""
+    for name, age in (("fresh", 3600), ("old", 25 * 3600)):
+        folder = tmp_path / f".zotune-00000000-{'f' if name == 'fresh' else '0':0>16}"
+        folder.mkdir()
+        os.utime(folder, times=(time.time() - age,) * 2)
+    with scratch_folder(tmp_path):
+        pass
+    assert [p.name[-1] for p in tmp_path.iterdir()] == ["f"]
+
+
 # One writer --------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +257,7 @@ def test_a_link_at_a_scratch_name_is_not_followed(tmp_path, monkeypatch):
     tokens = [f"{i:016x}" for i in range(9)]
     for token in tokens[:3]:
         for prefix in (".zotune-", ".zotune-swap-", ".zotune-replaced-"):
-            (out / f"{prefix}{token}").symlink_to(victim)
+            (out / f"{prefix}{scratch.machine()}-{token}").symlink_to(victim)
     names = iter(tokens)
     monkeypatch.setattr(scratch.secrets, "token_hex", lambda _: next(names))
     with LockedFolder(out) as locked, locked.staged() as new:

@@ -25,7 +25,7 @@ from zotune.llm.quantized.gguf_blocks import FORMATS
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_scales
 from zotune.llm.training.evaluation import evaluate
-from zotune.llm.training.resume import frozen_digest
+from zotune.llm.training.origin import frozen_digest
 from zotune.llm.training.train import train
 from zotune.plan.dry_run import dry_run
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from zotune.errors import NonFiniteLossError, UsageError
-from zotune.ledger import LedgerError, read
+from zotune.ledger import read
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training import checkpoint
-from zotune.llm.training.resume import data_digest
+from zotune.llm.training.origin import data_digest
 from zotune.llm.training.train import train
 
 PASSING = {"seconds", "peak_memory"}
@@ -207,7 +207,7 @@ def test_other_rows_are_noticed(config, tmp_path, rows_file):
     train(config(max_steps=3))
     text = rows_file.read_text(encoding="utf-8")
     rows_file.write_text(text.replace("i", "y"), encoding="utf-8")
-    with pytest.raises(LedgerError, match="other training rows"):
+    with pytest.raises(UsageError, match="other training rows"):
         train(config(max_steps=3, resume=True))
 
 
@@ -272,10 +272,10 @@ def test_a_ledger_names_the_held_out_rows_that_choose_the_weights(config, tmp_pa
         if named:
             assert about["held_out"] not in (data_digest(()), about["data"])
             monkeypatch.setattr(
-                "zotune.llm.training.resume.data_digest",
+                "zotune.llm.training.origin.data_digest",
                 lambda rows, d=about["data"]: d if len(rows) > 3 else "another",
             )
-            with pytest.raises(LedgerError, match="other held-out rows"):
+            with pytest.raises(UsageError, match="other held-out rows"):
                 train(config(max_steps=2, output_dir=out, resume=True, **options))
 
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_is_gone_and_fewer_steps_are_refused(config, tmp_path)
     with pytest.raises(UsageError, match="a run of 4 steps, so it cannot end after 3"):
         train(config(**{**options, "max_steps": 3}, resume=True))
     (tmp_path / "out" / "checkpoint.safetensors").unlink()
-    with pytest.raises(UsageError, match="no checkpoint of this run"):
+    with pytest.raises(UsageError, match=r"its checkpoint\.safetensors is not there"):
         train(config(**options, resume=True))
 
 

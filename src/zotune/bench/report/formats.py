@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from zotune.bench.results.quantities import Quantity, signed
 from zotune.bench.results.tables import Column, Entry, PaperNumber, Table
+from zotune.messages import markdown_text
 
 # The text for a state where a table has no number.
 STATES = {
@@ -66,25 +67,21 @@ def markdown(table: Table) -> str:
     |---|---|
     | zo_sgd | 90.0 ± 0.5<br>paper 91.0, ours −1.0 |
     """
-    heads = [*table.row_axes, *(table.heading(column) for column in table.columns)]
+    heads = [markdown_text(h) for h in (*table.row_axes, *(table.heading(column) for column in table.columns))]
     lines = [heads, ["---"] * len(heads)]
     for row, entries in zip(table.rows, table.entries, strict=True):
         texts = [_markdown_cell(e, c) for e, c in zip(entries, table.columns, strict=True)]
-        lines.append([*map(str, row), *texts])
+        lines.append([*(markdown_text(str(value)) for value in row), *texts])
     for name, numbers in _baselines(table):
-        lines.append([name, *[""] * (len(table.row_axes) - 1), *numbers])
+        lines.append([markdown_text(name), *[""] * (len(table.row_axes) - 1), *numbers])
     return "\n".join(
-        "|" + "|".join(t if t == "---" else f" {_piped(t)} ".replace("  ", " ") for t in line) + "|" for line in lines
+        "|" + "|".join(t if t == "---" else f" {t} ".replace("  ", " ") for t in line) + "|" for line in lines
     )
 
 
 def _markdown_cell(entry: Entry, column: Column) -> str:
     q = column.quantity
-    return "<br>".join([ours(entry, q), *(f"paper {theirs(number, q)}" for number in entry.paper)])
-
-
-def _piped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return "<br>".join(map(markdown_text, [ours(entry, q), *(f"paper {theirs(number, q)}" for number in entry.paper)]))
 
 
 def _baselines(table: Table) -> Iterable[tuple[str, list[str]]]:

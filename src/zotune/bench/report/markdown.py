@@ -10,6 +10,7 @@ from zotune.bench.report.sections import Section
 from zotune.bench.results.quantities import significant
 from zotune.bench.results.tables import cell_costs
 from zotune.bench.results.verdicts import Verdict
+from zotune.messages import markdown_text
 
 # The shown columns of a cell's costs; the others are in its JSON file.
 _COSTS = ("learning rate", "rates searched", "μ", "steps", "forward passes", "seconds", "peak GiB")
@@ -25,7 +26,7 @@ def markdown_page(sections: Sequence[Section], title: str, introduction: str = "
     """
     verdicts = [verdict for section in sections for verdict in section.verdicts]
     parts = [f"# {title}", introduction, summary(verdicts) if verdicts else ""]
-    parts.append("\n".join(f"- {name}: {value}" for name, value in provenance(sections)))
+    parts.append("\n".join(f"- {markdown_text(name)}: {markdown_text(value)}" for name, value in provenance(sections)))
     for section in sections:
         parts += _section(section)
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -53,9 +54,11 @@ def _costs(section: Section) -> str:
         return ""
     lines = ["| cell | " + " | ".join(_COSTS) + " |", "|---|" + "--:|" * len(_COSTS)]
     for row in rows:
-        lines.append(f"| {row['cell']} | " + " | ".join(_number(row[name]) for name in _COSTS) + " |")
+        lines.append(
+            f"| {markdown_text(str(row['cell']))} | " + " | ".join(_number(row[name]) for name in _COSTS) + " |"
+        )
     return "\n".join(["<details><summary>Costs of a run of each cell</summary>", "", *lines, "", "</details>"])
 
 
 def _number(value: float | str | None) -> str:
-    return "–" if value is None else value if isinstance(value, str) else significant(value)
+    return "–" if value is None else markdown_text(value) if isinstance(value, str) else significant(value)

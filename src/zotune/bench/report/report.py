@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from zotune.bench.report.formats import comma_separated, latex, markdown
@@ -13,6 +13,7 @@ from zotune.bench.report.sections import Section, read_section
 from zotune.bench.spec.resolve import names
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import Scale
+from zotune.llm.output.locked_folder import LockedFolder
 
 PAGE = "index.html"
 
@@ -42,16 +43,26 @@ def report(
         The paths of the written files, the page first.
 
     Raises:
-        UsageError: an experiment is unknown, or a result cannot be read.
+        UsageError: an experiment is unknown, a result cannot be read, or a folder cannot be written.
     """
     sections = [s for name in experiments or names() if (s := read_section(name, results, scale, run_as)) is not None]
-    written = []
-    for place, content in (*_page(sections, scale), *_tables(sections), *_figures(sections)):
-        path = output / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        written.append(path)
-    return written
+    files = [(output / place, content) for place, content in (*_page(sections, scale), *_parts(sections))]
+    folders = list(dict.fromkeys(path.parent for path, _ in files))
+    for folder in folders:
+        _write(folder, {path.name: content for path, content in files if path.parent == folder})
+    return [path for path, _ in files]
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder, all at once; a file of the user's that has one of their names is renamed."""
+    with LockedFolder(folder) as locked, locked.staged() as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+
+
+def _parts(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
+    yield from _tables(sections)
+    yield from _figures(sections)
 
 
 def _page(sections: Sequence[Section], scale: str) -> Iterator[tuple[str, bytes]]:

@@ -13,7 +13,7 @@ from typing import Any
 from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide
 from zotune.bench.report.html import draw_figure, render
 from zotune.bench.results.quantities import significant
-from zotune.errors import UsageError
+from zotune.errors import UsageError, reason_of
 from zotune.llm.output.locked_folder import LockedFolder
 from zotune.system.bounds import read_json
 
@@ -43,14 +43,23 @@ def run_page(folder: Path) -> str:
     """The page of the run in a folder as HTML.
 
     Raises:
-        UsageError: the folder holds no finished run.
+        UsageError: the folder holds no finished run, or one whose files are damaged.
     """
     try:
         results = read_json(folder / "results.json")
         recipe = (folder / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} holds no finished run: {error}. Give --run the --output-dir of a run.") from None
-    lines = _lines(folder / "metrics.jsonl")
+    try:
+        return _page(results, recipe, _lines(folder / "metrics.jsonl"))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UsageError(
+            f"{folder} does not hold the results and metrics that a run writes: {reason_of(error)}. Restore its files "
+            "from a copy, or train again."
+        ) from None
+
+
+def _page(results: Line, recipe: str, lines: Sequence[Line]) -> str:
     config = results["config"]
     return render(
         "run.html",

@@ -80,8 +80,8 @@ class Store:
         """
         cached, work = self._folder / f"{job.key}.json", self._folder / job.key
         with self._alone(job.key):
-            if cached.is_file():
-                return Outcome("done", found=json.loads(cached.read_text(encoding="utf-8")))
+            if (found := _cached(cached)) is not None:
+                return Outcome("done", found=found)
             work.mkdir(parents=True, exist_ok=True)
             outcome = self._executor(job, work)
             if outcome.status == "done":
@@ -101,6 +101,15 @@ class Store:
                     raise KeyboardInterrupt
                 time.sleep(0.2)
             yield
+
+
+def _cached(path: Path) -> dict[str, Any] | None:
+    """Return the results of a job in a file; None without one, and of a damaged one, whose job is run again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.table import Table
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import State
 from zotune.llm.training.progress import clock
-from zotune.messages import say
+from zotune.messages import printable, say
 
 
 class Progress:
@@ -63,7 +63,7 @@ class Progress:
             done = self._all - len(self._left)
             say(f"[{done}/{self._all}] {line}; {clock(self._seconds_left())} left")
         else:
-            self._live.console.print(line, markup=False, highlight=False)
+            self._live.console.print(printable(line), markup=False, highlight=False)
 
     def _seconds_left(self) -> float:
         pace = self._measured / self._expected if self._expected else 1.0

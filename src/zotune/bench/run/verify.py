@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from zotune.bench.results.records import (
@@ -41,6 +40,7 @@ from zotune.bench.run.partial_result import CellStopped, PartialResult
 from zotune.bench.run.runner import Display, commit, key_of_cell, lock_of, state_of
 from zotune.bench.spec.schema import CellSpec
 from zotune.bench.spec.vocabulary import Alike, State
+from zotune.system.scratch_folder import scratch_folder
 
 # The largest relative difference of a measured number, in cells of measurements.
 NEAR_ENOUGH = {"over_baseline_bytes": 0.03, "seconds_per_step": 0.15}
@@ -377,8 +377,8 @@ def _uncached(executor: Executor, scale: Path) -> Callable[[Job], Outcome]:
 
     def execute(job: Job) -> Outcome:
         (scale / JOBS).mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=scale / JOBS, prefix="before-") as folder:
-            return executor(job, Path(folder))
+        with scratch_folder(scale / JOBS) as folder:
+            return executor(job, folder)
 
     return execute
 

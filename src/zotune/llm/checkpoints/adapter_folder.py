@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, is_out_of_memory, listed
+from zotune.errors import UsageError, ZotuneError, is_out_of_memory, listed, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
@@ -59,10 +58,11 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     try:
         check_metadata(path)
         config = PeftConfig.from_pretrained(str(path))
-    except UsageError:
+    except (ZotuneError, ImportError):
         raise
-    except (*LOADING_ERRORS, TypeError, AttributeError) as error:
-        raise UsageError(f"{path / 'adapter_config.json'} is no configuration of an adapter of peft: {error}") from None
+    except LOADING_ERRORS as error:
+        file = path / "adapter_config.json"
+        raise UsageError(f"{file} is no configuration of an adapter of peft: {reason_of(error)}") from None
     base = base_of_adapter(path)
     check_adapter_config(config.to_dict(), f"the adapter in {path}", base)
     check_init(config, f"the adapter in {path}")
@@ -73,14 +73,29 @@ def base_of_adapter(path: Path) -> str:
     """Return the base model that an adapter's configuration names; a relative path may start at the adapter's folder.
 
     Raises:
-        UsageError: it names none, or a folder that is not there.
+        UsageError: it names none, a folder that is not there, or the adapter itself.
     """
+    base = _named_base(path)
+    seen, folder = {path.resolve()}, Path(base)
+    while is_adapter_folder(folder):
+        if folder.resolve() in seen:
+            raise UsageError(
+                f"the adapter in {path} names itself as its base model, directly or by way of other adapters ({base}). "
+                f"Write the base model's name or folder into {path / 'adapter_config.json'}."
+            )
+        seen.add(folder.resolve())
+        folder = Path(_named_base(folder))
+    return base
+
+
+def _named_base(path: Path) -> str:
+    """Return the base model that the configuration of the adapter in a folder names."""
     file = path / "adapter_config.json"
     try:
         base = read_json(file).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is no configuration of an adapter: {error}") from None
-    if not base:
+    if not base or not isinstance(base, str):
         raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')
     if not Path(base).exists() and (path / base).is_dir():
         return str(path / base)
@@ -90,7 +105,7 @@ def base_of_adapter(path: Path) -> str:
             f"the adapter in {path} names the base model {base!r}, and there is no such folder, neither from here nor "
             f"from the adapter's folder. Write its place into {file}."
         )
-    return str(base)
+    return base
 
 
 def check_init(config: Any, what: str) -> None:
@@ -134,9 +149,9 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
             model: Any = PeftModel.from_pretrained(base, path)
             info = set_peft_model_state_dict(model, weights)
-    except UsageError:
+    except (ZotuneError, ImportError):
         raise
-    except (*LOADING_ERRORS, SafetensorError, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise UsageError(_misfit_message(folder, error)) from None
@@ -201,8 +216,8 @@ def _resize_embedding(base: Any, folder: AdapterFolder, weights: dict[str, Tenso
 
 
 def _misfit_message(folder: AdapterFolder, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = next((line for line in lines if "size mismatch" in line), lines[0])
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = next((line for line in lines if "size mismatch" in line), reason_of(error))
     if isinstance(error, KeyError):
         reason = f"it does not hold {error.args[0]}"
     return (

@@ -63,7 +63,7 @@ def check_fingerprint(folder: Path, model: nn.Module, base: str) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder / FILE} cannot be read: {error}") from None
     if not isinstance(saved, dict):
-        raise UsageError(f"{folder / FILE} is no JSON object that describes a base model.")
+        raise UsageError(f"{folder / FILE} is no JSON object that describes a base model; restore it, or delete it.")
     here = fingerprint(model)
     if here is not None and saved.get("dtypes") == here["dtypes"] and saved.get("digest") != here["digest"]:
         raise UsageError(

@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from zotune.errors import UsageError
 from zotune.ledger import Ledger, LedgerError, read
-from zotune.ledger.replay import match_noise
+from zotune.ledger.replay import check
 from zotune.llm.config.schema import Options, validate
 from zotune.llm.ledger.rebuild import (
     MERGE,
@@ -116,16 +117,27 @@ class Merge:
         write_json(folder / MERGE, {"kind": self.kind, "ledgers": parts})
 
 
-def find_fine_tune(path: Path) -> Ledger | Merge:
+def find_fine_tune(path: Path, num_steps: int | None = None) -> Ledger | Merge:
     """Read the ledger in a folder or file, or the merge in a folder.
 
+    Args:
+        path: the folder or the file.
+        num_steps: as in `find_ledger`.
+
     Raises:
-        LedgerError: there is none, or it is damaged.
+        LedgerError: there is none, it has fewer steps, or it is damaged.
+        UsageError: only some steps of a merge are asked for.
     """
     if path.is_dir():
         tidy(path)
     file = path / MERGE
-    return _read_merge(file) if file.is_file() else find_ledger(path)
+    if not file.is_file():
+        return find_ledger(path, num_steps)
+    if num_steps is not None:
+        raise UsageError(
+            f"--step does not apply to {path}, which holds a merge of several runs; replay one of its ledgers."
+        )
+    return _read_merge(file)
 
 
 def rebuild_any(fine_tune: Ledger | Merge, base: str | None = None, device: str | None = None) -> AnyModel:
@@ -170,7 +182,7 @@ def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Reb
         config = config_of(other, device=device)
         optimizer = make_optimizer(rebuilt.lm.module, config, config.seed)
         assert isinstance(optimizer, ZerothOrder)
-        match_noise(optimizer, other)
+        check(optimizer, other, digests=False)
         for record in other:
             optimizer.replay_step(record)
         rebuilt = RebuiltModel(rebuilt.lm, optimizer, config)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zotune.errors import UsageError
 from zotune.ledger import Ledger, LedgerError, read
+from zotune.ledger.files import DamagedLedgerError
 from zotune.ledger.replay import replay
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.config.run import TrainConfig
@@ -22,13 +23,13 @@ from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
+from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.model_files import write_model_files
-from zotune.llm.output.output_folder import LEDGER
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.scales import state_dict_with_scales
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.resume import frozen_digest
+from zotune.llm.training.origin import frozen_digest
 from zotune.messages import say
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.bounds import COUNT
@@ -39,11 +40,15 @@ _COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank")
 MERGE = "merge.json"
 
 
-def find_ledger(path: Path) -> Ledger:
+def find_ledger(path: Path, num_steps: int | None = None) -> Ledger:
     """Read the ledger in a run's folder or in a file.
 
+    Args:
+        path: the folder or the file.
+        num_steps: read the first steps only, also those before damage in the middle; all steps for None.
+
     Raises:
-        LedgerError: there is none, or it is damaged.
+        LedgerError: there is none, it has fewer steps, or it is damaged before that step.
     """
     if path.is_dir():
         tidy(path)
@@ -56,7 +61,12 @@ def find_ledger(path: Path) -> Ledger:
             f"recorded "
             "in a few numbers."
         )
-    return read(file)
+    try:
+        return read(file).first(num_steps)
+    except DamagedLedgerError as error:
+        if num_steps is None or num_steps > len(error.intact):
+            raise
+        return error.intact.first(num_steps)
 
 
 def config_of(ledger: Ledger, base: str | None = None, device: str | None = None) -> TrainConfig:
@@ -106,6 +116,9 @@ class RebuiltModel:
     def tensor(self, name: str) -> Tensor:
         """Return the tensor of a name, on the CPU."""
         return self._state[name].detach().cpu()
+
+    def check_base(self) -> None:
+        """Do nothing: the base was read and checked when the model was rebuilt."""
 
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write a folder for transformers or peft to load."""
@@ -183,7 +196,8 @@ def export_into(folder: LockedFolder, rebuilt: AnyModel, *, merged: bool, max_sh
 
 def summary(ledger: Ledger) -> dict[str, Any]:
     """Return a summary of a ledger and its run."""
-    config = ledger.header.about.get("config") or {}
+    config = ledger.header.about.get("config")
+    config = config if isinstance(config, dict) else {}
     return {
         "steps": len(ledger),
         "skipped": sum(record.is_skipped for record in ledger),

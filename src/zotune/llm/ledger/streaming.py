@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.ledger import Ledger, LedgerError
-from zotune.ledger.replay import check, digest_of, match_noise
+from zotune.ledger.replay import check, digest_of
 from zotune.ledger.stream import Trace
 from zotune.llm.checkpoints.no_code import read_generation_config
 from zotune.llm.config.run import TrainConfig
@@ -28,9 +28,10 @@ from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.model_files import write_errors_in_words
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
-from zotune.llm.training.resume import combined_digest
+from zotune.llm.training.origin import combined_digest
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.bounds import read_json
 
@@ -50,19 +51,22 @@ class StreamedModel:
         lm: the model on `meta`; tuned parameters require a gradient.
         config: options of the run.
         shapes: its tensors on `meta`, by the names under which they are saved.
-        tensor: returns the tensor of a name.
+        tensor: returns the tensor of a name, after the digest of the base's was checked.
+        check_base: reads the base's tensors whose digests were not checked yet, and checks them.
     """
 
     lm: LanguageModel
     config: TrainConfig
     shapes: dict[str, Tensor]
     tensor: Weights
+    check_base: Callable[[], None] = lambda: None
 
     @property
     def names(self) -> frozenset[str]:
         """The names of the saved tensors."""
         return frozenset(self.shapes)
 
+    @write_errors_in_words()
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write a folder for transformers to load, with one tensor in memory at a time."""
         module: Any = self.lm.module
@@ -93,27 +97,35 @@ class StreamedModel:
         shapes = {t.name: (str(t.parameter.dtype), list(t.parameter.shape)) for t in optimizer.tuned}
         if shapes != {t["name"]: (f"torch.{t['dtype']}", t["shape"]) for t in ledger.header.tensors}:
             raise NotStreamedError("the shapes of its tensors are unknown before they are read")
-        match_noise(optimizer, ledger)
-        if from_base:
-            check(optimizer, ledger, digests=False)
+        check(optimizer, ledger, digests=False)
         device, previous = find_device(config.device), self.tensor
         trace = Trace(optimizer, ledger, lambda t: previous(t.name))
         digests = {t["name"]: t["digest"] for t in ledger.header.tensors} if from_base else {}
+        unread = set(digests)
+
+        def base_of(name: str, tuned: str) -> Tensor:
+            x = previous(name)
+            if digests and (digest := digest_of(x)) != digests[tuned]:
+                raise LedgerError(
+                    f"{ledger.name} belongs to another base model: the digest of {tuned!r} was "
+                    f"{digests[tuned]}, here it is {digest}. Replay it on the model that the run started from."
+                )
+            unread.discard(tuned)
+            return x
 
         def tensor(name: str) -> Tensor:
-            x, tuned = previous(name), optimizer.tuned.named(name)
-            if tuned is None:
-                return x
-            if digests and (digest := digest_of(x)) != digests[tuned.name]:
-                raise LedgerError(
-                    f"{ledger.name} belongs to another base model: the digest of {tuned.name!r} was "
-                    f"{digests[tuned.name]}, here it is {digest}. Replay it on the model that the run started from."
-                )
-            on_device = x.to(device).contiguous()
+            if (tuned := optimizer.tuned.named(name)) is None:
+                return previous(name)
+            on_device = base_of(name, tuned.name).to(device).contiguous()
             trace.apply(tuned.name, on_device.view(-1))
             return on_device.cpu()
 
-        return replace(self, config=config, tensor=tensor)
+        def check_base() -> None:
+            self.check_base()
+            for name in sorted(unread):
+                base_of(name, name)
+
+        return replace(self, config=config, tensor=tensor, check_base=check_base)
 
 
 def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
@@ -162,7 +174,11 @@ def mean_of_models(streams: Iterable[StreamedModel]) -> StreamedModel:
             total += other.tensor(name)
         return (total / (1 + len(others))).to(x.dtype)
 
-    return replace(first, tensor=tensor)
+    def check_base() -> None:
+        for stream in (first, *others):
+            stream.check_base()
+
+    return replace(first, tensor=tensor, check_base=check_base)
 
 
 def _source(options: ModelOptions) -> str:
@@ -230,7 +246,7 @@ def _check_frozen(ledger: Ledger, config: TrainConfig, module: nn.Module, tensor
     names = sorted(name for name, p in module.named_parameters() if not p.requires_grad)
     digest, expected = (
         combined_digest(names, (digest_of(tensor(name)) for name in names)),
-        ledger.header.about["frozen"],
+        ledger.header.about.get("frozen"),
     )
     if digest != expected:
         raise LedgerError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ class Verification:
         cut_bytes: bytes of a damaged tail.
         num_tensors: number of compared tensors.
         different: the saved tensors that are not the ledger's.
-        missing: the tuned tensors that are not saved.
+        missing: the tensors that are not saved, such as those of a lost shard; beside a base that is not saved with
+            them, the tuned ones.
         unexpected: the saved tensors that the ledger's model does not have.
     """
 
@@ -55,13 +57,15 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
     rebuilt = rebuild_any(
         fine_tune.first(_best_step(folder, fine_tune)) if isinstance(fine_tune, Ledger) else fine_tune, base, device
     )
+    # Saved or not, every tensor of the base is read: tuned ones when they are compared, or after that.
     saved = Checkpoint(sorted(folder.glob("*model*.safetensors")))
     names = sorted(rebuilt.names & saved.names)
     if saved.names and not names:
         raise LedgerError(f"the weights in {folder} are not of the ledger's model: no tensor has the same name.")
     different = [name for name in names if not _same_bits(rebuilt.tensor(name), saved.tensor(name))]
-    groups = _tuned_groups(rebuilt) if saved.names else []
-    missing = [group[0] for group in groups if saved.names.isdisjoint(group)]
+    rebuilt.check_base()
+    groups = _groups(rebuilt) if saved.names else []
+    missing = sorted(group[0] for group in groups if saved.names.isdisjoint(group))
     # The files of a quantised base hold more tensors than its state, such as the kinds of its blocks.
     unexpected = () if is_quantised(rebuilt.lm.base) else sorted(saved.names - rebuilt.names)
     return Verification(
@@ -69,12 +73,20 @@ def verify(path: Path, base: str | None = None, device: str | None = None) -> Ve
     )
 
 
-def _tuned_groups(rebuilt: AnyModel) -> list[tuple[str, ...]]:
-    """Return the names under which each tuned tensor may be saved."""
-    if is_adapter(rebuilt.lm.module):
+def _groups(rebuilt: AnyModel) -> list[tuple[str, ...]]:
+    """Return the names under which each tensor that is to be saved may be saved; a tied one has several."""
+    module: Any = rebuilt.lm.module
+    if is_adapter(module):
         return [(name,) for name in sorted(rebuilt.names)]
-    # The scales of bitsandbytes are saved in the state of its layers, under other names.
-    return [group for group in tuned_groups(rebuilt.lm.module) if not rebuilt.names.isdisjoint(group)]
+    if is_quantised(rebuilt.lm.base):
+        # The scales of bitsandbytes are saved in the state of its layers, under other names.
+        return [group for group in tuned_groups(module) if not rebuilt.names.isdisjoint(group)]
+    groups: dict[int, tuple[str, ...]] = {}
+    for name in module.state_dict():
+        key = id(module.get_parameter_or_buffer(name))
+        groups[key] = (*groups.get(key, ()), name)
+    ignored = set(module._keys_to_ignore_on_save or ())
+    return [group for group in groups.values() if not ignored.issuperset(group)]
 
 
 def _best_step(folder: Path, ledger: Ledger) -> int | None:

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from zotune.errors import UsageError
 from zotune.llm.checkpoints.no_code import NO_CODE, read_tokenizer
 from zotune.system.cache_dir import cache_folder
 from zotune.system.child_python import python, python_path
+from zotune.system.scratch_folder import obey_umask, scratch_folder
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def fetch(name: str, *, accept_terms: bool = False) -> Path:
     if model.terms is not None:
         print(f"zotune: {model.terms}", file=sys.stderr)  # noqa: T201
     # The folder is made aside and renamed when complete: an interrupted run, or two at once, leave no partial model.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
+    with scratch_folder(folder.parent) as aside:
         print(f"zotune: downloading {name} ({model.megabytes} MB) once into {folder} …", file=sys.stderr, flush=True)  # noqa: T201
-        gguf = _gguf(model, Path(aside))
-        converted = Path(aside) / "model"
+        gguf = _gguf(model, aside)
+        converted = aside / "model"
         _convert_apart(gguf, converted)
+        obey_umask(aside)
         try:
             converted.rename(folder)
         except OSError:
@@ -132,8 +133,8 @@ def fetch_gguf(name: str, *, accept_terms: bool = False) -> Path:
     folder, model = fetch(name, accept_terms=accept_terms), BUILT_IN[name]
     file = folder.with_name(f"{name}.gguf")
     if not file.is_file():
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as aside:
-            _gguf(model, Path(aside)).replace(file)
+        with scratch_folder(folder.parent) as aside:
+            _gguf(model, aside).replace(file)
     return file
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zotune.errors import UsageError, did_you_mean, is_out_of_memory
+from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_folder import (
     AdapterFolder,
     is_adapter_folder,
@@ -80,9 +80,12 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     lm.module.eval()
     if lm.device.type == "cpu":
         _say_what_is_emulated(lm.base.dtype)
-    # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
-    if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
-        check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
+    # What is wrong with a configuration or a tokenizer may show in its first use alone.
+    with errors_in_words(options.model):
+        lm.tokenizer("a")
+        # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
+        if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
+            check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
 
 
@@ -247,6 +250,11 @@ def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
 
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
     """Load a base model from its GGUF file, with the tuned tensors in a folder."""
+    if base not in BUILT_IN and Path(base).is_dir():
+        raise UsageError(
+            f"the tuned tensors in {options.model} name the folder {base!r} as their base, and no GGUF file."
+        )
+    say(f"the tuned tensors in {options.model} name the base model {base}")
     lm = load(options.model_copy(update={"model": base, "quantization": "gguf"}))
     check_fingerprint(Path(options.model), lm.module, base)
     load_tuned(lm.module, Path(options.model))
@@ -263,7 +271,7 @@ def errors_in_words(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError:
+    except (ZotuneError, ImportError):
         raise
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
@@ -273,7 +281,7 @@ def errors_in_words(name: str) -> Iterator[None]:
 
 def _not_loaded_message(name: str, error: Exception) -> str:
     known = [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES)]
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = reason_of(error)
     if "custom code" in reason:
         return (
             f"the model {name!r} comes with Python code of its own, without which transformers cannot read it, and "

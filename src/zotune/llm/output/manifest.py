@@ -10,13 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from zotune.errors import UsageError
-from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
 from zotune.llm.config.run import read_recipe
 from zotune.system.bounds import read_json
 
@@ -24,13 +24,13 @@ from zotune.system.bounds import read_json
 COUNTS_FOR_RESULTS = "never"
 
 FILE = "zotune-files.json"
-CONFIG = "config.yaml"
+CONFIG, LEDGER = "config.yaml", "ledger.zol"
 _ABOUT = "Files that zotune wrote into this folder; it replaces and deletes no others."
 # A larger file is known by blocks of it: any training changes all of them.
 _WHOLE, _BLOCK, _NUM_BLOCKS = 2**20, 4096, 256
 
 # What a run leaves at least, besides its configuration.
-_PROOF = ("metrics.jsonl", "ledger.zol", "results.json")
+PROOF = ("metrics.jsonl", LEDGER, "results.json", "checkpoint.safetensors")
 # Patterns of the names that a run may write. Earlier versions of zotune wrote no manifest.
 RUN_PATTERNS = (
     *(
@@ -45,7 +45,7 @@ RUN_PATTERNS = (
         "checkpoint-*",
     ),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "config.json", "generation_config.json"),
-    *("search.json", "adapter_config.json", FINGERPRINT, "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", "base_model.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.*", "merges.txt", "*.jinja", "additional_chat_templates", "trainer_state.json", "runs"),
 )
 
@@ -105,19 +105,25 @@ def read_manifest(folder: Path) -> Manifest | None:
 def manifest_of(folder: Path) -> Manifest:
     """Return the manifest of a folder; for a run of an earlier version, one of the names that it wrote."""
     manifest = read_manifest(folder)
-    if manifest is None and is_earlier_run(folder):
-        return Manifest(dict.fromkeys(run_names(folder)))
-    return manifest or Manifest()
+    return Manifest(dict.fromkeys(_names_of_earlier_run(folder))) if manifest is None else manifest
 
 
-def run_names(folder: Path) -> list[str]:
-    """Return the sorted names in a folder that a run may write."""
-    return sorted({path.name for pattern in RUN_PATTERNS for path in folder.glob(pattern)})
+def _names_of_earlier_run(folder: Path) -> list[str]:
+    """Return the names in a folder without a manifest that a run of an earlier version wrote."""
+    present = [name for name in PROOF if (folder / name).is_file()]
+    if present and is_written_config(folder / CONFIG):
+        return sorted({path.name for pattern in RUN_PATTERNS for path in folder.glob(pattern)})
+    # With other options beside it, a ledger says only of the files that no one else writes that they are its run's.
+    return present if LEDGER in present and _is_ledger(folder / LEDGER) else []
 
 
-def is_earlier_run(folder: Path) -> bool:
-    """Whether a folder without a manifest holds a run of an earlier version of zotune: its options and its results."""
-    return is_written_config(folder / CONFIG) and any((folder / name).is_file() for name in _PROOF)
+def _is_ledger(path: Path) -> bool:
+    # Imported here because it imports torch, which few readers of a manifest need.
+    from zotune.ledger.format import MAGIC
+
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+    return False
 
 
 def is_written_config(path: Path) -> bool:

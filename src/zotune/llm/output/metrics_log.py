@@ -27,6 +27,11 @@ class MetricsLog:
         """Whether an earlier part of the run recorded anything."""
         return any(True for _ in _whole_lines(self._path))
 
+    @property
+    def last_step(self) -> int:
+        """The last step that an earlier part of the run recorded; 0 if there is none."""
+        return max((key[0] for line in _whole_lines(self._path) if (key := _key(line)) is not None), default=0)
+
     def truncate(self, num_steps: int) -> float:
         """Remove the lines after step `num_steps`; return the training seconds recorded in the remaining ones."""
         lines: dict[tuple[int, bool], Line] = {}

@@ -11,10 +11,11 @@ from zotune.llm.models.builtin import BUILT_IN
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.scoring.accuracy import Evaluation
+from zotune.messages import markdown_text
 
 
 def model_card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Evaluation | None) -> str:
-    """Return the text of the model card."""
+    """Return the text of the model card, in which names of models, files and functions are text and no markup."""
     metric, result = "accuracy", "not evaluated"
     if test is not None:
         metric, result = f"{test.metric} (95 % interval)", str(test)
@@ -27,16 +28,16 @@ library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
 ---
 
-# {config.model}, tuned on {config.task or config.train_file or "rows in memory"}
+# {markdown_text(f"{config.model}, tuned on {config.task or config.train_file or 'rows in memory'}")}
 
 Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
 ({results["num_tuned"]:,} numbers tuned).
 
 | | |
 |---|---|
-| {metric} | {result} |
+| {markdown_text(metric)} | {markdown_text(result)} |
 | steps, forward passes | {results["num_steps"]}, {results["num_forwards"]} |{best}
-| objective | {config.objective or "the task's own"} |
+| objective | {markdown_text(config.objective or "the task's own")} |
 | learning rate, μ, queries | {config.learning_rate}, {config.mu}, {config.num_queries} |
 | seed | {config.seed} |
 | training time | {results["seconds"]:.0f} s |

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.models.language_model import LanguageModel
@@ -30,8 +32,28 @@ def is_write_error(error: Exception) -> bool:
     return isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
 
 
+@contextmanager
+def write_errors_in_words() -> Iterator[None]:
+    """Within this context a library that cannot write a file raises an error in words; its own is of no known kind.
+
+    Raises:
+        NotWrittenError: safetensors, or tokenizers, which raises a plain `Exception`, could not write a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:
+            raise
+        raise NotWrittenError(f"the model's files could not be written: {reason_of(error)}") from None
+
+
+@write_errors_in_words()
 def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write weights or adapter, config and tokenizer."""
+    """Write weights or adapter, config and tokenizer.
+
+    Raises:
+        OSError, NotWrittenError: a file cannot be written.
+    """
     if not is_adapter(lm.module) and has_packed_layers(lm.module):
         write_tuned(lm.module, folder)
         write_fingerprint(folder, lm.base_fingerprint)

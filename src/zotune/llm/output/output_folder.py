@@ -19,7 +19,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.free_folder import check_free, check_inputs
 from zotune.llm.output.json_files import write_json
 from zotune.llm.output.locked_folder import LockedFolder, not_written
-from zotune.llm.output.manifest import CONFIG
+from zotune.llm.output.manifest import CONFIG, LEDGER, PROOF
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_card import model_card
 from zotune.llm.output.model_files import is_write_error, old_weights, write_model_files
@@ -27,7 +27,7 @@ from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 
-METRICS, LEDGER, CHECKPOINT = "metrics.jsonl", "ledger.zol", "checkpoint.safetensors"
+METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint.safetensors"
 SEARCH = "search.json"
 # Files that grow, or are written again and again, while a run goes on.
 _GROWING = (METRICS, LEDGER, CHECKPOINT)
@@ -60,7 +60,8 @@ class OutputFolder:
         try:
             check_inputs(config, self._folder.manifest)
             recipe = self.source / CONFIG
-            holds_run = CONFIG in self._folder.manifest.files and (self.path / CONFIG).is_file()
+            owned = any(self._folder.manifest.owns(self.path / name) for name in (CONFIG, *PROOF))
+            holds_run = owned and (self.path / CONFIG).is_file()
             is_elsewhere = not self.source.resolve().is_relative_to(self.path.resolve())
             self.is_resumed = config.resume and recipe.is_file() and (holds_run or is_elsewhere)
             if not self.is_resumed or is_elsewhere:

@@ -8,7 +8,6 @@ for the files of an earlier run, which a new one sets aside: its manifest decide
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -16,13 +15,12 @@ from pathlib import Path
 from zotune.llm.output.manifest import CONFIG, FILE, Manifest, manifest_of, read_manifest
 from zotune.messages import say
 from zotune.system.atomic_write import atomic_write, sync
-from zotune.system.scratch_folder import left_over, make_folder, obey_umask, remove_left_over
+from zotune.system.scratch_folder import made_folders, make_folder, obey_umask, remove_left_over
 
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 
 _SWAP, _REPLACED = ".zotune-swap-", ".zotune-replaced-"
-_SWAPS, _ASIDES = re.compile(rf"{re.escape(_SWAP)}[0-9a-f]{{16}}"), re.compile(rf"{re.escape(_REPLACED)}[0-9a-f]{{16}}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -75,14 +73,14 @@ def go_back(folder: Path, manifest: Manifest) -> None:
 def recover(folder: Path) -> None:
     """Finish what a kill cut short in a folder that this process has locked, and remove what it left over."""
     remove_left_over(folder)
-    for swap in left_over(folder, _SWAPS):
+    for swap in made_folders(folder, _SWAP):
         _finish_swap(folder, swap)
     manifest = manifest_of(folder)
     if manifest.replaced and not manifest.present(folder):
         # The run that would replace them was killed before it wrote its options.
         _return_last(folder, manifest)
     replaced = manifest_of(folder).replaced
-    for aside in left_over(folder, _ASIDES):
+    for aside in made_folders(folder, _REPLACED):
         if aside.name not in replaced:
             _return(folder, aside)
 
@@ -118,8 +116,8 @@ def _finish_swap(folder: Path, swap: Path) -> None:
     before, after = manifest_of(folder), read_manifest(swap)
     if after is not None:
         new = [path for path in sorted(swap.iterdir()) if path.name != FILE]
-        for name in before.present(folder):
-            if name not in after.files:
+        for name in before.files.keys() - after.files.keys():
+            if before.owns(folder / name):
                 remove(folder / name)
         for path in new:
             make_way(folder / path.name, before)

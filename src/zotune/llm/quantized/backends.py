@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from zotune.errors import UsageError
+from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.run import read_recipe
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.quantized.layers import PackedLinear
@@ -130,10 +130,17 @@ def quantization_config(name: str, dtype: torch.dtype) -> Any:
 
 
 def saved_quantization(folder: Path) -> str | None:
-    """Return the quantisation of the base model on which the adapter in a run's folder was tuned, or None."""
+    """Return the quantisation of the base model on which the adapter in a run's folder was tuned, or None.
+
+    Raises:
+        UsageError: the folder's config.yaml names one that there is not.
+    """
     path = folder / "config.yaml"
     name = read_recipe(path).get("quantization") if path.is_file() else None
-    return None if name is None else str(name)
+    known = ("none", "gguf", *QUANTIZERS)
+    if name is not None and name not in known:
+        raise UsageError(f"{path}: quantization is {str(name)[:80]!r}.{did_you_mean(str(name)[:80], known)}")
+    return name
 
 
 def is_packed(tensor: Tensor) -> bool:

@@ -48,9 +48,9 @@ def load_tuned(model: nn.Module, folder: Path) -> None:
     Raises:
         UsageError: the model has no such tensors.
     """
-    with safe_open(folder / TUNED_FILE, framework="pt") as file:
-        tuned = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
     try:
+        with safe_open(folder / TUNED_FILE, framework="pt") as file:
+            tuned = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
         suffix = f".{SCALES}"
         layers = [name.removesuffix(suffix) for name in tuned if name.endswith(suffix)]
         # A tied tensor is saved once, under its first name.
@@ -59,6 +59,8 @@ def load_tuned(model: nn.Module, folder: Path) -> None:
             model.get_parameter(name).copy_(value)
     except (AttributeError, RuntimeError) as error:
         raise UsageError(f"{folder / TUNED_FILE} belongs to another base model: {error}") from None
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder / TUNED_FILE} cannot be read: {error}") from None
 
 
 def _with_ties(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:

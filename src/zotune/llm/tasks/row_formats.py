@@ -258,7 +258,7 @@ def template_columns(template: str) -> tuple[str, ...]:
         raise
     except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
-            f"the template {template!r} is not valid: {error}. {{column}} stands for a row's column; "
+            f"the template {template[:1000]!r} is not valid: {error}. {{column}} stands for a row's column; "
             "write a literal brace twice: {{ or }}."
         ) from None
     return tuple(names)

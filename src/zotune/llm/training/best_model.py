@@ -97,8 +97,8 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
         RunError: there is no room; the message ends with `remedy`.
     """
     num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
-    folder = folder if num_bytes > MAX_MEMORY else None
-    store = ActivationStore([MemoryTier(num_bytes) if folder is None else FileTier(num_bytes, folder)])
+    on_disk = folder if num_bytes > MAX_MEMORY else None
+    store = ActivationStore([MemoryTier(num_bytes) if on_disk is None else FileTier(num_bytes, on_disk)])
     for i, p in enumerate(tuned):
         if not store.put((i,), p.detach()):
             raise RunError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from zotune.errors import NotWrittenError
 from zotune.ledger.replay import digests_of
 from zotune.system.atomic_write import atomic_write, sync
+from zotune.system.bounds import parse_json
 
 
 class DamagedCheckpointError(ValueError):
@@ -54,7 +55,7 @@ def load(path: Path) -> Any:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file, not a dict
         if metadata["digest"] != _digest(metadata["tree"], tensors):
             raise DamagedCheckpointError("its digest does not match its content")
-        return _unflatten(json.loads(metadata["tree"]), tensors)
+        return _unflatten(parse_json(metadata["tree"], str(path)), tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from None
 

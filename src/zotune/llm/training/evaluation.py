@@ -130,15 +130,29 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
 
 
 def base_model_of(model: str) -> str | None:
-    """Return the base model of a tuned model in a folder, from the configuration of its adapter or run, else None."""
-    folder, base = Path(model), None
+    """Return the base model of a tuned model in a folder, from the configuration of its adapter or run, else None.
+
+    The base of a model that was tuned several times is the first one.
+
+    Raises:
+        UsageError: the model names itself as its base, directly or by way of others.
+    """
+    seen = [model]
+    while (base := _named_base(Path(seen[-1]))) is not None:
+        if base in seen:
+            raise UsageError(f"{model} names itself as its base model ({', '.join([*seen, base])}); correct its files.")
+        seen.append(base)
+    return seen[-1] if len(seen) > 1 else None
+
+
+def _named_base(folder: Path) -> str | None:
+    """Return the base model that the adapter or the run in a folder names, or None."""
     if is_adapter_folder(folder):
-        base = base_of_adapter(folder)
-    elif (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
+        return base_of_adapter(folder)
+    if (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
         named = read_recipe(folder / "config.yaml").get("model")
-        base = named if isinstance(named, str) else None
-    # The base of a model that was tuned several times is the first one.
-    return None if base is None else base_model_of(base) or base
+        return named if isinstance(named, str) else None
+    return None
 
 
 def _check_options(config: EvalConfig) -> None:

@@ -79,7 +79,7 @@ def find_rate(
         rows: the rows of the run, of which training rows are read.
         config: the options of the run.
         make_run: makes a run of other rows and options, with a new optimizer.
-        folder: folder for a copy of weights that are too large for memory.
+        folder: folder for a copy of weights that are too large for memory; None: they are copied in memory.
 
     Raises:
         RunError: there is no room for a copy of the tuned weights.

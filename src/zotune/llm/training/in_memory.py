@@ -55,11 +55,11 @@ class MemoryOutput:
     def __init__(self) -> None:
         self.metrics = MetricsInMemory()
 
-    def record_search(self, config: TrainConfig, search: dict[str, Any]) -> None:
-        """Do nothing: the learning rate is in the metrics."""
-
     def begin(self) -> None:
         """Do nothing: there is no folder to prepare."""
+
+    def record_search(self, config: TrainConfig, search: dict[str, Any]) -> None:
+        """Do nothing: the search was shown."""
 
     def check_free_space(self, lm: LanguageModel) -> None:
         """Do nothing: no room is needed."""

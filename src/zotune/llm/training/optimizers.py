@@ -20,7 +20,6 @@ from zotune.methods.paper import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
 from zotune.optim.master_weights import FirstOrder, with_master_weights
 from zotune.optim.zeroth_order import ZerothOrder
-from zotune.system.bounds import COUNT
 
 _DIFFERENCES = {"central": central_difference, "forward": forward_difference}
 
@@ -138,7 +137,5 @@ def _blocks(module: nn.Module, options: MethodOptions, params: list[nn.Parameter
     if options.blocks is None:
         return None
     if options.blocks == "size":
-        numbers = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        COUNT.check(numbers // options.block_size, f"the blocks of block_size {options.block_size}")
         return blocks_by_size(module, options.block_size, params)
     return BLOCKS[options.blocks](module, params)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from zotune.messages import say
+from zotune.messages import Lossy, printable, say
 
 # The benchmark's content keys leave out this module: it shows a run, and computes nothing of its result.
 COUNTS_FOR_RESULTS = "never"
@@ -59,7 +60,8 @@ class Display:
     """A context that shows the latest `Status`, and single messages above it."""
 
     def __init__(self, max_steps: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        stream: Any = Lossy(sys.stderr)
+        self._console = Console(file=stream, highlight=False)
         self._live = self._console.is_terminal
         self._bar = Progress(
             BarColumn(bar_width=20), TextColumn("{task.description}"), console=self._console, transient=True
@@ -88,4 +90,4 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line that stays above the progress bar."""
-        self._console.print(message, markup=False) if self._live else say(message)
+        self._console.print(printable(message), markup=False) if self._live else say(message)

@@ -1,21 +1,20 @@
 """Resuming a run after any end, from its ledger, a full checkpoint, or both.
 
 The ledger alone suffices to resume a zeroth-order run; a checkpoint only makes resuming faster. A run with a
-first-order
-part has no ledger, because its steps cannot be recorded in a few numbers, and resumes from its last checkpoint. Its
-first checkpoint, of step 0, has no tensor: it names the rows and the weights that the run began with.
+first-order part has no ledger, because its steps cannot be recorded in a few numbers, and resumes from its last
+checkpoint. Its first checkpoint, of step 0, has no tensor: it names the rows and the weights that the run began with.
+
+A run to resume is compared with what it began with (`origin`) before anything is written.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -23,27 +22,32 @@ import zotune
 from zotune.errors import UsageError
 from zotune.estimate.gradient_check import CheckedForwardGradient
 from zotune.estimate.jvp import forward_gradient
-from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord
-from zotune.ledger.replay import check, digests_of, header_of, replay
+from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord, read
+from zotune.ledger.files import locked
+from zotune.ledger.replay import check, header_of, replay
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.output_folder import CHECKPOINT, LEDGER, OutputFolder
-from zotune.llm.quantized.backends import frozen_tensors
+from zotune.llm.output.manifest import LEDGER
+from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.output_folder import CHECKPOINT, METRICS, OutputFolder
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer
+from zotune.llm.training.origin import (
+    check_num_steps,
+    check_options,
+    check_origin,
+    origin_of,
+    recorded_options,
+    with_tuned_weights,
+)
 from zotune.messages import say
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
 
-# Options that may differ between the parts of a run, because the weights do not depend on them.
-_FREE_OPTIONS = frozenset(
-    {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
-    | {"reuse_activations", "reuse_memory", "reuse_file"}
-    | {"report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
-)
+_START_AGAIN = "choose another --output-dir, or start again with --overwrite-output-dir."
 
 
 class Journal:
@@ -69,93 +73,141 @@ class Journal:
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
-        self._run = {k: v for k, v in config.model_dump(mode="json").items() if k not in _FREE_OPTIONS}
-        self._run["data"] = data_digest(train)
-        self._origin = None if self.has_ledger else origin_of(lm, train, dev if config.selects else ())
+        origin = origin_of(lm, train, dev if config.selects else None)
+        self._origin = origin if self.has_ledger else with_tuned_weights(origin, lm)
         self._writer: LedgerWriter | None = None
-        self._description = partial(_description, config, lm, train, dev if config.selects else None)
+        self._ledger: Ledger | None = None
+        self._saved: Any = None
+
+    def check(self) -> None:
+        """Check that the run to resume, if there is one, is this run. Nothing is changed; `restore` comes after it.
+
+        The run may lie in a folder `checkpoint-N`, from which it is copied in between.
+
+        Raises:
+            LedgerError: its ledger is damaged, or another process writes it.
+            UsageError: it began with other rows, another base model or other options, has more steps than it shall
+                end after, or lacks the file that it resumes from.
+        """
+        if not self._output.is_resumed:
+            return
+        folder = self._output.source
+        check_options(self._output.before.model_dump(mode="json"), self._config, str(folder))
+        path = folder / (LEDGER if self.has_ledger else CHECKPOINT)
+        if not path.exists():
+            self._check_not_begun(folder, path.name)
+        elif isinstance(self._optimizer, ZerothOrder):
+            with locked(path):
+                self._ledger = read(path)
+            self._check_ledger(self._ledger, self._optimizer)
+            self._saved = self._checkpoint_of(self._ledger, folder / CHECKPOINT)
+        else:
+            self._saved = self._checked_checkpoint(path)
+
+    def _check_not_begun(self, folder: Path, missing: str) -> None:
+        """Check that the run without the file it resumes from has not taken a step, so that it may start."""
+        files = [p.name for pattern in ("results.json", "*.safetensors") for p in folder.glob(pattern)]
+        if files or MetricsLog(folder / METRICS).has_lines:
+            raise UsageError(
+                f"{folder} holds a run ({files[0] if files else 'metrics.jsonl'}), but its {missing} is not there to "
+                f"resume it from. Restore that file, {_START_AGAIN}"
+            )
+
+    def _check_ledger(self, ledger: Ledger, optimizer: ZerothOrder) -> None:
+        about = ledger.header.about
+        options = about.get("config")
+        if not isinstance(options, dict):
+            raise LedgerError(f"{ledger.name} does not record the options of its run, so the run cannot resume.")
+        check_options(options, self._config, ledger.name)
+        check_origin(self._origin, {"data": None, "frozen": None, **about}, ledger.name)
+        check(optimizer, ledger)
+        check_num_steps(len(ledger), self._config, ledger.name)
+
+    def _checkpoint_of(self, ledger: Ledger, path: Path) -> Any:
+        """Return the checkpoint if it is sound and of this ledger's run: without it, resuming only takes longer.
+
+        Checkpoints do not record the best step.
+        """
+        if not path.exists() or self._config.selects:
+            return None
+        try:
+            saved = checkpoint.load(path)
+        except DamagedCheckpointError as error:
+            say(f"{error}; resuming without it")
+            return None
+        step = saved["counters"]["step"]
+        if step > len(ledger):
+            return None
+        if "ledger" in saved:
+            return saved if saved["ledger"] == ledger.first(step).mark else None
+        # Checkpoints of earlier versions do not name their ledger.
+        try:
+            check_options(_options_of(saved), self._config, str(path))
+        except UsageError:
+            return None
+        return saved
+
+    def _checked_checkpoint(self, path: Path) -> Any:
+        try:
+            saved = checkpoint.load(path)
+        except DamagedCheckpointError as error:
+            raise UsageError(f"{error}. The run resumes from it: restore it from a copy, {_START_AGAIN}") from None
+        check_options(_options_of(saved), self._config, str(path))
+        # Checkpoints of earlier versions know only the training rows.
+        check_origin(self._origin, saved.get("origin") or {"data": saved["run"].get("data")}, str(path))
+        num_steps = max(saved["counters"]["step"], MetricsLog(path.with_name(METRICS)).last_step)
+        check_num_steps(num_steps, self._config, str(path.parent))
+        return saved
 
     def restore(self, counters: Counters, note: Callable[[StepRecord], None]) -> None:
-        """Restore weights, optimizer and counters of a resumed run; a new run starts its ledger.
+        """Restore weights, optimizer and counters of a checked run; a new run starts its ledger.
 
         Args:
             counters: counters of a new run, updated in place.
             note: called after each replayed step.
-
-        Raises:
-            LedgerError: the ledger is damaged, or belongs to another base model, data or options; nothing was changed.
-            UsageError: the same of the checkpoint of a run without a ledger.
         """
-        saved = self._checkpoint()
+        if self._output.is_resumed and self._config.model_copy(update={"resume": False}) != self._output.before:
+            self._output.write_config(self._config)
         if not isinstance(self._optimizer, ZerothOrder):
-            self._restore_without_ledger(saved, counters)
+            self._restore_without_ledger(counters)
             return
-        path = self._output.path / LEDGER
-        if not (self._output.is_resumed and path.exists()):
-            self._writer = LedgerWriter.create(path, header_of(self._optimizer, self._description()))
+        if self._ledger is None:
+            header = header_of(self._optimizer, _description(self._config, self._origin))
+            self._writer = LedgerWriter.create(self._output.path / LEDGER, header)
             self._output.metrics.truncate(0)
         else:
-            self._replay(saved, counters, note)
+            self._writer, ledger = LedgerWriter.resume(self._output.path / LEDGER)
+            self._replay(self._writer, ledger, self._optimizer, counters, note)
         self._optimizer.on_step = self._append
 
-    def _restore_without_ledger(self, saved: Any, counters: Counters) -> None:
-        """Check that a resumed run has the rows and weights that it began with, and load its last checkpoint."""
-        if not self._output.is_resumed or (saved is None and not self._output.metrics.has_lines):
-            self._output.metrics.truncate(0)
+    def _restore_without_ledger(self, counters: Counters) -> None:
+        if self._saved is None:
             checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), "weights": {}, "optimizer": {}})
-            return
-        folder, again = self._output.path, "or start again with --overwrite-output-dir."
-        if saved is None:
-            raise UsageError(f"{folder} has no checkpoint of this run to resume from. Restore {CHECKPOINT}, {again}")
-        # Checkpoints of earlier versions know only the training rows.
-        theirs, ours = saved.get("origin") or {"data": saved["run"].get("data")}, self._origin or {}
-        for name, what in ORIGIN.items():
-            if name in theirs and theirs[name] != ours[name]:
-                raise UsageError(
-                    f"the checkpoint in {folder} is of a run with other {what}, so it cannot resume. Restore them, "
-                    f"choose another --output-dir, {again}"
-                )
-        step = saved["counters"]["step"]
-        if step > self._config.max_steps:
-            raise UsageError(
-                f"{folder} holds a run of {step} steps, so it cannot end after {self._config.max_steps}. Raise "
-                f"--max-steps, choose another --output-dir, {again}"
-            )
-        if saved["weights"] and not self._config.selects:
-            self._load(saved, counters)
+        elif self._saved["weights"] and not self._config.selects:
+            self._load(self._saved, counters)
         else:
             say("there is no checkpoint of a step to go on from, so the run starts again at step 0")
         self._output.metrics.truncate(counters.step)
 
-    def _replay(self, saved: Any, counters: Counters, note: Callable[[StepRecord], None]) -> None:
-        assert isinstance(self._optimizer, ZerothOrder)
-        path = self._output.path / LEDGER
-        self._writer, ledger = LedgerWriter.resume(path)
-        check(self._optimizer, ledger)
-        self._check_data(ledger)
-        ledger = ledger.first(min(len(ledger), self._config.max_steps))
+    def _replay(
+        self,
+        writer: LedgerWriter,
+        ledger: Ledger,
+        optimizer: ZerothOrder,
+        counters: Counters,
+        note: Callable[[StepRecord], None],
+    ) -> None:
         if ledger.cut_bytes:
-            say(f"{path} ends in {ledger.cut_bytes} incomplete or damaged bytes, which were removed")
+            writer.cut_tail()
+            say(f"{ledger.name} ends in {ledger.cut_bytes} incomplete or damaged bytes, which were removed")
         counters.seconds = self._output.metrics.truncate(len(ledger))
-        if saved is not None and saved["counters"]["step"] <= len(ledger):
-            self._load(saved, counters)
-        replay(self._optimizer, ledger, note)
+        if self._saved is not None:
+            self._load(self._saved, counters)
+        replay(optimizer, ledger, note)
         say(f"resumed at step {len(ledger)}")
-        if self._optimizer.num_steps and isinstance(self._optimizer.estimator, CheckedForwardGradient):
-            self._optimizer.estimator = forward_gradient
-        self._optimizer.stop_if_skipping()
-
-    def _check_data(self, ledger: Ledger) -> None:
-        ours, theirs = self._description(), ledger.header.about
-        names = {"data": "training rows", "frozen": "frozen weights"}
-        # Ledgers of earlier versions do not name the held-out rows.
-        names |= {"held_out": "held-out rows"} if "held_out" in ours and "held_out" in theirs else {}
-        for key, name in names.items():
-            if ours[key] != theirs.get(key):
-                raise LedgerError(
-                    f"{ledger.name} was started with other {name}, so the run cannot resume. Restore them, or start "
-                    "again with --overwrite-output-dir."
-                )
+        if optimizer.num_steps and isinstance(optimizer.estimator, CheckedForwardGradient):
+            optimizer.estimator = forward_gradient
+        optimizer.stop_if_skipping()
 
     def _append(self, record: StepRecord) -> None:
         assert self._writer is not None
@@ -176,25 +228,9 @@ class Journal:
 
     def _tree(self, counters: Counters) -> dict[str, Any]:
         """Return the part of a checkpoint that says of which run and which step it is."""
-        return {"run": self._run, "counters": vars(counters), "origin": self._origin}
-
-    def _checkpoint(self) -> Any:
-        """Return the last checkpoint if it is valid and of this run; with a ledger only if it suffices.
-
-        Checkpoints do not record the best step.
-        """
-        path = self._output.path / CHECKPOINT
-        if not self._output.is_resumed or not path.exists() or (self._config.selects and self.has_ledger):
-            return None
-        try:
-            saved = checkpoint.load(path)
-        except DamagedCheckpointError as error:
-            say(f"{error}; resuming without it")
-            return None
-        # Without a ledger the origin says more of the rows than their digest among the options.
-        free = {"max_steps"} if self.has_ledger else {"max_steps", "data"}
-        ours, theirs = ({k: v for k, v in run.items() if k not in free} for run in (self._run, saved["run"]))
-        return saved if ours == theirs else None
+        mark = {} if self._writer is None else {"ledger": self._writer.mark}
+        run = recorded_options(self._config)
+        return {"run": run, "counters": vars(counters), "origin": self._origin, **mark}
 
     def _load(self, saved: Any, counters: Counters) -> None:
         checkpoint.restore_weights(saved["weights"], self._tuned)
@@ -212,63 +248,19 @@ class Journal:
             self._writer.close()
 
 
-ORIGIN = {"data": "training rows", "held_out": "held-out rows", "weights": "weights of the base model"}
-"""What a run without a ledger begins with, besides its options: keys in a checkpoint and names for messages."""
+def _options_of(saved: Any) -> dict[str, Any]:
+    """Return the options of a checkpoint's run; those of earlier versions hold the digest of the rows beside them."""
+    return {key: value for key, value in saved["run"].items() if key != "data"}
 
 
-def origin_of(lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...]) -> dict[str, str]:
-    """Return digests of what a run begins with, of the model before the first step."""
-    tuned = {t.name: t.parameter for t in ParameterSet(lm.module)}
-    weights = [frozen_digest(lm.module), combined_digest(tuned, digests_of(tuned.values()))]
-    return {"data": data_digest(train), "held_out": data_digest(dev), "weights": combined_digest(weights, ())}
-
-
-def check_same_run(before: TrainConfig, now: TrainConfig) -> None:
-    """Check that a resumed run has the options that it was started with.
-
-    Raises:
-        UsageError: an option that affects the weights differs; `max_steps` may differ under a constant schedule.
-    """
-    free = _FREE_OPTIONS | (set() if now.schedule_needs_end else {"max_steps"})
-    for key, value in now.model_dump(mode="json").items():
-        original = before.model_dump(mode="json")[key]
-        if key not in free and value != original:
-            raise UsageError(
-                f"{now.output_dir} holds a run with {key}: {original}, so it cannot resume with {value}. Give the "
-                f"original "
-                "value, choose another --output-dir, or start again with --overwrite-output-dir."
-            )
-
-
-def _description(
-    config: TrainConfig, lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...] | None
-) -> dict[str, Any]:
-    """Return the description of a run in a ledger's header; `dev` are held-out rows that choose the weights."""
+def _description(config: TrainConfig, origin: Mapping[str, str]) -> dict[str, Any]:
+    """Return the description of a run in a ledger's header."""
     libraries = ("torch", "numpy", "transformers", "peft")
+    end = {"max_steps": config.max_steps} if config.schedule_needs_end else {}
     return {
-        "config": config.model_dump(mode="json"),
-        "data": data_digest(train),
-        **({} if dev is None else {"held_out": data_digest(dev)}),
-        "frozen": frozen_digest(lm.module),
-        "schedule": {"kind": config.lr_scheduler_type, "max_steps": config.max_steps},
+        "config": recorded_options(config),
+        **origin,
+        "schedule": {"kind": config.lr_scheduler_type, **end},
         "tuning": config.tuning,
         "versions": {"zotune": zotune.__version__, **{name: version(name) for name in libraries}},
     }
-
-
-def data_digest(train: tuple[Encoded, ...]) -> str:
-    """Return a digest of the training rows."""
-    return hashlib.blake2b(repr(train).encode(), digest_size=16).hexdigest()
-
-
-def frozen_digest(module: torch.nn.Module) -> str:
-    """Return a digest of all frozen tensors; for a quantised base of its packed integers and their scales."""
-    frozen = frozen_tensors(module)
-    names = sorted(frozen)
-    return combined_digest(names, digests_of(frozen[name] for name in names))
-
-
-def combined_digest(names: Iterable[str], digests: Iterable[str]) -> str:
-    """Return one digest of the names and digests of several tensors."""
-    parts = [*names, *digests]
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

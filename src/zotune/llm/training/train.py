@@ -41,7 +41,6 @@ from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
 from zotune.llm.training.progress import Display
-from zotune.llm.training.resume import check_same_run
 from zotune.llm.training.signals import StopRequest, stop_on_signal
 from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
@@ -160,12 +159,11 @@ def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
-    config = config.with_steps(len(rows.train), config.rows_a_step)
-    config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
-    config = _with_default_rate(lm, config)
     for note in rows.notes:
         say(note)
-    return config
+    config = config.with_steps(len(rows.train), config.rows_a_step)
+    config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
+    return _with_default_rate(lm, config)
 
 
 def tune(
@@ -183,8 +181,6 @@ def tune(
     Raises:
         UsageError, RunError: as `train`.
     """
-    if isinstance(output, OutputFolder) and output.is_resumed:
-        check_same_run(output.before, config)
     output.check_free_space(lm)
     store = _activation_store(config, output)
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
@@ -219,6 +215,7 @@ def _with_found_rate(
 def _train(run: Run, config: TrainConfig) -> Result:
     """Run all steps, save the model, and evaluate it."""
     lm, rows, output = run.lm, run.rows, run.output
+    run.journal.check()
     before = run.evaluate_before()
     output.begin()
     with Display(config.max_steps) as display, stop_on_signal() as stop:
