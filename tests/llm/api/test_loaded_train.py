@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from zotune.errors import UsageError
 from zotune.llm import TrainConfig, evaluate, generate, load, train
+from zotune.llm.training import find_rate
 
 ROWS = [
     {"text": text, "label": "yes" if i % 2 else "no"}
@@ -138,13 +139,15 @@ def test_callbacks_are_called_and_may_end_the_run(loaded):
         train(*loaded(), ROWS, callbacks=[print])
 
 
-def test_the_learning_rate_is_found_without_a_folder(loaded, tmp_path, monkeypatch):
+def test_the_learning_rate_is_found_without_a_folder(loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find_rate, "MIN_STEPS", 1)
     model, tokenizer = loaded()
-    options = {"tuning": "full", "max_steps": 200, "per_device_train_batch_size": 1}
+    options = {"tuning": "full", "max_steps": 60, "per_device_train_batch_size": 1}
     result = train(model, tokenizer, ROWS[:6], learning_rate="auto", **options)
     (rate,) = {line["learning_rate"] for line in result.log_history}
     assert [*tmp_path.iterdir()] == []
+    assert "searching the learning rate" in capsys.readouterr().err
     # The search leaves no trace in the weights.
     again = train(*loaded(), ROWS[:6], learning_rate=rate, **options)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.model.parameters(), strict=True))
