@@ -1,6 +1,7 @@
 """The command: which kinds of faults, how many of each; see the package."""
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -44,9 +45,13 @@ def inject(kind, count, seed, place):
 
 
 def report(output, kind, found):
-    """Write what one kind found into the file of all kinds."""
+    """Write what one kind found into the file of all kinds, which processes that inject other kinds may write too."""
+    folder = os.open(output.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
     known = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+    known = {name: value for name, value in known.items() if name in KINDS}
     write_json(output, {**known, kind: found, "environment": environment()})
+    os.close(folder)
 
 
 def main():

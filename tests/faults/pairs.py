@@ -11,7 +11,7 @@ RESUME = (*TRAIN, *LORA, "--output-dir", "half", "--resume")
 UNDO = ("ledger", "undo", "half", "--to-step", 2)
 HALF, TWO = ("half",), ("run", "other")
 EXPORT, MERGE = COMMANDS["export"].args, COMMANDS["merge"].args
-EVAL = ("eval", "--model", "half", "--eval-file", "rows.jsonl", "--output-dir", "half")
+EVAL = ("eval", "--model", "half", "--eval-file", "rows.jsonl", "--output-dir", "out")
 PAIRS = {
     "train, train": (Command((*TRAIN, *LORA)), (*TRAIN, *LORA)),
     "resume, resume": (Command(RESUME, (), HALF), RESUME),

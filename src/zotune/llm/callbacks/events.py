@@ -117,6 +117,11 @@ class Events:
         kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
         control.should_evaluate = any(evaluation_is_due(config, step, kind) for kind in kinds)
 
+    def checkpoint_was_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step of an earlier part of the run, by its options."""
+        kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
+        return any(checkpoint_is_due(self._config, step, kind) for kind in kinds)
+
     def _advance(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, self.epoch_of(step)
 

@@ -94,6 +94,7 @@ class Run:
         if "tensorboard" in self.config.report_to and self.output.path is not None:
             self.output.claim("runs")
         self.events.begin()
+        self._save_missed_checkpoint()
         for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
             if self.stops_early:
                 best = f": the best step is {self.selection.step}" if self.selection.is_exhausted else " by a callback"
@@ -216,6 +217,15 @@ class Run:
             write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state)
             remove_old_checkpoints(self.output, self.config.save_total_limit, self.selection.step)
             self.events.saved()
+
+    def _save_missed_checkpoint(self) -> None:
+        """Write the checkpoint that was due after the last step of the part before, if a kill prevented it."""
+        step, path = self.counters.step, self.output.path
+        if path is None or not step or (path / f"checkpoint-{step}").exists():
+            return
+        is_best = self.config.saves == "best" and self.selection.step == step
+        self.events.control.should_save = is_best or self.events.checkpoint_was_due(step)
+        self._save_checkpoint()
 
     def _save_if_needed(self) -> None:
         """Without a ledger, save what resuming needs when the run is stopped."""
