@@ -21,7 +21,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 from alias_text import meaning_text  # noqa: E402
 
 PAGES = sorted(DOCS.rglob("*.md"))
-SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
+SCHEMAS = {"train": TrainConfig, "tune": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
 PARSERS = {"ledger": ledger_parser, "bench": bench_parser}
 
 
@@ -64,7 +64,7 @@ def test_the_commands_of_the_pages_have_options_that_exist(verb, arguments):
     if verb in PARSERS:
         PARSERS[verb]().parse_args([a for a in arguments if a != "--json"])
         return
-    known = {*SCHEMAS[verb].model_fields, "dry_run", "json", *alias_table().names}
+    known = {*SCHEMAS[verb].model_fields, "dry_run", "json", "num_trials", *alias_table().names}
     given = [a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")]
     assert [name for name in given if name.removeprefix("no_") not in known] == []
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from packaging.version import Version
 from torch.autograd import forward_ad
 
 from zotune.integrations.accelerate import averaged
@@ -35,7 +37,8 @@ def tuned(world, out, rank=0, **options):
     )  # fmt: skip
     trainer = ZOTrainer(model=model, args=args, train_dataset=rows)
     trainer.train()
-    assert not isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    if Version(accelerate.__version__) >= Version("1.15"):
+        assert trainer.model_wrapped is model  # nothing holds room for gradients
     return [p.detach().clone() for p in model.parameters()], [
         x["loss"] for x in trainer.state.log_history if "loss" in x
     ]

@@ -32,7 +32,7 @@ PLAIN = {
         "save_strategy": "no",
     },
     **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 7, "max_steps": 2},
-    **{"activation_checkpointing": False, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"},
+    **{"gradient_checkpointing": False, "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"},
 }
 ANSWERS = [{"prompt": f"Review {i} is", "completion": " good" * (i + 1)} for i in range(4)]
 PAIRS = [{"prompt": f"Review {i} is", "chosen": " good", "rejected": " bad"} for i in range(4)]

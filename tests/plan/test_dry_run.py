@@ -199,3 +199,10 @@ def test_the_memory_of_a_process_is_what_was_foretold(start, tmp_path, smollm2, 
         out.append(json.loads(process.communicate(timeout=300)[0]))
         assert process.returncode == 0
     assert out[0]["memory"]["total"] == pytest.approx(out[1]["peak_memory"], rel=1 / 8)
+
+
+def test_a_dry_run_says_what_a_search_costs_and_which_rate_is_far_off(zotune, short):
+    said = zotune(*short("--dry-run", "--tuning", "lora"))
+    assert said.code == 0 and "in all, and at most 1 to find the learning rate" in said.out
+    said = zotune(*short("--dry-run", "--tuning", "lora", "--learning-rate", "100"))
+    assert "the learning rate 100 is above the range" in said.out and "to find the learning rate" not in said.out

@@ -85,7 +85,8 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
         """Make the zeroth-order optimizer, and `self.optimizer` for the Trainer; called when training begins."""
         check_trainer(self, ZerothOrderMixin)
         self._micro_batches: list[Any] = []
-        # As for evaluation: not within DistributedDataParallel, which would take memory for gradients.
+        # As for evaluation: not within DistributedDataParallel, which would take memory for gradients. Old versions of
+        # accelerate wrap it nevertheless, so the loss is that of `self.model`.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         copy_from_first(self.accelerator, self.model)
         if self.optimizer is None:
@@ -109,7 +110,7 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
             # Not those before: an epoch that a callback ends early may leave some behind.
             batch = self._micro_batches[-self.current_gradient_accumulation_steps :]
             self._micro_batches = []
-            loss = self._take_step(model, batch, num_items_in_batch)
+            loss = self._take_step(batch, num_items_in_batch)
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -117,7 +118,7 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
         logs.pop("grad_norm", None)
         super().log(logs, *args, **kwargs)
 
-    def _take_step(self, model: nn.Module, batch: Sequence[Any], num_items: Tensor | int | None) -> float:
+    def _take_step(self, batch: Sequence[Any], num_items: Tensor | int | None) -> float:
         optimizer, has_steps = self._stepped.optimizer, False
         counters = {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)}
 
@@ -125,7 +126,7 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
             nonlocal has_steps
             for name, value in counters.items():
                 setattr(self, name, value)
-            losses = [self._loss_of(model, inputs, num_items) for inputs in batch]
+            losses = [self._loss_of(inputs, num_items) for inputs in batch]
             has_steps = not all(isinstance(loss, Tensor) for loss in losses)
             values = torch.stack([torch.as_tensor(loss, device=self.args.device).double() for loss in losses])
             return averaged(self.accelerator, values if self._is_scaled(num_items) else values / len(batch))
@@ -141,10 +142,11 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
             _LOGGER.warning("step %d was skipped: its loss was NaN or infinite.", optimizer.num_steps)
         return loss
 
-    def _loss_of(self, model: nn.Module, inputs: Any, num_items: Tensor | int | None) -> Any:
+    def _loss_of(self, inputs: Any, num_items: Tensor | int | None) -> Any:
         """The Trainer's loss of a micro-batch; a number if it has no derivative."""
+        inputs = copy.copy(inputs)  # which the Trainer may change
         with self.compute_loss_context_manager(), _metrics_of_training(self):
-            loss = self.compute_loss(model, copy.copy(inputs), num_items_in_batch=num_items)  # which may change them
+            loss = self.compute_loss(self.model, inputs, num_items_in_batch=num_items)
         check_loss(loss)
         return loss
 

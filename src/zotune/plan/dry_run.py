@@ -26,6 +26,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
+from zotune.llm.training.find_rate import MAX_SHARE, with_default_rate
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import FakeScalars
@@ -90,6 +91,9 @@ class DryRun:
         refused = [f"refused: {reason}" for reason in self.refused[:SHOWN_REFUSED]]
         if len(self.refused) > SHOWN_REFUSED:
             refused.append(f"refused: {len(self.refused) - SHOWN_REFUSED} more")
+        training = self.forward_passes["training"]
+        is_searched = self.config.learning_rate == "auto"
+        search = f", and at most {MAX_SHARE * training:,.0f} to find the learning rate" if is_searched else ""
         parts = [f"{name} {_mib(n)}" for name, n in asdict(self.memory).items() if n]
         return "\n".join(
             [
@@ -101,7 +105,7 @@ class DryRun:
                 f"tokens per row: {tokens}; cut: {self.num_cut}; refused: {len(self.refused)}",
                 *refused,
                 f"tuned: {self.num_tuned:,} of {self.num_parameters:,} parameters",
-                f"forward passes: {self.forward_passes['step']:,} per step, {self.forward_passes['training']:,} in all",
+                f"forward passes: {self.forward_passes['step']:,} per step, {training:,} in all{search}",
                 f"expected memory: {_mib(self.memory.total)} ({', '.join(parts)})",
             ]
         )
@@ -124,6 +128,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         config = config.with_steps(len(data.splits.train), config.rows_a_step)
+        config, notes = with_default_rate(lm, config)
         rows = _EncodedRows(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
@@ -132,7 +137,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         step = forwards_a_step(optimizer, config)
         return DryRun(
             config=config,
-            notes=data.notes,
+            notes=(*data.notes, *notes),
             examples=tuple(rows.shown),
             num_rows={name: len(getattr(data.splits, name)) for name in SPLITS},
             tokens=quantiles(rows.lengths),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from zotune.errors import UsageError
 from zotune.llm import TrainConfig, evaluate, generate, load, train
+from zotune.llm.training import find_rate
 
 ROWS = [
     {"text": text, "label": "yes" if i % 2 else "no"}
@@ -98,22 +99,11 @@ def test_evaluation_rows_are_used_during_the_run_and_after_it(loaded):
 
 
 def test_all_rows_are_trained_on_if_none_are_held_out(loaded):
-    seen = []
-    model, tokenizer = loaded()
-    rows = [{"prompt": row["text"], "label": row["label"]} for row in ROWS]
-
-    train(
-        model,
-        tokenizer,
-        rows,
-        objective=collected,
-        method="zo_sgd",
-        max_steps=1,
-        per_device_train_batch_size=11,
-        max_new_tokens=1,
-    )
-    seen = {c.prompt for c in COLLECTED}
-    assert seen == {row["text"] for row in ROWS}
+    rows = [{"prompt": row["text"]} for row in ROWS]
+    result = train(*loaded(), rows, objective=collected, max_steps=1, per_device_train_batch_size=11, max_new_tokens=1)
+    # The two probes of the step; no evaluation.
+    assert [sorted(batch) for batch in COLLECTED[-2:]] == [sorted(row["text"] for row in ROWS)] * 2
+    assert (result.dev_before, result.dev, result.test) == (None, None, None)
 
 
 COLLECTED = []
@@ -121,7 +111,7 @@ COLLECTED = []
 
 def collected(completions):
     """A reward function at the top level of a module: it keeps what it is given."""
-    COLLECTED.extend(completions)
+    COLLECTED.append([c.prompt for c in completions])
     return [len(c.text) for c in completions]
 
 
@@ -147,6 +137,20 @@ def test_callbacks_are_called_and_may_end_the_run(loaded):
     assert noting.metrics[-1] == result.test.loss
     with pytest.raises(UsageError, match="which is no callback"):
         train(*loaded(), ROWS, callbacks=[print])
+
+
+def test_the_learning_rate_is_found_without_a_folder(loaded, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find_rate, "MIN_STEPS", 1)
+    model, tokenizer = loaded()
+    options = {"tuning": "full", "max_steps": 60, "per_device_train_batch_size": 1}
+    result = train(model, tokenizer, ROWS[:6], learning_rate="auto", **options)
+    (rate,) = {line["learning_rate"] for line in result.log_history}
+    assert [*tmp_path.iterdir()] == []
+    assert "searching the learning rate" in capsys.readouterr().err
+    # The search leaves no trace in the weights.
+    again = train(*loaded(), ROWS[:6], learning_rate=rate, **options)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_epochs_end_the_run(loaded):

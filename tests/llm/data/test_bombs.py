@@ -76,7 +76,8 @@ def test_all_rows_together_are_bounded_and_the_bound_can_be_raised(tmp_path, mon
     assert len(list(read_rows(path))) == 50
 
 
-def test_a_parquet_file_of_endless_rows_is_refused_by_what_it_states(tmp_path, little_memory):
+def test_a_parquet_file_of_endless_rows_is_refused_by_what_it_states(tmp_path, little_memory, monkeypatch):
+    monkeypatch.setattr("zotune.llm.data.readers._parquet_batches", lambda *args: pytest.fail("rows were read"))
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": pa.nulls(5_000_000, pa.string())}), path)
     assert path.stat().st_size < 20_000
@@ -144,7 +145,7 @@ def test_a_template_that_repeats_a_column_is_bounded(little_memory):
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 300000000 }}",
         "{{ '%09999999999d' % 7 }}",
         "{{ 'x'.ljust(9999999999) }}",
         "{% set n = namespace(s='x' * 999) %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",

@@ -166,7 +166,7 @@ def test_what_is_no_checkpoint_or_of_another_run_is_refused_and_changes_nothing(
         ({"resume_from_checkpoint": tmp_path / "a/checkpoint-9"}, "holds checkpoint-2, checkpoint-3"),
         ({"resume_from_checkpoint": tmp_path / "a"}, "is no folder checkpoint-N"),
         ({"resume_from_checkpoint": part, "output_dir": tmp_path / "b"}, "holds an earlier run"),
-        ({"resume_from_checkpoint": part, "seed": 1}, "holds a run with seed: 0"),
+        ({"resume_from_checkpoint": part, "seed": 1}, "is of a run with seed: 0"),
     ):
         with pytest.raises(UsageError, match=said):
             train(config(**{**options, "output_dir": tmp_path / "a", **given}))

@@ -39,9 +39,9 @@ def test_a_search_changes_nothing_but_the_rate(config, tmp_path, short_search):
     assert [*read(tmp_path / "auto" / "ledger.zol")] == [*read(tmp_path / "given" / "ledger.zol")]
     search = json.loads((tmp_path / "auto" / "search.json").read_text(encoding="utf-8"))
     assert rate == search["learning_rate"] in [trial["learning_rate"] for trial in search["trials"]]
-    # Eleven rows: three judge in one pass. The start is judged and takes a step, then each trial does both.
+    # Eleven rows: two judge in one pass. The start is judged and takes two steps, then each trial does both.
     judge, a_step = 1, 2
-    expected = judge + a_step + len(search["trials"]) * (search["num_steps"] * a_step + judge)
+    expected = judge + 2 * a_step + len(search["trials"]) * (search["num_steps"] * a_step + judge)
     assert search["num_forwards"] == expected <= 0.25 * given.num_forwards
 
 
@@ -104,6 +104,27 @@ def test_a_search_reads_neither_held_out_nor_evaluation_rows(searched, tmp_path)
 def test_the_same_search_twice_gives_the_same(searched, tmp_path):
     first, again = (find_rate(*searched(output_dir=tmp_path / name), tmp_path) for name in "ab")
     assert first == again
+
+
+def test_checks_of_a_first_step_count_among_the_passes(searched, tmp_path):
+    lm, rows, given, make_run = searched(method="forward_grad", max_steps=150)
+    found = find_rate(lm, rows, given, make_run, tmp_path)
+    # A step takes one pass, and the first one checks its derivative by more of them.
+    assert found.trials and found.num_forwards <= 0.25 * 150
+    assert found.num_forwards > len(found.trials) * (found.num_steps + 1) + 3
+
+
+def test_a_search_that_fails_leaves_the_weights_as_they_were(searched, tmp_path, monkeypatch):
+    lm, rows, given, make_run = searched()
+    before = {name: p.clone() for name, p in lm.module.named_parameters()}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Trials, "loss_after", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_rate(lm, rows, given, make_run, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in lm.module.named_parameters())
 
 
 def test_rates_that_diverge_are_left(searched, tmp_path, monkeypatch):

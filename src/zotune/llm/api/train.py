@@ -16,7 +16,7 @@ from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.method import MethodName
-from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.run import TrainConfig, with_recorded_choices
 from zotune.llm.config.tuning import TuningOptions
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
@@ -88,7 +88,8 @@ def train(
         tuning: the parameters to tune: `lora`, the default, `full`, `head`, `prefix`, `prompt`, `scales` or `peft`. Of
             a `PeftModel` those that require a gradient are tuned, and `tuning` is left out. With `full`, parameters
             that do not require a gradient stay frozen.
-        learning_rate: the learning rate η at the first step.
+        learning_rate: the learning rate η at the first step; `auto` finds one by short trials. Default: one that suits
+            what is tuned.
         output_dir: folder for the model, its ledger, metrics and results; None: nothing is written.
         callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
         options: further options of `TrainConfig` by name: `max_steps`, `mu`, `per_device_train_batch_size`, …;
@@ -123,6 +124,7 @@ def train(
         config = config_of(TrainConfig, lm, _complete(lm, our_names(TrainConfig, options, "train")), "train")
         _check_folder(config, output_dir)
         _check_held_out(config, eval_dataset)
+        config = config if output_dir is None else with_recorded_choices(config)
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
         given = _rows(train_dataset, eval_dataset, config)

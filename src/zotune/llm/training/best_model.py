@@ -102,8 +102,8 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
     for i, p in enumerate(tuned):
         if not store.put((i,), p.detach()):
             raise RunError(
-                f"a copy of the tuned weights could not be stored in {folder}: it takes {num_bytes / 1e6:.0f} MB. "
-                f"{remedy}"
+                f"a copy of the tuned weights could not be stored in {folder or 'memory'}: it takes "
+                f"{num_bytes / 1e6:.0f} MB. {remedy}"
             )
     return store
 

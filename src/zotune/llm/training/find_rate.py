@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zotune.apply.tensor_update import HALF
 from zotune.errors import RunError
-from zotune.llm.config.rates import default_learning_rate
+from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
@@ -66,6 +67,15 @@ class FoundRate:
         return asdict(self)
 
 
+def with_default_rate(lm: LanguageModel, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Return the config with the default learning rate if it has none, and what is outside the ranges that work."""
+    tuned = [p for p in lm.module.parameters() if p.requires_grad]
+    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
+    if config.learning_rate is None:
+        config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
+    return config, warnings(config, num_tuned, half_precision=half_precision)
+
+
 MakeRun = Callable[[EncodedData, TrainConfig], Run]
 
 
@@ -94,27 +104,33 @@ def find_rate(
     too_short = f"{config.max_steps} steps are too few for a search at a quarter of their passes"
     if MAX_SHARE * config.max_steps < MAX_TRIALS * MIN_STEPS:
         return _default(default, too_short)
-    before = lm.num_forwards
-    trials = _Trials(make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
-    copy = copy_weights(tuned, folder, _REMEDY)
-    start, passes_of_judging = trials.judge(default), lm.num_forwards - before
-    trials.take_steps(default, 1)
-    passes_a_step = lm.num_forwards - before - passes_of_judging
-    restore_weights(tuned, copy)
-    budget = MAX_SHARE * config.max_steps * passes_a_step - (lm.num_forwards - before)
-    steps = min(MAX_STEPS, math.floor((budget / MAX_TRIALS - passes_of_judging) / passes_a_step))
-    if steps < MIN_STEPS:
+    trials = _Trials(lm, make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
+    before, copy = lm.num_forwards, copy_weights(tuned, folder, _REMEDY)
+    try:
+        found = _search(trials, default, config.max_steps, lambda: restore_weights(tuned, copy))
+        return found or _default(default, too_short)
+    finally:
+        restore_weights(tuned, copy)
         lm.num_forwards = before
-        return _default(default, too_short)
+
+
+def _search(trials: _Trials, default: float, max_steps: int, restore: Callable[[], None]) -> FoundRate | None:
+    """Make the trials; None if a quarter of the run's passes has no room for them."""
+    start, judging = trials.judge(default), trials.passes()
+    # A first step also makes its checks, which cost passes of their own.
+    first, a_step = trials.passes_of_steps(default)
+    budget = MAX_SHARE * max_steps * a_step - trials.passes()
+    steps = min(MAX_STEPS, 1 + math.floor((budget / MAX_TRIALS - judging - first) / a_step))
+    if steps < MIN_STEPS:
+        return None
     say(f"searching the learning rate: at most {MAX_TRIALS} trials of {steps} steps, on training rows alone")
     results: list[Trial] = []
     for rate in _asked(climb(default, FACTOR, MAX_TRIALS), results):
+        restore()
         results.append(Trial(rate, trials.loss_after(rate, steps)))
-        restore_weights(tuned, copy)
         say(f"  learning rate {rate:g}: loss {results[-1].loss:.4f} (before: {start:.4f})")
-    spent, lm.num_forwards = lm.num_forwards - before, before
-    chosen = choose(results, start)
-    share = spent / (passes_a_step * config.max_steps)
+    chosen, spent = choose(results, start), trials.passes()
+    share = spent / (a_step * max_steps)
     say(f"learning rate {chosen:g} chosen; the search took {spent} forward passes, {share:.0%} of those of the run")
     return FoundRate(chosen, tuple(results), start, steps, spent)
 
@@ -149,14 +165,26 @@ def _asked(search: Search[float], results: list[Trial]) -> Iterable[float]:
 class _Trials:
     """Trials that share rows: some for their steps, the others for their judgement."""
 
-    def __init__(self, make_run: MakeRun, rows: EncodedData, judges: tuple[Encoded, ...], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        make_run: MakeRun,
+        rows: EncodedData,
+        judges: tuple[Encoded, ...],
+        config: TrainConfig,
+    ) -> None:
         self._make_run, self._rows, self._judges = make_run, rows, judges
+        self._lm, self._before = lm, lm.num_forwards
         self._config = config.model_copy(
             update={"load_best_model_at_end": False, "early_stopping_patience": None, "eval_steps": None}
         )
 
     def _run(self, rate: float) -> Run:
         return self._make_run(self._rows, self._config.model_copy(update={"learning_rate": rate}))
+
+    def passes(self) -> int:
+        """Return the forward passes so far."""
+        return self._lm.num_forwards - self._before
 
     def judge(self, rate: float, run: Run | None = None) -> float:
         """Return the objective on the left-out rows at the present weights."""
@@ -168,6 +196,15 @@ class _Trials:
         run = self._run(rate)
         run.take_steps(steps)
         return run
+
+    def passes_of_steps(self, rate: float) -> tuple[int, int]:
+        """Return the forward passes of a run's first step, and of each other one, by taking two."""
+        run = self._run(rate)
+        counts = [self.passes()]
+        for _ in range(2):
+            run.take_steps(1)
+            counts.append(self.passes())
+        return counts[1] - counts[0], counts[2] - counts[1]
 
     def loss_after(self, rate: float, steps: int) -> float:
         """Return the objective on the left-out rows after a trial; infinite if the steps or the loss are."""

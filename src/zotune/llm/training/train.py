@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
-from zotune.apply.tensor_update import HALF
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
@@ -36,7 +34,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
-from zotune.llm.training.find_rate import find_rate
+from zotune.llm.training.find_rate import find_rate, with_default_rate
 from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
@@ -159,11 +157,12 @@ def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
-    for note in rows.notes:
-        say(note)
     config = config.with_steps(len(rows.train), config.rows_a_step)
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
-    return _with_default_rate(lm, config)
+    config, notes = with_default_rate(lm, config)
+    for note in (*rows.notes, *notes):
+        say(note)
+    return config
 
 
 def tune(
@@ -187,17 +186,6 @@ def tune(
     config = _with_found_rate(lm, rows, config, scorer, output)
     with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
         return _train(run, config.model_copy(update=NEW_RUN))
-
-
-def _with_default_rate(lm: LanguageModel, config: TrainConfig) -> TrainConfig:
-    """Return the config with the default learning rate if it has none; say what is outside the ranges that work."""
-    tuned = [p for p in lm.module.parameters() if p.requires_grad]
-    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
-    if config.learning_rate is None:
-        config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
-    for warning in warnings(config, num_tuned, half_precision=half_precision):
-        say(warning)
-    return config
 
 
 def _with_found_rate(
