@@ -216,9 +216,9 @@ def lasting(path):
 
 
 def manifest(value, folder):
-    """The names in a folder's manifest, and whether each digest is that of the file, which must be there."""
+    """The names in a folder's manifest, and whether each digest is that of the file."""
     named = {name: digest for name, digest in value["files"].items() if digest}
-    right = {name: digest_of(folder / name) == digest for name, digest in named.items()}
+    right = {name: (folder / name).exists() and digest_of(folder / name) == digest for name, digest in named.items()}
     return {**value, "files": dict.fromkeys(value["files"]) | right}
 
 
