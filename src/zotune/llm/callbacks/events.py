@@ -126,7 +126,7 @@ class Events:
         """
         control, config = self.control, self._config
         kind = config.evaluates if config.saves == "best" else config.saves
-        is_due = kind != "epoch" or self.ends_epoch(step)
+        is_due = kind == "steps" or (kind == "epoch" and self.ends_epoch(step))
         control.should_log = kind == "steps" and (step == config.max_steps or step % config.logging_steps == 0)
         control.should_evaluate = is_due and evaluation_is_due(config, step, kind)
         control.should_save = is_due and (is_best or checkpoint_is_due(config, step, kind))
