@@ -39,8 +39,9 @@ def inject(kind, count, seed, place):
             print(f"{kind} {number}, {name}: {said}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
         found = {"seed": seed, "count": counted, "failed": failed, "seconds": round(time.monotonic() - began)}
         yield {**found, ("exit_codes" if kind == "fuzz" else "tried"): fuzz.answers if kind == "fuzz" else dict(tried)}
-        if kind == "kills" and number + 1 == len(names) and counted < count:
-            # A process that ended before it was killed counts for nothing.
+        if kind == "kills" and counted >= count:  # some commands are killed twice
+            return
+        if kind == "kills" and number + 1 == len(names):  # a process that ended before it was killed counts for nothing
             names += KINDS[kind].plan(count - counted, random.Random(f"{seed} {number}"))
 
 
