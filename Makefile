@@ -72,6 +72,7 @@ test-oldest:
 
 # What `make test` does in a short form: 600 kills, 100 pairs of commands at once, 100 full disks, 100,000 damaged files.
 # Half an hour on one core. ONLY="kills disks" runs some kinds, which keep the others' counts in the file.
+# `python -m faults --again` tries again what failed, after a change, and lists what holds then as mended.
 ONLY ?= kills pairs disks accidents fuzz
 test-faults: $(VENV)/dev
 	PYTHONPATH=tests TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m faults --only $(ONLY) --output benchmarks/results/faults.json

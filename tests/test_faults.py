@@ -112,3 +112,19 @@ def test_the_recorded_faults_are_many_and_none_failed():
     assert [found[kind]["failed"] for kind in FEWEST] == [[]] * len(FEWEST)
     assert all(found[kind]["count"] >= fewest for kind, fewest in FEWEST.items())
     assert len(found["kills"]["tried"]) >= 15
+
+
+def test_what_failed_is_tried_again_and_listed_as_mended_or_failed(place, monkeypatch):
+    from faults import __main__ as command
+
+    tried = []
+
+    def trial(place, name, draw):
+        tried.append((name, draw.random()))
+        assert name != "bad", "still so"
+
+    monkeypatch.setattr(fuzz, "trial", trial)
+    failed = [{"number": i, "name": name, "error": "before"} for i, name in enumerate(["good", "bad"])]
+    found = command.repeat("fuzz", {"seed": 3, "count": 9, "failed": failed}, place)
+    assert found == {"seed": 3, "count": 9, "failed": [{**failed[1], "error": "still so"}], "mended": failed[:1]}
+    assert tried == [(one["name"], random.Random(f"3 fuzz {one['number']}").random()) for one in failed]

@@ -33,7 +33,7 @@ def inject(kind, count, seed, place):
         try:
             counted += KINDS[kind].trial(place, name, random.Random(f"{seed} {kind} {number}"))
         except Exception as error:
-            said = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
+            said = complaint_of(error)
             failed.append({"number": number, "name": name, "error": said[:3000]})
             counted += getattr(error, "count", 0)
             print(f"{kind} {number}, {name}: {said}"[: 300 if kind == "fuzz" else 3000], file=sys.stderr, flush=True)
@@ -43,6 +43,23 @@ def inject(kind, count, seed, place):
             return
         if kind == "kills" and number + 1 == len(names):  # a process that ended before it was killed counts for nothing
             names += KINDS[kind].plan(count - counted, random.Random(f"{seed} {number}"))
+
+
+def complaint_of(error):
+    return str(error) if isinstance(error, AssertionError) else "".join(traceback.format_exception(error))
+
+
+def repeat(kind, found, place):
+    """Try what failed again, with the same random numbers; what holds now is listed as mended."""
+    failed, mended = [], [*found.get("mended", ())]
+    for one in found["failed"]:
+        try:
+            KINDS[kind].trial(place, one["name"], random.Random(f"{found['seed']} {kind} {one['number']}"))
+        except Exception as error:
+            failed.append({**one, "error": complaint_of(error)[:3000]})
+        else:
+            mended.append(one)
+    return {**found, "failed": failed, "mended": mended}
 
 
 def report(output, kind, found):
@@ -62,6 +79,7 @@ def main():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"number of {kind}; default: {count}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--again", action="store_true", help="only what failed in the file of --output")
     args = parser.parse_args()
     output, failed = args.output and args.output.resolve(), 0
     torch.set_num_threads(1)
@@ -70,6 +88,12 @@ def main():
         place.warm_up()
         for kind in args.only:
             told = time.monotonic()
+            if args.again:
+                found = repeat(kind, json.loads(output.read_text(encoding="utf-8"))[kind], place)
+                report(output, kind, found)
+                print(progress(kind, found, found["count"]), file=sys.stderr, flush=True)
+                failed += len(found["failed"])
+                continue
             for found in inject(kind, getattr(args, kind), args.seed, place):
                 if time.monotonic() - told > SECONDS_BETWEEN_LINES:
                     told = time.monotonic()

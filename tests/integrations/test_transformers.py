@@ -281,7 +281,8 @@ def test_gradient_checkpointing_is_said_to_have_no_effect(made, caplog):
 
 def test_the_options_are_those_of_the_command_and_a_script_reads_them_from_its_command_line(made, tmp_path):
     ours = {f.name: f.default for f in fields(ZerothOrderArguments)}
-    assert ours == {name: MethodOptions.model_fields[name].default for name in ours}
+    # The default of μ depends on what is tuned.
+    assert ours == {name: None if name == "mu" else MethodOptions.model_fields[name].default for name in ours}
     trainers = {f.name for f in fields(hf.TrainingArguments)}
     assert {n for n in MethodOptions.model_fields if not n.startswith("hybrid_")} == ours.keys() | (
         MethodOptions.model_fields.keys() & trainers
@@ -303,3 +304,25 @@ def test_the_loops_own_step_without_one_of_ours_is_an_error(made):
     trainer.train()
     with pytest.raises(zo.UsageError, match=r"training_step has taken.*opt\.step\(closure\)"):
         trainer.optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_arguments_without_mu_are_written_and_take_the_default_of_what_is_tuned(made):
+    args = ZOTrainingArguments("x", use_cpu=True)
+    assert json.loads(args.to_json_string())["mu"] is None
+    (parsed,) = hf.HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(["--output_dir", "x"])
+    assert parsed.mu is None
+    from peft import LoraConfig, get_peft_model
+
+    for of, mu in ((model(), 1e-3), (get_peft_model(model(), LoraConfig(target_modules=["q_proj"])), 1e-2)):
+        trainer = made(of=of, max_steps=1)
+        trainer.train()
+        assert trainer._mu == mu
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e-9, "below the range"), (10.0, "above the range"), (1e-3, "")])
+def test_a_learning_rate_at_which_nothing_is_learned_is_named(made, caplog, rate, said):
+    made(learning_rate=rate, max_steps=1).train()
+    assert ("range" in caplog.text) == bool(said)
+    assert said in caplog.text
+    assert "--" not in caplog.text

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from zotune.apply.tensor_update import HALF
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.integrations.accelerate import averaged, copy_from_first
 from zotune.integrations.stepped_optimizer import SteppedOptimizer
 from zotune.integrations.trainer_checks import check_loss, check_trainer
-from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, MethodOptions, default_mu
+from zotune.llm.config.rates import warnings
 from zotune.llm.config.schema import validate
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.step import check_first_estimate, check_mu
@@ -48,6 +50,8 @@ _COUNTERS = ("_total_train_tokens",)
 def _argument(name: str) -> tuple[str, Any, Any]:
     option = MethodOptions.model_fields[name]
     text = (option.description or "").replace("%", "%%")  # for argparse
+    if option.default_factory is not None:  # μ, whose default depends on what is tuned
+        return name, option.annotation | None, field(default=None, metadata={"help": text})  # type: ignore[operator]
     return name, option.annotation, field(default=option.default, metadata={"help": text})
 
 
@@ -169,18 +173,39 @@ def _metrics_of_training(trainer: Any) -> Iterator[None]:
         trainer.model.training = before
 
 
+class _TrainerOptions(MethodOptions):
+    """The options of the method, and what is tuned, on which their defaults and ranges depend."""
+
+    tuning: str = "full"
+
+
+def _tuning_of(model: nn.Module) -> str:
+    """The tuning scheme of a model: that of its adapter, or full."""
+    adapter = getattr(model, "active_peft_config", None) if hasattr(model, "peft_config") else None
+    if adapter is None:
+        return "full"
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type)).lower().removesuffix("_tuning")
+    return kind if kind in ("lora", "prefix", "prompt") else "peft"
+
+
 def _optimizer_of(args: Any, model: nn.Module) -> tuple[float | None, ZerothOrder]:
     """μ, if the method has one, and the optimizer that training arguments name.
 
     Raises:
         UsageError: an option is out of range or has no effect, or the method back-propagates.
     """
-    values = {name: getattr(args, name) for name in (*_OWN, *_SHARED) if hasattr(args, name)}
-    options = validate(MethodOptions, values, type(args).__name__)
+    given = {name: getattr(args, name) for name in (*_OWN, *_SHARED) if getattr(args, name, None) is not None}
+    tuning = _tuning_of(model)
+    values = {"mu": default_mu(tuning), **given}
+    options = validate(_TrainerOptions, values, type(args).__name__).model_copy(update={"tuning": tuning})
     if options.method in FIRST_ORDER:
         raise UsageError(
             f"method is {options.method}, which back-propagates: use the Trainer without ZerothOrderMixin."
         )
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    half_precision = any(p.dtype in HALF for p in tuned)
+    for warning in warnings(options, sum(p.numel() for p in tuned), half_precision=half_precision, search=""):
+        _LOGGER.warning("%s.", warning)
     # What a Trainer's loss runs is unknown, so no activation of it is used again.
     optimizer = make_optimizer(model, options, args.seed, reuse_prefix=False)
     assert isinstance(optimizer, ZerothOrder)

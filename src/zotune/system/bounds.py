@@ -90,6 +90,9 @@ COUNT = Bound("ZOTUNE_MAX_COUNT", 1 << 16, "queries, ranks or tokens")
 LAYERS = Bound("ZOTUNE_MAX_LAYERS", 1 << 12, "layers or experts")
 CHAT_MEMORY = Bound("ZOTUNE_MAX_CHAT_MEMORY", 1 << 30, "bytes of memory in one rendering")
 
+# Lists and objects within lists and objects: what reads values by recursion reads this many.
+MAX_DEPTH = 64
+
 BOUNDS = (
     *(RECIPE_BYTES, JSON_BYTES, JSON_VALUES, LEDGER_BYTES, ROW_LENGTH, ROW_VALUES, ROWS, DATA_BYTES, DATA_VALUES),
     *(WIDTH, COUNT, LAYERS, CHAT_MEMORY),
@@ -108,16 +111,34 @@ def count_values(text: str | bytes) -> int:
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
+def is_deep(value: Any) -> bool:
+    """Return whether lists and objects are nested more than `MAX_DEPTH` deep in a value.
+
+    >>> is_deep({"a": [1, 2]}), is_deep(json.loads("[" * 65 + "]" * 65))
+    (False, True)
+    """
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, (list, dict))]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            return True
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return False
+
+
 def parse_json(text: str | bytes, what: str) -> Any:
     """Parse JSON of a bounded size with a bounded number of values.
 
     Raises:
         UsageError: the text is larger than `JSON_BYTES`, or has more values than `JSON_VALUES`.
-        ValueError, RecursionError: it is no JSON, or nested too deeply.
+        ValueError, RecursionError: it is no JSON, or nested more than `MAX_DEPTH` deep.
     """
     JSON_BYTES.check(len(text), what)
     JSON_VALUES.check(count_values(text), what)
-    return json.loads(text)
+    value = json.loads(text)
+    if is_deep(value):
+        raise ValueError(f"values are nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -10,9 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-# Which process computes a result does not change it.
-COUNTS_FOR_RESULTS = "never"
-
 _SOURCE = Path(__file__).parents[2]
 
 

@@ -158,6 +158,8 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, name):
         ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: "),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 1: unusable JSON"),
         ("a.json", '[\n{"a": 1}\n]\n', "a.json, line 1: malformed JSON"),
+        ("a.jsonl", '{"a": ' + "[" * 300 + "]" * 300 + "}\n", "a.jsonl, line 1: values are nested more than 64 deep"),
+        ("a.jsonl", '{"a": ' + '{"b": ' * 64 + "[1]" + "}" * 65 + "\n", "a.jsonl, line 1: values are nested more than"),
         ("a.jsonl", '{"a": 1}{"a": 2}\n', "a.jsonl, line 1: malformed JSON"),
         ("a.parquet", b"PAR1 no PAR1", "a.parquet, after row 0: not a valid Parquet file"),
         ("a.tsv", "a\tb\n", "the extension must be .jsonl"),

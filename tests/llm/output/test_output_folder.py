@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_is_reported_as_such(zotune, short, monkeypatch, sa
         monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
     else:
         monkeypatch.setattr("zotune.llm.output.output_folder.write_json", full)
-    said = zotune(*short())
+    said = zotune(*short("--learning-rate", "1e-3"))
     assert (said.code, said.out) == (1, "")
     assert "No space left on device" in said.err
 

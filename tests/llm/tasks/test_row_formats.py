@@ -171,7 +171,6 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         ([{"text": "\ud800", "label": 1}, {"text": "b", "label": 0}], {}, "line 1: .*half a character"),
         ([{"text": "a", "label": ""}, {"text": "b", "label": 0}], {}, "line 1: .*the label '' has an empty word"),
         ([{"text": "a", "label": 1}], {"verbalizer": {"1": "x", "0": "x "}}, "same word for all labels"),
-        ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"template": "same"}, "names no column"),
         ([{"text": "a", "label": 1}, {"text": "b", "label": 0}], {"exact_match": True}, "no effect on rows of a text"),
         ([{"text": "a", "label": 1}], {"scored_turns": "all"}, "scored_turns has no effect"),
         ([{"prompt": "a", "completion": "b"}], {"verbalizer": {"a": "b"}}, "verbalizer has no effect.*classification"),

@@ -194,7 +194,7 @@ def test_a_ledgers_bytes_do_not_depend_on_how_the_run_was_started(config, zotune
     """From Python, by options or by a recipe; resumed or not; wherever it writes, logs and saves."""
     python = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "per_device_train_batch_size": 16}
     train(config(**python, output_dir=tmp_path / "python"))
-    flags = ["--output-dir", tmp_path / "flags", "--max-steps", 3, "--save-steps", 2, "--resume"]
+    flags = ["--learning-rate", "1e-3", "--max-steps", 3, "--save-steps", 2, "--resume"]
     assert zotune(*short(out="flags"), *flags).code == 0
     values = {"model": "random:llama-tiny", "train_file": str(rows_file), "num_dev": 3, "learning_rate": "1e-3"}
     recipe = tmp_path / "recipe.yaml"

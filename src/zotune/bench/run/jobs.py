@@ -81,6 +81,8 @@ class Store:
         cached, work = self._folder / f"{job.key}.json", self._folder / job.key
         with self._alone(job.key):
             if (found := _cached(cached)) is not None:
+                # A runner that was killed here has left the job's files.
+                shutil.rmtree(work, ignore_errors=True)
                 return Outcome("done", found=found)
             work.mkdir(parents=True, exist_ok=True)
             outcome = self._executor(job, work)
@@ -116,7 +118,7 @@ def _cached(path: Path) -> dict[str, Any] | None:
 def locked(path: Path) -> Iterator[Callable[[], bool]]:
     """Yield a function that tries to take a file lock; the lock is released when the context or the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
 
         def try_lock() -> bool:

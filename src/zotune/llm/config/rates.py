@@ -81,13 +81,16 @@ def mu_range(options: MethodOptions, *, half_precision: bool) -> Range:
     return Range(_one_digit(max(low, _SMALLEST_HALF_MU) if half_precision else low), _one_digit(default * _ABOVE))
 
 
-def warnings(options: MethodOptions, num_tuned: int, *, half_precision: bool) -> list[str]:
+def warnings(
+    options: MethodOptions, num_tuned: int, *, half_precision: bool, search: str = ", or give --learning-rate auto"
+) -> list[str]:
     """Return a sentence for each hyper-parameter outside the range that has worked.
 
     Args:
         options: the options of a run.
         num_tuned: number of tuned parameters.
         half_precision: whether tuned weights have 16 bits.
+        search: how a rate can be searched there, as the end of a sentence.
     """
     found, tuning = [], _tuning(options)
     rate = initial_learning_rate(options, num_tuned)
@@ -97,8 +100,8 @@ def warnings(options: MethodOptions, num_tuned: int, *, half_precision: bool) ->
         effect = "learns hardly anything" if side == "below" else "usually raises the loss within a hundred steps"
         found.append(
             f"the learning rate {rate:g} is {side} the range {rates.low:g} to {rates.high:g} in which {what} (tuning: "
-            f"{tuning}) has worked, and {effect}. Begin with {default_learning_rate(options, num_tuned):g}, or "
-            "give --learning-rate auto"
+            f"{tuning}) has worked, and {effect}. Begin with "
+            f"{default_learning_rate(options, num_tuned):g}{search}"
         )
     mus = mu_range(options, half_precision=half_precision)
     side = mus.side_of(options.mu) if options.method not in (*FIRST_ORDER, "forward_grad") else None

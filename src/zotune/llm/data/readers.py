@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 
 from zotune.errors import UsageError
 from zotune.llm.data.row_bounds import BoundedLines, RowBounds
-from zotune.system.bounds import DATA_BYTES, DATA_VALUES, ROWS, address_space, count_values, memory_below
+from zotune.system.bounds import (
+    DATA_BYTES,
+    DATA_VALUES,
+    MAX_DEPTH,
+    ROWS,
+    address_space,
+    count_values,
+    is_deep,
+    memory_below,
+)
 
 Row = dict[str, Any]
 
@@ -135,6 +144,8 @@ def _json_lines(lines: BoundedLines, path: Path, bounds: RowBounds) -> Iterator[
             raise UsageError(f"{place}: unusable JSON ({str(error).splitlines()[0]}).") from None
         if not isinstance(row, dict):
             raise UsageError(f'{place}: a row must be an object {{"column": value, …}}, got {line.strip()[:40]}')
+        if is_deep(row):
+            raise UsageError(f"{place}: values are nested more than {MAX_DEPTH} deep; flatten them.")
         yield LocatedRow(place, row)
 
 
