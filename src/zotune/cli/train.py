@@ -71,6 +71,8 @@ def _train(config: TrainConfig, as_json: bool) -> int:
             f"{result.num_steps} steps, {result.num_forwards} forward passes, {result.seconds:.0f} s, "
             f"peak memory {result.peak_memory / 2**20:.0f} MiB\nsaved in {result.output_dir}"
         )
+        if result.stopped_by is not None:
+            print_text("stopped before the end and not evaluated; the same command with --resume goes on")
     return 0 if result.stopped_by is None else 128 + result.stopped_by
 
 

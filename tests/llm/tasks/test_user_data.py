@@ -217,3 +217,15 @@ def test_the_examples_of_the_docs_would_run(zotune, line, tmp_path, monkeypatch,
 
 def test_evaluate_log_loss_is_the_measure_of_completions(tiny, completions):
     assert load_rows(tiny("llama"), DataOptions(eval_file=completions)).measure is evaluate_log_loss
+
+
+def test_the_options_that_are_said_for_rows_of_alpaca_read_all_of_a_row(zotune, short, tmp_path):
+    rows = [{"instruction": f"Add {i} and:", "input": str(i), "output": str(2 * i)} for i in range(9)]
+    path = write(tmp_path / "alpaca.jsonl", rows)
+    said = zotune(*short(), "--train-file", path)
+    assert said.code == 2
+    given = re.search(r"give (--template .*?), or", said.err)[1]
+    options = [part.replace("\\n", "\n") for part in shlex.split(given.replace("$'", "'"))]
+    shown = zotune(*short(), "--train-file", path, *options, "--dry-run")
+    assert shown.code == 0, shown.err
+    assert re.search(r"Add (\d) and:.*\1", shown.out + shown.err, re.DOTALL)

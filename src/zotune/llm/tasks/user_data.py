@@ -198,6 +198,12 @@ def _infer_format(rows: Sequence[LocatedRow], options: DataOptions, source: str 
             f"{source}: the columns {', '.join(sorted(present))} fit several formats: {', '.join(matches)}. "
             f"Choose one, for instance with --data-format {matches[0]}."
         )
+    if {"instruction", "output"} <= present:
+        prompt = r"{instruction}\n{input}\n" if "input" in present else r"{instruction}\n"
+        raise UsageError(
+            f"{source}: rows of an instruction and its output, as Alpaca's, need a template of the prompt: give "
+            f"--template $'{prompt}' --columns completion output, or another template."
+        )
     nearest = min(missing.values(), key=len)[0]
     raise UsageError(
         f"{source}: there is no column {nearest!r}.{did_you_mean(nearest, present)} The formats of rows are: "

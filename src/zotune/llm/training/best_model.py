@@ -130,5 +130,5 @@ def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence
     if test and set(test) <= set(dev):
         say(
             "the rows that select the best step are also the evaluation rows, which makes the report too "
-            "optimistic; give other evaluation rows with --eval-file"
+            "optimistic; give other evaluation rows"
         )
