@@ -418,6 +418,17 @@ def test_what_ran_out_of_time_goes_on_from_what_it_had_written_and_what_failed_b
     assert [p for p in (tmp_path / JOBS).iterdir() if p.is_dir()] == []
 
 
+def test_a_job_whose_runner_was_killed_when_it_was_done_leaves_no_files(tmp_path):
+    job = Job("evaluate", {})
+    store = Store(tmp_path, lambda job, folder: made_up(job))
+    store(job)
+    left = tmp_path / JOBS / job.key
+    left.mkdir()
+    (left / "ledger.zol").touch()
+    assert store(job).status == "done"
+    assert not left.exists()
+
+
 def test_a_training_that_was_cut_short_ends_as_if_it_never_was(tmp_path):
     """As a worker that was killed leaves it: metrics and ledger of some steps, and the next one goes on from there."""
     from zotune.bench.run.worker import do
