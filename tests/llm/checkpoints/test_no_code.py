@@ -141,6 +141,8 @@ def test_a_file_of_endless_values_is_refused_before_libraries_read_it(tmp_path, 
         {"r": 10**9},
         {"target_modules": "(a+)+$"},
         {"rank_pattern": {"(x*)*y": 4}},
+        {"alora_invocation_tokens": "q"},
+        {"alora_invocation_tokens": [1, "q"]},
     ],
 )
 def test_an_adapter_names_nothing_elsewhere(values):

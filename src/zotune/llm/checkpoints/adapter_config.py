@@ -42,8 +42,8 @@ def check_adapter_config(values: Mapping[str, Any], what: str, base: str) -> Non
         base: name of the base model, whose tokenizer it may name.
 
     Raises:
-        UsageError: it names code, files, another model or another tokenizer, a pattern that may take for ever, or a
-            count that is too large.
+        UsageError: it names code, files, another model or another tokenizer, a pattern that may take for ever, a
+            count that is too large, or tokens that are none.
     """
     own_tokenizer = (None, "", base, values.get("base_model_name_or_path"))
     for key, value in _entries(values):
@@ -57,11 +57,18 @@ def check_adapter_config(values: Mapping[str, Any], what: str, base: str) -> Non
                 f"{what} names the tokenizer {str(value)[:80]!r}, which is not that of its base model {base}. Remove "
                 "the key."
             )
+        if key == "alora_invocation_tokens" and not _are_ids(value):
+            raise UsageError(f"{what} sets {key}: {str(value)[:80]!r}; it must be a list of token ids, or null.")
         if key in _COUNTS and isinstance(value, int):
             COUNT.check(value, f"{key} in {what}")
         if key in _PATTERNS:
             for pattern in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else ():
                 check_pattern(str(pattern), f"{key} in {what}")
+
+
+def _are_ids(value: Any) -> bool:
+    """Whether a value is a list of token ids, or none; peft reads it in the first forward pass."""
+    return value is None or (isinstance(value, list) and bool(value) and all(type(part) is int for part in value))
 
 
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
