@@ -73,7 +73,8 @@ def power_cut(place, args, chance):
         # Some file systems leave zeros, or what was there before, where data did not reach the disk.
         tail = chance.choice([b"", bytes(chance.randrange(200)), chance.randbytes(50)])
         path.write_bytes(content[: chance.randrange(least, len(content) + 1)] + tail)
-    (place.here / "out/checkpoint.safetensors").unlink(missing_ok=True)
+    if not (place.here / "out/results.json").exists():  # the results of a run are written after its checkpoint
+        (place.here / "out/checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def header_size(content):
