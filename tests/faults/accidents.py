@@ -64,6 +64,8 @@ def disturbed(place, args, disturb):
 def power_cut(place, args, chance):
     """Killed, and what was not synced is gone: any number of bytes at the end of the files that grow."""
     killed_within(place, args, chance)
+    if (place.here / "out/results.json").exists():  # the run ended before, and all of it is synced
+        return
     for name in ("ledger.zol", "metrics.jsonl"):
         path = place.here / "out" / name
         if not path.exists():
@@ -73,8 +75,7 @@ def power_cut(place, args, chance):
         # Some file systems leave zeros, or what was there before, where data did not reach the disk.
         tail = chance.choice([b"", bytes(chance.randrange(200)), chance.randbytes(50)])
         path.write_bytes(content[: chance.randrange(least, len(content) + 1)] + tail)
-    if not (place.here / "out/results.json").exists():  # the results of a run are written after its checkpoint
-        (place.here / "out/checkpoint.safetensors").unlink(missing_ok=True)
+    (place.here / "out/checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def header_size(content):

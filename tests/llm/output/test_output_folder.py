@@ -186,7 +186,9 @@ def test_a_signal_in_a_step_ends_the_run_with_a_saved_model(zotune, short, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_says_so(start, short, tmp_path, number, code):
-    process = start("-m", "zotune", *short("--max-steps", 10**6, "--learning-rate", "1e-3", "--logging-steps", 1, "--json"))
+    process = start(
+        "-m", "zotune", *short("--max-steps", 10**6, "--learning-rate", "1e-3", "--logging-steps", 1, "--json")
+    )
     metrics = tmp_path / "out/metrics.jsonl"
     until = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None and time.monotonic() < until:
