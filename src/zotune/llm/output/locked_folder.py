@@ -21,6 +21,10 @@ from zotune.system.scratch_folder import scratch_folder
 COUNTS_FOR_RESULTS = "never"
 
 
+class BusyError(UsageError):
+    """Another command has the lock of a folder."""
+
+
 class LockedFolder:
     """A folder and its lock, from its construction to `close`; it is made if there is none.
 
@@ -41,6 +45,8 @@ class LockedFolder:
             self._lock = self._make_and_lock()
             staging.recover(path)
         except BaseException as error:
+            if isinstance(error, BusyError):
+                self._made = []  # the folder is now that of the command that has the lock
             self.close()
             if isinstance(error, OSError):
                 raise not_written(path, error) from None
@@ -52,7 +58,10 @@ class LockedFolder:
             missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._made = self._made or missing
-            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # a command that was refused has removed it meanwhile
+                continue
             try:
                 _lock(lock, self.path)
                 # A command that was refused may have removed the folder before it was locked.
@@ -173,7 +182,7 @@ def _lock(lock: int, path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(
+        raise BusyError(
             f"another run is writing to {str(path)!r}; wait until it ends, or choose another --output-dir."
         ) from None
     except OSError as error:
