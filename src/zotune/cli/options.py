@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from zotune.errors import UsageError
 from zotune.llm.config.aliases import is_alias, meaning_of, resolve_aliases
+from zotune.llm.config.run import find_recipe, read_recipe
 from zotune.llm.config.schema import validate
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -155,3 +156,15 @@ def join_values(args: list[str], option: str) -> list[str]:
 def is_help(args: list[str]) -> bool:
     """Return whether the arguments ask for help."""
     return "-h" in args or "--help" in args
+
+
+def split_recipe(args: list[str]) -> tuple[dict[str, Any], str, list[str]]:
+    """Return the values of the recipe that the first argument names, their source, and the other arguments.
+
+    Raises:
+        UsageError: there is no such recipe, or it cannot be read.
+    """
+    if not args or args[0].startswith("-"):
+        return {}, "command line", args
+    path = find_recipe(args[0])
+    return read_recipe(path), str(path), args[1:]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from zotune.cli.help import HelpPage, help_text
-from zotune.cli.options import complete, is_help, parse
+from zotune.cli.options import complete, is_help, parse, split_recipe
 from zotune.cli.output import print_json, print_message, print_text
 from zotune.errors import UsageError
-from zotune.llm.config.run import TrainConfig, find_recipe, read_recipe
+from zotune.llm.config.run import TrainConfig
 
 _PAGE = HelpPage(
     usage="zotune train [RECIPE] [--OPTION VALUE ...]",
@@ -37,11 +36,7 @@ def run(args: list[str], as_json: bool) -> int:
     """Train, or show what training would do, and return the exit code."""
     is_dry = "--dry-run" in args
     args = [a for a in args if a != "--dry-run"]
-    recipe: dict[str, Any] = {}
-    source = "command line"
-    if args and not args[0].startswith("-"):
-        path = find_recipe(args[0])
-        recipe, source, args = read_recipe(path), str(path), args[1:]
+    recipe, source, args = split_recipe(args)
     if is_help(args):
         print_text(help_text(_PAGE, TrainConfig, complete(TrainConfig, recipe, source)))
         return 0

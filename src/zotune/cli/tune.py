@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, get_origin
 
 from zotune.cli.help import HelpPage, help_text
-from zotune.cli.options import complete, is_help, option_of, parse
+from zotune.cli.options import complete, is_help, option_of, parse, split_recipe
 from zotune.cli.output import print_json, print_message, print_text
 from zotune.errors import UsageError
 from zotune.llm.config.aliases import alias_table
-from zotune.llm.config.run import TrainConfig, find_recipe, read_recipe
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 
 _PAGE = HelpPage(
@@ -31,11 +31,7 @@ _FIXED = ("output_dir", "overwrite_output_dir", "resume", "num_eval", "eval_file
 
 def run(args: list[str], as_json: bool) -> int:
     """Search and return the exit code."""
-    recipe: dict[str, Any] = {}
-    source = "command line"
-    if args and not args[0].startswith("-"):
-        path = find_recipe(args[0])
-        recipe, source, args = read_recipe(path), str(path), args[1:]
+    recipe, source, args = split_recipe(args)
     if is_help(args):
         print_text(help_text(_PAGE, TrainConfig, complete(TrainConfig, recipe, source)))
         return 0
