@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.objective import OF_ANSWERS, ObjectiveOptions
+from zotune.llm.config.objective import OF_ANSWERS
 from zotune.llm.config.schema import is_partial
+from zotune.llm.config.text import TextOptions
 
 # The data source of a run from Python on rows that the caller holds, so that no option names them.
 IN_MEMORY = "memory"
@@ -19,7 +29,24 @@ IN_MEMORY = "memory"
 ROLES = ("prompt", "completion", "messages", "choices")
 
 
-class DataOptions(ObjectiveOptions):
+# For editors: a recipe may name one file, or several.
+_FILE_OR_FILES = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+)
+
+
+def _as_list(value: Any) -> Any:
+    """Return one value as a list of it."""
+    return [value] if isinstance(value, str | Path | int | float) and not isinstance(value, bool) else value
+
+
+def _as_one(files: tuple[Path, ...] | None) -> Any:
+    """Return the files as a recipe holds them: one by its name, several as a list."""
+    names = [str(file) for file in files or ()]
+    return names[0] if len(names) == 1 else names or None
+
+
+class DataOptions(TextOptions):
     """The options of the data: a task that zotune knows, or files of the user's own."""
 
     task: str | None = Field(
@@ -36,15 +63,28 @@ class DataOptions(ObjectiveOptions):
         "the label "
         "alone; masked models get a classification head).",
     )
-    train_file: Path | None = Field(
+    train_file: Annotated[
+        tuple[Path, ...] | None, BeforeValidator(_as_list), PlainSerializer(_as_one, when_used="json"), _FILE_OR_FILES
+    ] = Field(
         None,
-        description="File of your own training rows: JSON lines or CSV (also gzipped), Parquet, or "
+        description="File of your own training rows, or several: JSON lines or CSV (also gzipped), Parquet, text, or "
         "hub:ORG/NAME[:SPLIT].",
+    )
+    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_list)] = Field(
+        (),
+        description="How often rows of each training file are read, in relation to each other, as 2 1; default: each "
+        "row "
+        "once a pass.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Keep training rows as tokens on the disk and not in memory, and read no more of the files than "
+        "num_train rows, or than the steps need.",
     )
     eval_file: Path | None = Field(
         None, description="File of your own evaluation rows; default: rows held out of the training file."
     )
-    data_format: Literal["classification", "completion", "chat", "choice", "prompt"] | None = Field(
+    data_format: Literal["classification", "completion", "chat", "choice", "prompt", "text"] | None = Field(
         None, description="Format of your rows; default: inferred from their columns."
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
@@ -125,6 +165,16 @@ class DataOptions(ObjectiveOptions):
         return value
 
     @property
+    def train_files(self) -> tuple[Path, ...]:
+        """The files of training rows; empty without one."""
+        return self.train_file or ()
+
+    @property
+    def named_files(self) -> str:
+        """The files of training rows by name, as text."""
+        return " and ".join(map(str, self.train_files)) or "rows in memory"
+
+    @property
     def generates_text(self) -> bool:
         """Whether text is generated, for the objective or for an evaluation."""
         return self.is_generated or self.exact_match
@@ -143,7 +193,30 @@ class DataOptions(ObjectiveOptions):
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
+        self._check_weights()
         unknown = [role for role in self.columns if role not in ROLES]
         if unknown:
             raise ValueError(f"columns: there is no {unknown[0]!r} to name.{did_you_mean(unknown[0], ROLES)}")
         return self
+
+    def _check_weights(self) -> None:
+        """Check the weights of the files, of which a recipe may name only the one or the other.
+
+        Raises:
+            ValueError: they are not one positive number for each of several files, or a file is named twice.
+        """
+        weights, files = self.train_file_weights, self.train_file or ()
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"train_file_weights are numbers above 0, one for each file; got {list(weights)}")
+        if len(set(files)) < len(files):
+            raise ValueError("train_file names a file twice; give it once, and a larger weight in train_file_weights")
+        if weights and files and (len(weights) != len(files) or len(files) == 1):
+            raise ValueError(
+                f"train_file_weights has {len(weights)} numbers for {len(files)} training files; give one number for "
+                "each of several files"
+            )
+        if files == () and weights and self.data_source == IN_MEMORY:
+            raise ValueError(
+                "train_file_weights are for files. Mix rows in memory with datasets.interleave_datasets(…, "
+                "probabilities=[…])"
+            )

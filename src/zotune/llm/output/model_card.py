@@ -28,7 +28,7 @@ library_name: {"peft" if config.is_adapter else "transformers"}
 tags: [zotune, zeroth-order]
 ---
 
-# {markdown_text(f"{config.model}, tuned on {config.task or config.train_file or 'rows in memory'}")}
+# {markdown_text(f"{config.model}, tuned on {config.task or config.named_files}")}
 
 Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
 ({results["num_tuned"]:,} numbers tuned).

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
-from zotune.llm.data.examples import Example, Splits
-from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
+from zotune.llm.data.examples import Splits
+from zotune.llm.data.tokenization import Encoded, Encoder
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
+from zotune.llm.tasks.encoding import check_some_left, encode_split, held_out_windows, notes_on_length
 from zotune.llm.tasks.user_data import Data, UserRows, load_user_data
 
 
@@ -24,6 +25,7 @@ class EncodedData:
         options: for the user's own rows with the inferred format, template and verbalizer.
         notes: remarks on the rows, one line each.
         generated: the objective in place of `objective`, if each evaluation generates text.
+        kept: the index of the example of each row for evaluation; empty if the rows are windows of several texts.
     """
 
     train: tuple[Encoded, ...]
@@ -34,6 +36,7 @@ class EncodedData:
     options: DataOptions = field(default_factory=DataOptions.model_construct)
     notes: tuple[str, ...] = ()
     generated: GeneratedObjective | None = None
+    kept: tuple[int, ...] = ()
 
 
 def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> Data:
@@ -78,19 +81,26 @@ def encode_rows(lm: LanguageModel, options: DataOptions, data: Data) -> EncodedD
         UsageError: a row does not fit the model; the message says which and why.
     """
     encode = encoder_of(lm, options)
-
-    def encoded(name: str) -> tuple[Encoded, ...]:
-        examples: tuple[Example, ...] = getattr(data.splits, name)
-        tokens = tuple(encode(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1))
-        # The prompts and labels of tasks need no check.
-        if options.task is None:
-            for both in zip(tokens, examples, strict=True):
-                check_distinct(*both)
-        return tokens
-
-    train, dev, test = (encoded(name) for name in ("train", "dev", "test"))
-    train = tuple(map(data.objective.reads, train))
-    return EncodedData(train, dev, test, data.objective, data.measure, data.options, data.notes, data.generated)
+    same = data.splits.test == data.splits.dev
+    splits = {
+        name: encode_split(encode, getattr(data.splits, name), options, name)
+        for name in ("train", "dev", *(() if same else ("test",)))
+    }
+    if options.packing and options.num_dev is None and same and not splits["dev"].rows:
+        splits["train"], splits["dev"] = held_out_windows(splits["train"])
+    check_some_left(splits)
+    test = splits["dev"] if same else splits["test"]
+    return EncodedData(
+        tuple(map(data.objective.reads, splits["train"].rows)),
+        splits["dev"].rows,
+        test.rows,
+        data.objective,
+        data.measure,
+        data.options,
+        (*data.notes, *notes_on_length(splits, encode, options)),
+        data.generated,
+        test.kept,
+    )
 
 
 def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
@@ -100,6 +110,7 @@ def encoder_of(lm: LanguageModel, options: DataOptions) -> Encoder:
         masked=lm.masked,
         context=lm.context,
         max_length=options.max_length,
+        long_rows=options.long_rows,
         classifies=lm.classifies,
         new_tokens=options.max_new_tokens,
         num_embeddings=lm.num_embeddings,
