@@ -20,7 +20,7 @@ from pydantic import (
 from zotune.errors import did_you_mean
 from zotune.llm.config.objective import OF_ANSWERS
 from zotune.llm.config.schema import is_partial
-from zotune.llm.config.text import TextOptions
+from zotune.llm.config.text import TextOptions, as_list
 
 # The data source of a run from Python on rows that the caller holds, so that no option names them.
 IN_MEMORY = "memory"
@@ -33,11 +33,6 @@ ROLES = ("prompt", "completion", "messages", "choices")
 _FILE_OR_FILES = WithJsonSchema(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
 )
-
-
-def _as_list(value: Any) -> Any:
-    """Return one value as a list of it."""
-    return [value] if isinstance(value, str | Path | int | float) and not isinstance(value, bool) else value
 
 
 def _as_one(files: tuple[Path, ...] | None) -> Any:
@@ -64,13 +59,13 @@ class DataOptions(TextOptions):
         "alone; masked models get a classification head).",
     )
     train_file: Annotated[
-        tuple[Path, ...] | None, BeforeValidator(_as_list), PlainSerializer(_as_one, when_used="json"), _FILE_OR_FILES
+        tuple[Path, ...] | None, BeforeValidator(as_list), PlainSerializer(_as_one, when_used="json"), _FILE_OR_FILES
     ] = Field(
         None,
         description="File of your own training rows, or several: JSON lines or CSV (also gzipped), Parquet, text, or "
         "hub:ORG/NAME[:SPLIT].",
     )
-    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_list)] = Field(
+    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(as_list)] = Field(
         (),
         description="How often rows of each training file are read, in relation to each other, as 2 1; default: each "
         "row "
@@ -177,7 +172,12 @@ class DataOptions(TextOptions):
     @property
     def generates_text(self) -> bool:
         """Whether text is generated, for the objective or for an evaluation."""
-        return self.is_generated or self.exact_match
+        return self.is_generated or self.exact_match or bool(self.compute_metrics)
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether a function of the user may read the columns of rows."""
+        return self.is_function or any(":" in name for name in self.compute_metrics)
 
     @property
     def compares_answers(self) -> bool:
@@ -194,6 +194,10 @@ class DataOptions(TextOptions):
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
         self._check_weights()
+        of_own_rows = ("packing", "chat_template", "system_prompt", "apply_chat_template", "streaming")
+        idle = next((name for name in of_own_rows if self.task is not None and getattr(self, name)), None)
+        if idle is not None and not is_partial(info):
+            raise ValueError(f"{idle} is for rows of your own, and a task has its own prompts; leave it out")
         unknown = [role for role in self.columns if role not in ROLES]
         if unknown:
             raise ValueError(f"columns: there is no {unknown[0]!r} to name.{did_you_mean(unknown[0], ROLES)}")

@@ -1,13 +1,23 @@
-"""The options of how texts reach the model: chat templates, the system's message, packing, and rows that are too long."""
+"""The options of how texts reach the model: chat templates, the message of the system, packing, rows too long."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from zotune.errors import did_you_mean
 from zotune.llm.config.objective import ObjectiveOptions
 from zotune.llm.config.schema import is_partial
+
+# The metrics that zotune has by name.
+METRICS = ("rouge",)
+
+
+def as_list(value: Any) -> Any:
+    """Return one value as a list of it; others stay as they are."""
+    return [value] if isinstance(value, str | Path | int | float) and not isinstance(value, bool) else value
 
 
 class TextOptions(ObjectiveOptions):
@@ -39,6 +49,24 @@ class TextOptions(ObjectiveOptions):
         "message, the answer the assistant's. Default: as plain text.",
     )
 
+    compute_metrics: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field(
+        (),
+        description="Further metrics of evaluations: rouge, or functions MODULE:FUNCTION of what was answered; for "
+        "completions and chats text is generated.",
+    )
+
+    @field_validator("compute_metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            module, colon, function = name.partition(":")
+            if name not in METRICS and not colon:
+                hint = did_you_mean(name, METRICS)
+                raise ValueError(f"there is no metric {name!r}.{hint} Name a function of your own as module:function")
+            if colon and not all(part.isidentifier() for part in (*module.split("."), function)):
+                raise ValueError(f"name a function of your own as module:function; got {name!r}")
+        return tuple(dict.fromkeys(names))
+
     @model_validator(mode="after")
     def _no_empty_text(self, info: ValidationInfo) -> Self:
         for name in ("chat_template", "system_prompt"):
@@ -47,6 +75,8 @@ class TextOptions(ObjectiveOptions):
                 raise ValueError(f"{name} is empty; leave it out, or give it a text")
         if is_partial(info):
             return self
+        if self.packing and self.long_rows is not None:
+            raise ValueError("long_rows has no effect with packing, which cuts all texts into windows; leave it out")
         if self.packing and self.apply_chat_template:
             raise ValueError(
                 "packing joins plain texts and apply_chat_template writes prompts and answers; give only one of them"

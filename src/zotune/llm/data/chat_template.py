@@ -69,7 +69,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         source = _template_of(self.tokenizer)
-        if _names_used(source) & {"|random", "lipsum"}:
+        if names_used(source) & {"|random", "lipsum"}:
             raise UsageError(
                 "the model's chat template draws at random, so the same rows would give other texts in each run. "
                 "Save the tokenizer with a template that does not."
@@ -158,7 +158,7 @@ class ChatTemplate:
 def reads_clock(tokenizer: Any) -> bool:
     """Return whether a tokenizer's chat template writes the date of today; False if it has no template for chats."""
     with suppress(UsageError):
-        return _CLOCK in _names_used(_template_of(tokenizer))
+        return _CLOCK in names_used(_template_of(tokenizer))
     return False
 
 
@@ -174,7 +174,7 @@ def _at_date(source: str, today: date) -> str:
         return repr(datetime.combine(today, time()).strftime(call[1] if call[1] is not None else call[2]))
 
     fixed = _CLOCK_CALL.sub(then, source)
-    if _CLOCK in _names_used(fixed):
+    if _CLOCK in names_used(fixed):
         raise UsageError(
             f"the model's chat template reads the clock ({_CLOCK}) with a format that is not written out, so the text "
             "of a row would change from day to day. Save the tokenizer with a template that does not."
@@ -183,7 +183,7 @@ def _at_date(source: str, today: date) -> str:
 
 
 @lru_cache(maxsize=16)
-def _names_used(template: str) -> frozenset[str]:
+def names_used(template: str) -> frozenset[str]:
     """Return the variables and (after a bar) filters of a template, but no variable that it only asks about."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
