@@ -35,6 +35,11 @@ _FILE_OR_FILES = WithJsonSchema(
 )
 
 
+def _as_numbers(value: Any) -> Any:
+    """Return numbers in a text, separated by commas or spaces, as a list; other values as `as_list` does."""
+    return value.replace(",", " ").split() if isinstance(value, str) else as_list(value)
+
+
 def _as_one(files: tuple[Path, ...] | None) -> Any:
     """Return the files as a recipe holds them: one by its name, several as a list."""
     names = [str(file) for file in files or ()]
@@ -65,7 +70,7 @@ class DataOptions(TextOptions):
         description="File of your own training rows, or several: JSON lines or CSV (also gzipped), Parquet, text, or "
         "hub:ORG/NAME[:SPLIT].",
     )
-    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(as_list)] = Field(
+    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_numbers)] = Field(
         (),
         description="How often rows of each training file are read, in relation to each other, as 2 1; default: each "
         "row "

@@ -105,6 +105,11 @@ class WithMetrics:
         return replace(found, more=more)
 
 
+def with_measure(measure: Measure, other: Measure) -> Measure:
+    """Return another measure, with the further metrics of the first one if it has some."""
+    return replace(measure, measure=other) if isinstance(measure, WithMetrics) else other
+
+
 def _completion(lm: LanguageModel, e: Encoded, found: Evaluation, index: int) -> Completion:
     """Return what was answered to an example: the generated text, or the chosen candidate."""
     if not isinstance(found, AccuracyEvaluation):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
-from zotune.llm.data.examples import Splits
+from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.tokenization import Encoded, Encoder
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
+from zotune.llm.scoring.functions import columns_taken
+from zotune.llm.scoring.metrics import WithMetrics, load_metric
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
@@ -55,14 +59,43 @@ def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | Non
 
 
 def _with_objective(data: Data) -> Data:
-    """Return the data with the objective that the options name, if they name one."""
+    """Return the data with the objective and the further metrics that the options name, if they name some."""
     options, splits = data.options, data.splits
     check_examples((*splits.train, *splits.dev, *splits.test), options)
     if options.is_function:
-        splits = Splits(*(tuple(map(open_ended, some)) for some in (splits.train, splits.dev, splits.test)))
-    if (generated := generated_objective(options, getattr(options, "seed", 0))) is not None:
-        return replace(data, splits=splits, objective=CLASSIFICATION, measure=generated.measure, generated=generated)
-    return data if options.objective is None else replace(data, objective=OBJECTIVES[options.objective])
+        splits = _mapped(splits, open_ended)
+    generated = generated_objective(options, getattr(options, "seed", 0))
+    metrics = tuple((name, load_metric(name)) for name in options.compute_metrics)
+    functions = {options.objective or "": generated.function} if generated and generated.function else {}
+    splits = _with_columns(splits, {**functions, **{name: metric for name, metric in metrics if ":" in name}})
+    if generated is not None:
+        measure: Measure = generated.measure
+        data = replace(data, objective=CLASSIFICATION, measure=measure, generated=generated)
+    elif options.objective is not None:
+        data = replace(data, objective=OBJECTIVES[options.objective])
+    if metrics:
+        data = replace(data, measure=WithMetrics(data.measure, metrics))
+    return replace(data, splits=splits)
+
+
+def _mapped(splits: Splits, change: Callable[[Example], Example]) -> Splits:
+    """Return the splits with each example changed, once for the same example."""
+    changed = {id(e): change(e) for some in (splits.train, splits.dev, splits.test) for e in some}
+    return Splits(*(tuple(changed[id(e)] for e in some) for some in (splits.train, splits.dev, splits.test)))
+
+
+def _with_columns(splits: Splits, functions: Mapping[str, Callable[..., Any]]) -> Splits:
+    """Return the splits with those columns of each row that some function takes.
+
+    Raises:
+        UsageError: a function takes a column that the rows do not have.
+    """
+    every = {id(e): e for some in (splits.train, splits.dev, splits.test) for e in some}.values()
+    known = dict.fromkeys(key for e in every for key in e.columns)
+    taken = [key for name, function in functions.items() for key in columns_taken(function, known, name)]
+    if not known:
+        return splits
+    return _mapped(splits, lambda e: replace(e, columns={key: e.columns.get(key) for key in dict.fromkeys(taken)}))
 
 
 def load_rows(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> EncodedData:

@@ -18,6 +18,7 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.data.mixing import mixed
 from zotune.llm.data.readers import LocatedRow, read_located_rows
 from zotune.llm.scoring.accuracy import Measure
 from zotune.llm.scoring.objectives import Objective
@@ -52,10 +53,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were read, before they become examples, and their source: a file, or the name of an argument."""
+    """Rows as they were read, before they become examples.
+
+    Attributes:
+        source: a file, or the name of an argument; several files by their names.
+        rows: the rows of all files.
+        sizes: the number of rows of each file.
+    """
 
     source: str | Path
     rows: Sequence[LocatedRow]
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,11 @@ def read_files(options: DataOptions) -> UserRows:
     Raises:
         UsageError: a file cannot be read; the message says which and why.
     """
-    train, evaluation = options.train_file, options.eval_file
+    evaluation = options.eval_file
+    parts = [list(read_located_rows(file)) for file in options.train_files]
+    train = Rows(options.named_files, [row for part in parts for row in part], tuple(map(len, parts)))
     return UserRows(
-        None if train is None else Rows(train, list(read_located_rows(train))),
+        train if parts else None,
         None if evaluation is None else Rows(evaluation, list(read_located_rows(evaluation, split="validation"))),
     )
 
@@ -257,8 +267,20 @@ def _split_training(
             f"{given.source} has {len(examples)} rows, too few for {max(num_train, 1)} to train on and {num_dev} "
             "held out. Lower --num-train or --num-dev."
         )
-    train = tuple(examples[i] for i in order[:num_train])
+    chosen = _mixed(order[:num_train].tolist(), given.sizes, options)
+    train = tuple(examples[i] for i in chosen)
     return train, tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
+
+
+def _mixed(chosen: list[int], sizes: Sequence[int], options: DataOptions) -> list[int]:
+    """Return the rows of one pass: those that are chosen, repeated as the weights of their files ask for."""
+    if not options.train_file_weights:
+        return chosen
+    ends = np.cumsum(sizes)
+    files = np.searchsorted(ends, chosen, side="right").tolist()
+    by_file = [[i for i, file in zip(chosen, files, strict=True) if file == n] for n in range(len(sizes))]
+    rows = [i for part in by_file for i in part]
+    return [rows[i] for i in mixed([len(part) for part in by_file], options.train_file_weights, options.data_seed)]
 
 
 def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path) -> dict[str, str]:

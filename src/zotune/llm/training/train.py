@@ -30,6 +30,7 @@ from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
+from zotune.llm.scoring.metrics import with_measure
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
@@ -288,7 +289,7 @@ def _with_prompt_cache(
             f"computed once per prompt; the cache takes at most {config.reuse_memory:g} GiB of memory"
         )
     generated = replace(rows.generated, prefill=cache.prefill)
-    return replace(rows, generated=generated, measure=generated.measure)
+    return replace(rows, generated=generated, measure=with_measure(rows.measure, generated.measure))
 
 
 def _activation_store(config: TrainConfig, output: Output) -> ActivationStore:
