@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class EncodedData:
         kept: the index of the example of each row for evaluation; empty if the rows are windows of several texts.
     """
 
-    train: tuple[Encoded, ...]
+    train: Sequence[Encoded]
     dev: tuple[Encoded, ...]
     test: tuple[Encoded, ...]
     objective: Objective = CLASSIFICATION

@@ -260,6 +260,8 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: Ac
     """Return the function that scores rows; it caches activations below the tuned layers if they never change."""
     if rows.generated is not None:
         return lm.score  # not used for generated text
+    if config.streaming:
+        return lm.score  # a cache would hold the rows
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
