@@ -67,8 +67,8 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
         ) from None
     except Exception as error:
         raise UsageError(f"{option} {name}: importing {module_name} failed, {where_raised(error)}.") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if function is None or not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UsageError(
             f"{option} {name}: {getattr(module, '__file__', module_name)} has no function {function_name!r}."
