@@ -11,11 +11,12 @@ from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import batches_by_length
 from zotune.llm.scoring.generation import Sampling
 from zotune.llm.scoring.generation import generate as continuations
 from zotune.llm.tasks.load_data import encode_rows
-from zotune.llm.tasks.user_data import UserRows, load_user_data
+from zotune.llm.tasks.user_data import load_user_data
 from zotune.noise import derive_seed
 
 # Rows whose text is generated are those of a reward function; this one is not called.
