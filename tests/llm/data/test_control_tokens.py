@@ -15,7 +15,7 @@ from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demons
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.tasks.row_formats import filled
+from zotune.llm.rows.templates import filled
 from zotune.llm.tasks.user_data import load_user_data
 
 CHATML = (

@@ -11,11 +11,12 @@ from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import batches_by_length
 from zotune.llm.scoring.generation import Sampling
 from zotune.llm.scoring.generation import generate as continuations
-from zotune.llm.tasks.load_data import encode_rows
-from zotune.llm.tasks.user_data import UserRows, load_user_data
+from zotune.llm.tasks.load_data import encode_rows, with_chat_template
+from zotune.llm.tasks.user_data import load_user_data
 from zotune.noise import derive_seed
 
 # Rows whose text is generated are those of a reward function; this one is not called.
@@ -63,6 +64,7 @@ def generate(
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": _REWARD}, "generate")
         given = UserRows(eval=rows_of(rows, "prompts"))
+        config = with_chat_template(lm, config)
         data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=given)
         texts = _texts(lm, encode_rows(lm, config, data).test, config, seed)
     return texts[0] if isinstance(prompts, str) else texts

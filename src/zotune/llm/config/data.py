@@ -26,7 +26,10 @@ from zotune.llm.config.text import TextOptions, as_list
 IN_MEMORY = "memory"
 
 # Roles of columns in the user's own rows; text and label have options of their own.
-ROLES = ("prompt", "completion", "messages", "choices")
+ROLES = (
+    *("prompt", "completion", "messages", "choices", "tools"),
+    *("instruction", "input", "output", "system", "conversations"),
+)
 
 
 # For editors: a recipe may name one file, or several.
@@ -67,8 +70,8 @@ class DataOptions(TextOptions):
         tuple[Path, ...] | None, BeforeValidator(as_list), PlainSerializer(_as_one, when_used="json"), _FILE_OR_FILES
     ] = Field(
         None,
-        description="File of your own training rows, or several: JSON lines or CSV (also gzipped), Parquet, text, or "
-        "hub:ORG/NAME[:SPLIT].",
+        description="File of your own training rows, or several: JSON or JSON lines, CSV or TSV, text (all also "
+        "gzipped), Parquet, a folder of save_to_disk, or hub:ORG/NAME[:SPLIT].",
     )
     train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_numbers)] = Field(
         (),
@@ -84,14 +87,20 @@ class DataOptions(TextOptions):
     eval_file: Path | None = Field(
         None, description="File of your own evaluation rows; default: rows held out of the training file."
     )
-    data_format: Literal["classification", "completion", "chat", "choice", "prompt", "text"] | None = Field(
-        None, description="Format of your rows; default: inferred from their columns."
+    data_format: (
+        Literal["classification", "completion", "chat", "choice", "alpaca", "sharegpt", "prompt", "text"] | None
+    ) = Field(None, description="Format of your rows; default: inferred from their columns.")
+    delimiter: str | None = Field(
+        None,
+        description="What separates the cells of your CSV files: one character, or `tab`; default: found from the "
+        "header, tabs in a .tsv file.",
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
     label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Your names of the columns prompt, completion, messages and choices; default: these names.",
+        description="Your names of the columns of a shape (prompt, completion, messages, choices, instruction, …); "
+        "default: these names.",
     )
     template: str | None = Field(
         None,
@@ -153,6 +162,14 @@ class DataOptions(TextOptions):
             return None if value is None else date.fromisoformat(value).isoformat()
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD, for instance 2026-01-31") from None
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one_character(cls, value: str | None) -> str | None:
+        value = {"tab": "\t", "\\t": "\t"}.get(str(value), value)
+        if value is not None and (len(value) != 1 or value in '"\r\n\0 '):
+            raise ValueError("give one character that is neither a quote, a space nor a line break, or the word tab")
+        return value
 
     @field_validator("template")
     @classmethod

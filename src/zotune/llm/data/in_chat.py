@@ -1,8 +1,7 @@
-"""Writing a prompt and its answers as a chat: the prompt is the user's message, an answer the assistant's turn.
+"""Writing a prompt and its candidates as a chat: the prompt is the user's message, a candidate begins the answer.
 
-What a template writes around an answer is found by rendering, as the turns of a chat are: the answer of a completion
-is the whole turn with the token that ends it, so the model learns to stop; words and choices are compared as they are
-written, without that end.
+What a template writes before an answer is found by rendering, as the turns of a chat are. Candidates are compared as
+they are written, without the token that ends a turn.
 """
 
 from __future__ import annotations
@@ -29,37 +28,22 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
     return list(messages) if system is None or has_one else [{"role": "system", "content": system}, *messages]
 
 
-def in_chat(example: Example, template: ChatTemplate, system: str | None = None, end: str = "") -> Example:
-    """Return an example whose prompt and candidates a chat template has written; one of a chat stays as it is.
+def in_chat(example: Example, template: ChatTemplate, system: str | None = None) -> Example:
+    """Return an example whose prompt and candidates a chat template has written.
 
     Args:
-        example: the example, with its candidates as text.
+        example: the example, with its candidates as text; without any, a text is generated.
         template: the chat template.
         system: the message of the system before the user's; None for none.
-        end: the end-of-text token that a completion ends in, which the template's own end takes the place of.
 
     Raises:
         UsageError: the template rejects the messages, or changes an answer so that it cannot be located.
     """
-    if example.spans:
-        return example
     question: list[Message] = with_system([{"role": "user", "content": example.prompt.strip()}], system)
     if not example.candidates:
         opened = template.opening_answer(question)
         return replace(example, prompt=opened.text, controls=opened.controls, rendered=True)
-    if len(example.candidates) == 1:
-        return _with_turn(example, template, question, end)
     return _with_words(example, template, question)
-
-
-def _with_turn(example: Example, template: ChatTemplate, question: list[Message], end: str) -> Example:
-    """Return a prompt with the whole turn of its only answer."""
-    answer = example.candidates[0].strip()
-    bare = answer.removesuffix(end).strip() if end else answer
-    found = template.with_turns([*question, _turn(bare)], only_last=True)
-    start, stop = found.turns[-1]
-    text = found.text
-    return replace(example, prompt=text[:start], candidates=(text[start:stop],), controls=found.controls, rendered=True)
 
 
 def _with_words(example: Example, template: ChatTemplate, question: list[Message]) -> Example:

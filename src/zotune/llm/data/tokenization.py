@@ -137,7 +137,7 @@ class Encoder:
             example.also_right,
             example.answers,
             prompt,
-            example.prompt if prompt else "",
+            _asked(example) if prompt else "",
             where,
             max([cut, *(s.num_cut for s in encoded)]),
             example.columns,
@@ -205,11 +205,9 @@ class Encoder:
 
     def _prompt(self, example: Example) -> tuple[tuple[int, ...], int]:
         """Return the tokens to generate an answer from, leaving room for the answer, and how many were cut."""
-        text = example.prompt
-        if example.spans and example.candidates:
-            text = text[: example.spans[-1][0]]  # a chat with its answer
-        elif example.candidates or self._joins_spaces:
-            text = text[: _start_of_continuation(example)]
+        text = _asked(example)
+        if len(example.candidates) == 1 or (not example.candidates and self._joins_spaces):
+            text = text.rstrip(" \t") or text
         ids, offsets = self._tokens(example, text)
         # What the tokenizer puts behind a text, such as an end-of-text token, does not belong before its continuation.
         stop = max((i for i, (_, end) in enumerate(offsets, start=1) if end), default=1)
@@ -340,6 +338,11 @@ class Encoder:
     def _num_kept(self, ids: tuple[int, ...]) -> int:
         """Return how many tokens at the beginning are never cut."""
         return int(ids[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id))
+
+
+def _asked(example: Example) -> str:
+    """Return the text to generate an answer from; of a chat with its answer what comes before that."""
+    return example.prompt[: example.spans[-1][0]] if example.spans and example.candidates else example.prompt
 
 
 def _start_of_continuation(example: Example) -> int:

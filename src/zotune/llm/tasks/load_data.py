@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.data.template_sources import with_template
 from zotune.llm.data.tokenization import Encoded, Encoder
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.functions import columns_taken
 from zotune.llm.scoring.metrics import WithMetrics, load_metric
@@ -18,7 +20,9 @@ from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
 from zotune.llm.tasks.encoding import check_some_left, encode_split, held_out_windows, notes_on_length
-from zotune.llm.tasks.user_data import Data, UserRows, load_user_data
+from zotune.llm.tasks.user_data import Data, load_user_data
+
+Options = TypeVar("Options", bound=DataOptions)
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,24 @@ def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | Non
         raise UsageError(f"{lm.name} has a classification head, which needs no prompt: give a task and --prompt none.")
     check_model(lm, options)
     if options.task is None:
+        options = with_chat_template(lm, options)
         return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked, given=given))
     task = find_task(options.task)
     return _with_objective(Data(task.splits(options, lm.masked), task.objective, task.measure, options, ()))
+
+
+def with_chat_template(lm: LanguageModel, options: Options) -> Options:
+    """Give the model's tokenizer the chat template that the options name, and return the options with its text.
+
+    The tokenizer becomes a copy, so that its owner's stays as it is.
+
+    Raises:
+        UsageError: there is no such template, or what is named is none.
+    """
+    if options.chat_template is None:
+        return options
+    lm.tokenizer = with_template(lm.tokenizer, options.chat_template)
+    return options.model_copy(update={"chat_template": lm.tokenizer.chat_template})
 
 
 def _with_objective(data: Data) -> Data:
