@@ -238,14 +238,13 @@ def _template_of(tokenizer: Any) -> str:
     known = getattr(tokenizer, "chat_template", None)
     if not known:
         raise UsageError(
-            "the model's tokenizer has no chat template. Use a model that was trained for chats, or rows with a prompt "
-            "and a completion."
+            "the model's tokenizer has no chat template. Use a model that was trained for chats, rows with a prompt "
+            "and a completion, or give a template with --chat-template (a file, chatml or plain)."
         )
     if isinstance(known, dict) and "default" not in known:
         names = ", ".join(sorted(known))
         raise UsageError(
-            f"the model's tokenizer has several chat templates ({names}), and none of them is named default. Save the "
-            "tokenizer with one of them: tokenizer.chat_template = tokenizer.chat_template['NAME'], then "
-            "tokenizer.save_pretrained(folder)."
+            f"the model's tokenizer has several chat templates ({names}), and none of them is named default. Choose "
+            "one with --chat-template NAME."
         )
     return str(tokenizer.get_chat_template())
