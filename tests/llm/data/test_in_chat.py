@@ -43,7 +43,9 @@ def ids_of(lm, messages, **options):
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("template", [ROLES, THINKS, CHATML, NAMED["plain"]], ids=["roles", "thinks", "chatml", "plain"])
+@pytest.mark.parametrize(
+    "template", [ROLES, THINKS, CHATML, NAMED["plain"]], ids=["roles", "thinks", "chatml", "plain"]
+)
 def test_a_completion_is_the_assistants_turn_and_its_tokens_are_those_of_transformers(read, template, system):
     rows, lm = read(
         [{"prompt": "Say 1:\n", "completion": " one </s>"}], template, apply_chat_template=True, system_prompt=system
