@@ -30,7 +30,8 @@ _SHOWN = 20
 def nearest_shape(present: Sequence[str], options: DataOptions) -> str:
     """Return which columns there are, the nearest shape, and the options with which they have it.
 
-    >>> nearest_shape(["question", "answer"], DataOptions.model_construct())[:170]
+    >>> print(nearest_shape(["question", "answer"], DataOptions(eval_file="a.csv")).split(". ")[3])
+    Give --columns prompt question completion answer
     """
     forms = {name: shape for name, shape in SHAPES.items() if name != PROMPT_ALONE}
     found = {name: _names(shape, present, options) for name, shape in forms.items()}
@@ -38,8 +39,8 @@ def nearest_shape(present: Sequence[str], options: DataOptions) -> str:
     lacking = next(column for column in forms[nearest].columns(options) if column not in present)
     shapes = "; ".join(f"{name} ({', '.join(shape.columns(options))})" for name, shape in forms.items())
     return (
-        f"the columns {_listed(present)} fit no shape of rows. The nearest one is {nearest}, "
-        f"{forms[nearest].description}, but there is no column {lacking!r}.{did_you_mean(lacking, present)}"
+        f"there is no column {lacking!r}.{did_you_mean(lacking, present)} The columns {_listed(present)} fit no shape "
+        f"of rows; the nearest one is {nearest}, {forms[nearest].description}."
         f"{_advice(forms[nearest], found[nearest], present, options)} The shapes are: {shapes}."
     )
 
