@@ -1,4 +1,4 @@
-"""The model's chat template on rows of any shape gives the tokens that transformers gives; templates come by any name."""
+"""The model's chat template on rows of any shape gives the tokens of transformers; templates come by any name."""
 
 import json
 

@@ -26,11 +26,11 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring import generation
 from zotune.llm.scoring.accuracy import evaluate_accuracy
+from zotune.llm.scoring.functions import load_function
 from zotune.llm.scoring.generated_answers import exact_match, f1
 from zotune.llm.scoring.generation import Sampling, generate
 from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
-from zotune.llm.scoring.functions import load_function
 from zotune.llm.scoring.rewards import Completion, GeneratedObjective, checked_rewards, open_ended
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training.loop import Run

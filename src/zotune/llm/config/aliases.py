@@ -195,10 +195,9 @@ def _data_sets(option: str, value: Any) -> Meaning:
 def _data_set(option: str, given: Mapping[str, Any]) -> Meaning:
     entry = {key: part for key, part in given.items() if key not in ("ds_type", "split") or part is None}
     kind = entry.pop("type", None)
-    data_format = {"chat_template": "chat", "sharegpt": "chat", "None": None}.get(str(kind), kind)
-    if data_format == "completion":  # a prompt without a prompt: plain text
-        data_format = "text"
-    if data_format not in (None, "chat", "text"):
+    # A completion of Axolotl's has no prompt: it is plain text.
+    data_format = {"chat_template": "chat", "completion": "text", "None": None}.get(str(kind), kind)
+    if data_format not in (None, "chat", "sharegpt", "alpaca", "text"):
         return Meaning(
             {},
             f"type: {kind} is a prompt of Axolotl's; write it out beside {option}, as data_format: completion, "

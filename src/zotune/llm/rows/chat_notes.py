@@ -39,7 +39,7 @@ def check_chat_options(options: DataOptions, examples: Sequence[Example], tokeni
         )
 
 
-def chat_notes(options: DataOptions, records: Iterable[Record], tokenizer: Any) -> list[str]:
+def template_notes(options: DataOptions, records: Iterable[Record], tokenizer: Any) -> list[str]:
     """Say what a chat template does that nobody sees in the rows."""
     notes = []
     is_chatml = options.chat_template is not None and options.chat_template.endswith(CHATML)

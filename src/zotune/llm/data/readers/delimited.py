@@ -37,7 +37,8 @@ def find_delimiter(text: str, *, is_whole: bool) -> str:
     r"""Return what separates the cells of a table of this text.
 
     A header with a comma outside quotes is one of a plain CSV file. Something else counts only if it splits the header
-    into names, and each row into as many cells. The first line `sep=;`, which Excel writes and reads, names it.
+    into names, and at least half of the rows into as many cells. The first line `sep=;`, which Excel writes and reads,
+    names it.
 
     Args:
         text: the beginning of a file.
@@ -53,8 +54,9 @@ def find_delimiter(text: str, *, is_whole: bool) -> str:
     for delimiter in DELIMITERS:
         rows, is_sound = _first_rows(text, delimiter, is_whole)
         names = rows[0] if rows else []
-        is_table = is_sound and all(names) and len(set(names)) == len(names) == min(map(len, rows), default=0)
-        if len(names) > 1 and (delimiter == "," or (is_table and len(names) == max(map(len, rows)))):
+        # A broken row among them is refused when its turn comes.
+        is_table = is_sound and all(names) and 2 * sum(len(row) == len(names) for row in rows[1:]) >= len(rows[1:])
+        if len(names) > 1 and (delimiter == "," or (is_table and len(set(names)) == len(names))):
             return delimiter
     return ","
 
@@ -75,8 +77,9 @@ def _first_rows(text: str, delimiter: str, is_whole: bool) -> tuple[list[list[st
                 if len(rows) > _ROWS_LOOKED_AT:
                     return rows, True
                 rows += [row] if row else []
-    except csv.Error:
-        return rows, False
+    except csv.Error as error:
+        # The end of what was read may lie within quotes.
+        return rows, not is_whole and "unexpected end" in str(error)
     # The end of what was read may lie within a row.
     return (rows if is_whole else rows[:-1]), True
 

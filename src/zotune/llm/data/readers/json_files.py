@@ -151,7 +151,7 @@ class _Text:
 
     def _check_values(self, place: str) -> None:
         """Check the number of values before they are made; behind the row's end there is at most another quarter."""
-        if count_values(self._text) > 2 * ROW_VALUES.value and len(self._text) > 2 * _PART:
+        if len(self._text) > 2 * _PART and count_values(self._text) > 2 * ROW_VALUES.value:
             raise UsageError(ROW_VALUES.refusal(place))
 
     def _pass_to(self, end: int) -> None:
