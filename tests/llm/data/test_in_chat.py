@@ -122,7 +122,7 @@ def test_templates_that_swallow_the_system_are_told(read, tiny):
 def test_options_of_chats_without_a_chat_are_refused(read):
     row = [{"prompt": "a", "completion": " b"}]
     for options in ({"chat_template": "plain"}, {"system_prompt": "x"}):
-        with pytest.raises(UsageError, match="which no chat template writes.*--apply-chat-template"):
+        with pytest.raises(UsageError, match=r"which no chat template writes.*--apply-chat-template"):
             read(row, None, **options)
     with pytest.raises(UsageError, match=r"line 1: the model's tokenizer has no chat template.*--chat-template"):
         read(row, None, apply_chat_template=True)

@@ -1,4 +1,4 @@
-"""Plain text is learnt token by token as transformers counts its loss, one text a row or packed; long rows are as asked."""
+"""Plain text is learnt token by token as transformers counts its loss, alone or packed; long rows are as asked."""
 
 import gzip
 import json
@@ -78,7 +78,7 @@ def test_files_of_text_are_one_document_each(tmp_path):
     assert [row.columns["text"] for row in given.train.rows] == ["First\nline.\n\nSecond.", "# Title", "Third"]
     assert given.train.sizes == (1, 1, 1)
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
-    with pytest.raises(UsageError, match="empty.txt is empty"):
+    with pytest.raises(UsageError, match=r"empty.txt is empty"):
         read_files(DataOptions(train_file=tmp_path / "empty.txt"))
 
 
