@@ -26,6 +26,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
+from zotune.llm.tasks.streaming import head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.find_rate import MAX_SHARE, with_default_rate
 from zotune.llm.training.learning_rate import schedule_of
@@ -131,7 +132,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)
-        data = load_examples(lm, config, given)
+        data = load_examples(lm, *_shown_rows(config, given))
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
@@ -157,6 +158,13 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
             memory=_memory(lm, optimizer, config, rows, data, stored),
         )
+
+
+def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfig, UserRows | None]:
+    """Return the rows that are read, and the options to read them by; of a stream the first rows alone."""
+    if not config.streaming:
+        return config, given
+    return config.model_copy(update={"num_train": None, "train_file_weights": ()}), head_of_files(config)
 
 
 class _EncodedRows:

@@ -216,6 +216,8 @@ class DataOptions(TextOptions):
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
         self._check_weights()
+        if self.streaming and self.train_file is None and self.data_source != IN_MEMORY and not is_partial(info):
+            raise ValueError("streaming is for training rows: give their files with --train-file")
         of_own_rows = ("packing", "chat_template", "system_prompt", "apply_chat_template", "streaming")
         idle = next((name for name in of_own_rows if self.task is not None and getattr(self, name)), None)
         if idle is not None and not is_partial(info):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.data.readers import LocatedRow, read_located_rows
 from zotune.llm.rows.infer import resolve_shape
 from zotune.llm.rows.shapes import SHAPES
+
+# Rows for evaluation that are read beside a stream of training rows if no number is given.
+MAX_STREAMED_EVALUATION = 1000
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,29 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class RowStreams:
+    """Rows that are read one at a time, and once.
+
+    Attributes:
+        source: as of `Rows`.
+        streams: the rows of each file.
+    """
+
+    source: str | Path
+    streams: tuple[Iterator[LocatedRow], ...]
+
+
+@dataclass(frozen=True)
 class UserRows:
-    """The training rows and the evaluation rows of a user; either may be missing, but not both."""
+    """The training rows and the evaluation rows of a user; either may be missing, but not both.
+
+    Attributes:
+        stream: the training rows, if they are not held in memory.
+    """
 
     train: Rows | None = None
     eval: Rows | None = None
+    stream: RowStreams | None = None
 
     @property
     def first(self) -> Rows:
@@ -40,6 +62,17 @@ class UserRows:
         first = self.train or self.eval
         assert first is not None
         return first
+
+
+def stream_files(options: DataOptions) -> UserRows:
+    """Open the files of training rows, to read a row at a time, and read the first rows for evaluation."""
+    streams = tuple(read_located_rows(file, "train", options.delimiter) for file in options.train_files)
+    source = options.train_files[0] if len(streams) == 1 else options.named_files
+    evaluation = None
+    if options.eval_file is not None:
+        rows = read_located_rows(options.eval_file, "validation", options.delimiter)
+        evaluation = Rows(options.eval_file, list(islice(rows, options.num_eval or MAX_STREAMED_EVALUATION)))
+    return UserRows(eval=evaluation, stream=RowStreams(source, streams))
 
 
 def read_files(options: DataOptions) -> UserRows:
@@ -63,12 +96,13 @@ def read_files(options: DataOptions) -> UserRows:
 def read_checked_files(options: DataOptions) -> UserRows | None:
     """Read the rows of the files that `options` name, and check each; None if they name a task, or rows in memory.
 
-    It is quick: neither torch nor a model is needed to say which row is broken.
+    It is quick: neither torch nor a model is needed to say which row is broken. Rows of a stream are checked as they
+    are read.
 
     Raises:
         UsageError: a file or a row cannot be used; the message names file and line.
     """
-    if options.task is not None or options.data_source == IN_MEMORY:
+    if options.task is not None or options.data_source == IN_MEMORY or options.streaming:
         return None
     given = read_files(options)
     resolved = resolve_shape(options, given.first.rows, given.first.source)

@@ -39,7 +39,7 @@ def encode_split(encode: Encoder, examples: Sequence[Example], options: DataOpti
     known: dict[int, Encoded | None] = {}
     for i, example in enumerate(examples, start=1):
         if id(example) not in known:
-            known[id(example)] = _encoded(encode, example, options, example.place or f"{name} row {i}")
+            known[id(example)] = encode_row(encode, example, options, example.place or f"{name} row {i}")
     found = [(i, encoded) for i, e in enumerate(examples) if (encoded := known[id(e)]) is not None]
     return EncodedSplit(
         tuple(encoded for _, encoded in found),
@@ -49,7 +49,7 @@ def encode_split(encode: Encoder, examples: Sequence[Example], options: DataOpti
     )
 
 
-def _encoded(encode: Encoder, example: Example, options: DataOptions, where: str) -> Encoded | None:
+def encode_row(encode: Encoder, example: Example, options: DataOptions, where: str) -> Encoded | None:
     """Return an example as tokens, or None if it is too long and such rows are dropped."""
     try:
         encoded = encode(example, where)

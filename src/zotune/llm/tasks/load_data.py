@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, TypeVar
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.data.row_bounds import one_row_at_a_time
 from zotune.llm.data.template_sources import with_template
 from zotune.llm.data.tokenization import Encoded, Encoder
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.rows.sources import UserRows
+from zotune.llm.rows.sources import UserRows, stream_files
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.functions import columns_taken
 from zotune.llm.scoring.metrics import WithMetrics, load_metric
@@ -20,6 +22,7 @@ from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
 from zotune.llm.tasks.encoding import check_some_left, encode_split, held_out_windows, notes_on_length
+from zotune.llm.tasks.streaming import split_head, store_rows
 from zotune.llm.tasks.user_data import Data, load_user_data
 
 Options = TypeVar("Options", bound=DataOptions)
@@ -81,12 +84,14 @@ def _with_objective(data: Data) -> Data:
     """Return the data with the objective and the further metrics that the options name, if they name some."""
     options, splits = data.options, data.splits
     check_examples((*splits.train, *splits.dev, *splits.test), options)
-    if options.is_function:
-        splits = _mapped(splits, open_ended)
+    changes: list[Callable[[Example], Example]] = [open_ended] if options.is_function else []
+    for change in changes:
+        splits = _mapped(splits, change)
     generated = generated_objective(options, getattr(options, "seed", 0))
     metrics = tuple((name, load_metric(name)) for name in options.compute_metrics)
     functions = {options.objective or "": generated.function} if generated and generated.function else {}
-    splits = _with_columns(splits, {**functions, **{name: metric for name, metric in metrics if ":" in name}})
+    changes.append(_columns_read(splits, {**functions, **{name: metric for name, metric in metrics if ":" in name}}))
+    splits = _mapped(splits, changes[-1])
     if generated is not None:
         measure: Measure = generated.measure
         data = replace(data, objective=CLASSIFICATION, measure=measure, generated=generated)
@@ -94,6 +99,8 @@ def _with_objective(data: Data) -> Data:
         data = replace(data, objective=OBJECTIVES[options.objective])
     if metrics:
         data = replace(data, measure=WithMetrics(data.measure, metrics))
+    if (to_example := data.to_example) is not None:
+        data = replace(data, to_example=lambda row: reduce(lambda e, change: change(e), changes, to_example(row)))
     return replace(data, splits=splits)
 
 
@@ -103,8 +110,8 @@ def _mapped(splits: Splits, change: Callable[[Example], Example]) -> Splits:
     return Splits(*(tuple(changed[id(e)] for e in some) for some in (splits.train, splits.dev, splits.test)))
 
 
-def _with_columns(splits: Splits, functions: Mapping[str, Callable[..., Any]]) -> Splits:
-    """Return the splits with those columns of each row that some function takes.
+def _columns_read(splits: Splits, functions: Mapping[str, Callable[..., Any]]) -> Callable[[Example], Example]:
+    """Return a function from an example to the same with those columns of its row that some function takes.
 
     Raises:
         UsageError: a function takes a column that the rows do not have.
@@ -113,8 +120,8 @@ def _with_columns(splits: Splits, functions: Mapping[str, Callable[..., Any]]) -
     known = dict.fromkeys(key for e in every for key in e.columns)
     taken = [key for name, function in functions.items() for key in columns_taken(function, known, name)]
     if not known:
-        return splits
-    return _mapped(splits, lambda e: replace(e, columns={key: e.columns.get(key) for key in dict.fromkeys(taken)}))
+        return lambda example: example
+    return lambda e: replace(e, columns={key: e.columns.get(key) for key in dict.fromkeys(taken)})
 
 
 def load_rows(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> EncodedData:
@@ -124,6 +131,38 @@ def load_rows(lm: LanguageModel, options: DataOptions, given: UserRows | None = 
         UsageError: as `load_examples` and `encode_rows`.
     """
     return encode_rows(lm, options, load_examples(lm, options, given))
+
+
+def load_training_rows(lm: LanguageModel, options: DataOptions, given: UserRows | None = None) -> EncodedData:
+    """As `load_rows`; training rows of a stream are not held in memory.
+
+    Raises:
+        UsageError: as `load_rows`.
+    """
+    if not options.streaming:
+        return load_rows(lm, options, given)
+    with one_row_at_a_time():
+        given = stream_files(options) if given is None else given
+        return _load_stream(lm, options, given)
+
+
+def _load_stream(lm: LanguageModel, options: DataOptions, given: UserRows) -> EncodedData:
+    """Read training rows one at a time: the first ones tell the shape, and all become tokens on the disk."""
+    assert given.stream is not None
+    head, stream = split_head(given.stream, options)
+    shown = options.model_copy(update={"num_dev": 0, "num_train": None, "train_file_weights": ()})
+    data = load_examples(lm, shown, UserRows(head.rows, given.eval))
+    assert data.to_example is not None
+    dev = tuple(map(data.to_example, head.held_out))
+    splits = Splits((), dev, data.splits.test if given.eval is not None else dev)
+    rows = encode_rows(lm, data.options, replace(data, splits=splits))
+    train, note = store_rows(encoder_of(lm, options), stream, data.to_example, data.objective.reads, options)
+    resolved = data.options.model_copy(update={name: getattr(options, name) for name in _OF_THE_HEAD})
+    return replace(rows, train=train, options=resolved, notes=(*rows.notes, note))
+
+
+# Options that are others while the first rows of a stream are read.
+_OF_THE_HEAD = ("num_dev", "num_train", "train_file_weights")
 
 
 def encode_rows(lm: LanguageModel, options: DataOptions, data: Data) -> EncodedData:

@@ -53,6 +53,7 @@ class Data:
         options: for the user's own files with the inferred shape, template and verbalizer, so that these are saved.
         notes: the inferred shape, and warnings about the rows; one line each.
         generated: the objective in place of `objective`, if each evaluation generates text.
+        to_example: the function from further rows of the user to examples.
     """
 
     splits: Splits
@@ -61,6 +62,7 @@ class Data:
     options: DataOptions
     notes: tuple[str, ...]
     generated: GeneratedObjective | None = None
+    to_example: ToExample | None = None
 
 
 def load_user_data(
@@ -88,7 +90,11 @@ def load_user_data(
         check_masked(options)
     to_record = SHAPES[options.data_format or ""].to_record
     options = _with_date(options, (to_record(row, options) for row in given.first.rows), tokenizer)
-    splits, chosen_notes = _split(given, options, lambda row: example_of(to_record(row, options), options, tokenizer))
+
+    def to_example(row: LocatedRow) -> Example:
+        return example_of(to_record(row, options), options, tokenizer)
+
+    splits, chosen_notes = _split(given, options, to_example)
     check_chat_options(options, [*splits.train, *splits.dev, *splits.test], tokenizer)
     notes = (
         *(shape_note(options, given, tokenizer), *unread_notes(options, given)),
@@ -98,7 +104,7 @@ def load_user_data(
         *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
     )
     objective, _ = SCORING[options.data_format or ""]
-    return Data(splits, objective, measure_of(options), options, notes)
+    return Data(splits, objective, measure_of(options), options, notes, to_example=to_example)
 
 
 def _with_date(options: DataOptions, records: Iterable[Record], tokenizer: Any) -> DataOptions:

@@ -33,7 +33,7 @@ from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.metrics import with_measure
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import EncodedData, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.find_rate import find_rate, with_default_rate
@@ -144,7 +144,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
-    rows = load_rows(lm, config, given)
+    rows = load_training_rows(lm, config, given)
     del given  # the run holds its rows as tokens
     config = with_options_of(lm, rows, config)
     with closing(OutputFolder(config)) as output:
