@@ -1,4 +1,4 @@
-"""Rewards and metrics take columns of the rows by name; further metrics are of what was answered, ROUGE of a library."""
+"""Rewards and metrics take columns of the rows by name; further metrics judge what was answered, ROUGE among them."""
 
 import json
 import sys
@@ -107,7 +107,8 @@ def test_another_value_of_a_column_that_a_reward_reads_is_another_row(own, modul
 @pytest.mark.parametrize("shape", ["completion", "chat"])
 def test_metrics_of_completions_and_chats_judge_generated_text(own, module, shape):
     name = module(
-        "SEEN = []\n\ndef m(batch, id):\n    SEEN.extend((c.prompt, c.text, c.references, i) for c, i in zip(batch, id))\n"
+        "SEEN = []\n\n"
+        "def m(batch, id):\n    SEEN.extend((c.prompt, c.text, c.references, i) for c, i in zip(batch, id))\n"
         "    return {'mean_id': sum(id) / len(id)}\n"
     )
     turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c d"}]
@@ -137,7 +138,7 @@ def test_metrics_of_rows_with_labels_judge_the_chosen_words(own, module):
         ("{'x': None}", "for 'x'"),
         ("{'loss': 1.0}", "returned 'loss', which the evaluation has"),
         ("1 / 0", "line 1: ZeroDivisionError"),
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_metric_does_wrong_is_said(own, module, returned, message):
     name = module(f"def m(batch): return {returned}\n")
