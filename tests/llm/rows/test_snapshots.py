@@ -88,6 +88,7 @@ BROKEN = {
     "conversations": ("conversations", [{"from": "robot", "value": "Hi"}], "message 1 is from 'robot'"),
     "instructions": ("output", None, "the column 'output' is null"),
     "parts": ("messages", [{"role": "user", "content": [{"type": "image"}]}], "zotune reads text alone: no images"),
+    "stories": ("text", "", "the column 'text' is empty"),
     "sums": ("prompt", " ", "the text is empty"),
     "support": ("messages", [{"role": "user", "content": "Hi"}], "but its role is 'user'"),
     "tools": ("messages", [{"role": "assistant", "tool_calls": [{"x": 1}]}], "message 1 holds the tool call"),

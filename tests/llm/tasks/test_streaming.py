@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_rows_and_no_more_are_read_than_the_steps_
 
 def test_a_streamed_run_resumes_to_the_same_bits(zotune, short, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "HEAD", 4)
-    files = [write(tmp_path / name, rows_of(n)) for name, n in (("a.jsonl", 9), ("b.jsonl", 6))]
+    files = [write(tmp_path / name, rows_of(n)) for name, n in (("a.jsonl", 12), ("b.jsonl", 6))]
     given = ["--train-file", *files, "--streaming", "--train-file-weights", 2, 1, "--num-train", 12]
     run = short(*given, "--per-device-train-batch-size", 4)
     ledgers = []
@@ -88,10 +88,10 @@ def test_a_streamed_run_resumes_to_the_same_bits(zotune, short, tmp_path, monkey
 
 def test_a_generator_is_learnt_from_python(lm):
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "streaming": True}
-    result = train(lm.module, lm.tokenizer, rows_of(10**9), list(rows_of(3)), **options)
-    assert (result.num_steps, result.test.num_examples) == (2, 3)
     with pytest.raises(UsageError, match="train_dataset contains no row to train on"):
         train(lm.module, lm.tokenizer, iter(()), **options)
+    result = train(lm.module, lm.tokenizer, rows_of(10**9), list(rows_of(3)), **options)
+    assert (result.num_steps, result.test.num_examples) == (2, 3)
 
 
 def test_a_broken_row_is_named_wherever_it_is(lm, monkeypatch):

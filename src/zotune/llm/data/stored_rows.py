@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
@@ -37,6 +38,7 @@ class StoredRows(Sequence[Encoded]):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as the rows
+            weakref.finalize(self, self._file.close)
             for row in rows:
                 self._file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
                 self._ends.append(self._file.tell())
