@@ -136,7 +136,7 @@ def test_metrics_of_rows_with_labels_judge_the_chosen_words(own, module):
     [
         ("'a'", "returned 'a'"),
         ("{'x': None}", "for 'x'"),
-        ("{'loss': 1.0}", "returned 'loss', which the evaluation has"),
+        ("{'loss': 1.0}", "returned 'loss', a name that the evaluation has"),
         ("1 / 0", "line 1: ZeroDivisionError"),
     ],
 )
