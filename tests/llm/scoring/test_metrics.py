@@ -131,6 +131,21 @@ def test_metrics_of_rows_with_labels_judge_the_chosen_words(own, module):
     assert found.summary()["share"] == found.accuracy and "accuracy" in found.summary()
 
 
+def word_share(completions, hint):
+    return {"share": sum(c.text == h for c, h in zip(completions, hint, strict=True)) / len(hint)}
+
+
+def test_a_metric_may_be_a_function_in_python(tiny):
+    from zotune.llm import evaluate
+
+    lm = tiny("llama")
+    rows = [{"text": f"film {i}", "label": "good" if i % 2 else "bad", "hint": "good"} for i in range(4)]
+    found = evaluate(lm.module, lm.tokenizer, rows, compute_metrics=word_share)
+    assert found.more == {"share": sum(found.predictions) / 4}  # `bad` comes before `good`
+    with pytest.raises(UsageError, match="compute_metrics: the function <lambda> cannot be found by its name"):
+        evaluate(lm.module, lm.tokenizer, rows, compute_metrics=lambda completions: 1)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [

@@ -64,12 +64,15 @@ def hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
     """
     from datasets import load_dataset
 
+    streamed = {} if rows_are_kept() else {"streaming": True}
     try:
-        data = load_dataset(name, configuration, split=split, streaming=not rows_are_kept())
+        data = load_dataset(name, configuration, split=split, **streamed)
+        for row in data:
+            yield class_names(row, data.features or {})
+    except UsageError:
+        raise
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         raise UsageError(f"the data set {name} could not be loaded from the Hub: {first_line(error)}") from None
-    for row in data:
-        yield class_names(row, data.features or {})
 
 
 def class_names(row: Row, features: Mapping[str, Any]) -> Row:
