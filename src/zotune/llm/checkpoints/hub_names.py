@@ -8,7 +8,12 @@ the built-in weights, which the fingerprint beside the adapter names (`zotune.ll
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from zotune.llm.checkpoints.fingerprint import FILE as FINGERPRINT
+from zotune.system.bounds import read_json
 
 HUB_IDS = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -37,6 +42,16 @@ def hub_id(model: str) -> str | None:
     return model if is_name else None
 
 
-def saved_base_name(model: str) -> str:
-    """Return the name of a base model as an adapter's configuration holds it: that of the Hub for a built-in model."""
-    return HUB_IDS.get(model, model)
+def name_base_on_hub(module: Any) -> None:
+    """Let the adapters of a model of peft name a built-in base model as the Hub does, wherever they are saved."""
+    for config in module.peft_config.values():
+        name = config.base_model_name_or_path
+        config.base_model_name_or_path = HUB_IDS.get(name, name)
+
+
+def built_in_name(folder: Path, base: str) -> str | None:
+    """Return the built-in model that an adapter in a folder was tuned on, if `base`, which it names, is its Hub id."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        name = read_json(folder / FINGERPRINT).get("model")
+        return name if isinstance(name, str) and HUB_IDS.get(name) == base else None
+    return None
