@@ -1,4 +1,4 @@
-"""An adapter of the built-in model goes to other machines: it names its base as the Hub does, and zotune its own weights.
+"""An adapter of the built-in model names its base as the Hub does, and zotune finds its own weights all the same.
 
 A tiny model stands in for the built-in one, and a folder of the Hub's name for the Hub.
 """
@@ -90,7 +90,9 @@ def test_an_adapter_of_the_hubs_model_stays_on_the_hubs_weights(built_in, hub, c
     assert base_of_adapter(folder) == HUB_IDS[NAME]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"model": 7}', '{"model": "gemma3-270m"}', '{"model": "/etc"}', "[" * 9999])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"model": 7}', '{"model": "gemma3-270m"}', '{"model": "/etc"}', "[" * 9999]
+)
 def test_a_damaged_fingerprint_names_no_model(tmp_path, content):
     (tmp_path / "base_model.json").write_text(content)
     assert built_in_name(tmp_path, HUB_IDS[NAME]) is None

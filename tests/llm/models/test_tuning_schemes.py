@@ -338,7 +338,9 @@ def test_what_was_tuned_is_evaluated_again_from_its_folder(zotune, short, rows_f
 def card_model(folder):
     """What the Python lines of a model card load."""
     lines = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] if "BASE" in lines else ""
+    base = (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] if "BASE" in lines else ""
+    )
     found = {"FOLDER": str(folder)}
     exec(lines.replace("BASE = ...", f"BASE = {base!r}"), found)
     return found["model"].eval()

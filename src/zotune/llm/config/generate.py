@@ -106,9 +106,7 @@ class GenerateConfig(ChatConfig):
         description="End of an answer: the model's end tokens alone, or also the first newline.",
         json_schema_extra=_RUN,
     )
-    per_device_eval_batch_size: int = Field(
-        8, ge=1, description="Prompts in one forward pass.", json_schema_extra=_RUN
-    )
+    per_device_eval_batch_size: int = Field(8, ge=1, description="Prompts in one forward pass.", json_schema_extra=_RUN)
     output_file: Path | None = Field(
         None,
         description="JSON-lines file for the prompts and answers; default: answers are printed alone.",

@@ -44,8 +44,8 @@ class Conversation:
             raise UsageError(f"{self.lm.name} does not continue text, so it cannot chat. Use a causal language model.")
         if not getattr(self.lm.tokenizer, "chat_template", None):
             raise UsageError(
-                f"the tokenizer of {self.lm.name} has no chat template, so the model cannot chat: use a model that was "
-                f'trained for chats, or let this one continue a text: zotune generate --model {self.lm.name} --prompt "…"'
+                f"the tokenizer of {self.lm.name} has no chat template, so the model cannot chat. Use a model that was "
+                f"trained for chats, or let this one continue a text: zotune generate --model {self.lm.name}"
             )
         self.system = self.options.system_prompt if self.system is None else self.system
         self._config = eval_config(self.options, style_of(self.options, self.lm.tokenizer, as_chat=True))

@@ -84,9 +84,7 @@ def generate(
             None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in indices))
         )
         some, their_places = [prompts[i] for i in indices], [places[i] for i in indices]
-        generated = _generate(
-            lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places, stream
-        )
+        generated = _generate(lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places, stream)
         for i, text in zip(indices, generated, strict=True):
             texts[i] = text
     return texts

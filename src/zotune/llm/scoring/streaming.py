@@ -31,7 +31,7 @@ def streamer_of(stream: Stream, tokenizer: Any, ends: Collection[int]) -> Any:
     """Return the streamer of transformers that writes a text without its end tokens, which may be no special tokens."""
     from transformers import TextStreamer
 
-    class Streamer(TextStreamer):
+    class Streamer(TextStreamer):  # type: ignore[misc]
         has_begun = False
 
         def put(self, value: Tensor) -> None:
