@@ -24,7 +24,7 @@ from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.tasks import TASKS
 from zotune.messages import markdown_text, one_line
 
-_LICENCES = {"smollm2-135m": "apache-2.0", "gemma3-270m": "gemma"}
+LICENCES = {"smollm2-135m": "apache-2.0", "gemma3-270m": "gemma"}
 # Metrics of zotune under the names of the Hub.
 _METRICS = {"accuracy": "accuracy", "f1": "f1", "log_loss": "perplexity"}
 
@@ -44,7 +44,7 @@ def model_card(results: dict[str, Any], config: TrainConfig, lm: LanguageModel, 
 
 Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuning}
 ({results["num_tuned"]:,} numbers tuned).
-{_remark(base_name(lm))}
+{remark(base_name(lm))}
 | | |
 |---|---|
 | {markdown_text(metric)} | {markdown_text(result)} |
@@ -78,7 +78,7 @@ def metadata(config: TrainConfig, lm: LanguageModel, test: Evaluation | None) ->
         "base_model_relation": relation if base else None,
         "library_name": "peft" if config.is_adapter else "zotune" if is_packed else "transformers",
         "pipeline_tag": "text-classification" if lm.classifies else "fill-mask" if lm.masked else "text-generation",
-        "license": _LICENCES.get(base_name(lm)),
+        "license": LICENCES.get(base_name(lm)),
         "datasets": _datasets(config),
         "metrics": [_METRICS[test.metric]] if test is not None and test.metric in _METRICS else [],
         "tags": ["zotune", "zeroth-order", *scheme, *([f"base_model:{relation}:{base}"] if base else [])],
@@ -119,7 +119,7 @@ def _datasets(config: TrainConfig) -> list[str]:
     return ["/".join(name.split("/")[:2]) for name in names]
 
 
-def _remark(base: str) -> str:
+def remark(base: str) -> str:
     """Return a paragraph on the weights that the model was tuned on, if they are not those of the Hub."""
     if base not in BUILT_IN:
         return ""
@@ -127,7 +127,7 @@ def _remark(base: str) -> str:
     return f"""
 Its base model is {hub_id(base)}, in weights that were dequantised from a GGUF file of 4 bits
 (`{model.gguf}` of the package {model.parts[0].requirement}). Those on the Hub differ from them by
-the rounding of the quantisation, so results on them may differ a little from those below.
+the rounding of the quantisation, so results on them may differ a little.
 """
 
 

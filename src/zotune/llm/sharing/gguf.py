@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ def export_gguf(options: ExportConfig) -> Path:
     converter = find_converter(options.llama_cpp, options.model, file, options.outtype)
     try:
         with scratch_folder(file.parent) as scratch:
-            made = _convert(options, converter, scratch)
+            made = _convert(options, converter, scratch.resolve())
             obey_umask(scratch)
             os.link(made, file)  # an earlier file, made meanwhile, is not replaced
     except FileExistsError:
@@ -116,12 +117,17 @@ def _convert(options: ExportConfig, converter: list[str], scratch: Path) -> Path
         stdin=subprocess.DEVNULL,
     )
     if done.returncode != 0 or not file.is_file():
-        lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
-        raise RunError(
-            f"{Path(converter[-1]).name} could not convert {options.model}: "
-            f"{one_line(lines[-1]) if lines else f'exit code {done.returncode}'}"
-        )
+        raise RunError(_failed(Path(converter[-1]).name, options.model, done.stderr or done.stdout, done.returncode))
     return file
+
+
+def _failed(program: str, model: str, said: str, code: int) -> str:
+    """Return the message on a converter that failed: its last words, and what to do if it lacks a package."""
+    lines = [line for line in said.strip().splitlines() if line.strip()]
+    last = one_line(lines[-1])[:500] if lines else f"exit code {code}"
+    lacks = re.search(r"No module named '([\w-]+)", last)
+    remedy = f". The converter needs that package: pip install {lacks[1]}" if lacks else ""
+    return f"{program} could not convert {model}: {last}{remedy}"
 
 
 def _environment(ours: Mapping[str, str]) -> dict[str, str]:

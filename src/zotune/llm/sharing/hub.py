@@ -66,8 +66,9 @@ def check_access() -> None:
         UsageError: the Hub is switched off, or there is no token.
     """
     import huggingface_hub
+    from huggingface_hub import constants
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UsageError(
             "nothing can be uploaded while HF_HUB_OFFLINE=1 switches the Hub off: unset the variable. What a run saves "
             "can be uploaded later with zotune push."

@@ -17,7 +17,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.output.manifest import CONFIG
-from zotune.llm.output.model_card import base_name, front_matter, short_name
+from zotune.llm.output.model_card import LICENCES, base_name, front_matter, remark, short_name
 from zotune.llm.output.model_files import write_model_files
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.tasks import head_labels
@@ -91,13 +91,14 @@ def _card(model: WholeModel) -> str:
     kind = "text-classification" if lm.classifies else "fill-mask" if lm.masked else "text-generation"
     tags = ["zotune", *([f"base_model:finetune:{base}"] if base else [])]
     named = {"base_model": base, "base_model_relation": "finetune"} if base else {}
-    values = {**named, "library_name": "transformers", "pipeline_tag": kind, "tags": tags}
+    licence = {"license": LICENCES[model.base]} if model.base in LICENCES else {}
+    values = {**named, "library_name": "transformers", "pipeline_tag": kind, **licence, "tags": tags}
     auto = f"AutoModelFor{'SequenceClassification' if lm.classifies else 'MaskedLM' if lm.masked else 'CausalLM'}"
     return f"""{front_matter(values)}
 # {markdown_text(Path(lm.name).name)}, merged
 
 An adapter that zotune tuned, merged into the weights of its base model {markdown_text(short_name(model.base))}.
-
+{remark(model.base)}
 ```python
 from transformers import {auto}, AutoTokenizer
 
