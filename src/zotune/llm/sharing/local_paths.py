@@ -22,19 +22,19 @@ COUNTS_FOR_RESULTS = "never"
 
 # An absolute path within a text, and not the end of a word, of an address or of a tag.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<}])(?:/[\w.@+~=,-]+)+")
-# Options that name files or folders, besides those of the type Path.
-_NAMES_PATHS = frozenset({"model", "data_source", "base_model_name_or_path", "tokenizer_name_or_path", "name_or_path"})
+# Keys that name a model, which is a folder of this machine or has a name on the Hub.
+_MODELS = frozenset({"model", "base_model_name_or_path", "tokenizer_name_or_path", "name_or_path"})
 
 
 @cache
 def _path_options() -> frozenset[str]:
-    """Return the names of the options that hold paths."""
+    """Return the names of the options that hold paths of files and folders."""
 
     def holds_path(annotation: Any) -> bool:
         return annotation is Path or any(map(holds_path, get_args(annotation)))
 
     fields = {**TrainConfig.model_fields, **EvalConfig.model_fields}
-    return _NAMES_PATHS | {name for name, info in fields.items() if holds_path(info.annotation)}
+    return frozenset({"data_source"}) | frozenset(name for name, info in fields.items() if holds_path(info.annotation))
 
 
 def without_paths(value: Any, key: str = "") -> Any:
@@ -53,14 +53,11 @@ def without_paths(value: Any, key: str = "") -> Any:
         return [without_paths(part, key) for part in value]
     if not isinstance(value, str):
         return value
+    if key in _MODELS:
+        return value if value.startswith("random:") or hub_id(value) == value else Path(value).name
     if key in _path_options():
-        return _last_part(value)
-    return text_without_paths(_last_part(value) if _is_there(value) else value)
-
-
-def _last_part(value: str) -> str:
-    is_name = value.startswith((HUB, "random:")) or hub_id(value) is not None
-    return value if is_name or not value else Path(value).name
+        return value if value.startswith(HUB) else Path(value).name
+    return text_without_paths(Path(value).name if _is_there(value) else value)
 
 
 def _is_there(value: str) -> bool:
