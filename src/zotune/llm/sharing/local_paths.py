@@ -76,9 +76,10 @@ def text_without_paths(text: str) -> str:
     >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
     'read from rows.jsonl at https://example.org/a/b; answer /no_think'
     """
-    for root in roots():
+    text = _ABSOLUTE.sub(lambda found: Path(found[0]).name if _begins_here(found[0]) else found[0], text)
+    for root in roots():  # what is left of paths with spaces and other characters
         text = text.replace(f"{root}/", "")
-    return _ABSOLUTE.sub(lambda found: Path(found[0]).name if _begins_here(found[0]) else found[0], text)
+    return text
 
 
 @cache
