@@ -32,6 +32,8 @@ _PAGE = HelpPage(
         **dict.fromkeys(("max_new_tokens", "temperature", "top_p", "generation", "seed"), "Run"),
     },
 )
+# The name of lm-eval and others for what has three values here.
+_FORMATS = {"--apply-chat-template": "chat", "--no-apply-chat-template": "plain"}
 _NO_PROMPT = """there is no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a prompt into the command.
   zotune generate --model runs/latest --prompt "Where is my order?"
 `zotune generate --help` shows the options; for a chat use `zotune chat`."""
@@ -42,6 +44,7 @@ def run(args: list[str], as_json: bool) -> int:
     if is_help(args):
         print_text(help_text(_PAGE, GenerateConfig, complete(GenerateConfig, {}, "defaults")))
         return 0
+    args = [new for arg in args for new in _in_our_words(arg)]
     config = parse(GenerateConfig, {}, "command line", args, "zotune generate")
     _check_output_file(config.output_file)
     stdin = _standard_input(config)
@@ -55,6 +58,11 @@ def run(args: list[str], as_json: bool) -> int:
     else:
         print_text(f"{len(result['answers'])} answers in {config.output_file}")
     return 0
+
+
+def _in_our_words(arg: str) -> list[str]:
+    form = _FORMATS.get(arg.replace("_", "-"))
+    return [arg] if form is None else ["--prompt-format", form]
 
 
 def _standard_input(config: GenerateConfig) -> str | None:
