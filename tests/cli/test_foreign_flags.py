@@ -71,7 +71,9 @@ def test_a_flag_that_cannot_be_taken_is_answered_with_exit_code_2(zotune, args, 
 
 def test_a_recipe_of_another_tool_is_answered_key_by_key(zotune, tmp_path):
     path = tmp_path / "llama.yaml"
-    path.write_text(yaml.safe_dump({"stage": "sft", "deepspeed": "z3.json", "hub_strategy": "end", "lora_dropout": 0.1}))
+    path.write_text(
+        yaml.safe_dump({"stage": "sft", "deepspeed": "z3.json", "hub_strategy": "end", "lora_dropout": 0.1})
+    )
     said = zotune("train", path)
     assert said.code == 2
     assert sorted(re.findall(r"llama\.yaml: (\w+): ", said.err)) == ["deepspeed", "hub_strategy", "lora_dropout"]

@@ -25,7 +25,13 @@ from alias_text import meaning_text  # noqa: E402
 PAGES = sorted(DOCS.rglob("*.md"))
 SCHEMAS = {
     **{"train": TrainConfig, "tune": TrainConfig, "eval": EvalConfig, "plan": PlanConfig},
-    **{"generate": GenerateConfig, "chat": ChatConfig, "merge": MergeConfig, "export": ExportConfig, "push": PushConfig},
+    **{
+        "generate": GenerateConfig,
+        "chat": ChatConfig,
+        "merge": MergeConfig,
+        "export": ExportConfig,
+        "push": PushConfig,
+    },
 }
 PARSERS = {"ledger": ledger_parser, "bench": bench_parser}
 
