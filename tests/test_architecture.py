@@ -20,6 +20,7 @@ LINES = {
     "zotune.llm": (
         "config",
         "data",
+        "rows",
         "quantized",
         "checkpoints",
         "models",

@@ -1,7 +1,6 @@
 """A model is asked as it was tuned: the tokens of a text typed at the command line are those of its training rows."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -9,7 +8,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.generate import ChatConfig, GenerateConfig
 from zotune.llm.config.run import write_yaml
 from zotune.llm.inference.answers import encode_prompts
-from zotune.llm.inference.prompts import eval_config, prompt_rows, style_of
+from zotune.llm.inference.prompts import prompt_rows, style_of
 from zotune.llm.tasks.load_data import load_rows
 
 TURNS = (
@@ -21,6 +20,10 @@ ROWS = {
     "template": [{"question": f"Q{i}", "completion": f" A{i}"} for i in range(4)],
     "two": [{"question": f"Q{i}", "context": "C", "completion": f" A{i}"} for i in range(4)],
     "classification": [{"text": f"Q{i}", "label": "yes" if i % 2 else "no"} for i in range(4)],
+    "alpaca": [{"instruction": f"Q{i}", "input": "", "output": "A"} for i in range(4)],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": "A"}]} for i in range(4)
+    ],
     "chat": [
         {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}]} for i in range(4)
     ],
@@ -36,11 +39,8 @@ def ask(tiny):
         lm = tiny("llama")
         lm.tokenizer.chat_template = turns
         config = GenerateConfig.model_validate({"max_new_tokens": 4, "device": "cpu", **options})
-        as_chat = {"chat": True, "plain": False}.get(config.prompt_format)
-        style = style_of(config, lm.tokenizer, as_chat=as_chat)
-        rows, are_chats = prompt_rows(config, style, stdin)
-        assert are_chats == all("messages" in row.columns for row in rows.rows)
-        found = encode_prompts(lm, rows, eval_config(config, replace(style, is_chat=are_chats)))
+        style = style_of(config, lm.tokenizer, config.prompt_format)
+        found = encode_prompts(lm, *prompt_rows(config, style, stdin))
         return [p.text for p in found], [p.prompt for p in found], lm
 
     return make
@@ -74,7 +74,7 @@ def test_a_text_is_the_users_message_where_there_is_a_chat_template(ask):
     assert ask(turns=None, prompt=["Hi", "Ho"])[0] == ["Hi", "Ho"]
 
 
-@pytest.mark.parametrize("form", ["completion", "template", "classification", "chat"])
+@pytest.mark.parametrize("form", ["completion", "template", "classification", "alpaca", "sharegpt", "chat"])
 def test_a_tuned_model_reads_a_text_as_it_read_its_rows(ask, run, form):
     folder, rows = run(form)
     _, prompts, _ = ask(model=str(folder), prompt=[f"Q{i}" for i in range(4)])
@@ -89,7 +89,7 @@ def test_the_user_may_ask_a_tuned_model_otherwise(ask, run, capsys):
     assert ask(model=str(folder), prompt=["Q"])[0] == ["Question: Q\nAnswer:"]
     assert ask(model=str(folder), prompt=["Q"], prompt_format="plain")[0] == ["Q"]
     assert ask(model=str(folder), prompt=["Q"], prompt_format="chat")[0] == ["[user] Q\n[assistant] "]
-    assert "was tuned on prompts with the template" in capsys.readouterr().err
+    assert "was tuned on other prompts than chats" in capsys.readouterr().err
 
 
 def test_rows_of_the_training_are_read_as_in_the_training(ask, run, tmp_path):
@@ -108,10 +108,14 @@ def test_rows_of_a_file_are_chats_prompts_or_columns_of_a_template(ask, tmp_path
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert texts("a.jsonl", {"prompt": "Hi"}, {"text": "Ho"}) == ["[user] Hi\n[assistant] ", "[user] Ho\n[assistant] "]
     assert texts("b.jsonl", chat, system_prompt="S") == ["[system] S\n[user] Hi\n[assistant] "]
+    told = {"instruction": "Add", "input": "1 2", "output": "3"}
+    assert texts("e.jsonl", told) == ["[user] Add\n1 2\n[assistant] "]
+    said = {"conversations": [{"from": "human", "value": "Hi"}]}
+    assert texts("f.jsonl", said, {"prompt": chat["messages"]}) == ["[user] Hi\n[assistant] "] * 2
     assert texts("c.jsonl", {"q": "Hi", "n": 2}, template="{n}: {q}", prompt_format="plain") == ["2: Hi"]
     with pytest.raises(UsageError, match=r"c.jsonl, line 1: there is no column 'prompt'; the row has q, n"):
         ask(prompt_file=tmp_path / "c.jsonl")
-    with pytest.raises(UsageError, match=r"line 2: some rows of the file are chats and others are not"):
+    with pytest.raises(UsageError, match=r"line 2: the rows of the file are of several forms"):
         texts("d.jsonl", chat, {"prompt": "Hi"}, prompt_format="plain")
 
 
@@ -149,6 +153,6 @@ def test_control_tokens_in_a_text_are_text_unless_asked(ask):
 )
 def test_a_temperature_or_top_p_asks_for_sampling(options, samples):
     assert ChatConfig.model_validate(options).samples is samples
-    config = eval_config(ChatConfig.model_validate(options), style_of(ChatConfig(), None))
+    config = style_of(ChatConfig.model_validate(options), None).config
     assert config.generation == ("sample" if samples else "greedy")
     assert config.temperature == (options.get("temperature") or 1.0)

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +94,13 @@ def _check_output_file(path: Path | None) -> None:
 def _generate(config: GenerateConfig, stdin: str | None) -> dict[str, Any]:
     """Return the answers, with what they took."""
     from zotune.llm.inference.answers import answers, encode_prompts
-    from zotune.llm.inference.prompts import eval_config, prompt_rows, style_of
+    from zotune.llm.inference.prompts import prompt_rows, style_of
     from zotune.llm.models.load import load
     from zotune.llm.output.locked_folder import tidy
 
     tidy(Path(config.model))
     lm = load(config)
-    as_chat = {"chat": True, "plain": False}.get(config.prompt_format)
-    style = style_of(config, lm.tokenizer, as_chat=as_chat)
-    rows, are_chats = prompt_rows(config, style, stdin)
-    options = eval_config(config, replace(style, is_chat=are_chats))
+    rows, options = prompt_rows(config, style_of(config, lm.tokenizer, config.prompt_format), stdin)
     prompts = encode_prompts(lm, rows, options)
     start, count = time.perf_counter(), len(prompts)
 

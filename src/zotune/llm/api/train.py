@@ -22,9 +22,9 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.sharing.hub import check_upload
 from zotune.llm.tasks.load_data import EncodedData, load_rows
-from zotune.llm.tasks.user_data import UserRows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
 from zotune.llm.training.learning_rate import schedule_of

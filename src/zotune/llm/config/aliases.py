@@ -169,8 +169,8 @@ def _one_dataset(option: str, value: Any) -> Meaning:
         return Meaning({}, f"rows are read from one file or data set; give it as {option}: my.jsonl or hub:ORG/NAME")
     entry = {key: part for key, part in value[0].items() if key not in ("ds_type", "split") or part is None}
     kind = entry.pop("type", None)
-    data_format = {"chat_template": "chat", "sharegpt": "chat", "None": None}.get(str(kind), kind)
-    if data_format not in (None, "chat"):
+    data_format = {"chat_template": "chat", "None": None}.get(str(kind), kind)
+    if data_format not in (None, "chat", "sharegpt", "alpaca"):
         return Meaning(
             {},
             f"type: {kind} is a prompt of Axolotl's; write it out beside {option}, as data_format: completion, "

@@ -71,7 +71,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "dtype", "quantization", "device", "accept_terms"),
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
-        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
+        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
         *("scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (

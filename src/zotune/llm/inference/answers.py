@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from zotune.llm.config.run import EvalConfig
+from zotune.llm.data.examples import Splits
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import Rows, UserRows
 from zotune.llm.scoring.accuracy import batches_by_length
 from zotune.llm.scoring.generation import Sampling, generate
+from zotune.llm.scoring.rewards import open_ended
 from zotune.llm.scoring.streaming import Stream
 from zotune.llm.tasks.load_data import encode_rows
-from zotune.llm.tasks.user_data import Rows, UserRows, load_user_data
+from zotune.llm.tasks.user_data import load_user_data
 from zotune.noise import derive_seed
 
 # Rows whose text is generated are those of a reward function; this one is not called.
@@ -30,7 +34,8 @@ def encode_prompts(lm: LanguageModel, rows: Rows, config: EvalConfig) -> tuple[E
         UsageError: a row does not suit the model or the options; the message says which and why.
     """
     data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=UserRows(eval=rows))
-    return encode_rows(lm, config, data).test
+    prompts = tuple(map(open_ended, data.splits.test))
+    return encode_rows(lm, config, replace(data, splits=Splits((), (), prompts))).test
 
 
 def answers(

@@ -10,10 +10,10 @@ from zotune.llm.config.generate import ChatConfig
 from zotune.llm.data.readers import LocatedRow
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.inference.answers import answers, encode_prompts
-from zotune.llm.inference.prompts import eval_config, style_of, system_messages
+from zotune.llm.inference.prompts import style_of, system_messages
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import Rows
 from zotune.llm.scoring.streaming import Stream
-from zotune.llm.tasks.user_data import Rows
 from zotune.messages import say
 from zotune.noise import derive_seed
 
@@ -48,7 +48,7 @@ class Conversation:
                 f"trained for chats, or let this one continue a text: zotune generate --model {self.lm.name}"
             )
         self.system = self.options.system_prompt if self.system is None else self.system
-        self._config = eval_config(self.options, style_of(self.options, self.lm.tokenizer, as_chat=True))
+        self._style = style_of(self.options, self.lm.tokenizer, "chat")
 
     def reset(self) -> None:
         """Begin a new chat, with the same system text."""
@@ -68,18 +68,18 @@ class Conversation:
         """
         prompt, messages = self._prompt([*self.messages, {"role": "user", "content": text}])
         seed = derive_seed(self.options.seed, len(self.messages))
-        (said,) = answers(self.lm, [prompt], self._config, seed, stream)
+        (said,) = answers(self.lm, [prompt], self._style.config, seed, stream)
         if said:
             self.messages = [*messages, {"role": "assistant", "content": said}]
         return said
 
     def _prompt(self, messages: list[dict[str, Any]]) -> tuple[Encoded, list[dict[str, Any]]]:
         """Return the prompt of a chat, and the chat without its oldest turns if it is too long with them."""
-        left_out = 0
+        left_out, column = 0, self._style.column("messages")
         while True:
-            row = LocatedRow("the chat", {"messages": [*system_messages(self.system), *messages]})
+            row = LocatedRow("the chat", {column: [*system_messages(self.system), *messages]})
             try:
-                (prompt,) = encode_prompts(self.lm, Rows("chat", [row]), self._config)
+                (prompt,) = encode_prompts(self.lm, Rows("chat", [row]), self._style.config)
             except UsageError:
                 if len(messages) < 2:
                     raise

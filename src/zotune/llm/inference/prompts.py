@@ -1,16 +1,16 @@
 """From what a person typed, or keeps in a file, to rows of prompts that the model reads as it read those of its tuning.
 
-A model that was tuned on chats reads a text as the user's message in a chat; one that was tuned on rows with a template
-reads it in the column that the template names. Any other model reads it as a chat if it has a chat template, else as it
-stands.
+A model that was tuned on chats reads a text as the user's message in a chat; one that was tuned on instructions, as an
+instruction; one that was tuned on rows with a template, in the column that the template names. Any other model reads it
+as a chat if it has a chat template, else as it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from zotune.errors import UsageError, listed
 from zotune.llm.config.data import IN_MEMORY
@@ -20,16 +20,22 @@ from zotune.llm.config.schema import validate
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.readers import LocatedRow, read_located_rows
 from zotune.llm.inference.answers import REWARD
-from zotune.llm.tasks.row_formats import FORMATS, template_columns
-from zotune.llm.tasks.user_data import Rows
+from zotune.llm.rows.cells import column_of
+from zotune.llm.rows.messages import holds_messages, messages_of
+from zotune.llm.rows.rendering import has_chat_template
+from zotune.llm.rows.shapes import SHAPES
+from zotune.llm.rows.sources import Rows
+from zotune.llm.rows.templates import template_columns
 from zotune.messages import say
 from zotune.system.bounds import DATA_BYTES, read_bytes
 
-Message = Mapping[str, Any]
+Form = Literal["chat", "alpaca", "prompt"]
 
 _TEXT_FILES = ("", ".txt", ".md")
 # Options of a run that say how its rows are read; the others say what is learnt of them.
 _OF_PROMPTS = ("text_column", "columns", "template", "chat_date", "read_control_tokens", "max_length")
+# Rows of instructions need an output, which is not read here.
+_NO_OUTPUT = "-"
 
 
 @dataclass(frozen=True)
@@ -37,66 +43,70 @@ class PromptStyle:
     """How a model reads prompts.
 
     Attributes:
-        is_chat: whether a text is the user's message in a chat.
-        template: the template that a text is put into, if it is no chat.
-        columns: the columns that the template names, under the names of the rows.
-        options: the options of rows that come with it.
+        form: whether a text is the user's message in a chat, an instruction, or the text of a template.
+        config: the options by which rows of this form become prompts.
     """
 
-    is_chat: bool
-    template: str = "{prompt}"
-    columns: tuple[str, ...] = ("prompt",)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    form: Form
+    config: EvalConfig
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a text may be in, under their names in the rows."""
+        roles = {"chat": ("messages",), "alpaca": ("instruction",)}.get(self.form)
+        return tuple(self.column(role) for role in roles or template_columns(self.config.template or "{prompt}"))
+
+    def column(self, role: str) -> str:
+        """Return the name in the rows of the column of a role."""
+        return column_of(role, self.config)
 
     def row(self, text: str, system: str | None = None) -> dict[str, Any]:
         """Return the row of a text."""
-        if self.is_chat:
-            return {"messages": [*system_messages(system), {"role": "user", "content": text}]}
+        if self.form == "chat":
+            return {self.column("messages"): [*system_messages(system), {"role": "user", "content": text}]}
+        if self.form == "alpaca":
+            return self.instruction({self.column("instruction"): text}, system)
         return {self.columns[0]: text}
 
+    def instruction(self, columns: Mapping[str, Any], system: str | None) -> dict[str, Any]:
+        """Return the row of an instruction, whose output is to be generated."""
+        told = {} if system is None else {self.column("system"): system}
+        return {**told, **columns, self.column("output"): _NO_OUTPUT}
 
-def system_messages(text: str | None) -> list[Message]:
+
+def system_messages(text: str | None) -> list[dict[str, Any]]:
     """Return the messages at the start of a chat: one with the system's text, if there is one."""
     return [] if text is None else [{"role": "system", "content": text}]
 
 
-def style_of(options: ChatConfig, tokenizer: Any, *, as_chat: bool | None = None) -> PromptStyle:
+def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", "plain"] = "auto") -> PromptStyle:
     """Return how a model reads prompts: as in its training, if zotune tuned it on rows.
 
     Args:
         options: the model, and how prompts are read.
         tokenizer: its tokenizer, perhaps with a chat template.
-        as_chat: whether texts are chats, or prompts as they stand; None: as in the training, else chats if there is a
-            chat template.
+        form: `chat` or `plain` for texts as chats or as they stand, whatever the training was.
 
     Raises:
         UsageError: the options of the training cannot be read.
     """
     run, source = inherited_options(_config(options, {}))
-    form = str(run.get("data_format"))
-    inherited = {name: run[name] for name in _OF_PROMPTS if run.get(name) is not None}
-    template = inherited.pop("template", None) or getattr(FORMATS.get(form), "template", None)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    was_chat = template is None if run else has_template
-    if as_chat or (as_chat is None and was_chat):
-        if run and not was_chat:
-            say(
-                f"{source}: the model was tuned on prompts with the template {template!r}, and reads chats as its base "
-                "model does"
-            )
-        return PromptStyle(True, options=inherited)
-    if template is None or as_chat is False:
-        return PromptStyle(False, options={k: v for k, v in inherited.items() if k not in ("columns", "text_column")})
-    config = _config(options, inherited)
-    names = {"text": config.text_column, **config.columns}
-    columns = tuple(names.get(name, name) for name in template_columns(template))
-    return PromptStyle(False, template, columns, inherited)
+    known = {name: run[name] for name in _OF_PROMPTS if run.get(name) is not None}
+    trained = _form_of(run) if run else "chat" if has_chat_template(tokenizer) else "prompt"
+    if form == "plain" or (form == "auto" and trained == "prompt" and not run):
+        without = {k: v for k, v in known.items() if k not in ("columns", "text_column", "template")}
+        return PromptStyle("prompt", _config(options, {**without, "data_format": "prompt", "template": "{prompt}"}))
+    if form == "chat" and trained != "chat":
+        say(f"{source}: the model was tuned on other prompts than chats, and reads these as its base model does")
+    chosen = "chat" if form == "chat" else trained
+    more = {"chat": {"data_format": "chat", "template": None}, "alpaca": {"data_format": "alpaca"}}.get(chosen)
+    template = known.get("template") or getattr(SHAPES.get(str(run.get("data_format"))), "template", None)
+    return PromptStyle(chosen, _config(options, {**known, **(more or {"data_format": "prompt", "template": template})}))
 
 
-def eval_config(options: ChatConfig, style: PromptStyle) -> EvalConfig:
-    """Return the options of an evaluation that generates text after prompts of a style."""
-    form = {"data_format": "chat"} if style.is_chat else {"data_format": "prompt", "template": style.template}
-    return _config(options, {**style.options, **form})
+def _form_of(run: Mapping[str, Any]) -> Form:
+    """Return the form in which a run's rows were read."""
+    return {"chat": "chat", "sharegpt": "chat", "alpaca": "alpaca"}.get(str(run.get("data_format")), "prompt")  # type: ignore[return-value]
 
 
 def _config(options: ChatConfig, more: Mapping[str, Any]) -> EvalConfig:
@@ -111,8 +121,8 @@ def _config(options: ChatConfig, more: Mapping[str, Any]) -> EvalConfig:
     return validate(EvalConfig, {**values, **more, **given, **batch, **fixed}, "command line")
 
 
-def prompt_rows(options: GenerateConfig, style: PromptStyle, stdin: str | None) -> tuple[Rows, bool]:
-    """Return the rows of the prompts that the options name, and whether they are chats.
+def prompt_rows(options: GenerateConfig, style: PromptStyle, stdin: str | None) -> tuple[Rows, EvalConfig]:
+    """Return the rows of the prompts that the options name, and the options by which they become prompts.
 
     Args:
         options: prompts, or a file of them.
@@ -127,15 +137,16 @@ def prompt_rows(options: GenerateConfig, style: PromptStyle, stdin: str | None) 
         texts = _texts(options, stdin)
         _check_one_column(style)
         rows = [LocatedRow(place, style.row(text, options.system_prompt)) for place, text in texts]
-        return Rows("prompts" if file is None else file, rows), style.is_chat
-    located = [_row(row, options, style) for row in read_located_rows(file, split="test")]
-    if not located:
+        return Rows("prompts" if file is None else file, rows), style.config
+    found = [_row(row, options, style) for row in read_located_rows(file, split="test")]
+    if not found:
         raise UsageError(f"{file} contains no row.")
-    chats = ["messages" in row.columns for row in located]
-    if len(set(chats)) > 1:
-        odd = located[chats.index(not chats[0])]
-        raise UsageError(f"{odd.place}: some rows of the file are chats and others are not; keep them in two files.")
-    return Rows(file, located), chats[0]
+    forms = [form for form, _ in found]
+    if len(set(forms)) > 1:
+        place = next(row.place for form, row in found if form != forms[0])
+        raise UsageError(f"{place}: the rows of the file are of several forms ({', '.join(sorted(set(forms)))}).")
+    plain = {"data_format": forms[0], "template": style.config.template if forms[0] == style.form else None}
+    return Rows(file, [row for _, row in found]), style.config.model_copy(update=plain)
 
 
 def _texts(options: GenerateConfig, stdin: str | None) -> list[tuple[str, str]]:
@@ -172,28 +183,30 @@ def _content(file: Path) -> str:
 
 
 def _check_one_column(style: PromptStyle) -> None:
-    if not style.is_chat and len(style.columns) > 1:
+    if len(style.columns) > 1:
         raise UsageError(
-            f"the model was tuned on prompts of several columns, {style.template!r}: give rows with "
+            f"the model was tuned on prompts of several columns, {style.config.template!r}: give rows with "
             f"{', '.join(style.columns)} as --prompt-file rows.jsonl, or a prompt as it stands with "
             "--prompt-format plain."
         )
 
 
-def _row(row: LocatedRow, options: GenerateConfig, style: PromptStyle) -> LocatedRow:
-    """Return a row of the file as the row of a prompt: with messages, or with the columns of the style's template."""
-    columns = row.columns
-    messages = style.options.get("columns", {}).get("messages", "messages")
-    if options.template is None and columns.get(messages) is not None:
-        given = columns[messages]
-        is_open = isinstance(given, list) and not any(isinstance(m, dict) and m.get("role") == "system" for m in given)
-        return LocatedRow(
-            row.place, {"messages": [*system_messages(options.system_prompt), *given] if is_open else given}
-        )
-    if options.template is None and not style.is_chat and all(columns.get(name) is not None for name in style.columns):
-        return LocatedRow(row.place, {name: columns[name] for name in style.columns})
+def _row(row: LocatedRow, options: GenerateConfig, style: PromptStyle) -> tuple[Form, LocatedRow]:
+    """Return a row of the file as the row of a prompt, and its form."""
+    columns, system = row.columns, options.system_prompt
+    if options.template is None:
+        for name in (style.column("messages"), style.column("conversations"), style.column("prompt")):
+            if holds_messages(row, name):
+                messages = [*messages_of(row, name)]
+                begins = [] if messages[0]["role"] == "system" else system_messages(system)
+                tools = {name: columns[name] for name in (style.column("tools"),) if columns.get(name) is not None}
+                return "chat", LocatedRow(row.place, {style.column("messages"): [*begins, *messages], **tools})
+        if style.form == "prompt" and all(columns.get(name) is not None for name in style.columns):
+            return "prompt", LocatedRow(row.place, {name: columns[name] for name in style.columns})
+        if style.form != "prompt" and columns.get(style.column("instruction")) is not None:
+            return "alpaca", LocatedRow(row.place, style.instruction(columns, system))
     _check_one_column(style)
-    return LocatedRow(row.place, style.row(_text_of(row, options.template), options.system_prompt))
+    return style.form, LocatedRow(row.place, style.row(_text_of(row, options.template), system))
 
 
 def _text_of(row: LocatedRow, template: str | None) -> str:

@@ -29,6 +29,7 @@ from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
+from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.sharing.hub import check_upload, upload_after
 from zotune.llm.tasks import head_labels
@@ -104,12 +105,13 @@ class Result:
 _NOT_IN_JSON = ("model", "tokenizer", "log_history")
 
 
-def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
+def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows | None = None) -> Result:
     """Fine-tune a model, and write it with its config, metrics and results to `config.output_dir`.
 
     Args:
         config: the options of the run, as on the command line of `zotune train`.
         callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
+        given: the rows of the config's files, if they have been read; None: they are read first.
 
     Returns:
         The result, whose metrics are those of the saved model.
@@ -138,11 +140,13 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
     config = with_recorded_choices(config)
+    given = read_checked_files(config) if given is None else given
     tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
-    rows = load_rows(lm, config)
+    rows = load_rows(lm, config, given)
+    del given  # the run holds its rows as tokens
     config = with_options_of(lm, rows, config)
     with closing(OutputFolder(config)) as output:
         return tune(lm, rows, config, output, callbacks)
