@@ -65,8 +65,9 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     )
     if is_adapter(lm.module):
         name_base_on_hub(lm.module)
-        write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))
     save_pretrained(lm.module, str(folder), **extra)
+    if is_adapter(lm.module):
+        write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))
     lm.tokenizer.save_pretrained(str(folder))
 
 
