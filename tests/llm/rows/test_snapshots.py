@@ -1,7 +1,10 @@
 """The files of `examples/data` are read as snapshots and pages say; a broken row in each is refused by its place."""
 
 import json
+import re
+import shlex
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.rows.shapes import SHAPES
 from zotune.llm.rows.sources import read_checked_files
+from zotune.llm.tasks.user_data import load_user_data
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "examples" / "data"
@@ -47,6 +51,33 @@ def test_each_shape_has_a_file_of_ten_rows_and_a_page_that_shows_one(pages, toke
         )
     shown = "".join(path.read_text("utf-8") for path in pages.PAGES.glob("*.md"))
     assert [name for name in pages.RENDERED if f"<!-- rendered: {name} -->" not in shown] == []
+
+
+def commands():
+    """The commands of the pages, as words behind `zotune`."""
+    for path in sorted((ROOT / "docs" / "data").glob("*.md")):
+        for block in re.findall(r"^```sh\n(.*?)^```", path.read_text("utf-8"), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                yield shlex.split(line)[1:]
+
+
+def test_the_commands_of_the_pages_read_their_rows(zotune, tokenizer, monkeypatch):
+    """As a dry run does, but for the model."""
+    read = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("zotune.plan.dry_run.dry_run", lambda config, given: read.append((config, given)) or Nothing())
+    for arguments in commands():
+        said = zotune(*arguments, "--dry-run")
+        assert said.code == 0, said.err
+        config, given = read[-1]
+        assert len(load_user_data(config, copy(tokenizer), given=given).splits.train) >= 8, arguments
+    assert len(read) >= 9
+
+
+class Nothing:
+    """A dry run that found nothing."""
+
+    refused = ()
 
 
 # The column of each file that is broken in its last row, what it is set to, and what is said.

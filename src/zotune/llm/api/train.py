@@ -81,8 +81,9 @@ def train(
             command line.
         tokenizer: the model's tokenizer (or its processor).
         train_dataset: rows as dicts: a list, a `datasets.Dataset`, another iterable, or the path of a file. Rows have
-            `text` and `label`, `prompt` and `completion`, `messages`, or `prompt`, `choices` and `label`. Of a stream
-            without a length the first `num_train` (and `num_dev`) rows are read; a run holds its rows in memory.
+            `text` and `label`, `prompt` and `completion` (texts or messages), `messages`, `prompt`, `choices` and
+            `label`, `instruction` and `output` (Alpaca), or `conversations` (ShareGPT). Of a stream without a length
+            the first `num_train` (and `num_dev`) rows are read; a run holds its rows in memory.
         eval_dataset: rows for evaluations during and after the run; default: `num_dev` rows held out of
             `train_dataset`, of which there are none by default.
         method: the optimisation method; see `zotune.METHODS`.

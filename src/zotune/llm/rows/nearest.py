@@ -30,7 +30,7 @@ _SHOWN = 20
 def nearest_shape(present: Sequence[str], options: DataOptions) -> str:
     """Return which columns there are, the nearest shape, and the options with which they have it.
 
-    >>> print(nearest_shape(["question", "answer"], DataOptions(eval_file="a.csv")).split(". ")[3])
+    >>> print(nearest_shape(["question", "answer"], DataOptions(eval_file="a.csv")).split(". ")[2])
     Give --columns prompt question completion answer
     """
     forms = {name: shape for name, shape in SHAPES.items() if name != PROMPT_ALONE}
@@ -39,10 +39,16 @@ def nearest_shape(present: Sequence[str], options: DataOptions) -> str:
     lacking = next(column for column in forms[nearest].columns(options) if column not in present)
     shapes = "; ".join(f"{name} ({', '.join(shape.columns(options))})" for name, shape in forms.items())
     return (
-        f"there is no column {lacking!r}.{did_you_mean(lacking, present)} The columns {_listed(present)} fit no shape "
+        f"there is no column {lacking!r}.{_hint(lacking, present)} The columns {_listed(present)} fit no shape "
         f"of rows; the nearest one is {nearest}, {forms[nearest].description}."
         f"{_advice(forms[nearest], found[nearest], present, options)} The shapes are: {shapes}."
     )
+
+
+def _hint(name: str, present: Sequence[str]) -> str:
+    """Return the column that is spelt nearly so, if there is one; all columns are listed anyway."""
+    hint = did_you_mean(name, present)
+    return hint if hint.startswith(" Did") else ""
 
 
 def _names(shape: Shape, present: Sequence[str], options: DataOptions) -> dict[str, str | None]:
@@ -56,9 +62,10 @@ def _name(role: str, present: Sequence[str], options: DataOptions) -> str | None
     return next((name for name in (named, *_KNOWN_NAMES.get(role, ())) if name in present), None)
 
 
-def _distance(names: Mapping[str, str | None], present: Sequence[str]) -> tuple[int, int]:
-    """Return how far columns are from a shape: the roles that no column may have, and those of another name."""
-    return sum(name is None for name in names.values()), sum(role not in present for role in names)
+def _distance(names: Mapping[str, str | None], present: Sequence[str]) -> tuple[float, int]:
+    """Return how far columns are from a shape: the share of roles without a column, and the roles of another name."""
+    lacking = sum(name is None for name in names.values())
+    return lacking / len(names), sum(name not in (None, role) for role, name in names.items())
 
 
 def _advice(shape: Shape, names: Mapping[str, str | None], present: Sequence[str], options: DataOptions) -> str:

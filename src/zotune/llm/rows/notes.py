@@ -17,8 +17,9 @@ from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.infer import unread_columns
 from zotune.llm.rows.labels import likeness
 from zotune.llm.rows.records import Chat, Completion
-from zotune.llm.rows.rendering import is_written_as_chat
+from zotune.llm.rows.rendering import chat_template_of, is_written_as_chat
 from zotune.llm.rows.shapes import SHAPES
+from zotune.llm.rows.shapes.sharegpt import ends_open
 from zotune.llm.rows.sources import UserRows
 
 _SHOWN = 5
@@ -125,6 +126,22 @@ def shape_note(options: DataOptions, given: UserRows, tokenizer: Any) -> str:
         shown = [f"{label!r} → {word.strip()!r}" for label, word in options.verbalizer.items()]
         note += f"; labels {', '.join(shown[:5])}{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}"
     return note
+
+
+def chat_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[str]:
+    """Say what of the rows' chats the model does not read: tools, and what follows the assistant's last turn."""
+    rows, name = given.first.rows, options.data_format or ""
+    notes = []
+    with_tools = sum(bool(row.columns.get(column_of("tools", options))) for row in rows)
+    if "tools" in SHAPES[name].optional and with_tools and not chat_template_of(options, tokenizer).writes_tools:
+        notes.append(f"the model's chat template writes no tools, which {with_tools} of {len(rows)} rows name")
+    left = sum(ends_open(row, options) for row in rows) if name == "sharegpt" and not options.is_function else 0
+    if left:
+        notes.append(
+            f"{left} of {len(rows)} conversations go on after the assistant's last turn; nothing is learnt from that, "
+            "and it is left out"
+        )
+    return notes
 
 
 def _delimiter(source: str | Path, options: DataOptions) -> str | None:

@@ -66,7 +66,7 @@ def _of_open_prompt(record: OpenPrompt, tokenizer: Any) -> Example:
 def _of_chat(record: Chat, options: DataOptions, tokenizer: Any) -> Example:
     """Return the messages as the chat template writes them; the assistant's turns are scored, or one generated."""
     try:
-        template = _chat_template(options, tokenizer)
+        template = chat_template_of(options, tokenizer)
         return _to_answer(record, template) if options.is_function else _with_turns(record, template, options)
     except UsageError as error:
         raise UsageError(f"{record.place}: {error}") from None
@@ -106,7 +106,12 @@ def is_written_as_chat(record: Record, tokenizer: Any) -> bool:
     return isinstance(record, Chat) or (is_asked and has_chat_template(tokenizer))
 
 
-def _chat_template(options: DataOptions, tokenizer: Any) -> ChatTemplate:
+def chat_template_of(options: DataOptions, tokenizer: Any) -> ChatTemplate:
+    """Return the chat template of a tokenizer, as the options have it read.
+
+    Raises:
+        UsageError: it has none, or one that cannot be used.
+    """
     today = None if options.chat_date is None else date.fromisoformat(options.chat_date)
     return ChatTemplate(tokenizer, today, options.read_control_tokens)
 

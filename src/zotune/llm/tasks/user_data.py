@@ -19,7 +19,14 @@ from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.readers import LocatedRow
 from zotune.llm.rows.infer import check_masked, resolve_shape
-from zotune.llm.rows.notes import control_token_notes, ended_rows_notes, label_notes, shape_note, unread_notes
+from zotune.llm.rows.notes import (
+    chat_notes,
+    control_token_notes,
+    ended_rows_notes,
+    label_notes,
+    shape_note,
+    unread_notes,
+)
 from zotune.llm.rows.records import Record
 from zotune.llm.rows.rendering import example_of, is_written_as_chat
 from zotune.llm.rows.shapes import SHAPES
@@ -83,6 +90,7 @@ def load_user_data(
     notes = (
         *(shape_note(options, given, tokenizer), *unread_notes(options, given)),
         *(*chosen_notes, *label_notes(options), *ended_rows_notes(options, given, tokenizer)),
+        *chat_notes(options, given, tokenizer),
         *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
     )
     objective, _ = SCORING[options.data_format or ""]

@@ -33,6 +33,11 @@ def to_record(row: LocatedRow, options: DataOptions) -> Chat:
     )
 
 
+def ends_open(row: LocatedRow, options: DataOptions) -> bool:
+    """Return whether a conversation goes on after the assistant's last turn."""
+    return bool(messages_of(row, column_of("conversations", options))[-1]["role"] != "assistant")
+
+
 SHAREGPT = Shape(
     "a conversation, as ShareGPT's",
     None,
