@@ -98,10 +98,11 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
         return PromptStyle("prompt", _config(options, {**without, "data_format": "prompt", "template": "{prompt}"}))
     if form == "chat" and trained != "chat":
         say(f"{source}: the model was tuned on other prompts than chats, and reads these as its base model does")
-    chosen = "chat" if form == "chat" else trained
-    more = {"chat": {"data_format": "chat", "template": None}, "alpaca": {"data_format": "alpaca"}}.get(chosen)
+    chosen: Form = "chat" if form == "chat" else trained
     template = known.get("template") or getattr(SHAPES.get(str(run.get("data_format"))), "template", None)
-    return PromptStyle(chosen, _config(options, {**known, **(more or {"data_format": "prompt", "template": template})}))
+    # A chat has the template of the tokenizer, an instruction one of its own unless the run had another.
+    more = {"data_format": chosen, "template": {"chat": None, "alpaca": known.get("template")}.get(chosen, template)}
+    return PromptStyle(chosen, _config(options, {**known, **more}))
 
 
 def _form_of(run: Mapping[str, Any]) -> Form:
