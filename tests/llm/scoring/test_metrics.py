@@ -9,9 +9,9 @@ import torch
 
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.data import DataOptions
+from zotune.llm.config.objective import METRICS
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
-from zotune.llm.config.text import METRICS
 from zotune.llm.scoring.functions import Completion, call, columns_taken
 from zotune.llm.scoring.generation import generate
 from zotune.llm.scoring.metrics import NAMED, checked_metrics, load_metric, rouge
@@ -142,7 +142,7 @@ def test_a_metric_may_be_a_function_in_python(tiny):
     rows = [{"text": f"film {i}", "label": "good" if i % 2 else "bad", "hint": "good"} for i in range(4)]
     found = evaluate(lm.module, lm.tokenizer, rows, compute_metrics=word_share)
     assert found.more == {"share": sum(found.predictions) / 4}  # `bad` comes before `good`
-    with pytest.raises(UsageError, match="compute_metrics: the function <lambda> cannot be found by its name"):
+    with pytest.raises(UsageError, match="compute_metrics: the function '<lambda>' cannot be found by its name"):
         evaluate(lm.module, lm.tokenizer, rows, compute_metrics=lambda completions: 1)
 
 

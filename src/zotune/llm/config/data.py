@@ -18,9 +18,8 @@ from pydantic import (
 )
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.objective import OF_ANSWERS
+from zotune.llm.config.objective import OF_ANSWERS, TextOptions, as_list
 from zotune.llm.config.schema import is_partial
-from zotune.llm.config.text import TextOptions, as_list
 
 # The data source of a run from Python on rows that the caller holds, so that no option names them.
 IN_MEMORY = "memory"

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from zotune.errors import RunError, UsageError
-from zotune.llm.config.text import METRICS
+from zotune.llm.config.objective import METRICS
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import AccuracyEvaluation, Evaluation, Measure, Scorer
