@@ -174,6 +174,9 @@ def test_a_prompt_of_messages_is_opened_for_a_reward_function(tokenizer):
         ({"messages": [*turns("a", "b")], "tools": "no"}, "the column 'tools' must hold a list of tools"),
         ({"messages": [*turns("a", "b")], "tools": [{"a": 1}]}, "the column 'tools' holds the tool {'a': 1}"),
         ({"messages": [*turns("a", "\ud800")]}, "half a character"),
+        # A cell of CSV: its reader has not looked into it.
+        ({"messages": "[" * 400 + "]" * 400}, "values are nested more than 64 deep"),
+        ({"messages": "[" * 40_000}, "must hold a list of messages"),
     ],
 )
 def test_what_is_no_message_is_refused_by_its_number(columns, message):
