@@ -13,12 +13,12 @@ from pathlib import Path
 
 from zotune.errors import UsageError
 from zotune.llm.data.readers.data_sets import HUB as HUB
-from zotune.llm.data.readers.data_sets import ClassNumber as ClassNumber
 from zotune.llm.data.readers.data_sets import class_names as class_names
 from zotune.llm.data.readers.data_sets import hub_rows as hub_rows
 from zotune.llm.data.readers.data_sets import is_saved, read_hub, read_saved
 from zotune.llm.data.readers.delimited import read_delimited
 from zotune.llm.data.readers.json_files import read_json_file
+from zotune.llm.data.readers.located import ClassNumber as ClassNumber
 from zotune.llm.data.readers.located import LocatedRow as LocatedRow
 from zotune.llm.data.readers.located import Row as Row
 from zotune.llm.data.readers.parquet import read_parquet
