@@ -135,7 +135,7 @@ def test_another_tools_recipe_becomes_ours(capsys):
         ({"zo_eps": "1e-2"}, {"mu": "1e-2"}),
         ({"torch_dtype": "fp16"}, {"dtype": "float16"}),
         ({"bf16": "True"}, {"dtype": "bfloat16"}),
-        ({"bf16": False, "fp16": None, "push_to_hub": "false", "lora_dropout": 0.0}, {}),
+        ({"bf16": False, "fp16": None, "hub_always_push": "false", "lora_dropout": 0.0}, {}),
         ({"bf16": True, "dtype": "bfloat16"}, {"dtype": "bfloat16"}),
         ({"max_steps": -1}, {}),
         ({"lora_target": "q_proj, v_proj"}, {"lora_target_modules": ["q_proj", "v_proj"]}),
@@ -155,7 +155,7 @@ def test_names_and_values_that_mean_the_same_are_accepted(given, expected):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"push_to_hub": True}, "push_to_hub: a run does not upload"),
+        ({"hub_strategy": "every_save"}, "hub_strategy: the model is uploaded once"),
         ({"trust_remote_code": True}, "zotune runs no code of a model's folder"),
         ({"lr": 1e-3, "learning_rate": 1e-2}, "lr and learning_rate both set learning_rate; keep one"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 both set dtype"),

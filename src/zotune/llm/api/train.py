@@ -23,6 +23,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import UserRows
+from zotune.llm.sharing.hub import check_upload
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
@@ -33,7 +34,7 @@ from zotune.messages import say
 # Options of what a run writes or reads in its folder.
 _OF_THE_FOLDER = (
     *("overwrite_output_dir", "resume", "resume_from_checkpoint", "reuse_file"),
-    *("save_steps", "save_strategy", "save_total_limit"),
+    *("save_steps", "save_strategy", "save_total_limit", "push_to_hub"),
 )
 
 
@@ -128,6 +129,7 @@ def train(
         config = config if output_dir is None else with_recorded_choices(config)
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
+        check_upload(config)
         given = _rows(train_dataset, eval_dataset, config)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
@@ -173,7 +175,7 @@ def _check_folder(config: TrainConfig, output_dir: str | Path | None) -> None:
     """
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    given = [name for name in _OF_THE_FOLDER if name in config.model_fields_set and getattr(config, name) != "no"]
+    given = [n for n in _OF_THE_FOLDER if n in config.model_fields_set and getattr(config, n) not in ("no", False)]
     given += ["report_to: tensorboard"] if "tensorboard" in config.report_to else []
     if output_dir is None and given:
         raise UsageError(f"{given[0]} has no effect here: it needs output_dir, without which nothing is written.")

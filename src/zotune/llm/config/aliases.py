@@ -76,8 +76,8 @@ def meaning_of(name: str, value: Any, known: Collection[str]) -> Meaning:
 
     >>> meaning_of("bf16", True, ()).options, meaning_of("lr", 1e-3, ("learning_rate",)).options
     ({'dtype': 'bfloat16'}, {'learning_rate': 0.001})
-    >>> meaning_of("push_to_hub", "true", ()).answer
-    'a run does not upload. Afterwards: hf upload ORG/NAME OUTPUT_DIR'
+    >>> meaning_of("config", "my.yaml", ()).answer
+    'the recipe is the first argument: zotune train RECIPE.yaml --OPTION VALUE'
     """
     table, text = alias_table(), _as_text(value)
     if name in known:

@@ -98,7 +98,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Output": (
         *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "run_name", "save_steps"),
-        *("save_strategy", "save_total_limit", "predictions"),
+        *("save_strategy", "save_total_limit", "predictions", "push_to_hub", "hub_model_id", "hub_private_repo"),
     ),
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}

@@ -31,6 +31,7 @@ from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
+from zotune.llm.sharing.hub import check_upload, upload_after
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
@@ -135,6 +136,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows
     # Before anything is loaded.
     callbacks = all_callbacks(config.report_to, callbacks)
     schedule_of(config)
+    check_upload(config)
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
     config = with_recorded_choices(config)
@@ -189,7 +191,10 @@ def tune(
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
     config = _with_found_rate(lm, rows, config, scorer, output)
     with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
-        return _train(run, config.model_copy(update=NEW_RUN))
+        result = _train(run, config.model_copy(update=NEW_RUN))
+    if result.stopped_by is None:
+        upload_after(config, result.output_dir)
+    return result
 
 
 def _with_found_rate(
