@@ -49,11 +49,11 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, path: str) -> dict[str,
     try:
         features = parse_json((metadata or {})[_FEATURES], path)["info"]["features"].items()
         labels = {column: feature["names"] for column, feature in features if feature.get("_type") == "ClassLabel"}
+        return {column: names for column, names in labels.items() if all(isinstance(name, str) for name in names)}
+    except UsageError:
+        raise
     except (LookupError, AttributeError, TypeError, ValueError, RecursionError):
         return {}
-    return {
-        c: names for c, names in labels.items() if isinstance(names, list) and all(isinstance(n, str) for n in names)
-    }
 
 
 def _check_declared(metadata: Any, path: str) -> None:
