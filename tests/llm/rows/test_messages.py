@@ -119,13 +119,15 @@ def test_prompt_and_completion_of_messages_are_one_chat_whose_end_is_learnt(toke
     row = {"prompt": [system, *prompt], "completion": completion, "tools": [TOOL]}
     assert record(row, "completion").first == 4
     given = UserRows(eval=rows_of([row], "rows"))
-    (example,) = load_user_data(DataOptions(data_source="memory"), tokenizer, given=given).splits.test
+    found = load_user_data(DataOptions(data_source="memory"), tokenizer, given=given)
+    (example,) = found.splits.test
     whole, before = (
         tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False, add_generation_prompt=opens)
         for messages, opens in ((row["prompt"] + completion, False), (row["prompt"], True))
     )
     assert example.prompt == whole and whole.startswith(before)
     assert example.spans[0][0] == len(before)
+    assert found.options.template is None
     assert [whole[lo:hi] for lo, hi in example.spans] == [
         '<tool_call>{"name": "get", "arguments": {"city": "Lima"}}</tool_call><|im_end|>\n',
         "fine<|im_end|>\n",

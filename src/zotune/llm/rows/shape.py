@@ -46,7 +46,7 @@ class Shape:
 
     def columns_read(self, options: DataOptions) -> tuple[str, ...]:
         """Return the columns that are read where a row has them."""
-        return _named([*_roles_in(options.template), *self.roles, *self.optional], options)
+        return _named([*_roles_in(options.template or self.template), *self.roles, *self.optional], options)
 
 
 def _roles_in(template: str | None) -> tuple[str, ...]:
