@@ -215,7 +215,7 @@ def test_calls_that_a_template_does_not_write_are_refused_and_tools_are_remarked
     ):
         load({"messages": chat})
     notes = load({"messages": list(turns("a", "b")), "tools": [TOOL]}).notes
-    assert "the model's chat template writes no tools, which 1 of 1 rows name" in notes
+    assert "1 of 1 rows name tools, which the model's chat template does not write" in notes
     tokenizer.chat_template = TOOLS
     assert not any("tools" in note for note in load({"messages": chat, "tools": [TOOL]}).notes)
 
@@ -224,7 +224,7 @@ def test_what_a_conversation_ends_with_after_the_last_turn_is_counted(tokenizer)
     rows = [{"conversations": [*turns("a", "b", "c")]}, {"conversations": [*turns("a", "b")]}]
     found = load_user_data(DataOptions(data_source="memory"), tokenizer, given=UserRows(eval=rows_of(rows, "rows")))
     assert (
-        "1 of 2 conversations go on after the assistant's last turn; nothing is learnt from that, and it is left out"
+        "1 of 2 conversations go on after the assistant's last turn; the rest is left out, because nothing is learnt from it"
         in (found.notes)
     )
 
