@@ -50,8 +50,8 @@ class Completion(Record):
     """A prompt and the text that follows it, exactly as it is written.
 
     Attributes:
-        user, system: the messages of the user and the system in place of the prompt, for a model with a chat template; None: the prompt
-            is read as it is by such models too.
+        user, system: the messages of the user and the system in place of the prompt, for a model with a chat template;
+            None: such models read the prompt as it is too.
     """
 
     prompt: Prompt
