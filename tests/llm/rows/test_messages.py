@@ -215,7 +215,7 @@ def test_calls_that_a_template_does_not_write_are_refused_and_tools_are_remarked
     ):
         load({"messages": chat})
     notes = load({"messages": list(turns("a", "b")), "tools": [TOOL]}).notes
-    assert "the model's chat template writes no tools, which 1 of 1 rows name" in notes
+    assert "1 of 1 rows name tools, which the model's chat template does not write" in notes
     tokenizer.chat_template = TOOLS
     assert not any("tools" in note for note in load({"messages": chat, "tools": [TOOL]}).notes)
 
@@ -223,10 +223,7 @@ def test_calls_that_a_template_does_not_write_are_refused_and_tools_are_remarked
 def test_what_a_conversation_ends_with_after_the_last_turn_is_counted(tokenizer):
     rows = [{"conversations": [*turns("a", "b", "c")]}, {"conversations": [*turns("a", "b")]}]
     found = load_user_data(DataOptions(data_source="memory"), tokenizer, given=UserRows(eval=rows_of(rows, "rows")))
-    assert (
-        "1 of 2 conversations go on after the assistant's last turn; nothing is learnt from that, and it is left out"
-        in (found.notes)
-    )
+    assert any(n.startswith("1 of 2 conversations go on after the assistant's last turn") for n in found.notes)
 
 
 def test_rows_in_memory_and_in_tables_are_read_as_those_of_files(tokenizer, tmp_path):

@@ -1,7 +1,7 @@
 """Reading rows: JSON, CSV and TSV files, gzipped or not, Parquet, folders of `save_to_disk`, and data sets of the Hub.
 
 Each row carries its place, so that error messages name file and line. `read_located_rows` chooses the reader; there is
-one module for each kind of file, and `located` says what a row is.
+one module for each kind of file, and `located` defines a row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_located_rows(source: Path, split: str = "train", delimiter: str | None 
         source: the file, the folder of `save_to_disk`, or the name of the data set: `hub:ORG/NAME`,
             `hub:ORG/NAME/CONFIGURATION:SPLIT`.
         split: the split to read if the source has several and names none.
-        delimiter: what separates the cells of a CSV file; None: it is found.
+        delimiter: the delimiter of a CSV file; None: it is found.
 
     Raises:
         UsageError: the source does not exist, is of an unknown kind, or is malformed; the message names file and line.
