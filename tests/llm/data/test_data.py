@@ -173,7 +173,7 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
         (
             '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
             {"template": "{sentense}"},
-            r"no column 'sentense'. There is: label, text",
+            r"no column 'sentense'. The columns 'text', 'label' fit no shape",
         ),
         (
             '{"text": "a", "label": 1}\n',
