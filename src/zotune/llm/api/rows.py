@@ -23,7 +23,9 @@ MAX_STREAMED_ROWS = 100_000
 _TOKENISED = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels", "position_ids"})
 
 
-def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "train") -> Rows:
+def rows_of(
+    dataset: Any, name: str, most: int | None = None, split: str = "train", delimiter: str | None = None
+) -> Rows:
     """Return rows in memory with the place of each, or the rows of a file that is named.
 
     Args:
@@ -31,6 +33,7 @@ def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "trai
         name: the argument's name, for messages; a row's place is `name[index]`.
         most: the rows to read of a stream without a length; None for all of them, up to `MAX_STREAMED_ROWS`.
         split: the split to read of a data set of the Hub whose name contains none.
+        delimiter: the delimiter of a CSV file; None: it is found.
 
     Raises:
         UsageError: it holds something else than rows, or is a longer stream.
@@ -39,7 +42,7 @@ def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "trai
     [LocatedRow(place='train_dataset[0]', columns={'text': 'good', 'label': 1})]
     """
     if isinstance(dataset, str | Path):
-        return Rows(dataset, list(read_located_rows(Path(dataset), split)))
+        return Rows(dataset, list(read_located_rows(Path(dataset), split, delimiter)))
     _check_is_rows(dataset, name)
     rows: Iterator[tuple[int, Any]] = enumerate(_raw_rows(dataset))
     if not isinstance(dataset, Sized):
@@ -47,7 +50,7 @@ def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "trai
     return Rows(name, [LocatedRow(f"{name}[{i}]", _columns(row, f"{name}[{i}]")) for i, row in rows])
 
 
-def stream_of(dataset: Any, name: str, split: str = "train") -> RowStreams:
+def stream_of(dataset: Any, name: str, split: str = "train", delimiter: str | None = None) -> RowStreams:
     """Return rows to read one at a time, each with its place; arguments and errors are those of `rows_of`.
 
     >>> rows = stream_of(({"text": f"row {i}"} for i in range(3)), "train_dataset")
@@ -55,7 +58,7 @@ def stream_of(dataset: Any, name: str, split: str = "train") -> RowStreams:
     {'text': 'row 0'}
     """
     if isinstance(dataset, str | Path):
-        return RowStreams(dataset, (read_located_rows(Path(dataset), split),))
+        return RowStreams(dataset, (read_located_rows(Path(dataset), split, delimiter),))
     _check_is_rows(dataset, name)
     every = enumerate(_raw_rows(dataset))
     rows = (LocatedRow(f"{name}[{i}]", _columns(row, f"{name}[{i}]")) for i, row in every)

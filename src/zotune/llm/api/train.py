@@ -190,15 +190,16 @@ def _check_held_out(config: TrainConfig, eval_dataset: Any) -> None:
 
 
 def _rows(train_dataset: Any, eval_dataset: Any, config: TrainConfig) -> UserRows:
+    told = ("validation", config.delimiter)
     if config.streaming:
         few = None if eval_dataset is None else config.num_eval or MAX_STREAMED_EVALUATION
-        evaluation = None if few is None else rows_of(eval_dataset, "eval_dataset", few, "validation")
-        return UserRows(eval=evaluation, stream=stream_of(train_dataset, "train_dataset"))
+        evaluation = None if few is None else rows_of(eval_dataset, "eval_dataset", few, *told)
+        return UserRows(eval=evaluation, stream=stream_of(train_dataset, "train_dataset", delimiter=config.delimiter))
     most = None if config.num_train is None else config.num_train + (config.num_dev or 0)
-    train_rows = rows_of(train_dataset, "train_dataset", most)
+    train_rows = rows_of(train_dataset, "train_dataset", most, delimiter=config.delimiter)
     if eval_dataset is None:
         return UserRows(train_rows)
-    return UserRows(train_rows, rows_of(eval_dataset, "eval_dataset", config.num_eval, "validation"))
+    return UserRows(train_rows, rows_of(eval_dataset, "eval_dataset", config.num_eval, *told))
 
 
 def _prepare(lm: LanguageModel, config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from zotune.errors import listed
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.examples import Example, Splits
-from zotune.llm.data.readers import kind_of
+from zotune.llm.data.readers import TABLES, kind_of
 from zotune.llm.data.readers.delimited import DELIMITERS, delimiter_of
 from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.infer import unread_columns
@@ -149,7 +149,7 @@ def chat_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[st
 
 def _delimiter(source: str | Path, options: DataOptions) -> str | None:
     """Return what separates the cells of a source that is a table of text."""
-    is_table = isinstance(source, Path) and kind_of(source) in (".csv", ".tsv")
+    is_table = isinstance(source, Path) and kind_of(source) in TABLES
     return delimiter_of(Path(source), options.delimiter) if is_table else None
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from zotune.errors import UsageError
 from zotune.llm.config.data import IN_MEMORY, DataOptions
-from zotune.llm.data.readers import LocatedRow, read_located_rows
+from zotune.llm.data.readers import TABLES, LocatedRow, kind_of, read_located_rows
 from zotune.llm.rows.infer import resolve_shape
 from zotune.llm.rows.shapes import SHAPES
 
@@ -66,6 +67,7 @@ class UserRows:
 
 def stream_files(options: DataOptions) -> UserRows:
     """Open the files of training rows, to read a row at a time, and read the first rows for evaluation."""
+    _check_delimiter(options)
     streams = tuple(read_located_rows(file, "train", options.delimiter) for file in options.train_files)
     source = options.train_files[0] if len(streams) == 1 else options.named_files
     evaluation = None
@@ -81,6 +83,7 @@ def read_files(options: DataOptions) -> UserRows:
     Raises:
         UsageError: a file cannot be read; the message says which and why.
     """
+    _check_delimiter(options)
     evaluation, delimiter = options.eval_file, options.delimiter
     parts = [list(read_located_rows(file, "train", delimiter)) for file in options.train_files]
     train = None
@@ -91,6 +94,17 @@ def read_files(options: DataOptions) -> UserRows:
         train,
         None if evaluation is None else Rows(evaluation, list(read_located_rows(evaluation, "validation", delimiter))),
     )
+
+
+def _check_delimiter(options: DataOptions) -> None:
+    """Check that a given delimiter has an effect.
+
+    Raises:
+        UsageError: no file is a table of text.
+    """
+    files = [file for file in (*options.train_files, options.eval_file) if file is not None]
+    if options.delimiter is not None and files and not any(kind_of(file) in TABLES for file in files):
+        raise UsageError(f"delimiter has no effect on {' and '.join(map(str, files))}; it is for .csv and .tsv files.")
 
 
 def read_checked_files(options: DataOptions) -> UserRows | None:

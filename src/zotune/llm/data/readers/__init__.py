@@ -25,6 +25,9 @@ from zotune.llm.data.readers.located import Row as Row
 from zotune.llm.data.readers.parquet import read_parquet
 from zotune.llm.data.readers.text_files import read_text_file
 
+TABLES = (".csv", ".tsv")
+"""The extensions of tables of text."""
+
 
 def read_located_rows(source: Path, split: str = "train", delimiter: str | None = None) -> Iterator[LocatedRow]:
     """Yield the rows of a file or folder, or of a data set of the Hub.
@@ -48,7 +51,7 @@ def read_located_rows(source: Path, split: str = "train", delimiter: str | None 
     kind = kind_of(source)
     if kind in (".jsonl", ".json"):
         return read_text_file(source, read_json_file)
-    if kind in (".csv", ".tsv"):
+    if kind in TABLES:
         return read_text_file(source, partial(read_delimited, delimiter=delimiter))
     if kind in (".txt", ".md"):
         return read_text_file(source, read_document)
