@@ -52,8 +52,8 @@ class DataOptions(ObjectiveOptions):
     )
     delimiter: str | None = Field(
         None,
-        description="What separates the cells of your CSV files: one character, or `tab`; default: found from the "
-        "header, tabs in a .tsv file.",
+        description="Delimiter of your CSV files: one character, or `tab`; default: found from the header, a tab for "
+        ".tsv files.",
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
     label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")

@@ -106,7 +106,9 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
 
 
 def _form_of(run: Mapping[str, Any]) -> Form:
-    """Return the form in which a run's rows were read."""
+    """Return the form in which a run's rows were read; prompts of messages had no template."""
+    if run.get("data_format") in ("completion", "prompt") and run.get("template") is None:
+        return "chat"
     return {"chat": "chat", "sharegpt": "chat", "alpaca": "alpaca"}.get(str(run.get("data_format")), "prompt")  # type: ignore[return-value]
 
 

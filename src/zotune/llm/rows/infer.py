@@ -10,6 +10,7 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.data.readers import ClassNumber, LocatedRow
 from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.labels import check_words, labels_as_words
+from zotune.llm.rows.messages import holds_messages
 from zotune.llm.rows.nearest import nearest_shape
 from zotune.llm.rows.shapes import PROMPT_ALONE, SHAPES
 
@@ -61,9 +62,15 @@ def check_masked(options: DataOptions) -> None:
 
 
 def _default_template(name: str, rows: Sequence[LocatedRow], options: DataOptions) -> str | None:
-    """Return the default template of a shape; for a prompt alone it is the prompt column or the text column."""
-    if name == PROMPT_ALONE and column_of("prompt", options) not in columns_with_values(rows):
+    """Return the default template of a shape, which is none for prompts of messages: the chat template writes these.
+
+    For a prompt alone it is the prompt column or the text column.
+    """
+    prompt = column_of("prompt", options)
+    if name == PROMPT_ALONE and prompt not in columns_with_values(rows):
         return "{text}"
+    if name in ("completion", PROMPT_ALONE) and holds_messages(rows[0], prompt):
+        return None
     return SHAPES[name].template
 
 

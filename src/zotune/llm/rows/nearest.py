@@ -1,4 +1,4 @@
-"""The shape that rows come nearest to, where their columns fit none: what to say so that they do."""
+"""The nearest shape for columns that fit none, and the options with which they fit."""
 
 from __future__ import annotations
 

@@ -129,17 +129,17 @@ def shape_note(options: DataOptions, given: UserRows, tokenizer: Any) -> str:
 
 
 def chat_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[str]:
-    """Say what of the rows' chats the model does not read: tools, and what follows the assistant's last turn."""
+    """Report the parts of chats that the model does not read: tools, and messages after the assistant's last turn."""
     rows, name = given.first.rows, options.data_format or ""
     notes = []
     with_tools = sum(bool(row.columns.get(column_of("tools", options))) for row in rows)
     if "tools" in SHAPES[name].optional and with_tools and not chat_template_of(options, tokenizer).writes_tools:
-        notes.append(f"the model's chat template writes no tools, which {with_tools} of {len(rows)} rows name")
+        notes.append(f"{with_tools} of {len(rows)} rows name tools, which the model's chat template does not write")
     left = sum(ends_open(row, options) for row in rows) if name == "sharegpt" and not options.is_function else 0
     if left:
         notes.append(
-            f"{left} of {len(rows)} conversations go on after the assistant's last turn; nothing is learnt from that, "
-            "and it is left out"
+            f"{left} of {len(rows)} conversations go on after the assistant's last turn; the rest is left out, because "
+            "nothing is learnt from it"
         )
     return notes
 

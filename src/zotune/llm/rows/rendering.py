@@ -1,4 +1,4 @@
-"""A record as an example of one model: what its tokenizer and its chat template add to the texts of a row."""
+"""Records as examples for one model: its tokenizer and its chat template complete the texts of a row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from zotune.llm.rows.records import Chat, Choice, Completion, OpenPrompt, Record
 
 
 def example_of(record: Record, options: DataOptions, tokenizer: Any) -> Example:
-    """Return what a model reads of a row, and what is scored.
+    """Return the example of a row: the text that a model reads, and its scored parts.
 
     Args:
-        record: what the row means.
+        record: the meaning of the row.
         options: the conversion of rows.
         tokenizer: the model's tokenizer; records of choices need none.
 

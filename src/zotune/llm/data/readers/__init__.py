@@ -1,7 +1,7 @@
 """Reading rows: JSON, CSV and TSV files, gzipped or not, Parquet, folders of `save_to_disk`, and data sets of the Hub.
 
 Each row carries its place, so that error messages name file and line. `read_located_rows` chooses the reader; there is
-one module for each kind of file, and `located` says what a row is.
+one module for each kind of file, and `located` defines a row.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from zotune.errors import UsageError
 from zotune.llm.data.readers.data_sets import HUB as HUB
-from zotune.llm.data.readers.data_sets import ClassNumber as ClassNumber
 from zotune.llm.data.readers.data_sets import class_names as class_names
 from zotune.llm.data.readers.data_sets import hub_rows as hub_rows
 from zotune.llm.data.readers.data_sets import is_saved, read_hub, read_saved
 from zotune.llm.data.readers.delimited import read_delimited
 from zotune.llm.data.readers.json_files import read_json_file
+from zotune.llm.data.readers.located import ClassNumber as ClassNumber
 from zotune.llm.data.readers.located import LocatedRow as LocatedRow
 from zotune.llm.data.readers.located import Row as Row
 from zotune.llm.data.readers.parquet import read_parquet
@@ -32,7 +32,7 @@ def read_located_rows(source: Path, split: str = "train", delimiter: str | None 
         source: the file, the folder of `save_to_disk`, or the name of the data set: `hub:ORG/NAME`,
             `hub:ORG/NAME/CONFIGURATION:SPLIT`.
         split: the split to read if the source has several and names none.
-        delimiter: what separates the cells of a CSV file; None: it is found.
+        delimiter: the delimiter of a CSV file; None: it is found.
 
     Raises:
         UsageError: the source does not exist, is of an unknown kind, or is malformed; the message names file and line.

@@ -1,6 +1,6 @@
 """The shapes of rows, one module each, and the table of them.
 
-Start with `completion`. Each module has a pure function from a row to what it means, and the `Shape` that names the
+Start with `completion`. Each module has a pure function from a row to its meaning, and the `Shape` that names the
 columns that it reads.
 """
 
