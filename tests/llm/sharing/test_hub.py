@@ -173,6 +173,18 @@ def test_what_nobody_could_load_is_refused(hub, run, tmp_path):
     assert (hub.files / "README.md").read_text().endswith("\nSee ~\n")
 
 
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "model-2.safetensors", "vocab.txt", "results.json"])
+def test_a_link_takes_no_other_file_along(hub, run, tmp_path, name):
+    """A folder that somebody else made could hold a link to a file of this machine under a name that is sent."""
+    folder = run(tuning="full")
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(UsageError, match=r"is a link to .*id_rsa, and only files of the folder itself are uploaded"):
+        upload(folder, "me/mine")
+    assert hub.made == []
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "-a", "a--b", "a..b", "me/", "/me", "x" * 97, "", "~/x", "é"])
 def test_a_name_that_the_hub_has_not_is_refused_with_the_options(name):
     with pytest.raises(ValueError, match="a repository is ORG/NAME or NAME"):
