@@ -111,7 +111,14 @@ def _infer(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path)
             f"{source}: the columns {', '.join(sorted(present))} fit several formats: {', '.join(fitting)}. "
             f"Choose one, for instance with --data-format {fitting[0]}."
         )
-    raise UsageError(f"{source}: {nearest_shape(present, options)}")
+    raise UsageError(f"{source}: {nearest_shape(present, options)}{_list_within(rows)}")
+
+
+def _list_within(rows: Sequence[LocatedRow]) -> str:
+    """Return a hint if the only row is an object around the list of rows, as in `{"version": 1, "data": [{…}, …]}`."""
+    columns = rows[0].columns if len(rows) == 1 else {}
+    names = [name for name, v in columns.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return f" If the list {names[0]!r} holds the rows, write this list alone into the file." if names else ""
 
 
 def _is_text_alone(present: Sequence[str], options: DataOptions) -> bool:
