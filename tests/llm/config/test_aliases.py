@@ -165,6 +165,10 @@ def test_names_and_values_that_mean_the_same_are_accepted(given, expected):
     assert resolve_aliases(given, OURS) == expected
 
 
+def test_a_folder_of_rows_is_one_for_the_names_of_others_too(tmp_path):
+    assert resolve_aliases({"dataset_name": str(tmp_path)}, OURS) == {"train_file": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -167,7 +167,8 @@ def _data(option: str, value: Any) -> Meaning:
 
 def _source(option: str, name: str) -> tuple[str, str]:
     """Return a file or data set as our options name it, or an answer."""
-    if name.startswith("hub:") or name.lower().endswith(_FILES):
+    # A folder is one of save_to_disk, or refused when it is read.
+    if name.startswith("hub:") or name.lower().endswith(_FILES) or Path(name).is_dir():
         return name, ""
     if name.count("/") == 1 and not Path(name).exists():
         return f"hub:{name}", ""
