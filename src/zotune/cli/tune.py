@@ -31,7 +31,7 @@ _FIXED = ("output_dir", "overwrite_output_dir", "resume", "num_eval", "eval_file
 
 def run(args: list[str], as_json: bool) -> int:
     """Search and return the exit code."""
-    recipe, source, args = split_recipe(args)
+    recipe, source, args = split_recipe(args, "zotune tune")
     if is_help(args):
         print_text(help_text(_PAGE, TrainConfig, complete(TrainConfig, recipe, source)))
         return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema, field_validator
@@ -13,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, Wit
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.safe_yaml import parse_yaml
+from zotune.llm.config.type_words import accepted_by, accepted_within
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -152,18 +155,39 @@ def validate(schema: type[Config], values: dict[str, Any], source: str, *, parti
     try:
         return schema.model_validate(values, context={"partial": partial})
     except ValidationError as error:
-        messages = [f"{source}: {_explain(schema, e)}" for e in error.errors()[:_MAX_ERRORS]]
-        more = error.error_count() - len(messages)
-        raise UsageError("\n".join([*messages, *([f"{source}: {more} more errors"] if more else [])])) from None
+        messages = [f"{source}: {text}" for text in _explanations(schema, error.errors())]
+    more = len(messages) - _MAX_ERRORS
+    raise UsageError("\n".join([*messages[:_MAX_ERRORS], *([f"{source}: {more} more errors"] if more > 0 else [])]))
 
 
-def _explain(schema: type[BaseModel], error: Any) -> str:
-    key = ".".join(_SHORT.repr(part) if len(str(part)) > 80 else str(part) for part in error["loc"])
+def _explanations(schema: type[BaseModel], errors: Sequence[Any]) -> list[str]:
+    """Return a sentence for each key that is wrong; of the errors of a union's types, which are one key's, one."""
+    by_key: dict[str, Any] = {}
+    for error in errors:
+        is_union = get_origin(_annotation(schema, error)) in (Union, UnionType)
+        path = error["loc"][:1] if is_union else error["loc"]
+        key = ".".join(_SHORT.repr(part) if len(str(part)) > 80 else str(part) for part in path)
+        if error["type"] != "default_factory_not_called":  # for this, another key's error is the reason
+            by_key.setdefault(key, error)
+    return [_explain(schema, key, error) for key, error in by_key.items()]
+
+
+def _annotation(schema: type[BaseModel], error: Any) -> Any:
+    field = schema.model_fields.get(error["loc"][0]) if error["loc"] else None
+    return None if field is None else field.annotation
+
+
+def _explain(schema: type[BaseModel], key: str, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{did_you_mean(key, schema.model_fields)}"
-    if error["type"] == "literal_error":
+    value = _SHORT.repr(error["input"])
+    if error["type"] == "literal_error" and not isinstance(error["input"], bool):
         choices = [choice.strip(" '") for choice in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        value = _SHORT.repr(error["input"])
         return f"{key} is {value}.{did_you_mean(value[1:-1], choices)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key} is {_SHORT.repr(error['input'])}: {message}" if key else message
+    field = schema.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+    if error["type"] == "value_error" or field is None:
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key} is {value}: {message}" if key else message
+    expected = accepted_by(field) if key in schema.model_fields else accepted_within(field)
+    quotes = ", in quotes" if expected == "a text" and isinstance(error["input"], int | float) else ""
+    return f"{key} is {value}; it must be {expected}{quotes}."

@@ -176,7 +176,7 @@ def _where(error: BaseException) -> str:
     return f"{place}{type(error).__name__}: {error}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RewardEvaluation(Evaluation):
     """The mean reward of generated texts.
 

@@ -29,7 +29,7 @@ from zotune.system.atomic_write import atomic_write
 from zotune.system.peak_memory import peak_memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskEvaluation:
     """The result of one task.
 
@@ -74,10 +74,13 @@ class TaskEvaluation:
             extra["baselines"] = {"majority": majority, "zero_shot": zero_shot}
         return {**self.evaluation.summary(), **extra}
 
+    def __repr__(self) -> str:
+        return "\n".join([f"<{type(self).__name__}: {self.evaluation.line}", *self.lines()[1:]]) + ">"
+
     def lines(self) -> list[str]:
         """Return the result as lines of text."""
         m = self.evaluation
-        lines = [f"{m.metric} {m}, loss {m.loss:.4f}, {m.seconds:.1f} s"]
+        lines = [f"{m.line}, {m.seconds:.1f} s"]
         if self.majority is not None:
             lines.append(f"  always label {self.majority.label}: {100 * self.majority.accuracy:.1f} %")
         if self.zero_shot is not None:

@@ -271,7 +271,7 @@ class Run:
         self.selection.observe(step, evaluation)
         best = {"best_step": self.selection.step} if self.config.selects else {}
         self.output.metrics.append({"step": step, "dev": evaluation.summary(), **best})
-        display.say(f"step {step}: held-out {evaluation.metric} {evaluation}, loss {evaluation.loss:.4f}")
+        display.say(f"step {step}: held-out {evaluation.line}")
         if self.config.saves == "best" and self.selection.step == step:
             self.events.control.should_save = True
         self.events.evaluated(evaluation.summary(), replayed=replayed)

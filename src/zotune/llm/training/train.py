@@ -44,7 +44,7 @@ from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """The result of a run.
 
@@ -82,6 +82,17 @@ class Result:
     model: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        """Return the outcome in a few lines, as a notebook shows it."""
+        stopped = "" if self.stopped_by is None else ", stopped before the end"
+        losses = [f"loss {loss:.4f}" for loss in [self.metrics.get("train_loss")] if loss is not None]
+        shown = [("held-out rows before", self.dev_before), ("held-out rows", self.dev)]
+        shown += [("evaluation rows", self.test)] if self.test is not self.dev else []
+        lines = [f"{name}: {evaluation.line}" for name, evaluation in shown if evaluation is not None]
+        folder = "nothing written" if self.output_dir is None else f"saved in {self.output_dir}"
+        steps = f"{self.num_steps} steps{stopped}, {self.num_forwards} forward passes"
+        return f"<Result: {'; '.join([', '.join([steps, *losses]), *lines, folder])}>"
 
     @property
     def metrics(self) -> dict[str, Any]:
