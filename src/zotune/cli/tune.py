@@ -53,6 +53,8 @@ def run(args: list[str], as_json: bool) -> int:
     except SearchStoppedError as stopped:
         print_message(str(stopped))
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the search was interrupted; the same command goes on with it") from None
     if as_json:
         print_json(outcome.to_json())
     else:

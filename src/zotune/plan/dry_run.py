@@ -26,7 +26,7 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
-from zotune.llm.training.find_rate import MAX_SHARE, with_default_rate
+from zotune.llm.training.find_rate import MAX_SHARE, with_steps_and_rate
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import FakeScalars
@@ -127,8 +127,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
-        config = config.with_steps(len(data.splits.train), config.rows_a_step)
-        config, notes = with_default_rate(lm, config)
+        config, notes = with_steps_and_rate(lm, config, len(data.splits.train))
         rows = _EncodedRows(lm, config, data)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(

@@ -169,7 +169,7 @@ def test_a_resumed_run_does_not_search_again(config, tmp_path, short_search, mon
 def test_auto_is_the_default_of_a_command_without_a_recipe(zotune, short, tmp_path):
     said = zotune(*short())
     assert said.code == 0
-    assert "2 steps are too few for a search" in said.err
+    assert "runs of at least 200 steps, and max_steps is 2" in said.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": "random:llama-tiny"}), encoding="utf-8")
     said = zotune("train", recipe, *short()[1:], "--overwrite-output-dir")

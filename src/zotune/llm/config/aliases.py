@@ -87,7 +87,7 @@ def meaning_of(name: str, value: Any, known: Collection[str]) -> Meaning:
         return Meaning(table.values_of_ours.get(name, {}).get(text, {name: value}))
     if name in table.same:
         ours = table.same[name]
-        instead = table.instead.get(ours)
+        instead = table.instead.get(ours, ours)
         return meaning_of(instead if instead in known and ours not in known else ours, value, known)
     if name in table.converted and value not in (None, ""):
         return CONVERTERS[table.converted[name]](value)

@@ -7,15 +7,20 @@ import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.type_words import accepted_by, accepted_within
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -23,8 +28,15 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _MAX_ERRORS = 3
 
 
-class Options(BaseModel):
-    """A frozen record of options that refuses keys it does not know."""
+class _CheckedInWords(ModelMetaclass):
+    """Makes a call of the class raise what `validate` raises, for pydantic's own errors are about its schemas."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        return super().__call__(*args) if args else validate(cls, values, f"{cls.__name__}()")  # type: ignore[arg-type]
+
+
+class Options(BaseModel, metaclass=_CheckedInWords):
+    """A frozen record of options that refuses keys it does not know, and words what is wrong."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
@@ -48,6 +60,10 @@ class Options(BaseModel):
 
 # For editors: a recipe has the mapping itself.
 MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
+
+
+# A number of steps, or below 1 a fraction of all steps, as transformers has them.
+StepsOrFraction = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 
 def as_json(value: Any) -> Any:
@@ -100,7 +116,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
     ),
     "Output": (
-        *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "run_name", "save_steps"),
+        *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to"),
+        *("run_name", "save_steps"),
         *("save_strategy", "save_total_limit", "predictions"),
     ),
 }
