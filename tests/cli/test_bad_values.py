@@ -1,4 +1,4 @@
-"""Every option of a run's length, schedule, evaluations, logs and checkpoints answers a bad value: what, why, what to do."""
+"""Every option of a run's length, schedule, evaluations, logs and checkpoints answers a bad value in words."""
 
 import re
 

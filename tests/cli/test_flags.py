@@ -10,9 +10,9 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
+from zotune.cli.arguments import read_arguments
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
-from zotune.cli.arguments import read_arguments
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.plan.options import PlanConfig
 

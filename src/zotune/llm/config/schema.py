@@ -31,8 +31,10 @@ _MAX_ERRORS = 3
 class _CheckedInWords(ModelMetaclass):
     """Makes a call of the class raise what `validate` raises, for pydantic's own errors are about its schemas."""
 
-    def __call__(cls, *args: Any, **values: Any) -> Any:
-        return super().__call__(*args) if args else validate(cls, values, f"{cls.__name__}()")  # type: ignore[arg-type]
+    def __call__(self, *args: Any, **values: Any) -> Any:
+        if args:
+            return super().__call__(*args, **values)
+        return validate(self, values, f"{self.__name__}()")  # type: ignore[arg-type]
 
 
 class Options(BaseModel, metaclass=_CheckedInWords):
