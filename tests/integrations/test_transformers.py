@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,10 +59,15 @@ def token_mean(net, batch):
 
 
 def test_losses_and_weights_are_the_plain_optimizers_on_the_same_batches(made):
-    trainer = made(gradient_accumulation_steps=2, lr_scheduler_type="linear", num_queries=2, method="zo_adam", mu=1e-2)
+    trainer = made(
+        gradient_accumulation_steps=2, lr_scheduler_type="linear", num_queries=2, method="zo_adam", mu=1e-2,
+        adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-2, weight_decay=0.5,
+    )  # fmt: skip
     trainer.train()
     other, data, found = model(), rows(), []
-    opt = zo.zo_adam(other, lr=1e-2, mu=1e-2, num_queries=2, seed=7)
+    opt = zo.zo_adam(
+        other, lr=1e-2, mu=1e-2, num_queries=2, seed=7, betas=(0.5, 0.9), eps=1e-2, weight_decay=0.5
+    )  # fmt: skip
     for step in range(4):
         opt.param_groups[0]["lr"] = 1e-2 * (1 - step / 4)
         batch = data[step % 2 * 4 :][:4]
@@ -239,6 +245,18 @@ REFUSED = {
     "fp16": ({}, {}, lambda t: setattr(t.accelerator, "scaler", object()), "fp16=True scales the loss"),
     "DeepSpeed": ({}, {}, with_attributes(is_deepspeed_enabled=True), "DeepSpeed shards"),
     "FSDP": ({}, {}, with_attributes(is_fsdp_enabled=True), "FSDP shards"),
+    "fp16 of the arguments": ({}, {}, lambda t: setattr(t.args, "fp16", True), "fp16=True scales the loss"),
+    "FSDP of XLA": ({}, {}, with_attributes(is_fsdp_xla_enabled=True), "FSDP shards"),
+    "parallelism": ({}, {}, lambda t: setattr(t.args, "parallelism_config", object()), "sequence parallelism shard"),
+    "sharded loading": ({}, {}, with_attributes(is_distributed_loading_by_transformers=True), "parallelism shard"),
+    "optim_target_modules": ({"optim_target_modules": "all-linear"}, {}, None, "optim_target_modules would not be"),
+    "optimizer_cls_and_kwargs": (
+        {}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, None, "optimizer_cls_and_kwargs would not be used",
+    ),
+    "a wrapped optimizer with gradients": (
+        {}, {}, with_attributes(optimizer=SimpleNamespace(optimizer=torch.optim.SGD(model().parameters()))),
+        "optimizers holds SGD",
+    ),
     "several GPUs": ({}, {}, lambda t: setattr(t.args, "_n_gpu", 4), "4 GPUs in one process.*torchrun"),
     "an optimizer with gradients": (
         {}, {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)}, None, "optimizers holds SGD",
@@ -291,6 +309,20 @@ def test_the_options_are_those_of_the_command_and_a_script_reads_them_from_its_c
     (args,) = hf.HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(line)
     assert (args.method, args.mu, args.blocks, args.num_queries) == ("zo_adam", 1e-2, "layer", 1)
     hf.HfArgumentParser(ZOTrainingArguments).format_help()
+
+
+def test_a_model_card_names_zotune_and_the_method_in_place_of_adamw(made, tmp_path):
+    trainer = made(max_steps=1, method="zo_sgd_sign")
+    trainer.train()
+    trainer.create_model_card(model_name="mine", tags="own")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    head, body = card.split("---")[1:3]
+    assert {f"- {tag}" for tag in ("own", "zotune", "zeroth-order")} <= set(head.splitlines())
+    assert f"\n- optimizer: zo_sgd_sign of zotune {zo.__version__}, by forward passes alone\n- lr_scheduler" in body
+    assert "adamw" not in card
+    assert trainer.model.model_tags == ["zotune", "zeroth-order"]
+    # What the Trainer writes before training, and where it writes nothing, is no error.
+    made(kind=type("Other", (ZOTrainer,), {"is_world_process_zero": lambda self: False})).create_model_card()
 
 
 def test_arguments_without_the_options_mean_the_defaults(made):

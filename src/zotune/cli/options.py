@@ -44,14 +44,11 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
     _check_once(aliased, args, schema, prog)
     given |= read_arguments(schema, join_values(args, "--task"), prog)
     validate(schema, given, "command line", partial=True)
-    values = complete(schema, resolve_aliases(recipe, schema.model_fields, source), source)
-    for option in given.keys() & _REPLACES.keys():
-        replaced = _REPLACES[option]
-        if replaced not in given:
-            values[replaced] = schema.model_fields[replaced].default
-    values |= given
-    chosen = {k: v for k, v in values.items() if v is not None or not _is_open(schema, k)}
-    return validate(schema, chosen, "command line")
+    record = validate(schema, dict(recipe), source, partial=True)
+    replaced = {_REPLACES[option] for option in given.keys() & _REPLACES.keys()}
+    # What nobody chose stays unset.
+    chosen = {name: getattr(record, name) for name in record.model_fields_set - replaced}
+    return validate(schema, {**chosen, **given}, "command line")
 
 
 def complete(schema: type[BaseModel], recipe: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -182,6 +182,27 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     return inherited, str(path)
 
 
+def training_rows_note(config: EvalConfig) -> str | None:
+    """Return a remark if an evaluation reads the file that the model was tuned on, and how it reads other rows."""
+    path = Path(config.model) / "config.yaml"
+    if config.eval_file is None or not path.is_file():
+        return None
+    saved = read_recipe(path)
+    named = saved.get("train_file")
+    files = named if isinstance(named, list) else [named]
+    if not any(isinstance(file, str) and Path(file).resolve() == config.eval_file.resolve() for file in files):
+        return None
+    held_out = saved.get("num_dev")
+    options = "".join(
+        f" {flag} {n}" for flag, n in (("--num-dev", held_out), ("--data-seed", saved.get("data_seed"))) if n
+    )
+    remedy = f"--train-file {config.eval_file}{options} reads the rows that were held out"
+    return (
+        f"the model was tuned on rows of {config.eval_file}, so the result is not about rows that are new to it; "
+        f"{remedy if held_out != 0 else 'none of its rows was held out, so give another file'}"
+    )
+
+
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
-from zotune.llm.config.run import EvalConfig, read_recipe
+from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.models.language_model import LanguageModel
@@ -176,7 +176,8 @@ def _check_options(config: EvalConfig) -> None:
 def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
     """Evaluate one task."""
     data = load_examples(lm, config.model_copy(update=_sample_options(config)))
-    for note in data.notes:
+    on_training_rows = training_rows_note(config) if config.task is None else None
+    for note in (*data.notes, *([on_training_rows] if on_training_rows else [])):
         say(note)
     if not data.splits.test:
         raise UsageError(

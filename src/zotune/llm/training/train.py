@@ -91,8 +91,8 @@ class Result:
         shown += [("evaluation rows", self.test)] if self.test is not self.dev else []
         lines = [f"{name}: {evaluation.line}" for name, evaluation in shown if evaluation is not None]
         folder = "nothing written" if self.output_dir is None else f"saved in {self.output_dir}"
-        steps = f"{self.num_steps} steps{stopped}, {self.num_forwards} forward passes"
-        return f"<Result: {'; '.join([', '.join([steps, *losses]), *lines, folder])}>"
+        steps = f"{self.num_steps} step{'s' * (self.num_steps != 1)}{stopped}, {self.num_forwards} forward passes"
+        return "\n  ".join([f"<Result: {', '.join([steps, *losses])}", *lines, f"{folder}>"])
 
     @property
     def metrics(self) -> dict[str, Any]:
