@@ -246,7 +246,7 @@ def test_the_metric_is_named_and_a_log_loss_is_shown_once(zotune, tmp_path):
     plain = ["--model", "random:llama-tiny", "--device", "cpu", "--eval-file", rows, "--batch-size", 2]
     said = zotune("eval", *plain)
     assert re.fullmatch(r"log-loss [\d.]+ nats a token \(.*, n = 6\), perplexity [\d.]+, [\d.]+ s\n", said.out)
-    said = zotune("eval", *plain, "--exact-match", "--max-new-tokens", 2)
+    said = zotune("eval", *plain, "--exact-match", "--max-new-tokens", 8)
     assert said.out.startswith("mean F1 of the answers' words (as in SQuAD) 0.0 % (")
     assert re.search(r"exact match 0.0 %, loss [\d.]+, [\d.]+ s\n$", said.out)
 

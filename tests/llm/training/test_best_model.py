@@ -264,7 +264,7 @@ def test_choosing_by_the_rows_that_are_reported_is_said_aloud(config, capsys, tm
         ),
         ({"early_stopping_patience": 2}, "early_stopping_patience compares .* give --eval-steps"),
         ({"metric_for_best_model": "metric"}, "metric_for_best_model has no effect here"),
-        ({"early_stopping_patience": 0, "eval_steps": 1}, "whole number of at least 1"),
+        ({"early_stopping_patience": 0, "eval_steps": 1}, "greater than or equal to 1"),
         ({**KEEPING, "num_dev": 0}, "no held-out row to select the best step by: give --num-dev above 0"),
     ],
 )

@@ -179,7 +179,9 @@ class Events:
         """Return what the callbacks and the best evaluation so far leave to a resumed run, as plain values."""
         states = {type(c).__name__: c.state() for c in self._callbacks if isinstance(c, ExportableState)}
         best = [self.state.best_metric, self.state.best_global_step]
-        return {"callbacks": states, "best": best, "stopped": self.control.should_training_stop}
+        # The run that a callback ended is one of so many steps; a longer one goes on.
+        stopped = self._config.max_steps if self.control.should_training_stop else None
+        return {"callbacks": states, "best": best, "stopped": stopped}
 
     def restore(self, exported: Mapping[str, Any], lines: Iterable[Mapping[str, Any]], step: int) -> None:
         """Restore what `exported` returned after a step, and the log from the lines of metrics.jsonl up to it."""

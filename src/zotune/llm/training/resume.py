@@ -115,8 +115,8 @@ class Journal:
     def _note_stop(self, saved: Any, num_steps: int) -> None:
         """Note whether a callback ended the run after its last step; with another `max_steps` the run goes on."""
         is_last = saved is not None and saved["counters"]["step"] == num_steps > 0
-        was_stopped = is_last and saved["counters"].get("callbacks", {}).get("stopped", False)
-        self.was_stopped = bool(was_stopped) and self._output.before.max_steps == self._config.max_steps
+        stopped = saved["counters"].get("callbacks", {}).get("stopped") if is_last else None
+        self.was_stopped = stopped == self._config.max_steps
 
     def _check_not_begun(self, folder: Path, missing: str) -> None:
         """Check that the run without the file it resumes from has not taken a step, so that it may start."""
