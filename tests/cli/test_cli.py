@@ -178,7 +178,7 @@ def test_bad_recipes_are_named_by_file_and_key(zotune, tmp_path, text, message):
     [
         (
             ["--dtype", "bfloat16", "--rounding", "nearest", "--learning-rate", "1e-12"],
-            r"cannot work with rounding to nearest.*--rounding stochastic",
+            r"cannot work with rounding to nearest.*rounding: stochastic",
         ),
         (
             ["--dtype", "bfloat16", "--mu", "1e-12"],

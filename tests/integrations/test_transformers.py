@@ -11,7 +11,13 @@ import transformers as hf
 
 import zotune as zo
 from problems import assert_same_bits
-from zotune.integrations.transformers import ZerothOrderArguments, ZerothOrderMixin, ZOTrainer, ZOTrainingArguments
+from zotune.integrations.transformers import (
+    ZerothOrderArguments,
+    ZerothOrderMixin,
+    ZOTrainer,
+    ZOTrainingArguments,
+    _metrics_of_training,
+)
 from zotune.llm.config.method import MethodOptions
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -196,6 +202,61 @@ def test_a_step_reads_the_micro_batches_of_its_own_only(made):
     assert seen[:8] == 4 * first  # the second epoch begins anew, without the micro-batch that the first left behind
 
 
+def summed(outputs, labels, num_items_in_batch=None):
+    wanted = labels[:, 1:]
+    every = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
+    return every / num_items_in_batch
+
+
+TOLD = hasattr(hf.Trainer, "loss_is_scaled_for_ga")  # since transformers 5.19
+NORMALISED = {
+    "by the model": ({}, {}, {}),
+    "by a function of the caller's": ({}, {"compute_loss_func": summed}, {}),
+    "by nobody": ({}, {}, {"accepts_loss_kwargs": False}),
+    **({"as told: summed": ({"loss_is_scaled_for_ga": True}, {}, {"accepts_loss_kwargs": False})} if TOLD else {}),
+    **({"as told: averaged": ({"loss_is_scaled_for_ga": False}, {}, {})} if TOLD else {}),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_the_objective_is_normalised_as_the_trainer_normalises_its_loss(made, name):
+    attributes, given, of_model = NORMALISED[name]
+    found = []
+    for base, options in ((ZOTrainer, {"mu": 1e-4}), (hf.Trainer, {"optim": "sgd"})):
+        net = model()
+        net.config.attention_dropout = 0.0
+        for layer in net.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        vars(net).update(of_model)
+        trainer = made(
+            kind=type("Told", (base,), attributes), of=net, given=given, gradient_accumulation_steps=2, max_steps=1,
+            arguments=ZOTrainingArguments if base is ZOTrainer else hf.TrainingArguments, **options,
+        )  # fmt: skip
+        trainer.train()
+        found += losses(trainer)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_step_keeps_nothing_and_runs_the_whole_model_for_each_probe(made):
+    net = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **{**SIZES, "num_hidden_layers": 2}))
+    calls = []
+    net.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    # What a Trainer's loss runs may differ from call to call, so no block's probe takes over another's activations.
+    trainer = made(of=net, blocks="layer", max_steps=2)
+    trainer.train()
+    assert len(calls) == trainer._stepped.optimizer.num_forwards > 8
+    assert trainer._micro_batches == []
+
+
+def test_only_trainers_that_file_metrics_by_mode_see_the_model_in_training():
+    for metrics, inside in (({}, False), ({"_metrics": {}}, True)):
+        trainer = SimpleNamespace(model=SimpleNamespace(training=False), **metrics)
+        with pytest.raises(KeyError), _metrics_of_training(trainer):
+            assert trainer.model.training == inside
+            raise KeyError
+        assert not trainer.model.training
+
+
 def test_an_optimizer_of_ones_own_is_used_and_its_schedule_too(made):
     net = model()
     opt = zo.zo_sgd(net, lr=1e-3, sampler=zo.gaussian, params=list(net.lm_head.parameters()))
@@ -226,6 +287,11 @@ def with_attributes(**attributes):
         vars(trainer).update(attributes)
 
     return change
+
+
+class Flat(ZOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * 0 + 1
 
 
 class OwnStep(hf.Trainer):
@@ -266,6 +332,10 @@ REFUSED = {
     "a value out of range": ({"mu": -1.0}, {}, None, "ZOTrainingArguments: mu is -1.0"),
     "an option without effect": ({"adam_beta2": 0.9}, {}, None, "adam_beta2 has no effect here"),
     "a mu too small": ({"mu": 1e-20}, {}, None, "mu is 1e-20, too small"),
+    "a flat loss": ({"kind": Flat}, {}, None, "both probes gave the same loss"),
+    "an update that rounding removes": (
+        {"half": True, "rounding": "nearest", "learning_rate": 1e-12}, {}, None, "cannot work with rounding to nearest",
+    ),
     "smoothing in half precision": (
         {"label_smoothing_factor": 0.1, "half": True}, {}, None, "label_smoothing_factor computes .* torch.bfloat16",
     ),
@@ -279,8 +349,15 @@ def test_what_cannot_go_together_is_refused_by_name(made, name):
     trainer = made(of=model().bfloat16() if half else None, given=given, **options)
     if change is not None:
         change(trainer)
-    with pytest.raises(zo.UsageError, match=message):
+    with pytest.raises(zo.UsageError, match=message) as refusal:
         trainer.create_optimizer() if change is not None else trainer.train()
+    assert " --" not in str(refusal.value).replace("torchrun --nproc", "")
+
+
+def test_a_method_without_probes_has_no_mu_to_check(made):
+    trainer = made(method="forward_grad", mu=1e-20, max_steps=1)
+    trainer.train()
+    assert trainer._mu is None
 
 
 def test_a_loss_in_half_precision_is_refused(made):
