@@ -11,6 +11,7 @@ import transformers as hf
 
 import zotune as zo
 from problems import assert_same_bits
+from zotune.integrations import transformers as module
 from zotune.integrations.transformers import (
     ZerothOrderArguments,
     ZerothOrderMixin,
@@ -248,6 +249,26 @@ def test_a_step_keeps_nothing_and_runs_the_whole_model_for_each_probe(made):
     assert trainer._micro_batches == []
 
 
+def test_losses_are_computed_as_the_trainer_does_and_added_up_in_double_precision(made, monkeypatch):
+    prepared, dtypes, inside = [], [], []
+
+    class Noting(ZOTrainer):
+        def _prepare_inputs(self, inputs):
+            prepared.append(1)
+            return super()._prepare_inputs(inputs)
+
+        def compute_loss(self, *args, **kwargs):
+            inside.append(torch.is_autocast_enabled("cpu"))
+            return super().compute_loss(*args, **kwargs)
+
+    real = module.averaged
+    monkeypatch.setattr(module, "averaged", lambda a, values: dtypes.append(values.dtype) or real(a, values))
+    made(kind=Noting, bf16=True, gradient_accumulation_steps=2, max_steps=1, mu=1e-2).train()
+    assert len(prepared) == 2
+    assert inside == [True] * 4
+    assert dtypes == [torch.float64] * 2
+
+
 def test_only_trainers_that_file_metrics_by_mode_see_the_model_in_training():
     for metrics, inside in (({}, False), ({"_metrics": {}}, True)):
         trainer = SimpleNamespace(model=SimpleNamespace(training=False), **metrics)
@@ -299,6 +320,12 @@ class OwnStep(hf.Trainer):
         return super().training_step(*args, **kwargs)
 
 
+def of_another_library():
+    """A trainer that has the name of one of TRL's, and a step of its own."""
+    theirs = type("SFTTrainer", (OwnStep,), {"training_step": OwnStep.training_step})
+    return type("Mixed", (ZerothOrderMixin, theirs), {})
+
+
 class OwnStepByForwardPasses(ZerothOrderMixin, OwnStep):
     pass
 
@@ -328,6 +355,9 @@ REFUSED = {
         {}, {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)}, None, "optimizers holds SGD",
     ),
     "a step of its own": ({"kind": OwnStepByForwardPasses}, {}, None, "OwnStep has a training_step of its own"),
+    "a step of another SFTTrainer": (
+        {"kind": of_another_library()}, {}, None, "SFTTrainer has a training_step of its own",
+    ),
     "a first-order method": ({"method": "fo_adam"}, {}, None, "method is fo_adam, which back-propagates"),
     "a value out of range": ({"mu": -1.0}, {}, None, "ZOTrainingArguments: mu is -1.0"),
     "an option without effect": ({"adam_beta2": 0.9}, {}, None, "adam_beta2 has no effect here"),
