@@ -250,21 +250,23 @@ def test_a_step_keeps_nothing_and_runs_the_whole_model_for_each_probe(made):
 
 
 def test_losses_are_computed_as_the_trainer_does_and_added_up_in_double_precision(made, monkeypatch):
-    prepared, dtypes, inside = [], [], []
+    prepared, dtypes, entered, inside = [], [], [], []
 
     class Noting(ZOTrainer):
         def _prepare_inputs(self, inputs):
             prepared.append(1)
             return super()._prepare_inputs(inputs)
 
-        def compute_loss(self, *args, **kwargs):
-            inside.append(torch.is_autocast_enabled("cpu"))
-            return super().compute_loss(*args, **kwargs)
+        def compute_loss_context_manager(self):
+            entered.append(1)
+            return super().compute_loss_context_manager()
 
     real = module.averaged
     monkeypatch.setattr(module, "averaged", lambda a, values: dtypes.append(values.dtype) or real(a, values))
-    made(kind=Noting, bf16=True, gradient_accumulation_steps=2, max_steps=1, mu=1e-2).train()
-    assert len(prepared) == 2
+    net = model()
+    net.lm_head.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    made(kind=Noting, of=net, bf16=True, gradient_accumulation_steps=2, max_steps=1, mu=1e-2).train()
+    assert (len(prepared), len(entered)) == (2, 4)
     assert inside == [True] * 4
     assert dtypes == [torch.float64] * 2
 
