@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError, ZotuneError, is_out_of_memory, listed, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
+from zotune.llm.checkpoints.hub_names import built_in_name
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
 from zotune.system.bounds import read_json
@@ -97,6 +98,8 @@ def _named_base(path: Path) -> str:
         raise UsageError(f"{file} is no configuration of an adapter: {error}") from None
     if not base or not isinstance(base, str):
         raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')
+    if (built_in := built_in_name(path, base)) is not None:
+        return built_in
     if not Path(base).exists() and (path / base).is_dir():
         return str(path / base)
     is_path = Path(base).is_absolute() or base.startswith(("./", "../")) or base.count("/") > 1

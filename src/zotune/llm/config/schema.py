@@ -92,7 +92,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "dtype", "quantization", "device", "accept_terms"),
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
-        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
+        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
         *("scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (
@@ -118,9 +118,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
     ),
     "Output": (
-        *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to"),
-        *("run_name", "save_steps"),
-        *("save_strategy", "save_total_limit", "predictions"),
+        *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to", "run_name"),
+        *("save_steps", "save_strategy", "save_total_limit", "predictions"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
     ),
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}

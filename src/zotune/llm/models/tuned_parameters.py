@@ -49,7 +49,7 @@ def _merge_adapter(lm: LanguageModel, config: StepOptions) -> None:
     if config.is_adapter or is_quantised(lm.base):
         raise UsageError(
             f"{lm.name} is an adapter, and what --tuning {config.tuning} tunes could not be saved beside it. Merge it "
-            f"into its base model first (zotune ledger export {lm.name} --merged --output-dir FOLDER, or peft's "
+            f"into its base model first (zotune merge {lm.name} --output-dir FOLDER, or peft's "
             "merge_and_unload), and tune that folder."
         )
     say(f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved")
