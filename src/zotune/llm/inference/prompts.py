@@ -96,7 +96,7 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
     if form == "plain" or (form == "auto" and trained == "prompt" and not run):
         without = {k: v for k, v in known.items() if k not in ("columns", "text_column", "template")}
         return PromptStyle("prompt", _config(options, {**without, "data_format": "prompt", "template": "{prompt}"}))
-    if form == "chat" and trained != "chat":
+    if run and form == "chat" and trained != "chat":
         say(f"{source}: the model was tuned on other prompts than chats, and reads these as its base model does")
     chosen: Form = "chat" if form == "chat" else trained
     template = known.get("template") or getattr(SHAPES.get(str(run.get("data_format"))), "template", None)
