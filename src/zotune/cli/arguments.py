@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from zotune.cli.mistaken import unexpected_argument, unknown_option
 from zotune.errors import UsageError
-from zotune.llm.config.type_words import accepted_by
+from zotune.llm.config.schema import accepted_by
 
 
 def read_arguments(schema: type[BaseModel], args: Sequence[str], prog: str) -> dict[str, Any]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_origin
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
+from pydantic.fields import FieldInfo
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.safe_yaml import parse_yaml
-from zotune.llm.config.type_words import accepted_by, accepted_within
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -210,3 +210,58 @@ def _explain(schema: type[BaseModel], key: str, error: Any) -> str:
     expected = accepted_by(field) if key in schema.model_fields else accepted_within(field)
     quotes = ", in quotes" if expected == "a text" and isinstance(error["input"], int | float) else ""
     return f"{key} is {value}; it must be {expected}{quotes}."
+
+
+# What the value of an option may be, in words ---------------------------------------------------------------
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+
+
+def accepted_by(field: FieldInfo) -> str:
+    """Return what an option may be.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> accepted_by(TrainConfig.model_fields["max_steps"]), accepted_by(TrainConfig.model_fields["sparsity"])
+    ('a whole number of at least 1', 'a number of at least 0 and below 1')
+    """
+    return accepted(field.annotation, field.metadata)
+
+
+def accepted_within(field: FieldInfo) -> str:
+    """Return what an element of an option that holds several values may be.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> accepted_within(TrainConfig.model_fields["verbalizer"])
+    'a text'
+    """
+    parts = [part for part in get_args(field.annotation) if part is not Ellipsis]
+    return accepted(parts[-1]) if parts else accepted_by(field)
+
+
+def accepted(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+    """Return what the values of a type with some bounds are.
+
+    >>> accepted(float | Literal["auto"] | None), accepted(tuple[str, ...]), accepted(Literal["no", "steps"])
+    ('a number, or auto', 'one or several texts', 'no or steps')
+    """
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return accepted(parts[0], (*constraints, *parts[1:]))
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return ", or ".join(accepted(part, constraints) for part in parts if part is not NoneType)
+    if origin is tuple:
+        return f"one or several {accepted(parts[0]).removeprefix('a ')}s"
+    if origin is dict:
+        return "pairs of a name and a value"
+    bounds = " and ".join(_bounds(constraints))
+    return f"{_KINDS.get(annotation, 'another value')} {bounds}".strip()
+
+
+def _bounds(constraints: Iterable[Any]) -> list[str]:
+    """Return the bounds of a number, each with its preposition."""
+    inner = [c for x in constraints for c in (x.metadata if isinstance(x, FieldInfo) else [x])]
+    found = ((words, getattr(c, name, None)) for c in inner for name, words in _BOUNDS.items())
+    return [f"{words} {bound:g}" for words, bound in found if bound is not None]
