@@ -61,6 +61,13 @@ class Completion(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainText(Record):
+    """A text of which every token is learnt."""
+
+    text: Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
 class OpenPrompt(Record):
     """A prompt from which text is generated, and the references to compare it with, if there are any."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from zotune.errors import UsageError
 from zotune.llm.data.readers.located import LocatedRow, Row, check_names, first_line, with_class_names, without_nan
 from zotune.llm.data.readers.parquet import num_values
-from zotune.llm.data.row_bounds import RowBounds
+from zotune.llm.data.row_bounds import RowBounds, rows_are_kept
 from zotune.system.bounds import ROWS
 
 HUB = "hub:"
@@ -31,7 +31,7 @@ def read_hub(name: str, split: str) -> Iterator[LocatedRow]:
     split = named or split
     rows, most = hub_rows("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split), ROWS.value
     for number, row in enumerate(rows, start=1):
-        if number > most:
+        if number > most and rows_are_kept():
             raise UsageError(ROWS.refusal(f"{HUB}{path}:{split}"))
         yield LocatedRow(f"{HUB}{path}:{split}, row {number}", without_nan(row))
 
@@ -44,12 +44,15 @@ def hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
     """
     from datasets import load_dataset
 
+    streamed = {} if rows_are_kept() else {"streaming": True}
     try:
-        data = load_dataset(name, configuration, split=split)
+        data = load_dataset(name, configuration, split=split, **streamed)
+        for row in data:
+            yield class_names(row, data.features or {})
+    except UsageError:
+        raise
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         raise UsageError(f"the data set {name} could not be loaded from the Hub: {first_line(error)}") from None
-    for row in data:
-        yield class_names(row, data.features)
 
 
 def class_names(row: Row, features: Mapping[str, Any]) -> Row:

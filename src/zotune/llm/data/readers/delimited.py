@@ -111,7 +111,9 @@ def _rows(lines: BoundedLines, path: Path, bounds: RowBounds, delimiter: str) ->
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UsageError(f"{place}: malformed CSV ({error}).") from None
+            raise UsageError(
+                f"{place}: malformed CSV ({error}). Put a cell that contains quotes in quotes, and double those within."
+            ) from None
         size = lines.end_row()
         if cells is None:
             return

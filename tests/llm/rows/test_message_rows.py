@@ -249,3 +249,25 @@ def test_rows_in_memory_and_in_tables_are_read_as_those_of_files(tokenizer, tmp_
                 writer.writerow([v if isinstance(v, str) else json.dumps(v) for v in row.values()])
         table = load_user_data(DataOptions(eval_file=path, **one.options), tokenizer).splits.test
         assert table == found, one.file
+
+
+def test_instructions_are_the_chat_of_transformers_or_the_prompt_that_alpaca_was_trained_with(tokenizer):
+    rows = json.loads((ROOT / "examples" / "data" / "instructions.json").read_text("utf-8"))
+
+    def load():
+        given = UserRows(eval=rows_of(rows, "rows"))
+        return load_user_data(DataOptions(data_source="memory"), tokenizer, given=given).splits.test
+
+    for row, example in zip(rows, load(), strict=True):
+        said = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+        chat = tokenizer.apply_chat_template(list(turns(said, row["output"])), tokenize=False)
+        assert example.prompt == chat
+        ((start, end),) = example.spans
+        assert chat[start:end] == f"{row['output']}<|im_end|>\n"
+    tokenizer.chat_template = None
+    for row, example in zip(rows, load(), strict=True):
+        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        given = f"### Instruction:\n{row['instruction']}\n\n{given}"
+        assert example.prompt.endswith(f" the request.\n\n{given}### Response:\n")
+        assert example.prompt.startswith("Below is an instruction that describes a task")
+        assert example.candidates == (f"{row['output']}</s>",)
