@@ -36,6 +36,9 @@ BAD = {
     "logging_steps": ("-0.5", "a whole number of at least 1, or a number above 0"),
     "report_to": ("wandbb", "Did you mean 'wandb'"),
     "run_name": ("a\0b", "a NUL character"),
+    "push_to_hub": ("perhaps", "true or false"),
+    "hub_model_id": ("a/b/c", "a repository is ORG/NAME or NAME"),
+    "hub_private_repo": ("perhaps", "true or false"),
     "resume": ("perhaps", "true or false"),
     "resume_from_checkpoint": ("no/checkpoint-3", "is no folder checkpoint-N of a run"),
 }
