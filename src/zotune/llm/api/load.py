@@ -31,7 +31,8 @@ def load(
             or `random:NAME`, a known architecture with random weights. Or `ModelOptions`, which name everything.
         labels: with `ModelOptions`: if given, a masked language model gets a new classification head for them.
         seed: seed of the new head's weights.
-        options: options of `ModelOptions` by name: `dtype`, `quantization`, `device`, `accept_terms`.
+        options: options of `ModelOptions` by name: `model_revision`, `dtype`, `quantization`, `device`,
+            `attn_implementation`, `trust_remote_code`, `accept_terms`.
 
     Returns:
         The model and its tokenizer, both of transformers; a `peft.PeftModel`, whose adapter can be tuned on, for the

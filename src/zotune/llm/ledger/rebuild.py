@@ -36,6 +36,8 @@ from zotune.system.bounds import COUNT
 
 # Counts of a run's options for which something of their size is made to replay it.
 _COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank")
+# Options that are not taken from a ledger: it names no code to run, and to replay it takes no attention.
+_FOR_REPLAY = {"resume": False, "trust_remote_code": False, "attn_implementation": None}
 # The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
 
@@ -82,8 +84,11 @@ def config_of(ledger: Ledger, base: str | None = None, device: str | None = None
             f"Replay it in "
             "that program with zotune.ledger.replay."
         )
-    overrides = {"model": base, "device": device}
-    values = {**recorded, **{k: v for k, v in overrides.items() if v is not None}, "resume": False}
+    values = {**recorded, **_FOR_REPLAY}
+    if base is not None:
+        values |= {"model": base, "model_revision": None}
+    if device is not None:
+        values["device"] = device
     config = validate(TrainConfig, values, ledger.name)
     for key in _COUNTS:
         if isinstance(value := getattr(config, key, None), int):

@@ -79,7 +79,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     try:
-        _wrap_with_peft(lm, lora, config.seed)
+        _wrap_with_peft(lm, lora, config)
     except ValueError as error:
         raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {error}") from error
 
@@ -143,7 +143,7 @@ def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
 
     tokens = real_tokens(lm, config.num_virtual_tokens or PREFIX_TOKENS, config.seed)
     keys_values = keys_and_values(lm.base, tokens)
-    _wrap_with_peft(lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm)), config.seed)
+    _wrap_with_peft(lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm)), config)
     _set_virtual_tokens(lm, keys_values)
 
 
@@ -156,7 +156,7 @@ def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
     with torch.no_grad():
         rows = embeddings(tokens.to(lm.device)).float()
     prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), token_dim=rows.shape[1], task_type=_task_type(lm))
-    _wrap_with_peft(lm, prompt, config.seed)
+    _wrap_with_peft(lm, prompt, config)
     _set_virtual_tokens(lm, rows)
 
 
@@ -185,7 +185,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
     try:
         adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
         check_init(adapter, f"peft_config of {name}")
-        _wrap_with_peft(lm, adapter, config.seed)
+        _wrap_with_peft(lm, adapter, config)
         token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
             lm.read(token, token)
@@ -239,15 +239,15 @@ def _task_type(lm: LanguageModel) -> str:
     return "FEATURE_EXTRACTION" if lm.masked else "CAUSAL_LM"
 
 
-def _wrap_with_peft(lm: LanguageModel, adapter: Any, seed: int) -> None:
+def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> None:
     from peft import get_peft_model
 
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
-        torch.manual_seed(seed)
-        lm.module = get_peft_model(lm.module, adapter)
+        torch.manual_seed(config.seed)
+        lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     lm.module.eval()
 
 

@@ -53,8 +53,7 @@ Made by zotune {zotune.__version__} with `{config.method}`, tuning: {config.tuni
 
 def _loading_code(config: TrainConfig, lm: LanguageModel) -> str:
     """Return the lines of Python that load the saved model, on any machine."""
-    kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
-    auto = f"AutoModelFor{kind}"
+    auto = lm.auto_class_name
     if not config.is_adapter and has_packed_layers(lm.module):
         # The base model is the GGUF file; the tuned tensors are in the folder of this card.
         lines = "from zotune.llm.config.run import ModelOptions\nfrom zotune.llm.models.load import load"

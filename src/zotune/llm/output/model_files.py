@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
@@ -65,4 +66,6 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     save_pretrained(lm.module, str(folder), **extra)
     if is_adapter(lm.module):
         write_fingerprint(folder, lm.base_fingerprint)
+    else:
+        write_companions(folder, lm.companions)
     lm.tokenizer.save_pretrained(str(folder))
