@@ -53,7 +53,13 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
             values[replaced] = schema.model_fields[replaced].default
     args = join_values(args, "--task")
     record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
-    chosen = {k: v for k, v in dataclasses.asdict(record).items() if v is not None or not _is_open(schema, k)}
+    # An option that nobody gave stays unset, so that a given one is told from a default of the same value.
+    named = {*resolve_aliases(recipe, schema.model_fields, source), *given, *map(option_of, args)}
+    chosen = {
+        k: v
+        for k, v in dataclasses.asdict(record).items()
+        if (k in named or v != values.get(k)) and (v is not None or not _is_open(schema, k))
+    }
     return validate(schema, chosen, "command line")
 
 

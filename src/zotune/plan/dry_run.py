@@ -22,6 +22,7 @@ from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.prompt_cache import PromptCache
+from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
@@ -127,6 +128,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
+        config = config.model_copy(update=own_options(lm, config))
         config = config.with_steps(len(data.splits.train), config.rows_a_step)
         config, notes = with_default_rate(lm, config)
         rows = _EncodedRows(lm, config, data)

@@ -154,7 +154,7 @@ def test_names_and_values_that_mean_the_same_are_accepted(given, expected):
     ("given", "message"),
     [
         ({"push_to_hub": True}, "push_to_hub: a run does not upload"),
-        ({"trust_remote_code": True}, "zotune runs no code of a model's folder"),
+        ({"model_code_revision": "v2"}, "that of its revision: model_revision"),
         ({"lr": 1e-3, "learning_rate": 1e-2}, "lr and learning_rate both set learning_rate; keep one"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 both set dtype"),
         ({"optim": "adamw_torch"}, "method: zo_sgd or zo_adam"),

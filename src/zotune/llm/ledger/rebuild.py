@@ -20,7 +20,7 @@ from zotune.llm.config.schema import validate
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streamed_base
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
 from zotune.llm.output.manifest import LEDGER

@@ -28,7 +28,7 @@ from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.model_files import write_errors_in_words
 from zotune.llm.tasks import head_labels

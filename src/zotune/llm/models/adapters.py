@@ -50,14 +50,17 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
 
     path, layers = stack_of(lm.text_model)
     first = first_layer(len(layers), config.tuned_layers)
-    linear = {name.rpartition(".")[2] for name, _ in linear_layers(lm.text_model)}
+    everywhere = [name for name, _ in linear_layers(lm.text_model)]
+    linear = {name.rpartition(".")[2] for name in everywhere}
     targets = config.lora_target_modules or default_targets(lm.config.get_text_config().model_type, linear)
     inside = targets == ALL_LINEAR
     if inside:
         targets = _linear_in(layers)
     if not targets:
         raise UsageError(f"tuning: lora: {lm.name} has no linear layer inside its layers; tune it with --tuning full.")
-    unknown = [t for t in targets if t not in linear]
+    unknown = [t for t in targets if not any(is_target(name, t) for name in everywhere)]
+    if unknown and set(ALL_LINEAR) & set(unknown):
+        raise UsageError("lora_target_modules: all-linear stands for all layers, so it stands alone; drop the others.")
     if unknown:
         raise UsageError(
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
@@ -102,6 +105,15 @@ def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]
     return next((names for names in choices if names and set(names) <= set(linear)), ALL_LINEAR)
 
 
+def is_target(path: str, target: str) -> bool:
+    """Whether the path of a module ends in a target's name, as peft reads one.
+
+    >>> is_target("layers.0.self_attn.q_proj", "q_proj"), is_target("layers.0.self_attn.q_proj", "attn.q_proj")
+    (True, False)
+    """
+    return path == target or path.endswith(f".{target}")
+
+
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D."""
     from transformers.pytorch_utils import Conv1D
@@ -116,9 +128,9 @@ def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def _paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.Module]) -> list[str]:
-    """Return the paths of the linear layers in some parts of a model whose last name is a target."""
+    """Return the paths of the linear layers in some parts of a model that a target names."""
     inside = {m for part in parts for m in part.modules()}
-    return [name for name, m in linear_layers(lm.base) if m in inside and name.rpartition(".")[2] in targets]
+    return [name for name, m in linear_layers(lm.base) if m in inside and any(is_target(name, t) for t in targets)]
 
 
 def first_layer(num_layers: int, tuned_layers: int | None) -> int:
@@ -186,6 +198,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
         adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
         check_init(adapter, f"peft_config of {name}")
         _wrap_with_peft(lm, adapter, config)
+        _check_read_again(adapter)
         token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
         with torch.no_grad():
             lm.read(token, token)
@@ -197,6 +210,20 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
             f"peft cannot tune {lm.name} with {name} as configured: {reason} "
             f"Set its keys with --peft-config, for instance {', '.join(sorted(known)[:5])}."
         ) from error
+
+
+def _check_read_again(adapter: Any) -> None:
+    """Check that peft accepts the configuration that it saves, with what it has filled in for this model.
+
+    Raises:
+        ValueError, TypeError: it does not, so that the saved adapter could not be loaded.
+    """
+    # Of IA3 it fills in the feed-forward layers of this type of model, also those that get no adapter.
+    targets, forward = getattr(adapter, "target_modules", None), getattr(adapter, "feedforward_modules", None)
+    if isinstance(targets, set) and isinstance(forward, set):
+        adapter.feedforward_modules = forward & targets
+    saved = adapter.to_dict()
+    type(adapter)(**{f.name: saved[f.name] for f in dataclasses.fields(adapter) if f.init and f.name in saved})
 
 
 def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:

@@ -266,12 +266,15 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
 def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
     """Load a base model with the adapter in a folder, and the folder's tokenizer if it has one."""
     folder = read_adapter_folder(path)
-    say(f"the adapter {path} names the base model {folder.base}")
+    revision = "" if folder.revision is None else f" in the revision {folder.revision}"
+    say(f"the adapter {options.model} names the base model {folder.base}{revision}")
     lm = load(base_options(folder, options), labels)
     check_fingerprint(path, lm.module, folder.base)
     lm.base_fingerprint = fingerprint(lm.module)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
+    # A relative path in the file starts at the adapter's folder; what goes on from it is saved elsewhere.
+    lm.module.active_peft_config.base_model_name_or_path = folder.base
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model
