@@ -13,6 +13,7 @@ from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
+from zotune.llm.tasks.class_rows import for_classes
 from zotune.llm.tasks.user_data import Data, UserRows, load_user_data
 
 
@@ -42,9 +43,11 @@ def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | Non
     Raises:
         UsageError: the data cannot be read, or the objective does not suit the data or the model.
     """
-    if lm.classifies and options.prompt == "aligned":
+    if lm.classifies and options.task is not None and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head, which needs no prompt: give a task and --prompt none.")
     check_model(lm, options)
+    if lm.classifies and options.task is None:
+        options = for_classes(lm, options)
     if options.task is None:
         return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked, given=given))
     task = find_task(options.task)
