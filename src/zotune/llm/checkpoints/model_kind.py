@@ -79,22 +79,43 @@ def kind_of(config: Any, name: str, architecture: str | None = None) -> ModelKin
         return MASKED
     if "MaskedLM" in heads and kind not in CAUSAL_CLASSES:
         return MASKED
+    if getattr(config.get_text_config(), "cross_attention_layers", None):
+        raise UsageError(
+            f"{name} ({kind}) has layers in its text part that read images alone (cross_attention_layers), so that text "
+            f"without images does not go through all of it. zotune tunes on text alone. {_OWN_LOSS}"
+        )
     if kind in CAUSAL_CLASSES:
         if why := _sees_later_tokens(config):
             raise UsageError(
                 f"{name} cannot be read as a causal language model, because {why}: each position sees those after it."
             )
-        return CAUSAL if config.get_text_config() is config else COMPOSITE
-    return _other_kind(config, name, is_loaded=architecture is not None)
+        return _causal_kind(config, heads, CAUSAL_CLASSES[kind])
+    whole = _whole_kind(kind)
+    return whole[0] if whole is not None else _other_kind(config, name, is_loaded=architecture is not None)
+
+
+def _causal_kind(config: Any, heads: set[str], causal_class: Any) -> ModelKind:
+    """Return how a model is read that has a causal class, which may be the class of its text part alone."""
+    whole = None if config.get_text_config() is config or "CausalLM" in heads else _whole_kind(config.model_type)
+    if whole is None:
+        return CAUSAL
+    kind, its_class = whole
+    return COMPOSITE if its_class == causal_class else kind
+
+
+def _whole_kind(model_type: str) -> tuple[ModelKind, str] | None:
+    """Return the kind of a model of several kinds of input, and its class; None for any other type of model."""
+    from transformers.models.auto import modeling_auto
+
+    for kind, mapping in ((IMAGE_TEXT, "IMAGE_TEXT_TO_TEXT"), (MULTIMODAL, "MULTIMODAL_LM")):
+        classes = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
+        if model_type in classes:
+            return kind, classes[model_type]
+    return None
 
 
 def _other_kind(config: Any, name: str, *, is_loaded: bool) -> ModelKind:
-    """Return how a model is read of which transformers has neither a causal nor a masked language model."""
-    from transformers.models.auto import modeling_auto
-
-    for auto, mapping in ((IMAGE_TEXT, "IMAGE_TEXT_TO_TEXT"), (MULTIMODAL, "MULTIMODAL_LM")):
-        if config.model_type in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", ()):
-            return auto
+    """Return how a model is read of which transformers has no language model of its own."""
     # A model with code of its own says which classes that has; without leave to run it, loading says so in words.
     own_classes = getattr(config, "auto_map", None) or {}
     for known in (CAUSAL, MASKED, CLASSIFIER):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, did_you_mean
+from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.config.step import StepOptions
@@ -154,7 +154,7 @@ def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
     from peft import PrefixTuningConfig
 
     tokens = real_tokens(lm, config.num_virtual_tokens or PREFIX_TOKENS, config.seed)
-    keys_values = keys_and_values(lm.base, tokens)
+    keys_values = _keys_and_values_of(lm, tokens)
     _wrap_with_peft(lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm)), config)
     _set_virtual_tokens(lm, keys_values)
 
@@ -232,6 +232,19 @@ def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:
     ordinary = [i for i in range(min(len(lm.tokenizer), lm.vocabulary)) if i not in special]
     drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
+
+
+def _keys_and_values_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
+    """As `keys_and_values`, or an error in words if the model does not have them in every layer."""
+    try:
+        return keys_and_values(lm.base, tokens)
+    except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"a prefix is keys and values of attention in every layer, which {lm.config.model_type} models such as "
+            f"{lm.name} do not have ({reason_of(error)}). Tune a prompt or a LoRA adapter (--tuning prompt, lora)."
+        ) from None
 
 
 @torch.no_grad()
