@@ -8,6 +8,7 @@ always to the newest versions that the ranges allow, and writes beside itself:
 - `llm.txt`: what `make quickstart` installs, and the build backend, without torch;
 - `dev.txt`: the same packages and those of `make test`;
 - `oldest.txt`: the lower end of every range, for `make test-oldest`; what the ranges leave open is newest there too;
+- `uv.txt`: uv, which installs `llm.txt` and `dev.txt`;
 - `torch-cuda.txt`: torch's build of PyPI and the NVIDIA libraries that it asks for;
 - `torch-cpu.txt`: torch's CPU build, whose hashes come from PyTorch's own index. Where that index cannot be reached,
   the file stays as it is as long as it holds the version asked for.
@@ -59,22 +60,23 @@ WHEEL = re.compile(
 
 
 def main() -> None:
-    """Writes the five files."""
+    """Writes the six files."""
     project = tomllib.loads(PROJECT.read_text())
     # hatchling itself asks for editables when it installs a source tree in place.
     build = [*project["build-system"]["requires"], "editables>=0.5"]
 
-    dev = resolve(["llm", "dev"], [TORCH, *build], "--generate-hashes")
+    dev = resolve(["llm", "dev"], [TORCH, *build, "uv"], "--generate-hashes")
     llm_names = {name_of(entry) for entry in resolve(["llm"], [TORCH, *build], constraints=dev)}
     oldest = resolve(["llm", "dev"], build, "--resolution=lowest-direct")
 
     cuda = [entry for entry in dev if OF_CUDA.fullmatch(name_of(entry))]
-    rest = [entry for entry in dev if not OF_CUDA.fullmatch(name_of(entry))]
+    rest = [entry for entry in dev if not OF_CUDA.fullmatch(name_of(entry)) and name_of(entry) != "uv"]
     # The tests run the CUDA kernels in Triton's interpreter, so they need Triton without a GPU too.
     triton = [entry for entry in dev if name_of(entry) == "triton"]
 
     write("llm.txt", "What `make quickstart` installs besides torch.", [e for e in rest if name_of(e) in llm_names])
     write("dev.txt", "What `make test` installs besides torch.", sorted(rest + triton, key=name_of))
+    write("uv.txt", "The installer of the files beside it.", [entry for entry in dev if name_of(entry) == "uv"])
     write("torch-cuda.txt", "torch for NVIDIA GPUs, and what it needs there.", cuda)
     write(
         "oldest.txt",

@@ -25,7 +25,7 @@ PLACES = [
     for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
     for python in ("3.11", "3.12", "3.13", "3.14")
 ]
-FILES = ["llm.txt", "dev.txt", "torch-cpu.txt", "torch-cuda.txt"]
+FILES = ["llm.txt", "dev.txt", "uv.txt", "torch-cpu.txt", "torch-cuda.txt"]
 
 
 def entries(name):

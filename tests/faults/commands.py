@@ -228,6 +228,12 @@ def without_passing(value):
     return [without_passing(v) for v in value] if isinstance(value, list) else value
 
 
+def plan(count, chance):
+    """The commands to try, each as often as the others."""
+    names = list(COMMANDS)
+    return [names[i % len(names)] for i in range(count)]
+
+
 def differences(found, wanted):
     """The names of files that differ, in words; empty if none do."""
     lines = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]

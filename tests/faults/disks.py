@@ -6,16 +6,11 @@ import resource
 import signal
 
 from faults import process, tracing
-from faults.commands import COMMANDS, differences, prepare
+from faults.commands import COMMANDS, differences, plan, prepare  # noqa: F401 - kinds have a plan
 
 # Errors of disks, and of a quota; the last one where a file may not become larger.
 ERRORS = {errno.ENOSPC: "No space left", errno.EDQUOT: "quota", errno.EIO: "Input/output"}
 SAID = re.compile("|".join([*ERRORS.values(), "File too large", "MB free", "cannot be written", "could not be"]), re.I)
-
-
-def plan(count, chance):
-    names = list(COMMANDS)
-    return [names[i % len(names)] for i in range(count)]
 
 
 def trial(place, name, chance):

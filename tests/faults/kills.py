@@ -5,13 +5,7 @@ import signal
 import time
 
 from faults import process, tracing
-from faults.commands import COMMANDS, differences, prepare
-
-
-def plan(count, chance):
-    """The commands to kill, each as often as the others."""
-    names = list(COMMANDS)
-    return [names[i % len(names)] for i in range(count)]
+from faults.commands import COMMANDS, differences, plan, prepare  # noqa: F401 - kinds have a plan
 
 
 def trial(place, name, chance):

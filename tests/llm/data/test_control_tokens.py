@@ -181,28 +181,39 @@ def test_ids_beyond_the_embedding_are_named():
             encode(example, "row 3")
 
 
+class Characters:
+    """A tokenizer of Python alone: one token a character, between a beginning and an end."""
+
+    is_fast, unk_token_id, bos_token, bos_token_id, eos_token, eos_token_id = False, None, "^", 1, "$", 2
+    all_special_tokens, all_special_ids = ("^", "$"), (1, 2)
+    added_tokens_decoder = {1: AddedToken("^", special=True), 2: AddedToken("$", special=True)}
+
+    def __len__(self):
+        return 300
+
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False, **_):
+        ids = [1 if c == "^" and not split_special_tokens else ord(c) + 3 for c in text]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+    def decode(self, ids, **_):
+        return "".join("^" if i == 1 else chr(i - 3) for i in ids)
+
+
 def test_a_tokenizer_without_positions_is_aligned_with_its_text():
-    class Characters:
-        """A tokenizer of Python alone: one token a character, between a beginning and an end."""
-
-        is_fast, unk_token_id, bos_token, bos_token_id, eos_token, eos_token_id = False, None, "^", 1, "$", 2
-        all_special_tokens, all_special_ids = ("^", "$"), (1, 2)
-        added_tokens_decoder = {1: AddedToken("^", special=True), 2: AddedToken("$", special=True)}
-
-        def __len__(self):
-            return 300
-
-        def __call__(self, text, add_special_tokens=True, split_special_tokens=False, **_):
-            ids = [1 if c == "^" and not split_special_tokens else ord(c) + 3 for c in text]
-            return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
-
-        def decode(self, ids, **_):
-            return "".join("^" if i == 1 else chr(i - 3) for i in ids)
-
     found = encoder(Characters())(Example("ab", ("cd", "e"), 0))
     assert found.sequences == ((1, 100, 101, 102), (1, 100, 101))
     assert [c.tokens for c in found.candidates] == [(102, 103), (104,)]
     assert encoder(Characters())(Example("a^b", ("c", "e"), 0)).sequences[0] == (1, 100, ord("^") + 3, 101)
+
+
+def test_a_tokenizer_without_positions_that_changes_the_text_is_refused():
+    class LowerCase(Characters):
+        def __call__(self, text, **options):
+            return super().__call__(text.lower(), **options)
+
+    assert encoder(LowerCase())(Example("ab", ("cd", "e"), 0)).sequences[0] == (1, 100, 101, 102)
+    with pytest.raises(UsageError, match=r"LowerCase has no fast implementation and does not give back 'aB"):
+        encoder(LowerCase())(Example("aB", ("cd", "e"), 0))
 
 
 DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %B %Y') }}{% endif %}" + CHATML

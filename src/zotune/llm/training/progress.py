@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from zotune.messages import Lossy, printable, say
 # The benchmark's content keys leave out this module: it shows a run, and computes nothing of its result.
 COUNTS_FOR_RESULTS = "never"
 _SECONDS_BETWEEN_LINES = 10.0
+_WINDOW = 30.0
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,12 @@ class Status:
     held_out: str | None = None
     num_flat: int = 0
 
-    def __str__(self) -> str:
-        rate = self.num_forwards / max(self.seconds, 1e-9)
-        left = self.seconds / max(self.step, 1) * (self.max_steps - self.step)
+    def line(self, before: Status | None = None) -> str:
+        """Describe the state; speed and time left are those since the status `before`, or since the beginning."""
+        step, forwards, seconds = (0, 0, 0.0) if before is None else (before.step, before.num_forwards, before.seconds)
+        elapsed = self.seconds - seconds
+        rate = (self.num_forwards - forwards) / max(elapsed, 1e-9)
+        left = elapsed / max(self.step - step, 1) * (self.max_steps - self.step)
         held_out = "" if self.held_out is None else f" · held-out {self.held_out}"
         flat = f" · {self.num_flat} steps without a difference" if self.num_flat else ""
         return (
@@ -68,6 +73,7 @@ class Display:
         )
         self._task = self._bar.add_task("starting", total=max_steps)
         self._last_line = time.monotonic()
+        self._recent: deque[Status] = deque()
 
     def __enter__(self) -> Self:
         if self._live:
@@ -82,11 +88,19 @@ class Display:
 
     def update(self, status: Status) -> None:
         """Show a status: always on a terminal, elsewhere at most every ten seconds and at the last step."""
+        before = self._since(status)
         if self._live:
-            self._bar.update(self._task, completed=status.step, description=str(status))
+            self._bar.update(self._task, completed=status.step, description=status.line(before))
         elif status.step == status.max_steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            say(str(status))
+            say(status.line(before))
+
+    def _since(self, status: Status) -> Status | None:
+        """Return the status of about half a minute before. The first steps of a run fill caches and take longer."""
+        self._recent.append(status)
+        while len(self._recent) > 2 and status.seconds - self._recent[1].seconds >= _WINDOW:
+            self._recent.popleft()
+        return self._recent[0] if self._recent[0].step < status.step else None
 
     def say(self, message: str) -> None:
         """Print a line that stays above the progress bar."""
