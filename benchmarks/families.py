@@ -1,12 +1,13 @@
 """The table of model families: is each one tuned by each scheme, and is what was saved what was measured?
 
 For every family of causal and masked language models, and of models of text and images or sound, that
-`tests/model_families.py` builds in tiny with random weights: tune it for one step with each scheme, save it, load the
-folder with plain transformers and peft, and compare the loss on the same rows, computed here one sequence at a time,
-with the one that the run reports. What zotune refuses is in the table with its reason.
+`tests/model_families.py` and `tests/more_families.py` build in tiny with random weights: tune it for one step with each
+scheme, save it, load the folder with plain transformers and peft, and compare the loss on the same rows, computed here
+one sequence at a time, with the one that the run reports. What zotune refuses is in the table with its reason.
 
     python benchmarks/families.py                       # all of them, and the table in docs/reference/families.md
     python benchmarks/families.py --only llama bert     # some, printed and not written
+    python benchmarks/families.py --missing             # those that the results do not have yet
     python benchmarks/families.py --page                # the table again, from the results
 
 No GPU, no network; some minutes on one core.
@@ -67,27 +68,36 @@ class Cell:
 def families() -> dict[str, dict[str, Any]]:
     """Return the families by kind: their names, and the class and the values of their tiny configurations."""
     import model_families
+    import more_families
 
+    further = more_families.further
     return {
-        "causal": model_families.CAUSAL,
-        "masked": model_families.MASKED,
+        "causal": {**model_families.CAUSAL, **further(more_families.CAUSAL_TYPES, is_decoder=True)},
+        "masked": {**model_families.MASKED, **further(more_families.MASKED_TYPES, is_decoder=False)},
         "text and images or sound": model_families.COMPOSITE,
     }
 
 
-def write_base(folder: Path, kind: str, family: str) -> Any:
-    """Write the tiny model of a family with its tokenizer, and return its configuration."""
-    import model_families
+def auto_class(kind: str) -> Any:
+    """Return the class of transformers that makes a model of a kind."""
     import transformers
 
-    from zotune.llm.checkpoints.model_kind import kind_of
+    names = {"causal": "CausalLM", "masked": "MaskedLM"}
+    return getattr(transformers, f"AutoModelFor{names.get(kind, 'MultimodalLM')}")
+
+
+def write_base(folder: Path, kind: str, family: str) -> Any:
+    """Write the tiny model of a family with its tokenizer, and return its configuration."""
+    import transformers
+
+    import model_families
     from zotune.llm.models.random_models import byte_tokenizer
 
     name, options = families()[kind][family]
     shape = {} if kind.startswith("text") else model_families.SHAPE
     torch.manual_seed(0)
     config = getattr(transformers, name)(**{**shape, **options})
-    model = kind_of(config, family).auto_class.from_config(config)
+    model = auto_class(kind).from_config(config)
     with torch.no_grad():
         for p in model.parameters():  # initial values of some layers are zero, and would hide what is lost
             p += 0.02 * torch.randn(p.shape)
@@ -107,10 +117,10 @@ def tune(base: Path, out: Path, rows: Path, scheme: str, *, masked: bool) -> Any
 
 
 @torch.no_grad()
-def plain_loss(base: Path, out: Path, *, masked: bool) -> float:
+def plain_loss(base: Path, out: Path, kind: str) -> float:
     """Return the mean loss on the rows of what a folder holds, loaded and read as without zotune."""
-    model, tokenizer = plain_model(base, out)
-    losses = []
+    model, tokenizer = plain_model(base, out, kind)
+    losses, masked = [], kind == "masked"
     for row in ROWS:
         words = dict.fromkeys(WORDS[masked][label] for label in sorted(WORDS[masked]))
         scores = torch.stack([score(model, tokenizer, f"{row['text']} so", word, masked=masked) for word in words])
@@ -118,16 +128,13 @@ def plain_loss(base: Path, out: Path, *, masked: bool) -> float:
     return float(torch.stack(losses).mean())
 
 
-def plain_model(base: Path, out: Path) -> tuple[Any, Any]:
+def plain_model(base: Path, out: Path, kind: str) -> tuple[Any, Any]:
     """Return the model and the tokenizer in a folder, by plain transformers and peft."""
     from peft import PeftModel
-    from transformers import AutoConfig, AutoTokenizer
-
-    from zotune.llm.checkpoints.model_kind import kind_of
+    from transformers import AutoTokenizer
 
     is_adapter = (out / "adapter_config.json").is_file()
-    source = base if is_adapter else out
-    model = kind_of(AutoConfig.from_pretrained(source), str(source)).auto_class.from_pretrained(source)
+    model = auto_class(kind).from_pretrained(base if is_adapter else out)
     model = PeftModel.from_pretrained(model, out) if is_adapter else model
     return model.eval(), AutoTokenizer.from_pretrained(out)
 
@@ -165,22 +172,18 @@ def try_cell(folder: Path, kind: str, family: str, scheme: str) -> Cell:
         return Cell(family, kind, scheme, "different", f"{type(error).__name__}: {error}"[:300])
     loss = result.test.loss
     try:
-        found = plain_loss(folder / "base", out, masked=masked)
+        found = plain_loss(folder / "base", out, kind)
     except Exception as error:
         return Cell(family, kind, scheme, "different", f"loading: {type(error).__name__}: {error}"[:300], loss=loss)
     same = abs(found - loss) <= TOLERANCE * max(1.0, abs(loss))
     return Cell(family, kind, scheme, "same" if same else "different", "", result.num_tuned, loss, found)
 
 
-def cells(only: list[str], schemes: tuple[str, ...] = SCHEMES) -> Iterator[Cell]:
-    """Yield the cells of some families, or of all."""
-    for kind, members in families().items():
-        for family in members:
-            if only and family not in only:
-                continue
-            with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
-                write_base(Path(name) / "base", kind, family)
-                yield from (try_cell(Path(name), kind, family, scheme) for scheme in schemes)
+def cells(kind: str, family: str, schemes: tuple[str, ...] = SCHEMES) -> Iterator[Cell]:
+    """Yield the cells of one family."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(action="ignore"):
+        write_base(Path(name) / "base", kind, family)
+        yield from (try_cell(Path(name), kind, family, scheme) for scheme in schemes)
 
 
 def table(results: list[Cell]) -> str:
@@ -210,29 +213,46 @@ def write_page(results: list[Cell]) -> None:
 
 
 def stored() -> list[Cell]:
-    """Return the results of the last whole run."""
+    """Return the results so far, in the order of the families."""
+    if not RESULTS.is_file():
+        return []
     return [Cell(**cell) for cell in json.loads(RESULTS.read_text(encoding="utf-8"))["cells"]]
+
+
+def store(found: list[Cell]) -> None:
+    """Write results in place of earlier ones of the same cells."""
+    from zotune.llm.output.environment import environment
+
+    place = {
+        (kind, family): i for i, (kind, family) in enumerate((k, f) for k, part in families().items() for f in part)
+    }
+    cells = {(c.kind, c.family, c.scheme): c for c in [*stored(), *found]}
+    known = [c for c in cells.values() if (c.kind, c.family) in place]
+    known.sort(key=lambda c: (place[c.kind, c.family], SCHEMES.index(c.scheme)))
+    content = {"environment": environment(), "cells": [asdict(cell) for cell in known]}
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     """Run, and return 1 if a cell is neither the same nor refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
-    if args.page:
-        write_page(stored())
-        return 0
-    found = []
-    for cell in cells(args.only):
-        found.append(cell)
-        print(f"{cell.family:18} {cell.scheme:7} {cell.outcome:9} {cell.reason}", flush=True)
+    known = {(cell.kind, cell.family) for cell in stored()} if args.missing else set()
+    found: list[Cell] = []
+    for kind, members in families().items() if not args.page else ():
+        for family in members:
+            if (args.only and family not in args.only) or (kind, family) in known:
+                continue
+            now = list(cells(kind, family))
+            found += now
+            print(*(f"{c.family:22} {c.scheme:7} {c.outcome:9} {c.reason}" for c in now), sep="\n", flush=True)
+            if not args.only:
+                store(now)
     if not args.only:
-        from zotune.llm.output.environment import environment
-
-        content = {"environment": environment(), "cells": [asdict(cell) for cell in found]}
-        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        write_page(found)
+        write_page(stored())
     return int(any(cell.outcome == "different" for cell in found))
 
 

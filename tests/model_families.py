@@ -139,7 +139,10 @@ COMPOSITE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llava": (
         "LlavaConfig",
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": {"model_type": "clip_vision_model", **VISION}},
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+        },
     ),
     "qwen2_vl": (
         "Qwen2VLConfig",
@@ -167,11 +170,21 @@ COMPOSITE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "idefics3": (
         "Idefics3Config",
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION, "image_token_id": 319, "pad_token_id": 1},
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": VISION,
+            "image_token_id": 319,
+            "pad_token_id": 1,
+        },
     ),
     "smolvlm": (
         "SmolVLMConfig",
-        {"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION, "image_token_id": 319, "pad_token_id": 1},
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": VISION,
+            "image_token_id": 319,
+            "pad_token_id": 1,
+        },
     ),
     "internvl": (
         "InternVLConfig",

@@ -19,10 +19,10 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.prompt_cache import PromptCache
-from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples

@@ -24,7 +24,11 @@ SCHEMES = {
     "lora": {"tuning": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ("q_proj", "o_proj")},
     "prefix": {"tuning": "prefix", "num_virtual_tokens": 3},
     "prompt": {"tuning": "prompt", "num_virtual_tokens": 3},
-    "ia3": {"tuning": "peft", "peft_type": "ia3", "peft_config": {"target_modules": ["k_proj"], "feedforward_modules": []}},
+    "ia3": {
+        "tuning": "peft",
+        "peft_type": "ia3",
+        "peft_config": {"target_modules": ["k_proj"], "feedforward_modules": []},
+    },
 }
 
 
@@ -127,7 +131,11 @@ CONTRADICTIONS = [
     ("lora", {"lora_r": 2}, "lora_r: 2 contradicts the adapter .*, which has 4"),
     ("lora", {"lora_r": 8}, "lora_r: 8 contradicts"),
     ("lora", {"lora_alpha": 16}, "lora_alpha: 16.* contradicts"),
-    ("lora", {"lora_target_modules": ("q_proj",)}, "lora_target_modules: q_proj contradicts .*which has o_proj, q_proj"),
+    (
+        "lora",
+        {"lora_target_modules": ("q_proj",)},
+        "lora_target_modules: q_proj contradicts .*which has o_proj, q_proj",
+    ),
     ("lora", {"lora_target_modules": ("q_proj", "o_proj", "v_proj")}, "lora_target_modules"),
     ("lora", {"lora_target_modules": ("all-linear",)}, "lora_target_modules: all-linear contradicts"),
     ("lora", {"tuned_layers": 1}, "tuned_layers: 1 contradicts"),

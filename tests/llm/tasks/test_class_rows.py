@@ -94,7 +94,9 @@ def test_a_classifier_is_tuned_on_own_rows_and_saved_for_plain_transformers(fami
 def test_words_name_classes_and_a_template_joins_columns(tmp_path, config):
     base = classifier(tmp_path / "base", "bert")
     path = tmp_path / "pairs.jsonl"
-    values = [{"a": text, "b": "so", "label": "yes" if right else "no"} for text, right in zip(TEXTS, RIGHT, strict=True)]
+    values = [
+        {"a": text, "b": "so", "label": "yes" if right else "no"} for text, right in zip(TEXTS, RIGHT, strict=True)
+    ]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     options = {"model": str(base), "eval_file": path, "device": "cpu", "template": "{a} {b}"}
     found, _ = evaluate(EvalConfig(**options, verbalizer={"yes": "positive", "no": "Negative"}))

@@ -81,8 +81,8 @@ def kind_of(config: Any, name: str, architecture: str | None = None) -> ModelKin
         return MASKED
     if getattr(config.get_text_config(), "cross_attention_layers", None):
         raise UsageError(
-            f"{name} ({kind}) has layers in its text part that read images alone (cross_attention_layers), so that text "
-            f"without images does not go through all of it. zotune tunes on text alone. {_OWN_LOSS}"
+            f"{name} ({kind}) has layers in its text part that read images alone (cross_attention_layers), so that "
+            f"text without images does not go through all of it. zotune tunes on text alone. {_OWN_LOSS}"
         )
     if kind in CAUSAL_CLASSES:
         if why := _sees_later_tokens(config):

@@ -10,7 +10,6 @@ from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
 from zotune.llm.config.tuning import TuningOptions
 
-
 AttentionName = Literal[
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]

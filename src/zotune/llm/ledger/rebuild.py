@@ -15,12 +15,12 @@ from zotune.ledger import Ledger, LedgerError, read
 from zotune.ledger.files import DamagedLedgerError
 from zotune.ledger.replay import replay
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streamed_base
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
-from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
 from zotune.llm.output.manifest import LEDGER

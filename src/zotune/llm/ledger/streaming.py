@@ -22,13 +22,13 @@ from zotune.ledger.stream import Trace
 from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.no_code import read_generation_config
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
-from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.model_files import write_errors_in_words
 from zotune.llm.tasks import head_labels
@@ -197,9 +197,7 @@ def _checkpoint(source: str, revision: str | None) -> Checkpoint:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     def find(file: str) -> str | None:
-        path: str | None = cached_file(
-            source, file, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        path: str | None = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         return path
 
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
+from zotune.errors import UsageError, did_you_mean, is_out_of_memory
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.config.step import StepOptions
@@ -155,7 +155,9 @@ def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
 
     tokens = real_tokens(lm, config.num_virtual_tokens or PREFIX_TOKENS, config.seed)
     keys_values = _keys_and_values_of(lm, tokens)
-    _wrap_with_peft(lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm)), config)
+    _wrap_with_peft(
+        lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **_sizes(lm)), config
+    )
     _set_virtual_tokens(lm, keys_values)
 
 
@@ -167,7 +169,8 @@ def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
     tokens = real_tokens(lm, config.num_virtual_tokens or PROMPT_TOKENS, config.seed)
     with torch.no_grad():
         rows = embeddings(tokens.to(lm.device)).float()
-    prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), token_dim=rows.shape[1], task_type=_task_type(lm))
+    sizes = {**_sizes(lm), "token_dim": rows.shape[1]}
+    prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **sizes)
     _wrap_with_peft(lm, prompt, config)
     _set_virtual_tokens(lm, rows)
 
@@ -234,6 +237,26 @@ def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:
     return torch.tensor(ordinary)[drawn]
 
 
+# Names under which peft looks for a model's sizes.
+_KNOWN_SIZES = {
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def _sizes(lm: LanguageModel) -> dict[str, int]:
+    """Return the model's sizes that its configuration has under names that peft does not know, as peft names them."""
+    config = lm.config.get_text_config()
+    written = config.to_dict()
+    values = {"token_dim": getattr(config, "hidden_size", None)}
+    values["num_attention_heads"] = getattr(config, "num_attention_heads", None)
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and not any(known in written for known in _KNOWN_SIZES[name])
+    }
+
+
 def _keys_and_values_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
     """As `keys_and_values`, or an error in words if the model does not have them in every layer."""
     try:
@@ -242,8 +265,8 @@ def _keys_and_values_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
         if is_out_of_memory(error):
             raise
         raise UsageError(
-            f"a prefix is keys and values of attention in every layer, which {lm.config.model_type} models such as "
-            f"{lm.name} do not have ({reason_of(error)}). Tune a prompt or a LoRA adapter (--tuning prompt, lora)."
+            f"a prefix is keys and values of one shape that every layer takes in, and the layers of {lm.name} "
+            f"({lm.config.model_type}) do not. Tune a prompt or a LoRA adapter (--tuning prompt, lora)."
         ) from None
 
 

@@ -220,9 +220,7 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
     if kind.note:
         say(f"{options.model} {kind.note}")
     masked = kind.masked or kind.classifies
-    return LanguageModel(
-        module, tokenizer, options.model, masked, classifies=kind.classifies, companions=companions
-    )
+    return LanguageModel(module, tokenizer, options.model, masked, classifies=kind.classifies, companions=companions)
 
 
 def attention_of(options: ModelOptions) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
-from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
+from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
