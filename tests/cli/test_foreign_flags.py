@@ -38,17 +38,19 @@ def test_files_by_another_name_replace_the_recipes_task():
 
 
 def test_flags_without_a_value_and_with_no_switch_features():
-    assert split_aliases(["--bf16", "--no-push-to-hub", "--seed", "3"], ("seed",)) == (
+    assert split_aliases(["--bf16", "--no-hub-always-push", "--seed", "3"], ("seed",)) == (
         ["--seed", "3"],
-        {"bf16": True, "push_to_hub": False},
+        {"bf16": True, "hub_always_push": False},
     )
-    assert parsed("--task", "sst2", "--no-push-to-hub", "--fp16", "false").dtype == "auto"
+    assert parsed("--task", "sst2", "--no-hub-always-push", "--fp16", "false").dtype == "auto"
+    hub = parsed("--task", "sst2", "--push-to-hub", "--hub-model-id", "me/mine", "--hub-private")
+    assert (hub.push_to_hub, hub.hub_model_id, hub.hub_private_repo) == (True, "me/mine", True)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--push-to-hub"], "command line: push_to_hub: a run does not upload"),
+        (["--hub-strategy", "every_save"], "hub_strategy: the model is uploaded once, when the run has ended"),
         (["--model-code-revision", "v2"], "model_code_revision: the code of a model"),
         (["--config", "my.yaml"], "the recipe is the first argument"),
         (["--lr", "1", "--learning-rate", "2"], "--lr and --learning-rate both set learning_rate; give one"),
@@ -69,10 +71,12 @@ def test_a_flag_that_cannot_be_taken_is_answered_with_exit_code_2(zotune, args, 
 
 def test_a_recipe_of_another_tool_is_answered_key_by_key(zotune, tmp_path):
     path = tmp_path / "llama.yaml"
-    path.write_text(yaml.safe_dump({"stage": "sft", "deepspeed": "z3.json", "push_to_hub": True, "lora_dropout": 0.1}))
+    path.write_text(
+        yaml.safe_dump({"stage": "sft", "deepspeed": "z3.json", "hub_strategy": "end", "lora_dropout": 0.1})
+    )
     said = zotune("train", path)
     assert said.code == 2
-    assert sorted(re.findall(r"llama\.yaml: (\w+): ", said.err)) == ["deepspeed", "lora_dropout", "push_to_hub"]
+    assert sorted(re.findall(r"llama\.yaml: (\w+): ", said.err)) == ["deepspeed", "hub_strategy", "lora_dropout"]
 
 
 def test_other_commands_take_the_same_names():

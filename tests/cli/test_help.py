@@ -8,6 +8,11 @@ import sys
 
 import pytest
 
+from zotune.cli.after_training.chat import _PAGE as CHAT_PAGE
+from zotune.cli.after_training.export import _PAGE as EXPORT_PAGE
+from zotune.cli.after_training.generate import _PAGE as GENERATE_PAGE
+from zotune.cli.after_training.merge import _PAGE as MERGE_PAGE
+from zotune.cli.after_training.push import _PAGE as PUSH_PAGE
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.eval import _PAGE as EVAL_PAGE
 from zotune.cli.help import help_text
@@ -15,11 +20,22 @@ from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.options import complete
 from zotune.cli.plan import _PAGE as PLAN_PAGE
 from zotune.cli.train import _PAGE as TRAIN_PAGE
+from zotune.llm.config.folders import ExportConfig, MergeConfig, PushConfig
+from zotune.llm.config.generate import ChatConfig, GenerateConfig
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.schema import GROUPS, group_of
 from zotune.plan.options import PlanConfig
 
-PAGES = {"train": (TRAIN_PAGE, TrainConfig), "eval": (EVAL_PAGE, EvalConfig), "plan": (PLAN_PAGE, PlanConfig)}
+PAGES = {
+    "train": (TRAIN_PAGE, TrainConfig),
+    "eval": (EVAL_PAGE, EvalConfig),
+    "plan": (PLAN_PAGE, PlanConfig),
+    "generate": (GENERATE_PAGE, GenerateConfig),
+    "chat": (CHAT_PAGE, ChatConfig),
+    "merge": (MERGE_PAGE, MergeConfig),
+    "export": (EXPORT_PAGE, ExportConfig),
+    "push": (PUSH_PAGE, PushConfig),
+}
 
 
 def options(text):

@@ -13,6 +13,8 @@ from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
 from zotune.cli.plan import PlanConfig
 from zotune.llm.config.aliases import alias_table
+from zotune.llm.config.folders import ExportConfig, MergeConfig, PushConfig
+from zotune.llm.config.generate import ChatConfig, GenerateConfig
 from zotune.llm.config.run import EvalConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,16 @@ sys.path.insert(0, str(DOCS / "_ext"))
 from alias_text import meaning_text  # noqa: E402
 
 PAGES = sorted(DOCS.rglob("*.md"))
-SCHEMAS = {"train": TrainConfig, "tune": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
+SCHEMAS = {
+    **{"train": TrainConfig, "tune": TrainConfig, "eval": EvalConfig, "plan": PlanConfig},
+    **{
+        "generate": GenerateConfig,
+        "chat": ChatConfig,
+        "merge": MergeConfig,
+        "export": ExportConfig,
+        "push": PushConfig,
+    },
+}
 PARSERS = {"ledger": ledger_parser, "bench": bench_parser}
 
 

@@ -9,6 +9,7 @@ from zotune.cli.options import complete, is_help, parse
 from zotune.cli.output import print_json, print_text
 from zotune.errors import UsageError
 from zotune.llm.config.run import EvalConfig, inherited_options
+from zotune.llm.rows.sources import read_checked_files
 
 _PAGE = HelpPage(
     usage="zotune eval [--OPTION VALUE ...]",
@@ -37,6 +38,8 @@ def run(args: list[str], as_json: bool) -> int:
     inherited, source = inherited_options(config)
     if inherited:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
+    # A broken row is told before torch and the model are loaded, which takes far longer than reading the rows.
+    read_checked_files(config)
     from zotune.llm.output.results_folder import results_folder, write_results
     from zotune.llm.training.evaluation import evaluate
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc

@@ -24,11 +24,16 @@ Fine-tune language models with forward passes only, at the memory of inference.
 
 Commands:
   train      Fine-tune a model on a task or on your own rows.
-  tune       Search learning rate and other options on held-out rows.
   eval       Measure a model's accuracy, F1 or loss, with 95 % intervals.
+  generate   Let a model answer prompts.
+  chat       Chat with a model in the terminal.
+  merge      Make one whole model of an adapter and its base model.
+  export     Write a model as a GGUF file, for llama.cpp and Ollama.
+  push       Upload a model to the Hugging Face Hub.
   plan       Predict memory (and time) of each method before a run.
-  bench      Run the experiments of the benchmark and report the results.
+  tune       Search learning rate and other options on held-out rows.
   ledger     Show, verify, replay, undo, export or merge fine-tunes.
+  bench      Run the experiments of the benchmark and report the results.
   models     List the models that have a name here.
   tasks      List the tasks that have a name here.
   methods    List the methods.
@@ -39,6 +44,7 @@ Examples:
   zotune train sst2-smollm2
   zotune train --train-file my.jsonl --dry-run
   zotune eval --model runs/latest --task sst2
+  zotune chat --model runs/latest
 
 `zotune COMMAND --help` shows the options of a command. With --json, every
 command prints one JSON object on stdout. `zotune --version` shows the version.
@@ -47,11 +53,16 @@ command prints one JSON object on stdout. `zotune --version` shows the version.
 # The module and the function that run a verb, given its arguments without --json and whether --json was among them.
 _VERBS = {
     "train": ("train", "run"),
-    "tune": ("tune", "run"),
     "eval": ("eval", "run"),
+    "generate": ("after_training.generate", "run"),
+    "chat": ("after_training.chat", "run"),
+    "merge": ("after_training.merge", "run"),
+    "export": ("after_training.export", "run"),
+    "push": ("after_training.push", "run"),
     "plan": ("plan", "run"),
-    "bench": ("bench", "run"),
+    "tune": ("tune", "run"),
     "ledger": ("ledger", "run"),
+    "bench": ("bench", "run"),
     "models": ("listings", "models"),
     "tasks": ("listings", "tasks"),
     "methods": ("listings", "methods"),

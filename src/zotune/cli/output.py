@@ -27,8 +27,13 @@ def print_text(text: str) -> None:
     Raises:
         OutputClosedError: the reader of stdout has left.
     """
+    print_piece(f"{text}\n")
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of a text that goes on, as `print_text` prints a whole one."""
     try:
-        print(printable(text), flush=True)  # noqa: T201
+        print(printable(text), end="", flush=True)  # noqa: T201
     except BrokenPipeError:
         raise OutputClosedError from None
 

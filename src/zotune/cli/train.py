@@ -9,6 +9,7 @@ from zotune.cli.options import complete, is_help, parse, split_recipe
 from zotune.cli.output import print_json, print_message, print_text
 from zotune.errors import UsageError
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.rows.sources import UserRows, read_checked_files
 
 _PAGE = HelpPage(
     usage="zotune train [RECIPE] [--OPTION VALUE ...]",
@@ -44,15 +45,17 @@ def run(args: list[str], as_json: bool) -> int:
         raise UsageError(_NO_DATA)
     # Without a recipe nobody has chosen a learning rate.
     config = parse(TrainConfig, recipe or {"learning_rate": "auto"}, source, args, "zotune train")
-    return _dry_run(config, as_json) if is_dry else _train(config, as_json)
+    # A broken row is told before torch and the model are loaded, which takes far longer than reading the rows.
+    given = read_checked_files(config)
+    return _dry_run(config, given, as_json) if is_dry else _train(config, given, as_json)
 
 
-def _train(config: TrainConfig, as_json: bool) -> int:
+def _train(config: TrainConfig, given: UserRows | None, as_json: bool) -> int:
     from zotune.llm.training.train import train
     from zotune.system.malloc import tune_malloc
 
     tune_malloc()
-    result = train(config)
+    result = train(config, given=given)
     _write_page(config.output_dir)
     if as_json:
         print_json(result.to_json())
@@ -83,10 +86,10 @@ def _write_page(folder: Path) -> None:
         print_message(f"the run's page could not be written: {getattr(error, 'strerror', None) or error}")
 
 
-def _dry_run(config: TrainConfig, as_json: bool) -> int:
+def _dry_run(config: TrainConfig, given: UserRows | None, as_json: bool) -> int:
     from zotune.plan.dry_run import dry_run
 
-    forecast = dry_run(config)
+    forecast = dry_run(config, given)
     if as_json:
         print_json(forecast.to_json())
     else:

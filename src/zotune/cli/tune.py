@@ -11,6 +11,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.aliases import alias_table
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
+from zotune.llm.rows.sources import read_checked_files
 
 _PAGE = HelpPage(
     usage="zotune tune [RECIPE] --OPTION VALUE VALUE ... [--OPTION VALUE ...]",
@@ -44,6 +45,7 @@ def run(args: list[str], as_json: bool) -> int:
     first = [f"--{name.replace('_', '-')}={values[0]}" for name, values in axes.items()]
     config = parse(TrainConfig, recipe, source, [*args, *first], "zotune tune")
     typed = {name: _typed(config, name, values) for name, values in axes.items()}
+    read_checked_files(config)  # before torch and a model are loaded
     from zotune.llm.tune.sweep import SearchStoppedError, sweep, table
     from zotune.system.malloc import tune_malloc
 

@@ -13,7 +13,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -135,6 +135,20 @@ def parse(content: bytes, name: str) -> Ledger:
     if has_good_record(view[end:], size, num_good, crc):
         raise DamagedLedgerError(ledger)
     return ledger
+
+
+def with_about(ledger: Ledger, about: dict[str, Any]) -> bytes:
+    """The bytes of a ledger that says something else to people and other layers, and replays to the same weights.
+
+    Args:
+        ledger: the ledger.
+        about: what its header says instead.
+    """
+    header = replace(ledger.header, about=about).to_bytes()
+    rows, crc, size = ledger.rows.copy(), _header_crc(header), ledger.rows.dtype.itemsize
+    view = memoryview(rows.tobytes())
+    rows["crc"] = [checksum(view[i * size : (i + 1) * size], i, crc) for i in range(len(rows))]
+    return header + rows.tobytes()
 
 
 def _header_crc(content: bytes) -> int:

@@ -5,9 +5,9 @@
     model, tokenizer = load("smollm2-135m")  # or any model of transformers or peft that you have loaded
     result = train(model, tokenizer, rows, max_steps=100)
 
-Read the packages in the order in which they depend on each other: `config`, `data`, `quantized`, `models`, `scoring`,
-`tasks`, `output`, `training`, `ledger`, `api`. Names are imported at their first use, so that importing this package
-loads neither torch nor transformers.
+Read the packages in the order in which they depend on each other: `config`, `data`, `rows`, `quantized`, `models`,
+`scoring`, `tasks`, `output`, `training`, `ledger`, `api`. Names are imported at their first use, so that importing this
+package loads neither torch nor transformers.
 """
 
 from __future__ import annotations

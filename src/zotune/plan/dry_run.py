@@ -24,6 +24,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encoder_of, load_examples
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
@@ -112,19 +113,24 @@ class DryRun:
         )
 
 
-def dry_run(config: TrainConfig) -> DryRun:
+def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
     """Check a run and predict its passes and memory without reading a weight of the model.
+
+    Args:
+        config: the options of the run.
+        given: the rows of the config's files, if they have been read; None: they are read first.
 
     Raises:
         UsageError: the run could not start with this configuration. Rows that are too long are listed instead.
     """
     check_installed(config.report_to)
     schedule_of(config)
+    given = read_checked_files(config) if given is None else given
     with FakeScalars():
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)
-        data = load_examples(lm, config)
+        data = load_examples(lm, config, given)
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})

@@ -17,7 +17,7 @@ from zotune.llm.config.step import ModelOptions
 from zotune.llm.ledger.verify import verify
 from zotune.llm.models.load import load
 from zotune.llm.models.meta_model import load_meta_model
-from zotune.llm.training.evaluation import base_model_of, evaluate
+from zotune.llm.training.evaluation import evaluate, revised_base_model_of
 from zotune.llm.training.train import train
 
 IDS = torch.arange(24).view(2, 12) + 20
@@ -103,10 +103,10 @@ def test_a_run_on_a_revision_is_verified_and_found_again(base, config, tmp_path)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "v2"), str(out)).eval()
     assert torch.equal(logits(load(cpu(out)).module), logits(plain))
     assert verify(out).is_right
-    assert base_model_of(str(out)) == (base, "v2")
+    assert revised_base_model_of(str(out)) == (base, "v2")
     whole = train(config(model=base, model_revision="v2", output_dir=tmp_path / "whole")).output_dir
     assert verify(whole).is_right
-    assert base_model_of(str(whole)) == (base, "v2")
+    assert revised_base_model_of(str(whole)) == (base, "v2")
     train(run.model_copy(update={"resume": True}))
 
 
@@ -117,7 +117,7 @@ def test_an_adapter_of_the_hub_brings_its_base_in_the_revision_that_it_names(bas
     assert torch.equal(logits(lm.module), logits(made))
     assert lm.name == name
     load_meta_model(cpu(name))
-    assert base_model_of(name) == (base, "v2")
+    assert revised_base_model_of(name) == (base, "v2")
     rows = config().train_file
     found, _ = evaluate(EvalConfig(model=name, device="cpu", train_file=rows, num_dev=3, baselines=True))
     assert found["rows"].base == base

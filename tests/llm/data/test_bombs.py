@@ -12,7 +12,8 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.chat_template import ChatTemplate
 from zotune.llm.data.readers import LocatedRow, read_located_rows, read_rows
-from zotune.llm.tasks.row_formats import FORMATS, template_columns
+from zotune.llm.rows.shapes import SHAPES
+from zotune.llm.rows.templates import template_columns
 
 MIB = 1 << 20
 
@@ -77,7 +78,7 @@ def test_all_rows_together_are_bounded_and_the_bound_can_be_raised(tmp_path, mon
 
 
 def test_a_parquet_file_of_endless_rows_is_refused_by_what_it_states(tmp_path, little_memory, monkeypatch):
-    monkeypatch.setattr("zotune.llm.data.readers._parquet_batches", lambda *args: pytest.fail("rows were read"))
+    monkeypatch.setattr("zotune.llm.data.readers.parquet._parquet_batches", lambda *args: pytest.fail("rows were read"))
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": pa.nulls(5_000_000, pa.string())}), path)
     assert path.stat().st_size < 20_000
@@ -137,9 +138,8 @@ def test_a_row_chooses_no_width():
 def test_a_template_that_repeats_a_column_is_bounded(little_memory):
     options = DataOptions(eval_file="a", template="{prompt}" * 10_000, data_format="completion")
     row = LocatedRow("a.jsonl, line 1", {"prompt": "x" * 100_000, "completion": "y"})
-    tokenizer = type("Tokenizer", (), {"eos_token": ""})
     with little_memory(100 * MIB), pytest.raises(UsageError, match=r"line 1: the prompt.*ZOTUNE_MAX_ROW_LENGTH"):
-        FORMATS["completion"].to_example(row, options, tokenizer)
+        SHAPES["completion"].to_record(row, options)
 
 
 @pytest.mark.parametrize(

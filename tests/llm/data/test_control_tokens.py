@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
-from zotune.llm.data.chat_template import ChatTemplate, reads_clock, without_nulls
+from zotune.llm.data.chat_template import ChatTemplate, reads_clock
 from zotune.llm.data.control_tokens import EVERYWHERE, control_tokens
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.tasks.row_formats import filled
+from zotune.llm.rows.messages import without_nulls
+from zotune.llm.rows.templates import filled
 from zotune.llm.tasks.user_data import load_user_data
 
 CHATML = (

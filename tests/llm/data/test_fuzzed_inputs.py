@@ -204,17 +204,26 @@ FILES = {
     "classification": '{"text": "good", "label": "yes"}\n{"text": "bad", "label": "no"}\n',
     "completion": '{"prompt": "one", "completion": " two"}\n{"prompt": "b", "completion": "c"}\n',
     "chat": f"{CHAT}\n{CHAT}\n",
+    "alpaca": '{"instruction": "a", "input": "b", "output": "c"}\n{"instruction": "a", "output": "c"}\n',
+    "sharegpt": (
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+        '{"conversations": [{"from": "gpt", "value": "b"}], "system": "s"}\n'
+    ),
     "choice": '{"prompt": "p", "choices": ["a", "b"], "label": 1}\n{"prompt": "q", "choices": ["c", "d"], "label": 0}',
 }
+KEYS_OF_MESSAGES = ["role", "content", "type", "text", "from", "value", "tool_calls", "function", "name", "arguments"]
 CELLS = st.recursive(
-    ATOMS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), v), max_leaves=6
+    ATOMS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS_OF_MESSAGES), v), max_leaves=6
 )
-ROLES = ("text", "label", "prompt", "completion", "choices", "messages")
+ROLES = (
+    *("text", "label", "prompt", "completion", "choices", "messages", "tools"),
+    *("instruction", "input", "output", "system", "conversations"),
+)
 ROWS = st.lists(st.dictionaries(st.sampled_from(ROLES), CELLS, max_size=4), max_size=4)
 
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -155,14 +155,14 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path, content, name):
         ("a.csv.gz", b"text,label\n", "a.csv.gz is not a complete gzip file"),
         ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "a.jsonl, line 2: unusable JSON (the key 'a' appears twice)"),
         ("a.jsonl", '{"a": 1}\r\n{"a": }\r\n', "a.jsonl, line 2: malformed JSON"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1: "),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, line 1 (row 1): unusable JSON"),
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 1: unusable JSON"),
-        ("a.json", '[\n{"a": 1}\n]\n', "a.json, line 1: malformed JSON"),
+        ("a.json", '[\n{"a": 1}\n{"a": 2}]\n', "a.json, line 3: malformed JSON (after row 1 must come a comma"),
         ("a.jsonl", '{"a": ' + "[" * 300 + "]" * 300 + "}\n", "a.jsonl, line 1: values are nested more than 64 deep"),
         ("a.jsonl", '{"a": ' + '{"b": ' * 64 + "[1]" + "}" * 65 + "\n", "a.jsonl, line 1: values are nested more than"),
         ("a.jsonl", '{"a": 1}{"a": 2}\n', "a.jsonl, line 1: malformed JSON"),
         ("a.parquet", b"PAR1 no PAR1", "a.parquet, after row 0: not a valid Parquet file"),
-        ("a.tsv", "a\tb\n", "the extension must be .jsonl"),
+        ("a.xlsx", "a\tb\n", "the extension must be .jsonl"),
     ],
 )
 def test_what_is_wrong_is_said_by_file_and_line(tmp_path, name, content, message):
@@ -219,6 +219,6 @@ def test_a_data_set_that_cannot_be_had_is_named(monkeypatch):
     for name in ("hub:", "hub:a/b/c/d", "hub:a/"):
         with pytest.raises(UsageError, match="is not the name of a data set"):
             # A path drops a last slash, so the text itself is what is read.
-            from zotune.llm.data import readers as rows
+            from zotune.llm.data.readers.data_sets import read_hub
 
-            list(rows._hub(name.removeprefix("hub:"), "train"))
+            list(read_hub(name.removeprefix("hub:"), "train"))

@@ -21,6 +21,7 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models import adapters
+from zotune.llm.models.builtin import fetch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
@@ -337,8 +338,11 @@ def test_what_was_tuned_is_evaluated_again_from_its_folder(zotune, short, rows_f
 def card_model(folder):
     """What the Python lines of a model card load."""
     lines = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    base = (
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] if "BASE" in lines else ""
+    )
     found = {"FOLDER": str(folder)}
-    exec(lines, found)
+    exec(lines.replace("BASE = ...", f"BASE = {base!r}"), found)
     return found["model"].eval()
 
 
@@ -360,9 +364,13 @@ def test_the_lines_of_the_model_card_load_the_model(config, tiny, model, tuning,
 
 
 @pytest.mark.slow
-def test_an_adapter_of_the_built_in_model_names_it_and_no_path(config, smollm2, tmp_path):
+def test_an_adapter_of_the_built_in_model_names_it_and_no_path(config, smollm2, tmp_path, monkeypatch):
     train(config(model="smollm2-135m", tuning="lora", tuned_layers=1, num_train=4, num_dev=2, max_steps=1))
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))
-    assert adapter["base_model_name_or_path"] == "smollm2-135m"
-    assert load(ModelOptions(model=str(tmp_path / "out"), device="cpu")).base.config.model_type == "llama"
+    assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert load(ModelOptions(model=str(tmp_path / "out"), device="cpu")).base.name_or_path == "smollm2-135m"
+    # A folder of the base's name on the Hub stands in for the Hub.
+    (tmp_path / "HuggingFaceTB").mkdir()
+    (tmp_path / adapter["base_model_name_or_path"]).symlink_to(fetch("smollm2-135m"))
+    monkeypatch.chdir(tmp_path)
     assert sum(p.numel() for n, p in card_model(tmp_path / "out").named_parameters() if "lora" not in n) == 134_515_008

@@ -219,13 +219,14 @@ def test_evaluate_log_loss_is_the_measure_of_completions(tiny, completions):
     assert load_rows(tiny("llama"), DataOptions(eval_file=completions)).measure is evaluate_log_loss
 
 
-def test_the_options_that_are_said_for_rows_of_alpaca_read_all_of_a_row(zotune, short, tmp_path):
+def test_rows_of_alpaca_are_read_as_they_are_and_by_a_template_of_the_user(zotune, short, tmp_path):
     rows = [{"instruction": f"Add {i} and:", "input": str(i), "output": str(2 * i)} for i in range(9)]
     path = write(tmp_path / "alpaca.jsonl", rows)
-    said = zotune(*short(), "--train-file", path)
-    assert said.code == 2
-    given = re.search(r"give (--template .*?), or", said.err)[1]
-    options = [part.replace("\\n", "\n") for part in shlex.split(given.replace("$'", "'"))]
-    shown = zotune(*short(), "--train-file", path, *options, "--dry-run")
+    shown = zotune(*short(), "--train-file", path, "--dry-run")
     assert shown.code == 0, shown.err
-    assert re.search(r"Add (\d) and:.*\1", shown.out + shown.err, re.DOTALL)
+    assert "data_format: alpaca), written with Alpaca's prompt" in shown.out
+    assert re.search(r"### Instruction:\nAdd (\d) and:\n\n### Input:\n\1\n\n### Response:\n⟦", shown.out)
+    for more in ([], ["--columns", "completion", "output"]):
+        shown = zotune(*short(), "--train-file", path, "--dry-run", "--template", "{instruction} {input} =", *more)
+        assert shown.code == 0, shown.err
+        assert re.search(r"Add (\d) and: \1 =⟦", shown.out)

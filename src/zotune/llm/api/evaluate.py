@@ -9,9 +9,9 @@ from zotune.llm.api.arguments import config_of, in_words_of_python
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.tasks.user_data import UserRows
 from zotune.llm.training import evaluation as by_name
 from zotune.llm.training.evaluation import TaskEvaluation
 from zotune.messages import say

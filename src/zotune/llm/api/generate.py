@@ -9,17 +9,7 @@ from zotune.llm.api.arguments import config_of, in_words_of_python
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
-from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.scoring.accuracy import batches_by_length
-from zotune.llm.scoring.generation import Sampling
-from zotune.llm.scoring.generation import generate as continuations
-from zotune.llm.tasks.load_data import encode_rows
-from zotune.llm.tasks.user_data import UserRows, load_user_data
-from zotune.noise import derive_seed
-
-# Rows whose text is generated are those of a reward function; this one is not called.
-_REWARD = "a:reward"
+from zotune.llm.inference.answers import REWARD, answers, encode_prompts
 
 
 @overload
@@ -61,10 +51,8 @@ def generate(
     if not rows:
         return []
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
-        config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": _REWARD}, "generate")
-        given = UserRows(eval=rows_of(rows, "prompts"))
-        data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=given)
-        texts = _texts(lm, encode_rows(lm, config, data).test, config, seed)
+        config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": REWARD}, "generate")
+        texts = answers(lm, encode_prompts(lm, rows_of(rows, "prompts"), config), config, seed)
     return texts[0] if isinstance(prompts, str) else texts
 
 
@@ -73,20 +61,3 @@ def _row(prompt: Any) -> Any:
     if isinstance(prompt, str):
         return {"prompt": prompt}
     return prompt if isinstance(prompt, Mapping) else {"messages": prompt}
-
-
-def _texts(lm: LanguageModel, examples: Sequence[Encoded], config: EvalConfig, seed: int) -> list[str]:
-    texts = [""] * len(examples)
-    for indices in batches_by_length(examples, config.per_device_eval_batch_size):
-        seeds = tuple(derive_seed(seed, i) for i in indices)
-        some = continuations(
-            lm,
-            [examples[i].prompt for i in indices],
-            config.max_new_tokens,
-            stops_at_newline=config.stop_at == "newline",
-            sampling=Sampling(config.temperature, config.top_p, seeds) if config.generation == "sample" else None,
-            places=[examples[i].place for i in indices],
-        )
-        for i, text in zip(indices, some, strict=True):
-            texts[i] = text
-    return texts

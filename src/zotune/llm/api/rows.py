@@ -14,7 +14,7 @@ from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.data.readers import LocatedRow, class_names, read_located_rows
-from zotune.llm.tasks.user_data import Rows
+from zotune.llm.rows.sources import Rows
 from zotune.messages import say
 
 # Rows of a stream that are held at most without a number from the caller.

@@ -22,8 +22,9 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
+from zotune.llm.rows.sources import UserRows
+from zotune.llm.sharing.hub import check_upload
 from zotune.llm.tasks.load_data import EncodedData, load_rows
-from zotune.llm.tasks.user_data import UserRows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
 from zotune.llm.training.learning_rate import schedule_of
@@ -33,7 +34,7 @@ from zotune.messages import say
 # Options of what a run writes or reads in its folder.
 _OF_THE_FOLDER = (
     *("overwrite_output_dir", "resume", "resume_from_checkpoint", "reuse_file"),
-    *("save_steps", "save_strategy", "save_total_limit"),
+    *("save_steps", "save_strategy", "save_total_limit", "push_to_hub"),
 )
 
 
@@ -80,8 +81,9 @@ def train(
             command line.
         tokenizer: the model's tokenizer (or its processor).
         train_dataset: rows as dicts: a list, a `datasets.Dataset`, another iterable, or the path of a file. Rows have
-            `text` and `label`, `prompt` and `completion`, `messages`, or `prompt`, `choices` and `label`. Of a stream
-            without a length the first `num_train` (and `num_dev`) rows are read; a run holds its rows in memory.
+            `text` and `label`, `prompt` and `completion` (texts or messages), `messages`, `prompt`, `choices` and
+            `label`, `instruction` and `output` (Alpaca), or `conversations` (ShareGPT). Of a stream without a length
+            the first `num_train` (and `num_dev`) rows are read; a run holds its rows in memory.
         eval_dataset: rows for evaluations during and after the run; default: `num_dev` rows held out of
             `train_dataset`, of which there are none by default.
         method: the optimisation method; see `zotune.METHODS`.
@@ -127,6 +129,7 @@ def train(
         config = config if output_dir is None else with_recorded_choices(config)
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
+        check_upload(config)
         given = _rows(train_dataset, eval_dataset, config)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
@@ -172,7 +175,7 @@ def _check_folder(config: TrainConfig, output_dir: str | Path | None) -> None:
     """
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    given = [name for name in _OF_THE_FOLDER if name in config.model_fields_set and getattr(config, name) != "no"]
+    given = [n for n in _OF_THE_FOLDER if n in config.model_fields_set and getattr(config, n) not in ("no", False)]
     given += ["report_to: tensorboard"] if "tensorboard" in config.report_to else []
     if output_dir is None and given:
         raise UsageError(f"{given[0]} has no effect here: it needs output_dir, without which nothing is written.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zotune.errors import UsageError, ZotuneError, is_out_of_memory, listed, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.checkpoints.hub_names import built_in_name
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
 from zotune.system.bounds import read_json
@@ -61,16 +62,23 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     except LOADING_ERRORS as error:
         file = path / "adapter_config.json"
         raise UsageError(f"{file} is no configuration of an adapter of peft: {reason_of(error)}") from None
-    base, revision = base_of_adapter(path)
+    base, revision = revised_base_of_adapter(path)
     check_adapter_config(config.to_dict(), f"the adapter in {path}", base)
     check_init(config, f"the adapter in {path}")
     return AdapterFolder(path, config, base, revision)
 
 
-def base_of_adapter(path: Path) -> tuple[str, str | None]:
-    """Return the base model that an adapter's configuration names, and its revision on the Hub, if it names one.
+def base_of_adapter(path: Path) -> str:
+    """Return the base model that an adapter's configuration names; a relative path may start at the adapter's folder.
 
-    A relative path may start at the adapter's folder.
+    Raises:
+        UsageError: it names none, a folder that is not there, or the adapter itself.
+    """
+    return revised_base_of_adapter(path)[0]
+
+
+def revised_base_of_adapter(path: Path) -> tuple[str, str | None]:
+    """As `base_of_adapter`, with the base model's revision on the Hub, if the adapter names one.
 
     Raises:
         UsageError: it names none, a folder that is not there, or the adapter itself.
@@ -100,6 +108,8 @@ def _named_base(path: Path) -> tuple[str, str | None]:
         raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')
     if revision is not None and not isinstance(revision, str):
         raise UsageError(f"{file} names the revision {revision!r} of its base model, which is no text; correct it.")
+    if (built_in := built_in_name(path, base)) is not None:
+        return built_in, None
     if not Path(base).exists() and (path / base).is_dir():
         return str(path / base), None
     is_path = Path(base).is_absolute() or base.startswith(("./", "../")) or base.count("/") > 1

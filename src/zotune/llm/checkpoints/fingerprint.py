@@ -42,10 +42,11 @@ def fingerprint(model: nn.Module) -> dict[str, str] | None:
     return {"dtypes": ", ".join(sorted(dtypes)), "digest": digest.hexdigest()}
 
 
-def write_fingerprint(folder: Path, value: dict[str, str] | None) -> None:
-    """Write the fingerprint of a base model into the folder of what was tuned on it."""
-    if value is not None:
-        (folder / FILE).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_fingerprint(folder: Path, value: dict[str, str] | None, built_in: str | None = None) -> None:
+    """Write the fingerprint of a base model beside what was tuned on it, with the name of a built-in one."""
+    content = {**({} if built_in is None else {"model": built_in}), **(value or {})}
+    if content:
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_fingerprint(folder: Path, model: nn.Module, base: str) -> None:

@@ -76,8 +76,8 @@ def meaning_of(name: str, value: Any, known: Collection[str]) -> Meaning:
 
     >>> meaning_of("bf16", True, ()).options, meaning_of("lr", 1e-3, ("learning_rate",)).options
     ({'dtype': 'bfloat16'}, {'learning_rate': 0.001})
-    >>> meaning_of("push_to_hub", "true", ()).answer
-    'a run does not upload. Afterwards: hf upload ORG/NAME OUTPUT_DIR'
+    >>> meaning_of("config", "my.yaml", ()).answer
+    'the recipe is the first argument: zotune train RECIPE.yaml --OPTION VALUE'
     """
     table, text = alias_table(), _as_text(value)
     if name in known:
@@ -169,8 +169,8 @@ def _one_dataset(option: str, value: Any) -> Meaning:
         return Meaning({}, f"rows are read from one file or data set; give it as {option}: my.jsonl or hub:ORG/NAME")
     entry = {key: part for key, part in value[0].items() if key not in ("ds_type", "split") or part is None}
     kind = entry.pop("type", None)
-    data_format = {"chat_template": "chat", "sharegpt": "chat", "None": None}.get(str(kind), kind)
-    if data_format not in (None, "chat"):
+    data_format = {"chat_template": "chat", "None": None}.get(str(kind), kind)
+    if data_format not in (None, "chat", "sharegpt", "alpaca"):
         return Meaning(
             {},
             f"type: {kind} is a prompt of Axolotl's; write it out beside {option}, as data_format: completion, "

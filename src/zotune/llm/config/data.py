@@ -16,7 +16,10 @@ from zotune.llm.config.schema import is_partial
 IN_MEMORY = "memory"
 
 # Roles of columns in the user's own rows; text and label have options of their own.
-ROLES = ("prompt", "completion", "messages", "choices")
+ROLES = (
+    *("prompt", "completion", "messages", "choices", "tools"),
+    *("instruction", "input", "output", "system", "conversations"),
+)
 
 
 class DataOptions(ObjectiveOptions):
@@ -38,20 +41,26 @@ class DataOptions(ObjectiveOptions):
     )
     train_file: Path | None = Field(
         None,
-        description="File of your own training rows: JSON lines or CSV (also gzipped), Parquet, or "
-        "hub:ORG/NAME[:SPLIT].",
+        description="File of your own training rows: JSON or JSON lines, CSV or TSV (also gzipped), Parquet, a folder "
+        "of save_to_disk, or hub:ORG/NAME[:SPLIT].",
     )
     eval_file: Path | None = Field(
         None, description="File of your own evaluation rows; default: rows held out of the training file."
     )
-    data_format: Literal["classification", "completion", "chat", "choice", "prompt"] | None = Field(
-        None, description="Format of your rows; default: inferred from their columns."
+    data_format: Literal["classification", "completion", "chat", "choice", "alpaca", "sharegpt", "prompt"] | None = (
+        Field(None, description="Format of your rows; default: inferred from their columns.")
+    )
+    delimiter: str | None = Field(
+        None,
+        description="What separates the cells of your CSV files: one character, or `tab`; default: found from the "
+        "header, tabs in a .tsv file.",
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
     label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Your names of the columns prompt, completion, messages and choices; default: these names.",
+        description="Your names of the columns of a shape (prompt, completion, messages, choices, instruction, …); "
+        "default: these names.",
     )
     template: str | None = Field(
         None,
@@ -113,6 +122,14 @@ class DataOptions(ObjectiveOptions):
             return None if value is None else date.fromisoformat(value).isoformat()
         except ValueError:
             raise ValueError("a date is written YYYY-MM-DD, for instance 2026-01-31") from None
+
+    @field_validator("delimiter")
+    @classmethod
+    def _is_one_character(cls, value: str | None) -> str | None:
+        value = {"tab": "\t", "\\t": "\t"}.get(str(value), value)
+        if value is not None and (len(value) != 1 or value in '"\r\n\0 '):
+            raise ValueError("give one character that is neither a quote, a space nor a line break, or the word tab")
+        return value
 
     @field_validator("template")
     @classmethod

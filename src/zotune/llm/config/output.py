@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from zotune.errors import did_you_mean
 from zotune.llm.config.schema import Options, is_partial
@@ -36,6 +37,25 @@ def _tracker_names(value: Any) -> Any:
     if "none" in names and len(names) > 1:
         raise ValueError("none excludes every tracker; give it alone")
     return TRACKERS if "all" in names else () if "none" in names else tuple(dict.fromkeys(names))
+
+
+_REPOSITORY = re.compile(r"([A-Za-z0-9_](?:[\w.-]*[\w])?/)?[A-Za-z0-9_](?:[\w.-]*\w)?", re.ASCII)
+
+
+def check_repository(name: str) -> str:
+    """Return the name of a repository of the Hub.
+
+    Raises:
+        ValueError: the Hub has no repositories of this name.
+
+    >>> check_repository("me/my-model")
+    'me/my-model'
+    """
+    if _REPOSITORY.fullmatch(name) and ".." not in name and "--" not in name and len(name) <= 96:
+        return name
+    raise ValueError(
+        "a repository is ORG/NAME or NAME, of at most 96 letters, digits, single hyphens, dots and underscores"
+    )
 
 
 # For editors: a recipe may hold one name.
@@ -69,6 +89,18 @@ class OutputOptions(Options):
         "default: none.",
     )
     run_name: str | None = Field(None, description="Name of the run in trackers; default: theirs.")
+    push_to_hub: bool = Field(
+        False, description="Upload the model to the Hugging Face Hub when the run has ended (later: zotune push)."
+    )
+    hub_model_id: str | None = Field(
+        None, description="Repository to upload to, ORG/NAME or NAME; default: the name of output_dir."
+    )
+    hub_private_repo: bool = Field(False, description="Make a private repository, if it is a new one.")
+
+    @field_validator("hub_model_id")
+    @classmethod
+    def _is_repository(cls, value: str | None) -> str | None:
+        return None if value is None else check_repository(value)
 
     @model_validator(mode="after")
     def _no_idle_output_option(self, info: ValidationInfo) -> Self:
@@ -78,6 +110,9 @@ class OutputOptions(Options):
             raise ValueError(f"save_steps has no effect with save_strategy: {self.save_strategy}; give only one")
         if self.save_total_limit is not None and self.saves == "no":
             raise ValueError("save_total_limit limits the folders checkpoint-N: give --save-steps or --save-strategy")
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name} has no effect without an upload: give --push-to-hub too")
         return self
 
     @property

@@ -78,7 +78,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
-        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns"),
+        *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
         *("scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (
@@ -105,7 +105,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Output": (
         *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "run_name", "save_steps"),
-        *("save_strategy", "save_total_limit", "predictions"),
+        *("save_strategy", "save_total_limit", "predictions", "push_to_hub", "hub_model_id", "hub_private_repo"),
     ),
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}

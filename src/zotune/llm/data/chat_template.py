@@ -11,7 +11,7 @@ text of a control token within a message stays plain text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -23,6 +23,7 @@ from zotune.llm.data.control_tokens import EVERYWHERE, Span, control_tokens
 from zotune.system.bounds import CHAT_MEMORY, address_space, memory_below
 
 Message = dict[str, Any]
+Tool = Mapping[str, Any]
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # A call of transformers' clock with a format written out: the format, in either kind of quotes.
@@ -76,50 +77,69 @@ class ChatTemplate:
             )
         object.__setattr__(self, "_source", source if self.today is None else _at_date(source, self.today))
 
-    def with_turns(self, messages: Sequence[Message], *, only_last: bool) -> ChatText:
+    def with_turns(
+        self, messages: Sequence[Message], *, only_last: bool, tools: Sequence[Tool] = (), first: int = 0
+    ) -> ChatText:
         """Return the whole chat with the assistant's turns.
 
         Args:
             messages: `{"role": …, "content": …}`, the last one by the assistant.
             only_last: whether to return the last turn only.
+            tools: JSON schemas of the tools that the assistant may call.
+            first: the number of messages before the first turn to return.
 
         Raises:
-            UsageError: the template rejects these messages, or a turn cannot be located.
+            UsageError: the template rejects these messages, writes no calls of tools, or a turn cannot be located.
         """
-        hidden = self._hide(messages)
-        text, marked = self._render(hidden)
+        self._check_writes_calls(messages)
+        hidden, tools = self._hide(messages), self._hide(tools)
+        text, marked = self._render(hidden, tools)
         turns = [i for i, message in enumerate(hidden) if message["role"] == "assistant"]
+        chosen = [i for i in turns if i >= first][-1 if only_last else 0 :]
         if marked is not None:
             if len(marked) != len(turns):
                 raise UsageError(
                     f"the chat template marks {len(marked)} of {len(turns)} turns of the assistant. Correct its "
                     "{% generation %} marks, or remove them."
                 )
-            spans = marked
+            spans = marked[len(turns) - len(chosen) :]
         else:
-            spans = [self._turn_span(hidden, i, text) for i in (turns[-1:] if only_last else turns)]
+            spans = [self._turn_span(hidden, i, text, tools) for i in chosen]
         shown, controls = self._show(text)
-        return ChatText(shown, controls, tuple(spans[-1:] if only_last else spans))
+        return ChatText(shown, controls, tuple(spans))
 
-    def opening_answer(self, messages: Sequence[Message]) -> ChatText:
+    def opening_answer(self, messages: Sequence[Message], *, tools: Sequence[Tool] = ()) -> ChatText:
         """Return the chat up to the start of the assistant's next turn.
 
         Raises:
-            UsageError: the template rejects these messages.
+            UsageError: the template rejects these messages, or writes no calls of tools.
         """
-        return ChatText(*self._show(self._render(self._hide(messages), opens_answer=True)[0]))
+        self._check_writes_calls(messages)
+        return ChatText(*self._show(self._render(self._hide(messages), self._hide(tools), opens_answer=True)[0]))
 
-    def _hide(self, messages: Sequence[Message]) -> list[Message]:
+    @property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools that the assistant may call."""
+        return "tools" in _names_used(self._source)
+
+    def _check_writes_calls(self, messages: Sequence[Message]) -> None:
+        if any("tool_calls" in message for message in messages) and "tool_calls" not in self._source:
+            raise UsageError(
+                "the assistant calls a tool, and the model's chat template writes no calls of tools, so the model "
+                "would learn an empty turn. Use a model whose template writes them, or give one with --chat-template."
+            )
+
+    def _hide(self, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         hide = (lambda text: text) if self.reads_control_tokens else control_tokens(self.tokenizer).hide
-        return cast(list[Message], _mapped(list(messages), hide))
+        return cast(list[dict[str, Any]], _mapped(list(values), hide))
 
     def _show(self, text: str) -> tuple[str, tuple[Span, ...]]:
         return (text, EVERYWHERE) if self.reads_control_tokens else control_tokens(self.tokenizer).show(text)
 
-    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> Span:
+    def _turn_span(self, messages: Sequence[Message], index: int, text: str, tools: Sequence[Tool]) -> Span:
         """Locate one turn in the whole chat."""
-        before, _ = self._render(messages[:index], opens_answer=True)
-        after, _ = self._render(messages[: index + 1])
+        before, _ = self._render(messages[:index], tools, opens_answer=True)
+        after, _ = self._render(messages[: index + 1], tools)
         if not (after.startswith(before) and text.startswith(after)):
             raise UsageError(
                 f"the chat template renders the turns up to message {index + 1} differently when others follow, so the "
@@ -132,7 +152,9 @@ class ChatTemplate:
         ends = [*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()]
         return len(before), len(before) + len(bare if any(bare.endswith(end) for end in ends) else turn)
 
-    def _render(self, messages: Sequence[Message], *, opens_answer: bool = False) -> tuple[str, list[Span] | None]:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Tool], *, opens_answer: bool = False
+    ) -> tuple[str, list[Span] | None]:
         """Render the template; return the text and the spans that the template marks, or None if it marks none."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -143,6 +165,7 @@ class ChatTemplate:
             with memory_below(address_space() + CHAT_MEMORY.value):
                 texts, spans = render_jinja_template(
                     [list(messages)],
+                    tools=list(tools) or None,
                     chat_template=self._source,
                     return_assistant_tokens_mask=marks,
                     add_generation_prompt=opens_answer,
@@ -195,20 +218,6 @@ def _names_used(template: str) -> frozenset[str]:
     asked = [id(test.node) for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
     used = [node for node in tree.find_all(nodes.Name) if id(node) not in asked]
     return frozenset([*(node.name for node in used), *(f"|{node.name}" for node in tree.find_all(nodes.Filter))])
-
-
-def without_nulls(value: Any) -> Any:
-    """Return messages without the keys whose value is null, at any depth.
-
-    A table has all keys in all rows, and null where a row has none; JSON lines leave them out. A template should not
-    see a difference.
-
-    >>> without_nulls([{"role": "user", "name": None, "tool_calls": [{"function": {"name": "get", "strict": None}}]}])
-    [{'role': 'user', 'tool_calls': [{'function': {'name': 'get'}}]}]
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -57,8 +57,7 @@ def _merge_adapter(lm: LanguageModel, config: StepOptions) -> None:
         raise UsageError(
             f"{lm.name} is an adapter ({scheme_of(lm.module.active_peft_config)}), and what --tuning {config.tuning} "
             "tunes could not be saved beside it. Go on tuning the adapter itself, or merge it into its base model "
-            f"first (zotune ledger export {lm.name} --merged --output-dir FOLDER, or peft's merge_and_unload), and "
-            "tune that folder."
+            f"first (zotune merge {lm.name} --output-dir FOLDER, or peft's merge_and_unload), and tune that folder."
         )
     say(f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved")
     lm.module = merged_model(lm.module, lm.read_with, lm.name)

@@ -78,4 +78,4 @@ def _models(folder: Path) -> Iterator[Path]:
         yield folder.resolve()
         if not is_adapter_folder(folder):
             return
-        folder = Path(base_of_adapter(folder)[0])
+        folder = Path(base_of_adapter(folder))

@@ -20,6 +20,7 @@ from torch import Tensor
 from zotune.llm.models.cache_argument import cache_argument
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.finite import check_best
+from zotune.llm.scoring.streaming import Stream, streamer_of
 from zotune.noise import derive_seed
 
 MAX_NEW_TOKENS = 50
@@ -51,6 +52,7 @@ def generate(
     sampling: Sampling | None = None,
     prefill: Prefill = lambda prompts: nullcontext(),
     places: Sequence[str] | None = None,
+    stream: Stream | None = None,
 ) -> list[str]:
     """Generate the continuation of each prompt, up to a newline (with `stops_at_newline`) or one of the end tokens.
 
@@ -61,16 +63,20 @@ def generate(
     values; `lm.num_forwards` counts the calls. After virtual tokens only prompts of one length share a batch, because
     peft puts padding between virtual tokens and prompt, where it occupies positions and sliding windows; so they do for
     models that might read padding as text. `prefill`
-    returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`).
+    returns a context in which the first pass over the prompts is cheaper (`zotune.llm.models.prompt_cache`). The text
+    of a single prompt can be read while it is generated, and stopped, through `stream`.
 
     Raises:
         NonFiniteScoreError: the logits after a prompt are not finite; `places` names the prompts in the message.
+        ValueError: `stream` is given with several prompts.
     """
+    if stream is not None and len(prompts) != 1:
+        raise ValueError(f"a stream takes the text of one prompt, not of {len(prompts)}.")
     places = [f"prompt {i}" for i in range(1, 1 + len(prompts))] if places is None else places
     is_one_length = len(set(map(len, prompts))) == 1 and not lm.num_virtual_tokens
     if is_one_length or lm.generates_padded(max(map(len, prompts)) + max_new_tokens):
         with prefill(prompts):
-            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling, places)
+            return _generate(lm, prompts, max_new_tokens, stops_at_newline, sampling, places, stream)
     texts = [""] * len(prompts)
     for length in sorted(set(map(len, prompts))):
         indices = [i for i, p in enumerate(prompts) if len(p) == length]
@@ -78,7 +84,7 @@ def generate(
             None if sampling is None else replace(sampling, seeds=tuple(sampling.seeds[i] for i in indices))
         )
         some, their_places = [prompts[i] for i in indices], [places[i] for i in indices]
-        generated = _generate(lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places)
+        generated = _generate(lm, some, max_new_tokens, stops_at_newline, batch_sampling, their_places, stream)
         for i, text in zip(indices, generated, strict=True):
             texts[i] = text
     return texts
@@ -91,6 +97,7 @@ def _generate(
     stops_at_newline: bool,
     sampling: Sampling | None,
     places: Sequence[str],
+    stream: Stream | None,
 ) -> list[str]:
     """Generate from prompts padded on the left to one length."""
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -115,7 +122,10 @@ def _generate(
                 pad_token_id=lm.pad_token_id,
                 eos_token_id=sorted(ends) or None,
             ),
-            stopping_criteria=StoppingCriteriaList([_LineEnd(lm.tokenizer)] if stops_at_newline else []),
+            stopping_criteria=StoppingCriteriaList(
+                ([_LineEnd(lm.tokenizer)] if stops_at_newline else []) + ([] if stream is None else [stream])
+            ),
+            streamer=None if stream is None else streamer_of(stream, lm.tokenizer, ends),
             logits_processor=_processors(sampling, length, places),
         )
     lm.num_forwards += out.shape[1] - length

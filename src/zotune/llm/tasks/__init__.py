@@ -1,8 +1,8 @@
 """The public tasks, one file each, and the conversion of rows to examples.
 
-Start with `task` (a task and its splits) and one task such as `sst2`; `row_formats` and `user_data` do the same for the
-user's own rows, and `load_data` turns either into tokens. The tasks are those of the paper and all others of Malladi
-et al. (2023).
+Start with `task` (a task and its splits) and one task such as `sst2`; `user_data` does the same for the user's own
+rows (`zotune.llm.rows`), and `load_data` turns either into tokens. The tasks are those of the paper and all others of
+Malladi et al. (2023).
 """
 
 from zotune.errors import UsageError, did_you_mean

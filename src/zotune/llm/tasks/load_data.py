@@ -9,12 +9,13 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
 from zotune.llm.tasks.class_rows import for_classes
-from zotune.llm.tasks.user_data import Data, UserRows, load_user_data
+from zotune.llm.tasks.user_data import Data, load_user_data
 
 
 @dataclass(frozen=True)

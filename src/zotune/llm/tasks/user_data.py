@@ -1,4 +1,4 @@
-"""Loading the user's own rows: inferring their format from their columns, and splitting them into examples.
+"""Loading the user's own rows: finding their shape from their columns, and splitting them into examples.
 
 As for a task, a random permutation with `data_seed` starts with the training rows and ends with the held-out rows; if
 only some of the evaluation rows are asked for, another one with the same seed chooses them.
@@ -6,30 +6,41 @@ only some of the evaluation rows are asked for, another one with the same seed c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from zotune.errors import UsageError, did_you_mean
+from zotune.errors import UsageError
 from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
-from zotune.llm.data.readers import LocatedRow, read_located_rows
+from zotune.llm.data.readers import LocatedRow
+from zotune.llm.rows.infer import check_masked, resolve_shape
+from zotune.llm.rows.notes import (
+    chat_notes,
+    control_token_notes,
+    ended_rows_notes,
+    label_notes,
+    shape_note,
+    unread_notes,
+)
+from zotune.llm.rows.records import Record
+from zotune.llm.rows.rendering import example_of, is_written_as_chat
+from zotune.llm.rows.shapes import SHAPES
+from zotune.llm.rows.sources import Rows, UserRows, read_files
 from zotune.llm.scoring.accuracy import Measure
 from zotune.llm.scoring.objectives import Objective
 from zotune.llm.scoring.rewards import GeneratedObjective
-from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE, Format, cell_text, column_of, measure_of
-from zotune.llm.tasks.row_notes import control_token_notes, ended_rows_note, label_notes, likeness
+from zotune.llm.tasks.row_scoring import SCORING, measure_of
 
 # Options whose defaults are inferred from the rows.
 RESOLVED_OPTIONS = ("data_format", "template", "verbalizer", "chat_date")
 
-# Options that only some formats use.
-_FORMAT_OPTIONS = ("template", "verbalizer", "exact_match", "scored_turns", "chat_date")
+# A row → its example.
+ToExample = Callable[[LocatedRow], Example]
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,8 @@ class Data:
     """Examples with their objective and their metric.
 
     Attributes:
-        options: for the user's own files with the inferred format, template and verbalizer, so that these are saved.
-        notes: the inferred format, and warnings about the rows; one line each.
+        options: for the user's own files with the inferred shape, template and verbalizer, so that these are saved.
+        notes: the inferred shape, and warnings about the rows; one line each.
         generated: the objective in place of `objective`, if each evaluation generates text.
     """
 
@@ -48,42 +59,6 @@ class Data:
     options: DataOptions
     notes: tuple[str, ...]
     generated: GeneratedObjective | None = None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows as they were read, before they become examples, and their source: a file, or the name of an argument."""
-
-    source: str | Path
-    rows: Sequence[LocatedRow]
-
-
-@dataclass(frozen=True)
-class UserRows:
-    """The training rows and the evaluation rows of a user; either may be missing, but not both."""
-
-    train: Rows | None = None
-    eval: Rows | None = None
-
-    @property
-    def first(self) -> Rows:
-        """The rows that tell the format: the training rows if there are any."""
-        first = self.train or self.eval
-        assert first is not None
-        return first
-
-
-def read_files(options: DataOptions) -> UserRows:
-    """Read the rows of the files that `options` name.
-
-    Raises:
-        UsageError: a file cannot be read; the message says which and why.
-    """
-    train, evaluation = options.train_file, options.eval_file
-    return UserRows(
-        None if train is None else Rows(train, list(read_located_rows(train))),
-        None if evaluation is None else Rows(evaluation, list(read_located_rows(evaluation, split="validation"))),
-    )
 
 
 def load_user_data(
@@ -106,109 +81,27 @@ def load_user_data(
             "with the rows, and --data-source sample."
         )
     given = read_files(options) if given is None else given
-    rows = given.first.rows
-    options = _with_date(resolve_format(options, rows, given.first.source, masked=masked), tokenizer)
-    form = FORMATS[options.data_format or ""]
-    splits, chosen_notes = _split(given, form, options, tokenizer)
+    options = resolve_shape(options, given.first.rows, given.first.source)
+    if masked:
+        check_masked(options)
+    to_record = SHAPES[options.data_format or ""].to_record
+    options = _with_date(options, (to_record(row, options) for row in given.first.rows), tokenizer)
+    splits, chosen_notes = _split(given, options, lambda row: example_of(to_record(row, options), options, tokenizer))
     notes = (
-        *(_format_note(form, options, given), *chosen_notes, *label_notes(options)),
-        *_end_notes(rows, options, tokenizer),
+        *(shape_note(options, given, tokenizer), *unread_notes(options, given)),
+        *(*chosen_notes, *label_notes(options), *ended_rows_notes(options, given, tokenizer)),
+        *chat_notes(options, given, tokenizer),
         *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
     )
-    return Data(splits, form.objective, measure_of(form, options), options, notes)
+    objective, _ = SCORING[options.data_format or ""]
+    return Data(splits, objective, measure_of(options), options, notes)
 
 
-def _with_date(options: DataOptions, tokenizer: Any) -> DataOptions:
+def _with_date(options: DataOptions, records: Iterable[Record], tokenizer: Any) -> DataOptions:
     """Return the options with the date of chats, if the chat template writes one: today's unless it is given."""
-    if options.data_format != "chat" or not reads_clock(tokenizer):
+    if not reads_clock(tokenizer) or not any(is_written_as_chat(record, tokenizer) for record in records):
         return options.model_copy(update={"chat_date": None})
     return options.model_copy(update={"chat_date": options.chat_date or date.today().isoformat()})
-
-
-def _end_notes(rows: Sequence[LocatedRow], options: DataOptions, tokenizer: Any) -> list[str]:
-    if options.data_format != "completion":
-        return []
-    return ended_rows_note((row.columns.get(column_of("completion", options)) for row in rows), tokenizer.eos_token)
-
-
-def resolve_format(
-    options: DataOptions, rows: Sequence[LocatedRow], source: str | Path, *, masked: bool
-) -> DataOptions:
-    """Return the options with the rows' format, template and verbalizer filled in.
-
-    Raises:
-        UsageError: the format cannot be inferred, or an option has no effect on it.
-    """
-    if not rows:
-        raise UsageError(f"{source} contains no row.")
-    name = options.data_format or _infer_format(rows, options, source)
-    form = FORMATS[name]
-    for option in _FORMAT_OPTIONS:
-        if option not in form.uses and getattr(options, option) != type(options).model_fields[option].get_default(
-            call_default_factory=True
-        ):
-            users = " or ".join(other for other, f in FORMATS.items() if option in f.uses)
-            raise UsageError(f"{option} has no effect on rows of {form.description} ({name}); it is for {users}.")
-    if name == PROMPT_ALONE and not options.is_function:
-        raise UsageError(
-            f"rows of {form.description} ({name}) contain no right answer: give --objective MODULE:FUNCTION, "
-            "a reward function of generated text, or another --data-format."
-        )
-    if masked and name != "classification":
-        raise UsageError(
-            f"a masked language model fills in one word, so it cannot learn from {form.description} ({name}). "
-            "Use a causal language model, or rows with a text and a label."
-        )
-    filled = {"data_format": name, "template": options.template or _default_template(name, rows, options)}
-    if name == "classification":
-        filled["verbalizer"] = options.verbalizer or _labels_as_words(rows, options, source)  # type: ignore[assignment]
-        _check_words(filled["verbalizer"])
-    return options.model_copy(update=filled)
-
-
-def _default_template(name: str, rows: Sequence[LocatedRow], options: DataOptions) -> str | None:
-    """Return the default template of a format; for a prompt alone it is the prompt column or the text column."""
-    if name == PROMPT_ALONE and column_of("prompt", options) not in _columns_with_values(rows):
-        return "{text}"
-    return FORMATS[name].template
-
-
-def _columns_with_values(rows: Sequence[LocatedRow]) -> set[str]:
-    """Return the columns that have a value in some row."""
-    return {name for row in rows for name, value in row.columns.items() if value is not None}
-
-
-def _infer_format(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path) -> str:
-    """Infer the format from the columns; for a reward function it is a chat or a prompt alone.
-
-    Raises:
-        UsageError: the columns fit no format, or several.
-    """
-    present = _columns_with_values(rows)
-    if options.is_function:
-        return "chat" if column_of("messages", options) in present else PROMPT_ALONE
-    forms = {name: f for name, f in FORMATS.items() if name != PROMPT_ALONE}
-    missing = {name: [c for c in f.columns(options) if c not in present] for name, f in forms.items()}
-    matches = [name for name, columns in missing.items() if not columns]
-    if len(matches) == 1:
-        return matches[0]
-    formats = "; ".join(f"{name} ({', '.join(f.columns(options))})" for name, f in forms.items())
-    if matches:
-        raise UsageError(
-            f"{source}: the columns {', '.join(sorted(present))} fit several formats: {', '.join(matches)}. "
-            f"Choose one, for instance with --data-format {matches[0]}."
-        )
-    if {"instruction", "output"} <= present:
-        prompt = r"{instruction}\n{input}\n" if "input" in present else r"{instruction}\n"
-        raise UsageError(
-            f"{source}: rows of an instruction and its output, as Alpaca's, need a template of the prompt: give "
-            f"--template $'{prompt}' --columns completion output, or another template."
-        )
-    nearest = min(missing.values(), key=len)[0]
-    raise UsageError(
-        f"{source}: there is no column {nearest!r}.{did_you_mean(nearest, present)} The formats of rows are: "
-        f"{formats}. For columns of other names give --text-column, --label-column or --columns prompt NAME."
-    )
 
 
 def _chosen(rows: Sequence[Any], options: DataOptions) -> tuple[Sequence[Any], list[str]]:
@@ -223,32 +116,28 @@ def _chosen(rows: Sequence[Any], options: DataOptions) -> tuple[Sequence[Any], l
     return [rows[i] for i in sorted(order[: options.num_eval])], [note]
 
 
-def _examples(rows: Sequence[LocatedRow], form: Format, options: DataOptions, tokenizer: Any) -> tuple[Example, ...]:
-    return tuple(form.to_example(row, options, tokenizer) for row in rows)
-
-
-def _split(given: UserRows, form: Format, options: DataOptions, tokenizer: Any) -> tuple[Splits, list[str]]:
+def _split(given: UserRows, options: DataOptions, to_example: ToExample) -> tuple[Splits, list[str]]:
     """Split rows into examples for training, held out and for evaluation; without evaluation rows the latter two agree.
 
     Without training rows all examples are for evaluation.
     """
-    train, dev = _split_training(given.train, form, options, tokenizer)
+    train, dev = _split_training(given.train, options, to_example)
     if given.eval is None:
         test, notes = _chosen(dev, options)
         return Splits(train, dev, tuple(test)), notes
     if not given.eval.rows:
         raise UsageError(f"{given.eval.source} contains no row.")
     rows, notes = _chosen(given.eval.rows, options)
-    return Splits(train, dev, _examples(rows, form, options, tokenizer)), notes
+    return Splits(train, dev, tuple(map(to_example, rows))), notes
 
 
 def _split_training(
-    given: Rows | None, form: Format, options: DataOptions, tokenizer: Any
+    given: Rows | None, options: DataOptions, to_example: ToExample
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Split the rows for training into those to train on and those held out."""
     if given is None:
         return (), ()
-    examples = _examples(given.rows, form, options, tokenizer)
+    examples = tuple(map(to_example, given.rows))
     order = np.random.RandomState(options.data_seed).permutation(len(examples))
     num_dev = len(examples) // 5 if options.num_dev is None else options.num_dev
     num_train = options.num_train or len(examples) - num_dev
@@ -259,47 +148,6 @@ def _split_training(
         )
     train = tuple(examples[i] for i in order[:num_train])
     return train, tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
-
-
-def _labels_as_words(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path) -> dict[str, str]:
-    places: dict[str, str] = {}
-    for row in rows:
-        places.setdefault(cell_text(row, options.label_column), row.place)
-    labels = sorted(places)
-    empty = next((label for label in labels if not likeness(label)), None)
-    if empty is not None:
-        raise UsageError(
-            f"{places[empty]}: the column {options.label_column!r} is empty, so the label {empty!r} has an empty "
-            "word. Leave the row out, or give the label a word with --verbalizer."
-        )
-    if len(labels) < 2:
-        raise UsageError(
-            f"{source}: column {options.label_column!r} holds {len(labels)} different labels; at least two are needed."
-        )
-    if len(labels) > 100:
-        raise UsageError(
-            f"{source}: column {options.label_column!r} holds {len(labels)} different labels, too many to choose "
-            "among. Give the column of the labels with --label-column."
-        )
-    return {label: label for label in labels}
-
-
-def _check_words(words: Any) -> None:
-    empty = [label for label, word in words.items() if not word.strip()]
-    if empty:
-        raise UsageError(f"the label {empty[0]!r} has an empty word; give one with --verbalizer.")
-    if len({word.strip() for word in words.values()}) < 2:
-        raise UsageError(f"the verbalizer has the same word for all labels ({words}); at least two are needed.")
-
-
-def _format_note(form: Format, options: DataOptions, given: UserRows) -> str:
-    """Describe the sources and the format of their rows."""
-    files = " and ".join(str(rows.source) for rows in (given.train, given.eval) if rows is not None)
-    note = f"{files}: rows of {form.description} (data_format: {options.data_format})"
-    if options.verbalizer:
-        shown = [f"{label!r} → {word.strip()!r}" for label, word in options.verbalizer.items()]
-        note += f"; labels {', '.join(shown[:5])}{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}"
-    return note
 
 
 def _overlap_notes(splits: Splits) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import UsageError
-from zotune.llm.checkpoints.adapter_folder import base_of_adapter
+from zotune.llm.checkpoints.adapter_folder import revised_base_of_adapter
 from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.config.run import EvalConfig, read_recipe
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
@@ -112,7 +112,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     lm = load(config, head_labels(config.of(config.tasks[0])))
     results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
     peak = peak_memory(lm.device)
-    base = None if not config.baselines or lm.classifies else base_model_of(config.model, config.model_revision)
+    base = None if not config.baselines or lm.classifies else revised_base_model_of(config.model, config.model_revision)
     if base is not None:
         name, revision = base
         overrides = {
@@ -132,10 +132,20 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     return results, {**({"tasks": entries} if has_several else next(iter(entries.values()))), **common}
 
 
-def base_model_of(model: str, revision: str | None = None) -> tuple[str, str | None] | None:
-    """Return the base model of a tuned model and its revision, from the configuration of its adapter or run, else None.
+def base_model_of(model: str) -> str | None:
+    """Return the base model of a tuned model, from the configuration of its adapter or run, else None.
 
     The base of a model that was tuned several times is the first one.
+
+    Raises:
+        UsageError: the model names itself as its base, directly or by way of others.
+    """
+    base = revised_base_model_of(model)
+    return None if base is None else base[0]
+
+
+def revised_base_model_of(model: str, revision: str | None = None) -> tuple[str, str | None] | None:
+    """As `base_model_of`, of a model in a revision on the Hub, with the revision of the base model.
 
     Raises:
         UsageError: the model names itself as its base, directly or by way of others.
@@ -153,7 +163,7 @@ def _named_base(model: str, revision: str | None) -> tuple[str, str | None] | No
     """Return the base model that an adapter, or the run in a folder, names, and its revision; None for any other."""
     adapter, folder = find_adapter(model, revision), Path(model)
     if adapter is not None:
-        return base_of_adapter(adapter)
+        return revised_base_of_adapter(adapter)
     if (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
         recipe = read_recipe(folder / "config.yaml")
         named, at = recipe.get("model"), recipe.get("model_revision")

@@ -30,7 +30,9 @@ from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
+from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
+from zotune.llm.sharing.hub import check_upload, upload_after
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
@@ -104,12 +106,13 @@ class Result:
 _NOT_IN_JSON = ("model", "tokenizer", "log_history")
 
 
-def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
+def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows | None = None) -> Result:
     """Fine-tune a model, and write it with its config, metrics and results to `config.output_dir`.
 
     Args:
         config: the options of the run, as on the command line of `zotune train`.
         callbacks: transformers' `TrainerCallback` objects, which are called as its `Trainer` would call them.
+        given: the rows of the config's files, if they have been read; None: they are read first.
 
     Returns:
         The result, whose metrics are those of the saved model.
@@ -134,14 +137,17 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = ()) -> Result:
     # Before anything is loaded.
     callbacks = all_callbacks(config.report_to, callbacks)
     schedule_of(config)
+    check_upload(config)
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
     config = with_recorded_choices(config)
+    given = read_checked_files(config) if given is None else given
     tidy(Path(config.model))
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
-    rows = load_rows(lm, config)
+    rows = load_rows(lm, config, given)
+    del given  # the run holds its rows as tokens
     config = with_options_of(lm, rows, config)
     with closing(OutputFolder(config)) as output:
         return tune(lm, rows, config, output, callbacks)
@@ -187,7 +193,10 @@ def tune(
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
     config = _with_found_rate(lm, rows, config, scorer, output)
     with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
-        return _train(run, config.model_copy(update=NEW_RUN))
+        result = _train(run, config.model_copy(update=NEW_RUN))
+    if result.stopped_by is None:
+        upload_after(config, result.output_dir)
+    return result
 
 
 def _with_found_rate(

@@ -94,6 +94,10 @@ def sweep(config: TrainConfig, axes: Mapping[str, Sequence[Any]], num_trials: in
     return outcome
 
 
+# Nor is any other run uploaded.
+_NO_UPLOAD = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False}
+
+
 def _trials(points: Search[Point], config: TrainConfig) -> list[TrialResult]:
     trials: list[TrialResult] = []
     point: Point | None = next(points)
@@ -122,7 +126,7 @@ def _trial(config: TrainConfig, point: Point, *, is_first: bool) -> TrialResult:
     trial = TrialResult(point, str(folder))
     try:
         # Evaluation rows are for the run that the recipe makes.
-        options = _at(config, point, folder).model_copy(update={"num_eval": 0})
+        options = _at(config, point, folder).model_copy(update={"num_eval": 0, **_NO_UPLOAD})
         return _finished(trial, options) or _summary(trial, train(options.model_copy(update={"resume": True})))
     except SearchStoppedError:
         raise

@@ -7,8 +7,8 @@ import pytest
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.examples import Example
+from zotune.llm.rows.shapes import PROMPT_ALONE, SHAPES
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.tasks.row_formats import FORMATS, PROMPT_ALONE
 from zotune.llm.tasks.user_data import load_user_data
 
 CHATML = (
@@ -50,8 +50,10 @@ def test_the_shape_is_told_from_the_columns(own):
         "completion": [{"prompt": "a", "completion": "b", "id": 7}],
         "chat": [{"prompt": "a", "messages": chat}],
         "choice": [{"prompt": "a", "choices": ["b", "c"], "label": 0, "messages": None}],
+        "alpaca": [{"instruction": "a", "input": "", "output": "b"}],
+        "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
     }
-    assert {*rows, PROMPT_ALONE} == set(FORMATS)
+    assert {*rows, PROMPT_ALONE} == set(SHAPES)
     for name, some in rows.items():
         found = own(some, CHATML)
         assert found.options.data_format == name
@@ -185,10 +187,14 @@ def test_the_built_in_models_chats_end_with_its_end_of_turn(smollm2, tmp_path):
         (
             [{"messages": [{"role": "assistant", "content": ""}]}],
             {},
-            "line 1: each message must have a role and a content",
+            "line 1: message 1 must have a role and a content",
         ),
-        ([{"messages": [["assistant", "x"]]}], {}, "line 1: each message must have a role and a content"),
-        ([{"messages": [{"role": "assistant", "content": [{"text": "x"}]}]}], {}, "each message must have a role"),
+        ([{"messages": [["assistant", "x"]]}], {}, "line 1: message 1 must be an object with a role and a content"),
+        (
+            [{"messages": [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}]}],
+            {},
+            "line 1: message 1 holds a part of type 'image', and zotune reads text alone",
+        ),
         ([{"prompt": "a", "choices": ["x"], "label": 0}], {}, "line 1: .*at least two choices"),
         ([{"prompt": "a", "choices": ["x", " "], "label": 0}], {}, "line 1: .*none of them empty"),
         ([{"prompt": "a", "choices": ["x", "x "], "label": 0}], {}, "line 1: the choice 'x' appears twice"),

@@ -9,7 +9,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.readers import read_located_rows
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
-from zotune.llm.tasks.row_notes import near_equal
+from zotune.llm.rows.notes import near_equal
 from zotune.llm.tasks.user_data import load_user_data
 
 

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from zotune.errors import listed
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.data.readers import kind_of
+from zotune.llm.data.readers.delimited import DELIMITERS, delimiter_of
+from zotune.llm.rows.cells import column_of
+from zotune.llm.rows.infer import unread_columns
+from zotune.llm.rows.labels import likeness
+from zotune.llm.rows.records import Chat, Completion
+from zotune.llm.rows.rendering import chat_template_of, is_written_as_chat
+from zotune.llm.rows.shapes import SHAPES
+from zotune.llm.rows.shapes.sharegpt import ends_open
+from zotune.llm.rows.sources import UserRows
 
 _SHOWN = 5
-
-
-def likeness(label: str) -> str:
-    r"""Return what near-equal labels have in common: no case, spaces, invisible characters or forms of numbers.
-
-    >>> [likeness(label) for label in ("good", " GOOD", "go\u200bod", "1", "1.0", "true", "True")]
-    ['good', 'good', 'good', '1', '1', 'true', 'true']
-    """
-    visible = "".join(c for c in unicodedata.normalize("NFKC", label) if unicodedata.category(c) not in ("Cf", "Cc"))
-    same = " ".join(visible.split()).casefold()
-    with suppress(ValueError, OverflowError):
-        number = float(same)
-        return str(int(number)) if number.is_integer() else str(number)
-    return same
 
 
 def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
@@ -98,10 +94,65 @@ class _TextsOfControlTokens:
             self.num_literal += bool(spans)
 
 
-def ended_rows_note(values: Iterable[Any], end: str | None) -> list[str]:
+def ended_rows_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[str]:
     """Count the completions that end in the end-of-text token already."""
+    role = {"completion": "completion", "alpaca": "output"}.get(options.data_format or "")
+    end = None if role is None else tokenizer.eos_token
+    if role is None or not end:
+        return []
+    values = [row.columns.get(column_of(role, options)) for row in given.first.rows]
     texts = [value for value in values if isinstance(value, str)]
-    ended = sum(bool(end) and text.rstrip().endswith(str(end)) for text in texts)
+    ended = sum(text.rstrip().endswith(end) for text in texts)
     if not ended:
         return []
     return [f"{ended} of {len(texts)} completions end in {end!r} already, and are not given a second end of text"]
+
+
+def shape_note(options: DataOptions, given: UserRows, tokenizer: Any) -> str:
+    """Describe the sources, the shape of their rows, and how the model reads them."""
+    sources = [rows.source for rows in (given.train, given.eval) if rows is not None]
+    name = options.data_format or ""
+    note = f"{' and '.join(map(str, sources))}: rows of {SHAPES[name].description} (data_format: {name})"
+    separated = {d for source in sources if (d := _delimiter(source, options)) not in (None, ",")}
+    for delimiter in sorted(separated):
+        note += f", separated by {DELIMITERS.get(delimiter, repr(delimiter))}"
+    record = SHAPES[name].to_record(given.first.rows[0], options)
+    if isinstance(record, Completion) and record.user is not None:
+        is_chat = is_written_as_chat(record, tokenizer)
+        note += ", written with " + ("the model's chat template" if is_chat else "Alpaca's prompt (no chat template)")
+    elif isinstance(record, Chat) and name not in ("chat", "sharegpt"):
+        note += ", as messages of a chat"
+    if options.verbalizer:
+        shown = [f"{label!r} → {word.strip()!r}" for label, word in options.verbalizer.items()]
+        note += f"; labels {', '.join(shown[:5])}{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}"
+    return note
+
+
+def chat_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[str]:
+    """Say what of the rows' chats the model does not read: tools, and what follows the assistant's last turn."""
+    rows, name = given.first.rows, options.data_format or ""
+    notes = []
+    with_tools = sum(bool(row.columns.get(column_of("tools", options))) for row in rows)
+    if "tools" in SHAPES[name].optional and with_tools and not chat_template_of(options, tokenizer).writes_tools:
+        notes.append(f"the model's chat template writes no tools, which {with_tools} of {len(rows)} rows name")
+    left = sum(ends_open(row, options) for row in rows) if name == "sharegpt" and not options.is_function else 0
+    if left:
+        notes.append(
+            f"{left} of {len(rows)} conversations go on after the assistant's last turn; nothing is learnt from that, "
+            "and it is left out"
+        )
+    return notes
+
+
+def _delimiter(source: str | Path, options: DataOptions) -> str | None:
+    """Return what separates the cells of a source that is a table of text."""
+    is_table = isinstance(source, Path) and kind_of(source) in (".csv", ".tsv")
+    return delimiter_of(Path(source), options.delimiter) if is_table else None
+
+
+def unread_notes(options: DataOptions, given: UserRows) -> list[str]:
+    """Name the columns that nothing reads; a reward function sees all of them."""
+    names = [] if options.is_function else unread_columns(given.first.rows, options)
+    if not names:
+        return []
+    return [f"not read: the column{'s' * (len(names) > 1)} {listed(map(repr, names), _SHOWN)}"]

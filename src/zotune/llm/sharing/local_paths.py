@@ -1,0 +1,124 @@
+"""Text and values that name no place on this machine: of paths only the last part remains.
+
+What goes to other machines goes through here, and is searched once more for this machine's folders at the end.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from zotune.errors import UsageError
+from zotune.llm.checkpoints.hub_names import hub_id
+from zotune.llm.config.run import EvalConfig, TrainConfig
+from zotune.llm.data.readers import HUB
+
+# No number of a result depends on this module.
+COUNTS_FOR_RESULTS = "never"
+
+# An absolute path within a text, and not the end of a word, of an address or of a tag.
+_ABSOLUTE = re.compile(r"(?<![\w.:/<}])(?:/[\w.@+~=,-]+)+")
+# Keys that name a model, which is a folder of this machine or has a name on the Hub.
+_MODELS = frozenset({"model", "base_model_name_or_path", "tokenizer_name_or_path", "name_or_path"})
+
+
+@cache
+def _path_options() -> frozenset[str]:
+    """Return the names of the options that hold paths of files and folders."""
+
+    def holds_path(annotation: Any) -> bool:
+        return annotation is Path or any(map(holds_path, get_args(annotation)))
+
+    fields = {**TrainConfig.model_fields, **EvalConfig.model_fields}
+    return frozenset({"data_source"}) | frozenset(name for name, info in fields.items() if holds_path(info.annotation))
+
+
+def without_paths(value: Any, key: str = "") -> Any:
+    """Return a value of JSON or YAML, at any depth, in which each local path is its last part.
+
+    Args:
+        value: the value.
+        key: the key that it stands under.
+
+    >>> without_paths({"train_file": "/home/me/data/rows.jsonl", "model": "facebook/opt-125m", "seed": 1})
+    {'train_file': 'rows.jsonl', 'model': 'facebook/opt-125m', 'seed': 1}
+    """
+    if isinstance(value, Mapping):
+        return {str(without_paths(k)): without_paths(part, str(k)) for k, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(part, key) for part in value]
+    if not isinstance(value, str):
+        return value
+    if key in _MODELS:
+        return value if value.startswith("random:") or hub_id(value) == value else Path(value).name
+    if key in _path_options():
+        return value if value.startswith(HUB) else Path(value).name
+    return text_without_paths(Path(value).name if _is_there(value) else value)
+
+
+def _is_there(value: str) -> bool:
+    """Whether a text is the path of something on this machine, written so that it cannot be anything else."""
+    if "/" not in value or "\n" in value or len(value) > 4096 or value.startswith(HUB):
+        return False
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def text_without_paths(text: str) -> str:
+    """Return a text in which each path below a folder at the root of this machine is its last part.
+
+    >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
+    'read from rows.jsonl at https://example.org/a/b; answer /no_think'
+    """
+    text = _ABSOLUTE.sub(lambda found: Path(found[0]).name if _begins_here(found[0]) else found[0], text)
+    for root in roots():  # what is left of paths with spaces and other characters
+        text = text.replace(f"{root}/", "")
+    return text
+
+
+@cache
+def _begins_here_at(first: str) -> bool:
+    return Path("/", first).is_dir()
+
+
+def _begins_here(path: str) -> bool:
+    return path.count("/") > 1 and _begins_here_at(path.split("/")[1])
+
+
+def roots(*more: Path) -> list[str]:
+    """Return the folders of this machine that no shared file may name: home, the current one, that of scratch files."""
+    found = {str(path) for path in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()), *more)}
+    found |= {str(Path(path).resolve()) for path in found}
+    return sorted((path for path in found if path.count("/") > 0 and len(path) > 1), key=len, reverse=True)
+
+
+def check_no_path(contents: Iterable[tuple[str, bytes]], *folders: Path) -> None:
+    """Check that no content names a folder of this machine.
+
+    Args:
+        contents: names of files with their content.
+        folders: further folders that are of this machine.
+
+    Raises:
+        UsageError: one does; the message names the file.
+    """
+    needles = [f"{root}/" for root in roots(*folders)]
+    for name, content in contents:
+        found = next(_found(content, needles), None)
+        if found is not None:
+            raise UsageError(
+                f"{name} names the folder {found!r} of this machine, which others should not see, so nothing is "
+                "uploaded. Take it out of the file, or move the file away."
+            )
+
+
+def _found(content: bytes, needles: list[str]) -> Iterator[str]:
+    # JSON may escape the slashes, and every character that is not ASCII.
+    plain = content.replace(b"\\/", b"/")
+    return (needle for needle in needles if needle.encode() in plain or ascii(needle)[1:-1].encode() in plain)

@@ -1,0 +1,181 @@
+"""A model goes to the Hub whole, and alone: no place of this machine, no other file, nothing after a refusal.
+
+A stand-in of the Hub's client keeps what it is sent.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+
+from zotune.errors import RunError, UsageError
+from zotune.ledger import read
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.sharing.hub import upload
+from zotune.llm.training.train import train
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in of the Hub: what was made there, and the files that it was sent."""
+    kept = SimpleNamespace(made=[], files=tmp_path / "hub", error=None)
+
+    class Api:
+        def __init__(self, **about):
+            assert about["library_name"] == "zotune"
+
+        def create_repo(self, name, *, private, exist_ok):
+            if kept.error is not None:
+                raise kept.error
+            kept.made.append((name, private, exist_ok))
+            full = name if "/" in name else f"me/{name}"
+            return type("Url", (str,), {"repo_id": full})(f"https://huggingface.co/{full}")
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, kept.files)
+            kept.repo_id = repo_id
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    return kept
+
+
+@pytest.fixture
+def run(config, tiny, tmp_path, monkeypatch):
+    """A function: options to the folder of a run whose base, rows and output all lie in folders of this machine."""
+    place = tmp_path / "home/me/secret-project"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    lm = tiny("llama")
+    lm.module.save_pretrained(place / "base")
+    lm.tokenizer.save_pretrained(place / "base")
+
+    def make(**options):
+        rows = place / "rows.jsonl"
+        rows.write_text((tmp_path / "rows.jsonl").read_text())
+        options = {"model": str(place / "base"), "train_file": str(rows), "output_dir": "runs/mine", **options}
+        return train(config(**options)).output_dir
+
+    return make
+
+
+def everything(folder):
+    """The bytes of all files in a folder, and the headers of ledgers, which are compressed."""
+    parts = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    parts += [json.dumps(read(path).header.about).encode() for path in folder.rglob("*.zol")]
+    return b"\n".join([*parts, *(path.name.encode() for path in folder.rglob("*"))])
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_is_sent_names_no_place_of_this_machine(hub, run, tuning, tmp_path):
+    folder = run(tuning=tuning, learning_rate=0.1, save_steps=1)
+    for name in (".env", "notes.txt", "rows.jsonl", "weights.bin"):
+        (folder / name).write_text("secret")
+    assert upload(folder, "me/mine", base="org/base" if tuning == "lora" else None) == "https://huggingface.co/me/mine"
+    sent = everything(hub.files)
+    for secret in (b"secret", str(tmp_path).encode(), b"home/me", b"runs/mine", str(Path.home()).encode() + b"/"):
+        assert secret not in sent
+    assert hub.made == [("me/mine", None, True)]
+    weights = "adapter_model.safetensors" if tuning == "lora" else "model.safetensors"
+    names = {path.name for path in hub.files.iterdir()}
+    assert {weights, "README.md", "config.yaml", "results.json", "ledger.zol", "tokenizer.json"} <= names
+    assert not names & {"checkpoint.safetensors", "checkpoint-1", "report.html", "zotune-files.json"}
+
+
+def test_what_is_sent_is_the_model_and_replays(hub, run, zotune, tmp_path):
+    from zotune.llm.api.load import load
+
+    folder = run(tuning="lora", learning_rate=0.1)
+    base = str(tmp_path / "home/me/secret-project/base")
+    upload(folder, "me/mine", base="org/base")
+    card = huggingface_hub.ModelCard((hub.files / "README.md").read_text())
+    assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
+    assert card.data.pipeline_tag == "text-generation"
+    assert "zotune" in card.data.tags
+    assert json.loads((hub.files / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    # On a machine where the Hub has that model, a folder of its name in the test.
+    shutil.copytree(base, "org/base")
+    ids = torch.tensor([[0, 70, 80]])
+    with torch.no_grad():
+        ours, theirs = (load(path, device="cpu")[0](input_ids=ids).logits for path in (folder, hub.files))
+    assert torch.equal(ours, theirs)
+    again = zotune("ledger", "replay", hub.files / "ledger.zol", "--base", base, "--output-dir", tmp_path / "again")
+    assert again.code == 0, again.err
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_a_run_uploads_its_model_when_it_has_ended(hub, run, capsys):
+    folder = run(tuning="full", push_to_hub=True, hub_model_id="org/name", hub_private_repo=True)
+    assert (hub.made, hub.repo_id) == ([("org/name", True, True)], "org/name")
+    assert (hub.files / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert "uploaded to https://huggingface.co/org/name" in capsys.readouterr().err
+
+
+def test_a_run_without_a_name_for_it_uploads_under_that_of_its_folder(hub, run):
+    run(tuning="full", push_to_hub=True)
+    assert hub.made == [("mine", None, True)]
+
+
+def test_nothing_begins_without_a_token_a_network_or_a_base_that_others_have(hub, run, monkeypatch):
+    with pytest.raises(UsageError, match=r"push_to_hub: what --tuning lora tunes needs its base model .* --base-model"):
+        run(tuning="lora", push_to_hub=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"HF_HUB_OFFLINE=1 switches the Hub off"):
+        run(tuning="full", push_to_hub=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UsageError, match=r"no token .* `hf auth login`"):
+        run(tuning="full", push_to_hub=True)
+    assert not Path("runs").exists()
+    assert hub.made == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (403, UsageError, r"does not let this token write to me/mine \(HTTP 403\)"),
+        (500, RunError, r"did not take the upload to me/mine"),
+        (ConnectionError("no route"), RunError, r"could not be reached: no route"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_words(hub, run, error, kind, message, tmp_path):
+    folder = run(tuning="full")
+    if isinstance(error, int):
+        response = SimpleNamespace(status_code=error, headers={}, request=None)
+        error, status = HfHubHTTPError.__new__(HfHubHTTPError), response
+        error.response, error.args = status, ("the Hub said no",)
+    hub.error = error
+    with pytest.raises(kind, match=message):
+        upload(folder, "me/mine")
+    with pytest.raises(RunError, match=r"the model is saved in .*not uploaded.*\nTry again: zotune push"):
+        run(tuning="full", push_to_hub=True, overwrite_output_dir=True)
+
+
+def test_what_nobody_could_load_is_refused(hub, run, tmp_path):
+    folder = run(tuning="lora")
+    with pytest.raises(UsageError, match=r"which nobody else can load. Give the name .* --base-model .*zotune merge"):
+        upload(folder, "me/mine")
+    (tmp_path / "none").mkdir()
+    for place, message in ((tmp_path / "none", "holds no weights"), (tmp_path / "no", "there is no folder")):
+        with pytest.raises(UsageError, match=message):
+            upload(place, "me/mine")
+    whole = run(tuning="full", output_dir="runs/whole")
+    with pytest.raises(UsageError, match=r"--base-model has no effect"):
+        upload(whole, "me/mine", base="org/base")
+    (whole / "README.md").write_text(f"---\nbase_model: x\n---\n\nSee {Path.home()}\n")
+    upload(whole, "me/mine")
+    assert hub.made
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "-a", "a--b", "a..b", "me/", "/me", "x" * 97, "", "~/x", "é"])
+def test_a_name_that_the_hub_has_not_is_refused_with_the_options(name):
+    with pytest.raises(ValueError, match="a repository is ORG/NAME or NAME"):
+        TrainConfig.model_validate({"task": "sst2", "push_to_hub": True, "hub_model_id": name})
+    with pytest.raises(ValueError, match="hub_model_id has no effect without an upload"):
+        TrainConfig.model_validate({"task": "sst2", "hub_model_id": "me/mine"})

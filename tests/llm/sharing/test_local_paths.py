@@ -1,0 +1,72 @@
+"""What goes to other machines names no folder of this one; text that only looks like a path stays."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zotune.errors import UsageError
+from zotune.llm.sharing.local_paths import check_no_path, text_without_paths, without_paths
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with files, which is the current one."""
+    (tmp_path / "data set").mkdir()
+    (tmp_path / "data set/rows.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_paths_become_their_last_part_at_any_depth(here):
+    value = {
+        "train_file": [str(here / "data set/rows.jsonl"), "elsewhere/other.csv"],
+        "model": str(here / "base"),
+        "output_dir": "runs/secret-project",
+        "nested": [
+            {"anything": str(here / "data set")},
+            f"read {here}/data set/rows.jsonl and ~/x",
+            "data set/rows.jsonl",
+        ],
+        str(here / "key"): 1,
+    }
+    found = without_paths(value)
+    assert found["train_file"] == ["rows.jsonl", "other.csv"]
+    assert (found["model"], found["output_dir"], found["key"]) == ("base", "secret-project", 1)
+    assert found["nested"][0] == {"anything": "data set"}
+    assert found["nested"][2] == "rows.jsonl"
+    assert str(here) not in json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "facebook/opt-125m",
+        "hub:org/rows:train",
+        "smollm2-135m",
+        "random:opt-tiny",
+        "/no_think {prompt}",
+        "{a}/{b}",
+        "either/or",
+        "https://example.org/usr/share",
+        "a <b>x</b>",
+        "km/h",
+    ],
+)
+def test_what_is_no_path_stays(here, text):
+    assert without_paths({"template": text, "x": [text]}) == {"template": text, "x": [text]}
+    assert text_without_paths(text) == text
+
+
+def test_a_check_finds_what_a_rewriting_would_miss(here):
+    check_no_path([("a.json", b"nothing")], here)
+    hidden = json.dumps({"a": f"{here}/x"}).replace("/", "\\/").encode()
+    for content in (f"see {here}/x".encode(), hidden, f"{Path.home()}/x".encode()):
+        with pytest.raises(UsageError, match=r"README.md names the folder .* of this machine"):
+            check_no_path([("a.json", b""), ("README.md", content)])
+
+
+@pytest.mark.parametrize("name", ["facebook/opt-125m", "smollm2-135m", "random:opt-tiny"])
+def test_names_stay_where_paths_may_stand(here, name):
+    options = {"model": name, "train_file": "hub:org/rows:train", "data_source": "sample", "name_or_path": name}
+    assert without_paths(options) == options
