@@ -16,7 +16,7 @@ from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.checkpoints.hub_names import built_in_name
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
-from zotune.system.bounds import read_json
+from zotune.system.bounds import JSON_BYTES, read_bytes, read_json
 
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
 # it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.
@@ -44,6 +44,12 @@ class AdapterFolder:
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer of its own, perhaps with other tokens or another chat template."""
         return any((self.path / name).is_file() for name in _TOKENIZER_FILES)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in a file of its own, if the folder has one."""
+        file = self.path / "chat_template.jinja"
+        return read_bytes(file, JSON_BYTES).decode("utf-8") if file.is_file() else None
 
 
 def read_adapter_folder(path: Path) -> AdapterFolder:

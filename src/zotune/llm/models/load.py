@@ -287,11 +287,15 @@ def base_options(folder: AdapterFolder, options: ModelOptions) -> ModelOptions:
 
 
 def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
-    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model."""
-    if not folder.has_tokenizer:
-        return of_base
+    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model.
+
+    A folder may hold a chat template alone, which takes the place of that of the base's tokenizer.
+    """
     with errors_in_words(str(folder.path)):
-        return read_tokenizer(folder.path)
+        if folder.has_tokenizer:
+            return read_tokenizer(folder.path)
+        of_base.chat_template = folder.chat_template or of_base.chat_template
+    return of_base
 
 
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
