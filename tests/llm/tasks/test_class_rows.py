@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from zotune.errors import UsageError
@@ -123,6 +123,32 @@ def test_what_a_head_cannot_learn_is_refused(settings, options, match, tmp_path,
     base = classifier(tmp_path / "base", "bert", **settings)
     with pytest.raises(UsageError, match=match):
         evaluate(EvalConfig(model=str(base), eval_file=rows, device="cpu", **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # between peft and transformers
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_a_classifiers_adapter_beside_a_language_model_brings_its_head(family, tmp_path, rows, config):
+    """As peft users share them: the base is a language model without a head, and the adapter saves one."""
+    base = tmp_path / "base"
+    kind = {"roberta": transformers.AutoModelForMaskedLM, "llama": transformers.AutoModelForCausalLM}[family]
+    settings = getattr(transformers, f"{family.capitalize()}Config")(**SIZES, pad_token_id=1)
+    torch.manual_seed(0)
+    kind.from_config(settings).save_pretrained(base)
+    byte_tokenizer(settings).save_pretrained(base)
+    classes = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    made = get_peft_model(classes, LoraConfig(task_type="SEQ_CLS", target_modules=["v_proj", "value"], r=2)).eval()
+    made.save_pretrained(tmp_path / "a")
+    numbered = tmp_path / "numbered.jsonl"
+    values = [{"text": text, "label": right} for text, right in zip(TEXTS, RIGHT, strict=True)]
+    numbered.write_text("".join(json.dumps(value) + "\n" for value in values))
+    options = {"model": str(tmp_path / "a"), "device": "cpu", "eval_file": numbered}
+    found, _ = evaluate(EvalConfig(**options))
+    assert found["rows"].evaluation.loss == pytest.approx(plain_loss(made, base), rel=1e-5)
+    run = config(**options, train_file=numbered, tuning="lora", learning_rate=1e-2, mu=1e-2, num_dev=0)
+    result = train(run)
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(result.output_dir, num_labels=3)
+    assert plain_loss(plain, base) == pytest.approx(result.test.loss, rel=1e-5)
+    assert dry_run(run.model_copy(update={"output_dir": tmp_path / "x"})).num_tuned == result.num_tuned
 
 
 def test_a_loaded_classifier_is_tuned_in_python(tmp_path):

@@ -46,6 +46,18 @@ class AdapterFolder:
         return any((self.path / name).is_file() for name in _TOKENIZER_FILES)
 
     @property
+    def num_classes(self) -> int:
+        """The number of classes of the classification head that is saved with the adapter; 0 without one."""
+        from peft.utils import load_peft_weights
+
+        if self.config.task_type != "SEQ_CLS":
+            return 0
+        weights = load_peft_weights(str(self.path), device="cpu")
+        is_head = {k: v.dim() == 2 and "lora_" not in k and k.endswith("weight") for k, v in weights.items()}
+        # The output layer has fewer rows than a layer before it.
+        return min((v.shape[0] for k, v in weights.items() if is_head[k]), default=0)
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template in a file of its own, if the folder has one."""
         file = self.path / "chat_template.jinja"

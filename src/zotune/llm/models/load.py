@@ -25,7 +25,7 @@ from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.models.cache_argument import accept_old_name
-from zotune.llm.models.classification_head import check_labels, with_classification_head
+from zotune.llm.models.classification_head import check_labels, give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
@@ -267,6 +267,10 @@ def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> L
     revision = "" if folder.revision is None else f" in the revision {folder.revision}"
     say(f"the adapter {options.model} names the base model {folder.base}{revision}")
     lm = load(base_options(folder, options), labels)
+    if folder.num_classes and not lm.classifies:
+        check_head(lm.module, options)
+        give_head_of_adapter(lm, folder, labels)
+        lm.module.to(find_device(options.device)).eval()
     check_fingerprint(path, lm.module, folder.base)
     lm.base_fingerprint = fingerprint(lm.module)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)

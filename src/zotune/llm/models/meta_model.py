@@ -14,7 +14,7 @@ from zotune.llm.checkpoints.no_code import NO_CODE, read_config, read_tokenizer
 from zotune.llm.checkpoints.pretrained import check_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.cache_argument import accept_old_name
-from zotune.llm.models.classification_head import with_classification_head
+from zotune.llm.models.classification_head import give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import (
     adapter_of,
@@ -107,6 +107,8 @@ def _on_meta(options: ModelOptions, config: Any, tokenizer: Any, stored: torch.d
 def _with_adapter(path: Path, options: ModelOptions, labels: tuple[str, ...]) -> tuple[LanguageModel, torch.dtype]:
     folder = read_adapter_folder(path)
     lm, stored = load_meta_model(base_options(folder, options), labels)
+    with torch.device("meta"):
+        give_head_of_adapter(lm, folder, labels)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     with torch.device("meta"):
         lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))

@@ -93,7 +93,7 @@ def _card(model: WholeModel) -> str:
     named = {"base_model": base, "base_model_relation": "finetune"} if base else {}
     licence = {"license": LICENCES[model.base]} if model.base in LICENCES else {}
     values = {**named, "library_name": "transformers", "pipeline_tag": kind, **licence, "tags": tags}
-    auto = f"AutoModelFor{'SequenceClassification' if lm.classifies else 'MaskedLM' if lm.masked else 'CausalLM'}"
+    auto = lm.auto_class_name
     return f"""{front_matter(values)}
 # {markdown_text(Path(lm.name).name)}, merged
 
