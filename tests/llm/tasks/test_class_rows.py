@@ -66,6 +66,7 @@ def plain_loss(model, folder):
     return float(torch.stack(losses).mean())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("tuning", ["full", "head", "lora"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 def test_a_classifier_is_tuned_on_own_rows_and_saved_for_plain_transformers(family, tuning, tmp_path, rows, config):
@@ -126,6 +127,7 @@ def test_what_a_head_cannot_learn_is_refused(settings, options, match, tmp_path,
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # between peft and transformers
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["roberta", "llama"])
 def test_a_classifiers_adapter_beside_a_language_model_brings_its_head(family, tmp_path, rows, config):
     """As peft users share them: the base is a language model without a head, and the adapter saves one."""
