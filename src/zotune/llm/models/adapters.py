@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, did_you_mean, is_out_of_memory
+from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.checkpoints.hub_names import name_base_on_hub
@@ -67,7 +67,12 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
     paths = _paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
-    by_name = lm.text_model is lm.base and (config.tuned_layers or paths == _paths(lm, targets, [lm.base]))
+    # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
+    only_linear = set(_paths(lm, targets, [lm.base])) == {
+        name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
+    }
+    is_everywhere = bool(config.tuned_layers) or paths == _paths(lm, targets, [lm.base])
+    by_name = lm.text_model is lm.base and only_linear and is_everywhere
     in_layers = by_name and config.tuned_layers is not None
     lora = LoraConfig(
         r=config.lora_r,
@@ -85,7 +90,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     try:
         _wrap_with_peft(lm, lora, config)
     except ValueError as error:
-        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {error}") from error
+        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {reason_of(error)}") from error
 
 
 def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]:
@@ -116,10 +121,16 @@ def is_target(path: str, target: str) -> bool:
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D."""
+    """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D.
+
+    A class of a model that computes something else with a linear layer's weights is none: peft would not follow it.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    yield from ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    for name, m in module.named_modules():
+        is_own_kind = type(m).__module__.startswith("transformers.models.") and type(m).forward is not nn.Linear.forward
+        if isinstance(m, Conv1D) or (isinstance(m, nn.Linear) and not is_own_kind):
+            yield name, m
 
 
 def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
@@ -174,6 +185,21 @@ def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
     prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **sizes)
     _wrap_with_peft(lm, prompt, config)
     _set_virtual_tokens(lm, rows)
+    try:
+        _read_a_token(lm)
+    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"{lm.name} ({lm.config.model_type}) does not read embeddings in place of tokens, as a prompt of virtual "
+            f"tokens needs: {reason_of(error)} Tune a LoRA adapter (--tuning lora)."
+        ) from error
+
+
+@torch.no_grad()
+def _read_a_token(lm: LanguageModel) -> None:
+    token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
+    lm.read(token, token)
 
 
 def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
@@ -203,9 +229,7 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
         check_init(adapter, f"peft_config of {name}")
         _wrap_with_peft(lm, adapter, config)
         _check_read_again(adapter)
-        token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
-        with torch.no_grad():
-            lm.read(token, token)
+        _read_a_token(lm)
     except (torch.OutOfMemoryError, UsageError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
