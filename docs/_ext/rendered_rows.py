@@ -71,6 +71,9 @@ RENDERED = {
     "instructions": Rendered("instructions.json"),
     "instructions-plain": Rendered("instructions.json", template="", shown=(0, 1)),
     "conversations": Rendered("conversations.json", {"scored_turns": "all"}),
+    "stories": Rendered("stories.jsonl"),
+    "capitals-chat": Rendered("capitals.jsonl", {"apply_chat_template": True, "system_prompt": "Answer in one word."}),
+    "reviews-chat": Rendered("reviews.csv", {**_REVIEWS, "apply_chat_template": True}),
     "sums": Rendered("sums.jsonl", {"objective": "rewards:exact"}),
 }
 """What is rendered, by the name in a mark."""

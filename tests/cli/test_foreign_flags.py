@@ -34,7 +34,7 @@ def test_a_flag_overrides_a_recipe_whatever_their_names():
 
 def test_files_by_another_name_replace_the_recipes_task():
     config = parsed("--dataset-name", "org/rows", recipe={"task": "sst2"})
-    assert (config.task, str(config.train_file)) == (None, "hub:org/rows")
+    assert (config.task, config.named_files) == (None, "hub:org/rows")
 
 
 def test_flags_without_a_value_and_with_no_switch_features():

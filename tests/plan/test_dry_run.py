@@ -154,7 +154,7 @@ def test_json_is_one_object_that_holds_all(zotune, short):
 
 def test_examples_show_what_is_read_and_mark_what_is_scored(config):
     made = config(verbalizer={"yes": "good", "no": "bad"})
-    label_of = {row["text"]: row["label"] for row in map(json.loads, made.train_file.read_text().splitlines())}
+    label_of = {row["text"]: row["label"] for row in map(json.loads, made.train_files[0].read_text().splitlines())}
     first = dry_run(made).examples[0]
     read, _, rest = first.partition("⟦")
     scored, _, other = rest.partition("⟧")

@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from zotune.cli.output import OutputClosedError, print_message, print_text
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory
 from zotune.messages import Lossy
+from zotune.system.loggers import quiet_loggers
 
 _HELP = """usage: zotune COMMAND [--OPTION VALUE ...]
 
@@ -107,6 +108,7 @@ def run(argv: list[str]) -> int:
     # Threads of torch wait for work by spinning for about 50 µs instead of milliseconds: this is as fast on an idle
     # processor, and does not stall a busy one. GNU's OpenMP reads the variable when it loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    quiet_loggers()
     try:
         return _dispatch(argv)
     except OutputClosedError:

@@ -16,7 +16,7 @@ from zotune.llm.callbacks.trackers import check_installed
 from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoded, Encoder, check_distinct
+from zotune.llm.data.tokenization import Encoded, Encoder, LongRowError, check_distinct
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.continued_adapter import own_options
@@ -26,7 +26,8 @@ from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import encoder_of, load_examples
+from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
+from zotune.llm.tasks.streaming import head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.find_rate import MAX_SHARE, with_default_rate
 from zotune.llm.training.learning_rate import schedule_of
@@ -61,7 +62,7 @@ class DryRun:
         examples: some training rows as the model reads them, with the scored text in ⟦ ⟧.
         num_rows: number of rows of each split.
         tokens: lengths of all rows before cutting, by their longest candidate: min, median, p95 and max.
-        num_cut: number of rows that --max-length cuts.
+        num_cut: number of rows that --max-length cuts; num_dropped: number of rows that --long-rows drop leaves out.
         refused: reasons for the rows that the run would refuse.
         num_tuned, num_parameters: number of tuned parameters and of all parameters of the model.
         forward_passes: forward passes of one step and of the training.
@@ -74,6 +75,7 @@ class DryRun:
     num_rows: dict[str, int]
     tokens: dict[str, float]
     num_cut: int
+    num_dropped: int
     refused: tuple[str, ...]
     num_tuned: int
     num_parameters: int
@@ -90,6 +92,7 @@ class DryRun:
         shown = "\n\n".join(f"example {i}: {text}" for i, text in enumerate(self.examples, start=1))
         rows = "{train} for training, {dev} held out, {test} for evaluation".format_map(self.num_rows)
         tokens = ", ".join(f"{name} {n:g}" for name, n in self.tokens.items())
+        dropped = f"; left out: {self.num_dropped}" if self.num_dropped else ""
         refused = [f"refused: {reason}" for reason in self.refused[:SHOWN_REFUSED]]
         if len(self.refused) > SHOWN_REFUSED:
             refused.append(f"refused: {len(self.refused) - SHOWN_REFUSED} more")
@@ -104,7 +107,7 @@ class DryRun:
                 "",
                 f"The scored text is in ⟦ ⟧.\n\n{shown}\n",
                 f"rows: {rows}",
-                f"tokens per row: {tokens}; cut: {self.num_cut}; refused: {len(self.refused)}",
+                f"tokens per row: {tokens}; cut: {self.num_cut}{dropped}; refused: {len(self.refused)}",
                 *refused,
                 f"tuned: {self.num_tuned:,} of {self.num_parameters:,} parameters",
                 f"forward passes: {self.forward_passes['step']:,} per step, {training:,} in all{search}",
@@ -130,14 +133,14 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)
-        data = load_examples(lm, config, given)
+        data = load_examples(lm, *_shown_rows(config, given))
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         config = config.model_copy(update=own_options(lm, config))
-        config = config.with_steps(len(data.splits.train), config.rows_a_step)
-        config, notes = with_default_rate(lm, config)
         rows = _EncodedRows(lm, config, data)
+        config = config.with_steps(rows.num_train, config.rows_a_step)
+        config, notes = with_default_rate(lm, config)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
@@ -145,11 +148,12 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         step = forwards_a_step(optimizer, config)
         return DryRun(
             config=config,
-            notes=(*data.notes, *notes),
+            notes=(*data.notes, *rows.notes, *notes),
             examples=tuple(rows.shown),
             num_rows={name: len(getattr(data.splits, name)) for name in SPLITS},
             tokens=quantiles(rows.lengths),
             num_cut=rows.num_cut,
+            num_dropped=rows.num_dropped,
             refused=tuple(rows.refused),
             num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
             num_parameters=num_parameters,
@@ -158,11 +162,18 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         )
 
 
+def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfig, UserRows | None]:
+    """Return the rows that are read, and the options to read them by; of a stream the first rows alone."""
+    if not config.streaming:
+        return config, given
+    return config.model_copy(update={"num_train": None, "train_file_weights": ()}), head_of_files(config)
+
+
 class _EncodedRows:
     """The rows of all splits as tokens, and the reasons for rows that are refused."""
 
     def __init__(self, lm: LanguageModel, config: DataOptions, data: Data) -> None:
-        self._encode = encoder_of(lm, config)
+        self._encode, self._drops = encoder_of(lm, config), config.long_rows == "drop"
         self._whole = Encoder(
             lm.tokenizer, masked=lm.masked, context=1 << 60, max_length=None, classifies=lm.classifies
         )
@@ -170,7 +181,11 @@ class _EncodedRows:
         self.lengths: list[int] = []
         self.refused: list[str] = []
         self.shown: list[str] = []
-        self.num_cut = 0
+        self.num_cut = self.num_dropped = 0
+        self.notes: tuple[str, ...] = ()
+        if config.packing:
+            self._read_windows(lm, config, data)
+            return
         for name in SPLITS:
             examples: tuple[Example, ...] = getattr(data.splits, name)
             if name == "test" and examples == data.splits.dev:
@@ -179,8 +194,17 @@ class _EncodedRows:
             every = [self._encode_row(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1)]
             self.encoded[name] = [encoded for encoded in every if encoded is not None]
             if name == "train":
+                self.num_train = len(examples) - self.num_dropped
                 pairs = [(e, x) for e, x in zip(examples, every, strict=True) if x is not None][:SHOWN_EXAMPLES]
                 self.shown = [marked_text(lm, e, x) for e, x in pairs]
+
+    def _read_windows(self, lm: LanguageModel, config: DataOptions, data: Data) -> None:
+        """Read plain texts as the windows that packing makes of them."""
+        rows = encode_rows(lm, config, data)
+        self.notes, self.num_train = rows.notes[len(data.notes) :], len(rows.train)
+        self.encoded = {name: list(getattr(rows, name)) for name in SPLITS}
+        self.lengths = [e.length for encoded in self.encoded.values() for e in encoded]
+        self.shown = [marked_text(lm, data.splits.train[0], e) for e in rows.train[:SHOWN_EXAMPLES]]
 
     def _encode_row(self, example: Example, where: str) -> Encoded | None:
         try:
@@ -189,6 +213,10 @@ class _EncodedRows:
             encoded = self._encode(example, where)
             if example.place:
                 check_distinct(encoded, example)
+        except LongRowError as error:
+            self.num_dropped += self._drops
+            self.refused += [] if self._drops else [str(error)]
+            return None
         except UsageError as error:
             self.refused.append(str(error))
             return None

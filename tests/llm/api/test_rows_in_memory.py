@@ -71,7 +71,9 @@ def test_of_a_stream_only_the_rows_that_are_asked_for_are_read(capsys):
 def test_a_stream_without_an_end_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(rows_module, "MAX_STREAMED_ROWS", 50)
     endless = ({"text": str(i)} for i in itertools.count())
-    with pytest.raises(UsageError, match=r"more than 50 rows.*with num_train, or pass dataset\.take\(N\)"):
+    with pytest.raises(
+        UsageError, match=r"more than 50 rows.*with num_train, pass dataset\.take\(N\), or give streaming"
+    ):
         rows_of(endless, "train_dataset")
     assert next(endless) == {"text": "51"}
     # A list of any length is there already.
@@ -81,7 +83,7 @@ def test_a_stream_without_an_end_is_refused_with_the_way_out(monkeypatch):
 REFUSED = {
     "splits": (lambda: datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), r"dataset\[\"train\"\]"),
     "columns": (lambda: {"text": ["a"], "label": [0]}, r"Dataset\.from_dict"),
-    "texts": (lambda: ["a", "b"], r"train_dataset\[0\] is a str; a row must be a dict.*\"prompt\": text"),
+    "texts": (lambda: ["a", "b"], r"train_dataset\[0\] is a str; a row must be a dict.*\"text\": text"),
     "number": (lambda: 3, "it must be a list of dicts"),
     "loader": (lambda: torch.utils.data.DataLoader(MapStyle()), "yields batches, not rows: pass its dataset"),
     "tokens": (lambda: [{"input_ids": [1], "labels": [1]}], "is tokenised already"),

@@ -117,13 +117,13 @@ def test_another_tools_recipe_becomes_ours(capsys):
         8,
         "bfloat16",
     )
-    assert (config.max_length, config.num_train, str(config.train_file)) == (2048, 1000, "data/mine.jsonl")
+    assert (config.max_length, config.num_train, config.named_files) == (2048, 1000, "data/mine.jsonl")
     assert config.lora_target_modules == ("all-linear",)
     assert "overwrite_cache, preprocessing_num_workers, plot_loss, ddp_timeout" in capsys.readouterr().err
 
     config = validate(TrainConfig, AXOLOTL, "axolotl.yml")
     assert (config.model, config.quantization, config.num_dev) == ("NousResearch/Llama-3.2-1B", "bnb-nf4", 100)
-    assert (str(config.train_file), config.data_format) == ("hub:teknium/GPT4-LLM-Cleaned", "chat")
+    assert (config.named_files, config.data_format) == ("hub:teknium/GPT4-LLM-Cleaned", "chat")
     assert (config.per_device_train_batch_size, config.lr_scheduler_type) == (2, "cosine")
 
 
@@ -140,6 +140,19 @@ def test_another_tools_recipe_becomes_ours(capsys):
         ({"max_steps": -1}, {}),
         ({"lora_target": "q_proj, v_proj"}, {"lora_target_modules": ["q_proj", "v_proj"]}),
         ({"dataset_name": "trl-lib/Capybara"}, {"train_file": "hub:trl-lib/Capybara"}),
+        ({"dataset": "a.jsonl, b.csv"}, {"train_file": ["a.jsonl", "b.csv"]}),
+        (
+            {"datasets": [{"path": "a/b", "type": "completion"}, {"path": "c.txt", "type": "completion"}]},
+            {"train_file": ["hub:a/b", "c.txt"], "data_format": "text"},
+        ),
+        ({"sample_packing": True, "dataset_text_field": "content"}, {"packing": True, "text_column": "content"}),
+        (
+            {"chat_template_path": "chat.jinja", "default_system_message": "Be brief."},
+            {"chat_template": "chat.jinja", "system_prompt": "Be brief."},
+        ),
+        ({"chat_template": "tokenizer_default", "packing_strategy": "wrapped"}, {}),
+        ({"excess_length_strategy": "raise"}, {"long_rows": "error"}),
+        ({"dataset_streaming": True, "interleave_probs": [2, 1]}, {"streaming": True, "train_file_weights": [2, 1]}),
         ({"metric_for_best_model": "eval_loss"}, {"metric_for_best_model": "loss"}),
         ({"datasets": [{"path": "a/b", "type": "alpaca"}]}, {"train_file": "hub:a/b", "data_format": "alpaca"}),
         ({"datasets": [{"path": "a/b", "type": "sharegpt"}]}, {"train_file": "hub:a/b", "data_format": "sharegpt"}),
@@ -150,6 +163,10 @@ def test_another_tools_recipe_becomes_ours(capsys):
 )
 def test_names_and_values_that_mean_the_same_are_accepted(given, expected):
     assert resolve_aliases(given, OURS) == expected
+
+
+def test_a_folder_of_rows_is_one_for_the_names_of_others_too(tmp_path):
+    assert resolve_aliases({"dataset_name": str(tmp_path)}, OURS) == {"train_file": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
@@ -164,9 +181,11 @@ def test_names_and_values_that_mean_the_same_are_accepted(given, expected):
         ({"val_size": 0.1}, "give the number of rows"),
         ({"dataset": "identity,alpaca"}, "is no file of rows"),
         ({"datasets": [{"path": "a/b", "type": "gpteacher"}]}, "data_format: completion"),
-        ({"datasets": [{"path": "a/b"}, {"path": "c/d"}]}, "rows are read from one file"),
-        ({"datasets": [3]}, "rows are read from one file"),
-        ({"dataset_name": 3}, "give one file"),
+        ({"datasets": [{"path": "a/b"}, {"path": "c/d", "type": "chat_template"}]}, "have rows of one format"),
+        ({"test_datasets": [{"path": "a/b"}, {"path": "c/d"}]}, "give one file of evaluation rows"),
+        ({"datasets": [3]}, "give the paths of the rows"),
+        ({"dataset_name": 3}, "give a file"),
+        ({"eval_packing": True}, "packing: true joins plain texts"),
     ],
 )
 def test_names_without_a_counterpart_are_answered(given, message):

@@ -173,7 +173,7 @@ def test_evaluation_rows_alone_are_enough(tmp_path):
         (
             '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n',
             {"template": "{sentense}"},
-            r"no column 'sentense'. There is: label, text",
+            r"no column 'sentense'. The columns 'text', 'label' fit no shape",
         ),
         (
             '{"text": "a", "label": 1}\n',
@@ -199,7 +199,7 @@ def test_unusable_rows_are_named(tmp_path, text, options, message):
 def test_unusable_files_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"there is no file .*nothing.jsonl"):
         splits_of(tmp_path / "nothing.jsonl")
-    for name in ("rows.parquet.gz", "rows.txt.gz", "rows"):
+    for name in ("rows.parquet.gz", "rows.doc.gz", "rows"):
         (tmp_path / name).write_text("x", encoding="utf-8")
         with pytest.raises(UsageError, match=r"extension must be \.jsonl"):
             splits_of(tmp_path / name)

@@ -2,6 +2,7 @@
 
 import datasets
 import pytest
+from pyarrow import parquet
 
 from zotune.errors import UsageError
 from zotune.llm.api.rows import rows_of
@@ -50,6 +51,33 @@ def test_the_names_of_classes_are_the_words_of_labels(folder, data):
     given = UserRows(rows_of(data, "train_dataset"))
     options = DataOptions(data_source="memory", num_dev=0)
     assert load_user_data(options, None, given=given).options.verbalizer == {"0": "bad", "1": "good"}
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        (None, {"0": "bad", "1": "good"}),
+        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["no"]}}}}', None),
+        (b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": [1, 2]}}}}', {"0": "0", "1": "1"}),
+        (b'{"info": {"features": {"label": 7}}}', {"0": "0", "1": "1"}),
+        (b"[" * 100_000, {"0": "0", "1": "1"}),
+        (b"\xff", {"0": "0", "1": "1"}),
+    ],
+)
+def test_a_parquet_file_of_datasets_has_the_names_of_its_classes(tmp_path, data, features, words):
+    path = tmp_path / "rows.parquet"
+    data.to_parquet(path)
+    if features is not None:
+        table = parquet.read_table(path)
+        parquet.write_table(table.replace_schema_metadata({"huggingface": features}), path)
+    options = DataOptions(train_file=path, num_dev=0)
+    if words is None:  # fewer names than numbers
+        with pytest.raises(
+            UsageError, match=r"rows\.parquet, row 2: the column 'label' is 1, which stands for no class"
+        ):
+            load_user_data(options, None)
+    else:
+        assert load_user_data(options, None).options.verbalizer == words
 
 
 def test_a_row_without_a_class_is_refused_by_its_place(tmp_path, data):

@@ -8,9 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zotune.errors import UsageError
+from zotune.llm.api.rows import rows_of
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.readers import read_located_rows, read_rows
 from zotune.llm.data.readers.delimited import DELIMITERS, find_delimiter
+from zotune.llm.rows.sources import read_files
 from zotune.llm.tasks.user_data import load_user_data
 
 CELL = st.text(st.sampled_from('ab;,|\t"\n 1'), max_size=6)
@@ -102,4 +104,7 @@ def test_the_delimiter_is_an_option_of_the_commands(zotune, short, tmp_path):
     for wrong in ("ab", '"', ""):
         said = zotune(*short("--train-file", tmp_path / "a.csv", "--delimiter", wrong))
         assert said.code == 2 and "one character" in said.err
+    with pytest.raises(UsageError, match=r"delimiter has no effect on a\.jsonl; it is for \.csv and \.tsv files"):
+        read_files(DataOptions(train_file="a.jsonl", delimiter=";"))
+    assert len(rows_of(tmp_path / "a.csv", "train_dataset", delimiter="^").rows) == 8
     assert DataOptions(train_file="a.csv", delimiter="tab").delimiter == "\t"

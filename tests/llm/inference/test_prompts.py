@@ -24,6 +24,10 @@ ROWS = {
     "sharegpt": [
         {"conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": "A"}]} for i in range(4)
     ],
+    "messages": [
+        {"prompt": [{"role": "user", "content": f"Q{i}"}], "completion": [{"role": "assistant", "content": "A"}]}
+        for i in range(4)
+    ],
     "chat": [
         {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}]} for i in range(4)
     ],
@@ -74,7 +78,7 @@ def test_a_text_is_the_users_message_where_there_is_a_chat_template(ask):
     assert ask(turns=None, prompt=["Hi", "Ho"])[0] == ["Hi", "Ho"]
 
 
-@pytest.mark.parametrize("form", ["completion", "template", "classification", "alpaca", "sharegpt", "chat"])
+@pytest.mark.parametrize("form", ["completion", "template", "classification", "alpaca", "sharegpt", "messages", "chat"])
 def test_a_tuned_model_reads_a_text_as_it_read_its_rows(ask, run, form):
     folder, rows = run(form)
     _, prompts, _ = ask(model=str(folder), prompt=[f"Q{i}" for i in range(4)])

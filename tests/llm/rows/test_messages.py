@@ -119,13 +119,15 @@ def test_prompt_and_completion_of_messages_are_one_chat_whose_end_is_learnt(toke
     row = {"prompt": [system, *prompt], "completion": completion, "tools": [TOOL]}
     assert record(row, "completion").first == 4
     given = UserRows(eval=rows_of([row], "rows"))
-    (example,) = load_user_data(DataOptions(data_source="memory"), tokenizer, given=given).splits.test
+    found = load_user_data(DataOptions(data_source="memory"), tokenizer, given=given)
+    (example,) = found.splits.test
     whole, before = (
         tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False, add_generation_prompt=opens)
         for messages, opens in ((row["prompt"] + completion, False), (row["prompt"], True))
     )
     assert example.prompt == whole and whole.startswith(before)
     assert example.spans[0][0] == len(before)
+    assert found.options.template is None
     assert [whole[lo:hi] for lo, hi in example.spans] == [
         '<tool_call>{"name": "get", "arguments": {"city": "Lima"}}</tool_call><|im_end|>\n',
         "fine<|im_end|>\n",
@@ -174,6 +176,9 @@ def test_a_prompt_of_messages_is_opened_for_a_reward_function(tokenizer):
         ({"messages": [*turns("a", "b")], "tools": "no"}, "the column 'tools' must hold a list of tools"),
         ({"messages": [*turns("a", "b")], "tools": [{"a": 1}]}, "the column 'tools' holds the tool {'a': 1}"),
         ({"messages": [*turns("a", "\ud800")]}, "half a character"),
+        # A cell of CSV: its reader has not looked into it.
+        ({"messages": "[" * 400 + "]" * 400}, "values are nested more than 64 deep"),
+        ({"messages": "[" * 40_000}, "must hold a list of messages"),
     ],
 )
 def test_what_is_no_message_is_refused_by_its_number(columns, message):
@@ -210,7 +215,7 @@ def test_calls_that_a_template_does_not_write_are_refused_and_tools_are_remarked
     ):
         load({"messages": chat})
     notes = load({"messages": list(turns("a", "b")), "tools": [TOOL]}).notes
-    assert "the model's chat template writes no tools, which 1 of 1 rows name" in notes
+    assert "1 of 1 rows name tools, which the model's chat template does not write" in notes
     tokenizer.chat_template = TOOLS
     assert not any("tools" in note for note in load({"messages": chat, "tools": [TOOL]}).notes)
 
@@ -218,10 +223,7 @@ def test_calls_that_a_template_does_not_write_are_refused_and_tools_are_remarked
 def test_what_a_conversation_ends_with_after_the_last_turn_is_counted(tokenizer):
     rows = [{"conversations": [*turns("a", "b", "c")]}, {"conversations": [*turns("a", "b")]}]
     found = load_user_data(DataOptions(data_source="memory"), tokenizer, given=UserRows(eval=rows_of(rows, "rows")))
-    assert (
-        "1 of 2 conversations go on after the assistant's last turn; nothing is learnt from that, and it is left out"
-        in (found.notes)
-    )
+    assert any(n.startswith("1 of 2 conversations go on after the assistant's last turn") for n in found.notes)
 
 
 def test_rows_in_memory_and_in_tables_are_read_as_those_of_files(tokenizer, tmp_path):
@@ -247,3 +249,26 @@ def test_rows_in_memory_and_in_tables_are_read_as_those_of_files(tokenizer, tmp_
                 writer.writerow([v if isinstance(v, str) else json.dumps(v) for v in row.values()])
         table = load_user_data(DataOptions(eval_file=path, **one.options), tokenizer).splits.test
         assert table == found, one.file
+
+
+def test_instructions_are_the_chat_of_transformers_or_the_prompt_that_alpaca_was_trained_with(tokenizer):
+    rows = json.loads((ROOT / "examples" / "data" / "instructions.json").read_text("utf-8"))
+
+    def load():
+        given = UserRows(eval=rows_of(rows, "rows"))
+        return load_user_data(DataOptions(data_source="memory"), tokenizer, given=given).splits.test
+
+    for row, example in zip(rows, load(), strict=True):
+        said = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
+        chat = tokenizer.apply_chat_template(list(turns(said, row["output"])), tokenize=False)
+        assert example.prompt == chat
+        ((start, end),) = example.spans
+        assert chat[start:end] == f"{row['output']}<|im_end|>\n"
+    tokenizer.chat_template = None
+    for row, example in zip(rows, load(), strict=True):
+        given = f"### Instruction:\n{row['instruction']}\n\n" + (
+            f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        )
+        assert example.prompt.endswith(f" the request.\n\n{given}### Response:\n")
+        assert example.prompt.startswith("Below is an instruction that describes a task")
+        assert example.candidates == (f"{row['output']}</s>",)

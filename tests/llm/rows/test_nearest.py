@@ -66,6 +66,12 @@ def test_columns_that_nobody_knows_are_named(names, message):
     assert all(f"{name} (" in str(caught.value) for name in SHAPES if name not in (PROMPT_ALONE, "text"))
 
 
+def test_an_object_around_the_rows_is_told():
+    rows = [LocatedRow("a.json, line 1 (row 1)", {"version": "1", "data": [{"text": "a", "label": "b"}]})]
+    with pytest.raises(UsageError, match=r"If the list 'data' holds the rows, write this list alone into the file\.$"):
+        resolve_shape(DataOptions(eval_file="a.json"), rows, "a.json")
+
+
 def test_a_column_that_is_named_for_one_role_is_not_read_in_another():
     assert resolved("instruction", "output").data_format == "alpaca"
     own = {"columns": {"completion": "output"}, "template": "{instruction}"}

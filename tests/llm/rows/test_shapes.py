@@ -52,6 +52,7 @@ def test_the_shape_is_told_from_the_columns(own):
         "choice": [{"prompt": "a", "choices": ["b", "c"], "label": 0, "messages": None}],
         "alpaca": [{"instruction": "a", "input": "", "output": "b"}],
         "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+        "text": [{"text": "a", "url": "b"}],
     }
     assert {*rows, PROMPT_ALONE} == set(SHAPES)
     for name, some in rows.items():

@@ -6,6 +6,7 @@ import shlex
 import sys
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.rows.shapes import SHAPES
 from zotune.llm.rows.sources import read_checked_files
+from zotune.llm.tasks.load_data import with_chat_template
 from zotune.llm.tasks.user_data import load_user_data
 
 ROOT = Path(__file__).parents[3]
@@ -70,7 +72,9 @@ def test_the_commands_of_the_pages_read_their_rows(zotune, tokenizer, monkeypatc
         said = zotune(*arguments, "--dry-run")
         assert said.code == 0, said.err
         config, given = read[-1]
-        assert len(load_user_data(config, copy(tokenizer), given=given).splits.train) >= 8, arguments
+        lm = SimpleNamespace(tokenizer=copy(tokenizer))
+        config = with_chat_template(lm, config)
+        assert len(load_user_data(config, lm.tokenizer, given=given).splits.train) >= 8, arguments
     assert len(read) >= 9
 
 
@@ -88,6 +92,7 @@ BROKEN = {
     "conversations": ("conversations", [{"from": "robot", "value": "Hi"}], "message 1 is from 'robot'"),
     "instructions": ("output", None, "the column 'output' is null"),
     "parts": ("messages", [{"role": "user", "content": [{"type": "image"}]}], "zotune reads text alone: no images"),
+    "stories": ("text", "", "the column 'text' is empty"),
     "sums": ("prompt", " ", "the text is empty"),
     "support": ("messages", [{"role": "user", "content": "Hi"}], "but its role is 'user'"),
     "tools": ("messages", [{"role": "assistant", "tool_calls": [{"x": 1}]}], "message 1 holds the tool call"),

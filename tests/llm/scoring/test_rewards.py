@@ -26,11 +26,12 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring import generation
 from zotune.llm.scoring.accuracy import evaluate_accuracy
+from zotune.llm.scoring.functions import load_function
 from zotune.llm.scoring.generated_answers import exact_match, f1
 from zotune.llm.scoring.generation import Sampling, generate
 from zotune.llm.scoring.objectives import ACCURACY, OBJECTIVES, mean_loss
 from zotune.llm.scoring.rewards import OF_ANSWERS as REWARDS
-from zotune.llm.scoring.rewards import Completion, GeneratedObjective, checked_rewards, load_reward, open_ended
+from zotune.llm.scoring.rewards import Completion, GeneratedObjective, checked_rewards, open_ended
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training.loop import Run
 from zotune.llm.training.step import check_first_estimate
@@ -493,7 +494,7 @@ def test_objectives_that_make_no_sense_for_rows_or_model_are_refused(tiny, model
 def test_what_is_wrong_with_a_function_is_said_by_name_and_place(module, returns, message):
     name = module(f"def r(batch):\n    return {returns}\n")
     with pytest.raises(RunError, match=message) as error:
-        load_reward(f"{name}:r")([Completion("p", "a"), Completion("q", "b")])
+        checked_rewards(f"{name}:r", load_function(f"{name}:r", "objective"), [Completion(*"pa"), Completion(*"qb")])
     assert f"{name}:r" in str(error.value)
 
 
@@ -507,18 +508,18 @@ def test_any_numbers_will_do(values):
 
 def test_functions_that_cannot_be_imported_are_refused_with_what_to_do(module):
     with pytest.raises(UsageError, match=r"no module 'no_such_rewards'.*add it to PYTHONPATH"):
-        load_reward("no_such_rewards:f")
+        load_function("no_such_rewards:f", "objective")
     name = module("def length(batch):\n    return [0.0] * len(batch)\n\nWORDS = 3\n")
     with pytest.raises(UsageError, match=r"has no function 'lenght'. Did you mean 'length'"):
-        load_reward(f"{name}:lenght")
+        load_function(f"{name}:lenght", "objective")
     with pytest.raises(UsageError, match="has no function 'WORDS'"):
-        load_reward(f"{name}:WORDS")
+        load_function(f"{name}:WORDS", "objective")
     broken = module("import json\nraise LookupError('mine')\n")
     with pytest.raises(UsageError, match=r"importing .* failed, .*\.py, line 2: LookupError: mine"):
-        load_reward(f"{broken}:f")
+        load_function(f"{broken}:f", "objective")
     needs = module("import no_such_library\n")
     with pytest.raises(UsageError, match=r"importing .* failed, .*line 1: ModuleNotFoundError: .*no_such_library"):
-        load_reward(f"{needs}:f")
+        load_function(f"{needs}:f", "objective")
 
 
 def test_a_recipe_names_the_function_and_rows_need_no_label(short, zotune, tmp_path, module):

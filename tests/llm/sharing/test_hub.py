@@ -170,7 +170,19 @@ def test_what_nobody_could_load_is_refused(hub, run, tmp_path):
         upload(whole, "me/mine", base="org/base")
     (whole / "README.md").write_text(f"---\nbase_model: x\n---\n\nSee {Path.home()}\n")
     upload(whole, "me/mine")
-    assert hub.made
+    assert (hub.files / "README.md").read_text().endswith("\nSee ~\n")
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.yaml", "model-2.safetensors", "vocab.txt", "results.json"])
+def test_a_link_takes_no_other_file_along(hub, run, tmp_path, name):
+    """A folder that somebody else made could hold a link to a file of this machine under a name that is sent."""
+    folder = run(tuning="full")
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(UsageError, match=r"is a link to .*id_rsa, and only files of the folder itself are uploaded"):
+        upload(folder, "me/mine")
+    assert hub.made == []
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "-a", "a--b", "a..b", "me/", "/me", "x" * 97, "", "~/x", "é"])

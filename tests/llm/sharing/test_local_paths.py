@@ -36,6 +36,8 @@ def test_paths_become_their_last_part_at_any_depth(here):
     assert found["nested"][0] == {"anything": "data set"}
     assert found["nested"][2] == "rows.jsonl"
     assert str(here) not in json.dumps(found)
+    at_home = {"output_dir": str(Path.home()), "note": f"see {Path.home()}, {Path.home()}/a and {here}"}
+    assert without_paths(at_home) == {"output_dir": "~", "note": f"see ~, a and {here.name}"}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_what_is_no_path_stays(here, text):
 def test_a_check_finds_what_a_rewriting_would_miss(here):
     check_no_path([("a.json", b"nothing")], here)
     hidden = json.dumps({"a": f"{here}/x"}).replace("/", "\\/").encode()
-    for content in (f"see {here}/x".encode(), hidden, f"{Path.home()}/x".encode()):
+    for content in (f"see {here}/x".encode(), hidden, f"{Path.home()}/x".encode(), f"at {Path.home()}.".encode()):
         with pytest.raises(UsageError, match=r"README.md names the folder .* of this machine"):
             check_no_path([("a.json", b""), ("README.md", content)])
 

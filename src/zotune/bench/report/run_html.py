@@ -63,13 +63,18 @@ def _page(results: Line, recipe: str, lines: Sequence[Line]) -> str:
     config = results["config"]
     return render(
         "run.html",
-        title=f"{config['model']}, tuned on {config['task'] or config['train_file']}",
+        title=f"{config['model']}, tuned on {config['task'] or _names(config['train_file'])}",
         header=_header(results),
         heads=["rows", "metric", "value", "95 % interval", "rows read", "loss"],
         lines=[_score(label, results[name]) for name, label in _SPLITS.items() if results.get(name)],
         figures=[draw_figure(figure) for figure in figures(lines, results)],
         recipe=recipe,
     )
+
+
+def _names(files: object) -> str:
+    """Return the name of a file, or of several."""
+    return " and ".join(map(str, files)) if isinstance(files, list) else str(files)
 
 
 def _lines(path: Path) -> list[Line]:

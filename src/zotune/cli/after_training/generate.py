@@ -127,12 +127,19 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         return [str(records[0]["answer"])]
     lines: list[str] = []
     for record in records:
-        asked = record["rendered_prompt"] if "messages" not in record else record["messages"][-1].get("content", "")
-        shown = one_line(str(asked).strip())
+        shown = one_line(_asked(record).strip())
         head = f"── {record['place']}: {shown[:60]}{'…' if len(shown) > 60 else ''}"
         lines += ["", head] if lines else [head]
         lines.append(str(record["answer"]))
     return lines
+
+
+def _asked(record: Mapping[str, Any]) -> str:
+    """Return what a row asks, in the user's words if they are known."""
+    messages = record.get("messages")
+    if isinstance(messages, list) and messages:
+        return str(messages[-1].get("content", ""))
+    return str(record.get("instruction") or record["rendered_prompt"])
 
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -41,7 +41,7 @@ def config_of(schema: type[Config], lm: LanguageModel, options: Mapping[str, Any
     Raises:
         UsageError: an option is unknown, has a wrong value, or names what the caller passes as an argument.
     """
-    options = _with_name_of_objective(our_names(schema, options, function))
+    options = _with_names_of_functions(our_names(schema, options, function))
     dtype = str(lm.base.dtype).removeprefix("torch.")
     loaded = {"model": lm.name, "dtype": dtype if dtype in _DTYPES else "auto", "data_source": IN_MEMORY}
     return validate(schema, {**options, **loaded}, f"{function}()")
@@ -64,22 +64,31 @@ def our_names(schema: type[BaseModel], options: Mapping[str, Any], function: str
     return ours
 
 
-def _with_name_of_objective(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with the name of a reward function in place of the function.
+def _with_names_of_functions(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with the names of rewards and metrics in place of the functions.
 
     Raises:
-        UsageError: the function has no name by which it is found again.
+        UsageError: a function has no name by which it is found again.
     """
-    objective = options.get("objective")
-    if not callable(objective):
-        return dict(options)
-    module, name = getattr(objective, "__module__", ""), getattr(objective, "__name__", "")
-    if getattr(sys.modules.get(module), name, None) is not objective:
+    named = dict(options)
+    if callable(objective := options.get("objective")):
+        named["objective"] = _name_of("objective", objective)
+    metrics = options.get("compute_metrics")
+    if metrics is not None:
+        metrics = metrics if isinstance(metrics, list | tuple) else [metrics]
+        named["compute_metrics"] = [_name_of("compute_metrics", m) if callable(m) else m for m in metrics]
+    return named
+
+
+def _name_of(option: str, function: Any) -> str:
+    """Return the name by which a function is found again."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__name__", "")
+    if getattr(sys.modules.get(module), name, None) is not function:
         raise UsageError(
-            f"objective: the function {name or objective!r} cannot be found by its name. Define it with `def` at the "
+            f"{option}: the function {name or function!r} cannot be found by its name. Define it with `def` at the "
             "top level of a module or a notebook."
         )
-    return {**options, "objective": f"{module}:{name}"}
+    return f"{module}:{name}"
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def evaluate(
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         _check_arguments(eval_dataset, options)
         config = config_of(EvalConfig, lm, options, "evaluate")
-        given = UserRows(eval=rows_of(eval_dataset, "eval_dataset", config.num_eval, "validation"))
+        given = UserRows(eval=rows_of(eval_dataset, "eval_dataset", config.num_eval, "validation", config.delimiter))
         rows = load_rows(lm, config, given)
         for note in rows.notes:
             say(note)

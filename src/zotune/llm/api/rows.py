@@ -14,7 +14,7 @@ from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.data.readers import LocatedRow, class_names, read_located_rows
-from zotune.llm.rows.sources import Rows
+from zotune.llm.rows.sources import Rows, RowStreams
 from zotune.messages import say
 
 # Rows of a stream that are held at most without a number from the caller.
@@ -23,7 +23,9 @@ MAX_STREAMED_ROWS = 100_000
 _TOKENISED = frozenset({"input_ids", "attention_mask", "token_type_ids", "labels", "position_ids"})
 
 
-def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "train") -> Rows:
+def rows_of(
+    dataset: Any, name: str, most: int | None = None, split: str = "train", delimiter: str | None = None
+) -> Rows:
     """Return rows in memory with the place of each, or the rows of a file that is named.
 
     Args:
@@ -31,6 +33,7 @@ def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "trai
         name: the argument's name, for messages; a row's place is `name[index]`.
         most: the rows to read of a stream without a length; None for all of them, up to `MAX_STREAMED_ROWS`.
         split: the split to read of a data set of the Hub whose name contains none.
+        delimiter: the delimiter of a CSV file; None: it is found.
 
     Raises:
         UsageError: it holds something else than rows, or is a longer stream.
@@ -39,12 +42,27 @@ def rows_of(dataset: Any, name: str, most: int | None = None, split: str = "trai
     [LocatedRow(place='train_dataset[0]', columns={'text': 'good', 'label': 1})]
     """
     if isinstance(dataset, str | Path):
-        return Rows(dataset, list(read_located_rows(Path(dataset), split)))
+        return Rows(dataset, list(read_located_rows(Path(dataset), split, delimiter)))
     _check_is_rows(dataset, name)
     rows: Iterator[tuple[int, Any]] = enumerate(_raw_rows(dataset))
     if not isinstance(dataset, Sized):
         rows = _bounded(rows, name, most)
     return Rows(name, [LocatedRow(f"{name}[{i}]", _columns(row, f"{name}[{i}]")) for i, row in rows])
+
+
+def stream_of(dataset: Any, name: str, split: str = "train", delimiter: str | None = None) -> RowStreams:
+    """Return rows to read one at a time, each with its place; arguments and errors are those of `rows_of`.
+
+    >>> rows = stream_of(({"text": f"row {i}"} for i in range(3)), "train_dataset")
+    >>> next(rows.streams[0]).columns
+    {'text': 'row 0'}
+    """
+    if isinstance(dataset, str | Path):
+        return RowStreams(dataset, (read_located_rows(Path(dataset), split, delimiter),))
+    _check_is_rows(dataset, name)
+    every = enumerate(_raw_rows(dataset))
+    rows = (LocatedRow(f"{name}[{i}]", _columns(row, f"{name}[{i}]")) for i, row in every)
+    return RowStreams(name, (rows,))
 
 
 def _check_is_rows(dataset: Any, name: str) -> None:
@@ -92,14 +110,14 @@ def _bounded(rows: Iterator[tuple[int, Any]], name: str, most: int | None) -> It
             number = "num_train" if name == "train_dataset" else "num_eval"
             raise UsageError(
                 f"{name} is a stream of more than {MAX_STREAMED_ROWS:,} rows, and a run holds all its rows in memory. "
-                f"Say how many to read with {number}, or pass dataset.take(N)."
+                f"Say how many to read with {number}, pass dataset.take(N), or give streaming=True to train()."
             )
         yield i, row
 
 
 def _columns(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        hint = ' For texts alone pass [{"prompt": text} for text in texts].' if isinstance(row, str) else ""
+        hint = ' For texts alone pass [{"text": text} for text in texts].' if isinstance(row, str) else ""
         raise UsageError(f'{place} is a {type(row).__name__}; a row must be a dict, {{"column": value, …}}.{hint}')
     columns = dict(row)
     odd = next((key for key in columns if not isinstance(key, str)), None)

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 from zotune.errors import UsageError
 from zotune.llm.api.arguments import config_of, in_words_of_python, our_names
 from zotune.llm.api.loaded import borrowed
-from zotune.llm.api.rows import rows_of
+from zotune.llm.api.rows import rows_of, stream_of
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
@@ -22,9 +22,9 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.output_folder import OutputFolder
-from zotune.llm.rows.sources import UserRows
+from zotune.llm.rows.sources import MAX_STREAMED_EVALUATION, UserRows
 from zotune.llm.sharing.hub import check_upload
-from zotune.llm.tasks.load_data import EncodedData, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput
 from zotune.llm.training.learning_rate import schedule_of
@@ -190,11 +190,16 @@ def _check_held_out(config: TrainConfig, eval_dataset: Any) -> None:
 
 
 def _rows(train_dataset: Any, eval_dataset: Any, config: TrainConfig) -> UserRows:
+    told = ("validation", config.delimiter)
+    if config.streaming:
+        few = None if eval_dataset is None else config.num_eval or MAX_STREAMED_EVALUATION
+        evaluation = None if few is None else rows_of(eval_dataset, "eval_dataset", few, *told)
+        return UserRows(eval=evaluation, stream=stream_of(train_dataset, "train_dataset", delimiter=config.delimiter))
     most = None if config.num_train is None else config.num_train + (config.num_dev or 0)
-    train_rows = rows_of(train_dataset, "train_dataset", most)
+    train_rows = rows_of(train_dataset, "train_dataset", most, delimiter=config.delimiter)
     if eval_dataset is None:
         return UserRows(train_rows)
-    return UserRows(train_rows, rows_of(eval_dataset, "eval_dataset", config.num_eval, "validation"))
+    return UserRows(train_rows, rows_of(eval_dataset, "eval_dataset", config.num_eval, *told))
 
 
 def _prepare(lm: LanguageModel, config: TrainConfig) -> None:
@@ -230,5 +235,5 @@ def _prepare(lm: LanguageModel, config: TrainConfig) -> None:
 
 def _encoded(lm: LanguageModel, config: TrainConfig, given: UserRows) -> EncodedData:
     """Return the rows as tokens; without held-out rows the evaluation rows are those of evaluations during the run."""
-    rows = load_rows(lm, config, given)
+    rows = load_training_rows(lm, config, given)
     return rows if rows.dev or given.eval is None else replace(rows, dev=rows.test)

@@ -17,7 +17,7 @@ from zotune.messages import say
 
 TABLE = Path(__file__).with_name("aliases.toml")
 _OFF = frozenset({"", "false", "none", "no", "off", "null", "disabled", "0", "0.0", "[]", "{}", "()"})
-_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".tsv")
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".tsv", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -153,31 +153,59 @@ def _as_text(value: Any) -> str:
 
 
 def _data(option: str, value: Any) -> Meaning:
-    if not isinstance(value, str):
-        return Meaning({}, f"give one file: {option}: my.jsonl, or a data set of the Hub: {option}: hub:ORG/NAME")
-    if value.startswith("hub:") or value.lower().endswith(_FILES):
-        return Meaning({option: value})
-    if value.count("/") == 1 and "," not in value and not Path(value).exists():
-        return Meaning({option: f"hub:{value}"})
-    return Meaning({}, f"{value!r} is no file of rows; give its path, as {option}: data/NAME.jsonl, or hub:ORG/NAME")
+    """A file, a data set of the Hub, or for training rows several of them, also as LLaMA-Factory's `a,b`."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return Meaning({}, f"give a file: {option}: my.jsonl, or a data set of the Hub: {option}: hub:ORG/NAME")
+    found = [_source(option, name) for name in names]
+    wrong = next((answer for _, answer in found if answer), "")
+    sources = [source for source, _ in found]
+    if len(sources) > 1 and option != "train_file":
+        return Meaning({}, f"give one file of evaluation rows: {option}: my.jsonl")
+    return Meaning({}, wrong) if wrong else Meaning({option: sources[0] if len(sources) == 1 else sources})
 
 
-def _one_dataset(option: str, value: Any) -> Meaning:
-    """An Axolotl list of data sets, if it has one entry of a path."""
-    is_one = isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], dict)
-    if not is_one or "path" not in value[0]:
-        return Meaning({}, f"rows are read from one file or data set; give it as {option}: my.jsonl or hub:ORG/NAME")
-    entry = {key: part for key, part in value[0].items() if key not in ("ds_type", "split") or part is None}
+def _source(option: str, name: str) -> tuple[str, str]:
+    """Return a file or data set as our options name it, or an answer."""
+    # A folder is one of save_to_disk, or refused when it is read.
+    if name.startswith("hub:") or name.lower().endswith(_FILES) or Path(name).is_dir():
+        return name, ""
+    if name.count("/") == 1 and not Path(name).exists():
+        return f"hub:{name}", ""
+    return "", f"{name!r} is no file of rows; give its path, as {option}: data/NAME.jsonl, or hub:ORG/NAME"
+
+
+def _data_sets(option: str, value: Any) -> Meaning:
+    """An Axolotl list of data sets, each with a path."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not entries or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+        return Meaning({}, f"give the paths of the rows: {option}: my.jsonl or hub:ORG/NAME, or a list of them")
+    found = [_data_set(option, entry) for entry in entries]
+    wrong = next((one.answer for one in found if one.answer), "")
+    formats = {one.options.get("data_format") for one in found}
+    if not wrong and len(formats) > 1:
+        wrong = (
+            "all files of a run have rows of one format; make them rows of a prompt and a completion, or of messages"
+        )
+    if wrong:
+        return Meaning({}, wrong)
+    data = _data(option, [one.options[option] for one in found])
+    return data if data.answer or None in formats else Meaning({**data.options, "data_format": formats.pop()})
+
+
+def _data_set(option: str, given: Mapping[str, Any]) -> Meaning:
+    entry = {key: part for key, part in given.items() if key not in ("ds_type", "split") or part is None}
     kind = entry.pop("type", None)
-    data_format = {"chat_template": "chat", "None": None}.get(str(kind), kind)
-    if data_format not in (None, "chat", "sharegpt", "alpaca"):
+    # A completion of Axolotl's has no prompt: it is plain text.
+    data_format = {"chat_template": "chat", "completion": "text", "None": None}.get(str(kind), kind)
+    if data_format not in (None, "chat", "sharegpt", "alpaca", "text"):
         return Meaning(
             {},
             f"type: {kind} is a prompt of Axolotl's; write it out beside {option}, as data_format: completion, "
             "template: '{instruction} …', columns: {completion: output}",
         )
     more = [key for key in entry if key != "path"]
-    if more or value[0].get("split") not in (None, "train"):
+    if more or given.get("split") not in (None, "train"):
         return Meaning({}, f"give the data as {option}: FILE or hub:ORG/NAME:SPLIT, and its columns as columns")
     data = _data(option, entry["path"])
     return data if data.answer or data_format is None else Meaning({**data.options, "data_format": data_format})
@@ -201,8 +229,8 @@ def _target_modules(value: Any) -> Meaning:
 CONVERTERS: dict[str, Callable[[Any], Meaning]] = {
     "train_data": lambda value: _data("train_file", value),
     "eval_data": lambda value: _data("eval_file", value),
-    "one_dataset": lambda value: _one_dataset("train_file", value),
-    "one_test_dataset": lambda value: _one_dataset("eval_file", value),
+    "one_dataset": lambda value: _data_sets("train_file", value),
+    "one_test_dataset": lambda value: _data_sets("eval_file", value),
     "rows_held_out": _rows_held_out,
     "target_modules": _target_modules,
     "task": lambda value: Meaning({"task": str(value).lower()}),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.objective import OF_ANSWERS, ObjectiveOptions
+from zotune.llm.config.objective import OF_ANSWERS, TextOptions, as_list
 from zotune.llm.config.schema import is_partial
 
 # The data source of a run from Python on rows that the caller holds, so that no option names them.
@@ -22,7 +31,24 @@ ROLES = (
 )
 
 
-class DataOptions(ObjectiveOptions):
+# For editors: a recipe may name one file, or several.
+_FILE_OR_FILES = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+)
+
+
+def _as_numbers(value: Any) -> Any:
+    """Return numbers in a text, separated by commas or spaces, as a list; other values as `as_list` does."""
+    return value.replace(",", " ").split() if isinstance(value, str) else as_list(value)
+
+
+def _as_one(files: tuple[Path, ...] | None) -> Any:
+    """Return the files as a recipe holds them: one by its name, several as a list."""
+    names = [str(file) for file in files or ()]
+    return names[0] if len(names) == 1 else names or None
+
+
+class DataOptions(TextOptions):
     """The options of the data: a task that zotune knows, or files of the user's own."""
 
     task: str | None = Field(
@@ -39,21 +65,34 @@ class DataOptions(ObjectiveOptions):
         "the label "
         "alone; masked models get a classification head).",
     )
-    train_file: Path | None = Field(
+    train_file: Annotated[
+        tuple[Path, ...] | None, BeforeValidator(as_list), PlainSerializer(_as_one, when_used="json"), _FILE_OR_FILES
+    ] = Field(
         None,
-        description="File of your own training rows: JSON or JSON lines, CSV or TSV (also gzipped), Parquet, a folder "
-        "of save_to_disk, or hub:ORG/NAME[:SPLIT].",
+        description="File of your own training rows, or several: JSON or JSON lines, CSV or TSV, text (all also "
+        "gzipped), Parquet, a folder of save_to_disk, or hub:ORG/NAME[:SPLIT].",
+    )
+    train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_numbers)] = Field(
+        (),
+        description="How often rows of each training file are read, in relation to each other, as 2 1; default: each "
+        "row "
+        "once a pass.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Keep training rows as tokens on the disk and not in memory, and read no more of the files than "
+        "num_train rows, or than the steps need.",
     )
     eval_file: Path | None = Field(
         None, description="File of your own evaluation rows; default: rows held out of the training file."
     )
-    data_format: Literal["classification", "completion", "chat", "choice", "alpaca", "sharegpt", "prompt"] | None = (
-        Field(None, description="Format of your rows; default: inferred from their columns.")
-    )
+    data_format: (
+        Literal["classification", "completion", "chat", "choice", "alpaca", "sharegpt", "prompt", "text"] | None
+    ) = Field(None, description="Format of your rows; default: inferred from their columns.")
     delimiter: str | None = Field(
         None,
-        description="What separates the cells of your CSV files: one character, or `tab`; default: found from the "
-        "header, tabs in a .tsv file.",
+        description="Delimiter of your CSV files: one character, or `tab`; default: found from the header, a tab for "
+        ".tsv files.",
     )
     text_column: str = Field("text", description="Column of your files that holds the text.")
     label_column: str = Field("label", description="Column of your files that holds the label, or the right choice.")
@@ -142,9 +181,24 @@ class DataOptions(ObjectiveOptions):
         return value
 
     @property
+    def train_files(self) -> tuple[Path, ...]:
+        """The files of training rows; empty without one."""
+        return self.train_file or ()
+
+    @property
+    def named_files(self) -> str:
+        """The files of training rows by name, as text."""
+        return " and ".join(map(str, self.train_files)) or "rows in memory"
+
+    @property
     def generates_text(self) -> bool:
         """Whether text is generated, for the objective or for an evaluation."""
-        return self.is_generated or self.exact_match
+        return self.is_generated or self.exact_match or bool(self.compute_metrics)
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether a function of the user may read the columns of rows."""
+        return self.is_function or any(":" in name for name in self.compute_metrics)
 
     @property
     def compares_answers(self) -> bool:
@@ -160,7 +214,36 @@ class DataOptions(ObjectiveOptions):
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
+        self._check_weights()
+        if self.streaming and self.train_file is None and self.data_source != IN_MEMORY and not is_partial(info):
+            raise ValueError("streaming is for training rows: give their files with --train-file")
+        of_own_rows = ("packing", "chat_template", "system_prompt", "apply_chat_template", "streaming")
+        idle = next((name for name in of_own_rows if self.task is not None and getattr(self, name)), None)
+        if idle is not None and not is_partial(info):
+            raise ValueError(f"{idle} is for rows of your own, and a task has its own prompts; leave it out")
         unknown = [role for role in self.columns if role not in ROLES]
         if unknown:
             raise ValueError(f"columns: there is no {unknown[0]!r} to name.{did_you_mean(unknown[0], ROLES)}")
         return self
+
+    def _check_weights(self) -> None:
+        """Check the weights of the files, of which a recipe may name only the one or the other.
+
+        Raises:
+            ValueError: they are not one positive number for each of several files, or a file is named twice.
+        """
+        weights, files = self.train_file_weights, self.train_file or ()
+        if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError(f"train_file_weights are numbers above 0, one for each file; got {list(weights)}")
+        if len(set(files)) < len(files):
+            raise ValueError("train_file names a file twice; give it once, and a larger weight in train_file_weights")
+        if weights and files and (len(weights) != len(files) or len(files) == 1):
+            raise ValueError(
+                f"train_file_weights has {len(weights)} numbers for {len(files)} training files; give one number for "
+                "each of several files"
+            )
+        if files == () and weights and self.data_source == IN_MEMORY:
+            raise ValueError(
+                "train_file_weights are for files. Mix rows in memory with datasets.interleave_datasets(…, "
+                "probabilities=[…])"
+            )

@@ -136,6 +136,7 @@ NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
 _INHERITED = (
     *("data_format", "text_column", "label_column", "columns", "template", "verbalizer"),
     *("scored_turns", "chat_date", "read_control_tokens", "exact_match", "max_length"),
+    *("packing", "long_rows", "system_prompt", "apply_chat_template"),
     *("objective", "generation", "temperature", "top_p", "max_new_tokens", "stop_at"),
 )
 

@@ -79,7 +79,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
         *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
-        *("scored_turns", "chat_date", "read_control_tokens", "data_seed"),
+        *("packing", "long_rows", "chat_template", "system_prompt", "apply_chat_template", "train_file_weights"),
+        *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (
         *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),
@@ -100,7 +101,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Evaluation": (
         *("eval_steps", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),
-        *("early_stopping_patience", "exact_match"),
+        *("early_stopping_patience", "exact_match", "compute_metrics"),
         *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
     ),
     "Output": (

@@ -70,7 +70,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         source = _template_of(self.tokenizer)
-        if _names_used(source) & {"|random", "lipsum"}:
+        if names_used(source) & {"|random", "lipsum"}:
             raise UsageError(
                 "the model's chat template draws at random, so the same rows would give other texts in each run. "
                 "Save the tokenizer with a template that does not."
@@ -120,7 +120,7 @@ class ChatTemplate:
     @property
     def writes_tools(self) -> bool:
         """Whether the template writes the tools that the assistant may call."""
-        return "tools" in _names_used(self._source)
+        return "tools" in names_used(self._source)
 
     def _check_writes_calls(self, messages: Sequence[Message]) -> None:
         if any("tool_calls" in message for message in messages) and "tool_calls" not in self._source:
@@ -181,7 +181,7 @@ class ChatTemplate:
 def reads_clock(tokenizer: Any) -> bool:
     """Return whether a tokenizer's chat template writes the date of today; False if it has no template for chats."""
     with suppress(UsageError):
-        return _CLOCK in _names_used(_template_of(tokenizer))
+        return _CLOCK in names_used(_template_of(tokenizer))
     return False
 
 
@@ -197,7 +197,7 @@ def _at_date(source: str, today: date) -> str:
         return repr(datetime.combine(today, time()).strftime(call[1] if call[1] is not None else call[2]))
 
     fixed = _CLOCK_CALL.sub(then, source)
-    if _CLOCK in _names_used(fixed):
+    if _CLOCK in names_used(fixed):
         raise UsageError(
             f"the model's chat template reads the clock ({_CLOCK}) with a format that is not written out, so the text "
             "of a row would change from day to day. Save the tokenizer with a template that does not."
@@ -206,7 +206,7 @@ def _at_date(source: str, today: date) -> str:
 
 
 @lru_cache(maxsize=16)
-def _names_used(template: str) -> frozenset[str]:
+def names_used(template: str) -> frozenset[str]:
     """Return the variables and (after a bar) filters of a template, but no variable that it only asks about."""
     from jinja2 import Environment, TemplateSyntaxError, nodes
 
@@ -238,14 +238,13 @@ def _template_of(tokenizer: Any) -> str:
     known = getattr(tokenizer, "chat_template", None)
     if not known:
         raise UsageError(
-            "the model's tokenizer has no chat template. Use a model that was trained for chats, or rows with a prompt "
-            "and a completion."
+            "the model's tokenizer has no chat template. Use a model that was trained for chats, rows with a prompt "
+            "and a completion, or give a template with --chat-template (a file, chatml or plain)."
         )
     if isinstance(known, dict) and "default" not in known:
         names = ", ".join(sorted(known))
         raise UsageError(
-            f"the model's tokenizer has several chat templates ({names}), and none of them is named default. Save the "
-            "tokenizer with one of them: tokenizer.chat_template = tokenizer.chat_template['NAME'], then "
-            "tokenizer.save_pretrained(folder)."
+            f"the model's tokenizer has several chat templates ({names}), and none of them is named default. Choose "
+            "one with --chat-template NAME."
         )
     return str(tokenizer.get_chat_template())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from zotune.llm.data.readers import Row as Row
 
@@ -26,6 +28,8 @@ class Example:
             generated, the span is its position at the end.
         controls: the (start, end) of the characters of the prompt, followed by the candidate, in which the texts of
             control tokens are read as these tokens; elsewhere they are plain text.
+        rendered: whether a chat template wrote prompt and candidates, so that they contain all special tokens.
+        columns: the row's columns, for a reward or a metric that reads them.
         place: file and line of the row, for messages.
     """
 
@@ -39,6 +43,8 @@ class Example:
     second: str | None = None
     spans: tuple[tuple[int, int], ...] = ()
     controls: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    rendered: bool = False
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     place: str = field(default="", compare=False)
 
 

@@ -6,9 +6,34 @@ A compressed file of kilobytes may hold rows of gigabytes, and a row of many tin
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from zotune.errors import UsageError
 from zotune.system.bounds import DATA_BYTES, DATA_VALUES, ROW_LENGTH, ROW_VALUES, ROWS
+
+_ARE_KEPT = ContextVar("are_kept", default=True)
+
+
+@contextmanager
+def one_row_at_a_time() -> Iterator[None]:
+    """Within this context rows are let go once they are used, so that only each of them is bounded, not all together.
+
+    >>> with one_row_at_a_time():
+    ...     rows_are_kept()
+    False
+    """
+    token = _ARE_KEPT.set(False)
+    try:
+        yield
+    finally:
+        _ARE_KEPT.reset(token)
+
+
+def rows_are_kept() -> bool:
+    """Return whether whoever reads rows keeps all of them in memory."""
+    return _ARE_KEPT.get()
 
 
 class RowBounds:
@@ -23,7 +48,7 @@ class RowBounds:
         self._source = source
         self.row_length = ROW_LENGTH.value
         self._row_values = ROW_VALUES.value
-        self._left = {bound: bound.value for bound in (ROWS, DATA_BYTES, DATA_VALUES)}
+        self._left = {bound: bound.value for bound in (ROWS, DATA_BYTES, DATA_VALUES) if rows_are_kept()}
 
     def check_row(self, place: str, length: int, num_values: int) -> None:
         """Count a row before its values are made.
@@ -49,6 +74,8 @@ class RowBounds:
             UsageError: all rows so far are above a bound.
         """
         for bound, count in ((ROWS, num_rows), (DATA_BYTES, num_bytes), (DATA_VALUES, num_values)):
+            if bound not in self._left:
+                continue
             self._left[bound] -= count
             if self._left[bound] < 0:
                 raise UsageError(bound.refusal(self._source))

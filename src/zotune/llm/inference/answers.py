@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from zotune.errors import UsageError
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.data.examples import Splits
 from zotune.llm.data.tokenization import Encoded
@@ -14,7 +15,7 @@ from zotune.llm.scoring.accuracy import batches_by_length
 from zotune.llm.scoring.generation import Sampling, generate
 from zotune.llm.scoring.rewards import open_ended
 from zotune.llm.scoring.streaming import Stream
-from zotune.llm.tasks.load_data import encode_rows
+from zotune.llm.tasks.load_data import encode_rows, with_chat_template
 from zotune.llm.tasks.user_data import load_user_data
 from zotune.noise import derive_seed
 
@@ -33,6 +34,9 @@ def encode_prompts(lm: LanguageModel, rows: Rows, config: EvalConfig) -> tuple[E
     Raises:
         UsageError: a row does not suit the model or the options; the message says which and why.
     """
+    if config.long_rows == "drop":
+        raise UsageError("long_rows: drop would leave prompts without a text; give truncate or error.")
+    config = with_chat_template(lm, config)
     data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=UserRows(eval=rows))
     prompts = tuple(map(open_ended, data.splits.test))
     return encode_rows(lm, config, replace(data, splits=Splits((), (), prompts))).test

@@ -33,7 +33,12 @@ Form = Literal["chat", "alpaca", "prompt"]
 
 _TEXT_FILES = ("", ".txt", ".md")
 # Options of a run that say how its rows are read; the others say what is learnt of them.
-_OF_PROMPTS = ("text_column", "columns", "template", "chat_date", "read_control_tokens", "max_length")
+_OF_PROMPTS = (
+    *("text_column", "columns", "template", "chat_date", "read_control_tokens", "max_length"),
+    *("apply_chat_template", "system_prompt"),
+)
+# Those that say what a prompt is made of, not read where it stands as it is.
+_OF_FORMS = ("columns", "text_column", "template", "apply_chat_template", "system_prompt")
 # Rows of instructions need an output, which is not read here.
 _NO_OUTPUT = "-"
 
@@ -92,11 +97,13 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
     """
     run, source = inherited_options(_config(options, {}))
     known = {name: run[name] for name in _OF_PROMPTS if run.get(name) is not None}
+    if known.get("apply_chat_template") and options.system_prompt is not None:
+        known["system_prompt"] = options.system_prompt
     trained = _form_of(run) if run else "chat" if has_chat_template(tokenizer) else "prompt"
     if form == "plain" or (form == "auto" and trained == "prompt" and not run):
-        without = {k: v for k, v in known.items() if k not in ("columns", "text_column", "template")}
+        without = {k: v for k, v in known.items() if k not in _OF_FORMS}
         return PromptStyle("prompt", _config(options, {**without, "data_format": "prompt", "template": "{prompt}"}))
-    if form == "chat" and trained != "chat":
+    if run and form == "chat" and trained != "chat":
         say(f"{source}: the model was tuned on other prompts than chats, and reads these as its base model does")
     chosen: Form = "chat" if form == "chat" else trained
     template = known.get("template") or getattr(SHAPES.get(str(run.get("data_format"))), "template", None)
@@ -106,7 +113,9 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
 
 
 def _form_of(run: Mapping[str, Any]) -> Form:
-    """Return the form in which a run's rows were read."""
+    """Return the form in which a run's rows were read; prompts of messages had no template."""
+    if run.get("data_format") in ("completion", "prompt") and run.get("template") is None:
+        return "chat"
     return {"chat": "chat", "sharegpt": "chat", "alpaca": "alpaca"}.get(str(run.get("data_format")), "prompt")  # type: ignore[return-value]
 
 

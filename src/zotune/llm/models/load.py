@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,9 +38,9 @@ from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.messages import say
+from zotune.system.loggers import quiet_loggers
 from zotune.system.processor import emulates
 
-_TALKATIVE = ("transformers", "huggingface_hub", "datasets", "peft", "bitsandbytes", "torchao", "torch.utils._pytree")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -148,10 +147,7 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.logging.disable_progress_bar()
-    for name in _TALKATIVE:
-        # Setting a level makes every logger of the process forget what it has cached.
-        if (logger := logging.getLogger(name)).level != logging.ERROR:
-            logger.setLevel(logging.ERROR)
+    quiet_loggers()
     # A warning from peft about transformers that only their developers can act on.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     # Matrices are untied before an adapter on one of them is merged.

@@ -16,8 +16,6 @@ from zotune.llm.output.manifest import RUN_PATTERNS, Manifest
 # No number of a result depends on this module.
 COUNTS_FOR_RESULTS = "never"
 
-_INPUTS = ("train_file", "eval_file")
-
 
 def check_free(folder: LockedFolder, valuable: Sequence[str], *, overwrites: bool) -> None:
     """Check that a new run may write into a folder.
@@ -61,7 +59,7 @@ def check_inputs(config: TrainConfig, manifest: Manifest) -> None:
                 f"{config.output_dir} is the folder of the model {path.name}, which the run reads; choose another "
                 "--output-dir."
             )
-    files = [Path(value) for name in _INPUTS if (value := getattr(config, name, None))]
+    files = [*config.train_files, *([] if config.eval_file is None else [config.eval_file])]
     for path in [*_models(Path(config.model)), *(file.resolve() for file in files)]:
         if path.is_relative_to(output) and path.relative_to(output).parts[0] in manifest.files and not config.resume:
             raise UsageError(

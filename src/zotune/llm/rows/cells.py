@@ -9,7 +9,7 @@ from typing import Any
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.readers.located import LocatedRow
-from zotune.system.bounds import ROW_VALUES, count_values
+from zotune.system.bounds import MAX_DEPTH, ROW_VALUES, count_values, is_deep
 
 
 def column_of(role: str, options: DataOptions) -> str:
@@ -73,11 +73,18 @@ def list_of(row: LocatedRow, column: str, like: str) -> list[Any]:
 
 
 def from_json(text: str, place: str) -> Any:
-    """Return the value of a JSON text, or the text itself if it is none."""
+    """Return the value of a JSON text, or the text itself if it is none.
+
+    Raises:
+        UsageError: the value is above a bound.
+    """
     ROW_VALUES.check(count_values(text), place)
+    value: Any = text
     with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return text
+        value = json.loads(text)
+    if is_deep(value):
+        raise UsageError(f"{place}: values are nested more than {MAX_DEPTH} deep; flatten them.")
+    return value
 
 
 def short(value: Any) -> str:

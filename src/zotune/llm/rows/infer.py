@@ -10,11 +10,14 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.data.readers import ClassNumber, LocatedRow
 from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.labels import check_words, labels_as_words
-from zotune.llm.rows.nearest import nearest_shape
-from zotune.llm.rows.shapes import PROMPT_ALONE, SHAPES
+from zotune.llm.rows.messages import holds_messages
+from zotune.llm.rows.nearest import is_named_like, nearest_shape
+from zotune.llm.rows.shapes import PLAIN_TEXT, PROMPT_ALONE, SHAPES
 
 # Options that only some shapes use.
-_SHAPE_OPTIONS = ("template", "verbalizer", "exact_match", "scored_turns", "chat_date")
+_SHAPE_OPTIONS = ("template", "verbalizer", "exact_match", "scored_turns", "chat_date", "packing")
+# Options of answers, which a text alone has none of.
+_OF_ANSWERS = ("apply_chat_template", "system_prompt", "chat_template", "compute_metrics")
 
 
 def resolve_shape(options: DataOptions, rows: Sequence[LocatedRow], source: str | Path) -> DataOptions:
@@ -33,6 +36,9 @@ def resolve_shape(options: DataOptions, rows: Sequence[LocatedRow], source: str 
         ):
             users = " or ".join(other for other, one in SHAPES.items() if option in one.uses)
             raise UsageError(f"{option} has no effect on rows of {shape.description} ({name}); it is for {users}.")
+    idle = next((option for option in _OF_ANSWERS if name == PLAIN_TEXT and getattr(options, option)), None)
+    if idle is not None:
+        raise UsageError(f"{idle} has no effect on rows of {shape.description} ({name}), which have no answers.")
     if name == PROMPT_ALONE and not options.is_function:
         raise UsageError(
             f"rows of {shape.description} ({name}) contain no right answer: give --objective MODULE:FUNCTION, "
@@ -61,9 +67,15 @@ def check_masked(options: DataOptions) -> None:
 
 
 def _default_template(name: str, rows: Sequence[LocatedRow], options: DataOptions) -> str | None:
-    """Return the default template of a shape; for a prompt alone it is the prompt column or the text column."""
-    if name == PROMPT_ALONE and column_of("prompt", options) not in columns_with_values(rows):
+    """Return the default template of a shape, which is none for prompts of messages: the chat template writes these.
+
+    For a prompt alone it is the prompt column or the text column.
+    """
+    prompt = column_of("prompt", options)
+    if name == PROMPT_ALONE and prompt not in columns_with_values(rows):
         return "{text}"
+    if name in ("completion", PROMPT_ALONE) and holds_messages(rows[0], prompt):
+        return None
     return SHAPES[name].template
 
 
@@ -89,7 +101,9 @@ def _infer(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path)
     present = columns_with_values(rows)
     if options.is_function:
         return _of_prompts(present, options)
-    fitting = [name for name in SHAPES if name != PROMPT_ALONE and _fits(name, present, options)]
+    fitting = [name for name in SHAPES if name not in (PROMPT_ALONE, PLAIN_TEXT) and _fits(name, present, options)]
+    if not fitting and _is_text_alone(present, options):
+        return PLAIN_TEXT
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -97,7 +111,21 @@ def _infer(rows: Sequence[LocatedRow], options: DataOptions, source: str | Path)
             f"{source}: the columns {', '.join(sorted(present))} fit several formats: {', '.join(fitting)}. "
             f"Choose one, for instance with --data-format {fitting[0]}."
         )
-    raise UsageError(f"{source}: {nearest_shape(present, options)}")
+    raise UsageError(f"{source}: {nearest_shape(present, options)}{_list_within(rows)}")
+
+
+def _list_within(rows: Sequence[LocatedRow]) -> str:
+    """Return a hint if the only row is an object around the list of rows, as in `{"version": 1, "data": [{…}, …]}`."""
+    columns = rows[0].columns if len(rows) == 1 else {}
+    names = [name for name, v in columns.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    return f" If the list {names[0]!r} holds the rows, write this list alone into the file." if names else ""
+
+
+def _is_text_alone(present: Sequence[str], options: DataOptions) -> bool:
+    """Return whether rows have a text, and neither a label of another name nor options that ask for one."""
+    asked = options.verbalizer or options.columns or options.label_column != "label"
+    others = [name for name in present if name != options.text_column]
+    return options.text_column in present and not asked and not any(is_named_like("label", name) for name in others)
 
 
 def _of_prompts(present: Sequence[str], options: DataOptions) -> str:

@@ -1,14 +1,15 @@
-"""The shape that rows come nearest to, where their columns fit none: what to say so that they do."""
+"""The nearest shape for columns that fit none, and the options with which they fit."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 from zotune.errors import did_you_mean
 from zotune.llm.config.data import DataOptions
 from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.shape import Shape
-from zotune.llm.rows.shapes import PROMPT_ALONE, SHAPES
+from zotune.llm.rows.shapes import PLAIN_TEXT, PROMPT_ALONE, SHAPES
 
 # Names that files give to the columns of a role.
 _KNOWN_NAMES = {
@@ -33,15 +34,18 @@ def nearest_shape(present: Sequence[str], options: DataOptions) -> str:
     >>> print(nearest_shape(["question", "answer"], DataOptions(eval_file="a.csv")).split(". ")[2])
     Give --columns prompt question completion answer
     """
-    forms = {name: shape for name, shape in SHAPES.items() if name != PROMPT_ALONE}
+    forms = {name: shape for name, shape in SHAPES.items() if name not in (PROMPT_ALONE, PLAIN_TEXT)}
     found = {name: _names(shape, present, options) for name, shape in forms.items()}
     nearest = min(forms, key=lambda name: _distance(found[name], present))
     lacking = next(column for column in forms[nearest].columns(options) if column not in present)
     shapes = "; ".join(f"{name} ({', '.join(shape.columns(options))})" for name, shape in forms.items())
+    plain = ""
+    if options.text_column in present:
+        plain = f" To learn the column {options.text_column!r} as plain text, give --data-format {PLAIN_TEXT}."
     return (
         f"there is no column {lacking!r}.{_hint(lacking, present)} The columns {_listed(present)} fit no shape "
         f"of rows; the nearest one is {nearest}, {forms[nearest].description}."
-        f"{_advice(forms[nearest], found[nearest], present, options)} The shapes are: {shapes}."
+        f"{_advice(forms[nearest], found[nearest], present, options)}{plain} The shapes are: {shapes}."
     )
 
 
@@ -49,6 +53,16 @@ def _hint(name: str, present: Sequence[str]) -> str:
     """Return the column that is spelt nearly so, if there is one; all columns are listed anyway."""
     hint = did_you_mean(name, present)
     return hint if hint.startswith(" Did") else ""
+
+
+def is_named_like(role: str, column: str) -> bool:
+    """Return whether a column may be one of a role under another name.
+
+    >>> is_named_like("label", "Labels"), is_named_like("label", "sentiment"), is_named_like("label", "url")
+    (True, True, False)
+    """
+    name = column.lower()
+    return name in _KNOWN_NAMES.get(role, ()) or bool(difflib.get_close_matches(name, [role], n=1, cutoff=0.8))
 
 
 def _names(shape: Shape, present: Sequence[str], options: DataOptions) -> dict[str, str | None]:

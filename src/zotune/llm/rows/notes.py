@@ -11,7 +11,7 @@ from zotune.errors import listed
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.examples import Example, Splits
-from zotune.llm.data.readers import kind_of
+from zotune.llm.data.readers import TABLES, kind_of
 from zotune.llm.data.readers.delimited import DELIMITERS, delimiter_of
 from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.infer import unread_columns
@@ -67,9 +67,10 @@ def control_token_notes(splits: Splits, options: DataOptions, tokenizer: Any) ->
             f"{found.num_begun} of {len(every)} prompts start with {tokenizer.bos_token!r}, which the tokenizer adds "
             "too; it is read once"
         )
-    if options.data_format == "completion" and not tokenizer.eos_token:
+    if options.data_format in ("completion", "text") and not tokenizer.eos_token:
+        what = "texts" if options.data_format == "text" else "completions"
         notes.append(
-            "the tokenizer has no end-of-text token, so the completions have no end: the model does not learn to stop"
+            f"the tokenizer has no end-of-text token, so the {what} have no end: the model does not learn to stop"
         )
     return notes
 
@@ -84,7 +85,7 @@ class _TextsOfControlTokens:
         self.literal: set[str] = set()
         self.num_literal = self.num_begun = 0
         for example in examples:
-            starts = bool(begin) and example.prompt.startswith(begin) and not example.spans
+            starts = bool(begin) and example.prompt.startswith(begin) and not (example.spans or example.rendered)
             self.num_begun += starts and adds_begin
             # A generated answer's end, and a text's beginning, are read as the tokens that belong there.
             candidate = example.candidates[0].removesuffix(end) if len(example.candidates) == 1 else ""
@@ -118,10 +119,12 @@ def shape_note(options: DataOptions, given: UserRows, tokenizer: Any) -> str:
         note += f", separated by {DELIMITERS.get(delimiter, repr(delimiter))}"
     record = SHAPES[name].to_record(given.first.rows[0], options)
     if isinstance(record, Completion) and record.user is not None:
-        is_chat = is_written_as_chat(record, tokenizer)
+        is_chat = is_written_as_chat(record, options, tokenizer)
         note += ", written with " + ("the model's chat template" if is_chat else "Alpaca's prompt (no chat template)")
     elif isinstance(record, Chat) and name not in ("chat", "sharegpt"):
         note += ", as messages of a chat"
+    elif is_written_as_chat(record, options, tokenizer) and not isinstance(record, Chat):
+        note += ", written with the model's chat template"
     if options.verbalizer:
         shown = [f"{label!r} → {word.strip()!r}" for label, word in options.verbalizer.items()]
         note += f"; labels {', '.join(shown[:5])}{f' and {len(shown) - 5} more' if len(shown) > 5 else ''}"
@@ -129,30 +132,30 @@ def shape_note(options: DataOptions, given: UserRows, tokenizer: Any) -> str:
 
 
 def chat_notes(options: DataOptions, given: UserRows, tokenizer: Any) -> list[str]:
-    """Say what of the rows' chats the model does not read: tools, and what follows the assistant's last turn."""
+    """Report the parts of chats that the model does not read: tools, and messages after the assistant's last turn."""
     rows, name = given.first.rows, options.data_format or ""
     notes = []
     with_tools = sum(bool(row.columns.get(column_of("tools", options))) for row in rows)
     if "tools" in SHAPES[name].optional and with_tools and not chat_template_of(options, tokenizer).writes_tools:
-        notes.append(f"the model's chat template writes no tools, which {with_tools} of {len(rows)} rows name")
+        notes.append(f"{with_tools} of {len(rows)} rows name tools, which the model's chat template does not write")
     left = sum(ends_open(row, options) for row in rows) if name == "sharegpt" and not options.is_function else 0
     if left:
         notes.append(
-            f"{left} of {len(rows)} conversations go on after the assistant's last turn; nothing is learnt from that, "
-            "and it is left out"
+            f"{left} of {len(rows)} conversations go on after the assistant's last turn; the rest is left out, because "
+            "nothing is learnt from it"
         )
     return notes
 
 
 def _delimiter(source: str | Path, options: DataOptions) -> str | None:
     """Return what separates the cells of a source that is a table of text."""
-    is_table = isinstance(source, Path) and kind_of(source) in (".csv", ".tsv")
+    is_table = isinstance(source, Path) and kind_of(source) in TABLES
     return delimiter_of(Path(source), options.delimiter) if is_table else None
 
 
 def unread_notes(options: DataOptions, given: UserRows) -> list[str]:
     """Name the columns that nothing reads; a reward function sees all of them."""
-    names = [] if options.is_function else unread_columns(given.first.rows, options)
+    names = [] if options.reads_columns else unread_columns(given.first.rows, options)
     if not names:
         return []
     return [f"not read: the column{'s' * (len(names) > 1)} {listed(map(repr, names), _SHOWN)}"]

@@ -1,4 +1,4 @@
-"""What a row means, whatever its shape and before a tokenizer reads it."""
+"""The meaning of a row, independent of its shape and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a row means.
+    """The meaning of a row.
 
     Attributes:
         place: file and line of the row, for messages.
@@ -50,14 +50,21 @@ class Completion(Record):
     """A prompt and the text that follows it, exactly as it is written.
 
     Attributes:
-        user, system: what the user and the system say in its place to a model with a chat template; None: the prompt
-            is read as it is by such models too.
+        user, system: the messages of the user and the system in place of the prompt, for a model with a chat template;
+            None: such models read the prompt as it is too.
     """
 
     prompt: Prompt
     completion: str
     user: str | None = None
     system: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText(Record):
+    """A text of which every token is learnt."""
+
+    text: Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,7 @@ class Chat(Record):
         tools: the tools that the assistant may call, as JSON schemas.
         first: the number of messages before those that may be learnt, all of the assistant's behind them; None: its
             last one is learnt, or all, as `scored_turns` says.
-        references: what a reward function may compare an answer with, if that is not the chat's last message.
+        references: the accepted answers for a reward function, if the chat's last message is not the reference.
     """
 
     messages: tuple[Message, ...]

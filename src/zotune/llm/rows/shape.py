@@ -11,7 +11,7 @@ from zotune.llm.rows.cells import column_of
 from zotune.llm.rows.records import Record
 from zotune.llm.rows.templates import template_columns
 
-# A row and the options → what it means. Errors name the row's place.
+# A row and the options → the meaning of the row. Errors name the row's place.
 ToRecord = Callable[[LocatedRow, DataOptions], Record]
 
 
@@ -23,7 +23,7 @@ class Shape:
         description: the content of a row.
         template: the default prompt template; None if the prompt is made in another way.
         roles: columns that a row must have beside those in the template.
-        to_record: the function from a row to what it means.
+        to_record: the function from a row to its meaning.
         uses: options that this shape uses and others do not.
         optional: columns that are read where a row has them.
     """
@@ -46,7 +46,7 @@ class Shape:
 
     def columns_read(self, options: DataOptions) -> tuple[str, ...]:
         """Return the columns that are read where a row has them."""
-        return _named([*_roles_in(options.template), *self.roles, *self.optional], options)
+        return _named([*_roles_in(options.template or self.template), *self.roles, *self.optional], options)
 
 
 def _roles_in(template: str | None) -> tuple[str, ...]:

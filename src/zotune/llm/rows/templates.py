@@ -15,6 +15,9 @@ from zotune.llm.rows.cells import cell_text, column_of
 from zotune.llm.rows.records import Prompt
 from zotune.system.bounds import ROW_LENGTH, WIDTH
 
+# The template of a prompt in a column of its own.
+PROMPT_COLUMN = "{prompt}"
+
 
 @lru_cache
 def template_columns(template: str) -> tuple[str, ...]:
@@ -55,17 +58,17 @@ def _check_width(form: str, template: str) -> None:
 
 
 def prompt_of(row: LocatedRow, options: DataOptions) -> Prompt:
-    """Return the template of the options, filled with a row.
+    """Return the template of the options, or else the prompt column, filled with a row.
 
     Raises:
         UsageError: a column is missing, all of them are empty, or the prompt would be too long.
     """
-    assert options.template is not None
-    values = {name: cell_text(row, column_of(name, options)) for name in template_columns(options.template)}
+    template = PROMPT_COLUMN if options.template is None else options.template
+    values = {name: cell_text(row, column_of(name, options)) for name in template_columns(template)}
     if not any(value.strip() for value in values.values()):
         raise UsageError(f"{row.place}: the text is empty ({', '.join(map(repr, values))}). Leave the row out.")
-    _check_length(options.template, values, row.place)
-    return fill(options.template, values, options)
+    _check_length(template, values, row.place)
+    return fill(template, values, options)
 
 
 def fill(template: str, values: dict[str, str], options: DataOptions) -> Prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -32,12 +32,13 @@ class Evaluation:
         predictions: prediction for each example, in order.
         seconds: duration; num_forwards: number of forward passes.
         values: value of each example, if the metric is their mean.
+        more: further metrics by name, of the option `compute_metrics`.
     """
 
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     is_fraction: ClassVar[bool] = True
-    _per_example_fields: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores")
+    _not_in_summary: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores", "more")
 
     low: float
     high: float
@@ -47,6 +48,7 @@ class Evaluation:
     seconds: float
     num_forwards: int
     values: tuple[float, ...] = field(default=(), kw_only=True, repr=False)
+    more: Mapping[str, float] = field(default_factory=dict, kw_only=True)
 
     @property
     def value(self) -> float:
@@ -59,9 +61,9 @@ class Evaluation:
         return f"{100 * self.value:.1f} %"
 
     def summary(self) -> dict[str, Any]:
-        """Return all fields except those with an entry per example; the metric comes first."""
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._per_example_fields}
-        return {self.metric: self.value, **rest}
+        """Return all fields except those with an entry per example, and further metrics; the metric comes first."""
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._not_in_summary}
+        return {self.metric: self.value, **rest, **self.more}
 
     def __str__(self) -> str:
         return f"{self.short} ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"

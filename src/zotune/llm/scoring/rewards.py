@@ -2,33 +2,31 @@
 
 A zeroth-order method needs only the value of the objective, so any reward works: F1 and exact match of generated
 answers, or a function of the user named `module:function`. It is called once per forward pass of a micro-batch, so for
-each probe, and its result must depend on its argument alone.
+each probe, and its result must depend on its arguments alone.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zotune.errors import NonFiniteScoreError, RunError, UsageError, did_you_mean
+from zotune.errors import NonFiniteScoreError, RunError, UsageError
 from zotune.llm.config.objective import ObjectiveOptions
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Evaluation, Scorer, batches_by_length
+from zotune.llm.scoring.functions import Completion as Completion
+from zotune.llm.scoring.functions import call, load_function, shown, where_raised
 from zotune.llm.scoring.generated_answers import answer_evaluation, exact_match, f1
 from zotune.llm.scoring.generation import Prefill, Sampling, generate
 from zotune.llm.scoring.intervals import mean_interval
@@ -38,26 +36,6 @@ from zotune.noise import derive_seed
 # The step number in the seeds of evaluations, which no training step has.
 _EVALUATION_STEP = 2**32 - 1
 _PURPOSE = 16
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A text generated from a prompt.
-
-    Attributes:
-        prompt: the prompt as text.
-        text: the generated text without surrounding white space.
-        references: the accepted answers of the row, or the right candidate's text; empty if the row has none.
-    """
-
-    prompt: str
-    text: str
-    references: tuple[str, ...] = ()
-
-    @property
-    def reference(self) -> str:
-        """The first reference; empty if there is none."""
-        return self.references[0] if self.references else ""
 
 
 Reward = Callable[[Sequence[Completion]], Sequence[float]]
@@ -83,52 +61,6 @@ def open_ended(example: Example) -> Example:
     return replace(example, candidates=(), label=0, also_right=(), answers=answers)
 
 
-def load_reward(name: str) -> Reward:
-    """Import the reward function `module:function` from the current folder or the Python path.
-
-    The user names it, so the current folder comes first while the module is imported. Afterwards it comes last: what
-    the module imports later is found there, but nothing there takes the place of a library.
-
-    Raises:
-        UsageError: the module cannot be imported, or has no such function.
-    """
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    try:
-        with _first_place_of_modules(here):
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise UsageError(f"objective {name}: importing {module_name} failed, {_where(error)}.") from error
-        raise UsageError(
-            f"objective {name}: there is no module {module_name!r} in the current folder ({here}) or on the Python "
-            f"path. Run from the folder that holds {module_name.replace('.', '/')}.py, or add it to PYTHONPATH."
-        ) from None
-    except Exception as error:
-        raise UsageError(f"objective {name}: importing {module_name} failed, {_where(error)}.") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(
-            f"objective {name}: {getattr(module, '__file__', module_name)} has no function {function_name!r}."
-            + did_you_mean(function_name, known)
-        )
-    return partial(checked_rewards, name, function)
-
-
-@contextmanager
-def _first_place_of_modules(folder: str) -> Iterator[None]:
-    """Within this context look for modules in a folder first, and last from then on."""
-    is_new = folder not in sys.path
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-        if is_new:
-            sys.path.append(folder)
-
-
 def checked_rewards(name: str, function: Reward, completions: Sequence[Completion]) -> list[float]:
     """Call a reward function, and check that it returns a finite number for each completion.
 
@@ -137,16 +69,18 @@ def checked_rewards(name: str, function: Reward, completions: Sequence[Completio
     """
     n = len(completions)
     try:
-        returned: Any = function(completions)
+        returned: Any = call(function, completions)
+    except UsageError:
+        raise
     except Exception as error:
-        raise RunError(f"the objective {name} failed on {n} completions, {_where(error)}.") from error
+        raise RunError(f"the objective {name} failed on {n} completions, {where_raised(error)}.") from error
     if (
         isinstance(returned, (str, bytes, dict))
         or not isinstance(returned, Iterable)
         or getattr(returned, "ndim", 1) == 0
     ):
         raise RunError(
-            f"the objective {name} returned {_shown(returned)}; it must return a list with one number per completion."
+            f"the objective {name} returned {shown(returned)}; it must return a list with one number per completion."
         )
     values = list(returned)
     if len(values) != n:
@@ -158,22 +92,10 @@ def checked_rewards(name: str, function: Reward, completions: Sequence[Completio
     for value, completion in zip(numbers, completions, strict=True):
         if not isinstance(value, Real) or not math.isfinite(value):
             raise RunError(
-                f"the objective {name} returned {_shown(value)} for the completion {completion.text!r} of the prompt "
+                f"the objective {name} returned {shown(value)} for the completion {completion.text!r} of the prompt "
                 f"{completion.prompt[-80:]!r}; it must be a finite number."
             )
     return [float(number) for number in numbers]
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '…'} ({type(value).__name__})"
-
-
-def _where(error: BaseException) -> str:
-    """Return the error with the file and line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
-    return f"{place}{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -212,6 +134,7 @@ class GeneratedObjective:
         name: value of the option `objective`; reward: higher is better; options: the options of generation.
         seed: seed of the run; with the step's number and the row's place in the batch it determines a row's samples.
         prefill: the context for `generate`.
+        function: the function of the user, if `name` is one.
     """
 
     name: str
@@ -219,6 +142,7 @@ class GeneratedObjective:
     options: ObjectiveOptions
     seed: int = 0
     prefill: Prefill = lambda prompts: nullcontext()
+    function: Callable[..., Any] | None = None
 
     def closure(
         self, lm: LanguageModel, examples: Sequence[Encoded], step: int, places: Sequence[int]
@@ -254,7 +178,7 @@ class GeneratedObjective:
             prefill=self.prefill,
             places=[e.place for e in examples],
         )
-        return [Completion(e.text, text, e.answers) for e, text in zip(examples, texts, strict=True)]
+        return [Completion(e.text, text, e.answers, e.columns) for e, text in zip(examples, texts, strict=True)]
 
     def _seeds(self, step: int, places: Sequence[int]) -> list[int]:
         return [derive_seed(self.seed, step, place, _PURPOSE) for place in places]
@@ -290,8 +214,11 @@ def generated_objective(options: ObjectiveOptions, seed: int) -> GeneratedObject
     """Return the objective of generated text that the options name, or None if they name another objective."""
     if options.objective is None or not options.is_generated:
         return None
-    reward = OF_ANSWERS.get(options.objective) or load_reward(options.objective)
-    return GeneratedObjective(options.objective, reward, options, seed)
+    if options.objective in OF_ANSWERS:
+        return GeneratedObjective(options.objective, OF_ANSWERS[options.objective], options, seed)
+    function = load_function(options.objective, "objective")
+    reward = partial(checked_rewards, options.objective, function)
+    return GeneratedObjective(options.objective, reward, options, seed, function=function)
 
 
 def check_model(lm: LanguageModel, options: ObjectiveOptions) -> None:

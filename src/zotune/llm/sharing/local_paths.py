@@ -54,10 +54,15 @@ def without_paths(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if key in _MODELS:
-        return value if value.startswith("random:") or hub_id(value) == value else Path(value).name
+        return value if value.startswith("random:") or hub_id(value) == value else _last_part(value)
     if key in _path_options():
-        return value if value.startswith(HUB) else Path(value).name
-    return text_without_paths(Path(value).name if _is_there(value) else value)
+        return value if value.startswith(HUB) else _last_part(value)
+    return text_without_paths(_last_part(value) if _is_there(value) else value)
+
+
+def _last_part(path: str) -> str:
+    """Return the last part of a path; that of the home folder would be the user's name."""
+    return "~" if Path(path) == Path.home() else Path(path).name
 
 
 def _is_there(value: str) -> bool:
@@ -76,10 +81,15 @@ def text_without_paths(text: str) -> str:
     >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
     'read from rows.jsonl at https://example.org/a/b; answer /no_think'
     """
-    text = _ABSOLUTE.sub(lambda found: Path(found[0]).name if _begins_here(found[0]) else found[0], text)
+    text = _ABSOLUTE.sub(lambda found: _last_part(found[0]) if _begins_here(found[0]) else found[0], text)
     for root in roots():  # what is left of paths with spaces and other characters
-        text = text.replace(f"{root}/", "")
+        text = re.sub(_named(root), _last_part(root), text.replace(f"{root}/", ""))
     return text
+
+
+def _named(root: str) -> str:
+    """Return the pattern of a folder's name in a text, which is not the beginning of a longer name."""
+    return rf"{re.escape(root)}(?![\w-]|\.\w)"
 
 
 @cache
@@ -108,9 +118,9 @@ def check_no_path(contents: Iterable[tuple[str, bytes]], *folders: Path) -> None
     Raises:
         UsageError: one does; the message names the file.
     """
-    needles = [f"{root}/" for root in roots(*folders)]
+    named = roots(*folders)
     for name, content in contents:
-        found = next(_found(content, needles), None)
+        found = next(_found(content, named), None)
         if found is not None:
             raise UsageError(
                 f"{name} names the folder {found!r} of this machine, which others should not see, so nothing is "
@@ -118,7 +128,8 @@ def check_no_path(contents: Iterable[tuple[str, bytes]], *folders: Path) -> None
             )
 
 
-def _found(content: bytes, needles: list[str]) -> Iterator[str]:
+def _found(content: bytes, named: list[str]) -> Iterator[str]:
     # JSON may escape the slashes, and every character that is not ASCII.
-    plain = content.replace(b"\\/", b"/")
-    return (needle for needle in needles if needle.encode() in plain or ascii(needle)[1:-1].encode() in plain)
+    plain = content.replace(b"\\/", b"/").decode("utf-8", "replace")
+    spelt = ((root, {root, ascii(root)[1:-1]}) for root in named)
+    return (root for root, spellings in spelt if any(re.search(_named(one), plain) for one in spellings))

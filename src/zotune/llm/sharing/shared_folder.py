@@ -59,8 +59,17 @@ def check_is_model(folder: Path) -> None:
 
 
 def _of(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files of a folder whose names match patterns.
+
+    Raises:
+        UsageError: one is a link, which may lead to a file that is no part of the model.
+    """
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return [path for path in files if any(fnmatchcase(path.name, pattern) for pattern in patterns)]
+    found = [path for path in files if any(fnmatchcase(path.name, pattern) for pattern in patterns)]
+    link = next((path for path in found if path.is_symlink()), None)
+    if link is not None:
+        raise UsageError(f"{link} is a link to {link.resolve()}, and only files of the folder itself are uploaded.")
+    return found
 
 
 def base_on_hub(folder: Path, given: str | None = None) -> str | None:
@@ -114,10 +123,10 @@ def write_shared(folder: Path, target: Path, base: str | None) -> list[str]:
         (target / path.name).write_text("".join(f"{text_without_paths(line)}\n" for line in lines), encoding="utf-8")
     # A run on the base itself is a run on the model of that name on the Hub.
     local = base_of_adapter(folder) if is_adapter_folder(folder) else None
-    if (folder / CONFIG).is_file():
+    if _of(folder, (CONFIG,)):
         options = _shared_options(read_recipe(folder / CONFIG), local, base)
         (target / CONFIG).write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
-    if (folder / LEDGER).is_file():
+    if _of(folder, (LEDGER,)):
         ledger = read(folder / LEDGER)
         about = {**ledger.header.about, "config": _shared_options(ledger.header.about.get("config"), local, base)}
         (target / LEDGER).write_bytes(with_about(ledger, without_paths(about)))
@@ -144,7 +153,7 @@ def _shared_options(options: Any, local: str | None, base: str | None) -> Any:
 def _card(folder: Path, base: str | None) -> str:
     """Return the model card of a folder, or a short one if it has none; both name the base model."""
     file = folder / CARD
-    text = read_bytes(file, JSON_BYTES).decode("utf-8") if file.is_file() else ""
+    text = read_bytes(file, JSON_BYTES).decode("utf-8") if _of(folder, (CARD,)) else ""
     start, _, rest = text.removeprefix("---\n").partition("\n---\n") if text.startswith("---\n") else ("", "", text)
     try:
         known: Any = without_paths(yaml.safe_load(start) or {})

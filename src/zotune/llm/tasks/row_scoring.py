@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from zotune.llm.config.data import DataOptions
-from zotune.llm.rows.shapes import PROMPT_ALONE
+from zotune.llm.rows.shapes import PLAIN_TEXT, PROMPT_ALONE
 from zotune.llm.scoring.accuracy import Measure, evaluate_accuracy
 from zotune.llm.scoring.generated_answers import evaluate_answers
 from zotune.llm.scoring.objectives import CLASSIFICATION, TEACHER_FORCING, Objective
@@ -19,14 +19,17 @@ SCORING: dict[str, tuple[Objective, Measure]] = {
     "alpaca": (TEACHER_FORCING, evaluate_log_loss),
     "sharegpt": (TEACHER_FORCING, evaluate_log_loss),
     PROMPT_ALONE: (CLASSIFICATION, evaluate_accuracy),
+    PLAIN_TEXT: (TEACHER_FORCING, evaluate_log_loss),
 }
 """The objective of training and the reported metric, by the name of the shape."""
 
 
 def measure_of(options: DataOptions) -> Measure:
     """Return the evaluation of rows of the options' shape."""
-    if not options.exact_match:
-        return SCORING[options.data_format or ""][1]
+    measure = SCORING[options.data_format or ""][1]
+    # Metrics judge answers; where none is chosen, one is generated.
+    if not options.exact_match and not (options.compute_metrics and measure is evaluate_log_loss):
+        return measure
     return partial(
         evaluate_answers, max_new_tokens=options.max_new_tokens, stops_at_newline=options.stop_at == "newline"
     )

@@ -17,7 +17,9 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import IN_MEMORY, DataOptions
 from zotune.llm.data.chat_template import reads_clock
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.data.mixing import mixed
 from zotune.llm.data.readers import LocatedRow
+from zotune.llm.rows.chat_notes import check_chat_options, template_notes
 from zotune.llm.rows.infer import check_masked, resolve_shape
 from zotune.llm.rows.notes import (
     chat_notes,
@@ -37,7 +39,7 @@ from zotune.llm.scoring.rewards import GeneratedObjective
 from zotune.llm.tasks.row_scoring import SCORING, measure_of
 
 # Options whose defaults are inferred from the rows.
-RESOLVED_OPTIONS = ("data_format", "template", "verbalizer", "chat_date")
+RESOLVED_OPTIONS = ("data_format", "template", "verbalizer", "chat_template", "chat_date")
 
 # A row → its example.
 ToExample = Callable[[LocatedRow], Example]
@@ -51,6 +53,7 @@ class Data:
         options: for the user's own files with the inferred shape, template and verbalizer, so that these are saved.
         notes: the inferred shape, and warnings about the rows; one line each.
         generated: the objective in place of `objective`, if each evaluation generates text.
+        to_example: the function from further rows of the user to examples.
     """
 
     splits: Splits
@@ -59,6 +62,7 @@ class Data:
     options: DataOptions
     notes: tuple[str, ...]
     generated: GeneratedObjective | None = None
+    to_example: ToExample | None = None
 
 
 def load_user_data(
@@ -86,20 +90,26 @@ def load_user_data(
         check_masked(options)
     to_record = SHAPES[options.data_format or ""].to_record
     options = _with_date(options, (to_record(row, options) for row in given.first.rows), tokenizer)
-    splits, chosen_notes = _split(given, options, lambda row: example_of(to_record(row, options), options, tokenizer))
+
+    def to_example(row: LocatedRow) -> Example:
+        return example_of(to_record(row, options), options, tokenizer)
+
+    splits, chosen_notes = _split(given, options, to_example)
+    check_chat_options(options, [*splits.train, *splits.dev, *splits.test], tokenizer)
     notes = (
         *(shape_note(options, given, tokenizer), *unread_notes(options, given)),
         *(*chosen_notes, *label_notes(options), *ended_rows_notes(options, given, tokenizer)),
         *chat_notes(options, given, tokenizer),
+        *template_notes(options, (to_record(row, options) for row in given.first.rows), tokenizer),
         *(*control_token_notes(splits, options, tokenizer), *_overlap_notes(splits)),
     )
     objective, _ = SCORING[options.data_format or ""]
-    return Data(splits, objective, measure_of(options), options, notes)
+    return Data(splits, objective, measure_of(options), options, notes, to_example=to_example)
 
 
 def _with_date(options: DataOptions, records: Iterable[Record], tokenizer: Any) -> DataOptions:
     """Return the options with the date of chats, if the chat template writes one: today's unless it is given."""
-    if not reads_clock(tokenizer) or not any(is_written_as_chat(record, tokenizer) for record in records):
+    if not reads_clock(tokenizer) or not any(is_written_as_chat(record, options, tokenizer) for record in records):
         return options.model_copy(update={"chat_date": None})
     return options.model_copy(update={"chat_date": options.chat_date or date.today().isoformat()})
 
@@ -146,8 +156,20 @@ def _split_training(
             f"{given.source} has {len(examples)} rows, too few for {max(num_train, 1)} to train on and {num_dev} "
             "held out. Lower --num-train or --num-dev."
         )
-    train = tuple(examples[i] for i in order[:num_train])
+    chosen = _mixed(order[:num_train].tolist(), given.sizes, options)
+    train = tuple(examples[i] for i in chosen)
     return train, tuple(examples[i] for i in order[len(order) - num_dev :]) if num_dev else ()
+
+
+def _mixed(chosen: list[int], sizes: Sequence[int], options: DataOptions) -> list[int]:
+    """Return the rows of one pass: those that are chosen, repeated as the weights of their files ask for."""
+    if not options.train_file_weights:
+        return chosen
+    ends = np.cumsum(sizes)
+    files = np.searchsorted(ends, chosen, side="right").tolist()
+    by_file = [[i for i, file in zip(chosen, files, strict=True) if file == n] for n in range(len(sizes))]
+    rows = [i for part in by_file for i in part]
+    return [rows[i] for i in mixed([len(part) for part in by_file], options.train_file_weights, options.data_seed)]
 
 
 def _overlap_notes(splits: Splits) -> list[str]:

@@ -23,7 +23,7 @@ from zotune.llm.quantized.backends import saved_quantization
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference
 from zotune.llm.tasks import find_task, head_labels
-from zotune.llm.tasks.load_data import encode_rows, load_examples
+from zotune.llm.tasks.load_data import EncodedData, encode_rows, load_examples
 from zotune.llm.tasks.user_data import Data
 from zotune.messages import say
 from zotune.system.atomic_write import atomic_write
@@ -180,6 +180,11 @@ def _check_options(config: EvalConfig) -> None:
         raise UsageError(
             "--prompt none may give the model a classification head for one task; evaluate one task at a time."
         )
+    if config.predictions is not None and config.packing:
+        raise UsageError(
+            "--predictions writes a line for each row, and packing joins rows: leave out --predictions, or give "
+            "--no-packing."
+        )
     if config.predictions is not None and not config.predictions.parent.is_dir():
         raise UsageError(f"--predictions: there is no folder {str(config.predictions.parent)!r}; create it first.")
     if config.predictions is not None and config.predictions.exists():
@@ -198,11 +203,16 @@ def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
     examples, counts = _add_demonstrations(lm, data.splits, config)
     most_frequent = majority(data.splits.train, data.splits.test) if config.baselines else None
     asked = replace(data, splits=Splits((), (), examples))
-    return TaskEvaluation(_measure(lm, config, asked), asked, counts, most_frequent)
+    rows = encode_rows(lm, config, asked)
+    for note in rows.notes[len(data.notes) :]:
+        say(note)
+    if not config.packing:  # windows are no examples
+        counts = tuple(counts[i] for i in rows.kept) if counts else ()
+        asked = replace(asked, splits=Splits((), (), tuple(examples[i] for i in rows.kept)))
+    return TaskEvaluation(_measure(lm, config, rows), asked, counts, most_frequent)
 
 
-def _measure(lm: LanguageModel, config: EvalConfig, data: Data) -> Evaluation:
-    rows = encode_rows(lm, config, data)
+def _measure(lm: LanguageModel, config: EvalConfig, rows: EncodedData) -> Evaluation:
     return rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
 
 
@@ -222,7 +232,7 @@ def _add_demonstrations(
         raise UsageError(
             "--num-demonstrations needs a causal language model, which continues the pattern of the examples."
         )
-    if any(e.spans for e in splits.test):
+    if any(e.spans or e.rendered for e in splits.test):
         raise UsageError("--num-demonstrations cannot be combined with chats, whose templates start a new text.")
     limit = min(lm.context, config.max_length or lm.context)
     is_generated = splits.test[0].answers or not splits.test[0].candidates
@@ -246,7 +256,7 @@ def _compare_with_base(
     """Return the results with those of the base model on the same prompts."""
     compared = {}
     for task, result in zip(config.tasks, results.values(), strict=True):
-        zero_shot = _measure(base, config.of(task), result.data)
+        zero_shot = _measure(base, config.of(task), encode_rows(base, config.of(task), result.data))
         # A log-loss is no mean over rows, and a reward is not bounded.
         pair = result.evaluation.values, zero_shot.values
         difference = paired_difference(*pair) if all(pair) and zero_shot.is_fraction else None

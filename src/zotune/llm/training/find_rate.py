@@ -18,6 +18,7 @@ from zotune.apply.tensor_update import HALF
 from zotune.errors import RunError
 from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.stored_rows import SelectedRows
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.search.points import Search, climb
@@ -96,9 +97,9 @@ def find_rate(
     """
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
     default = default_learning_rate(config, sum(p.numel() for p in tuned))
-    judges = rows.train[::_ONE_IN][:_MAX_JUDGES]
-    left_out = set(range(0, len(rows.train), _ONE_IN)[: len(judges)])
-    learned = tuple(e for i, e in enumerate(rows.train) if i not in left_out)
+    left_out = range(0, len(rows.train), _ONE_IN)[:_MAX_JUDGES]
+    judges = tuple(rows.train[i] for i in left_out)
+    learned = SelectedRows(rows.train, (i for i in range(len(rows.train)) if i not in left_out))
     if not learned:
         return _default(default, "there are too few training rows for a search")
     too_short = f"{config.max_steps} steps are too few for a search at a quarter of their passes"

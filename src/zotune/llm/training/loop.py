@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
 from dataclasses import asdict
@@ -151,9 +152,8 @@ class Run:
         counters, config = self.counters, self.config
         if not counters.step or self.rows.generated is not None:
             return 0
-        sizes = {id(e): sum(map(len, e.sequences)) for e in self.rows.train}
-        batches = islice(_batches(self.rows.train, config), counters.step)
-        tokens = sum(sizes[id(e)] for batch in batches for e in batch)
+        sizes = array("L", (sum(map(len, e.sequences)) for e in self.rows.train))
+        tokens = sum(sizes[i] for batch in islice(_orders(len(sizes), config), counters.step) for i in batch)
         # Each pass reads one of the batches that a step accumulates.
         return round(tokens * counters.num_forwards / (counters.step * config.gradient_accumulation_steps))
 
@@ -317,14 +317,19 @@ def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, cou
 
 def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
     """Yield `max_steps` batches from passes over the rows, each in a new random order drawn by the seed."""
+    return ([examples[i] for i in indices] for indices in _orders(len(examples), config))
+
+
+def _orders(num_rows: int, config: TrainConfig) -> Iterator[list[int]]:
+    """Yield the indices of the rows of each batch."""
     generator = torch.Generator().manual_seed(config.seed)
     size = config.rows_a_step
-    queue: list[int] = []
+    queue, at = torch.empty(0, dtype=torch.int64), 0
     for _ in range(config.max_steps):
-        while len(queue) < size:
-            queue += torch.randperm(len(examples), generator=generator).tolist()
-        yield [examples[i] for i in queue[:size]]
-        queue = queue[size:]
+        while len(queue) < at + size:
+            queue, at = torch.cat([queue[at:], torch.randperm(num_rows, generator=generator)]), 0
+        yield queue[at : at + size].tolist()
+        at += size
 
 
 def try_side_by_side(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -47,7 +47,7 @@ def recorded_options(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in free}
 
 
-def origin_of(lm: LanguageModel, train: tuple[Encoded, ...], dev: tuple[Encoded, ...] | None) -> dict[str, str]:
+def origin_of(lm: LanguageModel, train: Sequence[Encoded], dev: Sequence[Encoded] | None) -> dict[str, str]:
     """Return digests of what a run begins with, of the model before the first step, apart from its tuned tensors.
 
     `dev` are the held-out rows if they choose the weights, else None.
@@ -152,9 +152,18 @@ def check_num_steps(num_steps: int, config: TrainConfig, name: str) -> None:
         )
 
 
-def data_digest(rows: tuple[Encoded, ...]) -> str:
-    """Return a digest of rows in their order."""
-    return hashlib.blake2b(repr(rows).encode(), digest_size=16).hexdigest()
+def data_digest(rows: Sequence[Encoded]) -> str:
+    """Return a digest of rows in their order, and of the columns that a reward or a metric reads.
+
+    It is that of the text of a tuple of the rows, which is not made as a whole.
+    """
+    digest = hashlib.blake2b(b"(", digest_size=16)
+    for i, row in enumerate(rows):
+        digest.update((", " * (i > 0) + repr(row)).encode())
+        if row.columns:
+            digest.update(repr(dict(row.columns)).encode())
+    digest.update(b",)" if len(rows) == 1 else b")")
+    return digest.hexdigest()
 
 
 def frozen_digest(module: torch.nn.Module) -> str:

@@ -9,7 +9,7 @@ A run to resume is compared with what it began with (`origin`) before anything i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -67,9 +67,9 @@ class Journal:
         config: TrainConfig,
         lm: LanguageModel,
         optimizer: AnyOptimizer,
-        train: tuple[Encoded, ...],
+        train: Sequence[Encoded],
         passes: Callable[[], int],
-        dev: tuple[Encoded, ...] = (),
+        dev: Sequence[Encoded] = (),
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}

@@ -32,9 +32,10 @@ from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
+from zotune.llm.scoring.metrics import with_measure
 from zotune.llm.sharing.hub import check_upload, upload_after
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import EncodedData, load_rows
+from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.find_rate import find_rate, with_default_rate
@@ -146,7 +147,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows
     lm = load(config, head_labels(config), config.seed)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
-    rows = load_rows(lm, config, given)
+    rows = load_training_rows(lm, config, given)
     del given  # the run holds its rows as tokens
     config = with_options_of(lm, rows, config)
     with closing(OutputFolder(config)) as output:
@@ -270,6 +271,8 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: Ac
     """Return the function that scores rows; it caches activations below the tuned layers if they never change."""
     if rows.generated is not None:
         return lm.score  # not used for generated text
+    if config.streaming:
+        return lm.score  # a cache would hold the rows
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
@@ -299,7 +302,7 @@ def _with_prompt_cache(
             f"computed once per prompt; the cache takes at most {config.reuse_memory:g} GiB of memory"
         )
     generated = replace(rows.generated, prefill=cache.prefill)
-    return replace(rows, generated=generated, measure=generated.measure)
+    return replace(rows, generated=generated, measure=with_measure(rows.measure, generated.measure))
 
 
 def _activation_store(config: TrainConfig, output: Output) -> ActivationStore:

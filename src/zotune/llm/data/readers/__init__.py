@@ -1,7 +1,7 @@
-"""Reading rows: JSON, CSV and TSV files, gzipped or not, Parquet, folders of `save_to_disk`, and data sets of the Hub.
+"""Reading rows: JSON, CSV, TSV and text files, Parquet, folders of `save_to_disk`, and data sets of the Hub.
 
 Each row carries its place, so that error messages name file and line. `read_located_rows` chooses the reader; there is
-one module for each kind of file, and `located` says what a row is.
+one module for each kind of file, and `located` defines a row.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from pathlib import Path
 
 from zotune.errors import UsageError
 from zotune.llm.data.readers.data_sets import HUB as HUB
-from zotune.llm.data.readers.data_sets import ClassNumber as ClassNumber
 from zotune.llm.data.readers.data_sets import class_names as class_names
 from zotune.llm.data.readers.data_sets import hub_rows as hub_rows
 from zotune.llm.data.readers.data_sets import is_saved, read_hub, read_saved
 from zotune.llm.data.readers.delimited import read_delimited
+from zotune.llm.data.readers.documents import read_document
 from zotune.llm.data.readers.json_files import read_json_file
+from zotune.llm.data.readers.located import ClassNumber as ClassNumber
 from zotune.llm.data.readers.located import LocatedRow as LocatedRow
 from zotune.llm.data.readers.located import Row as Row
 from zotune.llm.data.readers.parquet import read_parquet
 from zotune.llm.data.readers.text_files import read_text_file
+
+TABLES = (".csv", ".tsv")
+"""The extensions of tables of text."""
 
 
 def read_located_rows(source: Path, split: str = "train", delimiter: str | None = None) -> Iterator[LocatedRow]:
@@ -32,7 +36,7 @@ def read_located_rows(source: Path, split: str = "train", delimiter: str | None 
         source: the file, the folder of `save_to_disk`, or the name of the data set: `hub:ORG/NAME`,
             `hub:ORG/NAME/CONFIGURATION:SPLIT`.
         split: the split to read if the source has several and names none.
-        delimiter: what separates the cells of a CSV file; None: it is found.
+        delimiter: the delimiter of a CSV file; None: it is found.
 
     Raises:
         UsageError: the source does not exist, is of an unknown kind, or is malformed; the message names file and line.
@@ -47,12 +51,15 @@ def read_located_rows(source: Path, split: str = "train", delimiter: str | None 
     kind = kind_of(source)
     if kind in (".jsonl", ".json"):
         return read_text_file(source, read_json_file)
-    if kind in (".csv", ".tsv"):
+    if kind in TABLES:
         return read_text_file(source, partial(read_delimited, delimiter=delimiter))
+    if kind in (".txt", ".md"):
+        return read_text_file(source, read_document)
     if source.suffix.lower() == ".parquet":
         return read_parquet(source)
     raise UsageError(
-        f"{source}: the extension must be .jsonl or .json, .csv or .tsv, each also with .gz, or .parquet; got "
+        f"{source}: the extension must be .jsonl or .json, .csv or .tsv, .txt or .md, each also with .gz, or "
+        f".parquet; got "
         f"{kind!r}. A folder must be one of save_to_disk of datasets."
     )
 

@@ -7,32 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import UsageError
-from zotune.llm.data.readers.located import LocatedRow, Row, check_names, first_line, without_nan
+from zotune.llm.data.readers.located import LocatedRow, Row, check_names, first_line, with_class_names, without_nan
 from zotune.llm.data.readers.parquet import num_values
-from zotune.llm.data.row_bounds import RowBounds
+from zotune.llm.data.row_bounds import RowBounds, rows_are_kept
 from zotune.system.bounds import ROWS
 
 HUB = "hub:"
-
-
-class ClassNumber(int):
-    """The number of a class whose name is known.
-
-    Attributes:
-        name: the name; None for a number that stands for no label, such as -1.
-
-    >>> label = ClassNumber(1, "good")
-    >>> label == 1, label.name
-    (True, 'good')
-    """
-
-    name: str | None
-
-    def __new__(cls, number: int, name: str | None) -> ClassNumber:
-        """Return the number with its name."""
-        made = super().__new__(cls, number)
-        made.name = name
-        return made
 
 
 def read_hub(name: str, split: str) -> Iterator[LocatedRow]:
@@ -51,7 +31,7 @@ def read_hub(name: str, split: str) -> Iterator[LocatedRow]:
     split = named or split
     rows, most = hub_rows("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split), ROWS.value
     for number, row in enumerate(rows, start=1):
-        if number > most:
+        if number > most and rows_are_kept():
             raise UsageError(ROWS.refusal(f"{HUB}{path}:{split}"))
         yield LocatedRow(f"{HUB}{path}:{split}, row {number}", without_nan(row))
 
@@ -64,26 +44,24 @@ def hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
     """
     from datasets import load_dataset
 
+    streamed = {} if rows_are_kept() else {"streaming": True}
     try:
-        data = load_dataset(name, configuration, split=split)
+        data = load_dataset(name, configuration, split=split, **streamed)
+        for row in data:
+            yield class_names(row, data.features or {})
+    except UsageError:
+        raise
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         raise UsageError(f"the data set {name} could not be loaded from the Hub: {first_line(error)}") from None
-    for row in data:
-        yield class_names(row, data.features)
 
 
 def class_names(row: Row, features: Mapping[str, Any]) -> Row:
     """Return a row of `datasets` whose class numbers know their names, which `COLUMN_name` holds too."""
     from datasets import ClassLabel
 
-    named = dict(row)
-    for column, feature in features.items():
-        if isinstance(feature, ClassLabel):
-            number = row[column]
-            name = None if number is None or number < 0 else feature.int2str(number)
-            named[column] = number if number is None else ClassNumber(number, name)
-            named[f"{column}_name"] = name
-    return named
+    names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    named = with_class_names(row, names)
+    return {**named, **{f"{column}_name": getattr(named[column], "name", None) for column in names}}
 
 
 def is_saved(folder: Path) -> bool:

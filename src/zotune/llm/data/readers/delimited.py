@@ -1,4 +1,4 @@
-"""Reading rows from CSV and TSV files, and finding what separates their cells."""
+"""Reading rows from CSV and TSV files, and finding their delimiter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from zotune.llm.data.readers.text_files import open_text
 from zotune.llm.data.row_bounds import BoundedLines, RowBounds
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""What separates cells, and its name, in the order in which it is looked for."""
+"""The delimiters that are tried, in this order, and their names."""
 
 _PART = 1 << 16
 _ROWS_LOOKED_AT = 20
 
 
 def delimiter_of(path: Path, told: str | None = None) -> str:
-    """Return what separates the cells of a file: what is told, else tabs in a `.tsv`, else as `find_delimiter`."""
+    """Return the delimiter of a file: the given one, else a tab for `.tsv`, else the one of `find_delimiter`."""
     if told is not None:
         return told
     if ".tsv" in path.suffixes[-2:]:
         return "\t"
-    # What is wrong with the bytes is said by the reading of the rows.
+    # Wrong bytes are reported when the rows are read.
     with suppress(OSError, EOFError, ValueError), open_text(path) as file:
         text = file.read(_PART)
         return find_delimiter(text, is_whole=len(text) < _PART)
@@ -34,7 +34,7 @@ def delimiter_of(path: Path, told: str | None = None) -> str:
 
 
 def find_delimiter(text: str, *, is_whole: bool) -> str:
-    r"""Return what separates the cells of a table of this text.
+    r"""Return the delimiter of a table of this text.
 
     A header with a comma outside quotes is one of a plain CSV file. Something else counts only if it splits the header
     into names, and at least half of the rows into as many cells. The first line `sep=;`, which Excel writes and reads,
@@ -62,7 +62,7 @@ def find_delimiter(text: str, *, is_whole: bool) -> str:
 
 
 def _named_delimiter(line: str) -> str | None:
-    """Return what Excel's line `sep=;` names."""
+    """Return the delimiter that Excel's line `sep=;` names."""
     line = line.strip("\r\n")
     return line[-1] if len(line) == 5 and line.startswith("sep=") and line[-1] in DELIMITERS else None
 
@@ -93,7 +93,7 @@ def read_delimited(
         file: the open file.
         path: its path, also for messages.
         bounds: the bounds on its rows.
-        delimiter: what separates the cells; None: it is found.
+        delimiter: the delimiter; None: it is found.
 
     Raises:
         UsageError: the file is malformed, or above a bound; the message names file and line.
@@ -111,7 +111,9 @@ def _rows(lines: BoundedLines, path: Path, bounds: RowBounds, delimiter: str) ->
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UsageError(f"{place}: malformed CSV ({error}).") from None
+            raise UsageError(
+                f"{place}: malformed CSV ({error}). Put a cell that contains quotes in quotes, and double those within."
+            ) from None
         size = lines.end_row()
         if cells is None:
             return
@@ -131,7 +133,7 @@ def _rows(lines: BoundedLines, path: Path, bounds: RowBounds, delimiter: str) ->
 
 
 def _advice(delimiter: str, header: list[str]) -> str:
-    """Say what may be done about a row of too few or too many cells."""
+    """Return advice about a row of too few or too many cells."""
     name = "comma" if delimiter == "," else repr(delimiter)
     advice = f'Put a cell that contains a {name} or a newline in quotes: "one{delimiter} two".'
     others = [other for other in DELIMITERS if other != delimiter and any(other in cell for cell in header)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zotune.errors import UsageError
@@ -17,6 +17,45 @@ class LocatedRow(NamedTuple):
 
     place: str
     columns: Row
+
+
+class ClassNumber(int):
+    """The number of a class whose name is known.
+
+    Attributes:
+        name: the name; None for a number that stands for no label, such as -1.
+
+    >>> label = ClassNumber(1, "good")
+    >>> label == 1, label.name
+    (True, 'good')
+    """
+
+    name: str | None
+
+    def __new__(cls, number: int, name: str | None) -> ClassNumber:
+        """Return the number with its name."""
+        made = super().__new__(cls, number)
+        made.name = name
+        return made
+
+
+def with_class_names(row: Row, names: Mapping[str, Sequence[str]]) -> Row:
+    """Return a row whose class numbers know their names.
+
+    Args:
+        row: the row.
+        names: the names of the classes in order, by column; a number without one, such as -1, has the name None.
+
+    >>> with_class_names({"text": "fine", "label": 1}, {"label": ["bad", "good"]})["label"].name
+    'good'
+    """
+    numbers = {column: row.get(column) for column in names}
+    named = {
+        column: ClassNumber(number, names[column][number] if 0 <= number < len(names[column]) else None)
+        for column, number in numbers.items()
+        if isinstance(number, int)
+    }
+    return {**row, **named}
 
 
 def without_nan(row: Row) -> Row:

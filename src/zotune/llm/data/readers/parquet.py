@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zotune.errors import UsageError
-from zotune.llm.data.readers.located import LocatedRow, Row, check_names, first_line, without_nan
+from zotune.llm.data.readers.located import LocatedRow, Row, check_names, first_line, with_class_names, without_nan
 from zotune.llm.data.row_bounds import RowBounds
-from zotune.system.bounds import DATA_BYTES, DATA_VALUES, ROWS, address_space, memory_below
+from zotune.system.bounds import DATA_BYTES, DATA_VALUES, ROWS, address_space, memory_below, parse_json
+
+# Under this key `datasets` writes the features of a data set.
+_FEATURES = b"huggingface"
 
 
 def read_parquet(path: Path) -> Iterator[LocatedRow]:
@@ -26,14 +29,31 @@ def read_parquet(path: Path) -> Iterator[LocatedRow]:
         with parquet.ParquetFile(path) as file:
             check_names(file.schema_arrow.names, str(path))
             _check_declared(file.metadata, str(path))
+            names = _class_names(file.schema_arrow.metadata, str(path))
             for rows in _parquet_batches(file, str(path)):
                 for row in rows:
                     number += 1
-                    yield LocatedRow(f"{path}, row {number}", without_nan(row))
+                    yield LocatedRow(f"{path}, row {number}", with_class_names(without_nan(row), names))
     except UsageError:
         raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}, after row {number}: not a valid Parquet file ({first_line(error)}).") from None
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None, path: str) -> dict[str, list[str]]:
+    """Return the names of classes by column, where `datasets` has written them into a file's metadata.
+
+    Raises:
+        UsageError: the metadata are above a bound.
+    """
+    try:
+        features = parse_json((metadata or {})[_FEATURES], path)["info"]["features"].items()
+        labels = {column: feature["names"] for column, feature in features if feature.get("_type") == "ClassLabel"}
+        return {column: names for column, names in labels.items() if all(isinstance(name, str) for name in names)}
+    except UsageError:
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError, RecursionError):
+        return {}
 
 
 def _check_declared(metadata: Any, path: str) -> None:

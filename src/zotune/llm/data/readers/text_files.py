@@ -1,4 +1,4 @@
-"""Opening text files, gzipped or not, and saying what is wrong with their bytes."""
+"""Opening text files, gzipped or not, and reporting bytes that are no text."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from zotune.llm.data.readers.located import LocatedRow
 from zotune.llm.rows.cells import cell_text, column_of, list_of, short
 from zotune.llm.rows.records import Choice
 from zotune.llm.rows.shape import Shape
-from zotune.llm.rows.templates import prompt_of
+from zotune.llm.rows.templates import PROMPT_COLUMN, prompt_of
 
 
 def to_record(row: LocatedRow, options: DataOptions) -> Choice:
@@ -60,7 +60,7 @@ def _right_choice(row: LocatedRow, options: DataOptions, choices: list[Any]) -> 
 
 CHOICE = Shape(
     "a prompt, choices, and the right one's index or itself",
-    "{prompt}",
+    PROMPT_COLUMN,
     ("choices", "label"),
     to_record,
     frozenset({"template"}),

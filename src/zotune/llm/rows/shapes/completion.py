@@ -9,12 +9,12 @@ from zotune.llm.rows.cells import column_of, not_empty
 from zotune.llm.rows.messages import holds_messages, messages_of, tools_of
 from zotune.llm.rows.records import Chat, Completion
 from zotune.llm.rows.shape import Shape
-from zotune.llm.rows.templates import prompt_of
+from zotune.llm.rows.templates import PROMPT_COLUMN, prompt_of
 
 
 def to_record(row: LocatedRow, options: DataOptions) -> Completion | Chat:
     """Return the template's prompt and the completion exactly as written; of messages, a chat of both."""
-    if options.template == COMPLETION.template and holds_messages(row, column_of("prompt", options)):
+    if options.template in (None, PROMPT_COLUMN) and holds_messages(row, column_of("prompt", options)):
         return _chat(row, options)
     completion = not_empty(row, column_of("completion", options))
     return Completion(place=row.place, columns=row.columns, prompt=prompt_of(row, options), completion=completion)
@@ -43,7 +43,7 @@ def _chat(row: LocatedRow, options: DataOptions) -> Chat:
 
 COMPLETION = Shape(
     "a prompt and its completion",
-    "{prompt}",
+    PROMPT_COLUMN,
     ("completion",),
     to_record,
     frozenset({"template", "exact_match", "chat_date"}),

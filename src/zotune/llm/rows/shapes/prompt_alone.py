@@ -10,12 +10,12 @@ from zotune.llm.rows.cells import cell_text, column_of
 from zotune.llm.rows.messages import holds_messages, messages_of, tools_of
 from zotune.llm.rows.records import Chat, OpenPrompt
 from zotune.llm.rows.shape import Shape
-from zotune.llm.rows.templates import prompt_of
+from zotune.llm.rows.templates import PROMPT_COLUMN, prompt_of
 
 
 def to_record(row: LocatedRow, options: DataOptions) -> OpenPrompt | Chat:
     """Return the template's prompt; a label or completion becomes the reference, or a list of accepted ones."""
-    if options.template == PROMPT.template and holds_messages(row, column_of("prompt", options)):
+    if options.template in (None, PROMPT_COLUMN) and holds_messages(row, column_of("prompt", options)):
         return _chat(row, options)
     return OpenPrompt(
         place=row.place, columns=row.columns, prompt=prompt_of(row, options), references=_references(row, options)
@@ -45,7 +45,7 @@ def _references(row: LocatedRow, options: DataOptions) -> tuple[str, ...]:
 
 PROMPT = Shape(
     "a prompt alone",
-    "{prompt}",
+    PROMPT_COLUMN,
     (),
     to_record,
     frozenset({"template", "chat_date"}),
