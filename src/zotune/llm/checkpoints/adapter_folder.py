@@ -194,6 +194,8 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         raise UsageError(
             f"the adapter in {path} {which} in the base model {folder.base}. Is it the adapter of another base model?"
         )
+    # A relative path in the file starts at the adapter's folder; what goes on from it is saved elsewhere.
+    model.active_peft_config.base_model_name_or_path = folder.base
     return model
 
 

@@ -105,9 +105,9 @@ def _contradictions(lm: LanguageModel, config: StepOptions) -> Iterator[tuple[st
         found = sorted({path.rpartition(".")[2] for path in adapted_paths(lm)})
         yield "lora_target_modules", ", ".join(config.lora_target_modules), ", ".join(found)
     for key, value in config.peft_options.items():
-        found = getattr(adapter, key, None)
-        if _plain(found) != _plain(value):
-            yield f"peft_config: {key}", value, _plain(found)
+        has = _plain(getattr(adapter, key, None))
+        if has != _plain(value):
+            yield f"peft_config: {key}", value, has
 
 
 def adapted_paths(lm: LanguageModel) -> list[str]:

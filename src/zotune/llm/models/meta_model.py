@@ -112,8 +112,6 @@ def _with_adapter(path: Path, options: ModelOptions, labels: tuple[str, ...]) ->
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     with torch.device("meta"):
         lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
-    # A relative path in the file starts at the adapter's folder; what goes on from it is saved elsewhere.
-    lm.module.active_peft_config.base_model_name_or_path = folder.base
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model
