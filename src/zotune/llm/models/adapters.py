@@ -162,38 +162,64 @@ def first_layer(num_layers: int, tuned_layers: int | None) -> int:
 
 
 def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
-    """Put tuned keys and values before those of every layer (Li and Liang, 2021), initialised from real tokens."""
+    """Put tuned keys and values before those of every layer (Li and Liang, 2021), initialised from real tokens.
+
+    Raises:
+        UsageError: the model's layers have no such keys and values.
+    """
     from peft import PrefixTuningConfig
 
     tokens = real_tokens(lm, config.num_virtual_tokens or PREFIX_TOKENS, config.seed)
-    keys_values = _keys_and_values_of(lm, tokens)
-    _wrap_with_peft(
-        lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **_sizes(lm)), config
-    )
+    with _refused_in_words(lm, _NO_PREFIX):
+        keys_values = keys_and_values(lm.base, tokens)
+        prefix = PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **_sizes(lm))
+        _wrap_with_peft(lm, prefix, config)
     _set_virtual_tokens(lm, keys_values)
+    with _refused_in_words(lm, _NO_PREFIX):
+        _read_a_token(lm)
 
 
 def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
-    """Put tuned embeddings before those of the input (Lester et al., 2021), initialised from real tokens."""
+    """Put tuned embeddings before those of the input (Lester et al., 2021), initialised from real tokens.
+
+    Raises:
+        UsageError: the model does not read embeddings in place of tokens.
+    """
     from peft import PromptTuningConfig
 
     embeddings = lm.base.get_input_embeddings()
     tokens = real_tokens(lm, config.num_virtual_tokens or PROMPT_TOKENS, config.seed)
-    with torch.no_grad():
-        rows = embeddings(tokens.to(lm.device)).float()
-    sizes = {**_sizes(lm), "token_dim": rows.shape[1]}
-    prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **sizes)
-    _wrap_with_peft(lm, prompt, config)
+    with _refused_in_words(lm, _NO_PROMPT):
+        with torch.no_grad():
+            rows = embeddings(tokens.to(lm.device)).float()
+        sizes = {**_sizes(lm), "token_dim": rows.shape[1]}
+        prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **sizes)
+        _wrap_with_peft(lm, prompt, config)
+        _read_a_token(lm)  # with random embeddings: Gemma 4 reads those of real tokens, and no others
     _set_virtual_tokens(lm, rows)
+
+
+_NO_PREFIX = (
+    "a prefix is keys and values of one shape that every layer takes in, and the layers of {} do not. Tune a prompt or "
+    "a LoRA adapter (--tuning prompt, lora)."
+)
+_NO_PROMPT = (
+    "a prompt of virtual tokens is embeddings that the model reads in place of tokens, and {} does not. Tune a LoRA "
+    "adapter (--tuning lora)."
+)
+
+
+@contextmanager
+def _refused_in_words(lm: LanguageModel, message: str) -> Iterator[None]:
+    """Within this context an error of peft or of the model means that it does not take virtual tokens."""
     try:
-        _read_a_token(lm)
-    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
+        yield
+    except (UsageError, Warning):
+        raise
+    except Exception as error:  # a model may fail in any way on inputs that it was not written for
         if is_out_of_memory(error):
             raise
-        raise UsageError(
-            f"{lm.name} ({lm.config.model_type}) does not read embeddings in place of tokens, as a prompt of virtual "
-            f"tokens needs: {reason_of(error)} Tune a LoRA adapter (--tuning lora)."
-        ) from error
+        raise UsageError(message.format(f"{lm.name} ({lm.config.model_type})")) from error
 
 
 @torch.no_grad()
@@ -280,19 +306,6 @@ def _sizes(lm: LanguageModel) -> dict[str, int]:
         for name, value in values.items()
         if value is not None and not any(known in written for known in _KNOWN_SIZES[name])
     }
-
-
-def _keys_and_values_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
-    """As `keys_and_values`, or an error in words if the model does not have them in every layer."""
-    try:
-        return keys_and_values(lm.base, tokens)
-    except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise UsageError(
-            f"a prefix is keys and values of one shape that every layer takes in, and the layers of {lm.name} "
-            f"({lm.config.model_type}) do not. Tune a prompt or a LoRA adapter (--tuning prompt, lora)."
-        ) from None
 
 
 @torch.no_grad()
