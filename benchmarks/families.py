@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -186,6 +187,14 @@ def cells(kind: str, family: str, schemes: tuple[str, ...] = SCHEMES) -> Iterato
         yield from (try_cell(Path(name), kind, family, scheme) for scheme in schemes)
 
 
+def general(cell: Cell) -> str:
+    """Return the reason of a refusal without the name of the family and of its tensors."""
+    reason = re.sub(rf"{re.escape(cell.family)}( \([\w-]+\))?", "NAME", cell.reason)
+    reason = re.sub(r" \(0\.\d+\)", "", reason)
+    remedy = r"some \1: tune others (--tuned-parameters, --lora-target-modules)."
+    return re.sub(r"\d+ of \d+ (tuned tensors were not read by the forward pass):.*", remedy, reason, flags=re.S)
+
+
 def table(results: list[Cell]) -> str:
     """Return the table of all families, and the reasons of refusals, in Markdown."""
     names = {"same": "yes", "different": "**no**"}
@@ -198,7 +207,7 @@ def table(results: list[Cell]) -> str:
         marks = []
         for scheme in SCHEMES:
             cell = row[scheme]
-            number = reasons.setdefault(cell.reason, len(reasons) + 1) if cell.outcome == "refused" else 0
+            number = reasons.setdefault(general(cell), len(reasons) + 1) if cell.outcome == "refused" else 0
             marks.append(names.get(cell.outcome, f"refused ({number})"))
         lines.append(f"| {family} | {kind} | {' | '.join(marks)} |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
