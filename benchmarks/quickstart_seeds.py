@@ -14,6 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from zotune.system.processor import emulates
+
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
 from record import write_result, zotune
 
@@ -24,14 +28,17 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dtype", help="default: as in examples/quickstart.py, bfloat16 unless it is emulated")
     options = parser.parse_args()
-    zero_shot = zotune("eval", "--task", "sst2", "--dtype", "bfloat16")
+    on_cpu = not torch.cuda.is_available()
+    dtype = options.dtype or ("float32" if on_cpu and emulates(torch.bfloat16) else "bfloat16")
+    zero_shot = zotune("eval", "--task", "sst2", "--dtype", dtype)
     print(f"zero-shot {100 * zero_shot['accuracy']:.1f} %", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RECIPES}
     with tempfile.TemporaryDirectory() as folder:
         for name, recipe in RECIPES.items():
             for seed in options.seeds:
-                output = ("--output-dir", f"{folder}/{name}-{seed}", "--seed", str(seed))
+                output = ("--output-dir", f"{folder}/{name}-{seed}", "--seed", str(seed), "--dtype", dtype)
                 result = zotune("train", recipe, *output)
                 gain = 100 * (result["test"]["accuracy"] - zero_shot["accuracy"])
                 keys = ("test", "dev", "dev_before", "num_steps", "num_forwards", "seconds", "peak_memory", "num_tuned")
@@ -42,7 +49,8 @@ def main() -> None:
                     flush=True,
                 )
     baseline = {key: zero_shot[key] for key in ("accuracy", "low", "high", "num_examples", "loss", "peak_memory")}
-    write_result("quickstart", {"task": "sst2", "recipes": RECIPES, "zero_shot": baseline, "runs": runs})
+    measured = {"task": "sst2", "dtype": dtype, "recipes": RECIPES, "zero_shot": baseline, "runs": runs}
+    write_result("quickstart", measured)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,21 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def quickstart() -> str:
-    """Accuracy before and after, seed by seed."""
+    """Accuracy before and after with its interval, seed by seed."""
     found = _read("quickstart")
-    zero_shot = 100 * found["zero_shot"]["accuracy"]
-    lines = ["| 872 validation rows | seed 0 | seed 1 | seed 2 |", "|---|--:|--:|--:|"]
-    lines.append("| zero-shot, same prompt |" + f" {zero_shot:.1f} % |" * 3)
+    seeds = sorted(run["seed"] for run in found["runs"]["zo_sgd"])
+    lines = [f"| 872 validation rows, {found['dtype']} |" + "".join(f" seed {seed} |" for seed in seeds)]
+    lines.append("|---|" + "--:|" * len(seeds))
+    lines.append("| zero-shot, same prompt |" + f" {_accuracy(found['zero_shot'])} |" * len(seeds))
     names = {"zo_sgd": "ZO-SGD, forward passes only", "fo_adam": "Adam by back-propagation, same adapter"}
     for method, name in names.items():
         runs = sorted(found["runs"][method], key=lambda run: run["seed"])
-        lines.append(f"| {name} |" + "".join(f" {100 * run['test']['accuracy']:.1f} % |" for run in runs))
+        lines.append(f"| {name} |" + "".join(f" {_accuracy(run['test'])} |" for run in runs))
     return "\n".join(lines)
+
+
+def _accuracy(test: dict[str, float]) -> str:
+    return f"{100 * test['accuracy']:.1f} % ({100 * test['low']:.1f} to {100 * test['high']:.1f})"
 
 
 _SIDES = {

@@ -277,5 +277,11 @@ def test_tests_mirror_the_package():
     assert {f for f in folders if not (PACKAGE / f).is_dir()} == set()
 
 
+def test_no_two_modules_of_tests_have_the_same_name():
+    # pytest imports them by their names alone, and refuses the second one.
+    names = Counter(p.name for p in Path(__file__).parent.rglob("test_*.py"))
+    assert {name for name, count in names.items() if count > 1} == set()
+
+
 def test_numba_is_gone():
     assert not any("numba" in path.read_text(encoding="utf-8") for path in MODULES)

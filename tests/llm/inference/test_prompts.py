@@ -20,6 +20,7 @@ ROWS = {
     "template": [{"question": f"Q{i}", "completion": f" A{i}"} for i in range(4)],
     "two": [{"question": f"Q{i}", "context": "C", "completion": f" A{i}"} for i in range(4)],
     "classification": [{"text": f"Q{i}", "label": "yes" if i % 2 else "no"} for i in range(4)],
+    "text": [{"text": f"Q{i} and what comes after it"} for i in range(4)],
     "alpaca": [{"instruction": f"Q{i}", "input": "", "output": "A"} for i in range(4)],
     "sharegpt": [
         {"conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": "A"}]} for i in range(4)
@@ -78,7 +79,9 @@ def test_a_text_is_the_users_message_where_there_is_a_chat_template(ask):
     assert ask(turns=None, prompt=["Hi", "Ho"])[0] == ["Hi", "Ho"]
 
 
-@pytest.mark.parametrize("form", ["completion", "template", "classification", "alpaca", "sharegpt", "messages", "chat"])
+@pytest.mark.parametrize(
+    "form", ["completion", "template", "classification", "alpaca", "sharegpt", "messages", "text", "chat"]
+)
 def test_a_tuned_model_reads_a_text_as_it_read_its_rows(ask, run, form):
     folder, rows = run(form)
     _, prompts, _ = ask(model=str(folder), prompt=[f"Q{i}" for i in range(4)])

@@ -27,15 +27,12 @@ def tuned(tiny):
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
 @pytest.mark.parametrize("scheme", [None, "lora", "prefix", "prompt"])
 def test_the_pieces_are_the_text(tuned, family, scheme):
-    lm, numbers = tuned(family, scheme), []
-    for seed in range(2):
-        pieces, options = [], {"stops_at_newline": False, "sampling": Sampling(1.0, 1.0, (seed,))}
-        (whole,) = generate(lm, [PROMPT], 24, **options)
-        (streamed,) = generate(lm, [PROMPT], 24, **options, stream=Stream(pieces.append))
-        assert streamed == whole == "".join(pieces).strip()
-        assert pieces[0] == pieces[0].lstrip()
-        numbers.append(len(pieces))
-    assert max(numbers) > 1
+    lm, pieces = tuned(family, scheme), []
+    options = {"stops_at_newline": False, "sampling": Sampling(1.0, 1.0, (0,))}
+    (whole,) = generate(lm, [PROMPT], 12, **options)
+    (streamed,) = generate(lm, [PROMPT], 12, **options, stream=Stream(pieces.append))
+    assert streamed == whole == "".join(pieces).strip()
+    assert pieces[0] == pieces[0].lstrip()
 
 
 def test_an_end_token_is_no_piece_of_the_text(tiny):
@@ -53,7 +50,7 @@ def test_an_end_token_is_no_piece_of_the_text(tiny):
     lm.base.get_output_embeddings().register_forward_hook(forward)
     pieces = []
     assert generate(lm, [PROMPT], 9, stops_at_newline=False, stream=Stream(pieces.append)) == ["ab"]
-    assert "".join(pieces) == "ab"
+    assert pieces == ["a", "b"]  # each when it is there
 
 
 def test_a_text_that_is_stopped_ends_with_the_token_in_progress(tiny):

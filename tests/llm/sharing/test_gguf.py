@@ -4,12 +4,14 @@ A script in its place writes down what it was given.
 """
 
 import json
+import shutil
 import sys
 
 import pytest
 
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.folders import ExportConfig
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.sharing.gguf import VARIABLE, export_gguf
 from zotune.llm.training.train import train
 
@@ -37,9 +39,18 @@ def llama_cpp(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The folder of an adapter."""
+    folder = tmp_path_factory.mktemp("runs") / "out"
+    rows = {"task": "sst2", "num_train": 4, "num_dev": 2, "num_eval": 2, "max_steps": 1}
+    options = {"model": "random:llama-tiny", "tuning": "lora", "device": "cpu", "output_dir": str(folder)}
+    return train(TrainConfig.model_validate({**rows, **options, "learning_rate": 0.1})).output_dir
+
+
 @pytest.fixture
-def adapter(config):
-    return train(config(model="random:llama-tiny", tuning="lora", learning_rate=0.1)).output_dir
+def adapter(tuned, tmp_path):
+    return shutil.copytree(tuned, tmp_path / "out")
 
 
 def export(folder, **options):

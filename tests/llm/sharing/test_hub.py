@@ -15,7 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from zotune.errors import RunError, UsageError
 from zotune.ledger import read
+from zotune.llm.api.load import load
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.load import load as load_by_name
 from zotune.llm.sharing.hub import upload
 from zotune.llm.training.train import train
 
@@ -45,23 +48,45 @@ def hub(tmp_path, monkeypatch):
     return kept
 
 
-@pytest.fixture
-def run(config, tiny, tmp_path, monkeypatch):
-    """A function: options to the folder of a run whose base, rows and output all lie in folders of this machine."""
-    place = tmp_path / "home/me/secret-project"
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of this machine with a base model and rows."""
+    place = tmp_path_factory.mktemp("this-machine") / "home/me/secret-project"
     place.mkdir(parents=True)
-    monkeypatch.chdir(place)
-    lm = tiny("llama")
+    lm = load_by_name(ModelOptions(model="random:llama-tiny", device="cpu"))
     lm.module.save_pretrained(place / "base")
     lm.tokenizer.save_pretrained(place / "base")
+    rows = [{"text": text, "label": "yes" if i % 2 else "no"} for i, text in enumerate(["fine", "dull", "bad", "good"])]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A function: options to the folder of a run whose base, rows and output all lie in folders of this machine."""
 
     def make(**options):
-        rows = place / "rows.jsonl"
-        rows.write_text((tmp_path / "rows.jsonl").read_text())
-        options = {"model": str(place / "base"), "train_file": str(rows), "output_dir": "runs/mine", **options}
-        return train(config(**options)).output_dir
+        plain = {"model": str(place / "base"), "train_file": str(place / "rows.jsonl"), "num_dev": 1, "max_steps": 2}
+        plain |= {"device": "cpu", "per_device_train_batch_size": 2, "output_dir": str(place / "runs/mine")}
+        return train(TrainConfig.model_validate({**plain, **options})).output_dir
 
     return make
+
+
+@pytest.fixture(scope="module")
+def runs(run, place):
+    """The folders of two runs, an adapter and whole weights."""
+    return {
+        tuning: run(tuning=tuning, learning_rate=0.1, save_steps=1, output_dir=str(place / "runs" / tuning))
+        for tuning in ("lora", "full")
+    }
+
+
+@pytest.fixture
+def copy(runs, tmp_path, monkeypatch):
+    """A function: what was tuned to a copy of its run's folder, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda tuning: shutil.copytree(runs[tuning], Path("runs/mine"))
 
 
 def everything(folder):
@@ -72,13 +97,13 @@ def everything(folder):
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_what_is_sent_names_no_place_of_this_machine(hub, run, tuning, tmp_path):
-    folder = run(tuning=tuning, learning_rate=0.1, save_steps=1)
+def test_what_is_sent_names_no_place_of_this_machine(hub, copy, tuning, tmp_path):
+    folder = copy(tuning)
     for name in (".env", "notes.txt", "rows.jsonl", "weights.bin"):
         (folder / name).write_text("secret")
     assert upload(folder, "me/mine", base="org/base" if tuning == "lora" else None) == "https://huggingface.co/me/mine"
     sent = everything(hub.files)
-    for secret in (b"secret", str(tmp_path).encode(), b"home/me", b"runs/mine", str(Path.home()).encode() + b"/"):
+    for secret in (b"secret", str(tmp_path).encode(), b"home/me", b"runs/", str(Path.home()).encode() + b"/"):
         assert secret not in sent
     assert hub.made == [("me/mine", None, True)]
     weights = "adapter_model.safetensors" if tuning == "lora" else "model.safetensors"
@@ -87,11 +112,8 @@ def test_what_is_sent_names_no_place_of_this_machine(hub, run, tuning, tmp_path)
     assert not names & {"checkpoint.safetensors", "checkpoint-1", "report.html", "zotune-files.json"}
 
 
-def test_what_is_sent_is_the_model_and_replays(hub, run, zotune, tmp_path):
-    from zotune.llm.api.load import load
-
-    folder = run(tuning="lora", learning_rate=0.1)
-    base = str(tmp_path / "home/me/secret-project/base")
+def test_what_is_sent_is_the_model_and_replays(hub, copy, place, zotune, tmp_path):
+    folder, base = copy("lora"), place / "base"
     upload(folder, "me/mine", base="org/base")
     card = huggingface_hub.ModelCard((hub.files / "README.md").read_text())
     assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
@@ -110,19 +132,20 @@ def test_what_is_sent_is_the_model_and_replays(hub, run, zotune, tmp_path):
     assert (tmp_path / "again" / weights).read_bytes() == (folder / weights).read_bytes()
 
 
-def test_a_run_uploads_its_model_when_it_has_ended(hub, run, capsys):
-    folder = run(tuning="full", push_to_hub=True, hub_model_id="org/name", hub_private_repo=True)
+def test_a_run_uploads_its_model_when_it_has_ended(hub, run, place, capsys):
+    names = {"hub_model_id": "org/name", "hub_private_repo": True}
+    folder = run(tuning="full", push_to_hub=True, output_dir=str(place / "runs/pushed"), **names)
     assert (hub.made, hub.repo_id) == ([("org/name", True, True)], "org/name")
     assert (hub.files / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert "uploaded to https://huggingface.co/org/name" in capsys.readouterr().err
 
 
-def test_a_run_without_a_name_for_it_uploads_under_that_of_its_folder(hub, run):
-    run(tuning="full", push_to_hub=True)
-    assert hub.made == [("mine", None, True)]
+def test_a_folder_without_another_name_is_uploaded_under_its_own(hub, copy):
+    upload(copy("full"), None)
+    assert (hub.made, hub.repo_id) == ([("mine", None, True)], "me/mine")
 
 
-def test_nothing_begins_without_a_token_a_network_or_a_base_that_others_have(hub, run, monkeypatch):
+def test_nothing_begins_without_a_token_a_network_or_a_base_that_others_have(hub, run, place, monkeypatch):
     with pytest.raises(UsageError, match=r"push_to_hub: what --tuning lora tunes needs its base model .* --base-model"):
         run(tuning="lora", push_to_hub=True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -132,7 +155,7 @@ def test_nothing_begins_without_a_token_a_network_or_a_base_that_others_have(hub
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UsageError, match=r"no token .* `hf auth login`"):
         run(tuning="full", push_to_hub=True)
-    assert not Path("runs").exists()
+    assert not (place / "runs/mine").exists()
     assert hub.made == []
 
 
@@ -144,39 +167,49 @@ def test_nothing_begins_without_a_token_a_network_or_a_base_that_others_have(hub
         (ConnectionError("no route"), RunError, r"could not be reached: no route"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_words(hub, run, error, kind, message, tmp_path):
-    folder = run(tuning="full")
-    if isinstance(error, int):
-        response = SimpleNamespace(status_code=error, headers={}, request=None)
-        error, status = HfHubHTTPError.__new__(HfHubHTTPError), response
-        error.response, error.args = status, ("the Hub said no",)
-    hub.error = error
+def test_what_the_hub_refuses_is_said_in_words(hub, copy, error, kind, message):
+    hub.error = refusal(error) if isinstance(error, int) else error
     with pytest.raises(kind, match=message):
-        upload(folder, "me/mine")
-    with pytest.raises(RunError, match=r"the model is saved in .*not uploaded.*\nTry again: zotune push"):
-        run(tuning="full", push_to_hub=True, overwrite_output_dir=True)
+        upload(copy("full"), "me/mine")
 
 
-def test_what_nobody_could_load_is_refused(hub, run, tmp_path):
-    folder = run(tuning="lora")
+def refusal(status):
+    error = HfHubHTTPError.__new__(HfHubHTTPError)
+    error.response, error.args = SimpleNamespace(status_code=status, headers={}, request=None), ("the Hub said no",)
+    return error
+
+
+def test_a_run_that_cannot_be_uploaded_is_saved_and_says_how_to_try_again(hub, run, place):
+    hub.error = refusal(403)
+    folder = place / "runs/refused"
+    with pytest.raises(RunError, match=r"the model is saved in .*not uploaded.*\nTry again: zotune push .*refused$"):
+        run(tuning="full", push_to_hub=True, output_dir=str(folder))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_what_nobody_could_load_is_refused(hub, runs, tmp_path):
+    folder = runs["lora"]
     with pytest.raises(UsageError, match=r"which nobody else can load. Give the name .* --base-model .*zotune merge"):
         upload(folder, "me/mine")
     (tmp_path / "none").mkdir()
     for place, message in ((tmp_path / "none", "holds no weights"), (tmp_path / "no", "there is no folder")):
         with pytest.raises(UsageError, match=message):
             upload(place, "me/mine")
-    whole = run(tuning="full", output_dir="runs/whole")
     with pytest.raises(UsageError, match=r"--base-model has no effect"):
-        upload(whole, "me/mine", base="org/base")
+        upload(runs["full"], "me/mine", base="org/base")
+
+
+def test_a_card_that_the_user_wrote_is_sent_without_its_paths(hub, copy):
+    whole = copy("full")
     (whole / "README.md").write_text(f"---\nbase_model: x\n---\n\nSee {Path.home()}\n")
     upload(whole, "me/mine")
     assert (hub.files / "README.md").read_text().endswith("\nSee ~\n")
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.yaml", "model-2.safetensors", "vocab.txt", "results.json"])
-def test_a_link_takes_no_other_file_along(hub, run, tmp_path, name):
+def test_a_link_takes_no_other_file_along(hub, copy, tmp_path, name):
     """A folder that somebody else made could hold a link to a file of this machine under a name that is sent."""
-    folder = run(tuning="full")
+    folder = copy("full")
     (tmp_path / "id_rsa").write_text("secret")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "id_rsa")

@@ -25,6 +25,7 @@ def merged(folder, target):
     return target
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("options", "auto"),
     [
@@ -67,6 +68,7 @@ def test_what_cannot_be_merged_says_why(config, tmp_path, tuning, message):
         merged(folder, tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_dequantised(config, tmp_path, tiny, capsys):
     pytest.importorskip("torchao")
     lm = tiny("llama")

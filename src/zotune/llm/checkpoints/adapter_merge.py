@@ -55,7 +55,7 @@ def merged_model(module: Any, read: Callable[[Any, Tensor], Tensor], name: str) 
         if not difference <= (_ROUGH if quantised else _TOLERANCE.get(before.dtype, _ROUGH)) * max(size, 1.0):
             raise UsageError(
                 f"the adapter {name} cannot be merged into the weights: the merged model's logits differ from those of "
-                f"the adapted one by up to {difference:.2g}. Leave out --merged, and use the adapter itself."
+                f"the adapted one by up to {difference:.2g}. Use the adapter itself."
             )
     return merged
 

@@ -140,7 +140,7 @@ def _loading_code(config: TrainConfig, lm: LanguageModel) -> str:
     if not config.is_adapter:
         return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(FOLDER)"
     base = base_name(lm)
-    if lm.classifies or (hub_id(base) and not lm.masked):
+    if lm.classifies or (hub_id(base) and auto.endswith("CausalLM")):
         # The base model has no labels; the head is saved with the adapter.
         loader, labels = f"AutoPeft{auto[4:]}", f", num_labels={lm.config.num_labels}" if lm.classifies else ""
         own = "\n\n# On the weights of the training, those of the GGUF file:\n# from zotune.llm import load"

@@ -266,9 +266,8 @@ def test_instructions_are_the_chat_of_transformers_or_the_prompt_that_alpaca_was
         assert chat[start:end] == f"{row['output']}<|im_end|>\n"
     tokenizer.chat_template = None
     for row, example in zip(rows, load(), strict=True):
-        given = f"### Instruction:\n{row['instruction']}\n\n" + (
-            f"### Input:\n{row['input']}\n\n" if row["input"] else ""
-        )
+        given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        given = f"### Instruction:\n{row['instruction']}\n\n{given}"
         assert example.prompt.endswith(f" the request.\n\n{given}### Response:\n")
         assert example.prompt.startswith("Below is an instruction that describes a task")
         assert example.candidates == (f"{row['output']}</s>",)
