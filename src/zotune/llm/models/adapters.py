@@ -123,14 +123,24 @@ def is_target(path: str, target: str) -> bool:
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D.
 
-    A class of a model that computes something else with a linear layer's weights is none: peft would not follow it.
+    A class of a model that takes other inputs than its weight says is none: peft would not follow it.
     """
     from transformers.pytorch_utils import Conv1D
 
     for name, m in module.named_modules():
         is_own_kind = type(m).__module__.startswith("transformers.models.") and type(m).forward is not nn.Linear.forward
-        if isinstance(m, Conv1D) or (isinstance(m, nn.Linear) and not is_own_kind):
+        if isinstance(m, Conv1D) or (isinstance(m, nn.Linear) and not (is_own_kind and _is_grouped(m))):
             yield name, m
+
+
+@torch.no_grad()
+def _is_grouped(layer: nn.Linear) -> bool:
+    """Whether a layer does not turn `in_features` numbers into `out_features`, as the grouped ones of DeepSeek-V4."""
+    try:
+        x = torch.zeros(1, 1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+        return tuple(layer(x).shape) != (1, 1, layer.out_features)
+    except (RuntimeError, ValueError, IndexError):
+        return True
 
 
 def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
