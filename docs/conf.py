@@ -22,7 +22,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "docstrings",
     "zotune_options",
-    "foreign_options",
     "public_names",
     "built_links",
 ]

@@ -2,7 +2,6 @@
 
 {zotune-options} MODULE:CLASS      the options of a pydantic schema, by group
 {zotune-parser} MODULE:FUNCTION    the commands of an argparse parser
-{zotune-list} VERB                 the rows that `zotune VERB --json` prints
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
-import io
-import json
 import re
 import typing
 from importlib import import_module
@@ -105,7 +102,8 @@ def options_by_group(schema: Any) -> dict[str, list[str]]:
 def option_text(name: str, annotation: Any, text: str, default: str) -> str:
     """One option as a directive of Sphinx's, which gives it an anchor and an entry in the index."""
     flag, kind = f"--{name.replace('_', '-')}", type_text(annotation)
-    choices = kind if "|" in kind else ""
+    # Choices beside a number or a text are no list to choose from.
+    choices = "" if any(part in _PLAIN.values() for part in kind.split("|")) or "|" not in kind else kind
     line = f"{flag} {'CHOICE' if choices and len(choices) > 24 else kind}".strip()
     more = [f"One of {', '.join(f'`{c}`' for c in choices.split('|'))}."] if choices else []
     if annotation is bool:
@@ -182,24 +180,8 @@ def wrapped(usage: str, width: int = 76) -> str:
     return "\n".join(lines)
 
 
-class Listing(_Generated):
-    """The rows that a listing command prints, as a table."""
-
-    def text(self) -> str:
-        """The Markdown."""
-        from zotune.cli import main
-
-        run = main if inspect.isfunction(main) else main.main
-        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-            run([self.arguments[0], "--json"])
-        rows = json.loads(printed.getvalue())
-        lines = [f"| `{name}` | {escaped(text)} |" for name, text in rows.items()]
-        return "\n".join(["| name | |", "|---|---|", *lines])
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("zotune-options", Options)
     app.add_directive("zotune-parser", Parser)
-    app.add_directive("zotune-list", Listing)
     return {"version": "1", "parallel_read_safe": True}

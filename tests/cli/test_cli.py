@@ -4,7 +4,9 @@ A run that is interrupted leaves a model, and every command that is documented p
 """
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from zotune.cli.options import parse
 from zotune.llm.config.method import FIRST_ORDER, MethodName
 from zotune.llm.config.run import RECIPES, EvalConfig, TrainConfig, find_recipe, read_recipe
 from zotune.llm.config.schema import validate
+from zotune.llm.training.loop import Run
 from zotune.methods.paper import METHODS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -40,7 +43,7 @@ def test_json_is_one_object_on_stdout(zotune, short, tmp_path, rows_file):
     result = json.loads(said.out)
     assert (said.code, result["num_steps"], result["output_dir"]) == (0, 2, str(tmp_path / "out"))
     said = zotune("eval", "--json", "--model", tmp_path / "out", "--eval-file", rows_file)
-    assert (said.code, said.err.count("\n")) == (0, 1)
+    assert (said.code, said.err.count("\n")) == (0, 2)
     assert "rows.jsonl: rows of a text and its label" in said.err
     assert json.loads(said.out)["num_examples"] == 11
     for command in ("models", "tasks", "methods", "env"):
@@ -120,9 +123,9 @@ def test_options_override_the_recipe_and_numbers_mean_what_they_say(zotune, tmp_
         (["trian"], r"no command 'trian'. Did you mean 'train'\?"),
         (["train", "--task", "sst2", "--learning-rat", "1e-3"], r"--learning-rate"),
         (["train", "--task", "sst2", "--method", "zo_sdg"], r"zo_sdg.*zo_sgd"),
-        (["train", "--task", "sst2", "--learning-rate", "fast"], r"learning-rate"),
+        (["train", "--task", "sst2", "--learning-rate", "fast"], r"learning_rate is 'fast'"),
         (["train", "--task", "sst2", "--learning-rate", "-1"], r"learning_rate.*greater than or equal to 0"),
-        (["train", "--task", "sst2", "--mu", "0"], r"mu.*greater than 0"),
+        (["train", "--task", "sst2", "--mu", "0"], r"mu.*above 0"),
         (["train"], r"give either a task .* or files of your own"),
         (["train", "--task", "sst2", "--train-file", "x.jsonl"], r"give either a task"),
         (["train", "--task", "sst2", "--gradient-checkpointing"], r"gradient_checkpointing has no effect on zo_sgd"),
@@ -157,7 +160,7 @@ def test_bad_usage_exits_with_2_and_names_the_way(zotune, arguments, message, tm
         ("task: sst2\nlerning_rate: 1e-6\n", r"my.yaml: unknown key 'lerning_rate'. Did you mean 'learning_rate'\?"),
         ("task: sst2\nlerning-rate: 1e-6\n", r"unknown key 'lerning_rate'. Did you mean 'learning_rate'\?"),
         ("task: sst2\nmethod: zo_sdg\n", r"method is 'zo_sdg'. Did you mean 'zo_sgd'\?"),
-        ("task: sst2\nmax_steps: many\n", r"my.yaml: max_steps is 'many': "),
+        ("task: sst2\nmax_steps: many\n", r"my.yaml: max_steps is 'many'; it must be a whole number"),
         ("task: sst2\nmu: 1e-3\nzo_eps: 1e-2\n", r"my.yaml: .*zo_eps"),
         ("task: [sst2\n", r"my.yaml is not valid YAML"),
         ("- task\n", r"my.yaml must hold `key: value` lines"),
@@ -175,7 +178,7 @@ def test_bad_recipes_are_named_by_file_and_key(zotune, tmp_path, text, message):
     [
         (
             ["--dtype", "bfloat16", "--rounding", "nearest", "--learning-rate", "1e-12"],
-            r"cannot work with rounding to nearest.*--rounding stochastic",
+            r"cannot work with rounding to nearest.*rounding: stochastic",
         ),
         (
             ["--dtype", "bfloat16", "--mu", "1e-12"],
@@ -215,6 +218,51 @@ def test_evaluating_no_rows_is_refused(zotune, rows_file):
     said = zotune("eval", "--model", "random:opt-tiny", "--train-file", rows_file, "--num-dev", 0)
     assert said.code == 2
     assert "there is no row to evaluate on" in said.err
+
+
+def test_a_second_signal_says_how_to_go_on(zotune, short, monkeypatch):
+    real = Run._run_step
+
+    def interrupted(self, *args):
+        real(self, *args)
+        if self.counters.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_run_step", interrupted)
+        said = zotune(*short())
+    assert (said.code, said.out) == (130, "")
+    assert "stopping after this step (a second signal, such as Ctrl-C, stops at once)" in said.err
+    assert said.err.endswith("zotune: interrupted after step 1; the same command with --resume goes on\n")
+    said = zotune(*short("--resume"))
+    assert said.code == 0
+    assert "resumed at step 1" in said.err
+
+
+def test_the_metric_is_named_and_a_log_loss_is_shown_once(zotune, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " odd"}) + "\n" for i in range(6)))
+    plain = ["--model", "random:llama-tiny", "--device", "cpu", "--eval-file", rows, "--batch-size", 2]
+    said = zotune("eval", *plain)
+    assert re.fullmatch(r"log-loss [\d.]+ nats a token \(.*, n = 6\), perplexity [\d.]+, [\d.]+ s\n", said.out)
+    said = zotune("eval", *plain, "--exact-match", "--max-new-tokens", 8)
+    assert said.out.startswith("mean F1 of the answers' words (as in SQuAD) 0.0 % (")
+    assert re.search(r"exact match 0.0 %, loss [\d.]+, [\d.]+ s\n$", said.out)
+
+
+def test_an_evaluation_on_the_rows_of_the_training_is_named(zotune, short, tmp_path, rows_file):
+    assert zotune(*short()).code == 0
+    said = zotune("eval", "--model", tmp_path / "out", "--eval-file", rows_file)
+    assert f"the model was tuned on rows of {rows_file}" in said.err
+    remedy = f"--train-file {rows_file} --num-dev 3"
+    assert f"{remedy} reads the rows that were held out" in said.err
+    said = zotune("eval", "--model", tmp_path / "out", *remedy.split())
+    assert "n = 3" in said.out
+    assert "tuned on" not in said.err
+    assert zotune(*short("--num-dev", 0, out="all")).code == 0
+    said = zotune("eval", "--model", tmp_path / "all", "--eval-file", rows_file)
+    assert "none of its rows was held out, so give another file" in said.err
 
 
 # Processes -------------------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
-import tyro
 
+from zotune.cli.arguments import read_arguments
 from zotune.cli.bench import _parser as bench_parser
 from zotune.cli.ledger import _parser as ledger_parser
-from zotune.cli.options import complete, unchecked_record
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.plan.options import PlanConfig
 
 FROZEN = json.loads((Path(__file__).parent / "flags.json").read_text(encoding="utf-8"))
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
+PAIRS = ("--columns", "--verbalizer")
 PARSERS = {"bench": bench_parser, "ledger": ledger_parser}
 
 
@@ -35,18 +35,22 @@ def plain(value):
 
 
 @pytest.mark.parametrize("verb", SCHEMAS)
-@pytest.mark.filterwarnings("ignore:get_parser:DeprecationWarning")
 def test_no_option_of_a_schema_is_lost_or_has_another_default(verb):
     schema = SCHEMAS[verb]
-    parser = tyro.extras.get_parser(unchecked_record(schema, complete(schema, {}, "defaults")))
-    spellings = {a.option_strings[0]: a.option_strings for a in parser._actions if a.option_strings}
     flags = {}
     for name, info in schema.model_fields.items():
         flag = "--" + name.replace("_", "-")
         depends_on_others = info.default_factory_takes_validated_data
         default = None if depends_on_others else info.get_default(call_default_factory=True)
-        flags[flag] = {"spellings": spellings[flag], "default": plain(default), "choices": choices_of(info.annotation)}
+        spellings = [flag, f"--no-{flag[2:]}"] if info.annotation is bool else [flag]
+        flags[flag] = {"spellings": spellings, "default": plain(default), "choices": choices_of(info.annotation)}
     for flag, frozen in FROZEN[verb].items():
+        for spelling in frozen["spellings"]:
+            switch = flags[flag]["spellings"] != [flag]
+            given = [spelling] if switch else [spelling, "a", "b"] if flag in PAIRS else [spelling, "a"]
+            read = read_arguments(schema, given, f"zotune {verb}")
+            assert [*read] == [flag[2:].replace("-", "_")]
+            assert not switch or [*read.values()] == [spelling == flag]
         known = [choice for choice in flags[flag]["choices"] if choice in frozen["choices"]]
         assert {**flags[flag], "choices": known} == frozen
 

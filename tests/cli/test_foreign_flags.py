@@ -91,6 +91,6 @@ def test_an_option_that_a_command_lacks_is_named_by_both_names(zotune):
 
 
 def test_no_name_of_the_table_is_an_unknown_flag():
-    # Each is taken out of the arguments, before tyro would call it unknown.
+    # Each is taken out of the arguments, before it would be called unknown.
     for name in alias_table().names:
         assert split_aliases([f"--{name.replace('_', '-')}", "x"], TrainConfig.model_fields)[0] == []

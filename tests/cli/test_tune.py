@@ -49,6 +49,18 @@ def test_a_table_shows_each_point_and_marks_the_best(search):
     assert sum(line.endswith("best") for line in lines) == 1
 
 
+def test_a_log_loss_has_one_column_and_no_row_is_said_to_be_drawn(zotune, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} is", "completion": " odd"}) + "\n" for i in range(8)))
+    said = zotune(
+        "tune", "--model", "random:llama-tiny", "--device", "cpu", "--train-file", rows, "--output-dir", tmp_path / "o",
+        "--max-steps", 1, "--learning-rate", "1e-3", "1e-2",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert re.split(r"\s{2,}", said.out.splitlines()[0].strip()) == ["learning_rate", "held-out loss", "forward passes"]
+    assert "evaluation rows, drawn at random" not in said.err
+
+
 def test_a_stopped_search_goes_on_and_trains_no_point_twice(search, monkeypatch):
     trained = []
 

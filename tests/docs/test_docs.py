@@ -20,6 +20,7 @@ from zotune.llm.config.run import EvalConfig, TrainConfig
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
+import tables  # noqa: E402
 from alias_text import meaning_text  # noqa: E402
 
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -82,7 +83,7 @@ def test_the_commands_of_the_pages_have_options_that_exist(verb, arguments):
 
 @pytest.mark.parametrize("tool", alias_table().tools)
 def test_each_option_in_the_table_of_another_tool_is_accepted_or_answered(tool):
-    assert f"```{{zotune-aliases}} {tool}\n" in text_of(DOCS / "coming-from.md")
+    assert f"<!-- table: aliases {tool} -->\n" in text_of(DOCS / "coming-from.md")
     names = alias_table().tools[tool]
     assert len(names) == len(set(names)) > 30
     assert [name for name in names if name not in TrainConfig.model_fields and name not in alias_table().names] == []
@@ -94,6 +95,17 @@ def test_the_tables_of_other_tools_name_options_that_exist():
     assert options - TrainConfig.model_fields.keys() == set()
     assert rows["lr"] == "`learning_rate`" and rows["learning_rate"] == "the same"
     assert rows["base_model"] == rows["model_name_or_path"] == "`model`"
+
+
+def test_the_tables_of_the_pages_are_those_of_the_program():
+    """`python docs/_ext/tables.py` writes them anew."""
+    with_tables = [page for page in PAGES if "<!-- table: " in text_of(page)]
+    assert len(with_tables) > 3
+    assert [name_of(page) for page in with_tables if tables.with_tables(text_of(page)) != text_of(page)] == []
+    # Read as a file, no page has a placeholder of the site where a table should be.
+    assert [name_of(page) for page in PAGES if re.search(r"\{zotune-(list|aliases)\}", text_of(page))] == []
+    short = "a\n<!-- table: list methods -->\nold\n<!-- end of table -->\nb"
+    assert "| `zo_sgd` |" in tables.with_tables(short) and "old" not in tables.with_tables(short)
 
 
 def test_no_folder_of_pages_is_longer_than_a_screen():

@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from torch.autograd import forward_ad
 
-from zotune.integrations.accelerate import averaged
+from zotune.integrations.accelerate import averaged, copy_from_first
 
 ROWS, STEPS = 8, 3
 
@@ -114,11 +114,29 @@ def test_accelerate_launches_it(tmp_path):
 
 
 def test_the_mean_and_its_slope_are_those_of_all_values_in_the_loaders_order():
-    values = torch.tensor([[1.0, 1e16], [-1e16, 2.0]], dtype=torch.float64)  # of two processes; order matters
+    values = torch.tensor([[1e16, 1.0], [-1e16, 1.0]], dtype=torch.float64)  # of two processes; order matters
     accelerator = SimpleNamespace(num_processes=2, gather=lambda local: torch.cat([local, others.pop()]))
     others = [values[1]]
-    assert averaged(accelerator, values[0]).item() == torch.tensor([1.0, -1e16, 1e16, 2.0]).double().sum().item() / 2
+    assert averaged(accelerator, values[0]).item() == 1.0
     others = [torch.tensor([3.0, 4.0]).double(), torch.zeros(2).double()]
     with forward_ad.dual_level():
         mean = averaged(accelerator, forward_ad.make_dual(torch.zeros(2).double(), torch.tensor([1.0, 2.0]).double()))
         assert forward_ad.unpack_dual(mean).tangent.item() == 5.0
+
+
+def test_parameters_and_buffers_become_those_of_the_first_process(monkeypatch):
+    model = torch.nn.BatchNorm1d(3)
+    model.wide = torch.nn.Parameter(torch.zeros(4, 2).T)  # not contiguous, as broadcast wants it
+    sent = []
+
+    def broadcast(tensor, src):
+        assert tensor.is_contiguous()
+        sent.append(src)
+        tensor.fill_(7)
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    copy_from_first(SimpleNamespace(num_processes=1), model)
+    assert sent == []
+    copy_from_first(SimpleNamespace(num_processes=2), model)
+    assert sent == [0] * 6
+    assert all((t == 7).all() for t in (*model.parameters(), *model.buffers()))

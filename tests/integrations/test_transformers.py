@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ import transformers as hf
 
 import zotune as zo
 from problems import assert_same_bits
-from zotune.integrations.transformers import ZerothOrderArguments, ZerothOrderMixin, ZOTrainer, ZOTrainingArguments
+from zotune.integrations import transformers as module
+from zotune.integrations.transformers import (
+    ZerothOrderArguments,
+    ZerothOrderMixin,
+    ZOTrainer,
+    ZOTrainingArguments,
+    _metrics_of_training,
+)
 from zotune.llm.config.method import MethodOptions
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -58,10 +66,15 @@ def token_mean(net, batch):
 
 
 def test_losses_and_weights_are_the_plain_optimizers_on_the_same_batches(made):
-    trainer = made(gradient_accumulation_steps=2, lr_scheduler_type="linear", num_queries=2, method="zo_adam", mu=1e-2)
+    trainer = made(
+        gradient_accumulation_steps=2, lr_scheduler_type="linear", num_queries=2, method="zo_adam", mu=1e-2,
+        adam_beta1=0.5, adam_beta2=0.9, adam_epsilon=1e-2, weight_decay=0.5,
+    )  # fmt: skip
     trainer.train()
     other, data, found = model(), rows(), []
-    opt = zo.zo_adam(other, lr=1e-2, mu=1e-2, num_queries=2, seed=7)
+    opt = zo.zo_adam(
+        other, lr=1e-2, mu=1e-2, num_queries=2, seed=7, betas=(0.5, 0.9), eps=1e-2, weight_decay=0.5
+    )  # fmt: skip
     for step in range(4):
         opt.param_groups[0]["lr"] = 1e-2 * (1 - step / 4)
         batch = data[step % 2 * 4 :][:4]
@@ -190,6 +203,83 @@ def test_a_step_reads_the_micro_batches_of_its_own_only(made):
     assert seen[:8] == 4 * first  # the second epoch begins anew, without the micro-batch that the first left behind
 
 
+def summed(outputs, labels, num_items_in_batch=None):
+    wanted = labels[:, 1:]
+    every = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
+    return every / num_items_in_batch
+
+
+TOLD = hasattr(hf.Trainer, "loss_is_scaled_for_ga")  # since transformers 5.19
+NORMALISED = {
+    "by the model": ({}, {}, {}),
+    "by a function of the caller's": ({}, {"compute_loss_func": summed}, {}),
+    "by nobody": ({}, {}, {"accepts_loss_kwargs": False}),
+    **({"as told: summed": ({"loss_is_scaled_for_ga": True}, {}, {"accepts_loss_kwargs": False})} if TOLD else {}),
+    **({"as told: averaged": ({"loss_is_scaled_for_ga": False}, {}, {})} if TOLD else {}),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_the_objective_is_normalised_as_the_trainer_normalises_its_loss(made, name):
+    attributes, given, of_model = NORMALISED[name]
+    found = []
+    for base, options in ((ZOTrainer, {"mu": 1e-4}), (hf.Trainer, {"optim": "sgd"})):
+        net = model()
+        net.config.attention_dropout = 0.0
+        for layer in net.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        vars(net).update(of_model)
+        trainer = made(
+            kind=type("Told", (base,), attributes), of=net, given=given, gradient_accumulation_steps=2, max_steps=1,
+            arguments=ZOTrainingArguments if base is ZOTrainer else hf.TrainingArguments, **options,
+        )  # fmt: skip
+        trainer.train()
+        found += losses(trainer)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_step_keeps_nothing_and_runs_the_whole_model_for_each_probe(made):
+    net = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, **{**SIZES, "num_hidden_layers": 2}))
+    calls = []
+    net.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    # What a Trainer's loss runs may differ from call to call, so no block's probe takes over another's activations.
+    trainer = made(of=net, blocks="layer", max_steps=2)
+    trainer.train()
+    assert len(calls) == trainer._stepped.optimizer.num_forwards > 8
+    assert trainer._micro_batches == []
+
+
+def test_losses_are_computed_as_the_trainer_does_and_added_up_in_double_precision(made, monkeypatch):
+    prepared, dtypes, entered, inside = [], [], [], []
+
+    class Noting(ZOTrainer):
+        def _prepare_inputs(self, inputs):
+            prepared.append(1)
+            return super()._prepare_inputs(inputs)
+
+        def compute_loss_context_manager(self):
+            entered.append(1)
+            return super().compute_loss_context_manager()
+
+    real = module.averaged
+    monkeypatch.setattr(module, "averaged", lambda a, values: dtypes.append(values.dtype) or real(a, values))
+    net = model()
+    net.lm_head.register_forward_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    made(kind=Noting, of=net, bf16=True, gradient_accumulation_steps=2, max_steps=1, mu=1e-2).train()
+    assert (len(prepared), len(entered)) == (2, 4)
+    assert inside == [True] * 4
+    assert dtypes == [torch.float64] * 2
+
+
+def test_only_trainers_that_file_metrics_by_mode_see_the_model_in_training():
+    for metrics, inside in (({}, False), ({"_metrics": {}}, True)):
+        trainer = SimpleNamespace(model=SimpleNamespace(training=False), **metrics)
+        with pytest.raises(KeyError), _metrics_of_training(trainer):
+            assert trainer.model.training == inside
+            raise KeyError
+        assert not trainer.model.training
+
+
 def test_an_optimizer_of_ones_own_is_used_and_its_schedule_too(made):
     net = model()
     opt = zo.zo_sgd(net, lr=1e-3, sampler=zo.gaussian, params=list(net.lm_head.parameters()))
@@ -222,9 +312,20 @@ def with_attributes(**attributes):
     return change
 
 
+class Flat(ZOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * 0 + 1
+
+
 class OwnStep(hf.Trainer):
     def training_step(self, *args, **kwargs):
         return super().training_step(*args, **kwargs)
+
+
+def of_another_library():
+    """A trainer that has the name of one of TRL's, and a step of its own."""
+    theirs = type("SFTTrainer", (OwnStep,), {"training_step": OwnStep.training_step})
+    return type("Mixed", (ZerothOrderMixin, theirs), {})
 
 
 class OwnStepByForwardPasses(ZerothOrderMixin, OwnStep):
@@ -239,15 +340,34 @@ REFUSED = {
     "fp16": ({}, {}, lambda t: setattr(t.accelerator, "scaler", object()), "fp16=True scales the loss"),
     "DeepSpeed": ({}, {}, with_attributes(is_deepspeed_enabled=True), "DeepSpeed shards"),
     "FSDP": ({}, {}, with_attributes(is_fsdp_enabled=True), "FSDP shards"),
+    "fp16 of the arguments": ({}, {}, lambda t: setattr(t.args, "fp16", True), "fp16=True scales the loss"),
+    "FSDP of XLA": ({}, {}, with_attributes(is_fsdp_xla_enabled=True), "FSDP shards"),
+    "parallelism": ({}, {}, lambda t: setattr(t.args, "parallelism_config", object()), "sequence parallelism shard"),
+    "sharded loading": ({}, {}, with_attributes(is_distributed_loading_by_transformers=True), "parallelism shard"),
+    "optim_target_modules": ({"optim_target_modules": "all-linear"}, {}, None, "optim_target_modules would not be"),
+    "optimizer_cls_and_kwargs": (
+        {}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, None, "optimizer_cls_and_kwargs would not be used",
+    ),
+    "a wrapped optimizer with gradients": (
+        {}, {}, with_attributes(optimizer=SimpleNamespace(optimizer=torch.optim.SGD(model().parameters()))),
+        "optimizers holds SGD",
+    ),
     "several GPUs": ({}, {}, lambda t: setattr(t.args, "_n_gpu", 4), "4 GPUs in one process.*torchrun"),
     "an optimizer with gradients": (
         {}, {"optimizers": (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)}, None, "optimizers holds SGD",
     ),
     "a step of its own": ({"kind": OwnStepByForwardPasses}, {}, None, "OwnStep has a training_step of its own"),
+    "a step of another SFTTrainer": (
+        {"kind": of_another_library()}, {}, None, "SFTTrainer has a training_step of its own",
+    ),
     "a first-order method": ({"method": "fo_adam"}, {}, None, "method is fo_adam, which back-propagates"),
     "a value out of range": ({"mu": -1.0}, {}, None, "ZOTrainingArguments: mu is -1.0"),
     "an option without effect": ({"adam_beta2": 0.9}, {}, None, "adam_beta2 has no effect here"),
     "a mu too small": ({"mu": 1e-20}, {}, None, "mu is 1e-20, too small"),
+    "a flat loss": ({"kind": Flat}, {}, None, "both probes gave the same loss"),
+    "an update that rounding removes": (
+        {"half": True, "rounding": "nearest", "learning_rate": 1e-12}, {}, None, "cannot work with rounding to nearest",
+    ),
     "smoothing in half precision": (
         {"label_smoothing_factor": 0.1, "half": True}, {}, None, "label_smoothing_factor computes .* torch.bfloat16",
     ),
@@ -261,8 +381,15 @@ def test_what_cannot_go_together_is_refused_by_name(made, name):
     trainer = made(of=model().bfloat16() if half else None, given=given, **options)
     if change is not None:
         change(trainer)
-    with pytest.raises(zo.UsageError, match=message):
+    with pytest.raises(zo.UsageError, match=message) as refusal:
         trainer.create_optimizer() if change is not None else trainer.train()
+    assert " --" not in str(refusal.value).replace("torchrun --nproc", "")
+
+
+def test_a_method_without_probes_has_no_mu_to_check(made):
+    trainer = made(method="forward_grad", mu=1e-20, max_steps=1)
+    trainer.train()
+    assert trainer._mu is None
 
 
 def test_a_loss_in_half_precision_is_refused(made):
@@ -291,6 +418,20 @@ def test_the_options_are_those_of_the_command_and_a_script_reads_them_from_its_c
     (args,) = hf.HfArgumentParser(ZOTrainingArguments).parse_args_into_dataclasses(line)
     assert (args.method, args.mu, args.blocks, args.num_queries) == ("zo_adam", 1e-2, "layer", 1)
     hf.HfArgumentParser(ZOTrainingArguments).format_help()
+
+
+def test_a_model_card_names_zotune_and_the_method_in_place_of_adamw(made, tmp_path):
+    trainer = made(max_steps=1, method="zo_sgd_sign")
+    trainer.train()
+    trainer.create_model_card(model_name="mine", tags="own")
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    head, body = card.split("---")[1:3]
+    assert {f"- {tag}" for tag in ("own", "zotune", "zeroth-order")} <= set(head.splitlines())
+    assert f"\n- optimizer: zo_sgd_sign of zotune {zo.__version__}, by forward passes alone\n- lr_scheduler" in body
+    assert "adamw" not in card
+    assert trainer.model.model_tags == ["zotune", "zeroth-order"]
+    # What the Trainer writes before training, and where it writes nothing, is no error.
+    made(kind=type("Other", (ZOTrainer,), {"is_world_process_zero": lambda self: False})).create_model_card()
 
 
 def test_arguments_without_the_options_mean_the_defaults(made):

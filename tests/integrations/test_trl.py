@@ -110,6 +110,29 @@ def test_preferences_and_rewards_are_objectives(tmp_path, tiny):
     assert reward._stepped.optimizer.num_skipped == 0
 
 
+def test_unpaired_preferences_are_an_objective_and_the_card_names_zotune(tmp_path, tiny, caplog):
+    lm = tiny("llama")
+    # The kind of adapter that is there has no dropout and begins as the base model, which is the reference.
+    args = ours.ZOKTOConfig(
+        str(tmp_path), **{**PLAIN, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}, learning_rate=1e-2
+    )
+    rows = [{"prompt": f"Review {i} is", "completion": " good" * (i + 1), "label": i % 2 == 0} for i in range(8)]
+    kto = ours.ZOKTOTrainer(
+        lm.module, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=lm.tokenizer,
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"]),
+    )  # fmt: skip
+    kto.train()
+    # 1 - σ(0) before the first step, but for the probes.
+    assert losses(kto)[0] == pytest.approx(0.5, abs=0.01)
+    assert len(set(losses(kto))) == 3
+    assert kto._stepped.optimizer.num_forwards == 6
+    assert any(p.any() for name, p in kto.model.named_parameters() if "lora_B" in name)
+    assert "KL term" in caplog.text
+    for card in (tmp_path / "README.md", tmp_path / "checkpoint-3/README.md"):
+        head = card.read_text(encoding="utf-8").split("---")[1].splitlines()
+        assert {"- zotune", "- zeroth-order", "- kto", "- trl"} <= set(head)
+
+
 def test_losses_that_are_no_objective_are_refused(tmp_path, tiny):
     with pytest.raises(zo.UsageError, match='loss_type="dft" is no objective'):
         sft(tmp_path, tiny("llama"), loss_type="dft").create_optimizer()

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -87,26 +87,30 @@ def _spelling(page: HelpPage, schema: type[BaseModel], name: str) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """Return the placeholder of an option's value.
+    """Return the placeholder of an option's value; of several types that it may have, all.
 
-    >>> _metavar(int | None), _metavar(Literal["a", "b"]), _metavar(dict[str, str])
-    ('INT', '{a,b}', 'KEY VALUE ...')
+    >>> _metavar(int | None), _metavar(Literal["a", "b"]), _metavar(float | Literal["auto"]), _metavar(dict[str, str])
+    ('INT', '{a,b}', 'FLOAT|auto', 'KEY VALUE ...')
     """
-    choices = _choices(annotation)
-    if choices:
+    origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not NoneType]
+    if origin is Annotated:
+        return _metavar(parts[0])
+    if origin in (Union, UnionType) and len(parts) > 1:
+        return "|".join(dict.fromkeys(_metavar(part).strip("{}") for part in parts))
+    if choices := _choices(annotation):
         text = "{" + ",".join(choices) + "}"
         return text if len(text) <= _MAX_CHOICES else "NAME"
-    origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (dict, tuple) or not parts:
         return _METAVARS[origin or annotation]
-    (kind,) = (part for part in parts if part is not NoneType)
-    return _metavar(kind)
+    return _metavar(parts[0])
 
 
 def _choices(annotation: Any) -> list[str]:
     """Return the values that an option takes, if they are a few names."""
     if get_origin(annotation) is Literal:
         return list(map(str, get_args(annotation)))
+    if len([part for part in get_args(annotation) if part is not NoneType]) > 1:
+        return []
     literals = [part for part in get_args(annotation) if get_origin(part) is Literal]
     return [choice for part in literals for choice in _choices(part)]
 

@@ -145,7 +145,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     if is_out_of_memory(error):
         return "out of memory. Try a smaller batch (--per-device-train-batch-size), bfloat16, or a smaller model.", 1
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return str(error) or "interrupted", 130
     if isinstance(error, OSError):
         path = getattr(error, "filename", None)
         return f"{error.strerror or error}{f': {path}' if path else ''}", 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from zotune.cli.arguments import read_arguments
+from zotune.cli.mistaken import is_data_file, meaning_of_argument, unexpected_argument
 from zotune.errors import UsageError
 from zotune.llm.config.aliases import is_alias, meaning_of, resolve_aliases
 from zotune.llm.config.run import find_recipe, read_recipe
@@ -37,30 +37,18 @@ def parse(schema: type[Config], recipe: Mapping[str, Any], source: str, args: li
         prog: the command, for messages.
 
     Raises:
-        UsageError: a value is wrong.
-        SystemExit: an option is unknown or has no value; the message is printed, and the exit code is 2.
+        UsageError: an option is unknown, or a value is missing or wrong.
     """
-    import tyro
-
     args, aliased = split_aliases(args, schema.model_fields)
     given = resolve_aliases(aliased, schema.model_fields, "command line")
     _check_once(aliased, args, schema, prog)
+    given |= read_arguments(schema, join_values(args, "--task"), prog)
     validate(schema, given, "command line", partial=True)
-    values = complete(schema, {**resolve_aliases(recipe, schema.model_fields, source), **given}, source)
-    for option in {*given, *map(option_of, args)} & _REPLACES.keys():
-        replaced = _REPLACES[option]
-        if replaced in values and replaced not in given:
-            values[replaced] = schema.model_fields[replaced].default
-    args = join_values(args, "--task")
-    record: Any = tyro.cli(unchecked_record(schema, values), args=args, prog=prog, description=schema.__doc__)
-    # An option that nobody gave stays unset, so that a given one is told from a default of the same value.
-    named = {*resolve_aliases(recipe, schema.model_fields, source), *given, *map(option_of, args)}
-    chosen = {
-        k: v
-        for k, v in dataclasses.asdict(record).items()
-        if (k in named or v != values.get(k)) and (v is not None or not _is_open(schema, k))
-    }
-    return validate(schema, chosen, "command line")
+    record = validate(schema, dict(recipe), source, partial=True)
+    replaced = {_REPLACES[option] for option in given.keys() & _REPLACES.keys()}
+    # What nobody chose stays unset.
+    chosen = {name: getattr(record, name) for name in record.model_fields_set - replaced}
+    return validate(schema, {**chosen, **given}, "command line")
 
 
 def complete(schema: type[BaseModel], recipe: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -76,29 +64,6 @@ def complete(schema: type[BaseModel], recipe: Mapping[str, Any], source: str) ->
 def _is_open(schema: type[BaseModel], name: str) -> bool:
     """Return whether an option's default depends on other options."""
     return bool(schema.model_fields[name].default_factory_takes_validated_data)
-
-
-def unchecked_record(schema: type[BaseModel], values: Mapping[str, Any]) -> Any:
-    """Return a dataclass with the options of a schema and these defaults, from which tyro makes the flags.
-
-    The dataclass has no rules of its own: the schema words every complaint about a value.
-    """
-    import tyro
-
-    fields = [
-        (
-            name,
-            Annotated[_type_of(schema, name), tyro.conf.arg(help=info.description)],
-            dataclasses.field(default_factory=functools.partial(values.get, name)),
-        )
-        for name, info in schema.model_fields.items()
-    ]
-    return dataclasses.make_dataclass(schema.__name__, fields, frozen=True)
-
-
-def _type_of(schema: type[BaseModel], name: str) -> Any:
-    annotation: Any = schema.model_fields[name].annotation
-    return annotation | None if _is_open(schema, name) else annotation
 
 
 def option_of(arg: str) -> str:
@@ -164,13 +129,18 @@ def is_help(args: list[str]) -> bool:
     return "-h" in args or "--help" in args
 
 
-def split_recipe(args: list[str]) -> tuple[dict[str, Any], str, list[str]]:
+def split_recipe(args: list[str], prog: str) -> tuple[dict[str, Any], str, list[str]]:
     """Return the values of the recipe that the first argument names, their source, and the other arguments.
 
     Raises:
-        UsageError: there is no such recipe, or it cannot be read.
+        UsageError: there is no such recipe, or it cannot be read; the message says if it is something else.
     """
     if not args or args[0].startswith("-"):
         return {}, "command line", args
-    path = find_recipe(args[0])
+    if is_data_file(args[0]):
+        raise UsageError(unexpected_argument(args[0], prog))
+    try:
+        path = find_recipe(args[0])
+    except UsageError as error:
+        raise UsageError(meaning_of_argument(args[0], prog) or str(error)) from None
     return read_recipe(path), str(path), args[1:]

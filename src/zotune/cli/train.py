@@ -37,7 +37,7 @@ def run(args: list[str], as_json: bool) -> int:
     """Train, or show what training would do, and return the exit code."""
     is_dry = "--dry-run" in args
     args = [a for a in args if a != "--dry-run"]
-    recipe, source, args = split_recipe(args)
+    recipe, source, args = split_recipe(args, "zotune train")
     if is_help(args):
         print_text(help_text(_PAGE, TrainConfig, complete(TrainConfig, recipe, source)))
         return 0
@@ -62,9 +62,9 @@ def _train(config: TrainConfig, given: UserRows | None, as_json: bool) -> int:
     else:
         for name, evaluation in (("held-out rows before", result.dev_before), ("held-out rows", result.dev)):
             if evaluation is not None:
-                print_text(f"{name}: {evaluation}")
+                print_text(f"{name}: {evaluation.named}")
         if result.test is not None and result.test is not result.dev:
-            print_text(f"evaluation rows: {result.test}")
+            print_text(f"evaluation rows: {result.test.named}")
         print_text(
             f"{result.num_steps} steps, {result.num_forwards} forward passes, {result.seconds:.0f} s, "
             f"peak memory {result.peak_memory / 2**20:.0f} MiB\nsaved in {result.output_dir}"

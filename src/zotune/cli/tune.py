@@ -32,7 +32,7 @@ _FIXED = ("output_dir", "overwrite_output_dir", "resume", "num_eval", "eval_file
 
 def run(args: list[str], as_json: bool) -> int:
     """Search and return the exit code."""
-    recipe, source, args = split_recipe(args)
+    recipe, source, args = split_recipe(args, "zotune tune")
     if is_help(args):
         print_text(help_text(_PAGE, TrainConfig, complete(TrainConfig, recipe, source)))
         return 0
@@ -55,6 +55,8 @@ def run(args: list[str], as_json: bool) -> int:
     except SearchStoppedError as stopped:
         print_message(str(stopped))
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the search was interrupted; the same command goes on with it") from None
     if as_json:
         print_json(outcome.to_json())
     else:

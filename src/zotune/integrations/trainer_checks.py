@@ -32,6 +32,11 @@ def check_trainer(trainer: Any, mixin: type) -> None:
     found = [*_wrappers(trainer), *_arguments(trainer), *_objective(trainer), *_steps(trainer, mixin)]
     if found:
         raise UsageError(f"{type(trainer).__name__} tunes by forward passes. " + " ".join(found))
+    if getattr(trainer, "calculate_KL", False):
+        _LOGGER.warning(
+            "the loss of KTO holds its KL term constant for a gradient; by forward passes the term varies with the "
+            'weights. loss_type="apo_zero_unpaired" has no such term.'
+        )
     if is_set(trainer.args, "gradient_checkpointing"):
         _LOGGER.warning("gradient checkpointing has no effect: forward passes store no activations.")
 

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from zotune.apply.tensor_update import HALF
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.integrations.accelerate import averaged, copy_from_first
+from zotune.integrations.model_card import TAGS, name_the_optimizer, with_tags
 from zotune.integrations.stepped_optimizer import SteppedOptimizer
 from zotune.integrations.trainer_checks import check_loss, check_trainer
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions, default_mu
@@ -84,10 +86,13 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
     """
 
     optimizer: Any
+    _method = "an optimizer"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the zeroth-order optimizer, and `self.optimizer` for the Trainer; called when training begins."""
         check_trainer(self, ZerothOrderMixin)
+        if hasattr(self.model, "add_model_tags"):  # peft writes them into an adapter's card
+            self.model.add_model_tags(list(TAGS))
         self._micro_batches: list[Any] = []
         # As for evaluation: not within DistributedDataParallel, which would take memory for gradients. Old versions of
         # accelerate wrap it nevertheless, so the loss is that of `self.model`.
@@ -95,6 +100,7 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
         copy_from_first(self.accelerator, self.model)
         if self.optimizer is None:
             self._mu, optimizer = _optimizer_of(self.args, self.model)
+            self._method = getattr(self.args, "method", MethodOptions.model_fields["method"].default)
             self.optimizer = self._stepped = SteppedOptimizer(optimizer)
         elif isinstance(self.optimizer, ZerothOrder):
             self._mu, self._stepped = None, SteppedOptimizer(self.optimizer)
@@ -121,6 +127,12 @@ class ZerothOrderMixin(_AnyTrainer):  # type: ignore[misc]
         """As the Trainer's, without `grad_norm`: there are no gradients, so it would be 0."""
         logs.pop("grad_norm", None)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, tags: Any = None, **kwargs: Any) -> None:
+        """As the Trainer's; its tags name zotune, and its hyper-parameters the method."""
+        super().create_model_card(*args, tags=with_tags(tags), **kwargs)
+        if self.is_world_process_zero():
+            name_the_optimizer(Path(self.args.output_dir) / "README.md", self._method)
 
     def _take_step(self, batch: Sequence[Any], num_items: Tensor | int | None) -> float:
         optimizer, has_steps = self._stepped.optimizer, False

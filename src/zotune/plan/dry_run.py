@@ -29,7 +29,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
 from zotune.llm.tasks.streaming import head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
-from zotune.llm.training.find_rate import MAX_SHARE, with_default_rate
+from zotune.llm.training.find_rate import MAX_SHARE, with_steps_and_rate
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import FakeScalars
@@ -139,8 +139,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         config = config.model_copy(update=own_options(lm, config))
         rows = _EncodedRows(lm, config, data)
-        config = config.with_steps(rows.num_train, config.rows_a_step)
-        config, notes = with_default_rate(lm, config)
+        config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from zotune.cli.options import parse
 from zotune.errors import UsageError
 from zotune.llm import TrainConfig, evaluate, generate, load, train
 from zotune.llm.training import find_rate
@@ -155,6 +158,25 @@ def test_the_learning_rate_is_found_without_a_folder(loaded, tmp_path, monkeypat
 
 def test_epochs_end_the_run(loaded):
     assert train(*loaded(), ROWS, num_train_epochs=2, per_device_train_batch_size=4).num_steps == 6
+
+
+def test_the_defaults_that_differ_from_the_command_line_are_those_that_the_page_names(loaded, monkeypatch):
+    found = []
+    monkeypatch.setattr("zotune.llm.api.train.schedule_of", lambda config: found.append(config))
+    train(*loaded(), ROWS, max_steps=1)
+    ours = found[0].model_dump()
+    theirs = parse(
+        TrainConfig, {"learning_rate": "auto"}, "", ["--train-file", "x", "--max-steps", "1"], ""
+    ).model_dump()
+    named = {"model", "dtype", "data_source", "train_file"}
+    differing = {name for name in ours if ours[name] != theirs[name]} - named
+    page = (Path(__file__).parents[3] / "docs/howto/loaded-model.md").read_text(encoding="utf-8")
+    table = page[page.index("### Defaults") :].split("\n\n")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M))
+    # No folder is written, whatever the option's default; μ is that of what is tuned.
+    assert rows.keys() - {"output_dir"} == differing - {"mu"}
+    assert f"`{ours['tuning']}`" in rows["tuning"] and f"`{ours['num_dev']}`" in rows["num_dev"]
+    assert (ours["learning_rate"], theirs["tuning"], theirs["num_dev"]) == (None, "full", None)
 
 
 def test_a_reward_function_without_a_name_is_refused(loaded):

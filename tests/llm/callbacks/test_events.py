@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from zotune.errors import UsageError
@@ -186,3 +187,48 @@ def test_callbacks_change_no_bit_of_a_run(config, tmp_path):
     train(config(max_steps=3, output_dir=without))
     assert (with_one / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
     assert [repr(r) for r in read(with_one / "ledger.zol")] == [repr(r) for r in read(without / "ledger.zol")]
+
+
+@pytest.mark.parametrize(("strategy", "logged"), [("epoch", [2, 4, 5]), ("no", [])])
+def test_a_line_of_training_is_written_when_the_strategy_says(config, tmp_path, strategy, logged):
+    recorder = Recorder()
+    # Eight rows in batches of four.
+    options = {"logging_strategy": strategy, "logging_steps": 10, "eval_steps": 2, "max_steps": 5}
+    train(config(**options), callbacks=[recorder])
+    assert lines_of(tmp_path / "out", "loss") == logged
+    assert [step for step, logs in recorder.logs if "loss" in logs] == logged
+    assert recorder.arguments.logging_strategy == strategy
+    # A resumed run writes the same lines.
+    before = (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8")
+    train(config(**options, resume=True))
+    again = (tmp_path / "out/metrics.jsonl").read_text(encoding="utf-8")
+    assert [line["step"] for line in map(json.loads, again.splitlines())] == [
+        line["step"] for line in map(json.loads, before.splitlines())
+    ]
+
+
+def test_fractions_of_all_steps_are_those_of_transformers(config, tmp_path):
+    train(config(max_steps=7, logging_steps=0.4, eval_steps=0.5, save_steps=0.3))
+    # ceil(2.8), ceil(3.5), ceil(2.1), and the end.
+    out = tmp_path / "out"
+    assert (lines_of(out, "loss"), lines_of(out, "dev")) == ([3, 6, 7], [4])
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"]
+    saved = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    assert [saved[name] for name in ("logging_steps", "eval_steps", "save_steps")] == [3, 4, 3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "fo_sgd"}, {"eval_steps": 1, "load_best_model_at_end": True}],
+    ids=["zo_sgd", "fo_sgd", "the best step"],
+)
+def test_a_run_that_a_callback_ended_stays_ended_unless_it_is_prolonged(config, options):
+    stops = Asking(should_training_stop=(2, True))
+    first = train(config(max_steps=4, **options), callbacks=[stops])
+    assert (first.num_steps, first.stopped_early) == (2, True)
+    again = train(config(max_steps=4, resume=True, **options))
+    assert (again.num_steps, again.stopped_early) == (2, True)
+    longer = train(config(max_steps=5, resume=True, **options))
+    assert (longer.num_steps, longer.stopped_early) == (5, False)
+    # The checkpoint of the stop is older than the end.
+    assert train(config(max_steps=5, resume=True, **options)).num_steps == 5

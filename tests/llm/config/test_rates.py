@@ -83,5 +83,5 @@ def test_a_mu_far_from_the_default_is_named_and_half_precision_wants_a_larger_on
 
 @pytest.mark.parametrize("value", ["fast", "-1", -1e-9, "nan", "inf", [1e-3], {}])
 def test_a_learning_rate_is_a_number_or_auto(value):
-    with pytest.raises(UsageError, match=r"recipe: learning_rate is .*(or auto|greater than or equal to 0)"):
+    with pytest.raises(UsageError, match=r"recipe: learning_rate is .*(or auto|at least 0)"):
         validate(TrainConfig, {"learning_rate": value, "task": "sst2"}, "recipe")

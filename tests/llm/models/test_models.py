@@ -126,7 +126,7 @@ def test_a_hub_id_without_a_network_is_named_with_the_way_around(zotune, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read from the environment at the import
     said = zotune("eval", "--model", "nobody/nothing-7b", "--task", "sst2")
     assert (said.code, said.out) == (2, "")
-    assert "the model 'nobody/nothing-7b' is neither built in nor a local folder" in said.err
+    assert "the model 'nobody/nothing-7b' is neither built in nor a folder" in said.err
     assert "hf download nobody/nothing-7b" in said.err
     assert "Traceback" not in said.err
 

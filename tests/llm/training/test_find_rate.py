@@ -169,7 +169,7 @@ def test_a_resumed_run_does_not_search_again(config, tmp_path, short_search, mon
 def test_auto_is_the_default_of_a_command_without_a_recipe(zotune, short, tmp_path):
     said = zotune(*short())
     assert said.code == 0
-    assert "2 steps are too few for a search" in said.err
+    assert "runs of at least 200 steps, and max_steps is 2" in said.err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"model": "random:llama-tiny"}), encoding="utf-8")
     said = zotune("train", recipe, *short()[1:], "--overwrite-output-dir")
@@ -216,3 +216,35 @@ def test_a_climb_makes_no_more_trials_than_it_may():
             search.send(-float(count))
             count += 1
     assert count == 3
+
+
+class Counting:
+    """Trials whose passes are counted: each judgement and each step costs some."""
+
+    def __init__(self, judging, first, a_step):
+        self.judging, self.first, self.a_step, self.spent = judging, first, a_step, 0
+
+    def passes(self):
+        return self.spent
+
+    def judge(self, rate):
+        self.spent += self.judging
+        return 1.0
+
+    def passes_of_steps(self, rate):
+        self.spent += self.first + self.a_step
+        return self.first, self.a_step
+
+    def loss_after(self, rate, steps):
+        self.spent += self.first + (steps - 1) * self.a_step + self.judging
+        return 0.5
+
+
+@pytest.mark.parametrize("costs", [(2, 2, 2), (40, 9, 2), (7, 2, 8)])
+def test_the_number_of_steps_that_a_search_asks_for_is_the_smallest_one(costs):
+    needed = module._search(Counting(*costs), 0.01, 1, lambda: None)
+    assert isinstance(needed, int)
+    assert module._search(Counting(*costs), 0.01, needed - 1, lambda: None) == needed
+    trials = Counting(*costs)
+    assert module._search(trials, 0.01, needed, lambda: None).num_steps == module.MIN_STEPS
+    assert trials.spent <= module.MAX_SHARE * needed * trials.a_step

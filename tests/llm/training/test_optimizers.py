@@ -109,7 +109,7 @@ def test_weight_decay_of_a_baseline_is_decoupled_and_spares_biases_and_norms(nam
         ({"hybrid_tied": "frozen"}, "hybrid_tied has no effect here: it needs hybrid_layers"),
         ({"method": "fo_adam", "hybrid_layers": 2}, "hybrid_layers tunes the first layers with a zeroth-order method"),
         ({"blocks": "layers"}, "Did you mean 'layer'?"),
-        ({"sparsity": 1.0}, "less than 1"),
+        ({"sparsity": 1.0}, "below 1"),
     ],
 )
 def test_options_without_effect_or_sense_are_refused(given, said):

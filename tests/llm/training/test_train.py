@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -255,3 +256,28 @@ def test_reusing_activations_changes_no_result(config, tmp_path, options):
     for on in (False, True):
         train(config(**options, max_steps=4, learning_rate=1e-2, reuse_activations=on, output_dir=tmp_path / str(on)))
     assert losses_of(tmp_path / "True") == pytest.approx(losses_of(tmp_path / "False"), abs=1e-5)
+
+
+def test_a_result_is_shown_in_a_few_lines_with_its_intervals(config, tmp_path):
+    result = train(config(max_steps=1))
+    before, after = result.dev_before, result.dev
+    assert repr(result).splitlines() == [
+        f"<Result: 1 step, 2 forward passes, loss {result.metrics['train_loss']:.4f}",
+        f"  held-out rows before: accuracy {before}, loss {before.loss:.4f}",
+        f"  held-out rows: accuracy {after}, loss {after.loss:.4f}",
+        f"  saved in {tmp_path / 'out'}>",
+    ]
+    assert repr(after) == f"<AccuracyEvaluation: accuracy {after}, loss {after.loss:.4f}>"
+    assert str(result) == repr(result)
+    assert "evaluation rows: accuracy" in repr(replace(result, test=replace(after)))
+    assert "nothing written>" in repr(replace(result, output_dir=None, test=None))
+
+
+def test_epochs_that_give_few_steps_are_said(config, capsys):
+    train(config(max_steps=1000, num_train_epochs=0.5))
+    few = "0.5 epochs of 8 rows are 1 step; forward passes alone need hundreds to thousands: give more, or max_steps"
+    assert few in capsys.readouterr().err
+    with_back_propagation = TrainConfig(task="sst2", num_train_epochs=2, method="fo_adam")
+    assert with_back_propagation.epochs_note(40, 5) == "2 epochs of 40 rows are 5 steps"
+    assert "hundreds" not in TrainConfig(task="sst2", num_train_epochs=2).epochs_note(8000, 1000)
+    assert TrainConfig(task="sst2").epochs_note(40, 1000) is None

@@ -25,8 +25,7 @@ def parse_folder(schema: type[Config], args: Sequence[str], prog: str, several: 
         several: what to say if several folders are given.
 
     Raises:
-        UsageError: there is no folder, there are several, or an option is wrong.
-        SystemExit: an option is unknown or has no value; the message is printed.
+        UsageError: there is no folder, there are several, or an option is unknown or wrong.
     """
     folders = []
     rest = list(args)

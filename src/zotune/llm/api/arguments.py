@@ -15,6 +15,7 @@ from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.data import IN_MEMORY
 from zotune.llm.config.schema import validate
 from zotune.llm.models.language_model import LanguageModel
+from zotune.messages import say
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -96,9 +97,14 @@ def in_words_of_python() -> Iterator[None]:
     """Within this context the messages of errors name arguments in place of the command line's options."""
     try:
         yield
-    except UsageError as error:
-        error.args = (in_python(str(error)),)
+    except (UsageError, KeyboardInterrupt) as error:
+        error.args = tuple(in_python(text) for text in error.args)
         raise
+
+
+def say_in_python(message: str) -> None:
+    """Print a message with arguments in place of options of the command line."""
+    say(in_python(message))
 
 
 def in_python(message: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, overload
 
 from zotune.errors import UsageError
-from zotune.llm.api.arguments import config_of, in_words_of_python
+from zotune.llm.api.arguments import config_of, in_words_of_python, say_in_python
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
@@ -14,7 +14,6 @@ from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.tasks.load_data import load_rows
 from zotune.llm.training import evaluation as by_name
 from zotune.llm.training.evaluation import TaskEvaluation
-from zotune.messages import say
 
 # Options that need the name of a model, a task, or a folder.
 _BY_NAME = ("num_demonstrations", "baselines", "predictions", "output_dir")
@@ -68,7 +67,7 @@ def evaluate(
         given = UserRows(eval=rows_of(eval_dataset, "eval_dataset", config.num_eval, "validation", config.delimiter))
         rows = load_rows(lm, config, given)
         for note in rows.notes:
-            say(note)
+            say_in_python(note)
         return rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
+from zotune.errors import UsageError
 from zotune.llm.api.arguments import config_of, in_words_of_python
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
+from zotune.llm.config.data import MIN_LENGTH
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.inference.answers import REWARD, answers, encode_prompts
 
@@ -50,10 +52,21 @@ def generate(
     rows = [_row(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     if not rows:
         return []
+    _check_length(options)
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": REWARD}, "generate")
         texts = answers(lm, encode_prompts(lm, rows_of(rows, "prompts"), config), config, seed)
     return texts[0] if isinstance(prompts, str) else texts
+
+
+def _check_length(options: Mapping[str, Any]) -> None:
+    """Refuse a `max_length` that transformers' `generate` would understand as the length of prompt and text."""
+    length = options.get("max_length")
+    if isinstance(length, int) and length < MIN_LENGTH:
+        raise UsageError(
+            f"generate(): max_length={length} would cut the prompts to so many tokens; it is at least {MIN_LENGTH}. "
+            f"For the length of the new text give max_new_tokens={length}."
+        )
 
 
 def _row(prompt: Any) -> Any:

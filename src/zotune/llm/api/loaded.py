@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.llm.api.plain_model import remember, without_earlier_adapter
 from zotune.llm.checkpoints.causality import check_causal
 from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.models.cache_argument import accept_old_name
@@ -37,6 +38,7 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
         UsageError: zotune cannot read a model of this kind, or the tokenizer is none.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile; probes run the uncompiled code
+    model = without_earlier_adapter(model)
     lm = _language_model(model, tokenizer)
     state = _State(model)
     model.eval()
@@ -50,6 +52,8 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
         state.restore()
         raise
     state.settle(lm.module)
+    if lm.module is not model:
+        remember(model)
 
 
 # What peft and `accept_old_name` set on modules of the model itself.

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from zotune.errors import UsageError
-from zotune.llm.api.arguments import config_of, in_words_of_python, our_names
+from zotune.llm.api.arguments import config_of, in_words_of_python, our_names, say_in_python
 from zotune.llm.api.loaded import borrowed
+from zotune.llm.api.plain_model import holds_earlier_adapter
 from zotune.llm.api.rows import rows_of, stream_of
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
@@ -119,6 +120,7 @@ def train(
     if isinstance(model, TrainConfig):
         _check_alone(tokenizer, train_dataset, eval_dataset, output_dir, learning_rate, tuning, *options.values())
         return by_name.train(model, callbacks=callbacks)
+    _check_own_weights(model, tuning)
     named = {"tuning": tuning, "learning_rate": learning_rate, "output_dir": output_dir}
     options |= {"method": method, **{k: v for k, v in named.items() if v is not None}}
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
@@ -133,7 +135,7 @@ def train(
         given = _rows(train_dataset, eval_dataset, config)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
-        config = with_options_of(lm, rows, config)
+        config = with_options_of(lm, rows, config, say_in_python)
         with closing(MemoryOutput() if output_dir is None else OutputFolder(config)) as output:
             return tune(lm, rows, config, output, callbacks)
 
@@ -141,6 +143,14 @@ def train(
 def _check_alone(*others: Any) -> None:
     if any(value is not None for value in others):
         raise UsageError("train(TrainConfig(…)) takes the model, the rows and all options from the config alone.")
+
+
+def _check_own_weights(model: Any, tuning: str | None) -> None:
+    if tuning in ("full", "head", "scales") and holds_earlier_adapter(model):
+        raise UsageError(
+            f"tuning: {tuning} changes the model's own weights, and an earlier train() put an adapter on them. Pass "
+            "result.model.merge_and_unload() to tune on from it, or result.model.unload() to drop it."
+        )
 
 
 def _check_rows_given(train_dataset: Any) -> None:

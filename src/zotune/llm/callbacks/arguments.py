@@ -50,6 +50,7 @@ def arguments_of(config: TrainConfig, folder: Path, device: torch.device) -> Run
         lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.num_warmup_steps,
         seed=config.seed,
+        logging_strategy=config.logging_strategy,
         logging_steps=config.logging_steps,
         eval_strategy=config.evaluates,
         eval_steps=config.steps_between_evaluations,

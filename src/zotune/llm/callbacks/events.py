@@ -96,7 +96,7 @@ class Events:
         """Find out what is due after a step, and let the callbacks change it."""
         self._advance(step)
         control, config = self.control, self._config
-        control.should_log = step == config.max_steps or step % config.logging_steps == 0
+        control.should_log = self._log_is_due(step)
         control.should_evaluate = evaluation_is_due(config, step, "steps")
         control.should_save = checkpoint_is_due(config, step, "steps")
         self._call("on_step_end")
@@ -113,7 +113,7 @@ class Events:
         """Find out what was due after a step of an earlier part of the run, by its options."""
         self._advance(step)
         control, config = self.control, self._config
-        control.should_log = step == config.max_steps or step % config.logging_steps == 0
+        control.should_log = self._log_is_due(step)
         kinds = ("steps", "epoch") if self.ends_epoch(step) else ("steps",)
         control.should_evaluate = any(evaluation_is_due(config, step, kind) for kind in kinds)
 
@@ -127,9 +127,16 @@ class Events:
         control, config = self.control, self._config
         kind = config.evaluates if config.saves == "best" else config.saves
         is_due = kind == "steps" or (kind == "epoch" and self.ends_epoch(step))
-        control.should_log = kind == "steps" and (step == config.max_steps or step % config.logging_steps == 0)
+        control.should_log = kind == "steps" and self._log_is_due(step)
         control.should_evaluate = is_due and evaluation_is_due(config, step, kind)
         control.should_save = is_due and (is_best or checkpoint_is_due(config, step, kind))
+
+    def _log_is_due(self, step: int) -> bool:
+        """Whether a line of training is due after a step, the last one of an epoch among them."""
+        config = self._config
+        if config.logging_strategy != "steps":
+            return config.logging_strategy == "epoch" and self.ends_epoch(step)
+        return step == config.max_steps or step % config.logging_steps == 0
 
     def _advance(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, self.epoch_of(step)
@@ -171,7 +178,10 @@ class Events:
     def exported(self) -> dict[str, Any]:
         """Return what the callbacks and the best evaluation so far leave to a resumed run, as plain values."""
         states = {type(c).__name__: c.state() for c in self._callbacks if isinstance(c, ExportableState)}
-        return {"callbacks": states, "best": [self.state.best_metric, self.state.best_global_step]}
+        best = [self.state.best_metric, self.state.best_global_step]
+        # The run that a callback ended is one of so many steps; a longer one goes on.
+        stopped = self._config.max_steps if self.control.should_training_stop else None
+        return {"callbacks": states, "best": best, "stopped": stopped}
 
     def restore(self, exported: Mapping[str, Any], lines: Iterable[Mapping[str, Any]], step: int) -> None:
         """Restore what `exported` returned after a step, and the log from the lines of metrics.jsonl up to it."""

@@ -26,6 +26,7 @@ class AliasTable:
 
     Attributes:
         same: name → our name of the same option.
+        instead: our name → the name that takes its place where a command has no such option.
         values: name → value as text → our options, or an answer; "*" stands for other values.
         values_of_ours: the same for values of our own names.
         converted: name → name of a function of the value.
@@ -35,6 +36,7 @@ class AliasTable:
     """
 
     same: Mapping[str, str]
+    instead: Mapping[str, str]
     values: Mapping[str, Mapping[str, Mapping[str, Any] | str]]
     values_of_ours: Mapping[str, Mapping[str, Mapping[str, Any]]]
     converted: Mapping[str, str]
@@ -54,6 +56,7 @@ def alias_table() -> AliasTable:
     data = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     return AliasTable(
         same=data["same"],
+        instead=data["instead"],
         values=data["values"],
         values_of_ours=data["values_of_ours"],
         converted=data["converted"],
@@ -83,7 +86,9 @@ def meaning_of(name: str, value: Any, known: Collection[str]) -> Meaning:
     if name in known:
         return Meaning(table.values_of_ours.get(name, {}).get(text, {name: value}))
     if name in table.same:
-        return meaning_of(table.same[name], value, known)
+        ours = table.same[name]
+        instead = table.instead.get(ours, ours)
+        return meaning_of(instead if instead in known and ours not in known else ours, value, known)
     if name in table.converted and value not in (None, ""):
         return CONVERTERS[table.converted[name]](value)
     return _without_counterpart(table, name, text) if name in table.names else Meaning({name: value})

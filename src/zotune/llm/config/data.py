@@ -24,6 +24,9 @@ from zotune.llm.config.schema import is_partial
 # The data source of a run from Python on rows that the caller holds, so that no option names them.
 IN_MEMORY = "memory"
 
+# The smallest max_length: shorter, prompts say nothing.
+MIN_LENGTH = 8
+
 # Roles of columns in the user's own rows; text and label have options of their own.
 ROLES = (
     *("prompt", "completion", "messages", "choices", "tools"),
@@ -147,7 +150,7 @@ class DataOptions(TextOptions):
     data_seed: int = Field(0, ge=0, description="Seed of the permutation that chooses the rows.")
     max_length: int | None = Field(
         None,
-        ge=8,
+        ge=MIN_LENGTH,
         description="Maximum number of tokens; longer prompts are truncated from the left. Default: the model's "
         "context; "
         "longer rows are refused.",

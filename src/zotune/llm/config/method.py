@@ -62,8 +62,9 @@ class MethodOptions(Options):
     method: MethodName = Field("zo_sgd", description="Optimisation method (see `methods`).")
     learning_rate: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
         None,
-        description="Learning rate η at the first step; auto finds one by short trials on training rows. Default: a "
-        "rate for this method and number of tuned parameters.",
+        description="Learning rate η at the first step: a number, or auto, which finds one by short trials on training "
+        "rows. Default: auto for zotune train without a recipe, else a rate for this method and number of tuned "
+        "parameters.",
     )
     lr_scheduler_type: Annotated[SchedulerName, BeforeValidator(_function_of_the_step)] = Field(
         "constant", description="Schedule of the learning rate, by transformers' names."

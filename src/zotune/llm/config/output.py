@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.schema import Options, is_partial
+from zotune.llm.config.schema import Options, StepsOrFraction, is_partial
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TRACKERS: tuple[str, ...] = get_args(Tracker)
 
 # Steps between checkpoints with save_strategy: steps and no save_steps, as in transformers.
 _DEFAULT_SAVE_STEPS = 500
+_DEFAULT_LOGGING_STEPS = 10
 
 
 def _tracker_names(value: Any) -> Any:
@@ -74,15 +75,22 @@ class OutputOptions(Options):
         description="When to write a folder checkpoint-N: every save_steps steps, after each pass over the training "
         "rows, or after each new best evaluation; default: steps if save_steps is given, else no.",
     )
-    save_steps: int | None = Field(
+    save_steps: StepsOrFraction | None = Field(
         None,
-        ge=1,
-        description="Steps between two folders checkpoint-N; default: none, because the ledger suffices to resume.",
+        description="Steps between two folders checkpoint-N, below 1 a fraction of all steps; default: none, because "
+        "the ledger suffices to resume.",
     )
     save_total_limit: int | None = Field(
         None, ge=1, description="Keep the last N folders checkpoint-N of the run, and the best one; default: all."
     )
-    logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    logging_strategy: Literal["no", "steps", "epoch"] = Field(
+        "steps",
+        description="When to write a line of training into metrics.jsonl: every logging_steps steps, after each pass "
+        "over the training rows, or never.",
+    )
+    logging_steps: StepsOrFraction = Field(
+        _DEFAULT_LOGGING_STEPS, description="Steps between two lines of metrics.jsonl; below 1 a fraction of all steps."
+    )
     report_to: Annotated[tuple[str, ...], BeforeValidator(_tracker_names), _NAME_OR_NAMES] = Field(
         (),
         description="Trackers that get the metrics, one or several of tensorboard, trackio, wandb, mlflow, or all; "
@@ -108,6 +116,10 @@ class OutputOptions(Options):
             return self
         if self.save_steps is not None and self.save_strategy not in (None, "steps"):
             raise ValueError(f"save_steps has no effect with save_strategy: {self.save_strategy}; give only one")
+        if self.logging_steps != _DEFAULT_LOGGING_STEPS and self.logging_strategy != "steps":
+            raise ValueError(
+                f"logging_steps has no effect with logging_strategy: {self.logging_strategy}; give only one"
+            )
         if self.save_total_limit is not None and self.saves == "no":
             raise ValueError("save_total_limit limits the folders checkpoint-N: give --save-steps or --save-strategy")
         for name in ("hub_model_id", "hub_private_repo"):
@@ -121,6 +133,6 @@ class OutputOptions(Options):
         return self.save_strategy or ("no" if self.save_steps is None else "steps")
 
     @property
-    def steps_between_checkpoints(self) -> int:
-        """Steps between two checkpoints, if they are written every so many steps."""
+    def steps_between_checkpoints(self) -> int | float:
+        """Steps between two checkpoints, if they are written every so many steps; a whole number of a run."""
         return self.save_steps or _DEFAULT_SAVE_STEPS

@@ -6,6 +6,7 @@ one.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -119,9 +120,21 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         return super().selects or self.saves == "best"
 
     @property
-    def steps_between_evaluations(self) -> int:
-        """Steps between two evaluations, if the run evaluates every so many steps."""
+    def steps_between_evaluations(self) -> int | float:
+        """Steps between two evaluations, if the run evaluates every so many steps; a whole number of a run."""
         return self.eval_steps or self.logging_steps
+
+    def with_steps(self, num_rows: int, rows_a_step: int) -> Self:
+        """Return the options with epochs turned into `max_steps`, and fractions of all steps into numbers of steps.
+
+        >>> config = TrainConfig(task="sst2", max_steps=300, eval_steps=0.25).with_steps(1000, 16)
+        >>> config.eval_steps, config.logging_steps
+        (75, 10)
+        """
+        config = super().with_steps(num_rows, rows_a_step)
+        asked = {name: getattr(config, name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        fractions = {name: value for name, value in asked.items() if isinstance(value, float)}
+        return config.model_copy(update={name: math.ceil(f * config.max_steps) for name, f in fractions.items()})
 
     @property
     def rows_a_step(self) -> int:
@@ -168,6 +181,27 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
                 "objective."
             )
     return inherited, str(path)
+
+
+def training_rows_note(config: EvalConfig) -> str | None:
+    """Return a remark if an evaluation reads the file that the model was tuned on, and how it reads other rows."""
+    path = Path(config.model) / "config.yaml"
+    if config.eval_file is None or not path.is_file():
+        return None
+    saved = read_recipe(path)
+    named = saved.get("train_file")
+    files = named if isinstance(named, list) else [named]
+    if not any(isinstance(file, str) and Path(file).resolve() == config.eval_file.resolve() for file in files):
+        return None
+    held_out = saved.get("num_dev")
+    options = "".join(
+        f" {flag} {n}" for flag, n in (("--num-dev", held_out), ("--data-seed", saved.get("data_seed"))) if n
+    )
+    remedy = f"--train-file {config.eval_file}{options} reads the rows that were held out"
+    return (
+        f"the model was tuned on rows of {config.eval_file}, so the result is not about rows that are new to it; "
+        f"{remedy if held_out != 0 else 'none of its rows was held out, so give another file'}"
+    )
 
 
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:

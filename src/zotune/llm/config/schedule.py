@@ -8,12 +8,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from zotune.llm.config.method import MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import MAPPING_OR_TEXT, as_json, is_partial
 
 # Schedules that do not depend on the number of steps, so that a run may be prolonged.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 _DEFAULT_STEPS = 1000
+# Fewer steps of a zeroth-order method seldom teach anything.
+_FEW_STEPS = 500
 
 
 class ScheduleOptions(MethodOptions):
@@ -68,6 +70,19 @@ class ScheduleOptions(MethodOptions):
         """Whether the learning rate of a step depends on the number of all steps."""
         is_fraction = 0 < (self.warmup_steps or self.warmup_ratio) < 1
         return self.lr_scheduler_type not in _ENDLESS or is_fraction
+
+    def epochs_note(self, num_rows: int, num_steps: int) -> str | None:
+        """Return a remark on the number of steps that `num_train_epochs` gives, if it is asked for.
+
+        >>> ScheduleOptions(num_train_epochs=3).epochs_note(40, 8)
+        '3 epochs of 40 rows are 8 steps; forward passes alone need hundreds to thousands: give more, or max_steps'
+        """
+        if self.num_train_epochs is None:
+            return None
+        few = num_steps < _FEW_STEPS and self.method not in FIRST_ORDER
+        remedy = "; forward passes alone need hundreds to thousands: give more, or max_steps" if few else ""
+        steps = f"{num_steps} step{'s' * (num_steps != 1)}"
+        return f"{self.num_train_epochs:g} epochs of {num_rows} rows are {steps}{remedy}"
 
     def with_steps(self, num_rows: int, rows_a_step: int) -> Self:
         """Return the options with `num_train_epochs` turned into `max_steps`, by the number of training rows."""

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WithJsonSchema, field_validator
+from pydantic.fields import FieldInfo
 
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.aliases import resolve_aliases
 from zotune.llm.config.safe_yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 # Values in messages are shortened to a few lines: a list may be a list of lists of lists.
 _SHORT = reprlib.Repr()
@@ -21,8 +28,17 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _MAX_ERRORS = 3
 
 
-class Options(BaseModel):
-    """A frozen record of options that refuses keys it does not know."""
+class _CheckedInWords(ModelMetaclass):
+    """Makes a call of the class raise what `validate` raises, for pydantic's own errors are about its schemas."""
+
+    def __call__(self, *args: Any, **values: Any) -> Any:
+        if args:
+            return super().__call__(*args, **values)
+        return validate(self, values, f"{self.__name__}()")  # type: ignore[arg-type]
+
+
+class Options(BaseModel, metaclass=_CheckedInWords):
+    """A frozen record of options that refuses keys it does not know, and words what is wrong."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
@@ -46,6 +62,10 @@ class Options(BaseModel):
 
 # For editors: a recipe has the mapping itself.
 MAPPING_OR_TEXT = WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]})
+
+
+# A number of steps, or below 1 a fraction of all steps, as transformers has them.
+StepsOrFraction = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 
 def as_json(value: Any) -> Any:
@@ -105,8 +125,9 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
     ),
     "Output": (
-        *("output_dir", "overwrite_output_dir", "logging_steps", "report_to", "run_name", "save_steps"),
-        *("save_strategy", "save_total_limit", "predictions", "push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to", "run_name"),
+        *("save_steps", "save_strategy", "save_total_limit", "predictions"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
     ),
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names}
@@ -179,18 +200,94 @@ def validate(schema: type[Config], values: dict[str, Any], source: str, *, parti
     try:
         return schema.model_validate(values, context={"partial": partial})
     except ValidationError as error:
-        messages = [f"{source}: {_explain(schema, e)}" for e in error.errors()[:_MAX_ERRORS]]
-        more = error.error_count() - len(messages)
-        raise UsageError("\n".join([*messages, *([f"{source}: {more} more errors"] if more else [])])) from None
+        messages = [f"{source}: {text}" for text in _explanations(schema, error.errors())]
+    more = len(messages) - _MAX_ERRORS
+    raise UsageError("\n".join([*messages[:_MAX_ERRORS], *([f"{source}: {more} more errors"] if more > 0 else [])]))
 
 
-def _explain(schema: type[BaseModel], error: Any) -> str:
-    key = ".".join(_SHORT.repr(part) if len(str(part)) > 80 else str(part) for part in error["loc"])
+def _explanations(schema: type[BaseModel], errors: Sequence[Any]) -> list[str]:
+    """Return a sentence for each key that is wrong; of the errors of a union's types, which are one key's, one."""
+    by_key: dict[str, Any] = {}
+    for error in errors:
+        is_union = get_origin(_annotation(schema, error)) in (Union, UnionType)
+        path = error["loc"][:1] if is_union else error["loc"]
+        key = ".".join(_SHORT.repr(part) if len(str(part)) > 80 else str(part) for part in path)
+        if error["type"] != "default_factory_not_called":  # for this, another key's error is the reason
+            by_key.setdefault(key, error)
+    return [_explain(schema, key, error) for key, error in by_key.items()]
+
+
+def _annotation(schema: type[BaseModel], error: Any) -> Any:
+    field = schema.model_fields.get(error["loc"][0]) if error["loc"] else None
+    return None if field is None else field.annotation
+
+
+def _explain(schema: type[BaseModel], key: str, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}.{did_you_mean(key, schema.model_fields)}"
-    if error["type"] == "literal_error":
+    value = _SHORT.repr(error["input"])
+    if error["type"] == "literal_error" and not isinstance(error["input"], bool):
         choices = [choice.strip(" '") for choice in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        value = _SHORT.repr(error["input"])
         return f"{key} is {value}.{did_you_mean(value[1:-1], choices)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key} is {_SHORT.repr(error['input'])}: {message}" if key else message
+    field = schema.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+    if error["type"] == "value_error" or field is None:
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key} is {value}: {message}" if key else message
+    expected = accepted_by(field) if key in schema.model_fields else accepted_within(field)
+    quotes = ", in quotes" if expected == "a text" and isinstance(error["input"], int | float) else ""
+    return f"{key} is {value}; it must be {expected}{quotes}."
+
+
+# What the value of an option may be, in words ---------------------------------------------------------------
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+
+
+def accepted_by(field: FieldInfo) -> str:
+    """Return what an option may be.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> accepted_by(TrainConfig.model_fields["max_steps"]), accepted_by(TrainConfig.model_fields["sparsity"])
+    ('a whole number of at least 1', 'a number of at least 0 and below 1')
+    """
+    return accepted(field.annotation, field.metadata)
+
+
+def accepted_within(field: FieldInfo) -> str:
+    """Return what an element of an option that holds several values may be.
+
+    >>> from zotune.llm.config.run import TrainConfig
+    >>> accepted_within(TrainConfig.model_fields["verbalizer"])
+    'a text'
+    """
+    parts = [part for part in get_args(field.annotation) if part is not Ellipsis]
+    return accepted(parts[-1]) if parts else accepted_by(field)
+
+
+def accepted(annotation: Any, constraints: Iterable[Any] = ()) -> str:
+    """Return what the values of a type with some bounds are.
+
+    >>> accepted(float | Literal["auto"] | None), accepted(tuple[str, ...]), accepted(Literal["no", "steps"])
+    ('a number, or auto', 'one or several texts', 'no or steps')
+    """
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return accepted(parts[0], (*constraints, *parts[1:]))
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return ", or ".join(accepted(part, constraints) for part in parts if part is not NoneType)
+    if origin is tuple:
+        return f"one or several {accepted(parts[0]).removeprefix('a ')}s"
+    if origin is dict:
+        return "pairs of a name and a value"
+    bounds = " and ".join(_bounds(constraints))
+    return f"{_KINDS.get(annotation, 'another value')} {bounds}".strip()
+
+
+def _bounds(constraints: Iterable[Any]) -> list[str]:
+    """Return the bounds of a number, each with its preposition."""
+    inner = [c for x in constraints for c in (x.metadata if isinstance(x, FieldInfo) else [x])]
+    found = ((words, getattr(c, name, None)) for c in inner for name, words in _BOUNDS.items())
+    return [f"{words} {bound:g}" for words, bound in found if bound is not None]

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from zotune.llm.config.schema import Options, is_partial
+from zotune.llm.config.schema import Options, StepsOrFraction, is_partial
 
 
 class SelectionOptions(Options):
@@ -20,10 +20,10 @@ class SelectionOptions(Options):
         description="When to evaluate on the held-out rows during the run: every eval_steps steps, or after each pass "
         "over the training rows; default: steps if eval_steps is given, else no.",
     )
-    eval_steps: int | None = Field(
+    eval_steps: StepsOrFraction | None = Field(
         None,
-        ge=1,
-        description="Steps between evaluations on the held-out rows; default: only at the end, or logging_steps with "
+        description="Steps between evaluations on the held-out rows, below 1 a fraction of all steps; default: only "
+        "at the end, or logging_steps with "
         "eval_strategy: steps.",
     )
     load_best_model_at_end: bool = Field(

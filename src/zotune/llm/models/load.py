@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -328,7 +329,6 @@ def errors_in_words(name: str) -> Iterator[None]:
 
 
 def _not_loaded_message(name: str, error: Exception) -> str:
-    known = [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES)]
     reason = reason_of(error)
     if "custom code" in reason:
         return (
@@ -342,8 +342,18 @@ def _not_loaded_message(name: str, error: Exception) -> str:
         return f"{name} is a GGUF file that cannot be read as a model: {reason}"
     if Path(name).is_dir():
         return f"the folder {name!r} does not hold a model that transformers can load: {reason}"
-    return (
-        f"the model {name!r} is neither built in nor a local folder, and could not be loaded from the Hub ({reason})."
-        f"{did_you_mean(name, known)} Without a network, run `hf download {name}` on a machine with one "
-        "and give the folder."
-    )
+    return _absent_message(name, reason)
+
+
+def _absent_message(name: str, reason: str) -> str:
+    """Return a sentence on a name that is no model's: why, and the nearest name or where to get it."""
+    why = f"could not be loaded from the Hub ({reason})"
+    if "couldn't connect" in reason or "offline" in reason.lower():
+        why = "the Hub cannot be reached from here"
+    elif "not a valid model identifier" in reason:
+        why = "the Hub has none of that name"
+    parent = Path(name).parent
+    folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    near = get_close_matches(name, [*BUILT_IN, *(f"random:{a}" for a in ARCHITECTURES), *folders], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"give a folder, such as one that `hf download {name}` fetches."
+    return f"the model {name!r} is neither built in nor a folder, and {why}; {hint} `zotune models` lists the names."

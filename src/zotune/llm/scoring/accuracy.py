@@ -21,7 +21,7 @@ from zotune.llm.scoring.objectives import CLASSIFICATION, Objective
 Scorer = Callable[[Batch], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """The result of an evaluation; each metric is a subclass with a field of its own.
 
@@ -38,6 +38,8 @@ class Evaluation:
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     is_fraction: ClassVar[bool] = True
+    # The metric in words, where its name does not say which one it is.
+    title: ClassVar[str] = ""
     _not_in_summary: ClassVar[tuple[str, ...]] = ("predictions", "values", "scores", "more")
 
     low: float
@@ -65,11 +67,25 @@ class Evaluation:
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self._not_in_summary}
         return {self.metric: self.value, **rest, **self.more}
 
+    @property
+    def line(self) -> str:
+        """The metric by name with its interval, and the loss unless that is the metric."""
+        loss = "" if self.loss == self.value else f", loss {self.loss:.4f}"
+        return f"{self.named}{loss}"
+
+    @property
+    def named(self) -> str:
+        """The metric by name with its interval."""
+        return f"{self.title or self.metric.replace('_', '-')} {self}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.line}>"
+
     def __str__(self) -> str:
         return f"{self.short} ({100 * self.low:.1f} to {100 * self.high:.1f}, n = {self.num_examples})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AccuracyEvaluation(Evaluation):
     """The fraction of examples whose best-scored candidate is a right one.
 

@@ -71,7 +71,7 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * common / (len(predicted) + len(gold))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AnswerEvaluation(Evaluation):
     """The agreement of generated answers with the accepted ones.
 
@@ -81,6 +81,7 @@ class AnswerEvaluation(Evaluation):
     """
 
     metric = "f1"
+    title = "mean F1 of the answers' words (as in SQuAD)"
 
     f1: float
     exact_match: float

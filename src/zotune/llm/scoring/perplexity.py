@@ -18,7 +18,7 @@ from zotune.llm.scoring.intervals import ratio_interval
 from zotune.llm.scoring.objectives import TEACHER_FORCING, Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogLossEvaluation(Evaluation):
     """The mean of -ln p over all scored tokens, in nats per token; lower is better.
 

@@ -98,7 +98,7 @@ def checked_rewards(name: str, function: Reward, completions: Sequence[Completio
     return [float(number) for number in numbers]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RewardEvaluation(Evaluation):
     """The mean reward of generated texts.
 

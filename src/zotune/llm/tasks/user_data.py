@@ -123,7 +123,7 @@ def _chosen(rows: Sequence[Any], options: DataOptions) -> tuple[Sequence[Any], l
         return rows, []
     order = np.random.RandomState(options.data_seed).permutation(len(rows))
     note = f"{options.num_eval} of {len(rows)} evaluation rows, drawn at random with data_seed {options.data_seed}"
-    return [rows[i] for i in sorted(order[: options.num_eval])], [note]
+    return [rows[i] for i in sorted(order[: options.num_eval])], [note] if options.num_eval else []
 
 
 def _split(given: UserRows, options: DataOptions, to_example: ToExample) -> tuple[Splits, list[str]]:

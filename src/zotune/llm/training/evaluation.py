@@ -11,7 +11,7 @@ from typing import Any
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_folder import revised_base_of_adapter
 from zotune.llm.checkpoints.adapter_source import find_adapter
-from zotune.llm.config.run import EvalConfig, read_recipe
+from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
 from zotune.llm.models.language_model import LanguageModel
@@ -30,7 +30,7 @@ from zotune.system.atomic_write import atomic_write
 from zotune.system.peak_memory import peak_memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskEvaluation:
     """The result of one task.
 
@@ -75,10 +75,13 @@ class TaskEvaluation:
             extra["baselines"] = {"majority": majority, "zero_shot": zero_shot}
         return {**self.evaluation.summary(), **extra}
 
+    def __repr__(self) -> str:
+        return "\n".join([f"<{type(self).__name__}: {self.evaluation.line}", *self.lines()[1:]]) + ">"
+
     def lines(self) -> list[str]:
         """Return the result as lines of text."""
         m = self.evaluation
-        lines = [f"{m.metric} {m}, loss {m.loss:.4f}, {m.seconds:.1f} s"]
+        lines = [f"{m.line}, {m.seconds:.1f} s"]
         if self.majority is not None:
             lines.append(f"  always label {self.majority.label}: {100 * self.majority.accuracy:.1f} %")
         if self.zero_shot is not None:
@@ -194,7 +197,8 @@ def _check_options(config: EvalConfig) -> None:
 def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
     """Evaluate one task."""
     data = load_examples(lm, config.model_copy(update=_sample_options(config)))
-    for note in data.notes:
+    on_training_rows = training_rows_note(config) if config.task is None else None
+    for note in (*data.notes, *([on_training_rows] if on_training_rows else [])):
         say(note)
     if not data.splits.test:
         raise UsageError(

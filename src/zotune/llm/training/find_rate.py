@@ -68,13 +68,22 @@ class FoundRate:
         return asdict(self)
 
 
-def with_default_rate(lm: LanguageModel, config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Return the config with the default learning rate if it has none, and what is outside the ranges that work."""
+def with_steps_and_rate(lm: LanguageModel, config: TrainConfig, num_rows: int) -> tuple[TrainConfig, list[str]]:
+    """Return the config with a number of steps and a learning rate, and remarks on both.
+
+    Args:
+        lm: the model.
+        config: the options, which may name epochs in place of steps, and no learning rate.
+        num_rows: number of training rows.
+    """
+    given, config = config, config.with_steps(num_rows, config.rows_a_step)
+    on_epochs = given.epochs_note(num_rows, config.max_steps)
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
     num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
     if config.learning_rate is None:
         config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
-    return config, warnings(config, num_tuned, half_precision=half_precision)
+    on_rates = warnings(config, num_tuned, half_precision=half_precision)
+    return config, [note for note in (on_epochs, *on_rates) if note is not None]
 
 
 MakeRun = Callable[[EncodedData, TrainConfig], Run]
@@ -102,28 +111,36 @@ def find_rate(
     learned = SelectedRows(rows.train, (i for i in range(len(rows.train)) if i not in left_out))
     if not learned:
         return _default(default, "there are too few training rows for a search")
-    too_short = f"{config.max_steps} steps are too few for a search at a quarter of their passes"
-    if MAX_SHARE * config.max_steps < MAX_TRIALS * MIN_STEPS:
-        return _default(default, too_short)
+    needed = math.ceil(MAX_TRIALS * MIN_STEPS / MAX_SHARE)
+    if config.max_steps < needed:
+        return _default(default, _too_few(config, needed))
     trials = _Trials(lm, make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
     before, copy = lm.num_forwards, copy_weights(tuned, folder, _REMEDY)
     try:
         found = _search(trials, default, config.max_steps, lambda: restore_weights(tuned, copy))
-        return found or _default(default, too_short)
+        return _default(default, _too_few(config, found)) if isinstance(found, int) else found
     finally:
         restore_weights(tuned, copy)
         lm.num_forwards = before
 
 
-def _search(trials: _Trials, default: float, max_steps: int, restore: Callable[[], None]) -> FoundRate | None:
-    """Make the trials; None if a quarter of the run's passes has no room for them."""
+def _too_few(config: TrainConfig, needed: int) -> str:
+    return (
+        f"learning_rate: auto searches in runs of at least {needed} steps, and max_steps is {config.max_steps}; give "
+        "more steps, or learning_rate a number"
+    )
+
+
+def _search(trials: _Trials, default: float, max_steps: int, restore: Callable[[], None]) -> FoundRate | int:
+    """Make the trials; if a quarter of the run's passes has no room for them, return the steps at which it has."""
     start, judging = trials.judge(default), trials.passes()
     # A first step also makes its checks, which cost passes of their own.
     first, a_step = trials.passes_of_steps(default)
     budget = MAX_SHARE * max_steps * a_step - trials.passes()
     steps = min(MAX_STEPS, 1 + math.floor((budget / MAX_TRIALS - judging - first) / a_step))
     if steps < MIN_STEPS:
-        return None
+        wanted = trials.passes() + MAX_TRIALS * ((MIN_STEPS - 1) * a_step + judging + first)
+        return math.ceil(wanted / (MAX_SHARE * a_step))
     say(f"searching the learning rate: at most {MAX_TRIALS} trials of {steps} steps, on training rows alone")
     results: list[Trial] = []
     for rate in _asked(climb(default, FACTOR, MAX_TRIALS), results):

@@ -81,7 +81,7 @@ Metrics = MetricsLog | MetricsInMemory
 class NoJournal:
     """The journal of a run that is neither recorded nor resumed; see `Journal`."""
 
-    has_ledger = False
+    has_ledger = was_stopped = False
 
     def check(self) -> None:
         """Do nothing: there is nothing that the run would have to agree with."""

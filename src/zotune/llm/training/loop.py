@@ -92,14 +92,14 @@ class Run:
         self._try_side_by_side()
         self.journal.restore(self.counters, partial(self._count_replayed, display))
         self._restore_events()
+        self.events.control.should_training_stop = self.journal.was_stopped
         if "tensorboard" in self.config.report_to and self.output.path is not None:
             self.output.claim("runs")
         self.events.begin()
         self._save_missed_checkpoint()
         for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
             if self.stops_early:
-                best = f": the best step is {self.selection.step}" if self.selection.is_exhausted else " by a callback"
-                display.say(f"stopped early at step {self.counters.step}{best}")
+                self._stop_early(display)
                 return
             self.events.begin_step()
             self._run_step(examples, display)
@@ -107,6 +107,14 @@ class Run:
                 self._save_if_needed()
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
+
+    def _stop_early(self, display: Display) -> None:
+        """Say why the run ends; what a callback decided is saved, so that a resumed run stays stopped."""
+        best = f": the best step is {self.selection.step}"
+        if not self.selection.is_exhausted:
+            best = " by a callback; to go on, resume with another max_steps"
+            self._save_state()
+        display.say(f"stopped early at step {self.counters.step}{best}")
 
     def _run_step(self, examples: Sequence[Encoded], display: Display) -> None:
         """Take a step, and count it."""
@@ -190,7 +198,7 @@ class Run:
         counters.num_forwards += passes
         counters.num_flat += is_flat
         # In single precision, as in the ledger, so that a resumed run logs the same.
-        counters.recent = [*counters.recent, c_float(loss).value][-max(self.config.logging_steps, 20) :]
+        counters.recent = [*counters.recent, c_float(loss).value][-int(max(self.config.logging_steps, 20)) :]
 
     def _report(self, display: Display, *, replayed: bool = False) -> None:
         """Show and log a counted step, and evaluate on the held-out rows if it is due."""
@@ -271,7 +279,7 @@ class Run:
         self.selection.observe(step, evaluation)
         best = {"best_step": self.selection.step} if self.config.selects else {}
         self.output.metrics.append({"step": step, "dev": evaluation.summary(), **best})
-        display.say(f"step {step}: held-out {evaluation.metric} {evaluation}, loss {evaluation.loss:.4f}")
+        display.say(f"step {step}: held-out {evaluation.line}")
         if self.config.saves == "best" and self.selection.step == step:
             self.events.control.should_save = True
         self.events.evaluated(evaluation.summary(), replayed=replayed)

@@ -59,6 +59,9 @@ class Journal:
         lm, optimizer: the base model, and the optimizer that tunes it.
         train: the training rows, whose digest the ledger records; dev: the held-out rows, which may choose the weights.
         passes: returns the forward passes of the step in progress.
+
+    Attributes:
+        was_stopped: whether a callback ended the run to resume, as far as `check` has seen.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Journal:
         self._writer: LedgerWriter | None = None
         self._ledger: Ledger | None = None
         self._saved: Any = None
+        self.was_stopped = False
 
     def check(self) -> None:
         """Check that the run to resume, if there is one, is this run. Nothing is changed; `restore` comes after it.
@@ -100,9 +104,19 @@ class Journal:
             with locked(path):
                 self._ledger = read(path)
             self._check_ledger(self._ledger, self._optimizer)
-            self._saved = self._checkpoint_of(self._ledger, folder / CHECKPOINT)
+            saved = self._checkpoint_of(self._ledger, folder / CHECKPOINT)
+            self._note_stop(saved, len(self._ledger))
+            # Checkpoints do not record the best step.
+            self._saved = None if self._config.selects else saved
         else:
             self._saved = self._checked_checkpoint(path)
+            self._note_stop(self._saved, self._saved["counters"]["step"])
+
+    def _note_stop(self, saved: Any, num_steps: int) -> None:
+        """Note whether a callback ended the run after its last step; with another `max_steps` the run goes on."""
+        is_last = saved is not None and saved["counters"]["step"] == num_steps > 0
+        stopped = saved["counters"].get("callbacks", {}).get("stopped") if is_last else None
+        self.was_stopped = stopped == self._config.max_steps
 
     def _check_not_begun(self, folder: Path, missing: str) -> None:
         """Check that the run without the file it resumes from has not taken a step, so that it may start."""
@@ -124,11 +138,8 @@ class Journal:
         check_num_steps(len(ledger), self._config, ledger.name)
 
     def _checkpoint_of(self, ledger: Ledger, path: Path) -> Any:
-        """Return the checkpoint if it is sound and of this ledger's run: without it, resuming only takes longer.
-
-        Checkpoints do not record the best step.
-        """
-        if not path.exists() or self._config.selects:
+        """Return the checkpoint if it is sound and of this ledger's run: without it, resuming only takes longer."""
+        if not path.exists():
             return None
         try:
             saved = checkpoint.load(path)

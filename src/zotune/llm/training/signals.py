@@ -28,7 +28,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         if stop.signal is not None:
             raise KeyboardInterrupt
         stop.signal = number
-        say("stopping after this step (press Ctrl-C again to stop at once) …")
+        say("stopping after this step (a second signal, such as Ctrl-C, stops at once) …")
 
     with signal_handler(note):
         yield stop

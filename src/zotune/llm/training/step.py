@@ -159,7 +159,7 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
         raise UsageError(
             f"the learning rate {optimizer.param_groups[0]['lr']:g} cannot work with rounding to nearest: "
             "the first update is below half a rounding unit of every weight, so nothing would move. "
-            "Use --rounding stochastic or master, a larger learning rate, or float32."
+            "Use rounding: stochastic or master, a larger learning rate, or float32."
         )
 
 

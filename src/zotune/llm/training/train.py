@@ -7,7 +7,7 @@ loaded model (`zotune.llm.api`) enters at the second stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
-from zotune.llm.training.find_rate import find_rate, with_default_rate
+from zotune.llm.training.find_rate import find_rate, with_steps_and_rate
 from zotune.llm.training.in_memory import Output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
@@ -48,7 +48,7 @@ from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """The result of a run.
 
@@ -86,6 +86,17 @@ class Result:
     model: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        """Return the outcome in a few lines, as a notebook shows it."""
+        stopped = "" if self.stopped_by is None else ", stopped before the end"
+        losses = [f"loss {loss:.4f}" for loss in [self.metrics.get("train_loss")] if loss is not None]
+        shown = [("held-out rows before", self.dev_before), ("held-out rows", self.dev)]
+        shown += [("evaluation rows", self.test)] if self.test is not self.dev else []
+        lines = [f"{name}: {evaluation.line}" for name, evaluation in shown if evaluation is not None]
+        folder = "nothing written" if self.output_dir is None else f"saved in {self.output_dir}"
+        steps = f"{self.num_steps} step{'s' * (self.num_steps != 1)}{stopped}, {self.num_forwards} forward passes"
+        return "\n  ".join([f"<Result: {', '.join([steps, *losses])}", *lines, f"{folder}>"])
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -154,8 +165,10 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows
         return tune(lm, rows, config, output, callbacks)
 
 
-def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> TrainConfig:
-    """Check the rows of a run, show the remarks on them, and return the config with what was inferred from them.
+def with_options_of(
+    lm: LanguageModel, rows: EncodedData, config: TrainConfig, tell: Callable[[str], None] = say
+) -> TrainConfig:
+    """Check the rows of a run, `tell` the remarks on them, and return the config with what was inferred from them.
 
     These options are saved, so that an evaluation inherits them.
 
@@ -165,12 +178,11 @@ def with_options_of(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -
     if not rows.train:
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
-    config = config.with_steps(len(rows.train), config.rows_a_step)
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
     config = config.model_copy(update=own_options(lm, config))
-    config, notes = with_default_rate(lm, config)
+    config, notes = with_steps_and_rate(lm, config, len(rows.train))
     for note in (*rows.notes, *notes):
-        say(note)
+        tell(note)
     return config
 
 
@@ -213,7 +225,19 @@ def _with_found_rate(
 
 
 def _train(run: Run, config: TrainConfig) -> Result:
-    """Run all steps, save the model, and evaluate it."""
+    """Run all steps, save the model, and evaluate it; an interrupt says how to go on."""
+    try:
+        return _train_to_the_end(run, config)
+    except KeyboardInterrupt:
+        step = run.counters.step
+        if not step or run.output.path is None:
+            raise
+        place = "" if run.journal.has_ledger else " from its last checkpoint"
+        message = f"interrupted after step {step}; the same command with --resume goes on{place}"
+        raise KeyboardInterrupt(message) from None
+
+
+def _train_to_the_end(run: Run, config: TrainConfig) -> Result:
     lm, rows, output = run.lm, run.rows, run.output
     run.journal.check()
     before = run.evaluate_before()

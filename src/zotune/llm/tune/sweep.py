@@ -175,15 +175,17 @@ def _text(point: Mapping[str, Any], equals: str = " ") -> str:
 def table(outcome: Outcome) -> str:
     """Return the runs as a table of text, the best one marked."""
     names = list(outcome.trials[0].point)
-    metric = outcome.best.metric or "metric"
-    rows = [[*names, "held-out loss", metric, "forward passes", ""]]
+    # A log-loss is the loss.
+    metrics = [] if outcome.best.value == outcome.best.loss else [outcome.best.metric or "metric"]
+    rows = [[*names, "held-out loss", *metrics, "forward passes", ""]]
     for trial in outcome.trials:
         cells = [f"{v:g}" if isinstance(v, float) else str(v) for v in trial.point.values()]
         if trial.loss is None:
-            rows.append([*cells, "-", "-", "-", trial.message])
+            rows.append([*cells, "-", *("-" for _ in metrics), "-", trial.message])
             continue
         mark = "best" if trial is outcome.best else ""
-        rows.append([*cells, f"{trial.loss:.4f}", f"{trial.value:.4g}", str(trial.num_forwards), mark])
+        values = [f"{trial.value:.4g}" for _ in metrics]
+        rows.append([*cells, f"{trial.loss:.4f}", *values, str(trial.num_forwards), mark])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
