@@ -30,7 +30,7 @@ PROCESSES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist worksteal
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
 
-.PHONY: quickstart reward test test-slow docs test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench lock clean
+.PHONY: quickstart reward test test-slow docs test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench-families bench lock clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -118,6 +118,10 @@ bench-reward: $(VENV)/llm
 
 bench-zero-shot: $(VENV)/llm
 	$(BIN)/python benchmarks/zero_shot.py
+
+# The table of model families in the docs; some ten minutes on one core.
+bench-families: $(VENV)/llm
+	$(BIN)/python benchmarks/families.py
 
 # The paper's tables and figures at the scale of two cores, some 90 minutes there; goes on where it was stopped.
 bench: $(VENV)/llm

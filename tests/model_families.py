@@ -115,6 +115,137 @@ MASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "longformer": ("LongformerConfig", {"attention_window": 8}),
 }
 FAMILIES = {**CAUSAL, **MASKED}
+TEXT = {key: value for key, value in SHAPE.items() if key != "num_hidden_layers"} | {**GROUPED, "num_hidden_layers": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 14}
+QWEN_TOKENS = {"image_token_id": 318, "video_token_id": 317, "vision_start_token_id": 316, "vision_end_token_id": 315}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+# Models of text and of images or sound, whose text part is tuned: the class of the configuration, and its parts.
+COMPOSITE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3Config",
+        {
+            "text_config": {**TEXT, "head_dim": 8, "sliding_window": 8},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "llava": (
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **VISION},
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        {
+            "text_config": {**TEXT, **MROPE},
+            "vision_config": {**QWEN_VISION, "embed_dim": 16, "hidden_size": 32},
+            **QWEN_TOKENS,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {**TEXT, **MROPE},
+            "vision_config": {**QWEN_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+            **QWEN_TOKENS,
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        {
+            "text_config": {**TEXT, **MROPE, "head_dim": 8},
+            "vision_config": {**QWEN_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+            **QWEN_TOKENS,
+        },
+    ),
+    "idefics3": (
+        "Idefics3Config",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": VISION,
+            "image_token_id": 319,
+            "pad_token_id": 1,
+        },
+    ),
+    "smolvlm": (
+        "SmolVLMConfig",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": VISION,
+            "image_token_id": 319,
+            "pad_token_id": 1,
+        },
+    ),
+    "internvl": (
+        "InternVLConfig",
+        {
+            "text_config": {"model_type": "qwen2", **TEXT},
+            "vision_config": {**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+            "image_token_id": 319,
+        },
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {
+            "text_config": {"model_type": "mistral", **TEXT},
+            "vision_config": {"model_type": "pixtral", **VISION},
+            "image_token_id": 319,
+        },
+    ),
+    "paligemma": (
+        "PaliGemmaConfig",
+        {
+            "text_config": {"model_type": "gemma", **TEXT, "head_dim": 8},
+            "vision_config": {"model_type": "siglip_vision_model", **VISION, "projection_dim": 32},
+            "image_token_id": 319,
+            "projection_dim": 32,
+        },
+    ),
+    "mllama": (
+        "MllamaConfig",
+        {
+            "text_config": {
+                **TEXT,
+                "cross_attention_layers": [1],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vision_config": {
+                **VISION,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "vision_output_dim": 16,
+                "intermediate_layers_indices": [0],
+                "supported_aspect_ratios": [[1, 1]],
+            },
+            "image_token_index": 319,
+        },
+    ),
+    "voxtral": (
+        "VoxtralConfig",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "audio_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_mel_bins": 8,
+                "max_source_positions": 20,
+            },
+            "audio_token_id": 319,
+        },
+    ),
+}
 # Mixtures of experts: the tokens of a batch are sorted by the expert that they are sent to.
 EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"})
 # Grouped products of experts, and a mask, have no double precision; some layers leave it on their way.

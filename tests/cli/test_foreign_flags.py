@@ -51,7 +51,7 @@ def test_flags_without_a_value_and_with_no_switch_features():
     ("args", "message"),
     [
         (["--hub-strategy", "every_save"], "hub_strategy: the model is uploaded once, when the run has ended"),
-        (["--trust-remote-code", "true"], "trust_remote_code: zotune runs no code"),
+        (["--model-code-revision", "v2"], "model_code_revision: the code of a model"),
         (["--config", "my.yaml"], "the recipe is the first argument"),
         (["--lr", "1", "--learning-rate", "2"], "--lr and --learning-rate both set learning_rate; give one"),
         (["--lr", "fast"], "command line: learning_rate is 'fast'"),

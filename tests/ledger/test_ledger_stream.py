@@ -16,9 +16,9 @@ from zotune.errors import UsageError
 from zotune.ledger import read
 from zotune.ledger.replay import replay
 from zotune.ledger.stream import Trace
+from zotune.llm.checkpoints.safetensors_shards import Checkpoint
 from zotune.llm.ledger import merge as merging
 from zotune.llm.ledger import rebuild as ledgers
-from zotune.llm.models.safetensors_shards import Checkpoint
 from zotune.llm.training.train import train
 
 SPARSE = {f"random masks, {i}": zo.sparse(zo.gaussian, 0.4, group="layer", interval=i) for i in (1, 3)}

@@ -159,7 +159,7 @@ def _merge(args: argparse.Namespace) -> CommandResult:
 
 
 def _shard_size(text: str | None) -> str:
-    from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, check_shard_size
+    from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, check_shard_size
 
     return MAX_SHARD_SIZE if text is None else check_shard_size(text)
 

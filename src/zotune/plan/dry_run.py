@@ -19,6 +19,7 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, LongRowError, check_distinct
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.prompt_cache import PromptCache
@@ -136,6 +137,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
+        config = config.model_copy(update=own_options(lm, config))
         rows = _EncodedRows(lm, config, data)
         config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")

@@ -111,7 +111,8 @@ class PlanConfig(ModelOptions, TuningOptions):
 
     def values_of(self, method: str) -> dict[str, Any]:
         """The options of a method's workload."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name in Workload.model_fields}
+        given = (name for name in type(self).model_fields if name in self.model_fields_set)
+        values = {name: getattr(self, name) for name in given if name in Workload.model_fields}
         used = {name: v for name, v in values.items() if method in _OF_METHODS.get(name, METHOD_NAMES)}
         return {**used, "method": method}
 

@@ -79,6 +79,26 @@ def test_an_adapters_own_tokenizer_and_resized_embedding_are_used(base, tmp_path
     assert dry.vocabulary == lm.vocabulary == 340
 
 
+def test_a_chat_template_and_the_ends_of_a_text_are_those_of_adapter_and_base(base, tmp_path):
+    """The adapter's template wins, also without a tokenizer beside it; the base's generation configuration ends texts."""
+    from transformers import GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "of the base"
+    tokenizer.save_pretrained(base)
+    GenerationConfig(eos_token_id=[2, 77]).save_pretrained(base)
+    adapter(base, tmp_path / "a", template="of the adapter")
+    for names in (("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"), ()):
+        for read in (load, lambda options: load_meta_model(options)[0]):
+            assert read(cpu(tmp_path / "a")).tokenizer.chat_template == "of the adapter"
+        for name in names:
+            (tmp_path / "a" / name).unlink(missing_ok=True)
+    lm = load(cpu(tmp_path / "a"))
+    assert (lm.tokenizer.chat_template, lm.end_tokens) == ("of the adapter", {2, 77})
+    (tmp_path / "a" / "chat_template.jinja").unlink()
+    assert load(cpu(tmp_path / "a")).tokenizer.chat_template == "of the base"
+
+
 def test_tokens_without_an_embedding_are_refused(base, tmp_path):
     adapter(base, tmp_path / "a")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -157,10 +177,10 @@ def test_whole_tuning_of_an_adapters_folder_saves_what_it_tuned(tuning, base, tm
     assert proof.is_right and proof.num_tensors == len(load_file(result.output_dir / "model.safetensors"))
 
 
-@pytest.mark.parametrize("tuning", ["lora", "prompt", "peft"])
+@pytest.mark.parametrize("tuning", ["prompt", "peft"])
 def test_an_adapter_beside_an_adapter_is_refused(tuning, base, tmp_path, config):
     adapter(base, tmp_path / "a")
-    with pytest.raises(UsageError, match=r"is an adapter, and what --tuning .* could not be saved beside it"):
+    with pytest.raises(UsageError, match=r"is an adapter \(lora\), and what --tuning .* could not be saved beside it"):
         train(config(model=str(tmp_path / "a"), tuning=tuning, peft_type="ia3" if tuning == "peft" else None))
 
 

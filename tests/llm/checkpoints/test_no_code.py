@@ -6,12 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_config import check_adapter_config, check_pattern
 from zotune.llm.checkpoints.adapter_folder import read_adapter_folder
 from zotune.llm.checkpoints.no_code import check_metadata, read_config
-from zotune.llm.config.run import EvalConfig, inherited_options
+from zotune.llm.config.run import EvalConfig, inherited_options, read_recipe
+from zotune.llm.config.schema import check_file
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.ledger.rebuild import config_of, find_ledger
+from zotune.llm.models.load import load
+from zotune.llm.training.train import train
 
 SOURCE = Path(__file__).parents[3] / "src"
 
@@ -84,10 +90,84 @@ def test_a_model_that_needs_its_code_is_refused_in_words(evil, zotune, rows_file
     edit(evil / "config.json", model_type="their_own", architectures=["Theirs"])
     said = zotune("eval", "--model", evil, "--eval-file", rows_file, "--objective", "accuracy")
     assert said.code == 2
-    assert "runs no code of a model" in said.err
+    assert "runs no code of a model unasked" in said.err
     assert ran(evil) == []
-    said = zotune("eval", "--model", evil, "--trust-remote-code")
-    assert (said.code, "runs no code of a model" in said.err) == (2, True)
+
+
+TRUST = "trust_remote_code"
+
+
+def test_no_file_lets_code_run(evil, zotune, rows_file, tmp_path):
+    """Each file that a command reads options from says so; the command line does not."""
+    edit(evil / "config.json", model_type="their_own", architectures=["Theirs"])
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text(f"model: {evil}\ntrain_file: {rows_file}\ntrust-remote-code: true\nmax_steps: 1\n")
+    said = zotune("train", recipe, "--device", "cpu")
+    assert (said.code, "which no file may set" in said.err) == (2, True)
+    (evil / "config.yaml").write_text(f"train_file: {rows_file}\ntemplate: '{{text}}'\n{TRUST}: true\n")
+    said = zotune("eval", "--model", evil, "--eval-file", rows_file)
+    assert (said.code, "config.yaml sets trust_remote_code" in said.err) == (2, True)
+    for values in ({TRUST: True}, {TRUST: "yes"}, {"trust-remote-code": 1}):
+        with pytest.raises(UsageError, match="no file may set"):
+            check_file(values, "a file")
+    check_file({TRUST: False}, "a file")
+    assert ran(evil) == []
+
+
+def test_a_ledger_and_a_recipe_do_not_pass_the_leave_on(config, rows_file, tmp_path):
+    out = train(config(model="random:llama-tiny", trust_remote_code=True, max_steps=1)).output_dir
+    assert TRUST not in read_recipe(out / "config.yaml")
+    ledger = find_ledger(out)
+    assert TRUST not in ledger.header.about["config"]
+    ledger.header.about["config"][TRUST] = True
+    assert config_of(ledger).trust_remote_code is False
+
+
+MODEL = """
+from transformers import LlamaForCausalLM
+with open({place!r}, 'a') as file:
+    file.write('ran')
+class Theirs(LlamaForCausalLM):
+    config_class = None
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+from .configuration import TheirConfig
+Theirs.config_class = TheirConfig
+"""
+CONFIGURATION = """
+from transformers import LlamaConfig
+class TheirConfig(LlamaConfig):
+    model_type = 'their_own'
+"""
+
+
+def test_code_runs_when_the_command_line_says_so(model, tiny, zotune, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr("sys.modules", {**sys.modules})
+    (model / "modeling.py").write_text(MODEL.format(place=str(model / "ran")))
+    (model / "configuration.py").write_text(CONFIGURATION)
+    code = {"AutoConfig": "configuration.TheirConfig", "AutoModelForCausalLM": "modeling.Theirs"}
+    edit(model / "config.json", model_type="their_own", architectures=["Theirs"], auto_map=code)
+    command = ("train", "--model", model, "--train-file", rows_file, "--max-steps", 1)
+    command = (*command, "--num-dev", 2, "--device", "cpu", "--output-dir", tmp_path / "out")
+    for dry in ((), ("--dry-run",)):
+        said = zotune(*command, *dry)
+        assert (said.code, "--trust-remote-code" in said.err) == (2, True)
+    assert not (model / "ran").exists()
+    for dry in (("--dry-run",), ()):
+        assert zotune(*command, "--trust-remote-code", *dry).code == 0
+    assert (model / "ran").exists()
+    plain = tiny("llama").module
+    found = load(ModelOptions(model=str(model), device="cpu", trust_remote_code=True)).module
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, 2 * plain(ids).logits)
+    said = zotune("eval", "--model", tmp_path / "out", "--eval-file", rows_file, "--device", "cpu")
+    assert said.code == 2
+    assert zotune("eval", "--model", tmp_path / "out", "--eval-file", rows_file, "--trust-remote-code").code == 0
 
 
 def test_an_inherited_function_is_named_and_not_imported(evil):

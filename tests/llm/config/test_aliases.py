@@ -173,7 +173,7 @@ def test_a_folder_of_rows_is_one_for_the_names_of_others_too(tmp_path):
     ("given", "message"),
     [
         ({"hub_strategy": "every_save"}, "hub_strategy: the model is uploaded once"),
-        ({"trust_remote_code": True}, "zotune runs no code of a model's folder"),
+        ({"model_code_revision": "v2"}, "that of its revision: model_revision"),
         ({"lr": 1e-3, "learning_rate": 1e-2}, "lr and learning_rate both set learning_rate; keep one"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 both set dtype"),
         ({"optim": "adamw_torch"}, "method: zo_sgd or zo_adam"),

@@ -208,6 +208,15 @@ def test_an_adapters_first_weights_follow_the_seed_and_not_the_global_random_sta
     assert not torch.equal(made[0], made[2])
 
 
+def test_the_end_of_a_path_names_linear_layers_as_for_peft(tiny):
+    names = prepared(tiny("llama"), tuning="lora", lora_target_modules=("self_attn.o_proj", "up_proj"))
+    paths = {name.split(".lora_")[0].removeprefix("base_model.model.model.") for name in names}
+    assert paths == {f"layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.up_proj")}
+    for targets, match in ((("attn.o_proj",), "no linear layer 'attn.o_proj'"), (("all-linear", "q_proj"), "stands alone")):
+        with pytest.raises(UsageError, match=match):
+            prepared(tiny("llama"), tuning="lora", lora_target_modules=targets)
+
+
 def test_what_does_not_exist_is_suggested_or_named(tiny):
     lm = tiny("llama")
     with pytest.raises(UsageError, match=r"no linear layer 'q_porj'\. Did you mean 'q_proj'"):

@@ -15,7 +15,7 @@ def no_file(*_, **__):
 WRITERS = {
     "tokenizer": ("transformers.PreTrainedTokenizerFast.save_pretrained", no_space, "No space left"),
     "weights": ("transformers.modeling_utils.safe_save_file", no_file, "quota exceeded"),
-    "shards": ("zotune.llm.models.safetensors_shards._write", no_file, "quota exceeded"),
+    "shards": ("zotune.llm.checkpoints.safetensors_shards._write", no_file, "quota exceeded"),
     "adapter": ("peft.peft_model.safe_save_file", no_file, "quota exceeded"),
 }
 

@@ -20,7 +20,7 @@ from zotune.bench.spec.vocabulary import Coordinate, Kind, Scale
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.method import MethodName
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.config.schema import Options, validate
+from zotune.llm.config.schema import Options, check_file, validate
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DEFAULTS = Path(__file__).parent / "defaults.toml"
@@ -108,6 +108,7 @@ def _resolve(
         validate(of_part, merged[part], place)
         for part, of_part in (("search", SearchPlan), ("budget", Budget), ("limits", Limits))
     )
+    check_file(options, place)
     validate(schema, options, place)
     return CellSpec(
         experiment=name,

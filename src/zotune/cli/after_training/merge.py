@@ -26,7 +26,7 @@ def run(args: list[str], as_json: bool) -> int:
         print_text(help_text(_PAGE, MergeConfig, complete(MergeConfig, {}, "defaults")))
         return 0
     config = parse_folder(MergeConfig, args, "zotune merge", _SEVERAL)
-    from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, check_shard_size
+    from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, check_shard_size
     from zotune.llm.output.locked_folder import new_folder, tidy
     from zotune.llm.sharing.whole_model import whole_model
 

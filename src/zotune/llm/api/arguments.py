@@ -21,7 +21,8 @@ Config = TypeVar("Config", bound=BaseModel)
 
 # Options that name what the caller has loaded.
 _BY_NAME = (
-    *("model", "dtype", "quantization", "device", "accept_terms"),
+    *("model", "model_revision", "trust_remote_code", "attn_implementation"),
+    *("dtype", "quantization", "device", "accept_terms"),
     *("task", "train_file", "eval_file", "data_source", "prompt"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
+from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.config.schema import validate
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models import load as by_name
+from zotune.llm.models.continued_adapter import make_trainable
 from zotune.llm.models.language_model import LanguageModel
 
 
@@ -31,7 +34,8 @@ def load(
             or `random:NAME`, a known architecture with random weights. Or `ModelOptions`, which name everything.
         labels: with `ModelOptions`: if given, a masked language model gets a new classification head for them.
         seed: seed of the new head's weights.
-        options: options of `ModelOptions` by name: `dtype`, `quantization`, `device`, `accept_terms`.
+        options: options of `ModelOptions` by name: `model_revision`, `dtype`, `quantization`, `device`,
+            `attn_implementation`, `trust_remote_code`, `accept_terms`.
 
     Returns:
         The model and its tokenizer, both of transformers; a `peft.PeftModel`, whose adapter can be tuned on, for the
@@ -49,5 +53,6 @@ def load(
         return by_name.load(model, labels, seed)
     lm = by_name.load(validate(ModelOptions, {**options, "model": str(model)}, "load()"))
     if is_adapter(lm.module):
-        lm.module.set_adapter(lm.module.active_adapter)  # type: ignore[operator]
+        with suppress(UsageError):  # an adapter that cannot be tuned further is still one to read with
+            make_trainable(lm.module, lm.name)
     return lm.module, lm.tokenizer

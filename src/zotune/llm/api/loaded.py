@@ -30,7 +30,8 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
     model frozen inside it, as peft leaves it; after an exception, KeyboardInterrupt among them, it is taken away.
 
     Args:
-        model: a causal or masked language model of transformers, or one with an adapter of peft.
+        model: a causal or masked language model or a sequence classifier of transformers, or one with an adapter of
+            peft.
         tokenizer: its tokenizer, or a processor that has one.
 
     Raises:
@@ -110,11 +111,7 @@ def _language_model(model: Any, tokenizer: Any) -> LanguageModel:
     name = base.name_or_path or type(base).__name__
     kind = kind_of(base.config, name, type(base).__name__)
     if kind.classifies:
-        raise UsageError(
-            f"{type(base).__name__} has a classification head, which is tuned on tasks only: "
-            'train(TrainConfig(model=…, task="sst2", prompt="none")). For rows with labels of your own, load the model '
-            "with AutoModelForCausalLM or AutoModelForMaskedLM; it learns to say the label."
-        )
+        return LanguageModel(model, _tokenizer(tokenizer), name, masked=True, classifies=True)
     if base.get_output_embeddings() is None:
         raise UsageError(
             f"{type(base).__name__} has no language-modelling head, so it has no loss on text. Load it with "

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError, ZotuneError, is_out_of_memory, listed, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
+from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.checkpoints.hub_names import built_in_name
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
-from zotune.system.bounds import read_json
+from zotune.system.bounds import JSON_BYTES, read_bytes, read_json
 
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
 # it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.
@@ -31,21 +32,36 @@ class AdapterFolder:
         path: the folder.
         config: its configuration of peft.
         base: the name or folder of its base model.
+        revision: the revision of that model on the Hub, if the adapter names one.
     """
 
     path: Path
     config: Any
     base: str
+    revision: str | None = None
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer of its own, perhaps with other tokens or another chat template."""
         return any((self.path / name).is_file() for name in _TOKENIZER_FILES)
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes of the classification head that is saved with the adapter; 0 without one."""
+        from peft.utils import load_peft_weights
 
-def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder holds an adapter of peft."""
-    return (path / "adapter_config.json").is_file()
+        if self.config.task_type != "SEQ_CLS":
+            return 0
+        weights = load_peft_weights(str(self.path), device="cpu")
+        is_head = {k: v.dim() == 2 and "lora_" not in k and k.endswith("weight") for k, v in weights.items()}
+        # The output layer has fewer rows than a layer before it.
+        return min((v.shape[0] for k, v in weights.items() if is_head[k]), default=0)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in a file of its own, if the folder has one."""
+        file = self.path / "chat_template.jinja"
+        return read_bytes(file, JSON_BYTES).decode("utf-8") if file.is_file() else None
 
 
 def read_adapter_folder(path: Path) -> AdapterFolder:
@@ -64,10 +80,10 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     except LOADING_ERRORS as error:
         file = path / "adapter_config.json"
         raise UsageError(f"{file} is no configuration of an adapter of peft: {reason_of(error)}") from None
-    base = base_of_adapter(path)
+    base, revision = revised_base_of_adapter(path)
     check_adapter_config(config.to_dict(), f"the adapter in {path}", base)
     check_init(config, f"the adapter in {path}")
-    return AdapterFolder(path, config, base)
+    return AdapterFolder(path, config, base, revision)
 
 
 def base_of_adapter(path: Path) -> str:
@@ -76,39 +92,51 @@ def base_of_adapter(path: Path) -> str:
     Raises:
         UsageError: it names none, a folder that is not there, or the adapter itself.
     """
-    base = _named_base(path)
-    seen, folder = {path.resolve()}, Path(base)
-    while is_adapter_folder(folder):
+    return revised_base_of_adapter(path)[0]
+
+
+def revised_base_of_adapter(path: Path) -> tuple[str, str | None]:
+    """As `base_of_adapter`, with the base model's revision on the Hub, if the adapter names one.
+
+    Raises:
+        UsageError: it names none, a folder that is not there, or the adapter itself.
+    """
+    base, revision = _named_base(path)
+    seen, folder = {path.resolve()}, find_adapter(base, revision)
+    while folder is not None:
         if folder.resolve() in seen:
             raise UsageError(
                 f"the adapter in {path} names itself as its base model, directly or by way of other adapters ({base}). "
                 f"Write the base model's name or folder into {path / 'adapter_config.json'}."
             )
         seen.add(folder.resolve())
-        folder = Path(_named_base(folder))
-    return base
+        folder = find_adapter(*_named_base(folder))
+    return base, revision
 
 
-def _named_base(path: Path) -> str:
-    """Return the base model that the configuration of the adapter in a folder names."""
+def _named_base(path: Path) -> tuple[str, str | None]:
+    """Return the base model that the configuration of the adapter in a folder names, and its revision."""
     file = path / "adapter_config.json"
     try:
-        base = read_json(file).get("base_model_name_or_path")
+        values = read_json(file)
+        base, revision = values.get("base_model_name_or_path"), values.get("revision")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is no configuration of an adapter: {error}") from None
     if not base or not isinstance(base, str):
         raise UsageError(f'{file} names no base model; write its name or folder there as "base_model_name_or_path".')
+    if revision is not None and not isinstance(revision, str):
+        raise UsageError(f"{file} names the revision {revision!r} of its base model, which is no text; correct it.")
     if (built_in := built_in_name(path, base)) is not None:
-        return built_in
+        return built_in, None
     if not Path(base).exists() and (path / base).is_dir():
-        return str(path / base)
+        return str(path / base), None
     is_path = Path(base).is_absolute() or base.startswith(("./", "../")) or base.count("/") > 1
     if is_path and not Path(base).exists():
         raise UsageError(
             f"the adapter in {path} names the base model {base!r}, and there is no such folder, neither from here nor "
             f"from the adapter's folder. Write its place into {file}."
         )
-    return base
+    return base, None if Path(base).exists() else revision
 
 
 def check_init(config: Any, what: str) -> None:
@@ -166,6 +194,8 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         raise UsageError(
             f"the adapter in {path} {which} in the base model {folder.base}. Is it the adapter of another base model?"
         )
+    # A relative path in the file starts at the adapter's folder; what goes on from it is saved elsewhere.
+    model.active_peft_config.base_model_name_or_path = folder.base
     return model
 
 

@@ -33,5 +33,6 @@ def check_causal(read: Callable[[Tensor], Tensor], vocabulary: int, name: str) -
     if difference > _ROUNDING * torch.finfo(logits.dtype).eps * size:
         raise UsageError(
             f"{name} cannot be read as a causal language model: its prediction of a token depends on the tokens after "
-            f"it, so it is an encoder. Use a decoder, or the masked language model of this family."
+            "it, as those of an encoder or of a prefix language model do. Use a decoder, or the masked language model "
+            "of this family."
         )

@@ -1,13 +1,14 @@
-"""How a model is read: as a causal language model, as a masked one, or with a classification head.
+"""How a model is read: as a causal language model, as a masked one, with a classification head, or by its text part.
 
 The configuration alone decides, so that a dry run and the run decide alike. A family with a class for both kinds (BERT
 has `BertForMaskedLM` and `BertLMHeadModel`) is read as what its attention is: without `is_decoder` each position sees
-those after it, and a causal model would predict tokens that it has read.
+those after it, and a causal model would predict tokens that it has read. A model that also reads images or sound is
+read on text alone, as its class of transformers does without them; it is saved whole, so that it still reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zotune.errors import UsageError
@@ -19,27 +20,33 @@ class ModelKind:
 
     Attributes:
         words: the kind in words.
+        auto_name: the class of transformers that makes such a model from its configuration.
         masked: whether the model fills in masks.
         classifies: whether it has a classification head.
+        note: what to say of the model, after its name.
     """
 
     words: str
+    auto_name: str
     masked: bool = False
     classifies: bool = False
+    note: str = ""
 
     @property
     def auto_class(self) -> Any:
-        """The class of transformers that makes such a model from its configuration."""
+        """The class that `auto_name` names."""
         import transformers
 
-        if self.classifies:
-            return transformers.AutoModelForSequenceClassification
-        return transformers.AutoModelForMaskedLM if self.masked else transformers.AutoModelForCausalLM
+        return getattr(transformers, self.auto_name)
 
 
-CAUSAL = ModelKind("a causal language model")
-MASKED = ModelKind("a masked language model", masked=True)
-CLASSIFIER = ModelKind("a sequence classifier", classifies=True)
+_NOTE = "also reads images or sound: its text part is tuned, on text alone, and the whole model is saved"
+CAUSAL = ModelKind("a causal language model", "AutoModelForCausalLM")
+MASKED = ModelKind("a masked language model", "AutoModelForMaskedLM", masked=True)
+CLASSIFIER = ModelKind("a sequence classifier", "AutoModelForSequenceClassification", classifies=True)
+COMPOSITE = replace(CAUSAL, note=_NOTE)
+IMAGE_TEXT = ModelKind("a model of images and text", "AutoModelForImageTextToText", note=_NOTE)
+MULTIMODAL = ModelKind("a model of several kinds of input", "AutoModelForMultimodalLM", note=_NOTE)
 
 
 def kind_of(config: Any, name: str, architecture: str | None = None) -> ModelKind:
@@ -60,25 +67,82 @@ def kind_of(config: Any, name: str, architecture: str | None = None) -> ModelKin
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
 
+    kind = config.model_type
     architectures = [architecture] if architecture is not None else config.architectures or []
     heads = {name.rpartition("For")[2] for name in architectures}
     if "SequenceClassification" in heads:
         return CLASSIFIER
     if getattr(config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"{name} is an encoder-decoder ({config.model_type}); zotune reads causal and masked language models and "
-            "sequence classifiers."
-        )
+        raise UsageError(_encoder_decoder_message(name, kind))
     is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    if config.model_type in MASKED_CLASSES and not is_decoder:
+    if kind in MASKED_CLASSES and not is_decoder:
         return MASKED
-    if "MaskedLM" in heads and config.model_type not in CAUSAL_CLASSES:
+    if "MaskedLM" in heads and kind not in CAUSAL_CLASSES:
         return MASKED
-    if config.model_type in CAUSAL_CLASSES and (why := _sees_later_tokens(config)):
+    if getattr(config.get_text_config(), "cross_attention_layers", None):
         raise UsageError(
-            f"{name} cannot be read as a causal language model, because {why}: each position sees those after it."
+            f"{name} ({kind}) has layers in its text part that read images alone (cross_attention_layers), so that "
+            f"text without images does not go through all of it. zotune tunes on text alone. {_OWN_LOSS}"
         )
-    return CAUSAL
+    if kind in CAUSAL_CLASSES:
+        if why := _sees_later_tokens(config):
+            raise UsageError(
+                f"{name} cannot be read as a causal language model, because {why}: each position sees those after it."
+            )
+        return _causal_kind(config, heads, CAUSAL_CLASSES[kind])
+    whole = _whole_kind(kind)
+    return whole[0] if whole is not None else _other_kind(config, name, is_loaded=architecture is not None)
+
+
+def _causal_kind(config: Any, heads: set[str], causal_class: Any) -> ModelKind:
+    """Return how a model is read that has a causal class, which may be the class of its text part alone."""
+    whole = None if config.get_text_config() is config or "CausalLM" in heads else _whole_kind(config.model_type)
+    if whole is None:
+        return CAUSAL
+    kind, its_class = whole
+    return COMPOSITE if its_class == causal_class else kind
+
+
+def _whole_kind(model_type: str) -> tuple[ModelKind, str] | None:
+    """Return the kind of a model of several kinds of input, and its class; None for any other type of model."""
+    from transformers.models.auto import modeling_auto
+
+    for kind, mapping in ((IMAGE_TEXT, "IMAGE_TEXT_TO_TEXT"), (MULTIMODAL, "MULTIMODAL_LM")):
+        classes = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
+        if model_type in classes:
+            return kind, classes[model_type]
+    return None
+
+
+def _other_kind(config: Any, name: str, *, is_loaded: bool) -> ModelKind:
+    """Return how a model is read of which transformers has no language model of its own."""
+    # A model with code of its own says which classes that has; without leave to run it, loading says so in words.
+    own_classes = getattr(config, "auto_map", None) or {}
+    for known in (CAUSAL, MASKED, CLASSIFIER):
+        if known.auto_name in own_classes:
+            return known
+    if is_loaded or own_classes:
+        return CAUSAL
+    raise UsageError(
+        f"{name} is a model of type {config.model_type}, of which transformers has no language model "
+        "(AutoModelForCausalLM, AutoModelForMaskedLM) and no sequence classifier, so it has no loss on text that "
+        f"zotune could read. {_OWN_LOSS}"
+    )
+
+
+_OWN_LOSS = (
+    "With a loss of your own, zotune's optimizers tune any module of torch: opt = zotune.zo_sgd(model, lr=…), "
+    "opt.step(lambda: loss)."
+)
+
+
+def _encoder_decoder_message(name: str, model_type: str) -> str:
+    return (
+        f"{name} is an encoder-decoder ({model_type}): one stack reads the input and another one writes the answer. "
+        "zotune reads models of one stack, causal and masked language models and sequence classifiers; a pair of "
+        "stacks would need rows split into two inputs, and a loss on the second one. Use a model of one stack. "
+        f"{_OWN_LOSS}"
+    )
 
 
 def _sees_later_tokens(config: Any) -> str | None:

@@ -1,7 +1,8 @@
-"""Reading the configuration and the tokenizer of a model that somebody else made: none of its code runs.
+"""Reading the configuration and the tokenizer of a model that somebody else made: none of its code runs unasked.
 
 A model's folder may hold Python modules, and its config.json may name kernels for transformers to fetch and load. Both
-are refused in words, and nothing asks at the terminal whether to run them.
+are refused in words, and nothing asks at the terminal whether to run them. Only the user's own trust_remote_code, on
+the command line or as an argument in Python, lets the modules of a model run; nothing lets a kernel be fetched.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def read_config(source: str | Path, **named: Any) -> Any:
 
     Args:
         source: a folder, or a name on the Hub.
-        named: further arguments of `from_pretrained`, such as `gguf_file`.
+        named: further arguments of `from_pretrained`, such as `gguf_file`; with `trust_remote_code` its code may run.
 
     Raises:
         UsageError: it asks for code of the model or of the Hub, or is too large.
@@ -36,7 +37,7 @@ def read_config(source: str | Path, **named: Any) -> Any:
     import transformers
 
     check_metadata(Path(source))
-    config = transformers.AutoConfig.from_pretrained(str(source), **named, **NO_CODE)
+    config = transformers.AutoConfig.from_pretrained(str(source), **{**NO_CODE, **named})
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", None) or ())):
         _check_part(part, str(source))
     return config
@@ -47,15 +48,16 @@ def read_tokenizer(source: str | Path, **named: Any) -> Any:
     import transformers
 
     check_metadata(Path(source))
-    return transformers.AutoTokenizer.from_pretrained(str(source), **named, **NO_CODE)
+    return transformers.AutoTokenizer.from_pretrained(str(source), **{**NO_CODE, **named})
 
 
-def read_generation_config(source: str | Path) -> Any:
+def read_generation_config(source: str | Path, revision: str | None = None) -> Any:
     """Read the generation configuration of a model of transformers, as `read_config` reads its configuration."""
     import transformers
 
     check_metadata(Path(source))
-    return transformers.GenerationConfig.from_pretrained(str(source))
+    at = {} if revision is None else {"revision": revision}
+    return transformers.GenerationConfig.from_pretrained(str(source), **at)
 
 
 def check_metadata(folder: Path) -> None:

@@ -35,7 +35,7 @@ def read_pretrained(
         name: its name, for errors.
         new_head: whether the model gets a new head, so that the checkpoint needs to hold its body alone.
         heed: whether to say which heads of other tasks are not read.
-        options: further arguments of `from_pretrained`.
+        options: further arguments of `from_pretrained`; without `trust_remote_code` no code of the model runs.
 
     Returns:
         The model of transformers.
@@ -46,13 +46,13 @@ def read_pretrained(
     """
     _check_files(source)
     # Tensors of another shape are then listed with the missing ones, and are errors here.
-    options = {**options, **NO_CODE, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {**NO_CODE, **options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = kind.auto_class.from_pretrained(source, **options)
     check_arrival(model, info, kind, name, new_head=new_head, heed=heed)
     return model
 
 
-def check_pretrained(source: str, kind: ModelKind, name: str, *, new_head: bool = False) -> None:
+def check_pretrained(source: str, kind: ModelKind, name: str, *, new_head: bool = False, **options: Any) -> None:
     """Check as `read_pretrained` does that each tensor finds its place, without reading values.
 
     Nothing is downloaded: a model of the Hub is checked if it is in the cache.
@@ -62,9 +62,8 @@ def check_pretrained(source: str, kind: ModelKind, name: str, *, new_head: bool 
     """
     absent = () if Path(source).is_dir() else (OSError,)
     with suppress(*absent):
-        read_pretrained(
-            source, kind, name, new_head=new_head, heed=False, device_map="meta", local_files_only=bool(absent)
-        )
+        places = {"device_map": "meta", "local_files_only": bool(absent)}
+        read_pretrained(source, kind, name, new_head=new_head, heed=False, **options, **places)
 
 
 def check_arrival(

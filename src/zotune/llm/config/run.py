@@ -19,7 +19,7 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.output import OutputOptions
 from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.schedule import ScheduleOptions
-from zotune.llm.config.schema import is_partial, validate
+from zotune.llm.config.schema import COMMAND_LINE_ONLY, check_file, is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
 from zotune.llm.config.step import StepOptions
@@ -236,7 +236,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """Return the keys and values of a YAML recipe.
 
     Raises:
-        UsageError: the file cannot be read, is not valid YAML, or is no mapping.
+        UsageError: the file cannot be read, is not valid YAML, is no mapping, or sets what no file may set.
     """
     try:
         values = parse_yaml(read_bytes(path, RECIPE_BYTES).decode("utf-8"))
@@ -249,10 +249,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid YAML: {str(error)[:1000]}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold `key: value` lines, one per option.")
+    check_file(values, str(path))
     return values
 
 
 def write_yaml(path: Path, config: BaseModel) -> None:
     """Write a resolved config atomically, so that `zotune train PATH` runs it again."""
     with atomic_write(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        values = config.model_dump(mode="json", exclude=set(COMMAND_LINE_ONLY))
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -84,12 +84,18 @@ def as_json(value: Any) -> Any:
     return text
 
 
+COMMAND_LINE_ONLY = ("trust_remote_code",)
+"""The options that no file sets or records: they are given on the command line, or as an argument in Python."""
+
 GROUPS = ("Model", "Data", "Tuning", "Method", "Run", "Evaluation", "Output")
 """The groups of options, in the order in which `--help` shows them."""
 
 # The options of each group; those that most people set come first.
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "dtype", "quantization", "device", "accept_terms"),
+    "Model": (
+        *("model", "model_revision", "dtype", "quantization", "device", "attn_implementation", "accept_terms"),
+        "trust_remote_code",
+    ),
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
         *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
@@ -162,6 +168,25 @@ def options_by_group(schema: type[BaseModel]) -> dict[str, list[str]]:
 def is_partial(info: ValidationInfo) -> bool:
     """Whether the record is a recipe that options may still complete, so that checks across keys have to wait."""
     return bool(info.context and info.context.get("partial"))
+
+
+def check_file(values: Mapping[Any, Any], source: str) -> None:
+    """Check that a file sets no option that only the command line or an argument in Python may set.
+
+    Raises:
+        UsageError: it does.
+
+    >>> check_file({"model": "gpt2", "trust-remote-code": True}, "theirs.yaml")
+    Traceback (most recent call last):
+    zotune.errors.UsageError: theirs.yaml sets trust_remote_code, which no file may set. Take the line out, ...
+    """
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in COMMAND_LINE_ONLY and value not in (False, None):
+            raise UsageError(
+                f"{source} sets {name}, which no file may set. Take the line out, and give --{name.replace('_', '-')} "
+                "on the command line if you trust the author of the model."
+            )
 
 
 def validate(schema: type[Config], values: dict[str, Any], source: str, *, partial: bool = False) -> Config:

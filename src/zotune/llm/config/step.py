@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
 from zotune.llm.config.tuning import TuningOptions
+
+AttentionName = Literal[
+    "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
+# Attention without a derivative in forward mode.
+_FUSED = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 class ModelOptions(Options):
@@ -21,6 +27,19 @@ class ModelOptions(Options):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the weights; auto uses the precision of the checkpoint."
+    )
+    model_revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the Hub; default: its main branch."
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run the Python code that the model's folder or repository brings along. Only for authors whom you "
+        "trust; never read from a file.",
+    )
+    attn_implementation: AttentionName | None = Field(
+        None,
+        description="Attention of transformers: eager, sdpa, flex_attention, or flash_attention_2 to 4, whose package "
+        "must be installed; default: the model's own (sdpa).",
     )
     quantization: Literal["none", "gguf", "bnb-nf4", "bnb-int8", "torchao-int8", "torchao-int4"] | None = Field(
         None,
@@ -39,6 +58,16 @@ class ModelOptions(Options):
     def is_gguf(self) -> bool:
         """Whether the base model is read from a GGUF file and stays quantised."""
         return self.quantization == "gguf" or self.model.endswith(".gguf")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments with which transformers reads files of the model: its revision, and whether its code may run.
+
+        >>> ModelOptions(model_revision="v1").reading
+        {'trust_remote_code': False, 'revision': 'v1'}
+        """
+        at = {} if self.model_revision is None else {"revision": self.model_revision}
+        return {"trust_remote_code": self.trust_remote_code, **at}
 
 
 class StepOptions(ModelOptions, MethodOptions, TuningOptions):
@@ -64,5 +93,10 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(
                 f"gradient_checkpointing has no effect on {self.method}, which stores no activations; leave it out"
+            )
+        if self.method == "forward_grad" and self.attn_implementation in _FUSED:
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation} has no derivative in forward mode, which "
+                "forward_grad needs; use eager or sdpa, or another method"
             )
         return self

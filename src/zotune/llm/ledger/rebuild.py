@@ -15,12 +15,12 @@ from zotune.ledger import Ledger, LedgerError, read
 from zotune.ledger.files import DamagedLedgerError
 from zotune.ledger.replay import replay
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streamed_base
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
 from zotune.llm.output.manifest import LEDGER
@@ -36,6 +36,8 @@ from zotune.system.bounds import COUNT
 
 # Counts of a run's options for which something of their size is made to replay it.
 _COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank")
+# Options that are not taken from a ledger: it names no code to run, and to replay it takes no attention.
+_FOR_REPLAY = {"resume": False, "trust_remote_code": False, "attn_implementation": None}
 # The file that describes a merge, beside its ledgers.
 MERGE = "merge.json"
 
@@ -82,8 +84,11 @@ def config_of(ledger: Ledger, base: str | None = None, device: str | None = None
             f"Replay it in "
             "that program with zotune.ledger.replay."
         )
-    overrides = {"model": base, "device": device}
-    values = {**recorded, **{k: v for k, v in overrides.items() if v is not None}, "resume": False}
+    values = {**recorded, **_FOR_REPLAY}
+    if base is not None:
+        values |= {"model": base, "model_revision": None}
+    if device is not None:
+        values["device"] = device
     config = validate(TrainConfig, values, ledger.name)
     for key in _COUNTS:
         if isinstance(value := getattr(config, key, None), int):

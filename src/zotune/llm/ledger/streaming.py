@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from zotune.ledger import Ledger, LedgerError
 from zotune.ledger.replay import check, digest_of
 from zotune.ledger.stream import Trace
+from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.no_code import read_generation_config
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.model_files import write_errors_in_words
 from zotune.llm.tasks import head_labels
@@ -76,6 +78,7 @@ class StreamedModel:
         if module.can_generate():
             module.generation_config.save_pretrained(str(folder))
         self.lm.tokenizer.save_pretrained(str(folder))
+        write_companions(folder, self.lm.companions)
         write_shards(folder, self.shapes, self.tensor, module.num_parameters(), max_shard_size)
 
     def after(self, ledger: Ledger, config: TrainConfig, *, from_base: bool) -> StreamedModel:
@@ -140,14 +143,14 @@ def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
     if config.is_gguf or config.quantization not in (None, "none"):
         raise NotStreamedError("its base model is quantised")
     source = _source(config)
-    checkpoint = _checkpoint(source)
+    checkpoint = _checkpoint(source, config.model_revision)
     lm, _ = load_meta_model(config)
     if lm.masked and not lm.classifies and head_labels(config):
         raise NotStreamedError("its classification head starts from random weights that its library draws")
     prepare_tuning(lm, config)
     module: Any = lm.module
     if module.can_generate():
-        _read_generation_config(module, source)
+        _read_generation_config(module, source, config.model_revision)
     state, sources = module.state_dict(), _sources(module, checkpoint)
     for name, key in sources.items():
         if checkpoint.shape(key) != tuple(state[name].shape):
@@ -184,17 +187,17 @@ def mean_of_models(streams: Iterable[StreamedModel]) -> StreamedModel:
 def _source(options: ModelOptions) -> str:
     """Return the folder of the base model, or its name on the Hub."""
     name = options.model
-    if name.startswith("random:") or (Path(name) / "adapter_config.json").is_file():
+    if name.startswith("random:") or find_adapter(name, options.model_revision) is not None:
         raise NotStreamedError(f"{name} is not a folder of weights")
     return str(fetch(name, accept_terms=options.accept_terms)) if name in BUILT_IN else name
 
 
-def _checkpoint(source: str) -> Checkpoint:
+def _checkpoint(source: str, revision: str | None) -> Checkpoint:
     """Open the safetensors files of the base model, in a folder or in the cache of the Hub."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     def find(file: str) -> str | None:
-        path: str | None = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+        path: str | None = cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         return path
 
     try:
@@ -208,10 +211,10 @@ def _checkpoint(source: str) -> Checkpoint:
     raise NotStreamedError(f"{source} has no safetensors files")
 
 
-def _read_generation_config(module: Any, source: str) -> None:
+def _read_generation_config(module: Any, source: str, revision: str | None) -> None:
     """Read the generation configuration in the model's folder, which is saved with the model."""
     with suppress(OSError):  # without such a file the model keeps its own configuration
-        module.generation_config = read_generation_config(source)
+        module.generation_config = read_generation_config(source, revision)
 
 
 def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from zotune.ledger import Ledger, LedgerError
 from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.safetensors_shards import Checkpoint
 from zotune.llm.checkpoints.tuned_tensors import tuned_groups
 from zotune.llm.ledger.merge import find_fine_tune, rebuild_any
 from zotune.llm.ledger.rebuild import AnyModel, config_of
-from zotune.llm.models.safetensors_shards import Checkpoint
 from zotune.llm.quantized.backends import is_quantised
 from zotune.system.bounds import read_json
 

@@ -155,7 +155,7 @@ class SequenceCache:
     @property
     def num_bytes(self) -> int:
         """About how many bytes the activations of all splits take."""
-        size: int = self._lm.base.dtype.itemsize * self._lm.config.hidden_size
+        size: int = self._lm.base.dtype.itemsize * self._lm.config.get_text_config().hidden_size
         return size * sum(map(len, self._group_of))
 
     def _inputs(self, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.errors import UsageError, did_you_mean
+from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
 from zotune.llm.checkpoints.hub_names import name_base_on_hub
@@ -51,20 +51,28 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
 
     path, layers = stack_of(lm.text_model)
     first = first_layer(len(layers), config.tuned_layers)
-    linear = {name.rpartition(".")[2] for name, _ in linear_layers(lm.text_model)}
+    everywhere = [name for name, _ in linear_layers(lm.text_model)]
+    linear = {name.rpartition(".")[2] for name in everywhere}
     targets = config.lora_target_modules or default_targets(lm.config.get_text_config().model_type, linear)
     inside = targets == ALL_LINEAR
     if inside:
         targets = _linear_in(layers)
     if not targets:
         raise UsageError(f"tuning: lora: {lm.name} has no linear layer inside its layers; tune it with --tuning full.")
-    unknown = [t for t in targets if t not in linear]
+    unknown = [t for t in targets if not any(is_target(name, t) for name in everywhere)]
+    if unknown and set(ALL_LINEAR) & set(unknown):
+        raise UsageError("lora_target_modules: all-linear stands for all layers, so it stands alone; drop the others.")
     if unknown:
         raise UsageError(
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
     paths = _paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
-    by_name = lm.text_model is lm.base and (config.tuned_layers or paths == _paths(lm, targets, [lm.base]))
+    # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
+    only_linear = set(_paths(lm, targets, [lm.base])) == {
+        name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
+    }
+    is_everywhere = bool(config.tuned_layers) or paths == _paths(lm, targets, [lm.base])
+    by_name = lm.text_model is lm.base and only_linear and is_everywhere
     in_layers = by_name and config.tuned_layers is not None
     lora = LoraConfig(
         r=config.lora_r,
@@ -80,9 +88,9 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
     )
     try:
-        _wrap_with_peft(lm, lora, config.seed)
+        _wrap_with_peft(lm, lora, config)
     except ValueError as error:
-        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {error}") from error
+        raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {reason_of(error)}") from error
 
 
 def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]:
@@ -103,11 +111,36 @@ def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]
     return next((names for names in choices if names and set(names) <= set(linear)), ALL_LINEAR)
 
 
+def is_target(path: str, target: str) -> bool:
+    """Whether the path of a module ends in a target's name, as peft reads one.
+
+    >>> is_target("layers.0.self_attn.q_proj", "q_proj"), is_target("layers.0.self_attn.q_proj", "attn.q_proj")
+    (True, False)
+    """
+    return path == target or path.endswith(f".{target}")
+
+
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D."""
+    """Yield the paths and modules of a model's linear layers; GPT-2 has its own kind, Conv1D.
+
+    A class of a model that takes other inputs than its weight says is none: peft would not follow it.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    yield from ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    for name, m in module.named_modules():
+        is_own_kind = type(m).__module__.startswith("transformers.models.") and type(m).forward is not nn.Linear.forward
+        if isinstance(m, Conv1D) or (isinstance(m, nn.Linear) and not (is_own_kind and _is_grouped(m))):
+            yield name, m
+
+
+@torch.no_grad()
+def _is_grouped(layer: nn.Linear) -> bool:
+    """Whether a layer does not turn `in_features` numbers into `out_features`, as the grouped ones of DeepSeek-V4."""
+    try:
+        x = torch.zeros(1, 1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
+        return tuple(layer(x).shape) != (1, 1, layer.out_features)
+    except (RuntimeError, ValueError, IndexError):
+        return True
 
 
 def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
@@ -117,9 +150,9 @@ def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
 
 
 def _paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.Module]) -> list[str]:
-    """Return the paths of the linear layers in some parts of a model whose last name is a target."""
+    """Return the paths of the linear layers in some parts of a model that a target names."""
     inside = {m for part in parts for m in part.modules()}
-    return [name for name, m in linear_layers(lm.base) if m in inside and name.rpartition(".")[2] in targets]
+    return [name for name, m in linear_layers(lm.base) if m in inside and any(is_target(name, t) for t in targets)]
 
 
 def first_layer(num_layers: int, tuned_layers: int | None) -> int:
@@ -139,26 +172,70 @@ def first_layer(num_layers: int, tuned_layers: int | None) -> int:
 
 
 def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
-    """Put tuned keys and values before those of every layer (Li and Liang, 2021), initialised from real tokens."""
+    """Put tuned keys and values before those of every layer (Li and Liang, 2021), initialised from real tokens.
+
+    Raises:
+        UsageError: the model's layers have no such keys and values.
+    """
     from peft import PrefixTuningConfig
 
     tokens = real_tokens(lm, config.num_virtual_tokens or PREFIX_TOKENS, config.seed)
-    keys_values = keys_and_values(lm.base, tokens)
-    _wrap_with_peft(lm, PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm)), config.seed)
+    with _refused_in_words(lm, _NO_PREFIX):
+        keys_values = keys_and_values(lm.base, tokens)
+        prefix = PrefixTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **_sizes(lm))
+        _wrap_with_peft(lm, prefix, config)
     _set_virtual_tokens(lm, keys_values)
+    with _refused_in_words(lm, _NO_PREFIX):
+        _read_a_token(lm)
 
 
 def add_prompt(lm: LanguageModel, config: StepOptions) -> None:
-    """Put tuned embeddings before those of the input (Lester et al., 2021), initialised from real tokens."""
+    """Put tuned embeddings before those of the input (Lester et al., 2021), initialised from real tokens.
+
+    Raises:
+        UsageError: the model does not read embeddings in place of tokens.
+    """
     from peft import PromptTuningConfig
 
     embeddings = lm.base.get_input_embeddings()
     tokens = real_tokens(lm, config.num_virtual_tokens or PROMPT_TOKENS, config.seed)
-    with torch.no_grad():
-        rows = embeddings(tokens.to(lm.device)).float()
-    prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), token_dim=rows.shape[1], task_type=_task_type(lm))
-    _wrap_with_peft(lm, prompt, config.seed)
+    with _refused_in_words(lm, _NO_PROMPT):
+        with torch.no_grad():
+            rows = embeddings(tokens.to(lm.device)).float()
+        sizes = {**_sizes(lm), "token_dim": rows.shape[1]}
+        prompt = PromptTuningConfig(num_virtual_tokens=len(tokens), task_type=_task_type(lm), **sizes)
+        _wrap_with_peft(lm, prompt, config)
+        _read_a_token(lm)  # with random embeddings: Gemma 4 reads those of real tokens, and no others
     _set_virtual_tokens(lm, rows)
+
+
+_NO_PREFIX = (
+    "a prefix is keys and values of one shape that every layer takes in, and the layers of {} do not. Tune a prompt or "
+    "a LoRA adapter (--tuning prompt, lora)."
+)
+_NO_PROMPT = (
+    "a prompt of virtual tokens is embeddings that the model reads in place of tokens, and {} does not. Tune a LoRA "
+    "adapter (--tuning lora)."
+)
+
+
+@contextmanager
+def _refused_in_words(lm: LanguageModel, message: str) -> Iterator[None]:
+    """Within this context an error of peft or of the model means that it does not take virtual tokens."""
+    try:
+        yield
+    except (UsageError, Warning):
+        raise
+    except Exception as error:  # a model may fail in any way on inputs that it was not written for
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(message.format(f"{lm.name} ({lm.config.model_type})")) from error
+
+
+@torch.no_grad()
+def _read_a_token(lm: LanguageModel) -> None:
+    token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
+    lm.read(token, token)
 
 
 def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
@@ -186,10 +263,9 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
     try:
         adapter = schemes[name](task_type=_task_type(lm), **config.peft_options)
         check_init(adapter, f"peft_config of {name}")
-        _wrap_with_peft(lm, adapter, config.seed)
-        token = torch.ones(1, 1, dtype=torch.long, device=lm.device)
-        with torch.no_grad():
-            lm.read(token, token)
+        _wrap_with_peft(lm, adapter, config)
+        _check_read_again(adapter)
+        _read_a_token(lm)
     except (torch.OutOfMemoryError, UsageError):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError) as error:
@@ -200,12 +276,46 @@ def add_peft_adapter(lm: LanguageModel, config: StepOptions) -> None:
         ) from error
 
 
+def _check_read_again(adapter: Any) -> None:
+    """Check that peft accepts the configuration that it saves, with what it has filled in for this model.
+
+    Raises:
+        ValueError, TypeError: it does not, so that the saved adapter could not be loaded.
+    """
+    # Of IA3 it fills in the feed-forward layers of this type of model, also those that get no adapter.
+    targets, forward = getattr(adapter, "target_modules", None), getattr(adapter, "feedforward_modules", None)
+    if isinstance(targets, set) and isinstance(forward, set):
+        adapter.feedforward_modules = forward & targets
+    saved = adapter.to_dict()
+    type(adapter)(**{f.name: saved[f.name] for f in dataclasses.fields(adapter) if f.init and f.name in saved})
+
+
 def real_tokens(lm: LanguageModel, count: int, seed: int) -> Tensor:
     """Return the (count,) ids of random ordinary tokens of the vocabulary, drawn with `seed`."""
     special = set(lm.tokenizer.all_special_ids)
     ordinary = [i for i in range(min(len(lm.tokenizer), lm.vocabulary)) if i not in special]
     drawn = torch.randint(len(ordinary), (count,), generator=torch.Generator().manual_seed(seed))
     return torch.tensor(ordinary)[drawn]
+
+
+# Names under which peft looks for a model's sizes.
+_KNOWN_SIZES = {
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+
+
+def _sizes(lm: LanguageModel) -> dict[str, int]:
+    """Return the model's sizes that its configuration has under names that peft does not know, as peft names them."""
+    config = lm.config.get_text_config()
+    written = config.to_dict()
+    values = {"token_dim": getattr(config, "hidden_size", None)}
+    values["num_attention_heads"] = getattr(config, "num_attention_heads", None)
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and not any(known in written for known in _KNOWN_SIZES[name])
+    }
 
 
 @torch.no_grad()
@@ -240,15 +350,15 @@ def _task_type(lm: LanguageModel) -> str:
     return "FEATURE_EXTRACTION" if lm.masked else "CAUSAL_LM"
 
 
-def _wrap_with_peft(lm: LanguageModel, adapter: Any, seed: int) -> None:
+def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> None:
     from peft import get_peft_model
 
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
-        torch.manual_seed(seed)
-        lm.module = get_peft_model(lm.module, adapter)
+        torch.manual_seed(config.seed)
+        lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     name_base_on_hub(lm.module)
     lm.module.eval()
 

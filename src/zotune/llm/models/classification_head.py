@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.adapter_folder import AdapterFolder
 from zotune.llm.checkpoints.no_code import NO_CODE
+from zotune.llm.models.language_model import LanguageModel
 
 
 def with_classification_head(model: Any, labels: Sequence[str], seed: int) -> Any:
@@ -40,6 +42,26 @@ def with_classification_head(model: Any, labels: Sequence[str], seed: int) -> An
         )
     classifier.name_or_path = model.name_or_path
     return classifier
+
+
+def give_head_of_adapter(lm: LanguageModel, folder: AdapterFolder, labels: Sequence[str]) -> None:
+    """Give a language model a head in whose place that of an adapter comes, if the adapter was saved with one.
+
+    Args:
+        lm: the base model, without an adapter.
+        folder: the adapter.
+        labels: the names of the classes; the adapter's folder names none, so peft numbers them (LABEL_0, …).
+
+    Raises:
+        UsageError: the architecture cannot be given a head, or the number of labels is another.
+    """
+    if lm.classifies or not (count := folder.num_classes):
+        return
+    names = tuple(labels) or tuple(f"LABEL_{i}" for i in range(count))
+    lm.module, lm.masked, lm.classifies = with_classification_head(lm.module, names, 0), True, True
+    check_labels(str(folder.path), lm.config, names)
+    if lm.config.pad_token_id is None:
+        lm.config.pad_token_id = lm.pad_token_id
 
 
 def check_labels(name: str, config: Any, labels: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.data.collator import Batch
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.padding import by_length, generates_padded, reads_padded, reset_rope, rope_grows
@@ -37,6 +39,7 @@ class LanguageModel:
         num_forwards: forward passes so far.
         base_fingerprint: what identifies the weights of the base model, once an adapter or tuned tensors are beside
             it.
+        companions: files of the model's processor by name, to save beside a model that also reads images or sound.
     """
 
     module: nn.Module
@@ -46,6 +49,7 @@ class LanguageModel:
     num_forwards: int = field(default=0)
     classifies: bool = False
     base_fingerprint: dict[str, str] | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     _said: bool = field(default=False, repr=False)
 
     @property
@@ -58,6 +62,11 @@ class LanguageModel:
         """The model of transformers itself, without an adapter around it."""
         get_base = getattr(self.module, "get_base_model", None)
         return self.module if get_base is None else get_base()
+
+    @property
+    def auto_class_name(self) -> str:
+        """The name of the class of transformers that loads the base model by its configuration."""
+        return kind_of(self.config, self.name, type(self.base).__name__).auto_name
 
     @property
     def text_model(self) -> Any:

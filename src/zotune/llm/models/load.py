@@ -13,21 +13,19 @@ from typing import Any
 import torch
 
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory, reason_of
-from zotune.llm.checkpoints.adapter_folder import (
-    AdapterFolder,
-    is_adapter_folder,
-    read_adapter_folder,
-    with_adapter,
-)
+from zotune.llm.checkpoints.adapter_folder import AdapterFolder, read_adapter_folder, with_adapter
+from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.checkpoints.attention import attention_arguments
 from zotune.llm.checkpoints.causality import check_causal
-from zotune.llm.checkpoints.fingerprint import check_fingerprint
+from zotune.llm.checkpoints.companions import read_companions
+from zotune.llm.checkpoints.fingerprint import check_fingerprint, fingerprint
 from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.checkpoints.no_code import NO_CODE, read_config, read_generation_config, read_tokenizer
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS, read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.models.cache_argument import accept_old_name
-from zotune.llm.models.classification_head import check_labels, with_classification_head
+from zotune.llm.models.classification_head import check_labels, give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
@@ -61,10 +59,12 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     quiet_libraries()
     device = find_device(options.device)
     check_quantization(options)
+    check_revision(options)
+    adapter = adapter_of(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
-    elif is_adapter_folder(Path(options.model)):
-        lm = _load_adapter(Path(options.model), options, labels)
+    elif adapter is not None:
+        lm = _load_adapter(adapter, options, labels)
     elif (base := tuned_base_model(Path(options.model))) is not None:
         lm = _load_tuned_gguf(base, options)
     else:
@@ -84,7 +84,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     with errors_in_words(options.model):
         lm.tokenizer("a")
         # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
-        if not (lm.masked or is_quantized or is_adapter_folder(Path(options.model))):
+        if not (lm.masked or is_quantized or adapter is not None):
             check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
 
@@ -119,6 +119,28 @@ def check_quantization(options: ModelOptions) -> None:
         raise UsageError(
             f"{model} has no checkpoint file for {QUANTIZERS[name][0]} to quantise; leave out --quantization."
         )
+
+
+def check_revision(options: ModelOptions) -> None:
+    """Check that a revision is asked of a model on the Hub, and of no other.
+
+    Raises:
+        UsageError: the model has no revisions.
+    """
+    is_here = options.model in BUILT_IN or options.model.startswith("random:") or Path(options.model).exists()
+    if options.model_revision is not None and is_here:
+        raise UsageError(
+            f"model_revision names a revision of a repository on the Hub, and {options.model} is none; leave it out. "
+            "The revision of an adapter's base model is in its adapter_config.json."
+        )
+
+
+def adapter_of(options: ModelOptions) -> Path | None:
+    """Return the folder of the adapter that `options` name, or None if they name another model."""
+    if options.model in BUILT_IN:
+        return None
+    with errors_in_words(options.model):
+        return find_adapter(options.model, options.model_revision)
 
 
 def quiet_libraries() -> None:
@@ -159,7 +181,9 @@ def _random(name: str, options: ModelOptions) -> LanguageModel:
     kind = kind_of(config, options.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = kind.auto_class.from_config(config, dtype=_DTYPES.get(options.dtype, torch.float32), **NO_CODE)
+        module = kind.auto_class.from_config(
+            config, dtype=_DTYPES.get(options.dtype, torch.float32), **attention_of(options), **NO_CODE
+        )
     module.name_or_path = options.model
     return LanguageModel(module, byte_tokenizer(config), options.model, kind.masked)
 
@@ -171,7 +195,7 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
     if not Path(source).is_dir():
         say(f"looking for {source} on the Hub …")
     with errors_in_words(options.model):
-        config = read_config(source)
+        config = read_config(source, **options.reading)
         kind = kind_of(config, options.model)
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
         quantisation = loading_options(options.quantization, dtype, find_device(options.device))
@@ -181,13 +205,28 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
             options.model,
             new_head=new_head and kind.masked,
             dtype=_DTYPES.get(options.dtype, "auto"),
+            **options.reading,
+            **attention_of(options),
             **quantisation,
         )
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
         module.name_or_path = options.model
-        tokenizer = read_tokenizer(source)
-    return LanguageModel(module, tokenizer, options.model, kind.masked or kind.classifies, classifies=kind.classifies)
+        tokenizer = read_tokenizer(source, **options.reading)
+        companions = read_companions(source, options.model_revision) if kind.note else {}
+    if kind.note:
+        say(f"{options.model} {kind.note}")
+    masked = kind.masked or kind.classifies
+    return LanguageModel(module, tokenizer, options.model, masked, classifies=kind.classifies, companions=companions)
+
+
+def attention_of(options: ModelOptions) -> dict[str, Any]:
+    """Return the argument of transformers for the attention that `options` name, if they name one.
+
+    Raises:
+        UsageError: it cannot run here.
+    """
+    return attention_arguments(options.attn_implementation, find_device(options.device))
 
 
 def source_of(options: ModelOptions) -> str:
@@ -209,6 +248,8 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
         say(f"reading the configuration and tokenizer of {file}; this takes a while …")
     with errors_in_words(options.model):
         config = read_config(folder, **named)
+        if attention := attention_of(options):
+            config._attn_implementation = attention["attn_implementation"]
         module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32))
         tokenizer = read_tokenizer(folder, **named)
         if not named:
@@ -220,9 +261,15 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
 def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:
     """Load a base model with the adapter in a folder, and the folder's tokenizer if it has one."""
     folder = read_adapter_folder(path)
-    say(f"the adapter {path} names the base model {folder.base}")
+    revision = "" if folder.revision is None else f" in the revision {folder.revision}"
+    say(f"the adapter {options.model} names the base model {folder.base}{revision}")
     lm = load(base_options(folder, options), labels)
+    if folder.num_classes and not lm.classifies:
+        check_head(lm.module, options)
+        give_head_of_adapter(lm, folder, labels)
+        lm.module.to(find_device(options.device)).eval()
     check_fingerprint(path, lm.module, folder.base)
+    lm.base_fingerprint = fingerprint(lm.module)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
     if lm.num_virtual_tokens:
@@ -234,15 +281,20 @@ def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> L
 def base_options(folder: AdapterFolder, options: ModelOptions) -> ModelOptions:
     """Return the options that load the base model of an adapter."""
     quantization = options.quantization or saved_quantization(folder.path)
-    return options.model_copy(update={"model": folder.base, "quantization": quantization})
+    base = {"model": folder.base, "model_revision": folder.revision}
+    return options.model_copy(update={**base, "quantization": quantization})
 
 
 def tokenizer_of(folder: AdapterFolder, of_base: Any) -> Any:
-    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model."""
-    if not folder.has_tokenizer:
-        return of_base
+    """Return the tokenizer in an adapter's folder, which may have other tokens than that of its base model.
+
+    A folder may hold a chat template alone, which takes the place of that of the base's tokenizer.
+    """
     with errors_in_words(str(folder.path)):
-        return read_tokenizer(folder.path)
+        if folder.has_tokenizer:
+            return read_tokenizer(folder.path)
+        of_base.chat_template = folder.chat_template or of_base.chat_template
+    return of_base
 
 
 def _load_tuned_gguf(base: str, options: ModelOptions) -> LanguageModel:
@@ -281,8 +333,11 @@ def _not_loaded_message(name: str, error: Exception) -> str:
     if "custom code" in reason:
         return (
             f"the model {name!r} comes with Python code of its own, without which transformers cannot read it, and "
-            "zotune runs no code of a model. Use a model of an architecture that transformers has."
+            "zotune runs no code of a model unasked. If you trust its author, add --trust-remote-code; else use a "
+            "model of an architecture that transformers has."
         )
+    if "attention implementation" in reason or "attn_implementation" in reason:
+        return f"{name} does not run with the attention that was asked for: {reason}"
     if name.endswith(".gguf"):
         return f"{name} is a GGUF file that cannot be read as a model: {reason}"
     if Path(name).is_dir():

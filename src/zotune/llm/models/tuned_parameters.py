@@ -17,6 +17,7 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
 from zotune.llm.models.adapters import add_lora, add_peft_adapter, add_prefix, add_prompt, first_layer
 from zotune.llm.models.classification_head import head_module_names
+from zotune.llm.models.continued_adapter import continue_adapter, continues, scheme_of
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import head_module
 from zotune.llm.quantized.backends import is_packed, is_quantised
@@ -28,15 +29,21 @@ from zotune.model.layers import stack_of
 def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
     """Add the adapter that `config` asks for, and let exactly the tuned parameters require a gradient.
 
+    An adapter of the same scheme that the model has is tuned further; another one is merged into the weights that are
+    to be tuned.
+
     Raises:
         UsageError: no parameter would be tuned, or `config` names a layer, module or adapter that does not exist.
     """
-    if is_adapter(lm.module):
-        _merge_adapter(lm, config)
-    for p in lm.module.parameters():
-        p.requires_grad_(False)
-    lm.base_fingerprint = fingerprint(lm.module)
-    SCHEMES[config.tuning](lm, config)
+    if continues(lm, config):
+        continue_adapter(lm, config)
+    else:
+        if is_adapter(lm.module):
+            _merge_adapter(lm, config)
+        for p in lm.module.parameters():
+            p.requires_grad_(False)
+        lm.base_fingerprint = fingerprint(lm.module)
+        SCHEMES[config.tuning](lm, config)
     check_saved(lm.module, lm.name)
 
 
@@ -48,9 +55,9 @@ def _merge_adapter(lm: LanguageModel, config: StepOptions) -> None:
     """
     if config.is_adapter or is_quantised(lm.base):
         raise UsageError(
-            f"{lm.name} is an adapter, and what --tuning {config.tuning} tunes could not be saved beside it. Merge it "
-            f"into its base model first (zotune merge {lm.name} --output-dir FOLDER, or peft's "
-            "merge_and_unload), and tune that folder."
+            f"{lm.name} is an adapter ({scheme_of(lm.module.active_peft_config)}), and what --tuning {config.tuning} "
+            "tunes could not be saved beside it. Go on tuning the adapter itself, or merge it into its base model "
+            f"first (zotune merge {lm.name} --output-dir FOLDER, or peft's merge_and_unload), and tune that folder."
         )
     say(f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved")
     lm.module = merged_model(lm.module, lm.read_with, lm.name)

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from zotune.errors import UsageError, listed
-from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
+from zotune.llm.checkpoints.adapter_folder import base_of_adapter
+from zotune.llm.checkpoints.adapter_source import is_adapter_folder
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.output.locked_folder import LockedFolder
 from zotune.llm.output.manifest import RUN_PATTERNS, Manifest

@@ -133,8 +133,7 @@ the rounding of the quantisation, so results on them may differ a little.
 
 def _loading_code(config: TrainConfig, lm: LanguageModel) -> str:
     """Return the lines of Python that load the saved model, on any machine."""
-    kind = "SequenceClassification" if lm.classifies else "MaskedLM" if lm.masked else "CausalLM"
-    auto = f"AutoModelFor{kind}"
+    auto = lm.auto_class_name
     if not config.is_adapter and has_packed_layers(lm.module):
         # The base model is the GGUF file; the tuned tensors are in the folder of this card.
         return "from zotune.llm import load\n\nmodel, tokenizer = load(FOLDER)"

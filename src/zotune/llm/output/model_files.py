@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 
 from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.checkpoints.hub_names import HUB_IDS, name_base_on_hub
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
@@ -68,6 +69,8 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     save_pretrained(lm.module, str(folder), **extra)
     if is_adapter(lm.module):
         write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))
+    else:
+        write_companions(folder, lm.companions)
     lm.tokenizer.save_pretrained(str(folder))
 
 

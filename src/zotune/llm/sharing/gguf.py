@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zotune.errors import RunError, UsageError
-from zotune.llm.checkpoints.adapter_folder import is_adapter_folder
+from zotune.llm.checkpoints.adapter_source import is_adapter_folder
 from zotune.llm.config.folders import ExportConfig
 from zotune.llm.quantized.gguf_output import TUNED_FILE
 from zotune.llm.sharing.whole_model import whole_model

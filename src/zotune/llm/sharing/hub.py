@@ -9,7 +9,8 @@ from pathlib import Path
 
 import zotune
 from zotune.errors import RunError, UsageError, reason_of
-from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
+from zotune.llm.checkpoints.adapter_folder import base_of_adapter
+from zotune.llm.checkpoints.adapter_source import is_adapter_folder
 from zotune.llm.checkpoints.hub_names import hub_id
 from zotune.llm.config.output import OutputOptions, check_repository
 from zotune.llm.config.run import TrainConfig

@@ -18,7 +18,8 @@ import yaml
 from zotune.errors import UsageError
 from zotune.ledger import read
 from zotune.ledger.files import with_about
-from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
+from zotune.llm.checkpoints.adapter_folder import base_of_adapter
+from zotune.llm.checkpoints.adapter_source import is_adapter_folder
 from zotune.llm.checkpoints.hub_names import HUB_IDS, hub_id
 from zotune.llm.config.run import read_recipe
 from zotune.llm.output.manifest import CONFIG, LEDGER

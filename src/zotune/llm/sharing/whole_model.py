@@ -10,12 +10,12 @@ from typing import Any
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
 from zotune.llm.checkpoints.hub_names import hub_id
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.config.run import TrainConfig, read_recipe
 from zotune.llm.config.schema import validate
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
-from zotune.llm.models.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.output.manifest import CONFIG
 from zotune.llm.output.model_card import LICENCES, base_name, front_matter, remark, short_name
 from zotune.llm.output.model_files import write_model_files
@@ -93,7 +93,7 @@ def _card(model: WholeModel) -> str:
     named = {"base_model": base, "base_model_relation": "finetune"} if base else {}
     licence = {"license": LICENCES[model.base]} if model.base in LICENCES else {}
     values = {**named, "library_name": "transformers", "pipeline_tag": kind, **licence, "tags": tags}
-    auto = f"AutoModelFor{'SequenceClassification' if lm.classifies else 'MaskedLM' if lm.masked else 'CausalLM'}"
+    auto = lm.auto_class_name
     return f"""{front_matter(values)}
 # {markdown_text(Path(lm.name).name)}, merged
 

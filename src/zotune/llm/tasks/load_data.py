@@ -21,6 +21,7 @@ from zotune.llm.scoring.metrics import WithMetrics, load_metric
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
+from zotune.llm.tasks.class_rows import for_classes
 from zotune.llm.tasks.encoding import check_some_left, encode_split, held_out_windows, notes_on_length
 from zotune.llm.tasks.streaming import split_head, store_rows
 from zotune.llm.tasks.user_data import Data, load_user_data
@@ -56,9 +57,11 @@ def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | Non
     Raises:
         UsageError: the data cannot be read, or the objective does not suit the data or the model.
     """
-    if lm.classifies and options.prompt == "aligned":
+    if lm.classifies and options.task is not None and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head, which needs no prompt: give a task and --prompt none.")
     check_model(lm, options)
+    if lm.classifies and options.task is None:
+        options = for_classes(lm, options)
     if options.task is None:
         options = with_chat_template(lm, options)
         return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked, given=given))

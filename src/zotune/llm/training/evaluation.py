@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import UsageError
-from zotune.llm.checkpoints.adapter_folder import base_of_adapter, is_adapter_folder
+from zotune.llm.checkpoints.adapter_folder import revised_base_of_adapter
+from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
@@ -114,16 +115,18 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     lm = load(config, head_labels(config.of(config.tasks[0])))
     results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
     peak = peak_memory(lm.device)
-    base = None if not config.baselines or lm.classifies else base_model_of(config.model)
+    base = None if not config.baselines or lm.classifies else revised_base_model_of(config.model, config.model_revision)
     if base is not None:
+        name, revision = base
         overrides = {
-            "model": base,
+            "model": name,
+            "model_revision": revision,
             "dtype": str(lm.base.dtype).removeprefix("torch."),
             "quantization": config.quantization or saved_quantization(Path(config.model)),
         }
         del lm
         # In the same precision, or the difference would include that of rounding.
-        results = _compare_with_base(results, load(config.model_copy(update=overrides)), config, base)
+        results = _compare_with_base(results, load(config.model_copy(update=overrides)), config, name)
     if config.predictions is not None:
         write_predictions(config.predictions, results)
     entries = {name: result.summary(config) for name, result in results.items()}
@@ -133,28 +136,41 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
 
 
 def base_model_of(model: str) -> str | None:
-    """Return the base model of a tuned model in a folder, from the configuration of its adapter or run, else None.
+    """Return the base model of a tuned model, from the configuration of its adapter or run, else None.
 
     The base of a model that was tuned several times is the first one.
 
     Raises:
         UsageError: the model names itself as its base, directly or by way of others.
     """
-    seen = [model]
-    while (base := _named_base(Path(seen[-1]))) is not None:
+    base = revised_base_model_of(model)
+    return None if base is None else base[0]
+
+
+def revised_base_model_of(model: str, revision: str | None = None) -> tuple[str, str | None] | None:
+    """As `base_model_of`, of a model in a revision on the Hub, with the revision of the base model.
+
+    Raises:
+        UsageError: the model names itself as its base, directly or by way of others.
+    """
+    seen = [(model, revision)]
+    while (base := _named_base(*seen[-1])) is not None:
         if base in seen:
-            raise UsageError(f"{model} names itself as its base model ({', '.join([*seen, base])}); correct its files.")
+            names = ", ".join(name for name, _ in [*seen, base])
+            raise UsageError(f"{model} names itself as its base model ({names}); correct its files.")
         seen.append(base)
     return seen[-1] if len(seen) > 1 else None
 
 
-def _named_base(folder: Path) -> str | None:
-    """Return the base model that the adapter or the run in a folder names, or None."""
-    if is_adapter_folder(folder):
-        return base_of_adapter(folder)
+def _named_base(model: str, revision: str | None) -> tuple[str, str | None] | None:
+    """Return the base model that an adapter, or the run in a folder, names, and its revision; None for any other."""
+    adapter, folder = find_adapter(model, revision), Path(model)
+    if adapter is not None:
+        return revised_base_of_adapter(adapter)
     if (folder / "config.yaml").is_file() and (folder / "results.json").is_file():
-        named = read_recipe(folder / "config.yaml").get("model")
-        return named if isinstance(named, str) else None
+        recipe = read_recipe(folder / "config.yaml")
+        named, at = recipe.get("model"), recipe.get("model_revision")
+        return (named, at if isinstance(at, str) else None) if isinstance(named, str) else None
     return None
 
 

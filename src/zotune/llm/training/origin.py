@@ -17,7 +17,7 @@ import torch
 from zotune.errors import UsageError
 from zotune.ledger.replay import digests_of
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.config.schema import validate
+from zotune.llm.config.schema import COMMAND_LINE_ONLY, validate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import frozen_tensors, packed_names
@@ -27,7 +27,7 @@ from zotune.model.parameters import ParameterSet
 FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
     | {"reuse_activations", "reuse_memory", "reuse_file", "logging_strategy"}
-    | {"report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
+    | {*COMMAND_LINE_ONLY, "report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo"}
 )
 

@@ -21,6 +21,7 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
@@ -178,6 +179,7 @@ def with_options_of(
         raise UsageError("there is no training row: give --train-file, or a --data-source with training rows.")
     check_rows(config, rows.dev, rows.test)
     config = config.model_copy(update={name: getattr(rows.options, name) for name in RESOLVED_OPTIONS})
+    config = config.model_copy(update=own_options(lm, config))
     config, notes = with_steps_and_rate(lm, config, len(rows.train))
     for note in (*rows.notes, *notes):
         tell(note)
