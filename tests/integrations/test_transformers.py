@@ -213,6 +213,7 @@ TOLD = hasattr(hf.Trainer, "loss_is_scaled_for_ga")  # since transformers 5.19
 NORMALISED = {
     "by the model": ({}, {}, {}),
     "by a function of the caller's": ({}, {"compute_loss_func": summed}, {}),
+    "by a function alone": ({}, {"compute_loss_func": summed}, {"accepts_loss_kwargs": False}),
     "by nobody": ({}, {}, {"accepts_loss_kwargs": False}),
     **({"as told: summed": ({"loss_is_scaled_for_ga": True}, {}, {"accepts_loss_kwargs": False})} if TOLD else {}),
     **({"as told: averaged": ({"loss_is_scaled_for_ga": False}, {}, {})} if TOLD else {}),
@@ -430,8 +431,10 @@ def test_a_model_card_names_zotune_and_the_method_in_place_of_adamw(made, tmp_pa
     assert f"\n- optimizer: zo_sgd_sign of zotune {zo.__version__}, by forward passes alone\n- lr_scheduler" in body
     assert "adamw" not in card
     assert trainer.model.model_tags == ["zotune", "zeroth-order"]
-    # What the Trainer writes before training, and where it writes nothing, is no error.
+    # Of several processes, the first one writes.
+    (tmp_path / "out/README.md").write_text("- optimizer: of another process\n", encoding="utf-8")
     made(kind=type("Other", (ZOTrainer,), {"is_world_process_zero": lambda self: False})).create_model_card()
+    assert "of another process" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
 def test_arguments_without_the_options_mean_the_defaults(made):
