@@ -80,7 +80,7 @@ def test_an_adapters_own_tokenizer_and_resized_embedding_are_used(base, tmp_path
 
 
 def test_a_chat_template_and_the_ends_of_a_text_are_those_of_adapter_and_base(base, tmp_path):
-    """The adapter's template wins, also without a tokenizer beside it; the base's generation configuration ends texts."""
+    """The template is the adapter's, also without a tokenizer beside it; the ends are those of the base."""
     from transformers import GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(base)

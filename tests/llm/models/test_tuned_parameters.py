@@ -212,7 +212,8 @@ def test_the_end_of_a_path_names_linear_layers_as_for_peft(tiny):
     names = prepared(tiny("llama"), tuning="lora", lora_target_modules=("self_attn.o_proj", "up_proj"))
     paths = {name.split(".lora_")[0].removeprefix("base_model.model.model.") for name in names}
     assert paths == {f"layers.{i}.{end}" for i in range(2) for end in ("self_attn.o_proj", "mlp.up_proj")}
-    for targets, match in ((("attn.o_proj",), "no linear layer 'attn.o_proj'"), (("all-linear", "q_proj"), "stands alone")):
+    refused = ((("attn.o_proj",), "no linear layer 'attn.o_proj'"), (("all-linear", "q_proj"), "stands alone"))
+    for targets, match in refused:
         with pytest.raises(UsageError, match=match):
             prepared(tiny("llama"), tuning="lora", lora_target_modules=targets)
 
