@@ -292,7 +292,7 @@ def shortened(kind):
         prepare()
         patch.setattr(zotune.cli.eval, "parse", remembered(zotune.cli.eval.parse))
         if kind == "recipe":
-            patch.setattr(zotune.cli.train, "_dry_run", lambda config, as_json: 0)
+            patch.setattr(zotune.cli.train, "_dry_run", lambda *_: 0)
         if kind == "rows":
             patch.setattr(evaluation, "load", lambda *_: _loaded())
         yield
