@@ -123,6 +123,13 @@ COMMANDS |= {
     "undo": Command(("ledger", "undo", "run", "--to-step", 5), (), ("run",)),
     "undo, full": Command(("ledger", "undo", "whole", "--to-step", 0), (), ("whole",)),
     "eval": Command(("eval", "--model", "run", "--eval-file", "rows.jsonl", "--output-dir", "out"), (), ("run",)),
+    "whole model": Command(("merge", "run", "--output-dir", "out"), (), ("run",)),
+    "going on": Command((*TRAIN, "--model", "run", *LORA, "--output-dir", "out"), ("--resume",), ("run",)),
+    "answers": Command(
+        ("generate", "--model", "run", "--prompt", "a", "b", "--max-new-tokens", 3, "--output-file", "answers.jsonl"),
+        (),
+        ("run",),
+    ),
     "bench": Command(("bench", "run", "small.toml", "--scale", "smoke", "--results", "out")),
 }
 

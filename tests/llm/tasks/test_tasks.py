@@ -212,7 +212,7 @@ def test_a_task_without_training_rows_can_be_evaluated_but_not_trained(zotune, t
     assert found.code == 0 and results["num_examples"] == 3
     assert 0 <= results["low"] <= results["f1"] <= results["high"] <= 1 and 0 <= results["exact_match"] <= results["f1"]
     said = zotune("eval", *options)
-    assert re.match(r"f1 [\d.]+ % \([\d.]+ to [\d.]+, n = 3\), exact match [\d.]+ %, loss", said.out)
+    assert re.match(r"mean F1 [^\d]+ [\d.]+ % \([\d.]+ to [\d.]+, n = 3\), exact match [\d.]+ %, loss", said.out)
     refused = zotune("train", *options, "--output-dir", tmp_path / "out")
     assert refused.code == 2 and "no training row" in refused.err
 

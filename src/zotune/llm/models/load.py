@@ -226,6 +226,8 @@ def attention_of(options: ModelOptions) -> dict[str, Any]:
     Raises:
         UsageError: it cannot run here.
     """
+    if options.attn_implementation is None:
+        return {}  # a plan may be for a device that is not here
     return attention_arguments(options.attn_implementation, find_device(options.device))
 
 
