@@ -163,7 +163,7 @@ def run(make, objective, reuse, steps, way=zo.blocks_by_layer, method=zo.zo_sgd,
     return [e.terms for e in estimates], model
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     ("order", "difference"), [("joint", zo.forward_difference), ("sequential", zo.central_difference)]
