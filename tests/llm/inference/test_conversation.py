@@ -73,6 +73,18 @@ def test_the_oldest_messages_leave_a_chat_that_is_too_long(chat, capsys):
     assert talk.messages == before
 
 
+def test_a_chat_that_the_template_rejects_keeps_its_messages(chat, capsys):
+    talk = chat()
+    answer(talk, "Hi")
+    before = list(talk.messages)
+    reject = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}"
+    talk.lm.tokenizer.chat_template = reject + TURNS
+    with pytest.raises(UsageError, match="one message only"):
+        answer(talk, "Ho")
+    assert talk.messages == before
+    assert "too long" not in capsys.readouterr().err
+
+
 def test_sampled_answers_depend_on_the_seed_and_the_place_in_the_chat(chat):
     said = [answer(chat(temperature=3.0, seed=seed), "Hi") for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]

@@ -11,9 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from zotune.errors import UsageError
 from zotune.llm import load as load_in_python
 from zotune.llm import train as train_in_python
+from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.ledger.verify import verify
 from zotune.llm.models.random_models import byte_tokenizer
+from zotune.llm.tasks.load_data import load_examples, load_rows
 from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.train import train
 from zotune.plan.dry_run import dry_run
@@ -52,6 +54,21 @@ def rows(tmp_path):
     path = tmp_path / "classes.jsonl"
     pairs = zip(TEXTS, LABELS, strict=True)
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in pairs))
+    return path
+
+
+def numbered(tiny, names):
+    """A model that counts as a classifier of classes of these names; none of its outputs is asked for."""
+    lm = tiny("llama")
+    lm.classifies = True
+    lm.config.num_labels = len(names)
+    lm.config.id2label = dict(enumerate(names))
+    return lm
+
+
+def rows_of(tmp_path, labels):
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps({"text": f"film {i}", "label": x}) + "\n" for i, x in enumerate(labels)))
     return path
 
 
@@ -108,6 +125,36 @@ def test_words_name_classes_and_a_template_joins_columns(tmp_path, config):
         evaluate(EvalConfig(**options))
     with pytest.raises(UsageError, match=r"has no class 'posit' for the label 'yes'.*POSITIVE"):
         evaluate(EvalConfig(**options, verbalizer={"yes": "posit"}))
+
+
+@pytest.mark.parametrize(
+    ("names", "verbalizer", "labels", "right"),
+    [
+        (("1", "2", "3"), {"0": "1", "1": "2", "2": "3"}, (0, 1, 2), (0, 1, 2)),
+        (("1", "2", "3"), {"1": "1", "2": "2"}, (3, 1, 2), (2, 0, 1)),
+        (("a", "b", "c"), {"a": "c", "0": "c"}, ("a", "b", "c"), (2, 1, 2)),
+        (("0", "1", "2"), {}, (2, 0, 1), (2, 0, 1)),
+    ],
+    ids=["numbers", "names", "no label of a class", "names that are numbers"],
+)
+def test_the_candidates_are_the_heads_outputs_whatever_the_verbalizer(names, verbalizer, labels, right, tiny, tmp_path):
+    lm = numbered(tiny, names)
+    path = rows_of(tmp_path, labels)
+    data = load_examples(lm, DataOptions(eval_file=path, verbalizer=verbalizer))
+    assert {e.candidates for e in data.splits.test} == {names}
+    assert tuple(e.label for e in data.splits.test) == right
+    again = load_examples(lm, DataOptions(eval_file=path, verbalizer=data.options.verbalizer))
+    assert again.splits == data.splits
+    encoded = load_rows(lm, DataOptions(eval_file=path, verbalizer=verbalizer)).test
+    assert [[c.tokens for c in e.candidates] for e in encoded] == [[(0,), (1,), (2,)]] * 3
+    assert tuple(e.label for e in encoded) == right
+
+
+@pytest.mark.parametrize("verbalizer", [{}, {"1": "2"}])
+def test_a_label_that_is_a_name_and_the_number_of_another_class_is_refused(verbalizer, tiny, tmp_path):
+    path = rows_of(tmp_path, (0, 1, 2))
+    with pytest.raises(UsageError, match=r"the label '[12]' may mean two classes.*--verbalizer .*2 3 if they are num"):
+        load_examples(numbered(tiny, ("1", "2", "3")), DataOptions(eval_file=path, verbalizer=verbalizer))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from zotune.errors import UsageError
 from zotune.llm.config.generate import ChatConfig
 from zotune.llm.data.readers import LocatedRow
-from zotune.llm.data.tokenization import Encoded
+from zotune.llm.data.tokenization import Encoded, LongRowError
 from zotune.llm.inference.answers import answers, encode_prompts
 from zotune.llm.inference.prompts import style_of, system_messages
 from zotune.llm.models.language_model import LanguageModel
@@ -80,7 +80,7 @@ class Conversation:
             row = LocatedRow("the chat", {column: [*system_messages(self.system), *messages]})
             try:
                 (prompt,) = encode_prompts(self.lm, Rows("chat", [row]), self._style.config)
-            except UsageError:
+            except LongRowError:
                 if len(messages) < 2:
                     raise
                 messages, left_out = messages[2:], left_out + 1

@@ -1,15 +1,18 @@
 """The user's own rows for a sequence classifier: its head scores the classes that its configuration names.
 
-A label is the name of a class in any case, or the number of one. The model reads the text alone, as the head was
-trained to; a template may join several columns.
+A label is the name of a class in any case, or the number of one; where it may be either, the verbalizer tells. The
+model reads the text alone, as the head was trained to; a template may join several columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from zotune.errors import UsageError, did_you_mean
+from zotune.errors import UsageError, did_you_mean, listed
 from zotune.llm.config.data import DataOptions
+from zotune.llm.data.examples import Example
 from zotune.llm.models.language_model import LanguageModel
 
 Chosen = TypeVar("Chosen", bound=DataOptions)
@@ -24,7 +27,8 @@ def for_classes(lm: LanguageModel, options: Chosen) -> Chosen:
         options: the options of the user's own rows; their verbalizer names a class for each label.
 
     Raises:
-        UsageError: the rows are of another format, the head has no classes, or the verbalizer names none of them.
+        UsageError: the rows are of another format, the head has no classes, the verbalizer names none of them, or a
+            label may mean two of them.
     """
     if options.data_format not in (None, "classification"):
         raise UsageError(
@@ -41,10 +45,32 @@ def for_classes(lm: LanguageModel, options: Chosen) -> Chosen:
                 f"{did_you_mean(word.strip(), names)}"
             )
         chosen[label] = known[word.strip()]
-    # The classes come first, in the order of the head's outputs, which is the order of the candidates.
-    words = {**{name: name for name in names}, **known, **chosen}
+    _check_unambiguous(names, options.verbalizer, lm.name)
+    words = {**known, **chosen}
     update = {"data_format": "classification", "verbalizer": words, "template": options.template or TEMPLATE}
     return options.model_copy(update=update)
+
+
+def in_order_of_outputs(lm: LanguageModel) -> Callable[[Example], Example]:
+    """Return a function from an example to the same with all classes as candidates, in the order of the head's outputs.
+
+    The rows' verbalizer tells nothing of that order, and may leave classes out.
+    """
+    names = class_names(lm.config, lm.name)
+    return lambda e: replace(e, candidates=names, label=names.index(e.candidates[e.label].strip()))
+
+
+def _check_unambiguous(names: tuple[str, ...], given: Mapping[str, str], model: str) -> None:
+    """Refuse labels that are the name of one class and the number of another, unless the verbalizer tells which."""
+    found = [str(i) for i, name in enumerate(names) if str(i) in names and str(i) != name and str(i) not in given]
+    if found:
+        label, of_number = found[0], names[int(found[0])]
+        raise UsageError(
+            f"the label {label!r} may mean two classes of {model}: that of the name {label!r}, or that of the number "
+            f"{label}, whose name is {of_number!r}. Name the class of each such label ({listed(found)}): --verbalizer "
+            f"{' '.join(f'{one} {one}' for one in found[:3])} if labels are names, --verbalizer "
+            f"{' '.join(f'{one} {names[int(one)]}' for one in found[:3])} if they are numbers."
+        )
 
 
 def class_names(config: Any, name: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from zotune.llm.scoring.metrics import WithMetrics, load_metric
 from zotune.llm.scoring.objectives import CLASSIFICATION, OBJECTIVES, Objective
 from zotune.llm.scoring.rewards import GeneratedObjective, check_examples, check_model, generated_objective, open_ended
 from zotune.llm.tasks import find_task
-from zotune.llm.tasks.class_rows import for_classes
+from zotune.llm.tasks.class_rows import for_classes, in_order_of_outputs
 from zotune.llm.tasks.encoding import check_some_left, encode_split, held_out_windows, notes_on_length
 from zotune.llm.tasks.streaming import split_head, store_rows
 from zotune.llm.tasks.user_data import Data, load_user_data
@@ -60,11 +60,10 @@ def load_examples(lm: LanguageModel, options: DataOptions, given: UserRows | Non
     if lm.classifies and options.task is not None and options.prompt == "aligned":
         raise UsageError(f"{lm.name} has a classification head, which needs no prompt: give a task and --prompt none.")
     check_model(lm, options)
-    if lm.classifies and options.task is None:
-        options = for_classes(lm, options)
     if options.task is None:
-        options = with_chat_template(lm, options)
-        return _with_objective(load_user_data(options, lm.tokenizer, masked=lm.masked, given=given))
+        options = with_chat_template(lm, for_classes(lm, options) if lm.classifies else options)
+        data = load_user_data(options, lm.tokenizer, masked=lm.masked, given=given)
+        return _with_objective(data, [in_order_of_outputs(lm)] if lm.classifies else [])
     task = find_task(options.task)
     return _with_objective(Data(task.splits(options, lm.masked), task.objective, task.measure, options, ()))
 
@@ -83,11 +82,11 @@ def with_chat_template(lm: LanguageModel, options: Options) -> Options:
     return options.model_copy(update={"chat_template": lm.tokenizer.chat_template})
 
 
-def _with_objective(data: Data) -> Data:
-    """Return the data with the objective and the further metrics that the options name, if they name some."""
+def _with_objective(data: Data, changes: Sequence[Callable[[Example], Example]] = ()) -> Data:
+    """Return the data with the objective and the further metrics that the options name, and with changed examples."""
     options, splits = data.options, data.splits
     check_examples((*splits.train, *splits.dev, *splits.test), options)
-    changes: list[Callable[[Example], Example]] = [open_ended] if options.is_function else []
+    changes = [*changes, *([open_ended] if options.is_function else [])]
     for change in changes:
         splits = _mapped(splits, change)
     generated = generated_objective(options, getattr(options, "seed", 0))
