@@ -1,6 +1,7 @@
 """A sequence classifier on own rows: the loss is that of its head in plain transformers, before and after tuning."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -148,6 +149,19 @@ def test_the_candidates_are_the_heads_outputs_whatever_the_verbalizer(names, ver
     encoded = load_rows(lm, DataOptions(eval_file=path, verbalizer=verbalizer)).test
     assert [[c.tokens for c in e.candidates] for e in encoded] == [[(0,), (1,), (2,)]] * 3
     assert tuple(e.label for e in encoded) == right
+
+
+def test_a_metric_sees_the_text_and_the_names_of_the_classes(tmp_path, rows, monkeypatch):
+    (tmp_path / "class_metric.py").write_text(
+        "SEEN = []\n\ndef m(batch):\n    SEEN.extend(batch)\n    return sum(c.text == c.reference for c in batch)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    base = classifier(tmp_path / "base", "roberta")
+    found, _ = evaluate(EvalConfig(model=str(base), eval_file=rows, device="cpu", compute_metrics="class_metric:m"))
+    seen = sys.modules["class_metric"].SEEN
+    assert [c.references for c in seen] == [(CLASSES[i],) for i in RIGHT]
+    assert [c.text for c in seen] == [CLASSES[i] for i in found["rows"].evaluation.predictions]
+    assert all(text in c.prompt for text, c in zip(TEXTS, seen, strict=True))
 
 
 @pytest.mark.parametrize("verbalizer", [{}, {"1": "2"}])

@@ -14,7 +14,7 @@ from typing import Any
 
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.objective import METRICS
-from zotune.llm.data.tokenization import Encoded
+from zotune.llm.data.tokenization import Candidate, Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import AccuracyEvaluation, Evaluation, Measure, Scorer
 from zotune.llm.scoring.functions import Completion, call, load_function, shown, where_raised
@@ -114,11 +114,20 @@ def _completion(lm: LanguageModel, e: Encoded, found: Evaluation, index: int) ->
     """Return what was answered to an example: the generated text, or the chosen candidate."""
     if not isinstance(found, AccuracyEvaluation):
         return Completion(e.text, found.predictions[index], e.answers, e.columns)
-    words = [lm.tokenizer.decode(list(c.tokens)).strip() for c in e.candidates]
+    words = [_word(lm, c) for c in e.candidates]
     right = tuple(words[i] for i in dict.fromkeys((e.label, *e.also_right)))
     chosen = e.candidates[found.predictions[index]]
-    prompt = lm.tokenizer.decode(list(e.sequences[chosen.sequence][: chosen.positions[0] + 1]))
+    # A classifier's head reads the whole text at one of its tokens.
+    stop = None if lm.classifies else chosen.positions[0] + 1
+    prompt = lm.tokenizer.decode(list(e.sequences[chosen.sequence][:stop]))
     return Completion(prompt, words[found.predictions[index]], right, e.columns)
+
+
+def _word(lm: LanguageModel, candidate: Candidate) -> str:
+    """Return the text of a candidate; that of a classifier is the number of an output, which a class belongs to."""
+    if lm.classifies:
+        return str(lm.config.id2label[candidate.tokens[0]]).strip()
+    return str(lm.tokenizer.decode(list(candidate.tokens))).strip()
 
 
 def checked_metrics(name: str, metric: Metric, completions: Sequence[Completion]) -> dict[str, float]:
