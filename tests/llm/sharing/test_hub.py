@@ -5,6 +5,7 @@ A stand-in of the Hub's client keeps what it is sent.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from zotune.llm.api.load import load
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load as load_by_name
-from zotune.llm.sharing.hub import upload
+from zotune.llm.sharing.hub import upload, upload_after
 from zotune.llm.training.train import train
 
 
@@ -177,6 +178,18 @@ def refusal(status):
     error = HfHubHTTPError.__new__(HfHubHTTPError)
     error.response, error.args = SimpleNamespace(status_code=status, headers={}, request=None), ("the Hub said no",)
     return error
+
+
+def test_a_hub_that_does_not_answer_is_said_in_words(copy, monkeypatch):
+    """The client itself, and nothing that listens at the Hub's address."""
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9"))
+    config = TrainConfig.model_validate({"task": "sst2", "push_to_hub": True, "hub_model_id": "me/mine"})
+    again = (
+        r"model is saved in .*the Hub could not be reached: .*\nTry again: zotune push runs/mine --hub-model-id me/mine"
+    )
+    with pytest.raises(RunError, match=again):
+        upload_after(config, copy("full"))
 
 
 def test_a_run_that_cannot_be_uploaded_is_saved_and_says_how_to_try_again(hub, run, place):
