@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from zotune.errors import RunError, UsageError
 from zotune.ledger import read
 from zotune.llm.api.load import load
+from zotune.llm.checkpoints.companions import NAMES as COMPANIONS
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load as load_by_name
@@ -217,6 +218,18 @@ def test_a_card_that_the_user_wrote_is_sent_without_its_paths(hub, copy):
     (whole / "README.md").write_text(f"---\nbase_model: x\n---\n\nSee {Path.home()}\n")
     upload(whole, "me/mine")
     assert (hub.files / "README.md").read_text().endswith("\nSee ~\n")
+
+
+def test_what_a_model_reads_is_sent_as_it_is(hub, copy):
+    whole = copy("full")
+    tokens = {"/usr/lib": 258}
+    (whole / "added_tokens.json").write_text(json.dumps(tokens))
+    for name in (*COMPANIONS, "tokenizer_config.json"):
+        (whole / name).write_text(json.dumps({"chat_template": "Files are in /mnt/data.", "size": {"height": 2}}))
+    upload(whole, "me/mine")
+    assert json.loads((hub.files / "added_tokens.json").read_text()) == tokens
+    for name in (*COMPANIONS, "tokenizer_config.json"):
+        assert json.loads((hub.files / name).read_text()) == json.loads((whole / name).read_text())
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.yaml", "model-2.safetensors", "vocab.txt", "results.json"])

@@ -60,6 +60,29 @@ def test_what_is_no_path_stays(here, text):
     assert text_without_paths(text) == text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"template": "Fix the file /etc/hosts:\n{text}", "system_prompt": "/usr/bin/bash"},
+        {"verbalizer": {"/usr/lib": "/etc/passwd"}, "id2label": {"0": "/usr"}, "label2id": {"/usr/lib": 0}},
+        {"chat_template": "Files are in /mnt/data."},
+        {"chat_template": [{"name": "default", "template": "{{ '/usr/bin/bash' }}"}]},
+        {"chat_template": {"default": "{{ '/usr/bin/bash' }}"}},
+        {"added_tokens_decoder": {"7": {"content": "/tmp/", "special": True}}, "eos_token": {"content": "/tmp/"}},
+        {"pad_token": "/usr/lib", "additional_special_tokens": ["/usr/lib"], "stop_strings": ["/usr/bin/env"]},
+        {"text_column": "data set/rows.jsonl", "columns": {"data set/rows.jsonl": "text"}},
+    ],
+)
+def test_what_a_model_reads_stays(here, value):
+    assert without_paths({"deeper": [value]}) == {"deeper": [value]}
+
+
+def test_a_chat_template_may_be_the_path_of_a_file(here):
+    for path in ("/mnt/mine/chat.jinja", "~/chat.jinja", "../chat.jinja", "data set/chat.jinja"):
+        (here / "data set/chat.jinja").write_text("")
+        assert without_paths({"chat_template": path}) == {"chat_template": "chat.jinja"}
+
+
 def test_a_check_finds_what_a_rewriting_would_miss(here):
     check_no_path([("a.json", b"nothing")], here)
     hidden = json.dumps({"a": f"{here}/x"}).replace("/", "\\/").encode()

@@ -22,8 +22,17 @@ COUNTS_FOR_RESULTS = "never"
 
 # An absolute path within a text, and not the end of a word, of an address or of a tag.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<}])(?:/[\w.@+~=,-]+)+")
+# A text that is a path and nothing else.
+_LOOKS_LIKE_PATH = re.compile(r"(?:~|\.\.?)?/[^\s{}]+")
 # Keys that name a model, which is a folder of this machine or has a name on the Hub.
 _MODELS = frozenset({"model", "base_model_name_or_path", "tokenizer_name_or_path", "name_or_path"})
+# Keys of what a model reads and writes, at any depth: with another text it would be asked another question.
+_TEXTS = frozenset(
+    {"template", "system_prompt", "verbalizer", "columns", "text_column", "label_column", "delimiter"}
+    | {"id2label", "label2id", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
+    | {"model_specific_special_tokens", "content", "stop_strings", "response_schema"}
+)
+_CHAT_TEMPLATE = "chat_template"
 
 
 @cache
@@ -40,6 +49,8 @@ def _path_options() -> frozenset[str]:
 def without_paths(value: Any, key: str = "") -> Any:
     """Return a value of JSON or YAML, at any depth, in which each local path is its last part.
 
+    What a model reads, such as a template or the text of a token, stays as it is.
+
     Args:
         value: the value.
         key: the key that it stands under.
@@ -47,17 +58,29 @@ def without_paths(value: Any, key: str = "") -> Any:
     >>> without_paths({"train_file": "/home/me/data/rows.jsonl", "model": "facebook/opt-125m", "seed": 1})
     {'train_file': 'rows.jsonl', 'model': 'facebook/opt-125m', 'seed': 1}
     """
+    if _is_text_of_model(value, key):
+        return value
     if isinstance(value, Mapping):
         return {str(without_paths(k)): without_paths(part, str(k)) for k, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(part, key) for part in value]
-    if not isinstance(value, str):
-        return value
+    return _without_paths(value, key) if isinstance(value, str) else value
+
+
+def _without_paths(value: str, key: str) -> str:
     if key in _MODELS:
         return value if value.startswith("random:") or hub_id(value) == value else _last_part(value)
-    if key in _path_options():
+    if key in _path_options() or key == _CHAT_TEMPLATE:
         return value if value.startswith(HUB) else _last_part(value)
     return text_without_paths(_last_part(value) if _is_there(value) else value)
+
+
+def _is_text_of_model(value: Any, key: str) -> bool:
+    """Whether a value is what a model reads or writes; a chat template may be the path of a file instead."""
+    if key == _CHAT_TEMPLATE:
+        is_path = isinstance(value, str) and (_LOOKS_LIKE_PATH.fullmatch(value) or _is_there(value))
+        return not (is_path or isinstance(value, list | tuple))
+    return key in _TEXTS or key.endswith("_token")
 
 
 def _last_part(path: str) -> str:
