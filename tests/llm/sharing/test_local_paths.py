@@ -40,6 +40,20 @@ def test_paths_become_their_last_part_at_any_depth(here):
     assert without_paths(at_home) == {"output_dir": "~", "note": f"see ~, a and {here.name}"}
 
 
+@pytest.mark.parametrize("place", ["home/me", "me", "a home/me", "."])
+def test_the_home_folder_is_never_its_name_wherever_it_lies(here, monkeypatch, place):
+    """Below the current folder and that of scratch files, or the current folder itself."""
+    home = (here / place).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    (here / "link").symlink_to(home)
+    for named in (home, here / "link"):
+        monkeypatch.setenv("HOME", str(named))
+        text = f"{named}, see {named}, '{named}', {home} and {named}."
+        assert text_without_paths(text) == "~, see ~, '~', ~ and ~."
+        assert text_without_paths(f"at {named}/rows.jsonl, {named}/a/b.csv") == "at rows.jsonl, b.csv"
+        assert without_paths({"output_dir": str(named), "x": [str(home)]}) == {"output_dir": "~", "x": ["~"]}
+
+
 @pytest.mark.parametrize(
     "text",
     [

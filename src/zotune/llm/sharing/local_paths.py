@@ -85,7 +85,12 @@ def _is_text_of_model(value: Any, key: str) -> bool:
 
 def _last_part(path: str) -> str:
     """Return the last part of a path; that of the home folder would be the user's name."""
-    return "~" if Path(path) == Path.home() else Path(path).name
+    return "~" if Path(path) in _homes() else Path(path).name
+
+
+def _homes() -> list[Path]:
+    """Return the home folder as it is named, and where it is; none if it is the root of all."""
+    return [home for home in (Path.home(), Path.home().resolve()) if home.name]
 
 
 def _is_there(value: str) -> bool:
@@ -104,8 +109,13 @@ def text_without_paths(text: str) -> str:
     >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
     'read from rows.jsonl at https://example.org/a/b; answer /no_think'
     """
+    for home in _homes():  # first, as a comma behind it would count as a part of it
+        text = re.sub(rf"(?<![\w./]){_named(str(home))}(?!/)", "~", text)
+    for root in roots():
+        if not _ABSOLUTE.fullmatch(root):
+            text = re.sub(rf"{re.escape(root)}/(?:[\w.@+~=,-]+/)*", "", text)
     text = _ABSOLUTE.sub(lambda found: _last_part(found[0]) if _begins_here(found[0]) else found[0], text)
-    for root in roots():  # what is left of paths with spaces and other characters
+    for root in roots():  # what is left of other paths with spaces
         text = re.sub(_named(root), _last_part(root), text.replace(f"{root}/", ""))
     return text
 
