@@ -5,6 +5,7 @@ A stand-in of the Hub's client keeps what it is sent.
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from zotune.errors import RunError, UsageError
 from zotune.ledger import read
 from zotune.llm.api.load import load
+from zotune.llm.checkpoints.companions import NAMES as COMPANIONS
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load as load_by_name
-from zotune.llm.sharing.hub import upload
+from zotune.llm.sharing.hub import upload, upload_after
 from zotune.llm.training.train import train
 
 
@@ -179,6 +181,18 @@ def refusal(status):
     return error
 
 
+def test_a_hub_that_does_not_answer_is_said_in_words(copy, monkeypatch):
+    """The client itself, and nothing that listens at the Hub's address."""
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9"))
+    config = TrainConfig.model_validate({"task": "sst2", "push_to_hub": True, "hub_model_id": "me/mine"})
+    again = (
+        r"model is saved in .*the Hub could not be reached: .*\nTry again: zotune push runs/mine --hub-model-id me/mine"
+    )
+    with pytest.raises(RunError, match=again):
+        upload_after(config, copy("full"))
+
+
 def test_a_run_that_cannot_be_uploaded_is_saved_and_says_how_to_try_again(hub, run, place):
     hub.error = refusal(403)
     folder = place / "runs/refused"
@@ -204,6 +218,18 @@ def test_a_card_that_the_user_wrote_is_sent_without_its_paths(hub, copy):
     (whole / "README.md").write_text(f"---\nbase_model: x\n---\n\nSee {Path.home()}\n")
     upload(whole, "me/mine")
     assert (hub.files / "README.md").read_text().endswith("\nSee ~\n")
+
+
+def test_what_a_model_reads_is_sent_as_it_is(hub, copy):
+    whole = copy("full")
+    tokens = {"/usr/lib": 258}
+    (whole / "added_tokens.json").write_text(json.dumps(tokens))
+    for name in (*COMPANIONS, "tokenizer_config.json"):
+        (whole / name).write_text(json.dumps({"chat_template": "Files are in /mnt/data.", "size": {"height": 2}}))
+    upload(whole, "me/mine")
+    assert json.loads((hub.files / "added_tokens.json").read_text()) == tokens
+    for name in (*COMPANIONS, "tokenizer_config.json"):
+        assert json.loads((hub.files / name).read_text()) == json.loads((whole / name).read_text())
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.yaml", "model-2.safetensors", "vocab.txt", "results.json"])

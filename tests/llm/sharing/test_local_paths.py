@@ -40,6 +40,20 @@ def test_paths_become_their_last_part_at_any_depth(here):
     assert without_paths(at_home) == {"output_dir": "~", "note": f"see ~, a and {here.name}"}
 
 
+@pytest.mark.parametrize("place", ["home/me", "me", "a home/me", "."])
+def test_the_home_folder_is_never_its_name_wherever_it_lies(here, monkeypatch, place):
+    """Below the current folder and that of scratch files, or the current folder itself."""
+    home = (here / place).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    (here / "link").symlink_to(home)
+    for named in (home, here / "link"):
+        monkeypatch.setenv("HOME", str(named))
+        text = f"{named}, see {named}, '{named}', {home} and {named}."
+        assert text_without_paths(text) == "~, see ~, '~', ~ and ~."
+        assert text_without_paths(f"at {named}/rows.jsonl, {named}/a/b.csv") == "at rows.jsonl, b.csv"
+        assert without_paths({"output_dir": str(named), "x": [str(home)]}) == {"output_dir": "~", "x": ["~"]}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -58,6 +72,29 @@ def test_paths_become_their_last_part_at_any_depth(here):
 def test_what_is_no_path_stays(here, text):
     assert without_paths({"template": text, "x": [text]}) == {"template": text, "x": [text]}
     assert text_without_paths(text) == text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"template": "Fix the file /etc/hosts:\n{text}", "system_prompt": "/usr/bin/bash"},
+        {"verbalizer": {"/usr/lib": "/etc/passwd"}, "id2label": {"0": "/usr"}, "label2id": {"/usr/lib": 0}},
+        {"chat_template": "Files are in /mnt/data."},
+        {"chat_template": [{"name": "default", "template": "{{ '/usr/bin/bash' }}"}]},
+        {"chat_template": {"default": "{{ '/usr/bin/bash' }}"}},
+        {"added_tokens_decoder": {"7": {"content": "/tmp/", "special": True}}, "eos_token": {"content": "/tmp/"}},
+        {"pad_token": "/usr/lib", "additional_special_tokens": ["/usr/lib"], "stop_strings": ["/usr/bin/env"]},
+        {"text_column": "data set/rows.jsonl", "columns": {"data set/rows.jsonl": "text"}},
+    ],
+)
+def test_what_a_model_reads_stays(here, value):
+    assert without_paths({"deeper": [value]}) == {"deeper": [value]}
+
+
+def test_a_chat_template_may_be_the_path_of_a_file(here):
+    for path in ("/mnt/mine/chat.jinja", "~/chat.jinja", "../chat.jinja", "data set/chat.jinja"):
+        (here / "data set/chat.jinja").write_text("")
+        assert without_paths({"chat_template": path}) == {"chat_template": "chat.jinja"}
 
 
 def test_a_check_finds_what_a_rewriting_would_miss(here):

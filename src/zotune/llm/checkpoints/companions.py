@@ -11,7 +11,8 @@ from pathlib import Path
 
 from zotune.system.bounds import JSON_BYTES, read_bytes
 
-_NAMES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+NAMES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+"""The files."""
 
 
 def read_companions(source: str, revision: str | None = None) -> dict[str, bytes]:
@@ -24,7 +25,7 @@ def read_companions(source: str, revision: str | None = None) -> dict[str, bytes
 
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     found = {}
-    for name in _NAMES:
+    for name in NAMES:
         path = cached_file(source, name, revision=revision, **quiet)
         if path is not None:
             found[name] = read_bytes(Path(path), JSON_BYTES)

@@ -129,8 +129,11 @@ def upload(folder: Path, name: str | None, *, private: bool = False, base: str |
 
 @contextmanager
 def _errors_in_words(repository: str) -> Iterator[None]:
+    from huggingface_hub import errors
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    # What its library of HTTP raises without an answer; that library is not the same in all versions.
+    no_answer: type[Exception] = getattr(errors, "HTTPError", OSError)
     try:
         yield
     except LocalTokenNotFoundError:
@@ -144,5 +147,5 @@ def _errors_in_words(repository: str) -> Iterator[None]:
                 "there (`hf auth login`, or HF_TOKEN), or another --hub-model-id."
             ) from None
         raise RunError(f"the Hub did not take the upload to {repository}: {reason_of(error)}") from None
-    except OSError as error:
+    except (OSError, no_answer) as error:
         raise RunError(f"the Hub could not be reached: {reason_of(error)}") from None

@@ -22,8 +22,17 @@ COUNTS_FOR_RESULTS = "never"
 
 # An absolute path within a text, and not the end of a word, of an address or of a tag.
 _ABSOLUTE = re.compile(r"(?<![\w.:/<}])(?:/[\w.@+~=,-]+)+")
+# A text that is a path and nothing else.
+_LOOKS_LIKE_PATH = re.compile(r"(?:~|\.\.?)?/[^\s{}]+")
 # Keys that name a model, which is a folder of this machine or has a name on the Hub.
 _MODELS = frozenset({"model", "base_model_name_or_path", "tokenizer_name_or_path", "name_or_path"})
+# Keys of what a model reads and writes, at any depth: with another text it would be asked another question.
+_TEXTS = frozenset(
+    {"template", "system_prompt", "verbalizer", "columns", "text_column", "label_column", "delimiter"}
+    | {"id2label", "label2id", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
+    | {"model_specific_special_tokens", "content", "stop_strings", "response_schema"}
+)
+_CHAT_TEMPLATE = "chat_template"
 
 
 @cache
@@ -40,6 +49,8 @@ def _path_options() -> frozenset[str]:
 def without_paths(value: Any, key: str = "") -> Any:
     """Return a value of JSON or YAML, at any depth, in which each local path is its last part.
 
+    What a model reads, such as a template or the text of a token, stays as it is.
+
     Args:
         value: the value.
         key: the key that it stands under.
@@ -47,22 +58,39 @@ def without_paths(value: Any, key: str = "") -> Any:
     >>> without_paths({"train_file": "/home/me/data/rows.jsonl", "model": "facebook/opt-125m", "seed": 1})
     {'train_file': 'rows.jsonl', 'model': 'facebook/opt-125m', 'seed': 1}
     """
+    if _is_text_of_model(value, key):
+        return value
     if isinstance(value, Mapping):
         return {str(without_paths(k)): without_paths(part, str(k)) for k, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(part, key) for part in value]
-    if not isinstance(value, str):
-        return value
+    return _without_paths(value, key) if isinstance(value, str) else value
+
+
+def _without_paths(value: str, key: str) -> str:
     if key in _MODELS:
         return value if value.startswith("random:") or hub_id(value) == value else _last_part(value)
-    if key in _path_options():
+    if key in _path_options() or key == _CHAT_TEMPLATE:
         return value if value.startswith(HUB) else _last_part(value)
     return text_without_paths(_last_part(value) if _is_there(value) else value)
 
 
+def _is_text_of_model(value: Any, key: str) -> bool:
+    """Whether a value is what a model reads or writes; a chat template may be the path of a file instead."""
+    if key == _CHAT_TEMPLATE:
+        is_path = isinstance(value, str) and (_LOOKS_LIKE_PATH.fullmatch(value) or _is_there(value))
+        return not (is_path or isinstance(value, list | tuple))
+    return key in _TEXTS or key.endswith("_token")
+
+
 def _last_part(path: str) -> str:
     """Return the last part of a path; that of the home folder would be the user's name."""
-    return "~" if Path(path) == Path.home() else Path(path).name
+    return "~" if Path(path) in _homes() else Path(path).name
+
+
+def _homes() -> list[Path]:
+    """Return the home folder as it is named, and where it is; none if it is the root of all."""
+    return [home for home in (Path.home(), Path.home().resolve()) if home.name]
 
 
 def _is_there(value: str) -> bool:
@@ -81,8 +109,13 @@ def text_without_paths(text: str) -> str:
     >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
     'read from rows.jsonl at https://example.org/a/b; answer /no_think'
     """
+    for home in _homes():  # first, as a comma behind it would count as a part of it
+        text = re.sub(rf"(?<![\w./]){_named(str(home))}(?!/)", "~", text)
+    for root in roots():
+        if not _ABSOLUTE.fullmatch(root):
+            text = re.sub(rf"{re.escape(root)}/(?:[\w.@+~=,-]+/)*", "", text)
     text = _ABSOLUTE.sub(lambda found: _last_part(found[0]) if _begins_here(found[0]) else found[0], text)
-    for root in roots():  # what is left of paths with spaces and other characters
+    for root in roots():  # what is left of other paths with spaces
         text = re.sub(_named(root), _last_part(root), text.replace(f"{root}/", ""))
     return text
 

@@ -1,7 +1,8 @@
 """The files of a run's folder as they go to other machines: the model and its record, with no place of this machine.
 
 A list of names says what goes; everything else in the folder stays, whatever it is: data, logs, checkpoints, secrets.
-Weights are linked and not copied. Text is rewritten: each path becomes its last part.
+Weights are linked and not copied. Text is rewritten: each path becomes its last part, except in what the
+model reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from zotune.ledger import read
 from zotune.ledger.files import with_about
 from zotune.llm.checkpoints.adapter_folder import base_of_adapter
 from zotune.llm.checkpoints.adapter_source import is_adapter_folder
+from zotune.llm.checkpoints.companions import NAMES as COMPANIONS
 from zotune.llm.checkpoints.hub_names import HUB_IDS, hub_id
 from zotune.llm.config.run import read_recipe
 from zotune.llm.output.manifest import CONFIG, LEDGER
@@ -35,10 +37,13 @@ CARD, ADAPTER = "README.md", "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "tuned_model.safetensors")
 _JSON = (
     *("config.json", "generation_config.json", ADAPTER, "base_model.json", "*.safetensors.index.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "results.json", "search.json"),
+    *("tokenizer_config.json", *COMPANIONS, "results.json", "search.json"),
 )
 # The tokens of a tokenizer are data of the model: a vocabulary may hold the text of any path.
-_VERBATIM = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja")
+_VERBATIM = (
+    *("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 _LINES = ("metrics.jsonl",)
 
 
