@@ -1,6 +1,8 @@
 """A file that is written atomically is whole, the new one or the old one, whatever happens to its writer."""
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +50,29 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path, start):
     path.write_text("old")
     assert start("-c", KILLED, path).wait(timeout=60) == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_file_takes_no_name_that_is_there_and_is_whole_once_it_has_one(tmp_path, monkeypatch, has_links):
+    path = tmp_path / "a.txt"
+    link, replace, contents = os.link, Path.replace, []
+
+    def seen(change):
+        def watched(*names):
+            if not has_links and change is link:
+                raise PermissionError("no links here")
+            contents.append(path.read_text() if path.exists() else None)
+            change(*names)
+            contents.append(path.read_text())
+
+        return watched
+
+    monkeypatch.setattr(os, "link", seen(link))
+    monkeypatch.setattr(Path, "replace", seen(replace))
+    with atomic_write(path, replace=False) as temporary:
+        temporary.write_text("whole")
+    # Where there are links, no moment sees an empty file.
+    assert contents == ([None, "whole"] if has_links else ["", "whole"])
+    with pytest.raises(FileExistsError), atomic_write(path, replace=False) as temporary:
+        temporary.write_text("another")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "whole"}

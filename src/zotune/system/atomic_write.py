@@ -38,10 +38,25 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[Path]:
         temporary = folder / path.name
         yield temporary
         obey_umask(folder)
-        if not replace:
-            # Whoever makes the name first has it; only then it is replaced.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
-        temporary.replace(path)
+        if replace or not _linked(temporary, path):
+            temporary.replace(path)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a whole file its name, unless there is something of that name; return whether the name is a link to it.
+
+    Raises:
+        FileExistsError: there is something at `path`.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links: whoever makes the name first has it; only then it is replaced.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

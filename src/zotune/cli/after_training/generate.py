@@ -14,6 +14,7 @@ from zotune.cli.options import complete, is_help, parse
 from zotune.cli.output import print_json, print_text
 from zotune.errors import UsageError
 from zotune.llm.config.generate import GenerateConfig
+from zotune.llm.output.new_file import check_new_file
 from zotune.messages import one_line, say
 from zotune.system.atomic_write import atomic_write
 
@@ -45,7 +46,8 @@ def run(args: list[str], as_json: bool) -> int:
         return 0
     args = [new for arg in args for new in _in_our_words(arg)]
     config = parse(GenerateConfig, {}, "command line", args, "zotune generate")
-    _check_output_file(config.output_file)
+    if config.output_file is not None:
+        check_new_file("--output-file", config.output_file)
     stdin = _standard_input(config)
     result = _generate(config, stdin)
     if config.output_file is not None:
@@ -81,14 +83,6 @@ def _standard_input(config: GenerateConfig) -> str | None:
     if not text.strip():
         raise UsageError(_NO_PROMPT)
     return text
-
-
-def _check_output_file(path: Path | None) -> None:
-    """Refuse a file that could not be written afterwards, before a model is loaded."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--output-file: there is no folder {str(path.parent)!r}; create it first.")
-    if path is not None and path.exists():
-        raise UsageError(f"--output-file: the file {str(path)!r} exists; remove it or name another.")
 
 
 def _generate(config: GenerateConfig, stdin: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from zotune.errors import RunError, UsageError
 from zotune.llm.checkpoints.adapter_source import is_adapter_folder
 from zotune.llm.config.folders import ExportConfig
+from zotune.llm.output.new_file import check_new_file
 from zotune.llm.quantized.gguf_output import TUNED_FILE
 from zotune.llm.sharing.whole_model import whole_model
 from zotune.messages import one_line, say
@@ -50,10 +51,7 @@ def export_gguf(options: ExportConfig) -> Path:
     file = options.output_file or Path(f"{str(folder).rstrip('/')}.gguf")
     if file.suffix != ".gguf":
         raise UsageError(f"--output-file: a GGUF file has a name that ends in .gguf, not {file.name!r}.")
-    if not file.parent.is_dir():
-        raise UsageError(f"--output-file: there is no folder {str(file.parent)!r}; create it first.")
-    if os.path.lexists(file):
-        raise UsageError(f"--output-file: the file {str(file)!r} exists; remove it or name another.")
+    check_new_file("--output-file", file)
     converter = find_converter(options.llama_cpp, options.model, file, options.outtype)
     try:
         with scratch_folder(file.parent) as scratch:

@@ -19,6 +19,7 @@ from zotune.llm.models.load import load
 from zotune.llm.output.environment import environment
 from zotune.llm.output.json_files import json_safe
 from zotune.llm.output.locked_folder import tidy
+from zotune.llm.output.new_file import check_new_file
 from zotune.llm.quantized.backends import saved_quantization
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference
@@ -188,10 +189,8 @@ def _check_options(config: EvalConfig) -> None:
             "--predictions writes a line for each row, and packing joins rows: leave out --predictions, or give "
             "--no-packing."
         )
-    if config.predictions is not None and not config.predictions.parent.is_dir():
-        raise UsageError(f"--predictions: there is no folder {str(config.predictions.parent)!r}; create it first.")
-    if config.predictions is not None and config.predictions.exists():
-        raise UsageError(f"--predictions: the file {str(config.predictions)!r} exists; remove it or name another.")
+    if config.predictions is not None:
+        check_new_file("--predictions", config.predictions)
 
 
 def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
