@@ -8,6 +8,7 @@ from zotune.cli.help import HelpPage, help_text
 from zotune.cli.options import complete, is_help, parse
 from zotune.cli.output import print_json, print_text
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.adapter_source import folder_of_run
 from zotune.llm.config.run import EvalConfig, inherited_options
 from zotune.llm.rows.sources import read_checked_files
 
@@ -35,7 +36,7 @@ def run(args: list[str], as_json: bool) -> int:
         raise UsageError(_NO_DATA)
     config = parse(EvalConfig, {}, "command line", args, "zotune eval")
     # The model's training run says how its rows are read; options override that.
-    inherited, source = inherited_options(config)
+    inherited, source = inherited_options(config, folder_of_run(config.model, config.model_revision))
     if inherited:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
     # A broken row is told before torch and the model are loaded, which takes far longer than reading the rows.

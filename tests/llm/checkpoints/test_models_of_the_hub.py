@@ -9,14 +9,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from zotune.cli import main as command_line
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_folder import base_of_adapter
 from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.config.generate import ChatConfig
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.config.step import ModelOptions
+from zotune.llm.inference.prompts import style_of
 from zotune.llm.ledger.verify import verify
 from zotune.llm.models.load import load
 from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.sharing.whole_model import whole_model
 from zotune.llm.training.evaluation import evaluate, revised_base_model_of
 from zotune.llm.training.train import train
 
@@ -124,6 +128,39 @@ def test_an_adapter_of_the_hub_brings_its_base_in_the_revision_that_it_names(bas
     out = train(config(model=name, tuning="lora")).output_dir
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     assert verify(out).is_right
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole"])
+def test_a_run_on_the_hub_is_asked_and_evaluated_as_its_folder_is(kind, base, hub, tmp_path, capsys):
+    run = tmp_path / "run"
+    if kind == "adapter":
+        an_adapter(tmp_path / "main", run, base_model_name_or_path=base)
+    else:
+        shutil.copytree(tmp_path / "main", run)
+        (run / "results.json").write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Q", "completion": " A"}\n')
+    recipe = f"train_file: {rows}\nnum_dev: 0\ndata_format: completion\ntemplate: 'Question: {{question}}'\n"
+    (run / "config.yaml").write_text(recipe)
+    name = hub("me/run", run)
+    (run / "config.yaml").write_text(recipe.replace("Question", "Another"))
+    hub("me/run", run, "v2")
+    for revision, prompt in ((None, "Question"), ("v2", "Another")):
+        options = {"model": name, "model_revision": revision, "device": "cpu"}
+        style = style_of(ChatConfig(**options), None)
+        assert (style.form, style.config.template) == ("prompt", f"{prompt}: {{question}}")
+    assert style_of(ChatConfig(model=base), None).config.template == "{prompt}"
+    (run / "results.json").unlink(missing_ok=True)
+    (run / "config.yaml").write_text("trust_remote_code: true\n")
+    if kind == "whole":  # of another tool
+        assert style_of(ChatConfig(model=hub("me/other", run)), None).config.template == "{prompt}"
+    assert style_of(ChatConfig(model="nobody/nothing"), None).config.template == "{prompt}"
+    assert command_line.run(["eval", "--model", name, "--eval-file", str(rows), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert "the model was tuned on rows of" in said
+    if kind == "adapter":
+        whole_model(cpu(name)).write(tmp_path / "merged")
+        assert (tmp_path / "merged" / "config.yaml").read_text() == recipe
 
 
 def test_only_the_files_of_an_adapter_are_fetched(base, hub, monkeypatch, tmp_path):

@@ -173,14 +173,14 @@ def test_code_runs_when_the_command_line_says_so(model, tiny, zotune, rows_file,
 def test_an_inherited_function_is_named_and_not_imported(evil):
     config = EvalConfig(model=str(evil), eval_file="rows.jsonl")
     with pytest.raises(UsageError, match=r"names the objective 'evil:run'.*--objective"):
-        inherited_options(config)
-    options, _ = inherited_options(config.model_copy(update={"objective": "f1"}))
+        inherited_options(config, evil)
+    options, _ = inherited_options(config.model_copy(update={"objective": "f1"}), evil)
     assert "objective" not in options
     # What is inherited is data from a list of keys, whatever else the file says.
     (evil / "config.yaml").write_text(
         "train_file: a\ntemplate: '{text}'\npredictions: /etc/x\noutput_dir: /y\nmodel: z\n"
     )
-    assert inherited_options(config)[0] == {"template": "{text}"}
+    assert inherited_options(config, evil)[0] == {"template": "{text}"}
     assert ran(evil) == []
 
 

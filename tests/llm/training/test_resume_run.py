@@ -351,7 +351,7 @@ def test_a_chat_has_the_date_of_the_runs_first_day(config, tmp_path, monkeypatch
     (weights,) = (tmp_path / "whole").glob("*model.safetensors")
     assert weights.read_bytes() == (tmp_path / "cut" / weights.name).read_bytes()
     assert results_of(tmp_path / "cut")["config"]["chat_date"] == "2024-05-01"
-    inherited, _ = inherited_options(EvalConfig(model=str(tmp_path / "cut"), eval_file=rows))
+    inherited, _ = inherited_options(EvalConfig(model=str(tmp_path / "cut"), eval_file=rows), tmp_path / "cut")
     assert inherited["chat_date"] == "2024-05-01"
     train(config(output_dir=tmp_path / "later", max_steps=3, **options))
     assert results_of(tmp_path / "later")["config"]["chat_date"] == "2024-05-02"

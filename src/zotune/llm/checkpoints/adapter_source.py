@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 
 CONFIG = "adapter_config.json"
+RECIPE = "config.yaml"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = (
-    *(CONFIG, "adapter_model.safetensors", "adapter_model.bin", "base_model.json", "config.yaml"),
+    *(CONFIG, "adapter_model.safetensors", "adapter_model.bin", "base_model.json", RECIPE),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
@@ -21,6 +22,31 @@ _FILES = (
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder holds an adapter of peft."""
     return (path / CONFIG).is_file()
+
+
+def folder_of_run(name: str, revision: str | None = None) -> Path:
+    """Return the folder that has the `config.yaml` of a model's run if there is one: its own, or the copy of the Hub's.
+
+    What cannot be read counts as a model without a run; whoever loads the model says why it cannot be. Beside a run's
+    whole weights lie its results, so that a `config.yaml` of another tool is told apart.
+
+    Args:
+        name: any value of the option `model`.
+        revision: branch, tag or commit of the repository on the Hub.
+
+    >>> str(folder_of_run("random:llama-tiny"))
+    'random:llama-tiny'
+    """
+    folder = Path(name)
+    if not _is_on_hub(name):
+        return folder
+    try:
+        if (adapter := _of_hub(name, revision)) is not None:
+            return adapter
+        files = [_cached(name, file, revision) for file in (RECIPE, "results.json")]
+    except (OSError, ValueError):
+        return folder
+    return folder if files[0] is None or files[1] is None else Path(files[0]).parent
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path | None:
@@ -39,14 +65,32 @@ def find_adapter(name: str, revision: str | None = None) -> Path | None:
     folder = Path(name)
     if is_adapter_folder(folder):
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
-        return None
-    return _of_hub(name, revision)
+    return _of_hub(name, revision) if _is_on_hub(name) else None
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether the name of a model is one of a repository on the Hub."""
+    return not Path(name).exists() and _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf")
 
 
 def _of_hub(name: str, revision: str | None) -> Path | None:
     """Return the copy of a repository on the Hub if it holds an adapter."""
     from huggingface_hub import snapshot_download
+
+    try:
+        if _cached(name, CONFIG, revision) is None:
+            return None
+    except OSError:  # no such repository or revision: whoever loads the model says so in words
+        return None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+
+
+def _cached(name: str, file: str, revision: str | None) -> str | None:
+    """Return the place of the copy of a repository's file, or None if the repository has no such file.
+
+    Raises:
+        OSError: there is no such repository or revision.
+    """
     from transformers.utils import cached_file
 
     quiet = {
@@ -54,9 +98,5 @@ def _of_hub(name: str, revision: str | None) -> Path | None:
         "_raise_exceptions_for_connection_errors": False,
         "_raise_exceptions_for_gated_repo": False,
     }
-    try:
-        if cached_file(name, CONFIG, revision=revision, **quiet) is None:
-            return None
-    except OSError:  # no such repository or revision: whoever loads the model says so in words
-        return None
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    place: str | None = cached_file(name, file, revision=revision, **quiet)
+    return place

@@ -154,16 +154,20 @@ _INHERITED = (
 )
 
 
-def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
+def inherited_options(config: EvalConfig, folder: Path) -> tuple[dict[str, Any], str]:
     """Return the options that the evaluation of a tuned model inherits from its training, and the file they come from.
 
     There are none if zotune did not tune the model, if it was tuned on a task, or if it now reads a task or rows of
     another format. They are data: the file may be somebody else's, so it names no code.
 
+    Args:
+        config: the evaluation.
+        folder: the folder of the model, `folder_of_run` of its name.
+
     Raises:
         UsageError: the model was tuned with a function of the user, and `config` names no objective.
     """
-    path = Path(config.model) / "config.yaml"
+    path = folder / "config.yaml"
     if config.task is not None or not path.is_file():
         return {}, ""
     saved = read_recipe(path)
@@ -183,9 +187,14 @@ def inherited_options(config: EvalConfig) -> tuple[dict[str, Any], str]:
     return inherited, str(path)
 
 
-def training_rows_note(config: EvalConfig) -> str | None:
-    """Return a remark if an evaluation reads the file that the model was tuned on, and how it reads other rows."""
-    path = Path(config.model) / "config.yaml"
+def training_rows_note(config: EvalConfig, folder: Path) -> str | None:
+    """Return a remark if an evaluation reads the file that the model was tuned on, and how it reads other rows.
+
+    Args:
+        config: the evaluation.
+        folder: the folder of the model, `folder_of_run` of its name.
+    """
+    path = folder / "config.yaml"
     if config.eval_file is None or not path.is_file():
         return None
     saved = read_recipe(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zotune.errors import UsageError, listed
+from zotune.llm.checkpoints.adapter_source import folder_of_run
 from zotune.llm.config.data import IN_MEMORY
 from zotune.llm.config.generate import ChatConfig, GenerateConfig
 from zotune.llm.config.run import EvalConfig, inherited_options
@@ -95,7 +96,8 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
     Raises:
         UsageError: the options of the training cannot be read.
     """
-    run, source = inherited_options(_config(options, {}))
+    folder = folder_of_run(options.model, options.model_revision)
+    run, source = inherited_options(_config(options, {}), folder)
     known = {name: run[name] for name in _OF_PROMPTS if run.get(name) is not None}
     if known.get("apply_chat_template") and options.system_prompt is not None:
         known["system_prompt"] = options.system_prompt

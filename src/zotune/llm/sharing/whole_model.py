@@ -9,6 +9,7 @@ from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
+from zotune.llm.checkpoints.adapter_source import folder_of_run
 from zotune.llm.checkpoints.hub_names import hub_id
 from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.config.run import TrainConfig, read_recipe
@@ -62,7 +63,7 @@ def whole_model(options: ModelOptions) -> WholeModel:
     Raises:
         UsageError: there is nothing to merge, or it cannot be merged; the message says why.
     """
-    recipe = Path(options.model) / CONFIG
+    recipe = folder_of_run(options.model, options.model_revision) / CONFIG
     lm = load(options, _labels(recipe))
     base, quantised = base_name(lm), is_quantised(lm.base)
     if not is_adapter(lm.module) and not quantised:

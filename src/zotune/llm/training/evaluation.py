@@ -10,7 +10,7 @@ from typing import Any
 
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_folder import revised_base_of_adapter
-from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.checkpoints.adapter_source import find_adapter, folder_of_run
 from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
@@ -196,8 +196,7 @@ def _check_options(config: EvalConfig) -> None:
 def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
     """Evaluate one task."""
     data = load_examples(lm, config.model_copy(update=_sample_options(config)))
-    on_training_rows = training_rows_note(config) if config.task is None else None
-    for note in (*data.notes, *([on_training_rows] if on_training_rows else [])):
+    for note in (*data.notes, *_notes_on_training(config)):
         say(note)
     if not data.splits.test:
         raise UsageError(
@@ -213,6 +212,13 @@ def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
         counts = tuple(counts[i] for i in rows.kept) if counts else ()
         asked = replace(asked, splits=Splits((), (), tuple(examples[i] for i in rows.kept)))
     return TaskEvaluation(_measure(lm, config, rows), asked, counts, most_frequent)
+
+
+def _notes_on_training(config: EvalConfig) -> list[str]:
+    if config.task is not None:
+        return []
+    note = training_rows_note(config, folder_of_run(config.model, config.model_revision))
+    return [] if note is None else [note]
 
 
 def _measure(lm: LanguageModel, config: EvalConfig, rows: EncodedData) -> Evaluation:
