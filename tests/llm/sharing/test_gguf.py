@@ -6,6 +6,7 @@ A script in its place writes down what it was given.
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +78,20 @@ def test_an_adapter_is_merged_and_converted(adapter, llama_cpp, tmp_path, monkey
     assert (seen["environment"]["PYTHONPATH"], seen["path"][0]) == (str(llama_cpp), str(llama_cpp))
     assert not {"", str(tmp_path), str(tmp_path / "evil"), seen["cwd"]} & set(seen["path"])
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".zotune")) == []
+
+
+@pytest.mark.parametrize(("name", "default"), [("random:llama-tiny", "random:llama-tiny.gguf"), ("org/m", "m.gguf")])
+def test_a_model_that_is_no_folder_is_loaded_and_converted(tiny, llama_cpp, tmp_path, monkeypatch, name, default):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if name == "org/m":  # what the Hub would send
+        monkeypatch.setattr("zotune.llm.sharing.whole_model.load", lambda *_: tiny("llama"))
+    file = export(name, llama_cpp=llama_cpp)
+    assert file == Path(default)
+    seen = json.loads(file.read_text())
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(seen["names"])
+    assert seen["options"]["--model-name"] == Path(name).name
+    assert [path.name for path in (tmp_path / "here").iterdir()] == [default]
 
 
 def test_code_of_a_model_never_reaches_the_converter(tiny, llama_cpp, tmp_path):

@@ -35,7 +35,7 @@ class ExportConfig(ModelOptions):
     )
     output_file: Path | None = Field(
         None,
-        description="The file to write; default: the run's folder with .gguf behind its name.",
+        description="The file to write; default: the run's folder, or the model's name, with .gguf behind it.",
         json_schema_extra=_OUTPUT,
     )
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = Field(

@@ -40,7 +40,7 @@ _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 def export_gguf(options: ExportConfig) -> Path:
-    """Write the GGUF file of a model; an adapter is merged into its base model first.
+    """Write the GGUF file of a model; an adapter is merged into its base model first, and a name is loaded.
 
     Raises:
         UsageError: llama.cpp's converter is not installed, the file exists or cannot be written, or the model is not
@@ -48,7 +48,9 @@ def export_gguf(options: ExportConfig) -> Path:
         RunError: the converter failed; the message has its last words.
     """
     folder = Path(options.model)
-    file = options.output_file or Path(f"{str(folder).rstrip('/')}.gguf")
+    # A model that is no folder has a name, perhaps with that of its owner before it.
+    beside = str(folder) if folder.is_dir() else folder.name
+    file = options.output_file or Path(f"{beside}.gguf")
     if file.suffix != ".gguf":
         raise UsageError(f"--output-file: a GGUF file has a name that ends in .gguf, not {file.name!r}.")
     check_new_file("--output-file", file)
@@ -101,7 +103,7 @@ def _convert(options: ExportConfig, converter: list[str], scratch: Path) -> Path
     else:
         merged = scratch / "merged"
         merged.mkdir()
-        whole_model(options).write(merged)
+        whole_model(options, may_be_whole=not source.is_dir()).write(merged)
         copy_without_code(merged, bare)
     say(f"running {Path(converter[-1]).name} …")
     done = subprocess.run(

@@ -54,11 +54,12 @@ class WholeModel:
             shutil.copyfile(self.recipe, folder / CONFIG)
 
 
-def whole_model(options: ModelOptions) -> WholeModel:
+def whole_model(options: ModelOptions, *, may_be_whole: bool = False) -> WholeModel:
     """Load a model, merge its adapter into its weights, and dequantise them if they are quantised.
 
     Args:
         options: the model: the folder of a run, or of an adapter of peft.
+        may_be_whole: whether a model whose weights are whole already is returned as it is, and is no error.
 
     Raises:
         UsageError: there is nothing to merge, or it cannot be merged; the message says why.
@@ -67,6 +68,8 @@ def whole_model(options: ModelOptions) -> WholeModel:
     lm = load(options, _labels(recipe))
     base, quantised = base_name(lm), is_quantised(lm.base)
     if not is_adapter(lm.module) and not quantised:
+        if may_be_whole:
+            return WholeModel(lm, base, recipe if recipe.is_file() else None)
         raise UsageError(
             f"{options.model} has whole weights, so there is nothing to merge: transformers, zotune export and zotune "
             "push take it as it is."
