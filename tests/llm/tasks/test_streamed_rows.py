@@ -114,6 +114,25 @@ def test_a_dry_run_counts_all_rows_of_a_stream(lm, tmp_path, monkeypatch, option
     assert "the first 4 rows stand for all" in "".join(foretold.notes)
 
 
+def test_a_streamed_run_resumes_for_more_steps_on_the_rows_of_its_start(zotune, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "HEAD", 4)
+    file = write(tmp_path / "a.jsonl", rows_of(60))
+    run = short("--train-file", file, "--streaming", "--per-device-train-batch-size", 4, "--resume")
+    for steps in (2, 4):
+        said = zotune(*run, "--max-steps", steps)
+        assert said.code == 0, said.err
+        assert "8 rows are kept as tokens" in said.err
+    said = zotune(*run, "--max-steps", 5, "--num-train", 20)
+    assert said.code == 2 and "a run with num_train: 8, so it cannot resume with 20" in said.err
+
+
+def test_python_resumes_a_stream_for_more_steps(lm, tmp_path):
+    options = {"per_device_train_batch_size": 2, "learning_rate": 0.01, "streaming": True, "resume": True}
+    for steps in (2, 4):
+        result = train(lm.module, lm.tokenizer, rows_of(30), output_dir=tmp_path / "out", max_steps=steps, **options)
+    assert result.num_steps == 4
+
+
 def test_a_generator_is_learnt_from_python(lm):
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "streaming": True}
     with pytest.raises(UsageError, match="train_dataset contains no row to train on"):

@@ -132,8 +132,5 @@ def _encoded(encode: Encoder, examples: Iterator[Example], options: DataOptions)
 
 def rows_needed(options: DataOptions) -> int | None:
     """Return how many training rows are read: as many as are asked for, else as the steps read; None for all."""
-    steps, epochs = getattr(options, "max_steps", None), getattr(options, "num_train_epochs", None)
-    if options.num_train is not None or steps is None or epochs is not None:
-        return options.num_train
-    rows_a_step: int = options.rows_a_step  # type: ignore[attr-defined]
-    return int(steps) * rows_a_step
+    most, epochs = getattr(options, "rows_of_all_steps", None), getattr(options, "num_train_epochs", None)
+    return most if options.num_train is None and epochs is None else options.num_train
