@@ -24,10 +24,10 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
-from zotune.llm.rows.sources import UserRows, read_checked_files
+from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
-from zotune.llm.tasks.streaming import head_of_files
+from zotune.llm.tasks.streaming import count_rows, head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.find_rate import MAX_SHARE, with_steps_and_rate
 from zotune.llm.training.learning_rate import schedule_of
@@ -133,12 +133,17 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
         prepare_tuning(lm, config)
-        data = load_examples(lm, *_shown_rows(config, given))
+        shown, given, stream = _shown_rows(config, given)
+        data = load_examples(lm, shown, given)
         if not data.splits.train:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         config = config.model_copy(update=own_options(lm, config))
-        rows = _EncodedRows(lm, config, data)
+        rows = _EncodedRows(lm, data.options, data)
+        num_rows = {name: len(getattr(data.splits, name)) for name in SPLITS}
+        if stream is not None:
+            rows.count_stream(lm, config, data, stream)
+            num_rows["train"] = rows.num_train
         config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
@@ -149,7 +154,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             config=config,
             notes=(*data.notes, *rows.notes, *notes),
             examples=tuple(rows.shown),
-            num_rows={name: len(getattr(data.splits, name)) for name in SPLITS},
+            num_rows=num_rows,
             tokens=quantiles(rows.lengths),
             num_cut=rows.num_cut,
             num_dropped=rows.num_dropped,
@@ -161,11 +166,12 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         )
 
 
-def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfig, UserRows | None]:
-    """Return the rows that are read, and the options to read them by; of a stream the first rows alone."""
+def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfig, UserRows | None, RowStreams | None]:
+    """Return the options to read the rows by, and the rows; of a stream the first rows, and then all for training."""
     if not config.streaming:
-        return config, given
-    return config.model_copy(update={"num_train": None, "train_file_weights": ()}), head_of_files(config)
+        return config, given, None
+    update = {"num_train": None, "num_dev": config.num_dev or 0, "train_file_weights": ()}
+    return config.model_copy(update=update), *head_of_files(config)
 
 
 class _EncodedRows:
@@ -204,6 +210,15 @@ class _EncodedRows:
         self.encoded = {name: list(getattr(rows, name)) for name in SPLITS}
         self.lengths = [e.length for encoded in self.encoded.values() for e in encoded]
         self.shown = [marked_text(lm, data.splits.train[0], e) for e in rows.train[:SHOWN_EXAMPLES]]
+
+    def count_stream(self, lm: LanguageModel, config: DataOptions, data: Data, stream: RowStreams) -> None:
+        """Count the training rows of a stream, of which only the first ones are in `data`."""
+        assert data.to_example is not None
+        of_first = self.num_train
+        self.num_train = count_rows(encoder_of(lm, config), stream, data.to_example, config)
+        if self.num_train > of_first:
+            first = f"the first {len(data.splits.train)} rows stand for all, except for their number (streaming)"
+            self.notes += (f"{stream.source}: {first}",)
 
     def _encode_row(self, example: Example, where: str) -> Encoded | None:
         try:

@@ -12,6 +12,7 @@ from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
 from zotune.llm.data.chat_template import ChatTemplate
 from zotune.llm.data.readers import LocatedRow, read_located_rows, read_rows
+from zotune.llm.data.row_bounds import one_row_at_a_time
 from zotune.llm.rows.shapes import SHAPES
 from zotune.llm.rows.templates import template_columns
 
@@ -83,6 +84,16 @@ def test_a_parquet_file_of_endless_rows_is_refused_by_what_it_states(tmp_path, l
     parquet.write_table(pa.table({"text": pa.nulls(5_000_000, pa.string())}), path)
     assert path.stat().st_size < 20_000
     refused(path, limit=little_memory, variable="ZOTUNE_MAX_ROWS")
+
+
+@pytest.mark.parametrize("variable", ["ZOTUNE_MAX_ROWS", "ZOTUNE_MAX_DATA_VALUES"])
+def test_a_parquet_file_of_more_rows_than_are_held_is_read_a_row_at_a_time(tmp_path, monkeypatch, variable):
+    parquet.write_table(pa.table({"text": ["word"] * 600}), tmp_path / "a.parquet")
+    monkeypatch.setenv(variable, "500")
+    with one_row_at_a_time():
+        assert len(list(read_rows(tmp_path / "a.parquet"))) == 600
+    with pytest.raises(UsageError, match=variable):
+        next(read_rows(tmp_path / "a.parquet"))
 
 
 def varint(number):

@@ -14,6 +14,7 @@ from zotune.llm.data.stored_rows import SelectedRows, StoredRows
 from zotune.llm.rows.sources import RowStreams, UserRows
 from zotune.llm.tasks import streaming
 from zotune.llm.tasks.load_data import load_rows, load_training_rows
+from zotune.plan.dry_run import dry_run
 from zotune.system.bounds import ROWS
 
 
@@ -84,6 +85,52 @@ def test_a_streamed_run_resumes_to_the_same_bits(zotune, short, tmp_path, monkey
     assert "12 rows are kept as tokens" in said.err
     said = zotune(*run, "--max-steps", 4, "--output-dir", out, "--resume", "--num-train", 11)
     assert said.code == 2 and "num_train" in said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "num_rows", "num_steps"),
+    [
+        ({"num_train_epochs": 1}, 26, 7),
+        ({"num_train_epochs": 1, "num_dev": 2}, 24, 6),
+        ({"num_train_epochs": 2, "num_train": 10}, 10, 5),
+        ({"num_train_epochs": 1, "train_file_weights": (1, 1)}, 40, 10),
+        ({"num_train_epochs": 1, "packing": True, "max_length": 16}, 9, 3),
+        ({"num_train_epochs": 1, "max_length": 12, "long_rows": "drop"}, 25, 7),
+        ({"max_steps": 3}, 12, 3),
+        ({"max_steps": 30}, 26, 30),
+    ],
+)
+def test_a_dry_run_counts_all_rows_of_a_stream(lm, tmp_path, monkeypatch, options, num_rows, num_steps):
+    monkeypatch.setattr(streaming, "HEAD", 4)
+    monkeypatch.setenv(ROWS.variable, "9")
+    key = "text" if "packing" in options else "completion"
+    rows = [({key: " ab"} if key == "text" else {"prompt": "a", key: " b" * (20 if i == 9 else 1)}) for i in range(20)]
+    files = (write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:6]))
+    more = {"train_file": files, "per_device_train_batch_size": 4, "streaming": True, "max_length": 64}
+    config = TrainConfig(model="random:llama-tiny", device="cpu", **{**more, **options})
+    foretold = dry_run(config)
+    assert (foretold.num_rows["train"], foretold.config.max_steps) == (num_rows, num_steps)
+    assert len(load_training_rows(lm, config).train) == num_rows
+    assert "the first 4 rows stand for all" in "".join(foretold.notes)
+
+
+def test_a_streamed_run_resumes_for_more_steps_on_the_rows_of_its_start(zotune, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "HEAD", 4)
+    file = write(tmp_path / "a.jsonl", rows_of(60))
+    run = short("--train-file", file, "--streaming", "--per-device-train-batch-size", 4, "--resume")
+    for steps in (2, 4):
+        said = zotune(*run, "--max-steps", steps)
+        assert said.code == 0, said.err
+        assert "8 rows are kept as tokens" in said.err
+    said = zotune(*run, "--max-steps", 5, "--num-train", 20)
+    assert said.code == 2 and "a run with num_train: 8, so it cannot resume with 20" in said.err
+
+
+def test_python_resumes_a_stream_for_more_steps(lm, tmp_path):
+    options = {"per_device_train_batch_size": 2, "learning_rate": 0.01, "streaming": True, "resume": True}
+    for steps in (2, 4):
+        result = train(lm.module, lm.tokenizer, rows_of(30), output_dir=tmp_path / "out", max_steps=steps, **options)
+    assert result.num_steps == 4
 
 
 def test_a_generator_is_learnt_from_python(lm):

@@ -141,6 +141,11 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         """Training rows that one step reads."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    @property
+    def rows_of_all_steps(self) -> int:
+        """Training rows that `max_steps` steps read."""
+        return self.max_steps * self.rows_a_step
+
 
 NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
 """The options that a recipe does not repeat: whoever runs it again begins a new run."""
@@ -216,11 +221,19 @@ def training_rows_note(config: EvalConfig, folder: Path) -> str | None:
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
 
-    These are the date for chats, and the learning rate of a search or of the defaults.
+    These are the date for chats, the learning rate of a search or of the defaults, and how many rows of a stream its
+    steps may read. A new run chooses the latter here, so that it can be resumed for more steps on the same rows.
     """
     path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
-    is_open = {"chat_date": config.chat_date is None, "learning_rate": not isinstance(config.learning_rate, float)}
-    if not config.resume or not any(is_open.values()) or not path.is_file():
+    is_open = {
+        "chat_date": config.chat_date is None,
+        "learning_rate": not isinstance(config.learning_rate, float),
+        "num_train": config.streaming and config.num_train is None,
+    }
+    if not config.resume or not path.is_file():
+        reads_by_steps = is_open["num_train"] and config.num_train_epochs is None
+        return config.model_copy(update={"num_train": config.rows_of_all_steps} if reads_by_steps else {})
+    if not any(is_open.values()):
         return config
     recorded = validate(TrainConfig, read_recipe(path), str(path))
     return config.model_copy(update={name: getattr(recorded, name) for name, is_so in is_open.items() if is_so})

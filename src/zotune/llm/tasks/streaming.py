@@ -7,9 +7,10 @@ gives, as from rows in memory. So it resumes to the same bits, as long as the st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TypeVar
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import DataOptions
@@ -22,6 +23,8 @@ from zotune.llm.data.stored_rows import SelectedRows, StoredRows
 from zotune.llm.data.tokenization import Encoded, Encoder
 from zotune.llm.rows.sources import Rows, RowStreams, UserRows, stream_files
 from zotune.llm.tasks.encoding import encode_row, window_length
+
+Row = TypeVar("Row")
 
 # Rows at the beginning of a stream that tell the shape and the labels of all.
 HEAD = 1000
@@ -52,12 +55,13 @@ def split_head(given: RowStreams, options: DataOptions) -> tuple[Head, RowStream
     return Head(held_out, head), RowStreams(given.source, again)
 
 
-def head_of_files(options: DataOptions) -> UserRows:
-    """Return the first rows of the files of a stream, which show what a run on it reads."""
+def head_of_files(options: DataOptions) -> tuple[UserRows, RowStreams]:
+    """Return the first rows of the files of a stream, which show what a run on it reads, and all its training rows."""
     with one_row_at_a_time():
         files = stream_files(options)
         assert files.stream is not None
-        return UserRows(split_head(files.stream, options)[0].rows, files.eval)
+        head, stream = split_head(files.stream, options)
+        return UserRows(head.rows, files.eval), stream
 
 
 def store_rows(
@@ -81,22 +85,39 @@ def store_rows(
     Raises:
         UsageError: a row cannot be used, or there is no room on the disk.
     """
-    weights = options.train_file_weights or (1.0,) * len(given.streams)
-    most = rows_needed(options)
-    sizes = [0] * len(weights)
-
-    def rows() -> Iterator[Encoded]:
-        for i, stream in enumerate(given.streams):
-            share = None if most is None else math.ceil(most * weights[i] / sum(weights))
-            for encoded in islice(_encoded(encode, map(to_example, stream), options), share):
-                sizes[i] += 1
-                yield reads(encoded)
-
-    stored = StoredRows(rows())
+    sizes: list[int] = []
+    streams = (_encoded(encode, map(to_example, rows), options) for rows in given.streams)
+    stored = StoredRows(map(reads, _shares(streams, len(given.streams), options, sizes)))
     note = f"{given.source}: {len(stored)} rows are kept as tokens on the disk (streaming), and drawn by the seed"
     if not options.train_file_weights:
         return stored, note
-    return SelectedRows(stored, mixed(sizes, weights, options.data_seed)), note
+    return SelectedRows(stored, mixed(sizes, options.train_file_weights, options.data_seed)), note
+
+
+def count_rows(
+    encode: Encoder, given: RowStreams, to_example: Callable[[LocatedRow], Example], options: DataOptions
+) -> int:
+    """Return how many rows `store_rows` would give, none of which is kept.
+
+    Raises:
+        UsageError: a row cannot be read. What is in it is looked at only if the number depends on it.
+    """
+    depends = options.packing or options.long_rows == "drop"
+    streams = (_encoded(encode, map(to_example, rows), options) if depends else rows for rows in given.streams)
+    sizes: list[int] = []
+    with one_row_at_a_time():
+        number = sum(1 for _ in _shares(streams, len(given.streams), options, sizes))
+    return len(mixed(sizes, options.train_file_weights, options.data_seed)) if options.train_file_weights else number
+
+
+def _shares(streams: Iterable[Iterable[Row]], number: int, options: DataOptions, sizes: list[int]) -> Iterator[Row]:
+    """Yield as many rows of each of some streams as a run takes, and add their numbers to `sizes`."""
+    weights, most = options.train_file_weights or (1.0,) * number, rows_needed(options)
+    for stream, weight in zip(streams, weights, strict=True):
+        sizes.append(0)
+        for row in islice(stream, None if most is None else math.ceil(most * weight / sum(weights))):
+            sizes[-1] += 1
+            yield row
 
 
 def _encoded(encode: Encoder, examples: Iterator[Example], options: DataOptions) -> Iterator[Encoded]:
@@ -111,8 +132,5 @@ def _encoded(encode: Encoder, examples: Iterator[Example], options: DataOptions)
 
 def rows_needed(options: DataOptions) -> int | None:
     """Return how many training rows are read: as many as are asked for, else as the steps read; None for all."""
-    steps, epochs = getattr(options, "max_steps", None), getattr(options, "num_train_epochs", None)
-    if options.num_train is not None or steps is None or epochs is not None:
-        return options.num_train
-    rows_a_step: int = options.rows_a_step  # type: ignore[attr-defined]
-    return int(steps) * rows_a_step
+    most, epochs = getattr(options, "rows_of_all_steps", None), getattr(options, "num_train_epochs", None)
+    return most if options.num_train is None and epochs is None else options.num_train

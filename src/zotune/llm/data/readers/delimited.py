@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from zotune.errors import UsageError
@@ -18,6 +18,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 _PART = 1 << 16
 _ROWS_LOOKED_AT = 20
+_LONGEST_CELL = 2**31 - 1
 
 
 def delimiter_of(path: Path, told: str | None = None) -> str:
@@ -71,12 +72,12 @@ def _first_rows(text: str, delimiter: str, is_whole: bool) -> tuple[list[list[st
     """Return some whole rows of a table, and whether they are well-formed with this delimiter."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
+    _allow_long_cells()
     try:
-        with _long_fields():
-            for row in reader:
-                if len(rows) > _ROWS_LOOKED_AT:
-                    return rows, True
-                rows += [row] if row else []
+        for row in reader:
+            if len(rows) > _ROWS_LOOKED_AT:
+                return rows, True
+            rows += [row] if row else []
     except csv.Error as error:
         # The end of what was read may lie within quotes.
         return rows, not is_whole and "unexpected end" in str(error)
@@ -99,8 +100,8 @@ def read_delimited(
         UsageError: the file is malformed, or above a bound; the message names file and line.
     """
     chosen = delimiter_of(path, delimiter)
-    with _long_fields():
-        yield from _rows(BoundedLines(file, str(path), bounds), path, bounds, chosen)
+    _allow_long_cells()
+    yield from _rows(BoundedLines(file, str(path), bounds), path, bounds, chosen)
 
 
 def _rows(lines: BoundedLines, path: Path, bounds: RowBounds, delimiter: str) -> Iterator[LocatedRow]:
@@ -142,11 +143,9 @@ def _advice(delimiter: str, header: list[str]) -> str:
     return advice
 
 
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Within this context a cell may be longer than 131,072 characters, the default limit: as long as its row."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+def _allow_long_cells() -> None:
+    """Let a cell be as long as its row, not at most 131,072 characters as by default.
+
+    The limit is one of the whole process, and several files may be read by turns, so it stays.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
