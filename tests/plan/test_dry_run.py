@@ -202,7 +202,9 @@ def test_the_memory_of_a_process_is_what_was_foretold(start, tmp_path, smollm2, 
 
 
 def test_a_dry_run_says_what_a_search_costs_and_which_rate_is_far_off(zotune, short):
-    said = zotune(*short("--dry-run", "--tuning", "lora"))
-    assert said.code == 0 and "in all, and at most 1 to find the learning rate" in said.out
+    said = zotune(*short("--dry-run", "--tuning", "lora", "--max-steps", "200"))
+    assert said.code == 0 and "400 in all, and at most 100 to find the learning rate" in said.out
+    said = zotune(*short("--dry-run", "--tuning", "lora", "--max-steps", "199"))  # has no room for a search
+    assert said.code == 0 and "398 in all" in said.out and "to find the learning rate" not in said.out
     said = zotune(*short("--dry-run", "--tuning", "lora", "--learning-rate", "100"))
     assert "the learning rate 100 is above the range" in said.out and "to find the learning rate" not in said.out

@@ -29,7 +29,7 @@ from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
 from zotune.llm.tasks.streaming import count_rows, head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
-from zotune.llm.training.find_rate import MAX_SHARE, with_steps_and_rate
+from zotune.llm.training.find_rate import MAX_SHARE, least_run, with_steps_and_rate
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.live_memory import FakeScalars
@@ -97,7 +97,7 @@ class DryRun:
         if len(self.refused) > SHOWN_REFUSED:
             refused.append(f"refused: {len(self.refused) - SHOWN_REFUSED} more")
         training = self.forward_passes["training"]
-        is_searched = self.config.learning_rate == "auto"
+        is_searched = self.config.learning_rate == "auto" and self.config.max_steps >= least_run()
         search = f", and at most {MAX_SHARE * training:,.0f} to find the learning rate" if is_searched else ""
         parts = [f"{name} {_mib(n)}" for name, n in asdict(self.memory).items() if n]
         return "\n".join(

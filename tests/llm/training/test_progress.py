@@ -32,3 +32,16 @@ def test_a_slower_phase_is_seen_within_a_minute(capsys: pytest.CaptureFixture[st
     (line, last) = capsys.readouterr().err.splitlines()
     assert line.startswith("step 120/200") and " · 0.5 forwards/s · 5:20 left" in line
     assert last.endswith("0:00 left · peak 0 MiB")
+
+
+def test_a_process_counts_no_steps_of_an_earlier_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(max_steps=20) as display:
+        # Resumed after 18 steps of an earlier process, whose seconds nobody knows.
+        display.update(Status(18, 20, 0.5, 36, 0.0, 0))
+        display.update(Status(19, 20, 0.5, 38, 1.0, 0))
+        display.update(Status(20, 20, 0.5, 40, 2.0, 0))
+    with Display(max_steps=20) as finished:
+        finished.update(Status(20, 20, 0.5, 40, 0.0, 0))
+    resumed, ended = capsys.readouterr().err.splitlines()
+    assert resumed == "step 20/20 · loss 0.5000 · 2.0 forwards/s · 0:00 left · peak 0 MiB"
+    assert ended == "step 20/20 · loss 0.5000 · peak 0 MiB"

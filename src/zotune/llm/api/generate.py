@@ -25,7 +25,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], *, seed: int = 
 def generate(
     model: Any, tokenizer: Any, prompts: str | Sequence[Any], *, seed: int = 0, **options: Any
 ) -> str | list[str]:
-    """Generate a text after each prompt with a loaded model, greedily unless `generation="sample"`.
+    """Generate a text after each prompt with a loaded model: greedily, or with `temperature` or `top_p` by sampling.
 
     Args:
         model: a causal language model of transformers, or a `peft.PeftModel`, as for `zotune.llm.train`.
@@ -53,6 +53,8 @@ def generate(
     if not rows:
         return []
     _check_length(options)
+    if {"temperature", "top_p"} & options.keys():
+        options = {"generation": "sample", **options}
     with in_words_of_python(), borrowed(model, tokenizer) as lm:
         config = config_of(EvalConfig, lm, {"stop_at": "end", **options, "objective": REWARD}, "generate")
         texts = answers(lm, encode_prompts(lm, rows_of(rows, "prompts"), config), config, seed)

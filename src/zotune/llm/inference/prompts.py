@@ -105,7 +105,8 @@ def style_of(options: ChatConfig, tokenizer: Any, form: Literal["auto", "chat", 
     if form == "plain" or (form == "auto" and trained == "prompt" and not run):
         without = {k: v for k, v in known.items() if k not in _OF_FORMS}
         return PromptStyle("prompt", _config(options, {**without, "data_format": "prompt", "template": "{prompt}"}))
-    if run and form == "chat" and trained != "chat":
+    in_chat = trained == "chat" or (trained == "alpaca" and run.get("template") is None)
+    if run and form == "chat" and not (in_chat and has_chat_template(tokenizer)):
         say(f"{source}: the model was tuned on other prompts than chats, and reads these as its base model does")
     chosen: Form = "chat" if form == "chat" else trained
     template = known.get("template") or getattr(SHAPES.get(str(run.get("data_format"))), "template", None)

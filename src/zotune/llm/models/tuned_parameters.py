@@ -59,7 +59,10 @@ def _merge_adapter(lm: LanguageModel, config: StepOptions) -> None:
             "tunes could not be saved beside it. Go on tuning the adapter itself, or merge it into its base model "
             f"first (zotune merge {lm.name} --output-dir FOLDER, or peft's merge_and_unload), and tune that folder."
         )
-    say(f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved")
+    say(
+        f"merging the adapter {lm.name} into its base model, whose weights are tuned and saved; to go on tuning the "
+        f"adapter itself, give --tuning {scheme_of(lm.module.active_peft_config)}"
+    )
     lm.module = merged_model(lm.module, lm.read_with, lm.name)
 
 

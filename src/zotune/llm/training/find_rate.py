@@ -111,9 +111,8 @@ def find_rate(
     learned = SelectedRows(rows.train, (i for i in range(len(rows.train)) if i not in left_out))
     if not learned:
         return _default(default, "there are too few training rows for a search")
-    needed = math.ceil(MAX_TRIALS * MIN_STEPS / MAX_SHARE)
-    if config.max_steps < needed:
-        return _default(default, _too_few(config, needed))
+    if config.max_steps < least_run():
+        return _default(default, _too_few(config, least_run()))
     trials = _Trials(lm, make_run, replace(rows, train=learned, dev=(), test=()), judges, config)
     before, copy = lm.num_forwards, copy_weights(tuned, folder, _REMEDY)
     try:
@@ -122,6 +121,11 @@ def find_rate(
     finally:
         restore_weights(tuned, copy)
         lm.num_forwards = before
+
+
+def least_run() -> int:
+    """Return the number of steps below which a run has no room for a search."""
+    return math.ceil(MAX_TRIALS * MIN_STEPS / MAX_SHARE)
 
 
 def _too_few(config: TrainConfig, needed: int) -> str:

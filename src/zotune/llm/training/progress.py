@@ -36,17 +36,20 @@ class Status:
     held_out: str | None = None
     num_flat: int = 0
 
-    def line(self, before: Status | None = None) -> str:
-        """Describe the state; speed and time left are those since the status `before`, or since the beginning."""
-        step, forwards, seconds = (0, 0, 0.0) if before is None else (before.step, before.num_forwards, before.seconds)
-        elapsed = self.seconds - seconds
-        rate = (self.num_forwards - forwards) / max(elapsed, 1e-9)
-        left = elapsed / max(self.step - step, 1) * (self.max_steps - self.step)
+    def line(self, before: Status) -> str:
+        """Describe the state; speed and time left are those since the status `before`, if that is an earlier one."""
+        steps, elapsed, speed = self.step - before.step, self.seconds - before.seconds, ""
+        if steps > 0 and elapsed > 0:
+            rate, left = (
+                (self.num_forwards - before.num_forwards) / elapsed,
+                elapsed / steps * (self.max_steps - self.step),
+            )
+            speed = f"{rate:.1f} forwards/s · {clock(left)} left · "
         held_out = "" if self.held_out is None else f" · held-out {self.held_out}"
         flat = f" · {self.num_flat} steps without a difference" if self.num_flat else ""
         return (
-            f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {rate:.1f} forwards/s · "
-            f"{clock(left)} left · peak {self.peak_memory / 2**20:.0f} MiB{held_out}{flat}"
+            f"step {self.step}/{self.max_steps} · loss {self.loss:.4f} · {speed}"
+            f"peak {self.peak_memory / 2**20:.0f} MiB{held_out}{flat}"
         )
 
 
@@ -95,12 +98,15 @@ class Display:
             self._last_line = time.monotonic()
             say(status.line(before))
 
-    def _since(self, status: Status) -> Status | None:
-        """Return the status of about half a minute before. The first steps of a run fill caches and take longer."""
+    def _since(self, status: Status) -> Status:
+        """Return the status of about half a minute before, or the first one since this process began.
+
+        The first steps of a run fill caches and take longer, and those before a resume were of another process.
+        """
         self._recent.append(status)
         while len(self._recent) > 2 and status.seconds - self._recent[1].seconds >= _WINDOW:
             self._recent.popleft()
-        return self._recent[0] if self._recent[0].step < status.step else None
+        return self._recent[0]
 
     def say(self, message: str) -> None:
         """Print a line that stays above the progress bar."""
