@@ -17,6 +17,7 @@ from zotune.llm.checkpoints.hub_names import HUB_IDS, built_in_name, hub_id
 from zotune.llm.config.run import EvalConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models import load as loading
+from zotune.llm.sharing.shared_folder import base_on_hub, write_shared
 from zotune.llm.training.evaluation import base_model_of, evaluate
 from zotune.llm.training.train import train
 
@@ -103,3 +104,28 @@ def test_folders_and_files_have_no_name_on_the_hub(tmp_path, monkeypatch):
     Path("a/b").mkdir(parents=True)
     assert [hub_id(name) for name in ("a/b", "./a/b", str(tmp_path), "a/b/c/d", "x.gguf", "~/a", "../a")] == [None] * 7
     assert hub_id("c/d") == "c/d"
+
+
+def test_a_folder_in_a_snapshot_of_the_cache_is_another_model():
+    snapshot = "/home/me/hub/models--facebook--opt-125m/snapshots/27dc"
+    assert [hub_id(snapshot), hub_id(f"{snapshot}/")] == ["facebook/opt-125m"] * 2
+    assert [hub_id(f"{snapshot}/checkpoint-5"), hub_id(f"{snapshot}-mine")] == [None] * 2
+
+
+def test_an_adapter_names_a_local_base_by_its_whole_path(tiny, config, tmp_path, monkeypatch):
+    """From another folder the relative name of the base would be that of somebody else's model on the Hub."""
+    lm = tiny("llama")
+    lm.module.save_pretrained(tmp_path / "models/llama")
+    lm.tokenizer.save_pretrained(tmp_path / "models/llama")
+    monkeypatch.chdir(tmp_path)
+    result = train(config(model="models/llama", tuning="lora", learning_rate=0.1))
+    folder = result.output_dir.resolve()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert base_of_adapter(folder) == str(tmp_path / "models/llama")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), logits(result.model))
+    with pytest.raises(UsageError, match="which nobody else can load"):
+        base_on_hub(folder)
+    write_shared(folder, tmp_path / "elsewhere", "org/base")
+    for name in ("adapter_config.json", "config.yaml", "README.md"):
+        assert "org/base" in (tmp_path / "elsewhere" / name).read_text()

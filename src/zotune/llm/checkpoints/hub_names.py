@@ -7,6 +7,7 @@ the built-in weights, which the fingerprint beside the adapter names (`zotune.ll
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -22,8 +23,8 @@ HUB_IDS = {
 """The built-in models, and what they are called on the Hub."""
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# A snapshot in the cache of the Hub's models: models--ORG--NAME/snapshots/REVISION.
-_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+")
+# A snapshot in the cache of the Hub's models: models--ORG--NAME/snapshots/REVISION; a folder in it is another model.
+_SNAPSHOT = re.compile(r"(?:.*/)?models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+/?")
 
 
 def hub_id(model: str) -> str | None:
@@ -36,17 +37,28 @@ def hub_id(model: str) -> str | None:
     """
     if model in HUB_IDS:
         return HUB_IDS[model]
-    if snapshot := _SNAPSHOT.search(model):
+    if snapshot := _SNAPSHOT.fullmatch(model):
         return f"{snapshot[1]}/{snapshot[2]}"
     is_name = _ID.fullmatch(model) and not Path(model).exists() and Path(model).suffix != ".gguf"
     return model if is_name else None
 
 
-def name_base_on_hub(module: Any) -> None:
-    """Let the adapters of a model of peft name a built-in base model as the Hub does, wherever they are saved."""
+def name_base_for_all(module: Any) -> None:
+    """Let the adapters of a model of peft name their base model so that it means the same wherever they are read.
+
+    A built-in model has the name that it has on the Hub, and a local one its whole path: from another folder, the
+    relative path models/llama would be the name of somebody else's model on the Hub.
+    """
     for config in module.peft_config.values():
         name = config.base_model_name_or_path
-        config.base_model_name_or_path = HUB_IDS.get(name, name)
+        config.base_model_name_or_path = HUB_IDS.get(name) or (os.path.abspath(name) if _is_local(name) else name)
+
+
+def _is_local(name: Any) -> bool:
+    """Whether a base model is a folder or a GGUF file; the names of the built-in ones are the Hub's in any folder."""
+    if not isinstance(name, str) or not name or name in HUB_IDS.values():
+        return False
+    return Path(name).is_dir() or (Path(name).suffix == ".gguf" and Path(name).is_file())
 
 
 def built_in_name(folder: Path, base: str) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
 from zotune.llm.checkpoints.adapter_folder import check_init
-from zotune.llm.checkpoints.hub_names import name_base_on_hub
+from zotune.llm.checkpoints.hub_names import name_base_for_all
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
@@ -359,7 +359,7 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
-    name_base_on_hub(lm.module)
+    name_base_for_all(lm.module)
     lm.module.eval()
 
 

@@ -14,7 +14,7 @@ from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
-from zotune.llm.checkpoints.hub_names import HUB_IDS, name_base_on_hub
+from zotune.llm.checkpoints.hub_names import HUB_IDS, name_base_for_all
 from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.gguf_output import write_tuned
@@ -65,7 +65,7 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
         {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
     )
     if is_adapter(lm.module):
-        name_base_on_hub(lm.module)
+        name_base_for_all(lm.module)
     save_pretrained(lm.module, str(folder), **extra)
     if is_adapter(lm.module):
         write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))

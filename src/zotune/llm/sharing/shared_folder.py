@@ -151,8 +151,19 @@ def _shared(values: Any, named: dict[str, Any]) -> Any:
 
 def _shared_options(options: Any, local: str | None, base: str | None) -> Any:
     """Return the options of a run with the base model's name on the Hub in place of its place on this machine."""
-    is_base = isinstance(options, dict) and local not in HUB_IDS and options.get("model") == local and base is not None
+    is_base = isinstance(options, dict) and base is not None and _is_base(options.get("model"), local)
     return _shared(options, {"model": base} if is_base else {})
+
+
+def _is_base(model: Any, local: str | None) -> bool:
+    """Whether a run's option names the base of its adapter, which names it by its whole path."""
+    if local is None or local in HUB_IDS or not isinstance(model, str):
+        return False
+    if Path(model).exists() and Path(local).exists():
+        return Path(model).samefile(local)
+    # A relative path, of a run that started in another folder than the current one.
+    tail = tuple(part for part in Path(model).parts if part != "..")
+    return model == local or (bool(tail) and Path(local).parts[-len(tail) :] == tail)
 
 
 def _card(folder: Path, base: str | None) -> str:
