@@ -23,7 +23,7 @@ _PAGE = HelpPage(
         (
             "Run",
             "--dry-run",
-            "Show the data, the tuned parameters, memory and time of the run; start and write nothing.",
+            "Show the rows, the tuned parameters, forward passes and memory of the run; start and write nothing.",
         ),
     ),
 )

@@ -357,6 +357,9 @@ def test_text_is_what_transformers_generates(loaded):
     assert generate(model, tokenizer, prompts[0], max_new_tokens=5) == found[0]
     drawn = [generate(model, tokenizer, "ab", generation="sample", seed=s, max_new_tokens=8) for s in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+    # As on the command line, a temperature alone asks for sampling, and 0 for the most likely text.
+    assert generate(model, tokenizer, "ab", temperature=1.0, max_new_tokens=8) == drawn[0]
+    assert generate(model, tokenizer, prompts, temperature=0, max_new_tokens=5) == found
 
 
 def test_a_chat_is_answered(loaded):
@@ -370,3 +373,5 @@ def test_a_chat_is_answered(loaded):
     assert generate(model, tokenizer, [chat], max_new_tokens=4) == [
         tokenizer.decode(out, skip_special_tokens=True).strip()
     ]
+    with pytest.raises(UsageError, match=r"a list of chats: give \[messages\]"):
+        generate(model, tokenizer, chat)

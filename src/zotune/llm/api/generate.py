@@ -49,10 +49,14 @@ def generate(
     >>> len(texts), generate(model, tokenizer, "Once upon", max_new_tokens=4) == texts[0]
     (2, True)
     """
+    if not isinstance(prompts, str) and any(isinstance(p, Mapping) and {*p} == {"role", "content"} for p in prompts):
+        raise UsageError("generate(): a chat is a list of messages, and prompts a list of chats: give [messages].")
     rows = [_row(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     if not rows:
         return []
     _check_length(options)
+    if options.get("temperature") == 0:  # as in other libraries, the most likely token
+        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p")}
     if {"temperature", "top_p"} & options.keys():
         options = {"generation": "sample", **options}
     with in_words_of_python(), borrowed(model, tokenizer) as lm:

@@ -213,7 +213,8 @@ class DataOptions(TextOptions):
         num_named = (self.task is not None) + (self.train_file is not None or self.eval_file is not None)
         if not is_partial(info) and num_named != (self.data_source != IN_MEMORY):
             raise ValueError(
-                "give either a task (--task sst2) or files of your own (--train-file my.jsonl), not both or none"
+                "give either a task (--task sst2) or files of your own (--train-file my.jsonl, or --eval-file my.jsonl "
+                f"to evaluate alone); {'both were' if num_named else 'neither was'} given"
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
