@@ -348,4 +348,4 @@ def test_files_of_ones_own_take_the_place_of_a_recipes_task(zotune, short, tmp_p
     assert (resolved["task"], resolved["mu"]) == (None, 0.02)
     said = zotune(verb, tmp_path / "recipe.yaml", *options, "--task", "sst2", "--overwrite-output-dir")
     assert said.code == 2
-    assert "not both" in said.err
+    assert "both were given" in said.err

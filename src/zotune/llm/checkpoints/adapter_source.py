@@ -7,6 +7,9 @@ name, so that nothing else of the repository is downloaded: no checkpoints of a 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CONFIG = "adapter_config.json"
@@ -17,6 +20,41 @@ _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
 )
+
+
+_SECONDS_TO_ANSWER = 5.0
+_asked: dict[str, tuple[float, bool]] = {}
+
+
+@contextmanager
+def without_waiting_for_the_hub() -> Iterator[None]:
+    """Within this context a Hub that does not answer counts as switched off: what is in its cache is read at once.
+
+    huggingface_hub repeats each request for half a minute before it gives up, and a model takes several requests.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(endpoint: str) -> bool:
+    """Return whether a server answers, whatever it says; it is asked once a minute."""
+    from huggingface_hub import get_session
+
+    when, answered = _asked.get(endpoint, (0.0, False))
+    if not when or time.monotonic() - when > 60:
+        try:
+            get_session().head(endpoint, timeout=_SECONDS_TO_ANSWER)
+            answered = True
+        except Exception:  # the client's errors have no common base among the versions of huggingface_hub
+            answered = False
+        _asked[endpoint] = time.monotonic(), answered
+    return answered
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -98,5 +136,6 @@ def _cached(name: str, file: str, revision: str | None) -> str | None:
         "_raise_exceptions_for_connection_errors": False,
         "_raise_exceptions_for_gated_repo": False,
     }
-    place: str | None = cached_file(name, file, revision=revision, **quiet)
+    with without_waiting_for_the_hub():
+        place: str | None = cached_file(name, file, revision=revision, **quiet)
     return place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from zotune.errors import UsageError, ZotuneError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_folder import AdapterFolder, read_adapter_folder, with_adapter
-from zotune.llm.checkpoints.adapter_source import find_adapter
+from zotune.llm.checkpoints.adapter_source import find_adapter, without_waiting_for_the_hub
 from zotune.llm.checkpoints.attention import attention_arguments
 from zotune.llm.checkpoints.causality import check_causal
 from zotune.llm.checkpoints.companions import read_companions
@@ -320,8 +320,10 @@ def errors_in_words(name: str) -> Iterator[None]:
     Raises:
         UsageError: the model cannot be read; the message says why and what to do.
     """
+    is_here = Path(name).exists() or name in BUILT_IN or name.startswith("random:")
     try:
-        yield
+        with nullcontext() if is_here else without_waiting_for_the_hub():
+            yield
     except (ZotuneError, ImportError):
         raise
     except LOADING_ERRORS as error:
