@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from zotune.estimate.estimate import GradientEstimate as GradientEstimate
     from zotune.estimate.finite_difference import central_difference as central_difference
     from zotune.estimate.finite_difference import forward_difference as forward_difference
-    from zotune.estimate.gradient_check import CheckedForwardGradient as CheckedForwardGradient
-    from zotune.estimate.jvp import forward_gradient as forward_gradient
+    from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient as CheckedForwardGradient
+    from zotune.estimate.forward_mode.jvp import forward_gradient as forward_gradient
     from zotune.estimate.objective import accumulate as accumulate
     from zotune.estimate.objective import batched as batched
     from zotune.estimate.perturb import perturbed as perturbed
@@ -67,8 +67,8 @@ _MODULES = {
     "errors": ("NonFiniteLossError", "RunError", "UnreadTensorError", "UsageError", "ZotuneError"),
     "estimate.estimate": ("GradientEstimate",),
     "estimate.finite_difference": ("central_difference", "forward_difference"),
-    "estimate.jvp": ("forward_gradient",),
-    "estimate.gradient_check": ("CheckedForwardGradient",),
+    "estimate.forward_mode.jvp": ("forward_gradient",),
+    "estimate.forward_mode.gradient_check": ("CheckedForwardGradient",),
     "optim.hybrid": ("Hybrid", "split_at_layer"),
     "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optim.zeroth_order": ("ZerothOrder",),

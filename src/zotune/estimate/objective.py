@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.estimate.determinism import note_evaluation, same_draws
-from zotune.estimate.dual_numbers import tangent_of
+from zotune.estimate.forward_mode.dual_numbers import tangent_of
 from zotune.model.eager_mode import uncompiled
 
 Closure = Callable[[], "Tensor | float"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.estimate.dual_numbers import dual, unpack
+from zotune.estimate.forward_mode.dual_numbers import dual, unpack
 
 
 def averaged(accelerator: Any, values: Tensor) -> Tensor:

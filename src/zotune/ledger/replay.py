@@ -26,8 +26,8 @@ _RECORDED_MODULES = {
     "zotune.apply.transforms": "zotune.transforms",
     "zotune.estimate.cuda_graph": "zotune.graphs",
     "zotune.estimate.finite_difference": "zotune.estimators",
-    "zotune.estimate.gradient_check": "zotune.gradient_check",
-    "zotune.estimate.jvp": "zotune.forward_mode",
+    "zotune.estimate.forward_mode.gradient_check": "zotune.gradient_check",
+    "zotune.estimate.forward_mode.jvp": "zotune.forward_mode",
 }
 
 

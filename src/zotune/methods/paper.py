@@ -24,7 +24,7 @@ from zotune.apply.transforms import sign as sign_of
 from zotune.directions.blocks import Block, BlockOrder
 from zotune.directions.schedule import AnySampler
 from zotune.estimate.finite_difference import Estimator, central_difference
-from zotune.estimate.gradient_check import CheckedForwardGradient
+from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient
 from zotune.optim.zeroth_order import ZerothOrder
 
 Difference = Callable[..., Any]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
-from zotune.estimate.gradient_check import is_compared, precision_of
+from zotune.estimate.forward_mode.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 import zotune
 from zotune.errors import UsageError
-from zotune.estimate.gradient_check import CheckedForwardGradient
-from zotune.estimate.jvp import forward_gradient
+from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient
+from zotune.estimate.forward_mode.jvp import forward_gradient
 from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord, read
 from zotune.ledger.files import locked
 from zotune.ledger.replay import check, header_of, replay

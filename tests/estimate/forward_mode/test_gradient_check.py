@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import zotune as zo
-from zotune.estimate.gradient_check import _TRIALS, contradiction
+from zotune.estimate.forward_mode.gradient_check import _TRIALS, contradiction
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,7 +126,8 @@ def test_in_half_precision_numbers_that_leave_torch_are_refused_where_the_loss_r
 def test_in_half_precision_differences_do_not_judge_a_coefficient(dtype, monkeypatch):
     """Of a model with many tuned weights they are noise."""
     monkeypatch.setattr(
-        "zotune.estimate.gradient_check.central_difference", lambda *args, **more: pytest.fail("a difference")
+        "zotune.estimate.forward_mode.gradient_check.central_difference",
+        lambda *args, **more: pytest.fail("a difference"),
     )
     model, calls = network(nn.Tanh(), dtype), []
 

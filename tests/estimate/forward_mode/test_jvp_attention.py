@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zotune.estimate.jvp_rules import attention
+from zotune.estimate.forward_mode.jvp_rules import attention
 from zotune.system import limits
 
 BATCH, HEADS, LENGTH, KEYS, WIDTH = 5, 6, 7, 9, 4

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from zotune.directions.direction import Direction
 from zotune.errors import UsageError
-from zotune.estimate.dual_numbers import tangent_of
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import central_difference
-from zotune.estimate.jvp import forward_gradient
+from zotune.estimate.forward_mode.dual_numbers import tangent_of
+from zotune.estimate.forward_mode.jvp import forward_gradient
 from zotune.estimate.objective import Accumulated, Closure, objective, probing
 from zotune.model.parameters import ParameterSet
 

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 
 import zotune as zo
 from zotune.directions.blocks import blocks_by_layer, blocks_by_linear
-from zotune.estimate import dual_numbers as tangents
-from zotune.estimate.jvp import forward_gradient
+from zotune.estimate.forward_mode import dual_numbers as tangents
+from zotune.estimate.forward_mode.jvp import forward_gradient
 from zotune.system import limits
 
 DOUBLE = torch.float64

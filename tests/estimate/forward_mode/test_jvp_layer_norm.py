@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from zotune.estimate.jvp_rules import layer_norm
+from zotune.estimate.forward_mode.jvp_rules import layer_norm
 
 SHAPE, EPS = (6, 5), 1e-3
 

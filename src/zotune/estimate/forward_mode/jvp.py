@@ -1,7 +1,8 @@
 r"""The forward gradient (∇f·u) u at the memory of inference: no graph, and u never stored.
 
 Forward-mode differentiation as torch offers it wants all of u beside the weights; doing without is what the paper
-(appendix C.1) leaves open. Here a tuned tensor has a tangent only while it is read: see `zotune.estimate.dual_numbers`.
+(appendix C.1) leaves open. Here a tuned tensor has a tangent only while it is read: see
+`zotune.estimate.forward_mode.dual_numbers`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions.direction import Direction
 from zotune.errors import UsageError
-from zotune.estimate.dual_numbers import DualParameters, tangent_of
 from zotune.estimate.estimate import GradientEstimate, averaged
+from zotune.estimate.forward_mode.dual_numbers import DualParameters, tangent_of
 from zotune.estimate.objective import Closure, objective, probing
 from zotune.model.parameters import ParameterSet
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from zotune.directions.direction import Direction
 from zotune.directions.low_rank import add_products
-from zotune.estimate.jvp_rules import attention, layer_norm
+from zotune.estimate.forward_mode.jvp_rules import attention, layer_norm
 from zotune.estimate.perturb import OffsetAlong, WeightOffset, pieces
 from zotune.model.intercept import ParameterInterceptor
 from zotune.model.parameters import ParameterSet, TunedTensor
@@ -113,7 +113,7 @@ class DualParameters(ParameterInterceptor):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """As `zotune.estimate.jvp_rules.attention`."""
+        """As `zotune.estimate.forward_mode.jvp_rules.attention`."""
         given, device = (query, key, value), query.device.type
         # Autocast would take the products to half precision that are made in single precision here.
         is_cast = device != "meta" and torch.is_autocast_enabled(device)
@@ -134,7 +134,7 @@ class DualParameters(ParameterInterceptor):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        """As `zotune.estimate.jvp_rules.layer_norm`."""
+        """As `zotune.estimate.forward_mode.jvp_rules.layer_norm`."""
         # Autocast computes it in single precision, and leaves it there.
         is_cast = input.is_cuda and torch.is_autocast_enabled("cuda")
         if is_cast or not any(map(self._has_tangent, (input, weight, bias))):
