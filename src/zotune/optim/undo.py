@@ -7,7 +7,7 @@ first write; only blocks that are updated one after the other have written when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class UndoLog:
         self._states = [(state, {p: dict(of_p) for p, of_p in state.items()}) for state in states]
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._bytes = 0
+        self._further: list[Callable[[], None]] = []
         self.has_written = self.is_writing = self.is_over = False
         self.is_complete = True
 
@@ -53,6 +54,13 @@ class UndoLog:
             self._kept += [(t, t.detach().clone()) for t in tensors]
         self.has_written = self.is_writing = True
 
+    def then(self, take_back: Callable[[], None] | None) -> None:
+        """Note how to take back what else was done; None if it cannot be."""
+        if take_back is None:
+            self.is_complete, self._kept = False, []
+        else:
+            self._further.append(take_back)
+
     @torch.no_grad()
     def put_back(self) -> None:
         """Put back the kept values, and all states."""
@@ -61,4 +69,6 @@ class UndoLog:
         for state, of_before in self._states:
             state.clear()
             state.update(of_before)
+        for take_back in reversed(self._further):
+            take_back()
         torch.clear_autocast_cache()

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
 from zotune.apply.tensor_update import Rounding, TensorUpdate
-from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
+from zotune.apply.transforms import Coefficient, State, Transform, clipped, identity, unchanged
 from zotune.apply.update import Step, Updated, update_tensors_, with_master
 from zotune.apply.window import CoefficientWindow
 from zotune.directions.blocks import Block, check_partition
 from zotune.directions.blocks import BlockOrder as BlockOrder
 from zotune.directions.direction import Direction, Terms
 from zotune.directions.samplers import rademacher
-from zotune.directions.schedule import AnySampler, SamplerState, Weights
+from zotune.directions.schedule import AnySampler, SamplerState, Weights, depends_on_weights
 from zotune.errors import UsageError
 from zotune.estimate.activation_cache import ActivationCache, NoActivationCache
 from zotune.estimate.estimate import GradientEstimate
@@ -27,10 +27,11 @@ from zotune.estimate.finite_difference import Estimator, central_difference
 from zotune.estimate.objective import Closure, evaluate, probing
 from zotune.estimate.perturb import perturbed_by
 from zotune.estimate.probes import refused
-from zotune.model.parameters import ParameterSet
+from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
 from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_values, check_window
+from zotune.optim.deferred import deferred_updates
 from zotune.optim.record import StepRecord, described
 from zotune.system.uninterrupted import uninterrupted
 
@@ -131,6 +132,7 @@ class ZerothOrder(CountingOptimizer):
         self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
+        self._deferred = deferred_updates(self.tuned, self.param_groups, self.rounding)
         self._is_complete = True
 
     def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
@@ -315,14 +317,23 @@ class ZerothOrder(CountingOptimizer):
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """The update of each tensor that the estimate moves, by tensor id."""
-        step, found = self._step_along(estimate), {}
+        return self._updates_of(self._step_along(estimate))
+
+    def _updates_of(self, step: Step, without: frozenset[int] = frozenset()) -> dict[int, TensorUpdate]:
+        """The update of each tensor that a step moves, by tensor id, but for those of `without`."""
+        found = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 tensor = self.tuned.find(p)
                 assert tensor is not None
-                if step.moves(tensor):
-                    found[tensor.id] = step.on(tensor, number, with_master(tensor, self.rounding, self.state[p]))
+                if step.moves(tensor) and tensor.id not in without:
+                    found[tensor.id] = step.on(tensor, number, self._state_of(tensor))
         return found
+
+    def _state_of(self, tensor: TunedTensor) -> State:
+        if tensor.id in self._deferred.ids:
+            return self._deferred.state_of(tensor)
+        return with_master(tensor, self.rounding, self.state[tensor.parameter])
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
         """The step along the estimate, independent of the weights."""
@@ -347,15 +358,25 @@ class ZerothOrder(CountingOptimizer):
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
         with uninterrupted():
-            updates = self.updates(estimate)
+            step = self._step_along(estimate)
+            updates = self._updates_of(step, without=self._deferred.ids)
             tensors = [update.tensor for update in updates.values()]
             self._undo.keep([t.storage() for t in tensors] if scale else [], [t.parameter for t in tensors])
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
-            self._prefix.moved(frozenset(updates))
+            self._defer(step, scale)
+            self._prefix.moved(frozenset(t.id for t in self.tuned if step.moves(t)))
             # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
             torch.clear_autocast_cache()
             self._undo.is_writing = False
+
+    def _defer(self, step: Step, scale: float) -> None:
+        """Let the step wait for the tensors of streamed layers (`zotune.optim.deferred`)."""
+        before = self._deferred.add(step, scale)
+        # A later block's forward passes apply what waits, and then it cannot be taken back.
+        self._undo.then(None if len(self._rounds) > 1 and self._deferred.ids else partial(self._deferred.cut, before))
+        if depends_on_weights(self.sampler):
+            self._deferred.settle()
 
     def settings(self) -> dict[str, Any]:
         """As `CountingOptimizer.settings`; learning rates are in the records, and what the estimator is does not
@@ -404,7 +425,8 @@ class ZerothOrder(CountingOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
-        state = super().state_dict()
+        with self._deferred.states_in(self.state):
+            state = super().state_dict()
         history = None if self._window is None else self._window.state()
         own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
         state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
@@ -414,6 +436,7 @@ class ZerothOrder(CountingOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken; float32 state stays float32."""
         super().load_state_dict(state_dict)
+        self._deferred.take_states(self.state)
         own = state_dict["zeroth_order"]
         self.seed = own["seed"]
         self.set_noise_version(own.get("noise_version", 1))

@@ -1,0 +1,173 @@
+"""Updates of streamed layers, each applied when its layer is in memory next.
+
+A step's update is a few numbers (`zotune.apply.update.Step`), so it can wait: the next forward pass brings each layer
+into memory anyway, and reads it after the update. So a step reads and writes a layer once, and a run that is resumed
+goes through all its earlier steps layer by layer. The state of the update (moments, master weights) lies in the file of
+the layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from zotune.apply.tensor_update import Rounding
+from zotune.apply.transforms import State
+from zotune.apply.update import Step, update_tensor_, with_master
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.streaming import LayerStream, stream_of
+from zotune.system.mapped_memory import release
+
+
+class NoDeferredUpdates:
+    """All updates are applied at once: no layer is streamed."""
+
+    ids: frozenset[int] = frozenset()
+
+    def add(self, step: Step, scale: float) -> int:
+        """Nothing waits."""
+        return 0
+
+    def cut(self, count: int) -> None:
+        """Nothing waits."""
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+    def state_of(self, tensor: TunedTensor) -> State:
+        """There is none."""
+        raise KeyError(tensor.name)
+
+    @contextmanager
+    def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
+        """Add nothing to an optimizer's states."""
+        yield
+
+    def take_states(self, states: dict[Any, Any]) -> None:
+        """Take nothing from an optimizer's states."""
+
+
+class DeferredUpdates(NoDeferredUpdates):
+    """The updates of an optimizer's streamed tensors that wait for their layers: a `zotune.model.streaming.Pending`.
+
+    Args:
+        tuned: the tuned tensors.
+        groups: by parameter (its `id`), the number of its parameter group.
+        stream: the layers.
+        rounding: how half-precision weights are written.
+
+    Attributes:
+        ids: ids of the streamed tensors.
+    """
+
+    def __init__(self, tuned: ParameterSet, groups: dict[int, int], stream: LayerStream, rounding: Rounding) -> None:
+        self._stream, self._rounding = stream, rounding
+        self._of_layer: dict[int, list[tuple[TunedTensor, int]]] = defaultdict(list)
+        for tensor in tuned:
+            if (layer := stream.layer_of(tensor.parameter)) is not None:
+                self._of_layer[layer].append((tensor, groups[id(tensor.parameter)]))
+        streamed = [tensor for of_layer in self._of_layer.values() for tensor, _ in of_layer]
+        self.ids = frozenset(t.id for t in streamed)
+        self._states: dict[int, State] = {t.id: {} for t in streamed}
+        self._by_id = {t.id: t for t in streamed}
+        # Steps are numbered from the first one on; `_first` is the number of the first that still waits somewhere.
+        self._waiting: list[tuple[Step, float]] = []
+        self._first = 0
+        self._done = dict.fromkeys(self._of_layer, 0)
+        stream.make_writable(t.parameter for t in streamed)
+        stream.pending = self
+
+    @property
+    def _count(self) -> int:
+        return self._first + len(self._waiting)
+
+    def add(self, step: Step, scale: float) -> int:
+        """Let a step wait; returns how many there were before it, for `cut`."""
+        before = self._count
+        self._waiting.append((step, scale))
+        return before
+
+    def cut(self, count: int) -> None:
+        """Take back all steps but the first `count`; none of those taken back was applied to any layer."""
+        del self._waiting[count - self._first :]
+
+    def settle(self) -> None:
+        """Apply all that waits."""
+        self._stream.settle()
+
+    def waits(self, layer: int) -> bool:
+        """As `Pending.waits`."""
+        return self._done.get(layer, self._count) < self._count
+
+    def apply(self, layer: int) -> None:
+        """As `Pending.apply`."""
+        for tensor, group in self._of_layer[layer]:
+            for step, scale in self._waiting[self._done[layer] - self._first :]:
+                if step.moves(tensor):
+                    self._update(tensor, group, step, scale)
+            for value in self._states[tensor.id].values():
+                if isinstance(value, Tensor):
+                    release(value)
+        self._done[layer] = self._count
+        oldest = min(self._done.values())
+        del self._waiting[: oldest - self._first]
+        self._first = oldest
+
+    def _update(self, tensor: TunedTensor, group: int, step: Step, scale: float) -> None:
+        """Apply a step to a tensor in memory; its state is copied there and back where it lies elsewhere."""
+        kept = self.state_of(tensor)
+        device = tensor.parameter.device
+        state = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
+        after = update_tensor_(step.on(tensor, group, state), scale)
+        for key, value in {**state, **after}.items():
+            kept[key] = self._put(kept.get(key), value)
+
+    def _put(self, home: Any, value: Any) -> Any:
+        """Write an entry of a state to the file; returns it as it lies there."""
+        if not isinstance(value, Tensor):
+            return value
+        if not isinstance(home, Tensor) or home.shape != value.shape or home.dtype != value.dtype:
+            home = self._stream.scratch.empty(tuple(value.shape), value.dtype)
+        return home if home.data_ptr() == value.data_ptr() else home.copy_(value)
+
+    def state_of(self, tensor: TunedTensor) -> State:
+        """The state of a streamed tensor, with its master weights if it keeps any."""
+        state = self._states[tensor.id]
+        if "master" not in state and "master" in with_master(tensor, self._rounding, state):
+            state["master"] = self._put(None, state["master"])
+        return state
+
+    @contextmanager
+    def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
+        """Within this context an optimizer's states, by parameter, hold those of its streamed tensors too."""
+        self.settle()
+        for tensor_id, state in self._states.items():
+            if state:
+                states[self._by_id[tensor_id].parameter] = state
+        try:
+            yield
+        finally:
+            for tensor in self._by_id.values():
+                states.pop(tensor.parameter, None)
+
+    def take_states(self, states: dict[Any, Any]) -> None:
+        """Take the states of the streamed tensors out of an optimizer's, and put them into the file."""
+        self.settle()
+        for tensor_id, tensor in self._by_id.items():
+            state = states.pop(tensor.parameter, {})
+            self._states[tensor_id] = {key: self._put(None, value) for key, value in state.items()}
+
+
+def deferred_updates(tuned: ParameterSet, param_groups: list[dict[str, Any]], rounding: Rounding) -> NoDeferredUpdates:
+    """The updates of an optimizer that wait for streamed layers, if its model has any."""
+    stream = stream_of(tuned.model)
+    if stream is None or all(stream.layer_of(t.parameter) is None for t in tuned):
+        if stream is not None:
+            stream.settle()
+        return NoDeferredUpdates()
+    groups = {id(p): number for number, group in enumerate(param_groups) for p in group["params"]}
+    return DeferredUpdates(tuned, groups, stream, rounding)
