@@ -49,7 +49,10 @@ def pair(request, tmp_path, monkeypatch):
         torch.manual_seed(0)
         plain = Network(depth).to(dtype)
         streamed = copy.deepcopy(plain)
-        LayerStream(streamed, ScratchFile(tmp_path), CPU)
+        scratch = ScratchFile(tmp_path)
+        for p in streamed.layers.parameters():
+            p.data = scratch.copy(p.data) if p.dim() > 1 else p.data
+        LayerStream(streamed, scratch, CPU)
         return streamed, plain
 
     return make

@@ -18,6 +18,7 @@ from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import Header, Layout, LedgerError
 from zotune.optim.record import StepRecord
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
+from zotune.system.mapped_memory import release
 
 # Functions are recorded by names that do not follow the package's layout, so that a ledger outlives it: by module of
 # today, the module name that ledgers hold.
@@ -212,6 +213,7 @@ def digest_of(tensor: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in _bytes(tensor):
         digest.update(part)
+    release(tensor)
     return digest.hexdigest()
 
 

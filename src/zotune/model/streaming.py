@@ -58,9 +58,10 @@ class LayerStream:
 
     Args:
         model: a model with a stack of layers; its other parameters are on `device` already.
-        scratch: the file for tensors that are written. A matrix that lies in no file yet is copied there.
+        scratch: the file for tensors that are written; None if all matrices are in the CPU's memory and stay there.
         device: the device that runs the layers.
-        layers: which of the stack's layers are streamed; by default all.
+        layers: which of the stack's layers are streamed; by default all. Their matrices are on the CPU: in memory, or
+            mapped from a file.
 
     Attributes:
         pending: the updates that wait for a layer; one owner at a time.
@@ -73,16 +74,20 @@ class LayerStream:
     >>> from pathlib import Path
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> x, before = torch.ones(1, 2), model(torch.ones(1, 2))
-    >>> stream = LayerStream(model, ScratchFile(Path(tempfile.gettempdir())), torch.device("cpu"))
+    >>> scratch = ScratchFile(Path(tempfile.gettempdir()))
+    >>> for layer in model:
+    ...     layer.weight.data = scratch.copy(layer.weight.data)
+    >>> stream = LayerStream(model, scratch, torch.device("cpu"))
     >>> with torch.no_grad():
     ...     torch.equal(model(x), before)
     True
     """
 
     def __init__(
-        self, model: nn.Module, scratch: ScratchFile, device: torch.device, layers: Iterable[int] | None = None
+        self, model: nn.Module, scratch: ScratchFile | None, device: torch.device, layers: Iterable[int] | None = None
     ) -> None:
-        stack = list(dict.fromkeys(stack_of(model)[1]))
+        path, stack = stack_of(model)
+        stack = list(dict.fromkeys(stack))
         if not stack:
             raise UsageError(f"{type(model).__name__} has no stack of layers, so none can be streamed.")
         if stream_of(model) is not None:
@@ -90,22 +95,14 @@ class LayerStream:
         self.scratch, self.device = scratch, device
         self.layers = [stack[i] for i in (range(len(stack)) if layers is None else layers)]
         self.pending: Pending = NothingPending()
-        owners = Counter(id(p) for layer in self.layers for p in set(layer.parameters()))
-        inside = {id(m) for layer in self.layers for m in layer.modules()}
-        outside = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
-        self.matrices: list[list[nn.Parameter]] = [
-            [p for p in layer.parameters() if p.dim() > 1 and owners[id(p)] == 1 and id(p) not in outside]
-            for layer in self.layers
-        ]
-        for p in (p for of_layer in self.matrices for p in of_layer):
-            if not is_mapped(p.data):
-                p.data = scratch.copy(p.data)
+        self.matrices = matrices_of(model, self.layers)
         self._place = InPlace(self.matrices) if device.type == "cpu" else ToDevice(self.matrices, device)
         self._layer_of = {id(p): i for i, of_layer in enumerate(self.matrices) for p in of_layer}
         for index, layer in enumerate(self.layers):
             layer.forward = self._streamed(index, layer.forward)
         self.place_others()
-        _STREAMS[model] = self
+        # By the module that holds the layers: an adapter or a new head may be put around the rest of the model.
+        _STREAMS[model.get_submodule(path)] = self
 
     def layer_of(self, parameter: Tensor) -> int | None:
         """The layer that a streamed matrix belongs to; None for any other tensor."""
@@ -123,17 +120,24 @@ class LayerStream:
                         module._buffers[name] = buffer.to(self.device)
 
     def make_writable(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Copy matrices that are to be tuned into the scratch file, unless they lie there; the user's file is only
-        read.
+        """Copy matrices that are to be tuned and lie in the user's file into the scratch file.
 
         Raises:
             NotWrittenError: the disk is full.
         """
         self.settle()
         for p in parameters:
-            if not self.scratch.holds(p.data):
+            if self.scratch is not None and is_mapped(p.data) and not self.scratch.holds(p.data):
                 p.data = self.scratch.copy(p.data)
         self._place.renew()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return new memory for what lies with a layer, such as the state of an update.
+
+        Raises:
+            NotWrittenError: the disk is full.
+        """
+        return torch.empty(shape, dtype=dtype) if self.scratch is None else self.scratch.empty(shape, dtype)
 
     def settle(self) -> None:
         """Apply all updates that wait, one layer after the other."""
@@ -196,13 +200,28 @@ def settle(model: nn.Module) -> None:
         stream.settle()
 
 
+def settle_tensors(tensors: Sequence[Tensor]) -> None:
+    """As `settle`, for whoever knows some of a model's parameters and not the model."""
+    for stream in list(_STREAMS.values()):
+        if any(stream.layer_of(p) is not None for p in tensors):
+            stream.settle()
+
+
+def matrices_of(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[nn.Parameter]]:
+    """The parameters of each layer that are streamed: those of more than one dimension that nothing else in the model
+    has too.
+    """
+    owners = Counter(id(p) for layer in layers for p in set(layer.parameters()))
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    outside = {id(p) for m in model.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+    return [
+        [p for p in layer.parameters() if p.dim() > 1 and owners[id(p)] == 1 and id(p) not in outside]
+        for layer in layers
+    ]
+
+
 def released(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Tensors in their order; each gives back its memory when the next one is asked for."""
     for x in tensors:
         yield x
         release(x)
-
-
-def largest_layer(matrices: Sequence[Sequence[Tensor]]) -> int:
-    """Bytes of the largest layer."""
-    return max((sum(p.nbytes for p in of_layer) for of_layer in matrices), default=0)

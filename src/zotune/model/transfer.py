@@ -7,6 +7,7 @@ stream from there to the device, so that neither the disk nor the bus waits for 
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -59,7 +60,9 @@ class ToDevice:
 
     def __init__(self, matrices: Matrices, device: torch.device) -> None:
         self._matrices, self._device = matrices, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         largest = max(sum(_aligned(p.nbytes) for p in of_layer) for of_layer in matrices)
         self._pinned = torch.empty(largest, dtype=torch.uint8, pin_memory=self._stream is not None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="zotune-layers")
@@ -74,8 +77,9 @@ class ToDevice:
 
     def wait(self) -> None:
         """Wait until all that was written is in the file, and forget what was read ahead: it may be written now."""
-        for copied in (*self._coming.values(), *self._going):
-            copied.result()
+        concurrent.futures.wait(list(self._coming.values()))
+        for written in self._going:
+            written.result()
         self._coming.clear()
         self._going.clear()
 

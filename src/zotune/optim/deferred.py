@@ -131,7 +131,7 @@ class DeferredUpdates(NoDeferredUpdates):
         if not isinstance(value, Tensor):
             return value
         if not isinstance(home, Tensor) or home.shape != value.shape or home.dtype != value.dtype:
-            home = self._stream.scratch.empty(tuple(value.shape), value.dtype)
+            home = self._stream.empty(tuple(value.shape), value.dtype)
         return home if home.data_ptr() == value.data_ptr() else home.copy_(value)
 
     def state_of(self, tensor: TunedTensor) -> State:

@@ -16,7 +16,9 @@ import tempfile
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +94,10 @@ class ScratchFile:
         release(x)
         return out
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Return a tensor as it is if it is mapped from a file, else a copy in this file."""
+        return x if is_mapped(x) else self.copy(x)
+
     def holds(self, x: Tensor) -> bool:
         """Whether a tensor begins where one of this file's does, while that one lives."""
         return x.data_ptr() in self._starts and is_mapped(x)
@@ -125,6 +131,22 @@ def mapped_safetensors(path: Path) -> dict[str, Tensor]:
         if lo < hi <= size and lo % dtype.itemsize == 0:
             found[name] = whole[lo:hi].view(dtype).view(entry["shape"])
     return found
+
+
+def register_memmap(array: np.ndarray[Any, Any]) -> None:
+    """Let the functions of this module know a file that NumPy has mapped, and of which nothing is written.
+
+    Args:
+        array: a `np.memmap`, or a view of one.
+    """
+    base: Any = array
+    while base is not None and not isinstance(base, np.memmap):
+        base = base.base
+    # A view of a memmap is one too; the whole of the file belongs to the one that nothing is under.
+    while base is not None and isinstance(base.base, np.memmap):
+        base = base.base
+    if base is not None and base.ctypes.data not in _ENDS:
+        _register(base._mmap, base.ctypes.data, base.nbytes)
 
 
 def is_mapped(x: Tensor) -> bool:

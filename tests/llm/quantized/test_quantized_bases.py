@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,9 @@ from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_sc
 from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.origin import frozen_digest
 from zotune.llm.training.train import train
+from zotune.model.streaming import stream_of
 from zotune.plan.dry_run import dry_run
+from zotune.system.mapped_memory import is_mapped
 
 # bitsandbytes and torchao are not among the packages that tests need; where they are installed they are tried.
 LIBRARIES = [
@@ -267,6 +270,18 @@ def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
     assert not torch.equal(one, other)
     assert torch.allclose(one, other, atol=0.1)
     assert verify(result.output_dir).different == ()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "scales"])
+def test_layers_of_a_gguf_file_are_streamed_to_the_same_bits(tuning, base, config, tmp_path):
+    rates = {"learning_rate": 1e-2} if tuning == "lora" else {"learning_rate": 1e-7, "mu": 1e-5}
+    options = {**base("gguf"), **rates, "tuning": tuning, "max_steps": 3}
+    streamed = config(**options, output_dir=tmp_path / "streamed", offload_folder=tmp_path / "disk")
+    matrices = [p for of_layer in stream_of(load(streamed).module).matrices for p in of_layer]
+    assert all(is_mapped(p.data) and p.dtype == torch.uint8 for p in matrices) and len(matrices) == 21
+    one, other = train(streamed).output_dir, train(config(**options)).output_dir
+    name = "adapter_model.safetensors" if tuning == "lora" else "tuned_model.safetensors"
+    assert bits(load_file(one / name)) == bits(load_file(other / name))
 
 
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])

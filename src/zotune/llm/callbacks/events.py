@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState, TrainerControl, Train
 from zotune.llm.callbacks.arguments import arguments_of
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
+from zotune.model.streaming import settle
 
 STATE_FILE = "trainer_state.json"
 
@@ -213,6 +214,8 @@ class Events:
             state.best_metric, state.best_global_step = value, state.global_step
 
     def _call(self, event: str, *, only_exporting: bool = False, **values: Any) -> None:
+        if self._callbacks:
+            settle(self._lm.module)  # they may read the weights
         for callback in self._callbacks:
             if only_exporting and not isinstance(callback, ExportableState):
                 continue

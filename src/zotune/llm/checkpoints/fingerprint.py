@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
 from zotune.system.bounds import read_json
+from zotune.system.mapped_memory import release
 
 FILE = "base_model.json"
 _SAMPLE = 256
@@ -38,6 +39,7 @@ def fingerprint(model: nn.Module) -> dict[str, str] | None:
             continue
         flat = p.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+        release(p.detach())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return {"dtypes": ", ".join(sorted(dtypes)), "digest": digest.hexdigest()}
 

@@ -94,7 +94,7 @@ GROUPS = ("Model", "Data", "Tuning", "Method", "Run", "Evaluation", "Output")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "Model": (
         *("model", "model_revision", "dtype", "quantization", "device", "attn_implementation", "accept_terms"),
-        "trust_remote_code",
+        *("device_map", "offload_folder", "trust_remote_code"),
     ),
     "Data": (
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -13,6 +14,8 @@ from zotune.llm.config.tuning import TuningOptions
 AttentionName = Literal[
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
+COMPUTED_MAPS = ("auto", "balanced", "sequential")
+"""The device maps that accelerate computes."""
 # Attention without a derivative in forward mode.
 _FUSED = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -54,6 +57,36 @@ class ModelOptions(Options):
         "auto", description="Device that runs the model: cpu, cuda, cuda:1, …; auto uses a GPU if there is one."
     )
 
+    device_map: str | None = Field(
+        None,
+        description="Where each module lies: auto, balanced or sequential (accelerate fills the GPUs, then the memory, "
+        "then the disk), or a JSON or YAML file from module to GPU number, cpu or disk; default: all on device.",
+    )
+    offload_folder: Path | None = Field(
+        None,
+        description="Folder on a disk for weights that are larger than memory: the layers come to the device one after "
+        "the other. What is written there is a copy and goes when the run ends.",
+    )
+
+    @model_validator(mode="after")
+    def _no_two_placements(self, info: ValidationInfo) -> Self:
+        if is_partial(info):
+            return self
+        named = [name for name in ("device_map", "offload_folder") if getattr(self, name) is not None]
+        if named and self.quantization not in (None, "none", "gguf"):
+            raise ValueError(
+                f"{named[0]} does not go with quantization: {self.quantization}, whose library keeps its weights on "
+                "one device; use gguf, whose layers can be streamed (--offload-folder)"
+            )
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device_map says where each module lies; leave out device")
+        if self.device_map is not None and (self.is_gguf or self.model.startswith("random:")):
+            raise ValueError(
+                "device_map is for checkpoints that transformers loads; for random: models and GGUF files use "
+                "offload_folder"
+            )
+        return self
+
     @property
     def is_gguf(self) -> bool:
         """Whether the base model is read from a GGUF file and stays quantised."""
@@ -93,6 +126,11 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(
                 f"gradient_checkpointing has no effect on {self.method}, which stores no activations; leave it out"
+            )
+        if self.offload_folder is not None and (self.method in FIRST_ORDER or self.hybrid_layers is not None):
+            raise ValueError(
+                "offload_folder streams layers, whose weights are gone when back-propagation comes back to them; use a "
+                "method of forward passes without hybrid_layers"
             )
         if self.method == "forward_grad" and self.attn_implementation in _FUSED:
             raise ValueError(

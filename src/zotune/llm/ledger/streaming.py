@@ -20,9 +20,8 @@ from zotune.ledger import Ledger, LedgerError
 from zotune.ledger.replay import check, digest_of
 from zotune.ledger.stream import Trace
 from zotune.llm.checkpoints.adapter_source import find_adapter
-from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.no_code import read_generation_config
-from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint, write_shards
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, Checkpoint
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
@@ -30,7 +29,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.tuned_parameters import prepare_tuning
-from zotune.llm.output.model_files import write_errors_in_words
+from zotune.llm.output.model_files import saved_tensors, write_by_tensor, write_errors_in_words
 from zotune.llm.tasks import head_labels
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.origin import combined_digest
@@ -71,15 +70,7 @@ class StreamedModel:
     @write_errors_in_words()
     def write(self, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
         """Write a folder for transformers to load, with one tensor in memory at a time."""
-        module: Any = self.lm.module
-        module.config.dtype = str(module.dtype).removeprefix("torch.")
-        module.config.architectures = [type(module).__name__]
-        module.config.save_pretrained(str(folder))
-        if module.can_generate():
-            module.generation_config.save_pretrained(str(folder))
-        self.lm.tokenizer.save_pretrained(str(folder))
-        write_companions(folder, self.lm.companions)
-        write_shards(folder, self.shapes, self.tensor, module.num_parameters(), max_shard_size)
+        write_by_tensor(self.lm, folder, self.shapes, self.tensor, max_shard_size)
 
     def after(self, ledger: Ledger, config: TrainConfig, *, from_base: bool) -> StreamedModel:
         """Return the model after a ledger's steps.
@@ -160,7 +151,7 @@ def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
         return checkpoint.tensor(sources[name]).to(state[name].dtype)
 
     _check_frozen(ledger, config, module, tensor)
-    return StreamedModel(lm, config, _saved_tensors(module, state), tensor)
+    return StreamedModel(lm, config, saved_tensors(module, state), tensor)
 
 
 def mean_of_models(streams: Iterable[StreamedModel]) -> StreamedModel:
@@ -233,16 +224,6 @@ def _sources(module: Any, checkpoint: Checkpoint) -> dict[str, str]:
             raise NotStreamedError(f"its files have other values for {others[0]} than for {key}, which it ties")
         sources |= dict.fromkeys(names, key)
     return sources
-
-
-def _saved_tensors(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a model that transformers saves: one of each group of tied tensors."""
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-
-    ignored = set(module._keys_to_ignore_on_save or ())
-    state = {name: value for name, value in state.items() if name not in ignored}
-    tensors: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, module)
-    return tensors
 
 
 def _check_frozen(ledger: Ledger, config: TrainConfig, module: nn.Module, tensor: Weights) -> None:

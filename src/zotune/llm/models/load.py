@@ -27,6 +27,14 @@ from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import check_labels, give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.placement.device_map import is_placed
+from zotune.llm.models.placement.layers import (
+    check_no_new_head,
+    open_scratch,
+    place_rest,
+    read_by_map,
+    stream_in_memory,
+)
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
     QUANTIZERS,
@@ -63,6 +71,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     adapter = adapter_of(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
+        stream_in_memory(lm.module, options, device)
     elif adapter is not None:
         lm = _load_adapter(adapter, options, labels)
     elif (base := tuned_base_model(Path(options.model))) is not None:
@@ -73,9 +82,12 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         check_labels(lm.name, lm.config, labels)
     elif labels and lm.masked:
         check_head(lm.module, options)
+        check_no_new_head(lm.module, lm.name)
         lm.module, lm.classifies = with_classification_head(lm.module, labels, seed), True
     is_quantized = getattr(lm.base, "is_quantized", False)
-    if not is_quantized:  # transformers has placed a quantised model already
+    if is_placed(options):
+        place_rest(lm.module, options, device)
+    elif not is_quantized:  # transformers has placed a quantised model already
         lm.module.to(device)
     lm.module.eval()
     if lm.device.type == "cpu":
@@ -199,15 +211,17 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
         kind = kind_of(config, options.model)
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
         quantisation = loading_options(options.quantization, dtype, find_device(options.device))
-        module = read_pretrained(
-            source,
-            kind,
-            options.model,
-            new_head=new_head and kind.masked,
-            dtype=_DTYPES.get(options.dtype, "auto"),
+        arguments = {
+            "new_head": new_head and kind.masked,
+            "dtype": _DTYPES.get(options.dtype, "auto"),
             **options.reading,
             **attention_of(options),
             **quantisation,
+        }
+        module = (
+            read_by_map(source, kind, options, config, find_device(options.device), arguments)
+            if is_placed(options)
+            else read_pretrained(source, kind, options.model, **arguments)
         )
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
@@ -252,12 +266,16 @@ def _load_gguf(options: ModelOptions) -> LanguageModel:
         config = read_config(folder, **named)
         if attention := attention_of(options):
             config._attn_implementation = attention["attn_implementation"]
-        module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32))
+        scratch = open_scratch(options)
+        keep = None if scratch is None else scratch.kept
+        module = read_model(file, config, _DTYPES.get(options.dtype, torch.float32), keep)
         tokenizer = read_tokenizer(folder, **named)
         if not named:
             module.generation_config = read_generation_config(folder)
     module.name_or_path = options.model
-    return LanguageModel(module, tokenizer, options.model, masked=False)
+    lm = LanguageModel(module, tokenizer, options.model, masked=False)
+    stream_in_memory(lm.module, options, find_device(options.device), scratch)
+    return lm
 
 
 def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> LanguageModel:

@@ -24,6 +24,7 @@ from zotune.llm.quantized.backends import is_packed, is_quantised
 from zotune.llm.quantized.scales import SCALES, add_scales, layers_with_scales
 from zotune.messages import say
 from zotune.model.layers import stack_of
+from zotune.model.streaming import stream_of
 
 
 def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
@@ -44,6 +45,8 @@ def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
             p.requires_grad_(False)
         lm.base_fingerprint = fingerprint(lm.module)
         SCHEMES[config.tuning](lm, config)
+    if (stream := stream_of(lm.module)) is not None:
+        stream.place_others()
     check_saved(lm.module, lm.name)
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.checkpoints.hub_names import HUB_IDS, name_base_for_all
-from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE
+from zotune.llm.checkpoints.safetensors_shards import MAX_SHARD_SIZE, write_shards
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
+from zotune.model.streaming import settle, stream_of
+from zotune.system.mapped_memory import release
 
 _WEIGHTS = re.compile(r"(adapter_|tuned_)?model(-.*)?\.safetensors(\.index\.json)?")
 
@@ -56,9 +59,14 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     Raises:
         OSError, NotWrittenError: a file cannot be written.
     """
+    settle(lm.module)
     if not is_adapter(lm.module) and has_packed_layers(lm.module):
         write_tuned(lm.module, folder)
         write_fingerprint(folder, lm.base_fingerprint)
+        return
+    if not is_adapter(lm.module) and stream_of(lm.module) is not None and not _is_converted(lm.module):
+        state = saved_tensors(lm.module, lm.module.state_dict())
+        write_by_tensor(lm, folder, state, lambda name: _released(state[name]), max_shard_size)
         return
     # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
     extra: dict[str, Any] = (
@@ -72,6 +80,58 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     else:
         write_companions(folder, lm.companions)
     lm.tokenizer.save_pretrained(str(folder))
+
+
+def _is_converted(module: Any) -> bool:
+    """Whether transformers writes other tensors than the model has, as of mixtures of experts."""
+    return bool(getattr(module, "_weight_conversions", None))
+
+
+def _released(x: Tensor) -> Tensor:
+    """A copy of a tensor in memory, of which the mapped one takes no memory."""
+    copied = x.detach().to("cpu", copy=True)
+    release(x.detach())
+    return copied
+
+
+def saved_tensors(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a model that transformers saves: one of each group of tied tensors."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = set(module._keys_to_ignore_on_save or ())
+    state = {name: value for name, value in state.items() if name not in ignored}
+    tensors: dict[str, Tensor] = remove_tied_weights_from_state_dict(state, module)
+    return tensors
+
+
+def write_by_tensor(
+    lm: LanguageModel,
+    folder: Path,
+    shapes: Mapping[str, Tensor],
+    tensor: Callable[[str], Tensor],
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a whole model's folder as transformers does, with one tensor in memory at a time.
+
+    Args:
+        lm: the model, whose weights need not be in memory.
+        folder: an existing folder.
+        shapes: tensors of the dtypes and shapes to write, by name, see `saved_tensors`.
+        tensor: returns the values of a name on the CPU.
+        max_shard_size: maximum size of a file.
+
+    Raises:
+        OSError, NotWrittenError: a file cannot be written.
+    """
+    module: Any = lm.module
+    module.config.dtype = str(module.dtype).removeprefix("torch.")
+    module.config.architectures = [type(module).__name__]
+    module.config.save_pretrained(str(folder))
+    if module.can_generate():
+        module.generation_config.save_pretrained(str(folder))
+    lm.tokenizer.save_pretrained(str(folder))
+    write_companions(folder, lm.companions)
+    write_shards(folder, shapes, tensor, module.num_parameters(), max_shard_size)
 
 
 def _built_in(lm: LanguageModel) -> str | None:

@@ -21,6 +21,7 @@ from zotune.llm.quantized.gguf_config import ROPE_FACTORS, complete_config
 from zotune.llm.quantized.gguf_reader import StoredTensor, read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear
 from zotune.model.layers import stack_of
+from zotune.system.mapped_memory import register_memmap, release
 
 # Architectures whose files differ from transformers at most in the order of rows, which can change while packed.
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")
@@ -39,13 +40,15 @@ class matrices_on_meta(TorchFunctionMode):  # noqa: N801 - a context manager rea
         return func(*args, **kwargs)
 
 
-def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
+def read_model(file: Path, config: Any, dtype: torch.dtype, keep: Callable[[Tensor], Tensor] | None = None) -> Any:
     """Load the causal language model in a GGUF file, in eval mode.
 
     Args:
         file: the GGUF file.
         config: the model's configuration in transformers.
         dtype: dtype of the computation, and of all tensors that are not packed.
+        keep: given each packed matrix, returns it as the model is to hold it; the pages of the file that were read for
+            it are then given back. None: each matrix is held as it is.
 
     Raises:
         UsageError: the architecture, a key or a tensor's format is not supported, or a tensor has no place; the message
@@ -54,6 +57,8 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     import transformers
 
     stored = read_gguf(file)
+    if keep is not None:
+        register_memmap(stored.tensors[0].data)
     architecture, by_name = stored.architecture, {tensor.name: tensor for tensor in stored.tensors}
     if architecture not in ARCHITECTURES:
         raise UsageError(
@@ -72,7 +77,7 @@ def read_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     _check_sets(file, absent, sorted(by_name.keys() - names.values()))
     for name, stored_name in names.items():
         if stored_name in by_name:
-            _set_tensor(model, name, by_name[stored_name], architecture, config, dtype)
+            _set_tensor(model, name, by_name[stored_name], architecture, config, dtype, keep)
     _tie(model)
     return model.eval()
 
@@ -93,7 +98,13 @@ def _check_sets(file: Path, absent: list[str], unread: list[str]) -> None:
 
 
 def _set_tensor(
-    model: Any, name: str, stored: StoredTensor, architecture: str, config: Any, dtype: torch.dtype
+    model: Any,
+    name: str,
+    stored: StoredTensor,
+    architecture: str,
+    config: Any,
+    dtype: torch.dtype,
+    keep: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Give a parameter of the model the values in the file, packed if the file has them so.
 
@@ -111,6 +122,9 @@ def _set_tensor(
     content = stored.data if is_packed else dequantize(stored.data, GGMLQuantizationType[stored.kind])
     value = _as_in_transformers(torch.from_numpy(content), stored.name, architecture, config)
     if is_packed:
+        source, value = torch.from_numpy(content), value if keep is None else keep(value)
+        if keep is not None:
+            release(source)
         _pack(model, name, value, stored.kind, dtype)
     else:
         set_in_model(model, name, nn.Parameter(value.to(dtype)))

@@ -19,6 +19,8 @@ from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
+from zotune.model.streaming import settle_tensors
+from zotune.system.mapped_memory import release
 
 # Tuned weights of up to this many bytes are stored in memory, larger ones in a file of the output folder.
 MAX_MEMORY = 256 * 2**20
@@ -96,11 +98,14 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
     Raises:
         RunError: there is no room; the message ends with `remedy`.
     """
+    settle_tensors(tuned)
     num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
     on_disk = folder if num_bytes > MAX_MEMORY else None
     store = ActivationStore([MemoryTier(num_bytes) if on_disk is None else FileTier(num_bytes, on_disk)])
     for i, p in enumerate(tuned):
-        if not store.put((i,), p.detach()):
+        is_stored = store.put((i,), p.detach())
+        release(p.detach())
+        if not is_stored:
             raise RunError(
                 f"a copy of the tuned weights could not be stored in {folder or 'memory'}: it takes "
                 f"{num_bytes / 1e6:.0f} MB. {remedy}"
@@ -111,10 +116,12 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
 @torch.no_grad()
 def restore_weights(tuned: Sequence[nn.Parameter], store: ActivationStore) -> None:
     """Set weights to their copies, bit for bit."""
+    settle_tensors(tuned)
     for i, p in enumerate(tuned):
         weights = store.get((i,))
         assert weights is not None
         p.copy_(weights)
+        release(p.detach())
 
 
 def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence[Encoded]) -> None:

@@ -45,6 +45,7 @@ from zotune.llm.training.origin import (
 )
 from zotune.messages import say
 from zotune.model.parameters import ParameterSet
+from zotune.model.streaming import settle, stream_of
 from zotune.optim.zeroth_order import ZerothOrder
 
 _START_AGAIN = "choose another --output-dir, or start again with --overwrite-output-dir."
@@ -75,6 +76,7 @@ class Journal:
         dev: Sequence[Encoded] = (),
     ) -> None:
         self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
+        self._module = lm.module
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         origin = origin_of(lm, train, dev if config.selects else None)
         self._origin = origin if self.has_ledger else with_tuned_weights(origin, lm)
@@ -234,6 +236,8 @@ class Journal:
         self._output.metrics.sync()
         if self._writer is not None:
             self._writer.sync()
+            if stream_of(self._module) is not None:
+                return  # a checkpoint would be read into memory as a whole; the ledger alone suffices
         state = {"weights": self._tuned, "optimizer": self._optimizer.state_dict()}
         checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), **state})
 
@@ -244,6 +248,7 @@ class Journal:
         return {"run": run, "counters": vars(counters), "origin": self._origin, **mark}
 
     def _load(self, saved: Any, counters: Counters) -> None:
+        settle(self._module)
         checkpoint.restore_weights(saved["weights"], self._tuned)
         state = saved["optimizer"]
         if isinstance(self._optimizer, ZerothOrder):
