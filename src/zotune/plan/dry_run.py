@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from zotune.errors import UsageError
 from zotune.llm.callbacks.trackers import check_installed
@@ -22,6 +23,7 @@ from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.models.placement.device_map import check_here
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
@@ -46,6 +48,7 @@ from zotune.plan.memory import (
     weight_bytes,
 )
 from zotune.plan.passes import MAX_COPIES, forward, largest_pass
+from zotune.plan.placed import Places, mib, placement_in_plan, with_placement
 from zotune.system.peak_memory import peak_memory
 
 SHOWN_EXAMPLES, SHOWN_CHARACTERS, SHOWN_REFUSED = 3, 2000, 5
@@ -67,6 +70,7 @@ class DryRun:
         num_tuned, num_parameters: number of tuned parameters and of all parameters of the model.
         forward_passes: forward passes of one step and of the training.
         memory: bytes by purpose.
+        places: where the weights lie, if not all on one device.
     """
 
     config: TrainConfig
@@ -81,11 +85,13 @@ class DryRun:
     num_parameters: int
     forward_passes: dict[str, int]
     memory: Memory
+    places: Places | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("config", "memory")}
-        return {"config": self.config.model_dump(mode="json"), **plain, "memory": self.memory.to_json()}
+        plain = {k: v for k, v in vars(self).items() if k not in ("config", "memory", "places")}
+        places = {} if self.places is None else {"places": self.places.to_json()}
+        return {"config": self.config.model_dump(mode="json"), **plain, "memory": self.memory.to_json(), **places}
 
     def __str__(self) -> str:
         recipe = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
@@ -99,7 +105,7 @@ class DryRun:
         training = self.forward_passes["training"]
         is_searched = self.config.learning_rate == "auto" and self.config.max_steps >= least_run()
         search = f", and at most {MAX_SHARE * training:,.0f} to find the learning rate" if is_searched else ""
-        parts = [f"{name} {_mib(n)}" for name, n in asdict(self.memory).items() if n]
+        parts = [f"{name} {mib(n)}" for name, n in asdict(self.memory).items() if n]
         return "\n".join(
             [
                 recipe,
@@ -111,7 +117,8 @@ class DryRun:
                 *refused,
                 f"tuned: {self.num_tuned:,} of {self.num_parameters:,} parameters",
                 f"forward passes: {self.forward_passes['step']:,} per step, {training:,} in all{search}",
-                f"expected memory: {_mib(self.memory.total)} ({', '.join(parts)})",
+                f"expected memory: {mib(self.memory.total)} ({', '.join(parts)})",
+                *([] if self.places is None else [str(self.places)]),
             ]
         )
 
@@ -132,6 +139,9 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
     with FakeScalars():
         lm, stored = load_meta_model(config, head_labels(config))
         num_parameters = sum(p.numel() for p in lm.module.parameters())
+        placement = placement_in_plan(config, lm.base, on_cpu=_on_cpu(config))
+        if placement is not None:
+            check_here(placement, config)
         prepare_tuning(lm, config)
         shown, given, stream = _shown_rows(config, given)
         data = load_examples(lm, shown, given)
@@ -150,6 +160,9 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
         )
         step = forwards_a_step(optimizer, config)
+        memory, places = _memory(lm, optimizer, config, rows, data, stored), None
+        if placement is not None:
+            memory, places = with_placement(memory, placement, tuned_of(lm), config)
         return DryRun(
             config=config,
             notes=(*data.notes, *rows.notes, *notes),
@@ -162,8 +175,18 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
             num_parameters=num_parameters,
             forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
-            memory=_memory(lm, optimizer, config, rows, data, stored),
+            memory=memory,
+            places=places,
         )
+
+
+def tuned_of(lm: LanguageModel) -> list[Tensor]:
+    """The tuned parameters of a model."""
+    return [p for p in lm.module.parameters() if p.requires_grad]
+
+
+def _on_cpu(config: TrainConfig) -> bool:
+    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
 
 
 def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfig, UserRows | None, RowStreams | None]:
@@ -241,7 +264,7 @@ class _EncodedRows:
 def _memory(
     lm: LanguageModel, optimizer: Any, config: TrainConfig, rows: _EncodedRows, data: Data, stored: torch.dtype
 ) -> Memory:
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    on_cpu = _on_cpu(config)
     base = list(lm.base.parameters())
     is_converted = any(
         p.dtype != stored
@@ -342,7 +365,3 @@ def quantiles(lengths: Sequence[int]) -> dict[str, float]:
         return {}
     p95 = int(np.percentile(lengths, 95, method="higher"))
     return {"min": min(lengths), "median": float(np.median(lengths)), "p95": p95, "max": max(lengths)}
-
-
-def _mib(n: int) -> str:
-    return f"{n / 2**20:.0f} MiB" if n < 2**33 else f"{n / 2**30:.1f} GiB"

@@ -101,8 +101,9 @@ class PlanConfig(ModelOptions, TuningOptions):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The chosen methods without duplicates, by default all."""
-        return tuple(dict.fromkeys(_names(self.method))) or METHOD_NAMES
+        """The chosen methods without duplicates, by default all; of streamed layers those of forward passes."""
+        every = METHOD_NAMES if self.offload_folder is None else _FORWARD_ONLY
+        return tuple(dict.fromkeys(_names(self.method))) or every
 
     @property
     def limit(self) -> int | None:

@@ -13,6 +13,7 @@ from zotune.llm.models.builtin import BUILT_IN
 from zotune.plan.formulas import FORMULAS, Terms
 from zotune.plan.memory import Memory
 from zotune.plan.options import PlanConfig
+from zotune.plan.placed import Places
 from zotune.plan.predict import HUB_IDS, Architecture, on_cpu
 from zotune.plan.process_memory import measure
 from zotune.plan.search import largest
@@ -59,6 +60,7 @@ class Plan:
         libraries: bytes of the process with its libraries if the model is in the same memory, else 0.
         is_papers: whether model and setting are those of the paper's Table A1.
         advice: which methods to consider.
+        places: where the weights lie with the method whose state is largest, if not all on one device.
     """
 
     config: PlanConfig
@@ -67,6 +69,7 @@ class Plan:
     is_papers: bool
     rows: tuple[Row, ...]
     advice: str
+    places: Places | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
@@ -89,6 +92,7 @@ class Plan:
             "formulas": formulas,
             "methods": [row.to_json() for row in self.rows],
             "advice": self.advice,
+            **({} if self.places is None else {"places": self.places.to_json()}),
         }
 
 
@@ -111,7 +115,9 @@ def plan(config: PlanConfig) -> Plan:
     rows = [_row(architecture, workload, terms, libraries, config) for workload in workloads.values()]
     if config.calibrate:
         rows = [replace(row, seconds=_seconds(workloads[row.method], row)) for row in rows]
-    return Plan(config, terms, libraries, _is_papers(first), tuple(rows), advice(rows, config.limit))
+    return Plan(
+        config, terms, libraries, _is_papers(first), tuple(rows), advice(rows, config.limit), architecture.places
+    )
 
 
 def has_weights(model: str) -> bool:
@@ -191,7 +197,8 @@ def advice(rows: list[Row], limit: int | None) -> str:
         return "No method fits with this batch and length, but smaller ones do: see the last column."
     return (
         f"No method fits: {least.method} needs the least memory, {gib(least.total)}, of which "
-        f"{gib(least.prediction.weights)} are weights. Consider --dtype bfloat16, or a smaller model."
+        f"{gib(least.prediction.weights)} are weights. Consider --dtype bfloat16, --offload-folder FOLDER, which "
+        "brings the layers from a disk one after the other, or a smaller model."
     )
 
 

@@ -21,6 +21,7 @@ from zotune.plan.formulas import Terms, terms_of
 from zotune.plan.live_memory import FakeScalars, peak_of
 from zotune.plan.memory import Memory, batch_of, overhead_bytes, recorded_bytes, state_bytes, weight_bytes
 from zotune.plan.passes import Pass, largest_pass
+from zotune.plan.placed import Places, placement_in_plan, with_placement
 from zotune.plan.workload import Workload, synthetic_examples
 
 # From ids on the Hugging Face Hub to the names of built-in architectures.
@@ -70,6 +71,10 @@ def predict(
 class Architecture:
     """A model on the `meta` device, prepared for one tuning scheme; the predictions of many workloads share it.
 
+    Attributes:
+        places: where the weights lie, and the largest state of the methods predicted so far; None if all lie on one
+            device.
+
     Args:
         options: model, precision and tuning scheme; other options are ignored.
         config: a configuration of transformers, in place of the model's name.
@@ -81,7 +86,9 @@ class Architecture:
             initial_peak = peak_of(lambda: models.append(_meta_model(options, config)))
             self.lm, stored = models[0]
             self._base_bytes = weight_bytes(self.lm)
+            self._placement = placement_in_plan(options, self.lm.base, on_cpu=on_cpu(options))
             prepare_tuning(self.lm, options)
+        self.places: Places | None = None
         self.weights = weight_bytes(self.lm)
         self._is_random = config is not None or options.model.startswith("random:")
         self._stored, self._initial_peak = stored, initial_peak
@@ -102,7 +109,7 @@ class Architecture:
         for p in tuned:  # a hybrid may have frozen some of them
             p.requires_grad_(True)
         largest = self._passes[key]
-        return Memory(
+        memory = Memory(
             weights=self.weights,
             loading=self.loading,
             state=state,
@@ -112,6 +119,11 @@ class Architecture:
             reused=recorded_bytes(self.lm, batch, workload),
             overhead=overhead_bytes(optimizer, device),
         )
+        if self._placement is not None:
+            memory, places = with_placement(memory, self._placement, tuned, workload)
+            if self.places is None or places.state > self.places.state:
+                self.places = places
+        return memory
 
     def terms(self, workload: Workload) -> Terms:
         """The terms of the paper's formulas for a workload."""

@@ -38,6 +38,8 @@ def show(plan: Plan) -> None:
         console.print(
             f"The total includes {gib(plan.libraries)} for the process and its libraries, which use the same memory."
         )
+    if plan.places is not None:
+        console.print(f"{plan.places}.", soft_wrap=True)
     console.print(plan.advice)
 
 

@@ -21,6 +21,7 @@ from zotune.llm.models.partial_forward import fixed_output, head_at_positions, m
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
 from zotune.model.parameters import input_device
+from zotune.model.streaming import stream_of
 
 # Logits computed at a time at most: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -245,7 +246,12 @@ class LanguageModel:
         if not self._may_share(batch):
             return 1
         positions = max(1, len(batch.positions))
-        return max(1, min(MAX_TOKENS // batch.input_ids.numel(), MAX_LOGITS // self.vocabulary // positions))
+        at_once = MAX_TOKENS // batch.input_ids.numel()
+        stream = stream_of(self.module)
+        if stream is not None and stream.device.type != "cpu":
+            # The two ends of a probe share one copy of each layer to the device, which costs more than the memory that separate passes save.
+            at_once = max(2, at_once)
+        return max(1, min(at_once, MAX_LOGITS // self.vocabulary // positions))
 
     @property
     def vocabulary(self) -> int:

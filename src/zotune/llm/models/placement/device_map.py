@@ -6,6 +6,7 @@ or "disk". What lies on "disk", or on "cpu" beside a GPU, is brought to the devi
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from zotune.errors import UsageError, listed
 from zotune.llm.config.safe_yaml import parse_yaml
-from zotune.llm.config.step import COMPUTED_MAPS, ModelOptions
+from zotune.llm.config.step import COMPUTED_MAPS, ModelOptions, StepOptions
 from zotune.model.layers import stack_of
 from zotune.model.streaming import matrices_of
 from zotune.system.peak_memory import free_memory
@@ -111,10 +112,22 @@ def placement_of(options: ModelOptions, module: nn.Module, device: torch.device)
     else:
         found = _computed(options.device_map, module) if options.device_map in COMPUTED_MAPS else _read(options)
         gpus = [place for place in found.values() if place not in (CPU, DISK)]
-        main = torch.device(CPU) if not gpus else _device(gpus[0])
+        main = torch.device(CPU) if not gpus else torch.device(_name_of(gpus[0]))
         placement = Placement(module, found, main)
     _check(placement, options)
     return placement
+
+
+def check_here(placement: Placement, options: ModelOptions) -> None:
+    """Check that the devices of a placement are here, and have the memory for it.
+
+    Raises:
+        UsageError: they have not; the message says what to do.
+    """
+    for place in set(placement.map.values()) - {CPU, DISK}:
+        _device(place)
+    _check_memory(placement, options)
+    _check_room(placement, options)
 
 
 def _around_layers(module: nn.Module, device: torch.device) -> dict[str, Device]:
@@ -174,13 +187,11 @@ def _read(options: ModelOptions) -> dict[str, Device]:
 
 
 def _check(placement: Placement, options: ModelOptions) -> None:
-    """Check that a device map can work for its model on this machine.
+    """Check that a device map can work for its model.
 
     Raises:
         UsageError: it cannot; the message says why and what to do.
     """
-    for place in set(placement.map.values()) - {CPU, DISK}:
-        _device(place)
     named = list(placement.module.named_parameters(remove_duplicate=False))
     if missing := [name for name, _ in named if placement.of(name) is None]:
         raise UsageError(
@@ -203,7 +214,6 @@ def _check(placement: Placement, options: ModelOptions) -> None:
             f"{listed(offloaded)} of {options.model} would lie on the disk: the devices have no room for them. Give a "
             "folder for what is written there, --offload-folder FOLDER, or use a smaller model."
         )
-    _check_memory(placement, options)
 
 
 def _check_memory(placement: Placement, options: ModelOptions) -> None:
@@ -217,6 +227,22 @@ def _check_memory(placement: Placement, options: ModelOptions) -> None:
             f"take {_gib(on_device)}, the largest layer {_gib(placement.largest_layer)}"
             f"{' (two at a time)' * (placement.layers_at_once == 2)}. Use --dtype bfloat16, a quantised base, or a "
             "device with more memory."
+        )
+
+
+def _check_room(placement: Placement, options: ModelOptions) -> None:
+    """Check that the offload folder's disk holds the copies of the streamed layers that a run would tune."""
+    is_tuned = isinstance(options, StepOptions) and options.tuning == "full"
+    if not is_tuned or options.offload_folder is None or options.tuned_layers or options.tuned_parameters:
+        return
+    needed = sum(p.numel() * p.element_size() for of_layer in placement.streamed_matrices() for p in of_layer)
+    there = next(path for path in (options.offload_folder, *options.offload_folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UsageError(
+            f"the offload folder {str(options.offload_folder)!r} has no room: the copies of the layers to tune take "
+            f"{_gib(needed)}, and {_gib(free)} are free. Choose another --offload-folder, or tune an adapter "
+            "(--tuning lora), whose base is only read."
         )
 
 

@@ -20,7 +20,7 @@ from zotune.llm.checkpoints.model_kind import ModelKind
 from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.llm.checkpoints.pretrained import read_pretrained
 from zotune.llm.config.step import ModelOptions
-from zotune.llm.models.placement.device_map import DISK, Placement, is_placed, placement_of
+from zotune.llm.models.placement.device_map import DISK, Placement, check_here, is_placed, placement_of
 from zotune.model.layers import stack_of
 from zotune.model.streaming import LayerStream, stream_of
 from zotune.system.mapped_memory import ScratchFile, is_mapped, mapped_safetensors, release
@@ -91,6 +91,7 @@ def _loading_by_map(options: ModelOptions, source: str, module: nn.Module, devic
         UsageError: the model cannot be loaded that way; nothing has been read.
     """
     placement = placement_of(options, module, device)
+    check_here(placement, options)
     uses_disk = DISK in placement.map.values()
     if uses_disk:
         check_safetensors(source)
@@ -216,6 +217,7 @@ def stream_in_memory(
     if (scratch := scratch or open_scratch(options)) is None:
         return
     placement = placement_of(options, model, device)
+    check_here(placement, options)
     for p in (p for of_layer in placement.streamed_matrices() for p in of_layer):
         p.data = scratch.kept(p.data)
     LayerStream(model, scratch, device, placement.streamed_layers)

@@ -1,0 +1,274 @@
+"""Layers streamed from a disk: the memory, the time and the bits of such a run beside those of the run in memory.
+
+A llama of random weights is written to a folder, 1.6 GB in float32. Each method tunes it twice, in memory and with
+`--offload-folder`, in processes of their own, whose unshared memory is read from the kernel while they run. Then a
+smaller model's run is killed ten times and resumed, and a pass over layers that are not in the page cache is timed
+beside a plain read of their file.
+
+    python benchmarks/streaming.py           # all of it; some 7 GB of disk and a quarter of an hour on one core
+    python benchmarks/streaming.py --page    # the table in the docs again, from the results
+
+No GPU, no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "streaming.json"
+PAGE = ROOT / "docs" / "howto" / "bigger-than-memory.md"
+BEGIN, END = "<!-- table: benchmarks/streaming.py -->", "<!-- end of the table -->"
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+STEPS, KILLS, KILLED_STEPS = 4, 10, 40
+RUNS: dict[str, dict[str, Any]] = {
+    "full, zo_sgd": {"method": "zo_sgd"},
+    "full, zo_adam": {"method": "zo_adam"},
+    "LoRA, zo_sgd": {"method": "zo_sgd", "tuning": "lora"},
+    "LoRA on GGUF, zo_sgd": {"method": "zo_sgd", "tuning": "lora", "quantization": "gguf", "model": "smollm2-135m"},
+}
+
+
+def write_model(folder: Path, shape: dict[str, int]) -> Path:
+    """Write a llama of random weights with a tokenizer of bytes, its embeddings tied."""
+    import torch
+    import transformers
+
+    from zotune.llm.models.random_models import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True, **shape)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    byte_tokenizer(config).save_pretrained(folder)
+    return folder
+
+
+def run_here(options: dict[str, Any]) -> None:
+    """Tune in this process; print what it takes beside the libraries, and then its seconds."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training.train import train
+    from zotune.system.malloc import tune_malloc
+
+    tune_malloc()
+    config = TrainConfig(**options)
+    print(json.dumps({"before": private_bytes(os.getpid())}), flush=True)
+    result = train(config)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"seconds": result.seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}), flush=True)
+
+
+def private_bytes(pid: int) -> int:
+    """Return the resident bytes that a process shares with no other: written ones, and pages of mapped files."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+def measured(options: dict[str, Any]) -> dict[str, float]:
+    """Tune in a process, whose memory is read every 20 ms."""
+    command = [sys.executable, __file__, "--child", json.dumps(options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    before, peak = json.loads(process.stdout.readline())["before"], 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, private_bytes(process.pid))
+        except (OSError, ProcessLookupError):
+            break
+        time.sleep(0.02)
+    if process.wait():
+        raise RuntimeError(f"the run failed: {options}")
+    return {**json.loads(process.stdout.readlines()[-1]), "peak": peak - before}
+
+
+def digest(folder: Path) -> str:
+    """Return a digest of the tensors' bytes in a run's folder."""
+    (file,) = [path for path in folder.glob("*.safetensors") if "checkpoint" not in path.name]
+    found = hashlib.blake2b(digest_size=16)
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()
+
+
+def rows_in(folder: Path) -> Path:
+    """Write some rows of text with labels."""
+    rows = [{"text": f"row {i} is {'fine' if i % 2 else 'dull'}", "label": ("no", "yes")[i % 2]} for i in range(24)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def options_of(model: Path | str, rows: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Return the options of a run."""
+    plain = {"model": str(model), "train_file": str(rows), "num_dev": 4, "device": "cpu", "output_dir": str(out)}
+    steps = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "template": "{text} so"}
+    return {**plain, **steps, "logging_steps": STEPS, **more}
+
+
+def compare(name: str, model: Path, rows: Path, work: Path) -> dict[str, Any]:
+    """Tune a model in memory and streamed; compare memory, seconds and bits."""
+    found: dict[str, Any] = {"run": name}
+    for place in ("resident", "streamed"):
+        out = work / "out"
+        more = {"offload_folder": str(work)} if place == "streamed" else {}
+        numbers = measured({**options_of(model, rows, out), **RUNS[name], **more})
+        found[place] = {**numbers, "digest": digest(out)}
+        shutil.rmtree(out)
+    found["same_bits"] = found["resident"]["digest"] == found["streamed"]["digest"]
+    return found
+
+
+def killed(model: Path, rows: Path, work: Path) -> dict[str, Any]:
+    """Kill a streamed run at ten random moments, resume it each time, and compare its weights with a whole run's."""
+    whole, out = work / "whole", work / "killed"
+    options = {"max_steps": KILLED_STEPS, "method": "zo_adam", "logging_steps": 1}
+    started = time.perf_counter()
+    measured(options_of(model, rows, whole, **options))
+    seconds, draw, reached = time.perf_counter() - started, random.Random(0), []
+    more = {**options, "offload_folder": str(work), "resume": True}
+    command = [sys.executable, __file__, "--child", json.dumps(options_of(model, rows, out, **more))]
+    while len(reached) < KILLS:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(draw.uniform(0.6, 1.1) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            log = out / "metrics.jsonl"
+            reached.append(len(log.read_text().splitlines()) if log.exists() else 0)
+        else:
+            break
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    left = [path.name for path in work.iterdir() if path.name not in ("whole", "killed", rows.name)]
+    return {"kills": len(reached), "steps_reached": reached, "same_bits": digest(whole) == digest(out), "left": left}
+
+
+def cold_pass(model: Path, work: Path) -> dict[str, float]:
+    """Time a forward pass with the file in the page cache, without it, and a plain read of the file."""
+    import torch
+
+    from zotune.llm.config.step import ModelOptions
+    from zotune.llm.models.load import load
+
+    lm = load(ModelOptions(model=str(model), device="cpu", offload_folder=work))
+    ids, file = torch.arange(64)[None] + 5, model / "model.safetensors"
+
+    def forget() -> None:
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def timed(run: Any) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def plain_read() -> None:
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
+
+    def run_pass() -> None:
+        with torch.no_grad():
+            lm.module(input_ids=ids, use_cache=False)
+
+    run_pass()
+    found: dict[str, list[float]] = {"warm": [], "read": [], "cold": []}
+    for _ in range(3):
+        found["warm"].append(timed(run_pass))
+        forget()
+        found["read"].append(timed(plain_read))
+        forget()
+        found["cold"].append(timed(run_pass))
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+def measure() -> dict[str, Any]:
+    """Return all measurements."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("STREAMING_FOLDER")) as folder:
+        work = Path(folder)
+        rows, large = rows_in(work), write_model(work / "large", LARGE)
+        hidden, inner, layers = (LARGE[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        sizes = {
+            "weights": (large / "model.safetensors").stat().st_size,
+            "embeddings": 4 * 8192 * hidden,
+            "layer": 4 * (4 * hidden**2 + 3 * hidden * inner),
+            "num_layers": layers,
+        }
+        runs = [compare(name, large, rows, work) for name in RUNS]
+        cold = cold_pass(large, work)
+        shutil.rmtree(large)
+        small = write_model(work / "small", SMALL)
+        (work / "kills").mkdir()
+        kills = killed(small, rows_in(work / "kills"), work / "kills")
+    return {
+        "sizes": sizes,
+        "bound": sizes["embeddings"] + 3 * sizes["layer"],
+        "steps": STEPS,
+        "runs": runs,
+        "kills": kills,
+        "cold_pass": cold,
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+        "machine": {"processor": platform.processor() or platform.machine(), "load": os.getloadavg()[0]},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the table of the docs."""
+    lines = [
+        "| run | weights | unshared memory, resident | streamed | seconds, streamed / resident | same bits |",
+        "|---|--:|--:|--:|--:|:-:|",
+    ]
+    for run in found["runs"]:
+        resident, streamed = run["resident"], run["streamed"]
+        ratio = streamed["seconds"] / resident["seconds"]
+        weights = "0.1 GB" if "GGUF" in run["run"] else f"{found['sizes']['weights'] / 1e9:.1f} GB"
+        lines.append(
+            f"| {run['run']} | {weights} | {resident['peak'] / 1e6:.0f} MB | {streamed['peak'] / 1e6:.0f} MB | "
+            f"{ratio:.2f} | {'yes' if run['same_bits'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page(found: dict[str, Any]) -> None:
+    """Write the table into the page of the docs."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    PAGE.write_text(f"{head}{BEGIN}\n\n{table(found)}\n\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, and write the results and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="write the page again, from the results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        run_here(json.loads(arguments.child))
+        return
+    if not arguments.page:
+        RESULTS.write_text(json.dumps(measure(), indent=2) + "\n", encoding="utf-8")
+    write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What a placement of the weights changes in a prediction: which bytes are in the memory of the device, which not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.placement.device_map import CPU, Placement, is_placed, placement_of
+from zotune.plan.memory import Memory
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the weights of a run lie.
+
+    Attributes:
+        weights: bytes of the weights by place, those of the checkpoint on "disk" among them.
+        layer: bytes of the largest layer that visits the memory of the device, and how many do at a time.
+        layers_at_once: how many such layers are there at a time.
+        written: bytes that the run writes beside the checkpoint: copies of the layers that are tuned.
+        state: bytes of the state of their updates.
+        folder: where they are written; None for the memory of the CPU.
+    """
+
+    weights: dict[str, int]
+    layer: int
+    layers_at_once: int
+    written: int
+    state: int
+    folder: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """As one JSON object."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"the weights lie in {', '.join(f'{place} {mib(n)}' for place, n in sorted(self.weights.items()))}"]
+        if self.layer:
+            layers = "a layer" if self.layers_at_once == 1 else f"{self.layers_at_once} layers"
+            parts.append(f"{layers} of {mib(self.layer)} at a time in the memory of the device")
+        if self.written:
+            where = "the memory of the CPU" if self.folder is None else self.folder
+            state = f" and {mib(self.state)} of state" if self.state else ""
+            parts.append(f"{mib(self.written)} of copies{state} written to {where}")
+        elif self.layer:
+            parts.append("nothing of them is written")
+        return "; ".join(parts)
+
+
+def placement_in_plan(options: ModelOptions, module: nn.Module, *, on_cpu: bool) -> Placement | None:
+    """The placement that options ask for, of a model on `meta`; None if all weights lie on one device.
+
+    Raises:
+        UsageError: the device map is none of this model, or does not work.
+    """
+    if not is_placed(options):
+        return None
+    named = options.device if options.device != "auto" else "cuda"
+    return placement_of(options, module, torch.device(CPU if on_cpu else named))
+
+
+def with_placement(
+    memory: Memory, placement: Placement, tuned: Iterable[Tensor], options: ModelOptions
+) -> tuple[Memory, Places]:
+    """Correct a prediction in which all weights and states are in one memory; returns also where they lie."""
+    streamed = {id(p): p for of_layer in placement.streamed_matrices() for p in of_layer}
+    weights = placement.bytes_by_place()
+    others = sum(size for place, size in weights.items() if place != str(placement.device))
+    all_tuned = list(tuned)
+    tuned_there = [p for p in all_tuned if id(p) in streamed]
+    share = sum(p.numel() for p in tuned_there) / max(1, sum(p.numel() for p in all_tuned))
+    state = round(memory.state * share)
+    visiting = placement.layers_at_once * placement.largest_layer
+    places = Places(
+        weights,
+        placement.largest_layer,
+        placement.layers_at_once,
+        sum(p.numel() * p.element_size() for p in tuned_there),
+        state,
+        None if options.offload_folder is None else str(options.offload_folder),
+    )
+    resident = memory.weights - others + visiting
+    return replace(memory, weights=resident, loading=0, state=memory.state - state), places
+
+
+def mib(n: int) -> str:
+    """Format a number of bytes in MiB, or in GiB from 8 GiB on.
+
+    >>> mib(3 << 20), mib(12 << 30)
+    ('3 MiB', '12.0 GiB')
+    """
+    return f"{n / 2**20:.0f} MiB" if n < 2**33 else f"{n / 2**30:.1f} GiB"
