@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zotune.directions.blocks import blocks_by_part as blocks_by_part
     from zotune.directions.blocks import blocks_by_size as blocks_by_size
     from zotune.directions.direction import Direction as Direction
+    from zotune.directions.flipped import flipped as flipped
     from zotune.directions.low_rank import low_rank as low_rank
     from zotune.directions.samplers import SAMPLERS as SAMPLERS
     from zotune.directions.samplers import Sampler as Sampler
@@ -73,6 +74,7 @@ _MODULES = {
     "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optim.zeroth_order": ("ZerothOrder",),
     "estimate.perturb": ("perturbed",),
+    "directions.flipped": ("flipped",),
     "directions.low_rank": ("low_rank",),
     "directions.sparse": ("sparse",),
     "model.parameters": ("ParameterSet",),
