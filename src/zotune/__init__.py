@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from zotune.estimate.mesh import mesh as mesh
     from zotune.estimate.objective import accumulate as accumulate
     from zotune.estimate.objective import batched as batched
+    from zotune.estimate.per_example.objective import per_example as per_example
     from zotune.estimate.perturb import perturbed as perturbed
     from zotune.methods.paper import METHODS as METHODS
     from zotune.methods.paper import forward_grad as forward_grad
@@ -65,6 +66,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "estimate.mesh": ("Mesh", "mesh"),
     "estimate.objective": ("accumulate", "batched"),
+    "estimate.per_example.objective": ("per_example",),
     "directions.blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
     "directions.direction": ("Direction",),
     "directions.samplers": ("SAMPLERS", "Sampler", "gaussian", "rademacher"),

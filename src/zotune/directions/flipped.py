@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions.samplers import Sampler, rademacher
+from zotune.directions.samplers import Sampler, kernel_of, rademacher
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
 from zotune.model.parameters import ParameterSet, TunedTensor
@@ -58,6 +58,17 @@ class FlippedSampler:
         self.base.fill(out, self.shared_seed, tensor_id, start)
         return out
 
+    def shared_rows(self, indices: Tensor, tensor_id: int) -> Tensor:
+        """The rows of U with the given indices: (rows, n), float32."""
+        columns = self.shapes[tensor_id][1]
+        out = torch.zeros(len(indices), columns, dtype=torch.float32, device=indices.device)
+        if (kernel := kernel_of(self.base)) is not None:
+            noise.add_rows(out, indices, kernel, self.shared_seed, 1.0, tensor_id)
+        else:
+            for row, index in zip(out, indices.tolist(), strict=True):
+                self.shared(row, tensor_id, index * columns)
+        return out
+
     def signs(self, seed: int, tensor_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The signs r (m,) and s (n,) of a direction's part for a matrix."""
         rows, columns = (torch.empty(n, dtype=torch.float32, device=device) for n in self.shapes[tensor_id])
@@ -87,11 +98,10 @@ class FlippedSampler:
         for row in range(start // columns, -(-stop // columns), at_once):
             lo, hi = max(start, row * columns), min(stop, (row + at_once) * columns)
             factors = [(r[lo // columns : -(-hi // columns)], s) for r, s in signs]
-            total = _sum_of_products(factors, scales, tensor_id, lo, hi - lo)
-            total *= self.shared(torch.empty_like(total), tensor_id, lo)
+            total = _sum_of_products(factors, scales, tensor_id, lo, hi - lo, dtype)
+            total *= self.shared(torch.empty_like(total, dtype=torch.float32), tensor_id, lo)
             part = slice(lo - start, hi - start)
-            y = x[part].to(dtype) + total.to(dtype)
-            noise.round_to(out[part], y, rounding_seed, tensor_id, lo, rounding)
+            noise.round_to(out[part], x[part].to(dtype) + total, rounding_seed, tensor_id, lo, rounding)
 
     def state(self) -> dict[str, Any]:
         """As `zotune.directions.schedule.StatefulSampler.state`."""
@@ -99,18 +109,23 @@ class FlippedSampler:
 
 
 def _sum_of_products(
-    factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], tensor_id: int, start: int, size: int
+    factors: Sequence[tuple[Tensor, Tensor]],
+    scales: Sequence[float],
+    tensor_id: int,
+    start: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Σ aᵢ rᵢ sᵢᵀ, of the given rows, at elements start … start + size - 1: summed in float32 in the order of i."""
+    """Σ aᵢ rᵢ sᵢᵀ, of the given rows, at elements start … start + size - 1: summed in the order of i."""
     device, columns = factors[0][0].device, len(factors[0][1])
-    if noise.adds_products(device):
+    if noise.adds_products(device) and dtype == torch.float32:
         total = torch.zeros(size, dtype=torch.float32, device=device)
         thin = [(r[:, None], s[:, None]) for r, s in factors]
         noise.add_products(total, total, thin, scales, tensor_id, start)
         return total
-    whole = torch.zeros(len(factors[0][0]), columns, dtype=torch.float32, device=device)
+    whole = torch.zeros(len(factors[0][0]), columns, dtype=dtype, device=device)
     for (r, s), a in zip(factors, scales, strict=True):
-        whole += (r * torch.tensor(a, dtype=torch.float32, device=device))[:, None] * s
+        whole += (r.to(dtype) * torch.tensor(a, dtype=dtype, device=device))[:, None] * s
     return whole.view(-1)[start % columns :][:size]
 
 
