@@ -27,6 +27,7 @@ from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.estimators import EstimatorState, has_fixed_records
 from zotune.estimate.finite_difference import Estimator, central_difference
 from zotune.estimate.objective import Closure
+from zotune.estimate.per_example.difference import with_directions_per_batch
 from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
@@ -53,6 +54,9 @@ class ZerothOrder(CountingOptimizer):
         sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
             matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
+        directions_per_batch: k, or "auto": each of the q is k directions, one for each of k groups of the examples, in
+            the passes of one direction; see `zotune.per_example`, which makes the objective that this needs. "auto"
+            follows how far the examples' gradients agree, and multiplies lr by what that gains.
         blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
         block_order: "joint" or "sequential", see `BlockOrder`.
         reuse_prefix: with blocks, cache the activations that a block cannot change, see
@@ -105,6 +109,7 @@ class ZerothOrder(CountingOptimizer):
         step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
         num_queries: int = 1,
+        directions_per_batch: int | str | None = None,
         blocks: Sequence[Block] | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,
         reuse_prefix: bool = True,
@@ -125,8 +130,11 @@ class ZerothOrder(CountingOptimizer):
         if blocks is not None:
             check_partition(blocks, self.tuned)
         self.block_order = BlockOrder(block_order)
-        self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
+        if directions_per_batch is not None:
+            self.estimator = with_directions_per_batch(self.estimator, directions_per_batch, num_queries)
+            reuse_prefix = False  # there are no activations of all examples that the rows' own passes could share
+        self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.transform, self.coefficient, self.line_search = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
         self.rounding, self.seed = Rounding(rounding), seed
