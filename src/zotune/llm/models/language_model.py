@@ -249,7 +249,7 @@ class LanguageModel:
         at_once = MAX_TOKENS // batch.input_ids.numel()
         stream = stream_of(self.module)
         if stream is not None and stream.device.type != "cpu":
-            # The two ends of a probe share one copy of each layer to the device, which costs more than the memory that separate passes save.
+            # Both ends of a probe share one copy of each layer to the device, which costs more than computing.
             at_once = max(2, at_once)
         return max(1, min(at_once, MAX_LOGITS // self.vocabulary // positions))
 
