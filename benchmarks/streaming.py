@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "howto" / "bigger-than-memory.md"
 BEGIN, END = "<!-- table: benchmarks/streaming.py -->", "<!-- end of the table -->"
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
-STEPS, KILLS, KILLED_STEPS = 4, 10, 40
+STEPS, KILLS, KILLED_STEPS = 4, 10, 30
 RUNS: dict[str, dict[str, Any]] = {
     "full, zo_sgd": {"method": "zo_sgd"},
     "full, zo_adam": {"method": "zo_adam"},
@@ -200,35 +200,44 @@ def cold_pass(model: Path, work: Path) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
-def measure() -> dict[str, Any]:
-    """Return all measurements."""
-    with tempfile.TemporaryDirectory(dir=os.environ.get("STREAMING_FOLDER")) as folder:
-        work = Path(folder)
-        rows, large = rows_in(work), write_model(work / "large", LARGE)
-        hidden, inner, layers = (LARGE[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-        sizes = {
-            "weights": (large / "model.safetensors").stat().st_size,
-            "embeddings": 4 * 8192 * hidden,
-            "layer": 4 * (4 * hidden**2 + 3 * hidden * inner),
-            "num_layers": layers,
-        }
-        runs = [compare(name, large, rows, work) for name in RUNS]
-        cold = cold_pass(large, work)
-        shutil.rmtree(large)
-        small = write_model(work / "small", SMALL)
-        (work / "kills").mkdir()
-        kills = killed(small, rows_in(work / "kills"), work / "kills")
+def sizes_of(shape: dict[str, int]) -> dict[str, int]:
+    """Return the bytes of a model's parts."""
+    hidden, inner, layers = (shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    layer, embeddings = 4 * (4 * hidden**2 + 3 * hidden * inner), 4 * 8192 * hidden
+    return {"weights": layers * layer + embeddings, "embeddings": embeddings, "layer": layer, "num_layers": layers}
+
+
+def measure_large(work: Path) -> dict[str, Any]:
+    """Return memory, time and bits of each kind of run, and the seconds of a pass without page cache."""
+    rows, large, sizes = rows_in(work), write_model(work / "large", LARGE), sizes_of(LARGE)
     return {
         "sizes": sizes,
         "bound": sizes["embeddings"] + 3 * sizes["layer"],
         "steps": STEPS,
-        "runs": runs,
-        "kills": kills,
-        "cold_pass": cold,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "cold_pass": cold_pass(large, work),
+        "runs": [compare(name, large, rows, work) for name in RUNS],
+    }
+
+
+def measure_kills(work: Path) -> dict[str, Any]:
+    """Return what came of a run that was killed ten times."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        small, place = write_model(Path(folder) / "small", SMALL), Path(folder) / "kills"
+        place.mkdir()
+        return {"kills": killed(small, rows_in(place), place)}
+
+
+def environment() -> dict[str, Any]:
+    """Return commit, versions and processor."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "commit": commit.stdout.strip(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
         "machine": {"processor": platform.processor() or platform.machine(), "load": os.getloadavg()[0]},
     }
+
+
+PARTS = {"large": measure_large, "kills": measure_kills}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -260,13 +269,17 @@ def main() -> None:
     """Measure, and write the results and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the page again, from the results")
+    parser.add_argument("--only", choices=PARTS, help="measure one part, and keep the results of the other")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         run_here(json.loads(arguments.child))
         return
-    if not arguments.page:
-        RESULTS.write_text(json.dumps(measure(), indent=2) + "\n", encoding="utf-8")
+    for name in () if arguments.page else [arguments.only] if arguments.only else PARTS:
+        found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        with tempfile.TemporaryDirectory(dir=os.environ.get("STREAMING_FOLDER")) as folder:
+            found |= {**PARTS[name](Path(folder)), **environment()}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 

@@ -33,6 +33,7 @@ from zotune.llm.models.placement.layers import (
     open_scratch,
     place_rest,
     read_by_map,
+    reads_within_layers,
     stream_in_memory,
 )
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
@@ -97,7 +98,8 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         lm.tokenizer("a")
         # The base of an adapter has been checked, and a first forward pass would pack the weights of bitsandbytes.
         if not (lm.masked or is_quantized or adapter is not None):
-            check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
+            with reads_within_layers(lm.module, lm.name):
+                check_causal(lambda ids: lm.read(ids.to(lm.device), torch.ones_like(ids)), lm.vocabulary, lm.name)
     return lm
 
 

@@ -21,7 +21,8 @@ from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.llm.checkpoints.pretrained import read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.placement.device_map import DISK, Placement, check_here, is_placed, placement_of
-from zotune.model.layers import stack_of
+from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.parameters import ParameterSet
 from zotune.model.streaming import LayerStream, stream_of
 from zotune.system.mapped_memory import ScratchFile, is_mapped, mapped_safetensors, release
 from zotune.system.scratch_folder import scratch_folder
@@ -221,6 +222,31 @@ def stream_in_memory(
     for p in (p for of_layer in placement.streamed_matrices() for p in of_layer):
         p.data = scratch.kept(p.data)
     LayerStream(model, scratch, device, placement.streamed_layers)
+
+
+@contextmanager
+def reads_within_layers(model: nn.Module, name: str) -> Iterator[None]:
+    """Within this context a model runs; afterwards it is known that only a layer itself reads its streamed matrices.
+
+    Raises:
+        UsageError: one is read elsewhere, where it might not be there, or be behind the steps taken.
+    """
+    stream = stream_of(model)
+    matrices = [] if stream is None else [p for of_layer in stream.matrices for p in of_layer if p.is_floating_point()]
+    if stream is None or not matrices:
+        yield
+        return
+    read = ParameterSet(model, matrices)
+    with ReadTracer(read) as seen:
+        yield
+    depths = {id(layer): depth for depth, layer in enumerate(stack_of(model)[1])}
+    for layer, of_layer in zip(stream.layers, stream.matrices, strict=True):
+        for tensor in filter(None, map(read.find, of_layer)):
+            if {seen.first.get(tensor.id), seen.last.get(tensor.id)} - {None, depths[id(layer)]}:
+                raise UsageError(
+                    f"{name} reads {tensor.name} outside its layer, so its layers cannot be streamed. Leave out "
+                    "--offload-folder and --device-map."
+                )
 
 
 def check_no_new_head(model: nn.Module, name: str) -> None:
