@@ -9,8 +9,9 @@ the layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch import Tensor
 from zotune.apply.tensor_update import Rounding
 from zotune.apply.transforms import State
 from zotune.apply.update import Step, update_tensor_, with_master
+from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.model.streaming import LayerStream, stream_of
+from zotune.optim.undo import UndoLog
 from zotune.system.mapped_memory import release
 
 
@@ -28,19 +31,15 @@ class NoDeferredUpdates:
 
     ids: frozenset[int] = frozenset()
 
-    def add(self, step: Step, scale: float) -> int:
-        """Nothing waits."""
-        return 0
+    def __init__(self, rounding: Rounding) -> None:
+        self._rounding = rounding
 
-    def cut(self, count: int) -> None:
-        """Nothing waits."""
-
-    def settle(self) -> None:
+    def add(self, step: Step, scale: float, undo: UndoLog, *, in_sequence: bool) -> None:
         """Nothing waits."""
 
-    def state_of(self, tensor: TunedTensor) -> State:
-        """There is none."""
-        raise KeyError(tensor.name)
+    def state_of(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
+        """The state of a tensor among those of an optimizer, by parameter; with its master weights, if it keeps any."""
+        return with_master(tensor, self._rounding, states[tensor.parameter])
 
     @contextmanager
     def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
@@ -59,13 +58,23 @@ class DeferredUpdates(NoDeferredUpdates):
         groups: by parameter (its `id`), the number of its parameter group.
         stream: the layers.
         rounding: how half-precision weights are written.
+        waits_for_layers: whether steps wait; else each is applied at once, layer by layer.
 
     Attributes:
         ids: ids of the streamed tensors.
     """
 
-    def __init__(self, tuned: ParameterSet, groups: dict[int, int], stream: LayerStream, rounding: Rounding) -> None:
-        self._stream, self._rounding = stream, rounding
+    def __init__(
+        self,
+        tuned: ParameterSet,
+        groups: dict[int, int],
+        stream: LayerStream,
+        rounding: Rounding,
+        *,
+        waits_for_layers: bool,
+    ) -> None:
+        super().__init__(rounding)
+        self._stream, self._waits_for_layers = stream, waits_for_layers
         self._of_layer: dict[int, list[tuple[TunedTensor, int]]] = defaultdict(list)
         for tensor in tuned:
             if (layer := stream.layer_of(tensor.parameter)) is not None:
@@ -85,19 +94,24 @@ class DeferredUpdates(NoDeferredUpdates):
     def _count(self) -> int:
         return self._first + len(self._waiting)
 
-    def add(self, step: Step, scale: float) -> int:
-        """Let a step wait; returns how many there were before it, for `cut`."""
-        before = self._count
-        self._waiting.append((step, scale))
-        return before
+    def add(self, step: Step, scale: float, undo: UndoLog, *, in_sequence: bool) -> None:
+        """Let a step wait; `undo` is told how to take it back.
 
-    def cut(self, count: int) -> None:
+        Args:
+            step: the step.
+            scale: its factor a.
+            undo: of the optimizer's whole step.
+            in_sequence: whether it is that of a block with others after it: their forward passes apply it, and then it
+                cannot be taken back.
+        """
+        undo.then(None if in_sequence or not self._waits_for_layers else partial(self._cut, self._count))
+        self._waiting.append((step, scale))
+        if not self._waits_for_layers:
+            self._stream.settle()
+
+    def _cut(self, count: int) -> None:
         """Take back all steps but the first `count`; none of those taken back was applied to any layer."""
         del self._waiting[count - self._first :]
-
-    def settle(self) -> None:
-        """Apply all that waits."""
-        self._stream.settle()
 
     def waits(self, layer: int) -> bool:
         """As `Pending.waits`."""
@@ -119,7 +133,7 @@ class DeferredUpdates(NoDeferredUpdates):
 
     def _update(self, tensor: TunedTensor, group: int, step: Step, scale: float) -> None:
         """Apply a step to a tensor in memory; its state is copied there and back where it lies elsewhere."""
-        kept = self.state_of(tensor)
+        kept = self._state_of(tensor)
         device = tensor.parameter.device
         state = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kept.items()}
         after = update_tensor_(step.on(tensor, group, state), scale)
@@ -134,8 +148,11 @@ class DeferredUpdates(NoDeferredUpdates):
             home = self._stream.empty(tuple(value.shape), value.dtype)
         return home if home.data_ptr() == value.data_ptr() else home.copy_(value)
 
-    def state_of(self, tensor: TunedTensor) -> State:
-        """The state of a streamed tensor, with its master weights if it keeps any."""
+    def state_of(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
+        """As `NoDeferredUpdates.state_of`; that of a streamed tensor lies in the file."""
+        return self._state_of(tensor) if tensor.id in self.ids else super().state_of(tensor, states)
+
+    def _state_of(self, tensor: TunedTensor) -> State:
         state = self._states[tensor.id]
         if "master" not in state and "master" in with_master(tensor, self._rounding, state):
             state["master"] = self._put(None, state["master"])
@@ -144,7 +161,7 @@ class DeferredUpdates(NoDeferredUpdates):
     @contextmanager
     def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
         """Within this context an optimizer's states, by parameter, hold those of its streamed tensors too."""
-        self.settle()
+        self._stream.settle()
         for tensor_id, state in self._states.items():
             if state:
                 states[self._by_id[tensor_id].parameter] = state
@@ -156,18 +173,24 @@ class DeferredUpdates(NoDeferredUpdates):
 
     def take_states(self, states: dict[Any, Any]) -> None:
         """Take the states of the streamed tensors out of an optimizer's, and put them into the file."""
-        self.settle()
+        self._stream.settle()
         for tensor_id, tensor in self._by_id.items():
             state = states.pop(tensor.parameter, {})
             self._states[tensor_id] = {key: self._put(None, value) for key, value in state.items()}
 
 
-def deferred_updates(tuned: ParameterSet, param_groups: list[dict[str, Any]], rounding: Rounding) -> NoDeferredUpdates:
-    """The updates of an optimizer that wait for streamed layers, if its model has any."""
+def deferred_updates(
+    tuned: ParameterSet, param_groups: list[dict[str, Any]], rounding: Rounding, sampler: AnySampler
+) -> NoDeferredUpdates:
+    """The updates of an optimizer that wait for streamed layers, if its model has any.
+
+    Where masks follow the weights they cannot wait, for the next step begins by reading all weights.
+    """
     stream = stream_of(tuned.model)
     if stream is None or all(stream.layer_of(t.parameter) is None for t in tuned):
         if stream is not None:
             stream.settle()
-        return NoDeferredUpdates()
+        return NoDeferredUpdates(rounding)
     groups = {id(p): number for number, group in enumerate(param_groups) for p in group["params"]}
-    return DeferredUpdates(tuned, groups, stream, rounding)
+    waits = not depends_on_weights(sampler)
+    return DeferredUpdates(tuned, groups, stream, rounding, waits_for_layers=waits)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
 from zotune.apply.tensor_update import Rounding, TensorUpdate
-from zotune.apply.transforms import Coefficient, State, Transform, clipped, identity, unchanged
-from zotune.apply.update import Step, update_tensors_, with_master
+from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
+from zotune.apply.update import Step, update_tensors_
 from zotune.apply.window import CoefficientWindow
 from zotune.directions.blocks import Block, check_partition
 from zotune.directions.blocks import BlockOrder as BlockOrder
 from zotune.directions.direction import Direction, Terms
 from zotune.directions.samplers import rademacher
-from zotune.directions.schedule import AnySampler, SamplerState, Weights, depends_on_weights
+from zotune.directions.schedule import AnySampler, SamplerState, Weights
 from zotune.errors import UsageError
 from zotune.estimate.activation_cache import ActivationCache, NoActivationCache
 from zotune.estimate.estimate import GradientEstimate
@@ -29,7 +29,7 @@ from zotune.estimate.finite_difference import Estimator, central_difference
 from zotune.estimate.objective import Closure
 from zotune.estimate.per_example.difference import with_directions_per_batch
 from zotune.estimate.probes import refused
-from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
 from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_values, check_window
@@ -143,7 +143,7 @@ class ZerothOrder(CountingOptimizer):
         self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
-        self._deferred = deferred_updates(self.tuned, self.param_groups, self.rounding)
+        self._deferred = deferred_updates(self.tuned, self.param_groups, self.rounding, self.sampler)
         self._is_complete = True
 
     def directions(self, blocks: Sequence[Block | None] | None = None, count: int | None = None) -> list[Direction]:
@@ -357,13 +357,8 @@ class ZerothOrder(CountingOptimizer):
                 tensor = self.tuned.find(p)
                 assert tensor is not None
                 if step.moves(tensor) and tensor.id not in without:
-                    found[tensor.id] = step.on(tensor, number, self._state_of(tensor))
+                    found[tensor.id] = step.on(tensor, number, self._deferred.state_of(tensor, self.state))
         return found
-
-    def _state_of(self, tensor: TunedTensor) -> State:
-        if tensor.id in self._deferred.ids:
-            return self._deferred.state_of(tensor)
-        return with_master(tensor, self.rounding, self.state[tensor.parameter])
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
         """The step along the estimate, independent of the weights."""
@@ -394,19 +389,11 @@ class ZerothOrder(CountingOptimizer):
             self._undo.keep([t.storage() for t in tensors] if scale else [], [t.parameter for t in tensors])
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
-            self._defer(step, scale)
+            self._deferred.add(step, scale, self._undo, in_sequence=len(self._rounds) > 1)
             self._prefix.moved(frozenset(t.id for t in self.tuned if step.moves(t)))
             # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
             torch.clear_autocast_cache()
             self._undo.is_writing = False
-
-    def _defer(self, step: Step, scale: float) -> None:
-        """Let the step wait for the tensors of streamed layers (`zotune.optim.deferred`)."""
-        before = self._deferred.add(step, scale)
-        # A later block's forward passes apply what waits, and then it cannot be taken back.
-        self._undo.then(None if len(self._rounds) > 1 and self._deferred.ids else partial(self._deferred.cut, before))
-        if depends_on_weights(self.sampler):
-            self._deferred.settle()
 
     def settings(self) -> dict[str, Any]:
         """As `CountingOptimizer.settings`; learning rates are in the records, and what the estimator is does not

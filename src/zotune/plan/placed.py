@@ -67,7 +67,7 @@ def with_placement(
     memory: Memory, placement: Placement, tuned: Iterable[Tensor], options: ModelOptions
 ) -> tuple[Memory, Places]:
     """Correct a prediction in which all weights and states are in one memory; returns also where they lie."""
-    streamed = {id(p): p for of_layer in placement.streamed_matrices() for p in of_layer}
+    streamed = {id(p): p for of_layer in placement.streamed_matrices for p in of_layer}
     weights = placement.bytes_by_place()
     others = sum(size for place, size in weights.items() if place != str(placement.device))
     all_tuned = list(tuned)

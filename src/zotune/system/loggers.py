@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import logging
 
-_TALKATIVE = ("transformers", "huggingface_hub", "datasets", "peft", "bitsandbytes", "torchao", "torch.utils._pytree")
+_TALKATIVE = (
+    "accelerate",
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "torch.utils._pytree",
+)
 
 
 def quiet_loggers() -> None:

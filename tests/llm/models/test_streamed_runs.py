@@ -122,6 +122,34 @@ def test_a_found_learning_rate_leaves_the_weights_as_they_were(both, checkpoint)
     assert_same(*both_folders)
 
 
+def test_layers_that_a_file_puts_on_the_disk_are_streamed_and_the_others_stay(config, checkpoint, tmp_path):
+    path = tmp_path / "map.yaml"
+    path.write_text('{"": cpu, model.layers.1: disk}')
+    model = {"model": str(checkpoint()), "learning_rate": 1e-2, "tuning": "full"}
+    disk = {"device": "auto", "device_map": str(path), "offload_folder": tmp_path / "disk"}
+    stream = stream_of(load(config(**model, **disk)).module)
+    assert len(stream.layers) == 1 and len(stream.matrices[0]) == 7
+    one = train(config(**model, **disk, output_dir=tmp_path / "mapped")).output_dir
+    other = train(config(**model)).output_dir
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("name", ["auto", "sequential"])
+def test_what_memory_does_not_hold_is_put_on_the_disk_and_streamed(config, checkpoint, tmp_path, monkeypatch, name):
+    whole = sum(p.nbytes for p in load(config(model=str(checkpoint()))).module.parameters())
+    for place in ("accelerate.utils.modeling.get_max_memory", "accelerate.utils.get_max_memory"):
+        monkeypatch.setattr(place, lambda *_: {"cpu": int(0.9 * whole)})
+    options = {"model": str(checkpoint()), "device": "auto", "device_map": name}
+    with pytest.raises(UsageError, match=r"would lie on the disk: .* --offload-folder FOLDER"):
+        load(config(**options))
+    lm = load(config(**options, offload_folder=tmp_path / "disk"))
+    assert 0 < len(stream_of(lm.module).layers) < lm.config.num_hidden_layers
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        logits = [m.module(input_ids=ids).logits for m in (lm, load(config(model=str(checkpoint()))))]
+    assert torch.equal(*logits)
+
+
 def test_options_that_cannot_be_streamed_are_refused(config, tmp_path):
     disk = {"offload_folder": tmp_path / "disk"}
     for reason, options in {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +53,48 @@ class Placement:
         paths = (".".join(parts[:n]) for n in range(len(parts), -1, -1))
         return next((self.map[path] for path in paths if path in self.map), None)
 
+    @property
+    def explicit(self) -> dict[str, Device]:
+        """The map as accelerate needs it: without a place for all others, each module by itself or with all in it."""
+        found: dict[str, Device] = {}
+
+        def place(module: nn.Module, path: str) -> None:
+            names = [name for name, _ in module.named_parameters(prefix=path, remove_duplicate=False)]
+            places = {self.of(name) for name in names} or {self.of(path)}
+            if len(places) == 1:
+                found[path] = next(iter(places)) or str(self.device)
+                return
+            direct = (name for name, _ in module.named_parameters(prefix=path, recurse=False))
+            found.update((name, self.of(name) or str(self.device)) for name in direct)
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}" if path else name)
+
+        place(self.module, "")
+        return found
+
     def is_offloaded(self, place: Device | None) -> bool:
         """Whether what lies there is elsewhere while it computes."""
         return place == DISK or (place == CPU and self.device.type != CPU)
 
-    @property
+    @cached_property
     def streamed_layers(self) -> list[int]:
         """The numbers of the layers of the stack that are streamed."""
         path, layers = stack_of(self.module)
         names = (f"{path}.{i}" if path else str(i) for i in range(len(layers)))
         return [i for i, name in enumerate(names) if self.is_offloaded(self.of(name))]
 
+    @cached_property
     def streamed_matrices(self) -> list[list[nn.Parameter]]:
-        """The parameters of each of these layers that are not in the device's memory between two uses."""
+        """The parameters of each of these layers that are not in the device's memory between two uses.
+
+        They are those at the first use of this attribute: an adapter that is added later stays in memory.
+        """
         _, layers = stack_of(self.module)
         return matrices_of(self.module, [layers[i] for i in self.streamed_layers])
 
     def bytes_by_place(self) -> dict[str, int]:
         """Return the bytes of the weights in each place, tied ones once, by the name of the place."""
-        streamed = {id(p) for of_layer in self.streamed_matrices() for p in of_layer}
+        streamed = {id(p) for of_layer in self.streamed_matrices for p in of_layer}
         sizes: dict[str, int] = defaultdict(int)
         for name, p in self.module.named_parameters():
             place = self.of(name)
@@ -87,7 +111,7 @@ class Placement:
     @property
     def largest_layer(self) -> int:
         """Bytes of the largest streamed layer."""
-        sizes = (sum(p.numel() * p.element_size() for p in of_layer) for of_layer in self.streamed_matrices())
+        sizes = (sum(p.numel() * p.element_size() for p in of_layer) for of_layer in self.streamed_matrices)
         return max(sizes, default=0)
 
     @property
@@ -115,6 +139,7 @@ def placement_of(options: ModelOptions, module: nn.Module, device: torch.device)
         main = torch.device(CPU) if not gpus else torch.device(_name_of(gpus[0]))
         placement = Placement(module, found, main)
     _check(placement, options)
+    assert len(placement.streamed_matrices) == len(placement.streamed_layers)
     return placement
 
 
@@ -235,7 +260,7 @@ def _check_room(placement: Placement, options: ModelOptions) -> None:
     is_tuned = isinstance(options, StepOptions) and options.tuning == "full"
     if not is_tuned or options.offload_folder is None or options.tuned_layers or options.tuned_parameters:
         return
-    needed = sum(p.numel() * p.element_size() for of_layer in placement.streamed_matrices() for p in of_layer)
+    needed = sum(p.numel() * p.element_size() for of_layer in placement.streamed_matrices for p in of_layer)
     there = next(path for path in (options.offload_folder, *options.offload_folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:

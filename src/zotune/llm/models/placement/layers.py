@@ -97,7 +97,7 @@ def _loading_by_map(options: ModelOptions, source: str, module: nn.Module, devic
     if uses_disk:
         check_safetensors(source)
     scratch = open_scratch(options) if uses_disk else None
-    arguments: dict[str, Any] = {"device_map": placement.map}
+    arguments: dict[str, Any] = {"device_map": placement.explicit}
     if scratch is None:
         yield _Loading(arguments, placement, None)
         return
@@ -219,7 +219,7 @@ def stream_in_memory(
         return
     placement = placement_of(options, model, device)
     check_here(placement, options)
-    for p in (p for of_layer in placement.streamed_matrices() for p in of_layer):
+    for p in (p for of_layer in placement.streamed_matrices for p in of_layer):
         p.data = scratch.kept(p.data)
     LayerStream(model, scratch, device, placement.streamed_layers)
 
