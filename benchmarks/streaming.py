@@ -81,7 +81,7 @@ def private_bytes(pid: int) -> int:
 
 
 def measured(options: dict[str, Any]) -> dict[str, float]:
-    """Tune in a process, whose memory is read every 20 ms."""
+    """Tune in a process, whose memory is read every 50 ms."""
     command = [sys.executable, __file__, "--child", json.dumps(options)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -91,7 +91,7 @@ def measured(options: dict[str, Any]) -> dict[str, float]:
             peak = max(peak, private_bytes(process.pid))
         except (OSError, ProcessLookupError):
             break
-        time.sleep(0.02)
+        time.sleep(0.05)
     if process.wait():
         raise RuntimeError(f"the run failed: {options}")
     return {**json.loads(process.stdout.readlines()[-1]), "peak": peak - before}

@@ -185,6 +185,22 @@ def test_a_second_optimizer_begins_at_the_weights_of_the_first(pair):
     assert same_weights(*models)
 
 
+def test_two_optimizers_may_take_turns(pair):
+    models = pair()
+    losses = []
+    for model in models:
+        one, other = zo.zo_adam(model, lr=0.01), zo.zo_sgd(model, lr=0.05)
+        losses.append([take(opt, model, 1) for opt in (one, other, one, other, one)])
+    assert losses[0] == losses[1]
+    assert same_weights(*models)
+
+
+def test_a_streamed_model_is_not_copied(pair):
+    streamed, _ = pair()
+    with pytest.raises(zo.UsageError, match="cannot be copied"):
+        copy.deepcopy(streamed)
+
+
 def test_state_lies_in_the_file(pair):
     streamed, _ = pair()
     opt = zo.zo_adam(streamed, lr=0.01)

@@ -100,9 +100,14 @@ class LayerStream:
         self._layer_of = {id(p): i for i, of_layer in enumerate(self.matrices) for p in of_layer}
         for index, layer in enumerate(self.layers):
             layer.forward = self._streamed(index, layer.forward)
+            # For `copy.deepcopy`: the copy of a layer would run the weights of the original.
+            vars(layer)["layer_stream"] = self
         self.place_others()
         # By the module that holds the layers: an adapter or a new head may be put around the rest of the model.
         _STREAMS[model.get_submodule(path)] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerStream:
+        raise UsageError("a model whose layers are streamed cannot be copied; load it a second time.")
 
     def layer_of(self, parameter: Tensor) -> int | None:
         """The layer that a streamed matrix belongs to; None for any other tensor."""

@@ -104,6 +104,9 @@ class DeferredUpdates(NoDeferredUpdates):
             in_sequence: whether it is that of a block with others after it: their forward passes apply it, and then it
                 cannot be taken back.
         """
+        if self._stream.pending is not self:  # another optimizer of this model has taken steps meanwhile
+            self._stream.settle()
+            self._stream.pending = self
         undo.then(None if in_sequence or not self._waits_for_layers else partial(self._cut, self._count))
         self._waiting.append((step, scale))
         if not self._waits_for_layers:

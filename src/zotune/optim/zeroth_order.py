@@ -351,14 +351,10 @@ class ZerothOrder(CountingOptimizer):
 
     def _updates_of(self, step: Step, without: frozenset[int] = frozenset()) -> dict[int, TensorUpdate]:
         """The update of each tensor that a step moves, by tensor id, but for those of `without`."""
-        found = {}
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                tensor = self.tuned.find(p)
-                assert tensor is not None
-                if step.moves(tensor) and tensor.id not in without:
-                    found[tensor.id] = step.on(tensor, number, self._deferred.state_of(tensor, self.state))
-        return found
+        groups = enumerate(self.param_groups)
+        numbered = [(number, self.tuned.find(p)) for number, group in groups for p in group["params"]]
+        moved = [(number, t) for number, t in numbered if t is not None and step.moves(t) and t.id not in without]
+        return {t.id: step.on(t, number, self._deferred.state_of(t, self.state)) for number, t in moved}
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
         """The step along the estimate, independent of the weights."""
