@@ -372,7 +372,7 @@ METHODS = {
 each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @each_schedule
 @each_method
 @each_dtype

@@ -54,6 +54,7 @@ def test_variance_falls_as_one_over_q(sampler, extra, q, runs):
     assert_mean(squared_error(g, gradient), (DIMENSION + extra) / q * (gradient @ gradient))
 
 
+@pytest.mark.sample(2)
 @each_sampler
 @pytest.mark.parametrize("q", [1, 2])
 @each_size

@@ -194,6 +194,7 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
     assert torch.equal(bits(x), bits(expected))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @each_stream
 @pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])

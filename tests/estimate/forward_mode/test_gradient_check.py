@@ -62,6 +62,7 @@ def test_tangents_that_end_on_the_way_are_refused_and_where_is_said(dtype):
         estimated(network(Detaching(), dtype))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda x: x.data])
 def test_in_half_precision_a_cut_is_judged_by_what_it_cuts_off(dtype, cut):

@@ -107,6 +107,7 @@ def test_tokens_without_an_embedding_are_refused(base, tmp_path):
     refused(tmp_path / "a", r"has 335 tokens, but the embedding of .* has 320 rows")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("options", "drop"),
     [
@@ -223,7 +224,7 @@ TIED = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TIED)
 def test_a_merged_model_computes_what_the_adapted_one_does(name, base, tmp_path, config):
     options = {"tuning": "peft", "peft_type": "lora", "peft_config": json.dumps({"r": 4, **TIED[name]})}
@@ -259,6 +260,7 @@ def test_an_initialisation_that_loading_cannot_repeat_is_refused(init, base, tmp
     refused(tmp_path / "a", "onto another base than it was tuned on|no configuration of an adapter")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])
 def test_other_initialisations_are_saved_as_they_were_evaluated(init, base, config, rows_file):
     settings = {"init_lora_weights": init, "target_modules": ["q_proj", "v_proj"], "r": 2}

@@ -304,6 +304,7 @@ def test_whole_tuning_of_packed_weights_is_refused_by_name(name, base, config):
         train(config(**base(name), tuned_parameters="q_proj"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FEW)
 def test_norms_of_a_quantised_base_are_tuned(name, base, config):
     result = train(config(**base(name), tuned_parameters="norm", learning_rate=1e-3, max_steps=2))
@@ -314,6 +315,7 @@ def test_norms_of_a_quantised_base_are_tuned(name, base, config):
     assert verify(result.output_dir).different == ()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", FEW)
 def test_virtual_tokens_go_before_a_quantised_model(name, tuning, base, config):

@@ -89,7 +89,7 @@ CUTS = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name, cut):
@@ -140,7 +140,7 @@ def stop_after(config, options, num_steps):
             train(config(**options))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("save_steps", [None, 2])
 @pytest.mark.parametrize("name", WITHOUT_LEDGER)
 def test_first_order_and_hybrid_runs_go_on_from_their_checkpoint(config, tmp_path, name, save_steps):
@@ -220,6 +220,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, tmp_path, rows_file, kind):
     options = {**FIRST_ORDER_OPTIONS, **KINDS[kind]}
@@ -237,6 +238,7 @@ def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, t
     assert train(config(**{**options, "max_steps": 6}, resume=True)).num_steps == 6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [*KINDS, "lora"])
 def test_a_run_without_a_ledger_notices_another_base_model(config, tmp_path, tiny, kind):
     lm, base = tiny("llama"), tmp_path / "base"
