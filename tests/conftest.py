@@ -81,8 +81,9 @@ def _brings_a_value(item, covered):
 
 
 def pytest_collection_finish():
-    """From here on garbage is collected, but never looked for in modules and tests."""
+    """From here on garbage is collected, seldom, and never looked for in modules and tests."""
     gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
     gc.enable()
 
 
@@ -118,7 +119,13 @@ def _made(family, dtype):
 @pytest.fixture
 def tiny():
     """A function: family and precision to a tiny model with random weights."""
-    return lambda family, dtype="float32": copy.deepcopy(_made(family, dtype))
+    from zotune.llm.models.load import quiet_libraries
+
+    def make(family, dtype="float32"):
+        quiet_libraries()  # as loading does; pytest forgets it after each test
+        return copy.deepcopy(_made(family, dtype))
+
+    return make
 
 
 @pytest.fixture(scope="session")

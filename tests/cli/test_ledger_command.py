@@ -217,6 +217,7 @@ def rewritten(path, **method):
     path.write_bytes(content)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_the_method_of_every_ledger_in_a_row_is_checked(config, zotune, tmp_path, tuning):
     for name in ("a", "b"):

@@ -176,7 +176,7 @@ def test_reuse_changes_no_bit(name, order, difference, steps):
     assert_same_bits(without, using)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", [zo.blocks_by_part, zo.blocks_by_linear, partial(zo.blocks_by_size, max_elements=150)])
 @each_order
 @pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])

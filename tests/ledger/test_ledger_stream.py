@@ -333,6 +333,7 @@ def test_merges_are_the_same_either_way_and_follow_from_their_ledgers(
     assert "bit for bit" in zotune("ledger", "verify", tmp_path / "m").out
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.3}], ids=["dense", "masks"])
 def test_a_run_begun_on_the_end_of_another_comes_out_of_both_ledgers(config, zotune, folder, tmp_path, options):
     train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=3, output_dir=tmp_path / "a", **options))

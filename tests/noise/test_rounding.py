@@ -56,6 +56,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.sample(2)
 @each_half
 @each_sampler
 @pytest.mark.parametrize("options", [{}, {"transform": copied_identity}], ids=["fused", "general"])
@@ -81,6 +82,7 @@ def test_an_update_below_half_a_unit_arrives_on_average(dtype, sampler, options,
     assert SIGMAS * deviation / float(intended.norm()) < 0.6
 
 
+@pytest.mark.sample(1)
 @each_half
 def test_a_drift_below_half_a_unit_arrives_on_average(dtype):
     model, steps = holder(dtype), 300

@@ -55,6 +55,7 @@ def triton_backend(monkeypatch):
         yield
 
 
+@pytest.mark.sample(1)
 @each_stream
 def test_the_tables_of_a_captured_pass_are_rebound_to_other_directions(stream):
     """As a replay does, the second pass sends the tables of the seeds that were captured."""

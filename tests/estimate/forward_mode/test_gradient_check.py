@@ -45,7 +45,7 @@ def estimated(model, seed=0, estimator=None):
     return estimator(lambda: loss_of(model), zo.ParameterSet(model), [zo.Direction(seed)])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @each_dtype
 @pytest.mark.parametrize("std", [0.02, 0.3])
 def test_a_right_coefficient_is_never_refused(dtype, std):

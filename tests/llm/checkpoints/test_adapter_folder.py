@@ -165,6 +165,7 @@ def test_runs_beside_other_frozen_weights_are_not_merged(base, tmp_path, config)
         Merge("average", (find_ledger(one), find_ledger(two)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tuning", ["full", "head"])
 def test_whole_tuning_of_an_adapters_folder_saves_what_it_tuned(tuning, base, tmp_path, config):
     made = adapter(base, tmp_path / "a", target_modules=["k_proj", "down_proj"])

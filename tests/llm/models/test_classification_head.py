@@ -86,6 +86,7 @@ def test_heads_for_other_labels_or_prompts_are_refused(tmp_path, zotune):
     assert none.code == 2 and "choices of its own" in none.err
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
 def test_virtual_tokens_before_a_head_score_as_plain_peft_and_train(tmp_path, tuning):

@@ -163,6 +163,7 @@ def test_shipped_rows_have_the_stated_sizes_and_every_label(name):
     assert (TASKS[name].measure is evaluate_answers) == all(e.answers for e in examples)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", TASKS)
 def test_default_sizes_and_order_of_a_whole_split_are_the_protocols(name, tmp_path):
     """With as many rows as the public splits have (at most 3,000), each marked by its number."""

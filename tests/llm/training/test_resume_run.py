@@ -103,7 +103,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name, cut)
     assert_same_run(whole, part)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_steps", [2, 3])
 @pytest.mark.parametrize(
     "name", ["full, bfloat16, linear", "adam", "adam, window", "masks by magnitude", "random masks"]
