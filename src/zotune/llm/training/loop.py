@@ -5,26 +5,28 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
+from zotune.estimate.mesh import ALONE_MESH
 from zotune.estimate.objective import Batched, accumulate, probing
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
+from zotune.llm.data.batches import batches, orders
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
+from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
@@ -32,13 +34,13 @@ from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
-from zotune.llm.training.in_memory import MemoryOutput, NoJournal, Output
+from zotune.llm.training.in_memory import FollowerOutput, MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
-from zotune.llm.training.step import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
+from zotune.llm.training.step import ZerothOrderStep, update_of
 from zotune.messages import say
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
@@ -73,11 +75,11 @@ class Run:
         )
         if isinstance(self.optimizer, ZerothOrder):
             keep_activations()
-        self.update = _update(self.optimizer, lm, config, self.counters)
+        self.update = update_of(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = (
             NoJournal()
-            if isinstance(output, MemoryOutput)
+            if isinstance(output, MemoryOutput) and not isinstance(output, FollowerOutput)
             else Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
         )
         self._forwards_before = 0
@@ -97,16 +99,28 @@ class Run:
             self.output.claim("runs")
         self.events.begin()
         self._save_missed_checkpoint()
-        for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
+        for examples in islice(batches(self.rows.train, self.config), self.counters.step, None):
             if self.stops_early:
                 self._stop_early(display)
                 return
             self.events.begin_step()
             self._run_step(examples, display)
-            if stop.signal is not None:
+            self._check_ranks()
+            if self._is_stopped(stop):
                 self._save_if_needed()
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
+
+    def _check_ranks(self) -> None:
+        """Compare the processes' weights, if it is due."""
+        every, step = self.config.check_ranks, self.counters.step
+        if every and step % every == 0:
+            check_weights(self.lm.mesh.processes, self.lm.module, step)
+
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Whether a signal ends the run after this step; of several processes all end after the same one."""
+        mesh = self.lm.mesh
+        return stop.signal is not None if mesh.is_alone else bool(mesh.processes.agreed)
 
     def _stop_early(self, display: Display) -> None:
         """Say why the run ends; what a callback decided is saved, so that a resumed run stays stopped."""
@@ -126,12 +140,19 @@ class Run:
         is_flat = isinstance(self.update, ZerothOrderStep) and self.update.is_flat
         self._count(loss, passes, is_flat=is_flat)
         self.events.end_step(self.counters.step)
+        self._share_control()
         self._report(display)
         self._save_checkpoint()
         if self.events.ends_epoch(self.counters.step):
             self.events.end_epoch()
+            self._share_control()
             self._evaluate_if_due(display)
             self._save_checkpoint()
+
+    def _share_control(self) -> None:
+        """Let the other processes do what the callbacks asked for, which the first process alone calls."""
+        if self.events.has_callbacks:
+            self.events.control = self.lm.mesh.processes.first(lambda: self.events.control)
 
     @property
     def stops_early(self) -> bool:
@@ -141,14 +162,15 @@ class Run:
     def take_steps(self, count: int) -> None:
         """Take the first steps of the run without counting, logging or recording them, as a trial does."""
         self._try_side_by_side()
-        for examples in islice(_batches(self.rows.train, self.config), count):
+        for examples in islice(batches(self.rows.train, self.config), count):
             self.update(self.optimizer, *self._closures(examples))
 
     def objective_on(self, examples: Sequence[Encoded]) -> float:
         """Return the objective on some rows at the present weights."""
         closures, weights = self._closures(examples)
+        mesh = self.lm.mesh if len(closures) >= self.lm.mesh.data else ALONE_MESH
         with probing(self.lm.module):
-            return float(accumulate(closures, weights)())
+            return float(accumulate(closures, weights, mesh=mesh)())
 
     def _try_side_by_side(self) -> None:
         """Test at the start whether probes can share a forward pass, so that a resumed run gets the same answer."""
@@ -161,7 +183,7 @@ class Run:
         if not counters.step or self.rows.generated is not None:
             return 0
         sizes = array("L", (sum(map(len, e.sequences)) for e in self.rows.train))
-        tokens = sum(sizes[i] for batch in islice(_orders(len(sizes), config), counters.step) for i in batch)
+        tokens = sum(sizes[i] for batch in islice(orders(len(sizes), config), counters.step) for i in batch)
         # Each pass reads one of the batches that a step accumulates.
         return round(tokens * counters.num_forwards / (counters.step * config.gradient_accumulation_steps))
 
@@ -262,7 +284,9 @@ class Run:
             return None
         self.lm.module.eval()
         size = self.config.per_device_eval_batch_size
-        return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
+        found = self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
+        # A reward or a metric of the user may return something else in each process.
+        return self.lm.mesh.processes.first(lambda: found)
 
     def _evaluate_held_out(self, display: Display, *, replayed: bool) -> None:
         step = self.counters.step
@@ -312,32 +336,6 @@ class Run:
             held_out=counters.held_out_short,
             num_flat=counters.num_flat,
         )
-
-
-def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:
-    if isinstance(optimizer, Hybrid):
-        return hybrid_step
-    if isinstance(optimizer, ZerothOrder):
-        mu = None if config.method == "forward_grad" else config.mu
-        return ZerothOrderStep(mu, has_steps=not config.has_gradient)
-    return FirstOrderStep(lm, counters, checkpointing=config.gradient_checkpointing, seed=config.seed)
-
-
-def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
-    """Yield `max_steps` batches from passes over the rows, each in a new random order drawn by the seed."""
-    return ([examples[i] for i in indices] for indices in _orders(len(examples), config))
-
-
-def _orders(num_rows: int, config: TrainConfig) -> Iterator[list[int]]:
-    """Yield the indices of the rows of each batch."""
-    generator = torch.Generator().manual_seed(config.seed)
-    size = config.rows_a_step
-    queue, at = torch.empty(0, dtype=torch.int64), 0
-    for _ in range(config.max_steps):
-        while len(queue) < at + size:
-            queue, at = torch.cat([queue[at:], torch.randperm(num_rows, generator=generator)]), 0
-        yield queue[at : at + size].tolist()
-        at += size
 
 
 def try_side_by_side(
