@@ -70,7 +70,7 @@ SLOW = [name for name in CASES if name.endswith(("-float32-full", "-bfloat16-lor
 QUICK_AND_SLOW = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(14)
 @pytest.mark.parametrize("name", QUICK_AND_SLOW)
 def test_a_run_gives_the_frozen_losses_and_weights(config, name):
     options, frozen = CASES[name]["options"], RUNS.get(name, {})

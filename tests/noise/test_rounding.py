@@ -82,7 +82,6 @@ def test_an_update_below_half_a_unit_arrives_on_average(dtype, sampler, options,
     assert SIGMAS * deviation / float(intended.norm()) < 0.6
 
 
-@pytest.mark.sample(1)
 @each_half
 def test_a_drift_below_half_a_unit_arrives_on_average(dtype):
     model, steps = holder(dtype), 300

@@ -46,7 +46,7 @@ def begin(method, blocks, sampler, dtype, rounding, seed=5):
     return p.model, opt, scheduler, go
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -89,7 +89,7 @@ CUTS = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name, cut):
@@ -140,7 +140,7 @@ def stop_after(config, options, num_steps):
             train(config(**options))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("save_steps", [None, 2])
 @pytest.mark.parametrize("name", WITHOUT_LEDGER)
 def test_first_order_and_hybrid_runs_go_on_from_their_checkpoint(config, tmp_path, name, save_steps):
