@@ -229,7 +229,6 @@ def test_micro_batches_draw_what_the_whole_batch_draws(tiny, config, module, tmp
     assert values == pytest.approx([values[0]] * 3)
 
 
-@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{}, DRAWN])
 @torch.no_grad()
 def test_both_probes_see_the_same_completions_as_mu_vanishes(tiny, options):

@@ -149,7 +149,6 @@ def test_there_are_exactly_max_steps_updates(config, monkeypatch, method, optimi
     assert len(updates) == 3
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", ["zo_sgd", "fo_sgd"])
 @pytest.mark.parametrize(
     ("kind", "rates"),
