@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where this is set, as in many containers, each of the hundred processes of the tests would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Everything they install is in the lock, requirements/*.txt: exact versions, each with its hashes.
 # Where there is no NVIDIA GPU, torch's CPU build: the usual one brings gigabytes of CUDA with it.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
