@@ -68,6 +68,8 @@ class ToDevice:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="zotune-layers")
         self._coming: dict[int, Future[list[Tensor]]] = {}
         self._going: list[Future[None]] = []
+        # Reached when the device has run the layer before: the host, which is ahead of it, must not bring in more.
+        self._has_run: torch.cuda.Event | None = None
         self.renew()
 
     def renew(self) -> None:
@@ -86,7 +88,7 @@ class ToDevice:
     def prefetch(self, index: int) -> None:
         """Begin to copy a layer to the device."""
         if index not in self._coming:
-            self._coming[index] = self._worker.submit(self._upload, index)
+            self._coming[index] = self._worker.submit(self._upload, index, self._has_run)
 
     def load(self, index: int, *, writes: bool) -> None:
         """Wait until a layer is on the device, and let its parameters be there."""
@@ -99,17 +101,22 @@ class ToDevice:
     def unload(self, index: int, *, wrote: bool) -> None:
         """Let a layer's parameters be on the CPU again, with what was written to them."""
         copies = [p.data for p in self._matrices[index]]
+        if self._stream is not None:
+            self._has_run = torch.cuda.current_stream(self._device).record_event()
         if wrote:
-            done = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-            self._going = [copied for copied in self._going if not copied.done()]
-            self._going.append(self._worker.submit(self._download, index, copies, done))
+            for copied in [copied for copied in self._going if copied.done()]:
+                copied.result()
+                self._going.remove(copied)
+            self._going.append(self._worker.submit(self._download, index, copies, self._has_run))
         for p, home in zip(self._matrices[index], self._homes[index], strict=True):
             p.data = home
 
     @torch.no_grad()
-    def _upload(self, index: int) -> list[Tensor]:
+    def _upload(self, index: int, has_run: torch.cuda.Event | None) -> list[Tensor]:
         if self._stream is None:
             return [home.to(self._device, copy=True) for home in self._homes[index]]
+        if has_run is not None:
+            has_run.synchronize()
         copies = []
         with torch.cuda.stream(self._stream):
             for home, staging in self._staged(index):
@@ -119,13 +126,13 @@ class ToDevice:
         return copies
 
     @torch.no_grad()
-    def _download(self, index: int, copies: Sequence[Tensor], done: torch.cuda.Event | None) -> None:
-        if self._stream is None or done is None:
+    def _download(self, index: int, copies: Sequence[Tensor], has_run: torch.cuda.Event | None) -> None:
+        if self._stream is None or has_run is None:
             for copy, home in zip(copies, self._homes[index], strict=True):
                 home.copy_(copy)
             return
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(done)
+            self._stream.wait_event(has_run)
             for copy, (_, staging) in zip(copies, self._staged(index), strict=True):
                 staging.copy_(copy, non_blocking=True)
         self._stream.synchronize()

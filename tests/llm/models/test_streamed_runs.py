@@ -189,6 +189,20 @@ def test_a_full_disk_is_told_in_words(config, checkpoint, tmp_path, monkeypatch)
         train(config(model=str(checkpoint()), offload_folder=tmp_path / "disk", learning_rate=1e-2))
 
 
+def test_a_disk_without_room_for_the_copies_is_refused_before_anything_is_read(
+    config, checkpoint, tmp_path, monkeypatch
+):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    options = {"model": str(checkpoint()), "offload_folder": tmp_path / "disk" / "deep"}
+    with pytest.raises(UsageError, match=r"has no room: the copies of the layers to tune take .*--tuning lora"):
+        load(config(**options))
+    assert not (tmp_path / "disk").exists()
+    assert stream_of(load(config(**options, tuning="lora")).module) is not None
+
+
 def test_a_layer_larger_than_memory_is_refused(config, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("zotune.llm.models.placement.device_map.free_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"does not fit: cpu has .* the largest layer"):

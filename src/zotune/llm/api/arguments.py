@@ -22,7 +22,7 @@ Config = TypeVar("Config", bound=BaseModel)
 # Options that name what the caller has loaded.
 _BY_NAME = (
     *("model", "model_revision", "trust_remote_code", "attn_implementation"),
-    *("dtype", "quantization", "device", "accept_terms"),
+    *("dtype", "quantization", "device", "device_map", "offload_folder", "accept_terms"),
     *("task", "train_file", "eval_file", "data_source", "prompt"),
 )
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -35,7 +35,7 @@ def load(
         labels: with `ModelOptions`: if given, a masked language model gets a new classification head for them.
         seed: seed of the new head's weights.
         options: options of `ModelOptions` by name: `model_revision`, `dtype`, `quantization`, `device`,
-            `attn_implementation`, `trust_remote_code`, `accept_terms`.
+            `device_map`, `offload_folder`, `attn_implementation`, `trust_remote_code`, `accept_terms`.
 
     Returns:
         The model and its tokenizer, both of transformers; a `peft.PeftModel`, whose adapter can be tuned on, for the
