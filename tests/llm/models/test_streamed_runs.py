@@ -122,6 +122,20 @@ def test_a_found_learning_rate_leaves_the_weights_as_they_were(both, checkpoint)
     assert_same(*both_folders)
 
 
+def test_a_loaded_model_whose_layers_are_streamed_is_tuned_in_python(checkpoint, tmp_path):
+    from zotune.llm import load as load_by_name
+    from zotune.llm import train as train_rows
+
+    rows = [{"text": f"row {i}", "label": ("no", "yes")[i % 2]} for i in range(8)]
+    weights = []
+    for place in ({}, {"offload_folder": tmp_path}):
+        model, tokenizer = load_by_name(checkpoint(), device="cpu", **place)
+        assert (stream_of(model) is None) == (not place)
+        train_rows(model, tokenizer, rows, max_steps=2, learning_rate=1e-2, num_dev=0, per_device_train_batch_size=4)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
 def test_layers_that_a_file_puts_on_the_disk_are_streamed_and_the_others_stay(config, checkpoint, tmp_path):
     path = tmp_path / "map.yaml"
     path.write_text('{"": cpu, model.layers.1: disk}')

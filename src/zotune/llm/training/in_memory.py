@@ -12,6 +12,7 @@ from zotune.llm.output.metrics_log import Line, MetricsLog, key_of
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.training.counters import Counters
+from zotune.model.streaming import settle
 from zotune.system.processes import Processes
 
 
@@ -64,7 +65,8 @@ class MemoryOutput:
         """Do nothing: no room is needed."""
 
     def save_model(self, lm: LanguageModel) -> None:
-        """Do nothing: the model is in memory."""
+        """Bring streamed weights up to date; all others are in memory."""
+        settle(lm.module)
 
     def finish(self, results: dict[str, Any], config: TrainConfig, lm: LanguageModel, test: Evaluation | None) -> None:
         """Do nothing: the results are returned."""
