@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "howto" / "bigger-than-memory.md"
 BEGIN, END = "<!-- table: benchmarks/streaming.py -->", "<!-- end of the table -->"
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
-STEPS, KILLS, KILLED_STEPS = 4, 10, 30
+STEPS, KILLS, KILLED_STEPS = 3, 10, 30
 RUNS: dict[str, dict[str, Any]] = {
     "full, zo_sgd": {"method": "zo_sgd"},
     "full, zo_adam": {"method": "zo_adam"},
@@ -109,7 +109,7 @@ def digest(folder: Path) -> str:
 
 def rows_in(folder: Path) -> Path:
     """Write some rows of text with labels."""
-    rows = [{"text": f"row {i} is {'fine' if i % 2 else 'dull'}", "label": ("no", "yes")[i % 2]} for i in range(24)]
+    rows = [{"text": f"row {i} is {'fine' if i % 2 else 'dull'}", "label": ("no", "yes")[i % 2]} for i in range(8)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -117,8 +117,8 @@ def rows_in(folder: Path) -> Path:
 
 def options_of(model: Path | str, rows: Path, out: Path, **more: Any) -> dict[str, Any]:
     """Return the options of a run."""
-    plain = {"model": str(model), "train_file": str(rows), "num_dev": 4, "device": "cpu", "output_dir": str(out)}
-    steps = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "template": "{text} so"}
+    plain = {"model": str(model), "train_file": str(rows), "num_dev": 2, "device": "cpu", "output_dir": str(out)}
+    steps = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-4, "template": "{text} so"}
     return {**plain, **steps, "logging_steps": STEPS, **more}
 
 

@@ -1,5 +1,6 @@
 """The optimizers: `zeroth_order` composes direction, estimate, transform and update into a torch optimizer.
 
 Read `zeroth_order`, then `hybrid` (the lower layers by forward passes, the upper ones by back-propagation). `base`
-counts steps, `record` holds the numbers of one step, `checks` refuses options that cannot work.
+counts steps, `deferred` lets the updates of streamed layers wait for them, `record` holds the numbers of one step,
+`checks` refuses options that cannot work.
 """
