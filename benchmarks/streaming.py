@@ -27,6 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def write_model(folder: Path, shape: dict[str, int]) -> Path:
-    """Write a llama of random weights with a tokenizer of bytes, its embeddings tied."""
+    """Write a llama of random weights with a tokenizer of bytes, its embeddings tied, unless it is there."""
+    if (folder / "tokenizer_config.json").exists():
+        return folder
     import torch
     import transformers
 
@@ -207,16 +212,16 @@ def sizes_of(shape: dict[str, int]) -> dict[str, int]:
     return {"weights": layers * layer + embeddings, "embeddings": embeddings, "layer": layer, "num_layers": layers}
 
 
-def measure_large(work: Path) -> dict[str, Any]:
-    """Return memory, time and bits of each kind of run, and the seconds of a pass without page cache."""
-    rows, large, sizes = rows_in(work), write_model(work / "large", LARGE), sizes_of(LARGE)
-    return {
-        "sizes": sizes,
-        "bound": sizes["embeddings"] + 3 * sizes["layer"],
-        "steps": STEPS,
-        "cold_pass": cold_pass(large, work),
-        "runs": [compare(name, large, rows, work) for name in RUNS],
-    }
+def measure_run(name: str, work: Path) -> dict[str, Any]:
+    """Return memory, time and bits of one kind of run, in memory and streamed."""
+    sizes = sizes_of(LARGE)
+    found = {"sizes": sizes, "bound": sizes["embeddings"] + 3 * sizes["layer"], "steps": STEPS}
+    return {**found, name: compare(name, write_model(work / "large", LARGE), rows_in(work), work)}
+
+
+def measure_cold_pass(work: Path) -> dict[str, Any]:
+    """Return the seconds of a pass with and without the page cache."""
+    return {"cold_pass": cold_pass(write_model(work / "large", LARGE), work)}
 
 
 def measure_kills(work: Path) -> dict[str, Any]:
@@ -237,7 +242,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-PARTS = {"large": measure_large, "kills": measure_kills}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **{name: partial(measure_run, name) for name in RUNS},
+    "cold pass": measure_cold_pass,
+    "kills": measure_kills,
+}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -246,7 +255,7 @@ def table(found: dict[str, Any]) -> str:
         "| run | weights | unshared memory, resident | streamed | seconds, streamed / resident | same bits |",
         "|---|--:|--:|--:|--:|:-:|",
     ]
-    for run in found["runs"]:
+    for run in (found[name] for name in RUNS if name in found):
         resident, streamed = run["resident"], run["streamed"]
         ratio = streamed["seconds"] / resident["seconds"]
         weights = "0.1 GB" if "GGUF" in run["run"] else f"{found['sizes']['weights'] / 1e9:.1f} GB"
@@ -269,7 +278,8 @@ def main() -> None:
     """Measure, and write the results and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the page again, from the results")
-    parser.add_argument("--only", choices=PARTS, help="measure one part, and keep the results of the other")
+    parser.add_argument("--only", choices=PARTS, help="measure one part, and keep the results of the others")
+    parser.add_argument("--folder", help="a folder whose written models are used again; default: a temporary one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -277,7 +287,7 @@ def main() -> None:
         return
     for name in () if arguments.page else [arguments.only] if arguments.only else PARTS:
         found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        with tempfile.TemporaryDirectory(dir=os.environ.get("STREAMING_FOLDER")) as folder:
+        with nullcontext(arguments.folder) if arguments.folder else tempfile.TemporaryDirectory() as folder:
             found |= {**PARTS[name](Path(folder)), **environment()}
         RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
