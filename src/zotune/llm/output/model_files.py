@@ -68,7 +68,7 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
         return
     if not is_adapter(lm.module) and stream_of(lm.module) is not None and not _is_converted(lm.module):
         state = saved_tensors(lm.module, lm.module.state_dict())
-        write_by_tensor(lm, folder, state, lambda name: _released(state[name]), max_shard_size)
+        write_by_tensor(lm, folder, state, _one_by_one(state), max_shard_size)
         return
     # Without this option, peft asks the Hub for the base model's vocabulary when it saves an adapter.
     extra: dict[str, Any] = (
@@ -90,11 +90,17 @@ def _is_converted(module: Any) -> bool:
     return bool(getattr(module, "_weight_conversions", None))
 
 
-def _released(x: Tensor) -> Tensor:
-    """A copy of a tensor in memory, of which the mapped one takes no memory."""
-    copied = x.detach().to("cpu", copy=True)
-    release(x.detach())
-    return copied
+def _one_by_one(state: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """A function from a name to its tensor on the CPU; a mapped one takes no memory once the next is asked for."""
+    last: list[Tensor] = []
+
+    def tensor(name: str) -> Tensor:
+        for x in last:
+            release(x)
+        last[:] = [state[name].detach()]
+        return last[0].cpu()
+
+    return tensor
 
 
 def saved_tensors(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
