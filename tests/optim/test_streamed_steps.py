@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import zotune as zo
+from zotune.model.mapped_memory import ScratchFile, is_mapped
 from zotune.model.streaming import LayerStream, settle, stream_of
 from zotune.model.transfer import ToDevice
-from zotune.system.mapped_memory import ScratchFile, is_mapped
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[1, 2, 2, 6], [0, 3, 5, 5]])

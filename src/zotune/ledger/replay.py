@@ -17,9 +17,9 @@ from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import AnyLayout, Header, Layout, LedgerError
 from zotune.ledger.free_layout import FreeLayout
+from zotune.model.mapped_memory import release
 from zotune.optim.record import StepRecord
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
-from zotune.system.mapped_memory import release
 
 # Functions are recorded by names that do not follow the package's layout, so that a ledger outlives it: by module of
 # today, the module name that ledgers hold.

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map_only
 
 from zotune.errors import UsageError
 from zotune.model.layers import stack_of
+from zotune.model.mapped_memory import ScratchFile, is_mapped, release
 from zotune.model.transfer import InPlace, ToDevice
-from zotune.system.mapped_memory import ScratchFile, is_mapped, release
 from zotune.system.uninterrupted import uninterrupted
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from zotune.system.mapped_memory import populate, prefetch, release
+from zotune.model.mapped_memory import populate, prefetch, release
 
 Matrices = Sequence[Sequence[nn.Parameter]]
 

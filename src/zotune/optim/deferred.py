@@ -20,10 +20,10 @@ from zotune.apply.tensor_update import Rounding
 from zotune.apply.transforms import State
 from zotune.apply.update import Step, update_tensor_, with_master
 from zotune.directions.schedule import AnySampler, depends_on_weights
+from zotune.model.mapped_memory import release
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.model.streaming import LayerStream, stream_of
 from zotune.optim.undo import UndoLog
-from zotune.system.mapped_memory import release
 
 
 class NoDeferredUpdates:

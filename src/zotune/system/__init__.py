@@ -2,6 +2,6 @@
 
 `limits` lists every size that trades memory for time, `peak_memory` measures, `malloc` tunes the allocator so that
 scratch memory is reused from step to step, `cache_dir` names the user's cache folder, `atomic_write` replaces files,
-`mapped_memory` gives tensors in mapped files, whose memory can be given back, `lazy_names` imports a package's public
+`lazy_names` imports a package's public
 names at their first use.
 """

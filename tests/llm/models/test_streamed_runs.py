@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from zotune.errors import RunError, UsageError
 from zotune.llm.models.load import load
 from zotune.llm.training.train import train
+from zotune.model.mapped_memory import is_mapped
 from zotune.model.streaming import stream_of
-from zotune.system.mapped_memory import is_mapped
 
 PASSING = {"seconds", "peak_memory"}
 

@@ -28,9 +28,9 @@ from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear, unpack_sc
 from zotune.llm.training.evaluation import evaluate
 from zotune.llm.training.origin import frozen_digest
 from zotune.llm.training.train import train
+from zotune.model.mapped_memory import is_mapped
 from zotune.model.streaming import stream_of
 from zotune.plan.dry_run import dry_run
-from zotune.system.mapped_memory import is_mapped
 
 # bitsandbytes and torchao are not among the packages that tests need; where they are installed they are tried.
 LIBRARIES = [

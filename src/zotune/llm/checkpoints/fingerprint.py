@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
+from zotune.model.mapped_memory import release
 from zotune.system.bounds import read_json
-from zotune.system.mapped_memory import release
 
 FILE = "base_model.json"
 _SAMPLE = 256

@@ -23,8 +23,8 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
+from zotune.model.mapped_memory import release
 from zotune.model.streaming import settle, stream_of
-from zotune.system.mapped_memory import release
 
 _WEIGHTS = re.compile(r"(adapter_|tuned_)?model(-.*)?\.safetensors(\.index\.json)?")
 

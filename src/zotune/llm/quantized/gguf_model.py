@@ -21,7 +21,7 @@ from zotune.llm.quantized.gguf_config import ROPE_FACTORS, complete_config
 from zotune.llm.quantized.gguf_reader import StoredTensor, read_gguf
 from zotune.llm.quantized.layers import PackedEmbedding, PackedLinear
 from zotune.model.layers import stack_of
-from zotune.system.mapped_memory import register_memmap, release
+from zotune.model.mapped_memory import register_memmap, release
 
 # Architectures whose files differ from transformers at most in the order of rows, which can change while packed.
 ARCHITECTURES = ("gemma2", "gemma3", "llama", "qwen2", "qwen3")

@@ -19,8 +19,8 @@ from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
+from zotune.model.mapped_memory import release
 from zotune.model.streaming import settle_tensors
-from zotune.system.mapped_memory import release
 
 # Tuned weights of up to this many bytes are stored in memory, larger ones in a file of the output folder.
 MAX_MEMORY = 256 * 2**20

@@ -22,9 +22,9 @@ from zotune.llm.checkpoints.pretrained import read_pretrained
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.placement.device_map import DISK, Placement, check_here, is_placed, placement_of
 from zotune.model.layers import ReadTracer, stack_of
+from zotune.model.mapped_memory import ScratchFile, is_mapped, mapped_safetensors, release
 from zotune.model.parameters import ParameterSet
 from zotune.model.streaming import LayerStream, stream_of
-from zotune.system.mapped_memory import ScratchFile, is_mapped, mapped_safetensors, release
 from zotune.system.scratch_folder import scratch_folder
 
 

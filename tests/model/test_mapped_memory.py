@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zotune.errors import NotWrittenError
-from zotune.model.streaming import LayerStream
-from zotune.system.mapped_memory import (
+from zotune.model.mapped_memory import (
     ScratchFile,
     is_mapped,
     mapped_safetensors,
@@ -18,6 +17,7 @@ from zotune.system.mapped_memory import (
     prefetch,
     release,
 )
+from zotune.model.streaming import LayerStream
 
 MB = 1 << 20
 
@@ -59,7 +59,7 @@ def test_memory_of_others_is_left_alone(tmp_path):
     assert float(x.sum()) == 1000
     del mapped
     assert not any(is_mapped(torch.empty(1)) for _ in range(3))
-    from zotune.system import mapped_memory
+    from zotune.model import mapped_memory
 
     assert start not in mapped_memory._ENDS
 
