@@ -27,15 +27,16 @@ def log_probabilities(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
 def scores_of_tokens(log_probs: Tensor, batch: Batch) -> Tensor:
     """Return (examples, most candidates) means of the (M,) log-probabilities of the candidates' tokens."""
     total = torch.zeros(len(batch.lengths), dtype=torch.float64, device=log_probs.device)
-    return _by_example(total.index_add(0, batch.owners, log_probs.double()) / batch.lengths, batch)
+    return by_example(total.index_add(0, batch.owners, log_probs.double()) / batch.lengths, batch)
 
 
 def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
     """Return these scores up to a constant per example, from (N, K) logits of the candidates' distinct tokens alone."""
-    return _by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
+    return by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
 
 
-def _by_example(values: Tensor, batch: Batch) -> Tensor:
+def by_example(values: Tensor, batch: Batch) -> Tensor:
+    """Return (examples, most candidates) of the (C,) values of candidates; missing ones are -inf."""
     counts = on_device(batch.counts, values.device, torch.long)[:, None]
     place = torch.arange(max(batch.counts), device=values.device)
     # A candidate that an example does not have is read from one more value, behind the others.

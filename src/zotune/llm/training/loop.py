@@ -12,12 +12,14 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.mesh import ALONE_MESH
 from zotune.estimate.objective import Batched, accumulate, probing
+from zotune.estimate.per_example.objective import EachRow, PerExample
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
@@ -28,6 +30,7 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.row_scores import RowsAlone
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.objectives import Objective, mean_loss
@@ -66,7 +69,7 @@ class Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.counters = Counters()
         self._closure: MakeClosure = (
-            partial(candidate_loss, lm, rows.objective, scorer)
+            partial(_loss_of(config), lm, rows.objective, scorer)
             if rows.generated is None
             else partial(rows.generated.closure, lm)
         )
@@ -346,14 +349,23 @@ def try_side_by_side(
     # The forward gradient has no probes that could share a pass.
     if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
         return
-    if isinstance(closure, Batched) and closure.most > 1:
-        before, u = lm.num_forwards, Direction(seed=0)
+    before, u = lm.num_forwards, Direction(seed=0)
+    if isinstance(closure, PerExample):
+        zeroth_order.estimate(closure)
+        lm.num_forwards = before
+        zeroth_order.num_forwards = 0
+    elif isinstance(closure, Batched) and closure.most > 1:
         try:
             with probing(lm.module):
                 values_side_by_side(closure, zeroth_order.tuned, [(1.0, u), (-1.0, u)])
         except NotSeparableError as error:
             say(refuse(closure, zeroth_order.tuned, error))
         lm.num_forwards = before
+
+
+def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
+    """Return what makes closures of the mean loss, of single examples where a step needs these."""
+    return candidate_loss if config.directions_per_batch is None else candidate_loss_per_example
 
 
 def candidate_loss(
@@ -372,3 +384,28 @@ def candidate_loss(
         return mean_loss(objective, scorer(batch), batch, examples)
 
     return Batched(value, lm.copies_at_once(batch), f"the {objective.name} loss")
+
+
+def candidate_loss_per_example(
+    lm: LanguageModel,
+    objective: Objective,
+    scorer: Scorer,
+    examples: Sequence[Encoded],
+    step: int,
+    places: Sequence[int],
+) -> PerExample:
+    """As `candidate_loss`, as an objective of single examples."""
+    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
+    owners = [i for i, example in enumerate(examples) for _ in example.sequences]
+
+    def losses(each: EachRow) -> Tensor:
+        lm.rows_alone = RowsAlone(each, owners)
+        try:
+            scores = scorer(batch)
+        finally:
+            lm.rows_alone = None
+        return torch.stack([objective.losses(score, batch) for score in scores])
+
+    weights = tuple(float(objective.weight(example)) for example in examples)
+    name, most = f"the {objective.name} loss", lm.copies_at_once(batch)
+    return PerExample(losses, weights, lambda: mean_loss(objective, scorer(batch), batch, examples), most, name)
