@@ -1,7 +1,10 @@
 """What `many_processes` runs: steps of each method over tiny models, and runs of `zotune train`."""
 
 import hashlib
+import os
 import re
+import signal
+import time
 from functools import partial
 
 import torch
@@ -9,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zotune as zo
+from zotune.errors import RunError
 from zotune.system.processes import joined
 
 # By name: a method over the model, and options of it.
@@ -115,3 +119,64 @@ def written_by(folder):
             lines = found[name].splitlines()
             found[name] = "\n".join(x for x in lines if not x.startswith(("| training time", "| peak memory")))
     return found
+
+
+def disturbed_run(config, rank, act, step=2):
+    """Run `zotune train`, and let one process do something at a step: end, raise, sleep, get a signal, lose a bit."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training import loop
+    from zotune.llm.training.train import train
+
+    run_step = loop.Run._run_step
+
+    def disturbed(self, *args):
+        if int(os.environ["RANK"]) == rank and self.counters.step == step:
+            _ACTS[act](self)
+        run_step(self, *args)
+
+    loop.Run._run_step = disturbed
+    result = train(TrainConfig(**config))
+    return result.num_steps, result.stopped_by
+
+
+def _lose_a_bit(run):
+    p = next(p for p in run.lm.module.parameters() if p.requires_grad)
+    with torch.no_grad():
+        p.view(-1)[0] += 1
+
+
+def _fail(run):
+    raise RunError("the disk of this machine is full.")
+
+
+_ACTS = {
+    "end": lambda run: os._exit(9),
+    "raise": _fail,
+    "sleep": lambda run: time.sleep(20),
+    "SIGTERM": lambda run: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGINT": lambda run: os.kill(os.getpid(), signal.SIGINT),
+    "lose a bit": _lose_a_bit,
+}
+
+
+def run_with_own(config, rank, change):
+    """Run `zotune train`, and let one process begin with something of its own."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training.train import train
+
+    os.chdir(change["folder"])
+    if int(os.environ["RANK"]) == rank:
+        if "threads" in change:
+            torch.set_num_threads(change["threads"])
+        os.chdir(change.get("cwd", "."))
+        config = config | change.get("options", {})
+    return train(TrainConfig(**config)).num_steps
+
+
+def meet_at(port, timeout):
+    """Join the other processes at a port, as the first one, which is to listen there."""
+    if os.environ["RANK"] != "0":
+        return 0
+    os.environ["MASTER_PORT"] = str(port)
+    with joined(timeout) as processes:
+        return processes.size

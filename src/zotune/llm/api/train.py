@@ -17,7 +17,7 @@ from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.method import MethodName
-from zotune.llm.config.run import TrainConfig, with_recorded_choices
+from zotune.llm.config.run import TrainConfig, recorded_choices
 from zotune.llm.config.tuning import TuningOptions
 from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.language_model import LanguageModel
@@ -130,7 +130,8 @@ def train(
         config = config_of(TrainConfig, lm, _complete(lm, our_names(TrainConfig, options, "train")), "train")
         _check_folder(config, output_dir)
         _check_held_out(config, eval_dataset)
-        config = config if output_dir is None else processes.first(lambda: with_recorded_choices(config))
+        if output_dir is not None:
+            config = config.model_copy(update=processes.first(lambda: recorded_choices(config)))
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
         check_upload(config)
