@@ -116,6 +116,11 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"objective: {self.objective} generates text, for which directions_per_batch is not available; use "
                 "num_queries, or an objective of candidates' scores"
             )
+        if self.directions_per_batch is not None and self.tuning in ("prefix", "prompt"):
+            raise ValueError(
+                f"directions_per_batch does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
+                "use lora or full, or num_queries"
+            )
         if isinstance(self.directions_per_batch, int) and self.directions_per_batch > self.rows_a_step:
             raise ValueError(
                 f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "

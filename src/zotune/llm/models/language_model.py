@@ -16,9 +16,15 @@ from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.data.collator import Batch
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.padding import by_length, generates_padded, reads_padded, reset_rope, rope_grows
-from zotune.llm.models.candidate_scores import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
+from zotune.llm.models.candidate_scores import (
+    RowsAlone,
+    check_rows_alone,
+    log_probabilities,
+    losses,
+    scores_of_single_tokens,
+    scores_of_tokens,
+)
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
-from zotune.llm.models.row_scores import RowsAlone, check_rows_alone
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
 from zotune.model.parameters import input_device

@@ -12,28 +12,25 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.mesh import ALONE_MESH
 from zotune.estimate.objective import Batched, accumulate, probing
-from zotune.estimate.per_example.objective import EachRow, PerExample
+from zotune.estimate.per_example.objective import PerExample
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.batches import batches, orders
-from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.row_scores import RowsAlone
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
-from zotune.llm.scoring.objectives import Objective, mean_loss
+from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
@@ -341,6 +338,11 @@ class Run:
         )
 
 
+def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
+    """Return what makes closures of the mean loss, of single examples where a step needs these."""
+    return candidate_loss if config.directions_per_batch is None else candidate_loss_per_example
+
+
 def try_side_by_side(
     optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
 ) -> None:
@@ -361,51 +363,3 @@ def try_side_by_side(
         except NotSeparableError as error:
             say(refuse(closure, zeroth_order.tuned, error))
         lm.num_forwards = before
-
-
-def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
-    """Return what makes closures of the mean loss, of single examples where a step needs these."""
-    return candidate_loss if config.directions_per_batch is None else candidate_loss_per_example
-
-
-def candidate_loss(
-    lm: LanguageModel,
-    objective: Objective,
-    scorer: Scorer,
-    examples: Sequence[Encoded],
-    step: int,
-    places: Sequence[int],
-) -> Batched:
-    """Return a closure of the mean loss of candidates' scores, for as many probes per forward pass as fit."""
-    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
-
-    def value(copies: int) -> Tensor:
-        lm.num_forwards += copies - 1
-        return mean_loss(objective, scorer(batch), batch, examples)
-
-    return Batched(value, lm.copies_at_once(batch), f"the {objective.name} loss")
-
-
-def candidate_loss_per_example(
-    lm: LanguageModel,
-    objective: Objective,
-    scorer: Scorer,
-    examples: Sequence[Encoded],
-    step: int,
-    places: Sequence[int],
-) -> PerExample:
-    """As `candidate_loss`, as an objective of single examples."""
-    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
-    owners = [i for i, example in enumerate(examples) for _ in example.sequences]
-
-    def losses(each: EachRow) -> Tensor:
-        lm.rows_alone = RowsAlone(each, owners)
-        try:
-            scores = scorer(batch)
-        finally:
-            lm.rows_alone = None
-        return torch.stack([objective.losses(score, batch) for score in scores])
-
-    weights = tuple(float(objective.weight(example)) for example in examples)
-    name, most = f"the {objective.name} loss", lm.copies_at_once(batch)
-    return PerExample(losses, weights, lambda: mean_loss(objective, scorer(batch), batch, examples), most, name)
