@@ -80,6 +80,16 @@ class MethodOptions(Options):
     num_queries: int = Field(
         1, ge=1, description="Number q of random directions per step; the gradient estimate averages over them."
     )
+    directions_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Directions per query, each for a group of a step's examples, in the passes of one direction: from "
+        "1 to one an example, or auto, which follows how far the examples agree and raises the learning rate with it; "
+        "default: one for all examples.",
+    )
+    flipped: bool = Field(
+        False,
+        description="Sign-flipped directions of matrices, which share one matrix a step (with directions_per_batch).",
+    )
     sampler: Literal["rademacher", "gaussian"] = Field("rademacher", description="Distribution of the directions.")
     difference: Literal["central", "forward"] = Field(
         "central", description="Finite differences: two-sided (central) or one-sided (forward)."
@@ -192,6 +202,11 @@ class MethodOptions(Options):
         for option, (used, needs) in self._uses().items():
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
+        if self.flipped and (self.rank is not None or self.sparsity):
+            other = "rank" if self.rank is not None else "sparsity"
+            raise ValueError(f"flipped and {other} are two kinds of directions; leave one of them out")
+        if self.directions_per_batch is not None and self.hybrid_layers is not None:
+            raise ValueError("directions_per_batch does not go with hybrid_layers; leave one of them out")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
             raise ValueError(
                 "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
@@ -214,6 +229,11 @@ class MethodOptions(Options):
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (adam, "an Adam method")),
             "window": (moments, "method: zo_sgd_mmt or zo_adam"),
             **dict.fromkeys(("sparsity", "blocks", "rank"), any_method),
+            "directions_per_batch": (
+                zeroth_order and self.method != "forward_grad",
+                "a zeroth-order method of finite differences",
+            ),
+            "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
             "block_size": (self.blocks == "size", "blocks: size"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
+from zotune.directions.flipped import flipped
 from zotune.directions.low_rank import low_rank
 from zotune.directions.samplers import SAMPLERS
 from zotune.directions.schedule import AnySampler
@@ -111,6 +112,7 @@ def _zeroth_order(
         **({} if options.method == "forward_grad" else probes),
         **hyper_parameters.get(options.method, {}),
         num_queries=options.num_queries,
+        directions_per_batch=options.directions_per_batch,
         sampler=_sampler(options),
         blocks=_blocks(module, options, params),
         block_order=options.block_order,
@@ -126,6 +128,8 @@ def _zeroth_order(
 
 def _sampler(options: MethodOptions) -> AnySampler:
     base: AnySampler = SAMPLERS[options.sampler]
+    if options.flipped:
+        return flipped(SAMPLERS[options.sampler])
     if options.rank is not None:
         base = low_rank(SAMPLERS[options.sampler], options.rank, interval=options.rank_interval)
     if not options.sparsity:
