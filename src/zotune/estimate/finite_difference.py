@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
 from zotune.estimate.objective import Closure, objective, probing, read
+from zotune.estimate.passes import takes
 from zotune.estimate.probes import values_at
 from zotune.model.parameters import ParameterSet
 
 Estimator = Callable[[Closure, ParameterSet, Sequence[Direction]], GradientEstimate]
 
 
+@takes(each=2)
 def central_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:
@@ -43,6 +45,7 @@ def central_difference(
     return GradientEstimate(sum(values) / (2 * q), terms, num_forwards=2 * q)
 
 
+@takes(each=1, more=1)
 def forward_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
+from zotune.apply.subspace import InSubspace
 from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.apply.update import Step, Updated, update_tensors_, with_master
 from zotune.apply.window import CoefficientWindow
-from zotune.directions.blocks import Block, check_partition
+from zotune.directions.block_choice import OneBlock, active_blocks
+from zotune.directions.blocks import Block
 from zotune.directions.blocks import BlockOrder as BlockOrder
 from zotune.directions.direction import Direction, Terms
 from zotune.directions.samplers import rademacher
@@ -44,13 +46,15 @@ class ZerothOrder(CountingOptimizer):
         model: any `nn.Module`; its parameters that require a gradient are tuned.
         lr: learning rate η ≥ 0.
         estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
-        transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`.
+        transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`; or an
+            `zotune.apply.subspace.InSubspace`, a function of a matrix's coordinates.
         coefficient: a function applied to each c before ĝ is summed, such as its sign.
         step: the line search along the step, see `zotune.apply.line_search`.
         sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
             matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
-        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
+        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`; or a
+            `OneBlock`, of whose blocks each step estimates one.
         block_order: "joint" or "sequential", see `BlockOrder`.
         reuse_prefix: with blocks, cache the activations that a block cannot change, see
             `zotune.estimate.activation_cache`.
@@ -97,12 +101,12 @@ class ZerothOrder(CountingOptimizer):
         lr: float,
         *,
         estimator: Estimator | None = None,
-        transform: Transform = identity,
+        transform: Transform | InSubspace = identity,
         coefficient: Coefficient = unchanged,
         step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
         num_queries: int = 1,
-        blocks: Sequence[Block] | None = None,
+        blocks: Sequence[Block] | OneBlock | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,
         reuse_prefix: bool = True,
         window: int | None = None,
@@ -118,9 +122,8 @@ class ZerothOrder(CountingOptimizer):
         groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = ParameterSet(model, chosen)
-        self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
-        if blocks is not None:
-            check_partition(blocks, self.tuned)
+        self.block_choice = active_blocks(blocks, self.tuned)
+        self.blocks = self.block_choice.blocks
         self.block_order = BlockOrder(block_order)
         self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
@@ -142,12 +145,17 @@ class ZerothOrder(CountingOptimizer):
             Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
             for query in range(self.num_queries)
         ]
-        return [u.within(block) for block in blocks or self.blocks for u in queries]
+        return [u.within(block) for block in blocks or self.active_blocks for u in queries]
+
+    @property
+    def active_blocks(self) -> tuple[Block | None, ...]:
+        """The blocks that the coming step estimates: all, or the one that was chosen."""
+        return self.block_choice.at(self.seed, self.num_steps)
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """Estimate the gradient at the present weights, of some `blocks` if given. The weights are not changed."""
         with self._prefix:
-            return self._estimate(closure, blocks or self.blocks)
+            return self._estimate(closure, blocks or self.active_blocks)
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         directions = self.directions(blocks)
@@ -303,7 +311,7 @@ class ZerothOrder(CountingOptimizer):
 
     @property
     def _rounds(self) -> list[tuple[Block | None, ...]]:
-        return self.block_order.rounds(self.blocks)
+        return self.block_order.rounds(self.active_blocks)
 
     def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
         """Apply an estimate times `scale`; with NaN neither weights nor state change."""
@@ -336,12 +344,15 @@ class ZerothOrder(CountingOptimizer):
         )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
-        """The estimate's terms after `coefficient` and the limit were applied to each measured c."""
-        if self.max_coefficient is None and self.coefficient is unchanged:
+        """The estimate's terms after `coefficient`, the limit and the weight of the chosen block were applied to each
+        measured c.
+        """
+        weight = self.block_choice.weight(self.seed, self.num_steps)
+        if self.max_coefficient is None and self.coefficient is unchanged and weight == 1:
             return estimate.terms
         limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
         q = self.num_queries
-        return [(self.coefficient(limit(c * q)) / q, u) for c, u in estimate.terms]
+        return [(self.coefficient(limit(c * q)) / q * weight, u) for c, u in estimate.terms]
 
     @torch.no_grad()
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
@@ -375,7 +386,7 @@ class ZerothOrder(CountingOptimizer):
         return f"{tuple(parameter.shape)}, not tuned" if tensor is None else tensor.name
 
     def _names_of_a_step(self) -> tuple[str, ...]:
-        return (*super()._names_of_a_step(), "_sampling", "_window")
+        return (*super()._names_of_a_step(), "_sampling", "_window", "block_choice")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's while the optimizer is made; afterwards the set of tuned tensors is fixed.
@@ -400,6 +411,9 @@ class ZerothOrder(CountingOptimizer):
     def _count(self) -> float:
         if self._window is not None:
             self._window.close()
+        for estimate, scale in self._taken:
+            if not math.isnan(scale):
+                self.block_choice.observe(estimate.terms)
         return super()._count()
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,6 +421,7 @@ class ZerothOrder(CountingOptimizer):
         state = super().state_dict()
         history = None if self._window is None else self._window.state()
         own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
+        own |= {"block_choice": found} if (found := self.block_choice.state()) is not None else {}
         state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
         state["zeroth_order"]["one_by_one"] = sorted(refused(self.tuned))
         return state
@@ -418,6 +433,7 @@ class ZerothOrder(CountingOptimizer):
         self.seed = own["seed"]
         self.set_noise_version(own.get("noise_version", 1))
         self._sampling.load(self.seed, own["sampler"])
+        self.block_choice.load(own.get("block_choice"))
         refused(self.tuned).update(own.get("one_by_one", ()))
         if self._window is not None:
             self._window.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)
