@@ -13,7 +13,7 @@ def takes(each: int, more: int = 0) -> Callable[[F], F]:
     """A decorator: the estimator evaluates the objective `each` times for a direction, and `more` times at x."""
 
     def declare(estimator: F) -> F:
-        estimator.passes = each, more  # type: ignore[attr-defined] - a function may have attributes
+        vars(estimator)["passes"] = each, more
         return estimator
 
     return declare

@@ -15,12 +15,12 @@ from zotune.directions.schedule import AnySampler
 from zotune.errors import UsageError
 from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import probing
-from zotune.methods.options import Common, Difference, differences
+from zotune.methods.options import Difference, OwnBlocks, differences
 from zotune.model.layers import stack_of
 from zotune.optim.zeroth_order import ZerothOrder
 
 
-def block_coordinate(
+def block_coordinate(  # noqa: PLR0913 - every hyper-parameter by keyword, each with a default
     model: nn.Module,
     lr: float,
     *,
@@ -33,7 +33,7 @@ def block_coordinate(
     difference: Difference = central_difference,
     sampler: AnySampler = rademacher,
     num_queries: int = 1,
-    **options: Unpack[Common],
+    **options: Unpack[OwnBlocks],
 ) -> ZerothOrder:
     r"""Block-coordinate descent: each step estimates and moves one block of the tuned tensors.
 
@@ -59,7 +59,9 @@ def block_coordinate(
         unbiased: divide steps by π_b, so that E[step] = η∇f for any π, as AdaLeZO does; then a block that is rare
             takes long steps, and η is that of `zo_sgd`.
         difference: `central_difference` or `forward_difference`.
-        sampler, num_queries, options: those of `ZerothOrder`.
+        sampler: as of `ZerothOrder`.
+        num_queries: q ≥ 1, all of them of the one block.
+        options: those of `ZerothOrder`.
 
     Forward passes a step: 2q + 1, of which one records the activations below the block, from which the others begin;
     2q with reuse_prefix=False; q + 1 with forward differences. Memory: at most the largest tuned tensor, with
@@ -115,8 +117,9 @@ def dominant_layer(
     Args:
         model: a model with a stack of layers; of its parameters those that require a gradient are returned.
         run: runs the model once on some text, such as the objective.
-        least, ratio: a layer's output h has outliers if max |h| > `least`, and > `ratio` times the median of |h|. Both
-            are ours, for the source gives no threshold that could be read; both > 0.
+        least: a layer's output h has outliers if max |h| is above this, > 0,
+        ratio: and above this multiple, > 0, of the median of |h|. Both are ours, for the source gives no threshold that
+            could be read.
 
     Raises:
         UsageError: the model has no stack of layers, none of their outputs has outliers, or the layer's parameters are

@@ -112,7 +112,7 @@ def averaged_coordinates(
 
 
 def averaged(gradient: Tensor, state: State, *, beta: float) -> tuple[Tensor, State]:
-    """m ← β m + (1 - β) ĝ and h = m, element by element."""
+    """The running mean m ← β m + (1 - β) ĝ, and h = m, element by element."""
     m = (1 - beta) * gradient
     if state:
         m = beta * state["momentum_buffer"] + m

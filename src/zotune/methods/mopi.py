@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from zotune.directions.samplers import gaussian
 from zotune.directions.schedule import AnySampler
 from zotune.directions.subspace import subspace
 from zotune.estimate.finite_difference import central_difference
-from zotune.methods.options import Difference, OwnDirections, check_decay, differences, entries_of
+from zotune.methods.options import Difference, OwnGroups, check_decay, differences, entries_of
 from zotune.methods.zo_muon import with_vector_rate
 from zotune.model.portable_algebra import normalised_columns, orthonormal, portable_matmul
 from zotune.noise import derive_seed
@@ -24,7 +25,7 @@ from zotune.optim.zeroth_order import ZerothOrder
 _FIRST = 7
 
 
-def mopi(
+def mopi(  # noqa: PLR0913 - every hyper-parameter by keyword, each with a default
     model: nn.Module,
     lr: float,
     *,
@@ -37,7 +38,8 @@ def mopi(
     difference: Difference = central_difference,
     sampler: AnySampler = gaussian,
     num_queries: int = 8,
-    **options: Unpack[OwnDirections],
+    params: Iterable[Any] | None = None,
+    **options: Unpack[OwnGroups],
 ) -> ZerothOrder:
     r"""ZO-MOPI: steps with the leading singular directions of the momentum, all of the same size.
 
@@ -61,7 +63,8 @@ def mopi(
         difference: `central_difference` as in the paper; `forward_difference` as in the released recipe.
         sampler: the distribution of the entries of Ψ: `gaussian` or `rademacher`.
         num_queries: q ≥ 1.
-        options: those of `ZerothOrder`. A group of `params` that gives its own lr keeps it, for all its tensors.
+        params: as of `ZerothOrder`; a group that gives its own lr keeps it, for all its tensors.
+        options: those of `ZerothOrder`.
 
     Forward passes a step: 2q, or q + 1. Memory: P, 4 r bytes for each row of a matrix. State: M and V, 4 (r + k) bytes
     for each column of a matrix (twice that for float64).
@@ -82,7 +85,6 @@ def mopi(
     check_decay("beta", beta)
     if top < 1:
         raise ValueError(f"a step has at least one direction, got {top=}")
-    params = with_vector_rate(model, options.pop("params", None), lr, vector_lr)
     return ZerothOrder(
         model,
         lr,
@@ -90,7 +92,7 @@ def mopi(
         transform=InSubspace(partial(power_iteration, beta=beta, top=top)),
         sampler=subspace(entries_of("mopi", sampler), rank, interval=interval),
         num_queries=num_queries,
-        params=params,
+        params=with_vector_rate(model, params, lr, vector_lr),
         **options,
     )
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from zotune.apply.tensor_update import Rounding
 from zotune.directions.block_choice import OneBlock
 from zotune.directions.blocks import Block, BlockOrder
-from zotune.directions.samplers import Sampler, gaussian, rademacher
+from zotune.directions.samplers import PhiloxSampler, Sampler
 from zotune.directions.schedule import AnySampler
 from zotune.errors import UsageError
 from zotune.estimate.finite_difference import Estimator
@@ -17,8 +17,8 @@ from zotune.estimate.finite_difference import Estimator
 Difference = Callable[..., Any]
 
 
-class Common(TypedDict, total=False):
-    """The options that all methods have; what they mean: `ZerothOrder`."""
+class Shared(TypedDict, total=False):
+    """The options that all methods leave to `ZerothOrder`, where it says what they mean."""
 
     block_order: BlockOrder | str
     reuse_prefix: bool
@@ -26,26 +26,37 @@ class Common(TypedDict, total=False):
     max_coefficient: float | None
     rounding: Rounding | str
     seed: int
-    params: Iterable[Any] | None
     max_skipped: int
 
 
-class OwnDirections(Common, total=False):
-    """The options of methods that draw directions of their own, and whose transform is their own."""
+class OwnBlocks(Shared, total=False):
+    """The options of a method that chooses blocks."""
+
+    params: Iterable[Any] | None
+
+
+class OwnGroups(Shared, total=False):
+    """The options of methods that draw directions of their own and give some tensors a learning rate of their own."""
+
+    blocks: Sequence[Block] | OneBlock | None
+
+
+class OwnDirections(OwnBlocks, total=False):
+    """The options of methods that draw directions of their own."""
 
     blocks: Sequence[Block] | OneBlock | None
 
 
 class OwnQueries(OwnDirections, total=False):
-    """The options of methods with a number of queries of their own."""
+    """The options of methods that have defaults of their own for sampler and number of queries."""
 
-    sampler: AnySampler
     window: int | None
 
 
 class Options(OwnQueries, total=False):
-    """The options of methods that leave all else to `ZerothOrder`."""
+    """The options of methods that leave all but their rule to `ZerothOrder`."""
 
+    sampler: AnySampler
     num_queries: int
 
 
@@ -76,9 +87,9 @@ def entries_of(method: str, sampler: AnySampler) -> Sampler:
     Raises:
         UsageError: the sampler has directions of its own.
     """
-    if sampler not in (gaussian, rademacher):
+    if not isinstance(sampler, PhiloxSampler):
         raise UsageError(
             f"{method} makes directions of its own shape; its sampler is the distribution of their entries, gaussian "
             f"or rademacher, not {sampler!r}. For sparse directions and such of low rank use zo_sgd."
         )
-    return sampler  # type: ignore[return-value] - one of two that are no schedules
+    return sampler

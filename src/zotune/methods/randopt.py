@@ -78,7 +78,7 @@ def randopt(
 def best_points(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float, keep: int, only_better: bool
 ) -> GradientEstimate:
-    """The directions to the `keep` best of the points x + μuᵢ, of each block: terms (-1/k, uᵢ), and 0 for the others."""
+    """The directions to the `keep` best of the points x + μuᵢ of each block: coefficients -1/k, and 0 of the others."""
     estimate = forward_difference(closure, tuned, directions, mu=mu)
     return by_block(estimate, partial(best, keep=keep, only_better=only_better))
 

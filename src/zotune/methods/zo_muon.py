@@ -15,7 +15,7 @@ from zotune.directions.schedule import AnySampler
 from zotune.directions.subspace import subspace
 from zotune.errors import UsageError
 from zotune.estimate.finite_difference import forward_difference
-from zotune.methods.options import Difference, OwnDirections, differences, entries_of
+from zotune.methods.options import Difference, OwnGroups, differences, entries_of
 from zotune.model.parameters import ParameterSet
 from zotune.model.portable_algebra import frobenius, portable_matmul
 from zotune.optim.checks import as_groups
@@ -36,7 +36,8 @@ def zo_muon(
     difference: Difference = forward_difference,
     sampler: AnySampler = gaussian,
     num_queries: int = 4,
-    **options: Unpack[OwnDirections],
+    params: Iterable[Any] | None = None,
+    **options: Unpack[OwnGroups],
 ) -> ZerothOrder:
     r"""ZO-Muon: steps P·NS₅(G) with the orthogonalised estimate of each matrix's gradient in a subspace.
 
@@ -58,7 +59,8 @@ def zo_muon(
         difference: `forward_difference` as in the paper, or `central_difference`.
         sampler: the distribution of the entries of Ψ: `gaussian`, as in the paper, or `rademacher`.
         num_queries: q ≥ 1.
-        options: those of `ZerothOrder`. A group of `params` that gives its own lr keeps it, for all its tensors.
+        params: as of `ZerothOrder`; a group that gives its own lr keeps it, for all its tensors.
+        options: those of `ZerothOrder`.
 
     Forward passes a step: q + 1, or 2q. Memory: P, 4 r bytes for each row of a matrix, and a few times r n numbers for
     one matrix at a time. No state.
@@ -78,7 +80,6 @@ def zo_muon(
     >>> losses[-1] < losses[0], opt.num_forwards
     (True, 300)
     """
-    params = with_vector_rate(model, options.pop("params", None), lr, vector_lr)
     return ZerothOrder(
         model,
         lr,
@@ -86,7 +87,7 @@ def zo_muon(
         transform=InSubspace(orthogonalised),
         sampler=subspace(entries_of("zo_muon", sampler), rank, interval=interval),
         num_queries=num_queries,
-        params=params,
+        params=with_vector_rate(model, params, lr, vector_lr),
         **options,
     )
 
