@@ -13,7 +13,7 @@ from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 from zotune.plan.dry_run import dry_run, quantiles
 from zotune.plan.live_memory import peak_of, peaks_of
 from zotune.plan.memory import state_bytes
