@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zotune as zo
-from ledger_runs import METHODS, bits_of, loss_of, network, run
+from ledger_runs import IN_SUBSPACES, LATER, METHODS, bits_of, loss_of, network, run
 from zotune.errors import RunError, UsageError
 from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, read
 from zotune.ledger.files import parse
 from zotune.ledger.format import checksum
 from zotune.ledger.replay import header_of, record_to, replay
 
-each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+MAKES = METHODS | LATER | IN_SUBSPACES
+each_method = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -47,7 +48,7 @@ def assert_same_optimizer(one, other):
     )
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(14)
 @each_method
 @each_dtype
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
@@ -63,10 +64,10 @@ def test_replay_gives_the_weights_and_the_state_of_the_run(make, dtype, sampler,
 
 
 @pytest.mark.parametrize("rounding", ["master", "nearest", "stochastic"])
-@pytest.mark.parametrize("method", ["sgd", "momentum"])
+@pytest.mark.parametrize("method", ["sgd", "momentum", "zo_muon", "lozo, momentum, decay"])
 def test_every_rounding_is_replayed(rounding, method, tmp_path):
-    opt, base = run(METHODS[method], tmp_path / "a.zol", 8, torch.bfloat16, rounding=rounding)
-    assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, rounding=rounding), read(tmp_path / "a.zol")))
+    opt, base = run(MAKES[method], tmp_path / "a.zol", 8, torch.bfloat16, rounding=rounding)
+    assert_same_optimizer(opt, replay(MAKES[method](base, seed=3, rounding=rounding), read(tmp_path / "a.zol")))
 
 
 @pytest.mark.parametrize("mask", ["random", "magnitude"])
@@ -79,7 +80,7 @@ def test_masks_are_made_again(mask, group, interval, method, tmp_path):
     assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, sampler=sampler), read(tmp_path / "a.zol")))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(12)
 @each_method
 def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_path):
     whole, base = run(make, tmp_path / "a.zol", 8)

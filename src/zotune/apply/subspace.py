@@ -87,9 +87,11 @@ def coordinates_only(gradient: Tensor, state: State, basis: Basis) -> tuple[Tens
     return gradient, state
 
 
-def thin_step(transform: InSubspace, terms: Terms, tensor: TunedTensor, state: State) -> tuple[Factors, State]:
-    """The thin factors of a matrix's step h(ĝ), and its new state."""
-    sampler, device, dtype = _space(terms, tensor), tensor.device, noise.compute_dtype(tensor.parameter.dtype)
+def thin_step(
+    transform: InSubspace, terms: Terms, tensor: TunedTensor, state: State, device: torch.device
+) -> tuple[Factors, State]:
+    """The thin factors of a matrix's step h(ĝ), and its new state, on a device."""
+    sampler, dtype = _space(terms, tensor), noise.compute_dtype(tensor.parameter.dtype)
     present = sampler.subspace(tensor.id, device)
     parts = [c * sampler.coordinates(u.seed, tensor.id, device).double() for c, u in terms]
     gradient = sum(parts[1:], parts[0])

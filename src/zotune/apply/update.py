@@ -54,8 +54,8 @@ def update_slice_(update: TensorUpdate, x: Tensor, state: State, start: int, sca
 def _whole_step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
     assert isinstance(update.transform, InSubspace)
     for terms in update.history or ():
-        _, state = thin_step(update.transform, terms, update.tensor, state)
-    step, after = thin_step(update.transform, update.terms, update.tensor, state)
+        _, state = thin_step(update.transform, terms, update.tensor, state, x.device)
+    step, after = thin_step(update.transform, update.terms, update.tensor, state, x.device)
     if scale or out is not x:
         keep = 1 - update.lr * update.weight_decay
         place = update.tensor.id, start, update.rounding_seed

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
 from zotune.estimate.objective import Closure, probing, read
-from zotune.estimate.passes import takes
+from zotune.estimate.estimators import takes
 from zotune.estimate.probes import values_at
 from zotune.model.parameters import ParameterSet
 
@@ -45,7 +45,7 @@ def central_difference(
     return GradientEstimate(sum(values) / (2 * q), terms, num_forwards=2 * q)
 
 
-@takes(each=1, more=1)
+@takes(each=1, at_x=1)
 def forward_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:

@@ -15,7 +15,7 @@ from zotune.estimate.coefficients import by_block, standardised
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import forward_difference
 from zotune.estimate.objective import Closure
-from zotune.estimate.passes import takes
+from zotune.estimate.estimators import takes
 from zotune.methods.options import OwnQueries, differences
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder
@@ -76,7 +76,7 @@ def fzoo(
     return ZerothOrder(model, lr, estimator=estimator, num_queries=num_queries, sampler=sampler, **options)
 
 
-@takes(each=1, more=1)
+@takes(each=1, at_x=1)
 def standardised_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float, ddof: int, per_mu: bool
 ) -> GradientEstimate:

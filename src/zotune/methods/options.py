@@ -58,6 +58,7 @@ class Options(OwnQueries, total=False):
 
     sampler: AnySampler
     num_queries: int
+    directions_per_batch: int | str | None
 
 
 def differences(difference: Difference, mu: float, **more: Any) -> Estimator:

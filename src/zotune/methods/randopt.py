@@ -17,7 +17,7 @@ from zotune.estimate.coefficients import best, by_block
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.finite_difference import forward_difference
 from zotune.estimate.objective import Closure, probing
-from zotune.estimate.passes import takes
+from zotune.estimate.estimators import takes
 from zotune.estimate.perturb import perturbed
 from zotune.methods.options import OwnQueries, differences
 from zotune.model.parameters import ParameterSet
@@ -74,7 +74,7 @@ def randopt(
     return ZerothOrder(model, lr, estimator=estimator, num_queries=num_queries, sampler=sampler, **options)
 
 
-@takes(each=1, more=1)
+@takes(each=1, at_x=1)
 def best_points(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float, keep: int, only_better: bool
 ) -> GradientEstimate:
