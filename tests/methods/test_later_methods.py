@@ -159,7 +159,7 @@ def test_the_path_in_double_precision_is_that_of_the_reference(case, name):
     start = p.position()
     path, record, _ = walk(p, method(p.model, ETA, mu=MU, seed=4))
     expected = plain(record, partial(coefficients, f), start)
-    # The elements of a product of factors are single numbers, which here are a direction, and in a step are not rounded.
+    # A whole direction is rounded to single precision; a step of coordinates is not.
     bound = 1e-7 if record.coordinates else 1e-9
     np.testing.assert_allclose(path, expected, rtol=bound, atol=bound)
     assert np.abs(path[-1] - start).max() > 1e-3

@@ -349,6 +349,7 @@ class ZerothOrder(CountingOptimizer):
             if self._window is not None:
                 self._window.add(self._terms(estimate))
             self._estimation.learn(self.estimator, estimate)
+            self.block_choice.observe(estimate.terms)
         self._taken.append((estimate, scale))
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
@@ -445,21 +446,15 @@ class ZerothOrder(CountingOptimizer):
     def _count(self) -> float:
         if self._window is not None:
             self._window.close()
-        for estimate, scale in self._taken:
-            if not math.isnan(scale):
-                self.block_choice.observe(estimate.terms)
         return super()._count()
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
-        history = None if self._window is None else self._window.state()
-        own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
-        own |= {"block_choice": found} if (found := self.block_choice.state()) is not None else {}
-        state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
-        state["zeroth_order"]["one_by_one"] = sorted(refused(self.tuned))
-        if self._estimation.learned is not None:
-            state["zeroth_order"]["learned"] = self._estimation.learned
+        own = {"seed": self.seed, "sampler": self._sampling.state(), "history": self._window and self._window.state()}
+        own |= {"noise_version": self.tuned.noise_version, "one_by_one": sorted(refused(self.tuned))}
+        learned = {"learned": self._estimation.learned, "block_choice": self.block_choice.state()}
+        state["zeroth_order"] |= own | {name: value for name, value in learned.items() if value is not None}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
