@@ -185,7 +185,7 @@ def descend(measure: Measure, x: Vector, eta: float, u: Directions) -> Path:
     path = []
     for u_t in u:
         c = measure(x, u_t)
-        x = x - eta * sum(c_i * u_i for c_i, u_i in zip(c, u_t, strict=True)) / len(c)
+        x = x - eta * _mean(c, u_t)
         path.append(x)
     return path
 
@@ -214,7 +214,7 @@ def zo_muon(
         c = measure(x, u_t)
         x = _others(x, etas[1], c, u_t, matrices)
         for where, p_w, psi_w in zip(matrices, p[t], psi[t], strict=True):
-            g = sum(c_i * psi_i for c_i, psi_i in zip(c, psi_w, strict=True)) / len(c)
+            g = _mean(c, psi_w)
             x[where] -= etas[0] * p_w @ newton_schulz(g)
         path.append(x)
     return path
@@ -237,7 +237,7 @@ def mopi(
         c = measure(x, u_t)
         x = _others(x, etas[1], c, u_t, matrices)
         for k, where in enumerate(matrices):
-            g = sum(c_i * psi_i for c_i, psi_i in zip(c, psi[t][k], strict=True)) / len(c)
+            g = _mean(c, psi[t][k])
             carried = m[k] if t == 0 or p[t][k] is p[t - 1][k] else p[t][k].T @ p[t - 1][k] @ m[k]
             m[k] = beta * carried + (1 - beta) * g
             v[k], triangle = np.linalg.qr(m[k].T @ (m[k] @ v[k]))
@@ -262,11 +262,11 @@ def lozo(
     path, m, rest = [], [0.0 * a_w[0] for a_w in a[0]], 0.0 * x
     for t, u_t in enumerate(u):
         c = measure(x, u_t)
-        mean = sum(c_i * u_i for c_i, u_i in zip(c, u_t, strict=True)) / len(c)
+        mean = _mean(c, u_t)
         rest = beta * rest + (1 - beta) * mean
         before, x = x, x - eta * rest
         for k, where in enumerate(matrices):
-            g = sum(c_i * a_i for c_i, a_i in zip(c, a[t][k], strict=True)) / len(c)
+            g = _mean(c, a[t][k])
             new = t > 0 and v[t][k] is not v[t - 1][k]
             carried = m[k] @ v[t - 1][k].T @ v[t][k] / len(v[t][k]) if new else m[k]
             m[k] = beta * carried + (1 - beta) * g
@@ -275,9 +275,14 @@ def lozo(
     return path
 
 
+def _mean(c: Sequence[float], u: Sequence[Vector]) -> Vector:
+    """(1/q) Σ c_i u_i."""
+    return np.asarray(np.mean([c_i * u_i for c_i, u_i in zip(c, u, strict=True)], axis=0))
+
+
 def _others(x: Vector, eta: float, c: Sequence[float], u: Sequence[Vector], matrices: Sequence[Where]) -> Vector:
     """A step of `descend` of the numbers that are in no matrix."""
-    moved = x - eta * sum(c_i * u_i for c_i, u_i in zip(c, u, strict=True)) / len(c)
+    moved = x - eta * _mean(c, u)
     for where in matrices:
         moved[where] = x[where]
     return moved

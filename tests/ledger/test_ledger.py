@@ -49,7 +49,7 @@ def assert_same_optimizer(one, other):
     )
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 @each_method
 @each_dtype
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
@@ -81,7 +81,7 @@ def test_masks_are_made_again(mask, group, interval, method, tmp_path):
     assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, sampler=sampler), read(tmp_path / "a.zol")))
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(9)
 @each_method
 def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_path):
     whole, base = run(make, tmp_path / "a.zol", 8)
@@ -330,7 +330,7 @@ def a_record(draw, layout, step):
     )
 
 
-@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "100")), deadline=None)
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "60")), deadline=None)
 @given(headers, st.data())
 def test_whatever_is_written_is_read_and_whatever_is_damaged_is_cut_or_refused(layout, data):
     records = [data.draw(a_record(layout, step)) for step in range(data.draw(st.integers(0, 4)))]
@@ -366,7 +366,7 @@ def test_whatever_is_written_is_read_and_whatever_is_damaged_is_cut_or_refused(l
     assert list(map(repr, found)) == list(map(repr, records))[: len(found)]
 
 
-@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "100")), deadline=None)
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "60")), deadline=None)
 @given(st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.floats() | st.text(), st.lists)))
 def test_bytes_that_are_no_ledger_are_refused_with_a_message(value):
     """Also those with a good checksum around a body that means nothing."""

@@ -53,7 +53,7 @@ def begin(method, blocks, sampler, dtype, rounding, seed=5):
     return p.model, opt, scheduler, go
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -22,7 +22,6 @@ from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 

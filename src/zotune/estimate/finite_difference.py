@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
-from zotune.estimate.objective import Closure, probing, read
 from zotune.estimate.estimators import takes
+from zotune.estimate.objective import Closure, probing, read
 from zotune.estimate.probes import values_at
 from zotune.model.parameters import ParameterSet
 

@@ -13,9 +13,9 @@ from zotune.directions.samplers import rademacher
 from zotune.directions.schedule import AnySampler
 from zotune.estimate.coefficients import by_block, standardised
 from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.estimators import takes
 from zotune.estimate.finite_difference import forward_difference
 from zotune.estimate.objective import Closure
-from zotune.estimate.estimators import takes
 from zotune.methods.options import OwnQueries, differences
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder

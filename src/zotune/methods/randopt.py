@@ -15,9 +15,9 @@ from zotune.directions.schedule import AnySampler
 from zotune.errors import UsageError
 from zotune.estimate.coefficients import best, by_block
 from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.estimators import takes
 from zotune.estimate.finite_difference import forward_difference
 from zotune.estimate.objective import Closure, probing
-from zotune.estimate.estimators import takes
 from zotune.estimate.perturb import perturbed
 from zotune.methods.options import OwnQueries, differences
 from zotune.model.parameters import ParameterSet

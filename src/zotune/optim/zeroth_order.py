@@ -451,8 +451,12 @@ class ZerothOrder(CountingOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
-        own = {"seed": self.seed, "sampler": self._sampling.state(), "history": self._window and self._window.state()}
-        own |= {"noise_version": self.tuned.noise_version, "one_by_one": sorted(refused(self.tuned))}
+        own: dict[str, Any] = {
+            "seed": self.seed,
+            "sampler": self._sampling.state(),
+            "noise_version": self.tuned.noise_version,
+        }
+        own |= {"history": self._window and self._window.state(), "one_by_one": sorted(refused(self.tuned))}
         learned = {"learned": self._estimation.learned, "block_choice": self.block_choice.state()}
         state["zeroth_order"] |= own | {name: value for name, value in learned.items() if value is not None}
         return state

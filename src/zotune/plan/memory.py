@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
 from zotune.directions.low_rank import matrix_shapes
-from zotune.estimate.forward_mode.gradient_check import is_compared, precision_of
 from zotune.estimate.estimators import passes_of
+from zotune.estimate.forward_mode.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions

@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zotune.directions.direction import Direction
 from zotune.errors import UnreadTensorError
 from zotune.estimate.batched_probes import side_by_side
-from zotune.estimate.forward_mode.dual_numbers import DualParameters
 from zotune.estimate.estimators import passes_of
+from zotune.estimate.forward_mode.dual_numbers import DualParameters
 from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.collator import Batch

@@ -1,5 +1,6 @@
 """Under torchrun any process may be killed at any moment: the run goes on to the bits of the uninterrupted one."""
 
+import contextlib
 import os
 import random
 import signal
@@ -83,10 +84,8 @@ def _kill_one(run, folder, draw):
         workers = workers_of(run)
         if len(workers) == 2 and (not size or (ledger.exists() and ledger.stat().st_size >= size)):
             time.sleep(draw.random() * (8 if not size else 0.3))
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(draw.choice(workers), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             return
         time.sleep(0.05)
 

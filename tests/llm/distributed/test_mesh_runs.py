@@ -65,3 +65,25 @@ def test_a_run_resumes_with_another_number_of_processes(options, tmp_path):
     whole, resumed = many_cases.written_by(tmp_path / "whole"), many_cases.written_by(parts)
     assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
     assert json.loads((parts / "results.json").read_text())["num_steps"] == 4
+
+
+def test_an_evaluation_of_several_processes_is_that_of_one(rows_file):
+    common = {"device": "cpu", "dtype": "float32", "per_device_eval_batch_size": 2}
+    cases = [
+        {"model": "random:roberta-tiny", "task": "trec", "num_eval": 7, **common},
+        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, **common},
+        {"model": "random:gpt2-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
+    ]
+    alone = many_cases.evaluated(cases)
+    assert many_processes.run(3, many_cases.evaluated, cases) == [alone] * 3
+
+
+def test_a_loaded_model_is_tuned_in_python_by_several_processes():
+    rows = [
+        {"text": text, "label": "yes" if i % 2 else "no"} for i, text in enumerate(["dull", "fine", "warm film"] * 3)
+    ]
+    *alone, was_called = many_cases.tuned_in_python(rows)
+    assert alone[1] == 2
+    first, second = many_processes.run(2, many_cases.tuned_in_python, rows)
+    assert [*first] == [*alone, was_called]
+    assert [*second] == [*alone, False]
