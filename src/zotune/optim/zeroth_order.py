@@ -248,8 +248,7 @@ class ZerothOrder(CountingOptimizer):
 
     def _line(self, closure: Closure, estimate: GradientEstimate) -> StepLine:
         """The objective along the step that the estimate gives."""
-        found = self.updates(estimate)
-        return StepLine(self.tuned, self.reusing(closure), found, estimate.base, self.count_forwards)
+        return StepLine(self.tuned, self.reusing(closure), self.updates(estimate), estimate.base, self.count_forwards)
 
     def skip(self) -> None:
         """Count a skipped step, for a caller who found something else in it that is not finite."""
@@ -451,12 +450,9 @@ class ZerothOrder(CountingOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
-        own: dict[str, Any] = {
-            "seed": self.seed,
-            "sampler": self._sampling.state(),
-            "noise_version": self.tuned.noise_version,
-        }
-        own |= {"history": self._window and self._window.state(), "one_by_one": sorted(refused(self.tuned))}
+        own: dict[str, Any] = {"seed": self.seed, "noise_version": self.tuned.noise_version}
+        own |= {"sampler": self._sampling.state(), "history": self._window and self._window.state()}
+        own["one_by_one"] = sorted(refused(self.tuned))
         learned = {"learned": self._estimation.learned, "block_choice": self.block_choice.state()}
         state["zeroth_order"] |= own | {name: value for name, value in learned.items() if value is not None}
         return state
