@@ -171,20 +171,22 @@ def killed(model: Path, rows: Path, work: Path) -> dict[str, Any]:
 
     whole, out = work / "whole", work / "killed"
     options = {"max_steps": KILLED_STEPS, "method": "zo_adam", "logging_steps": 1}
-    started = time.perf_counter()
     assert os.waitpid(forked(options_of(model, rows, whole, **options)), 0)[1] == 0
-    seconds, draw, reached = time.perf_counter() - started, random.Random(0), []
     again = options_of(model, rows, out, **options, offload_folder=str(work), resume=True)
-    log = out / "metrics.jsonl"
-    while len(reached) < KILLS:
-        child, until = forked(again), time.perf_counter() + draw.uniform(0.3, 0.9) * seconds
-        while not (ended := os.waitpid(child, os.WNOHANG)[0]) and time.perf_counter() < until:
-            time.sleep(0.01)
-        if ended:
-            break
+    log, draw, reached = out / "metrics.jsonl", random.Random(0), []
+
+    def steps() -> int:
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    for kill in range(KILLS):
+        # At a random moment within a few steps further on; the first one while the model is loaded.
+        child, target = forked(again), kill * KILLED_STEPS // (KILLS + 1) + draw.randrange(3) * (kill > 0)
+        while steps() < target:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        reached.append(len(log.read_text().splitlines()) if log.exists() else 0)
+        reached.append(steps())
     assert os.waitpid(forked(again), 0)[1] == 0
     left = [path.name for path in work.iterdir() if path.name not in ("whole", "killed", rows.name)]
     return {"kills": len(reached), "steps_reached": reached, "same_bits": digest(whole) == digest(out), "left": left}

@@ -9,14 +9,14 @@ the layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from zotune.apply.tensor_update import Rounding
+from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import State
 from zotune.apply.update import Step, update_tensor_, with_master
 from zotune.directions.schedule import AnySampler, depends_on_weights
@@ -27,18 +27,40 @@ from zotune.optim.undo import UndoLog
 
 
 class NoDeferredUpdates:
-    """All updates are applied at once: no layer is streamed."""
+    """All updates of an optimizer are applied at once: no layer is streamed.
 
-    ids: frozenset[int] = frozenset()
+    Args:
+        tuned: the tuned tensors.
+        param_groups: those of the optimizer.
+        rounding: how half-precision weights are written.
 
-    def __init__(self, rounding: Rounding) -> None:
-        self._rounding = rounding
+    """
+
+    def __init__(self, tuned: ParameterSet, param_groups: Sequence[dict[str, Any]], rounding: Rounding) -> None:
+        self._tuned, self._rounding = tuned, rounding
+        self._numbered = [(number, p) for number, group in enumerate(param_groups) for p in group["params"]]
+
+    def updates(self, step: Step, states: Mapping[Any, State], *, waiting: bool = True) -> dict[int, TensorUpdate]:
+        """The update of each tensor that a step moves, by tensor id; without `waiting` not those of streamed ones.
+
+        Args:
+            step: the step.
+            states: those of the optimizer, by parameter.
+            waiting: whether tensors count whose updates wait for their layers.
+        """
+        chosen = [(n, self._tuned.find(p)) for n, p in self._numbered if waiting or not self.is_streamed(p)]
+        moved = [(number, t) for number, t in chosen if t is not None and step.moves(t)]
+        return {t.id: step.on(t, number, self._state_among(t, states)) for number, t in moved}
+
+    def is_streamed(self, parameter: Tensor) -> bool:
+        """Whether the updates of a parameter wait for its layer."""
+        return False
 
     def add(self, step: Step, scale: float, undo: UndoLog, *, in_sequence: bool) -> None:
         """Nothing waits."""
 
-    def state_of(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
-        """The state of a tensor among those of an optimizer, by parameter; with its master weights, if it keeps any."""
+    def _state_among(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
+        """The state of a tensor among those of an optimizer; with its master weights, if it keeps any."""
         return with_master(tensor, self._rounding, states[tensor.parameter])
 
     @contextmanager
@@ -55,39 +77,34 @@ class DeferredUpdates(NoDeferredUpdates):
 
     Args:
         tuned: the tuned tensors.
-        groups: by parameter (its `id`), the number of its parameter group.
-        stream: the layers.
+        param_groups: those of the optimizer.
         rounding: how half-precision weights are written.
+        stream: the layers.
         waits_for_layers: whether steps wait; else each is applied at once, layer by layer.
-
-    Attributes:
-        ids: ids of the streamed tensors.
     """
 
     def __init__(
         self,
         tuned: ParameterSet,
-        groups: dict[int, int],
-        stream: LayerStream,
+        param_groups: Sequence[dict[str, Any]],
         rounding: Rounding,
+        stream: LayerStream,
         *,
         waits_for_layers: bool,
     ) -> None:
-        super().__init__(rounding)
+        super().__init__(tuned, param_groups, rounding)
         self._stream, self._waits_for_layers = stream, waits_for_layers
-        self._of_layer: dict[int, list[tuple[TunedTensor, int]]] = defaultdict(list)
-        for tensor in tuned:
-            if (layer := stream.layer_of(tensor.parameter)) is not None:
-                self._of_layer[layer].append((tensor, groups[id(tensor.parameter)]))
-        streamed = [tensor for of_layer in self._of_layer.values() for tensor, _ in of_layer]
-        self.ids = frozenset(t.id for t in streamed)
-        self._states: dict[int, State] = {t.id: {} for t in streamed}
-        self._by_id = {t.id: t for t in streamed}
+        self._of_layer: dict[int, list[tuple[int, nn.Parameter]]] = defaultdict(list)
+        for number, p in self._numbered:
+            if (layer := stream.layer_of(p)) is not None:
+                self._of_layer[layer].append((number, p))
+        self._streamed = [p for of_layer in self._of_layer.values() for _, p in of_layer]
+        self._states: dict[int, State] = {id(p): {} for p in self._streamed}
         # Steps are numbered from the first one on; `_first` is the number of the first that still waits somewhere.
         self._waiting: list[tuple[Step, float]] = []
         self._first = 0
         self._done = dict.fromkeys(self._of_layer, 0)
-        stream.make_writable(t.parameter for t in streamed)
+        stream.make_writable(self._streamed)
         stream.pending = self
 
     @property
@@ -122,11 +139,13 @@ class DeferredUpdates(NoDeferredUpdates):
 
     def apply(self, layer: int) -> None:
         """As `Pending.apply`."""
-        for tensor, group in self._of_layer[layer]:
+        for group, p in self._of_layer[layer]:
+            tensor = self._tuned.find(p)
+            assert tensor is not None
             for step, scale in self._waiting[self._done[layer] - self._first :]:
                 if step.moves(tensor):
                     self._update(tensor, group, step, scale)
-            for value in self._states[tensor.id].values():
+            for value in self._states[id(p)].values():
                 if isinstance(value, Tensor):
                     release(value)
         self._done[layer] = self._count
@@ -151,12 +170,18 @@ class DeferredUpdates(NoDeferredUpdates):
             home = self._stream.empty(tuple(value.shape), value.dtype)
         return home if home.data_ptr() == value.data_ptr() else home.copy_(value)
 
-    def state_of(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
-        """As `NoDeferredUpdates.state_of`; that of a streamed tensor lies in the file."""
-        return self._state_of(tensor) if tensor.id in self.ids else super().state_of(tensor, states)
+    def is_streamed(self, parameter: Tensor) -> bool:
+        """As `NoDeferredUpdates.is_streamed`."""
+        return id(parameter) in self._states
+
+    def _state_among(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
+        if self.is_streamed(tensor.parameter):
+            return self._state_of(tensor)
+        return super()._state_among(tensor, states)
 
     def _state_of(self, tensor: TunedTensor) -> State:
-        state = self._states[tensor.id]
+        """The state of a streamed tensor, which lies in the file."""
+        state = self._states[id(tensor.parameter)]
         if "master" not in state and "master" in with_master(tensor, self._rounding, state):
             state["master"] = self._put(None, state["master"])
         return state
@@ -165,35 +190,32 @@ class DeferredUpdates(NoDeferredUpdates):
     def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
         """Within this context an optimizer's states, by parameter, hold those of its streamed tensors too."""
         self._stream.settle()
-        for tensor_id, state in self._states.items():
-            if state:
-                states[self._by_id[tensor_id].parameter] = state
+        states.update((p, self._states[id(p)]) for p in self._streamed if self._states[id(p)])
         try:
             yield
         finally:
-            for tensor in self._by_id.values():
-                states.pop(tensor.parameter, None)
+            for p in self._streamed:
+                states.pop(p, None)
 
     def take_states(self, states: dict[Any, Any]) -> None:
         """Take the states of the streamed tensors out of an optimizer's, and put them into the file."""
         self._stream.settle()
-        for tensor_id, tensor in self._by_id.items():
-            state = states.pop(tensor.parameter, {})
-            self._states[tensor_id] = {key: self._put(None, value) for key, value in state.items()}
+        for p in self._streamed:
+            self._states[id(p)] = {key: self._put(None, value) for key, value in states.pop(p, {}).items()}
 
 
 def deferred_updates(
-    tuned: ParameterSet, param_groups: list[dict[str, Any]], rounding: Rounding, sampler: AnySampler
+    tuned: ParameterSet, param_groups: Sequence[dict[str, Any]], rounding: Rounding, sampler: AnySampler
 ) -> NoDeferredUpdates:
     """The updates of an optimizer that wait for streamed layers, if its model has any.
 
     Where masks follow the weights they cannot wait, for the next step begins by reading all weights.
     """
     stream = stream_of(tuned.model)
-    if stream is None or all(stream.layer_of(t.parameter) is None for t in tuned):
-        if stream is not None:
-            stream.settle()
-        return NoDeferredUpdates(rounding)
-    groups = {id(p): number for number, group in enumerate(param_groups) for p in group["params"]}
+    if stream is None:
+        return NoDeferredUpdates(tuned, param_groups, rounding)
+    stream.settle()
+    if all(stream.layer_of(t.parameter) is None for t in tuned):
+        return NoDeferredUpdates(tuned, param_groups, rounding)
     waits = not depends_on_weights(sampler)
-    return DeferredUpdates(tuned, groups, stream, rounding, waits_for_layers=waits)
+    return DeferredUpdates(tuned, param_groups, rounding, stream, waits_for_layers=waits)

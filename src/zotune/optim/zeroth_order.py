@@ -355,14 +355,7 @@ class ZerothOrder(CountingOptimizer):
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
         """The update of each tensor that the estimate moves, by tensor id."""
-        return self._updates_of(self._step_along(estimate))
-
-    def _updates_of(self, step: Step, without: frozenset[int] = frozenset()) -> dict[int, TensorUpdate]:
-        """The update of each tensor that a step moves, by tensor id, but for those of `without`."""
-        groups = enumerate(self.param_groups)
-        numbered = [(number, self.tuned.find(p)) for number, group in groups for p in group["params"]]
-        moved = [(number, t) for number, t in numbered if t is not None and step.moves(t) and t.id not in without]
-        return {t.id: step.on(t, number, self._deferred.state_of(t, self.state)) for number, t in moved}
+        return self._deferred.updates(self._step_along(estimate), self.state)
 
     def _step_along(self, estimate: GradientEstimate) -> Step:
         """The step along the estimate, independent of the weights."""
@@ -391,7 +384,7 @@ class ZerothOrder(CountingOptimizer):
         """Update the weights by `scale` times the step; the transform's state advances once, whatever the scale."""
         with uninterrupted():
             step = self._step_along(estimate)
-            updates = self._updates_of(step, without=self._deferred.ids)
+            updates = self._deferred.updates(step, self.state, waiting=False)
             tensors = [update.tensor for update in updates.values()]
             self._undo.keep([t.storage() for t in tensors] if scale else [], [t.parameter for t in tensors])
             for update, state in update_tensors_(updates.values(), scale):
