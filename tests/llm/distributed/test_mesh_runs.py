@@ -74,8 +74,8 @@ def test_an_evaluation_of_several_processes_is_that_of_one(rows_file):
     common = {"device": "cpu", "dtype": "float32", "per_device_eval_batch_size": 2}
     cases = [
         {"model": "random:roberta-tiny", "task": "trec", "num_eval": 7, **common},
-        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, **common},
-        {"model": "random:gpt2-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
+        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, "max_length": 256, **common},
+        {"model": "random:qwen3-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
     ]
     alone = many_cases.evaluated(cases)
     assert many_processes.run(3, many_cases.evaluated, cases) == [alone] * 3
