@@ -24,6 +24,7 @@ MethodName = Literal[
     "lozo",
     "zo_muon",
     "mopi",
+    "hizoo",
     "fo_sgd",
     "fo_adam",
 ]
@@ -69,10 +70,11 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "subzero": {"sampler": "gaussian", "rank": 24, "rank_interval": 1000},
     "lozo": {"sampler": "gaussian", "rank": 2, "rank_interval": 50, "momentum": 0.0},
     "zo_muon": {"num_queries": 4, "difference": "forward", "sampler": "gaussian", "rank": 64, "rank_interval": 100},
+    "hizoo": {"sampler": "gaussian"},
     "mopi": {"num_queries": 8, "sampler": "gaussian", "rank": 64, "rank_interval": 500},
 }
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
-_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi")
+_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 _ONE_SIDED = ("fzoo", "randopt")
 
 
@@ -114,8 +116,8 @@ class MethodOptions(Options):
     )
     sampler: Literal["rademacher", "gaussian"] = Field(
         "rademacher",
-        description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon and mopi "
-        "gaussian.",
+        description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon, mopi "
+        "and hizoo gaussian.",
     )
     difference: Literal["central", "forward"] = Field(
         "central",
@@ -173,6 +175,9 @@ class MethodOptions(Options):
         1e-7, ge=0, description="Learning rate of tensors of fewer than two dimensions (zo_muon, mopi)."
     )
     spectral_rank: int = Field(32, ge=1, description="Number of leading singular directions of a step (mopi).")
+    hessian_share: float = Field(
+        1e-8, ge=0, lt=1, description="Share α of a new curvature in the estimate of the Hessian's diagonal (hizoo)."
+    )
     rank_scale: Literal["mean", "sum"] = Field(
         "mean", description="Steps divided by the rank, as in the paper (mean), or not, as in its code (sum) (lozo)."
     )
@@ -309,6 +314,7 @@ class MethodOptions(Options):
             **dict.fromkeys(("std_ddof", "divide_by_mu"), (self.method == "fzoo", "method: fzoo")),
             "vector_learning_rate": (self.method in ("zo_muon", "mopi"), "method: zo_muon or mopi"),
             "spectral_rank": (self.method == "mopi", "method: mopi"),
+            "hessian_share": (self.method == "hizoo", "method: hizoo"),
             "rank_scale": (self.method == "lozo", "method: lozo"),
             **dict.fromkeys(
                 ("block_choice", "block_unbiased"), (self.method == "block_coordinate", "method: block_coordinate")
@@ -317,7 +323,8 @@ class MethodOptions(Options):
                 ("block_explore", "block_decay"),
                 (self.block_choice == "adaptive", "method: block_coordinate and block_choice: adaptive"),
             ),
-            **dict.fromkeys(("blocks", "rank"), any_method),
+            "blocks": any_method,
+            "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
             "sparsity": any_directions,
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
