@@ -75,6 +75,8 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 }
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 _OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
+# Methods whose directions may be one for each group of examples.
+_BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED = ("fzoo", "randopt")
 
 
@@ -118,6 +120,16 @@ class MethodOptions(Options):
         "rademacher",
         description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon, mopi "
         "and hizoo gaussian.",
+    )
+    directions_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Directions per query, each for a group of a step's examples, in the passes of one direction: from "
+        "1 to one an example, or auto, which follows how far the examples agree and raises the learning rate with it; "
+        "default: one for all examples.",
+    )
+    flipped: bool = Field(
+        False,
+        description="Sign-flipped directions of matrices, which share one matrix a step (with directions_per_batch).",
     )
     difference: Literal["central", "forward"] = Field(
         "central",
@@ -283,6 +295,9 @@ class MethodOptions(Options):
         for option, (used, needs) in self._uses().items():
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
+        if self.flipped and (self.rank is not None or self.sparsity):
+            other = "rank" if self.rank is not None else "sparsity"
+            raise ValueError(f"flipped and {other} are two kinds of directions; leave one of them out")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
             raise ValueError(
                 "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
@@ -323,6 +338,11 @@ class MethodOptions(Options):
                 ("block_explore", "block_decay"),
                 (self.block_choice == "adaptive", "method: block_coordinate and block_choice: adaptive"),
             ),
+            "directions_per_batch": (
+                self.method in _BY_EXAMPLES and not is_hybrid,
+                " or ".join(_BY_EXAMPLES) + ", no hybrid",
+            ),
+            "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
             "blocks": any_method,
             "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
             "sparsity": any_directions,

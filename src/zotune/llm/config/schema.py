@@ -121,7 +121,14 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
             "vector_learning_rate",
         ),
         *("std_ddof", "divide_by_mu", "keep_best", "only_better", "block_choice", "block_explore", "block_decay"),
-        *("block_unbiased", "hybrid_layers", "hybrid_method", "hybrid_learning_rate"),
+        *(
+            "block_unbiased",
+            "directions_per_batch",
+            "flipped",
+            "hybrid_layers",
+            "hybrid_method",
+            "hybrid_learning_rate",
+        ),
         *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at", "lr_scheduler_kwargs"),
     ),
     "Run": (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
+from zotune.directions.flipped import flipped
 from zotune.directions.low_rank import low_rank
 from zotune.directions.samplers import SAMPLERS
 from zotune.directions.schedule import AnySampler
@@ -105,11 +106,12 @@ def _zeroth_order(
         "sampler": SAMPLERS[options.sampler] if options.method in _OF_SUBSPACES else _sampler(options),
         "blocks": _blocks(module, options, params),
     }
-    if options.window is not None:
-        shared["window"] = options.window
+    shared |= {name: value for name in _RARE if (value := getattr(options, name)) is not None}
     return METHODS[options.method](module, options.learning_rate, **hyper_parameters(options), **shared)
 
 
+# Options that not every method has.
+_RARE = ("window", "directions_per_batch")
 # Methods whose sampler is the distribution of the entries of their own directions.
 _OF_SUBSPACES = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 
@@ -155,6 +157,8 @@ def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
 
 def _sampler(options: MethodOptions) -> AnySampler:
     base: AnySampler = SAMPLERS[options.sampler]
+    if options.flipped:
+        return flipped(SAMPLERS[options.sampler])
     if options.rank is not None:
         base = low_rank(SAMPLERS[options.sampler], options.rank, interval=options.rank_interval)
     if not options.sparsity:
