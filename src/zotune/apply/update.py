@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from zotune.apply import fused
-from zotune.apply.tensor_update import HALF, Rounding, TensorUpdate
-from zotune.apply.transforms import State, Transform
+from zotune.apply.curvature import OfNoise, sums_of_noise
+from zotune.apply.subspace import InSubspace, add_step, thin_step
+from zotune.apply.tensor_update import HALF, AnyTransform, Rounding, TensorUpdate
+from zotune.apply.transforms import State
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
 from zotune.estimate.perturb import move_rows_one_by_one
 from zotune.model.parameters import TunedTensor
@@ -28,26 +30,48 @@ def updated_slice(update: TensorUpdate, out: Tensor, x: Tensor, start: int, scal
     if update.is_sum:
         add_terms(out, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
         return {}
+    if update.is_whole:
+        return _whole_step(update, out, x, update.state, start, scale)
     return _step(update, out, x, update.state_slice(start, x.numel()), start, scale)
 
 
 def update_slice_(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State:
     """Update a flat slice in place, given the state of its elements; returns the slice's new state.
 
+    A transform of whole matrices has no slices of its state: where it advances, the slice must be all of the tensor.
     The given state may be overwritten. With a = 0 the slice stays as it is and the state advances.
     """
     if update.is_sum:
         if scale:
             add_terms(x, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
         return {}
+    if update.is_whole:
+        return _whole_step(update, x, x, state, start, scale)
     if (after := fused.fused_update_(update, x, state, start, scale)) is not None:
         return after
     return _step(update, x if scale else torch.empty_like(x), x, state, start, scale)
 
 
+def _whole_step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
+    assert isinstance(update.transform, InSubspace)
+    for terms in update.history or ():
+        _, state = thin_step(update.transform, terms, update.tensor, state, x.device)
+    step, after = thin_step(update.transform, update.terms, update.tensor, state, x.device)
+    if scale or out is not x:
+        keep = 1 - update.lr * update.weight_decay
+        place = update.tensor.id, start, update.rounding_seed
+        add_step(out, x, step, -scale * update.lr, keep, *place)
+    return after
+
+
 def _step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
-    before = state if update.history is None else _state_from_history(update, start, x)
-    step, after = update.transform(_gradient(update, update.terms, start, x), before)
+    transform = update.transform
+    assert not isinstance(transform, InSubspace)
+    if isinstance(transform, OfNoise):
+        step, after = transform.rule(*sums_of_noise(update.terms, update.scalars, update.tensor.id, start, x), state)
+    else:
+        before = state if update.history is None else _state_from_history(update, start, x)
+        step, after = transform(_gradient(update, update.terms, start, x), before)
     y = x.to(compute_dtype(x.dtype)) * (1 - update.lr * update.weight_decay) - scale * update.lr * step
     round_to(out, y, update.rounding_seed, update.tensor.id, start)
     return after
@@ -62,6 +86,7 @@ def _gradient(update: TensorUpdate, terms: Terms, start: int, like: Tensor) -> T
 
 def _state_from_history(update: TensorUpdate, start: int, like: Tensor) -> State:
     """The state of a slice, computed again from the terms of earlier steps."""
+    assert not isinstance(update.transform, InSubspace | OfNoise)
     state: State = {}
     for terms in update.history or ():
         _, state = update.transform(_gradient(update, terms, start, like), state)
@@ -73,7 +98,12 @@ def update_tensor_(update: TensorUpdate, scale: float) -> State:
     if update.is_sum and not scale:
         return update.state
     x = update.flat_weights()
-    after: State = {}
+    if update.is_whole:
+        after = update_slice_(update, x, update.state, 0, scale)
+        if scale:
+            update.store(x)
+        return after if update.history is None else {}
+    after = {}
     size = max(1, x.numel()) if update.is_sum else limits.UPDATE_ELEMENTS
     for lo in range(0, x.numel(), size):
         part = x[lo : lo + size]
@@ -127,14 +157,16 @@ class Step:
         rates: (η, λ) of each parameter group.
         rounding_seed: names the stochastic rounding, where `rounding` is that.
         history: as in `TensorUpdate`, over all tensors.
+        scalars: those of the estimate, if it has one for each term.
     """
 
     terms: Terms
-    transform: Transform
+    transform: AnyTransform
     rates: Sequence[tuple[float, float]]
     rounding: Rounding
     rounding_seed: int
     history: Sequence[Terms] | None
+    scalars: Sequence[float] = ()
 
     def moves(self, tensor: TunedTensor) -> bool:
         """Whether the step changes a tensor."""
@@ -148,17 +180,19 @@ class Step:
         """
         p = tensor.parameter
         lr, weight_decay = self.rates[group]
+        terms, transform = moving(self.terms, tensor.id), self.transform
         is_stochastic = p.dtype in HALF and self.rounding == Rounding.STOCHASTIC
         return TensorUpdate(
             tensor,
-            moving(self.terms, tensor.id),
-            self.transform,
+            terms,
+            transform.of(terms, tensor) if isinstance(transform, InSubspace) else transform,
             {k: v for k, v in state.items() if k != "master"},
             lr,
             weight_decay if p.dim() > 1 else 0.0,
             self.rounding_seed if is_stochastic else None,
             None if self.history is None else [own for t in self.history if (own := moving(t, tensor.id))],
             state.get("master"),
+            [s for s, (_, u) in zip(self.scalars, self.terms, strict=False) if u.moves(tensor.id)],
         )
 
 

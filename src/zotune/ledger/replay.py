@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.apply.curvature import OfNoise
+from zotune.apply.subspace import InSubspace
 from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import AnyLayout, Header, Layout, LedgerError
@@ -50,7 +52,7 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
 
 def layout_of(optimizer: ZerothOrder) -> AnyLayout:
     """The numbers in a record of the optimizer's steps."""
-    num_blocks = len(optimizer.blocks)
+    num_blocks = len(optimizer.active_blocks)
     num_estimates = num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
     num_groups, precision = len(optimizer.param_groups), "f8" if _tunes_doubles(optimizer) else "f4"
     if not optimizer.has_fixed_records:
@@ -181,6 +183,8 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
             for group in optimizer.param_groups
         ],
     }
+    if (choice := optimizer.block_choice.constants) is not None:
+        own["block_choice"] = choice
     plain: dict[str, Any] = json.loads(json.dumps(own, default=repr))
     return plain
 
@@ -230,6 +234,9 @@ def _function(function: Any) -> dict[str, Any]:
     if isinstance(function, partial):
         bound = {k: _value(v) for k, v in function.keywords.items()}
         return {**_function(function.func), **({"args": _value(function.args)} if function.args else {}), **bound}
+    if isinstance(function, InSubspace | OfNoise):
+        name = f"{type(function).__module__}.{type(function).__qualname__}"
+        return {"name": name, **{k: _value(v) for k, v in vars(function).items()}}
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", "")
     own = {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}

@@ -46,13 +46,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_run_of_several_processes_writes_the_files_of_one(options, tmp_path, size):
-    names = list(RUNS) if size == 2 else ["full", "best"]
+FEW = ("full", "lora", "directions", "hybrid")
+MANY = pytest.param(3, tuple(RUNS), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("size", "names"), [(2, FEW), MANY], ids=["2", "3"])
+def test_a_run_of_several_processes_writes_the_files_of_one(options, tmp_path, size, names):
     for name in names:
         train(TrainConfig(**options(name, tmp_path / f"{name}-1")))
-    more = {"directions": {"parallel": "query=2"}}
-    runs = [options(name, tmp_path / f"{name}-N", **more.get(name, {})) for name in names]
+    more = {"parallel": "query=2"} if size == 2 else {}
+    runs = [options(name, tmp_path / f"{name}-N", **(more if name == "directions" else {})) for name in names]
     many_processes.run(size, many_cases.train_runs, runs)
     for name in names:
         one, other = (many_cases.written_by(tmp_path / f"{name}-{n}") for n in ("1", "N"))
