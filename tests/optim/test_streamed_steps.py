@@ -93,10 +93,8 @@ METHODS = {
 }
 
 
-OTHERS = {
-    name: (lambda model, make=make: make(model, 0.01)) for name, make in zo.METHODS.items() if name not in METHODS
-}
-METHODS |= OTHERS
+OTHERS = zo.METHODS.keys() - METHODS.keys() - {"hizoo"}
+METHODS |= {name: (lambda model, make=zo.METHODS[name]: make(model, 0.01)) for name in sorted(OTHERS)}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -210,6 +208,12 @@ def test_two_optimizers_may_take_turns(pair):
         losses.append([take(opt, model, 1) for opt in (one, other, one, other, one)])
     assert losses[0] == losses[1]
     assert same_weights(*models)
+
+
+def test_directions_that_depend_on_the_state_of_all_tensors_are_refused(pair):
+    streamed, _ = pair()
+    with pytest.raises(zo.UsageError, match="hizoo .* cannot be streamed"):
+        zo.hizoo(streamed, lr=0.01)
 
 
 def test_a_streamed_model_is_not_copied(pair):

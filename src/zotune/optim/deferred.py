@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import State
 from zotune.apply.update import Step, update_tensor_, with_master
+from zotune.directions.scaled import ScaledSampler
 from zotune.directions.schedule import AnySampler, depends_on_weights
+from zotune.errors import UsageError
 from zotune.model.mapped_memory import release
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.model.streaming import LayerStream, stream_of
@@ -210,6 +212,9 @@ def deferred_updates(
     """The updates of an optimizer that wait for streamed layers, if its model has any.
 
     Where masks follow the weights they cannot wait, for the next step begins by reading all weights.
+
+    Raises:
+        UsageError: the directions depend on the state of all tensors.
     """
     stream = stream_of(tuned.model)
     if stream is None:
@@ -217,5 +222,10 @@ def deferred_updates(
     stream.settle()
     if all(stream.layer_of(t.parameter) is None for t in tuned):
         return NoDeferredUpdates(tuned, param_groups, rounding)
+    if isinstance(sampler, ScaledSampler):
+        raise UsageError(
+            "the directions of hizoo are scaled by the state of every tensor, so its layers cannot be streamed. Use "
+            "another method, or load the model without --offload-folder and --device-map."
+        )
     waits = not depends_on_weights(sampler)
     return DeferredUpdates(tuned, param_groups, rounding, stream, waits_for_layers=waits)
