@@ -212,7 +212,7 @@ def test_two_optimizers_may_take_turns(pair):
 
 def test_directions_that_depend_on_the_state_of_all_tensors_are_refused(pair):
     streamed, _ = pair()
-    with pytest.raises(zo.UsageError, match="hizoo .* cannot be streamed"):
+    with pytest.raises(zo.UsageError, match=r"hizoo .* cannot be streamed"):
         zo.hizoo(streamed, lr=0.01)
 
 
