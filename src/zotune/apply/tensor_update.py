@@ -7,7 +7,7 @@ this record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from zotune.apply.transforms import State, Transform, identity
 from zotune.directions.direction import Terms
 from zotune.model.parameters import TunedTensor
+from zotune.model.shards import local, whole
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,7 +41,7 @@ class TensorUpdate:
         tensor: the tensor x.
         terms: (cᵢ, uᵢ) of ĝ.
         transform: h.
-        state: the transform's state: tensors of the tensor's shape, and plain numbers.
+        state: the transform's state: tensors of the tensor's shape, on the processes it is on, and plain numbers.
         lr, weight_decay: η, λ.
         rounding_seed: seed of the stochastic rounding of half-precision weights; None for rounding to nearest.
         history: the terms of earlier steps, oldest first, from which the transform's state is computed again;
@@ -74,7 +75,7 @@ class TensorUpdate:
 
     def flat_weights(self) -> Tensor:
         """The weights to update, flat: their master copy, or their own memory where it is in order, or else a copy."""
-        return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
+        return (self.tensor.storage().contiguous() if self.master is None else local(self.master)).view(-1)
 
     def store(self, x: Tensor) -> None:
         """Copy the updated `flat_weights` into the weights, unless they already share their memory.
@@ -85,9 +86,16 @@ class TensorUpdate:
         if x.data_ptr() != weights.data_ptr():
             weights.copy_(x.view(weights.shape))
         if not self.tensor.parameter.is_inference():
-            torch.autograd.graph.increment_version(self.tensor.parameter)
+            torch.autograd.graph.increment_version(local(self.tensor.parameter))
 
     def state_slice(self, start: int, size: int) -> State:
-        """The kept state of elements start … start + size - 1."""
+        """The kept state of elements start … start + size - 1 of those in this process."""
         part = slice(start, start + size)
-        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        return {k: local(v).view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+
+    def of_whole(self) -> TensorUpdate:
+        """The update with the state of the whole tensor, gathered: every process of a shard has to call this."""
+        if self.tensor.shard is None:
+            return self
+        state = {k: whole(v) for k, v in self.state.items()}
+        return replace(self, tensor=replace(self.tensor, shard=None), state=state, master=whole(self.master))

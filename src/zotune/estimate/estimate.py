@@ -47,6 +47,15 @@ class GradientEstimate:
         """The estimate with f(c) in place of each c."""
         return replace(self, terms=tuple((f(c), u) for c, u in self.terms))
 
+    def agreed(self, tuned: ParameterSet) -> GradientEstimate:
+        """The estimate that all processes of a sharded model go on with: see `zotune.model.shards.agreed`."""
+        if not tuned.is_distributed:
+            return self
+        own = [self.loss, math.nan if self.base is None else self.base, *(c for c, _ in self.terms)]
+        loss, base, *coefficients = tuned.agreed(own)
+        terms = tuple((c, u) for c, (_, u) in zip(coefficients, self.terms, strict=True))
+        return replace(self, loss=loss, base=None if self.base is None else base, terms=terms)
+
     def of(self, model: nn.Module | ParameterSet, name: str) -> Tensor:
         """The part of ĝ for one tensor: its shape, float32 (float64 for a float64 tensor)."""
         return combine(self.terms, ParameterSet.of(model)[name])

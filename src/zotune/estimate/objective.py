@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zotune.estimate.determinism import note_evaluation, same_draws
 from zotune.estimate.forward_mode.dual_numbers import tangent_of
 from zotune.model.eager_mode import uncompiled
+from zotune.model.shards import whole
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -49,6 +50,7 @@ def objective(closure: Closure) -> Tensor | float:
 
 def as_number(value: object) -> Tensor | float:
     """As `objective`, of a value that a closure has returned."""
+    value = whole(value)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise TypeError(f"the closure must return one number, got a tensor of shape {tuple(value.shape)}")

@@ -33,7 +33,8 @@ def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point]) ->
     if isinstance(closure, Accumulated) and all(isinstance(part, Batched) for part in closure.closures):
         parts = [values_at(part, tuned, points) for part in closure.closures]
         return [closure.mean(values) for values in zip(*parts, strict=True)]
-    if isinstance(closure, Batched) and closure.most > 1 and closure.name not in refused(tuned):
+    shares = isinstance(closure, Batched) and closure.most > 1 and not tuned.is_tensor_parallel
+    if isinstance(closure, Batched) and shares and closure.name not in refused(tuned):
         try:
             groups = _groups(tuned, points, closure.most)
             return [value for group in groups for value in _values_of(closure, tuned, group)]

@@ -188,7 +188,12 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
 def describe_tensors(optimizer: ZerothOrder, *, digests: bool = True) -> list[dict[str, Any]]:
     """Name, id, dtype, shape of each tuned tensor, and a digest of its numbers."""
     tensors = list(optimizer.tuned)
-    found = digests_of(t.storage() for t in tensors) if digests else [""] * len(tensors)
+    if not digests:
+        found = [""] * len(tensors)
+    elif optimizer.tuned.is_distributed:  # a whole tensor at a time
+        found = [digest_of(t.numbers()) for t in tensors]
+    else:
+        found = digests_of(t.storage() for t in tensors)
     return [
         {
             "name": t.name,

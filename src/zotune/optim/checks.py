@@ -12,6 +12,7 @@ from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
+from zotune.model.parameters import ParameterSet
 
 TORN = (
     "This step could not be undone: some weights are written and others not, or no record holds what was written. "
@@ -99,6 +100,19 @@ def check_window(window: int | None, sampler: AnySampler) -> None:
         raise UsageError(
             "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
             'that have moved since. Use mask="random", or keep the state (window=None).'
+        )
+
+
+def check_shards(tuned: ParameterSet, sampler: AnySampler) -> None:
+    """Refuse masks that follow weights which this process holds a part of.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if depends_on_weights(sampler) and any(t.shard is not None for t in tuned):
+        raise UsageError(
+            "masks by magnitude compare weights as they are when they are read, and of this model a process holds a "
+            'shard. Use mask="random", whose zeros follow an element\'s place, or tune the model unsharded.'
         )
 
 

@@ -28,9 +28,10 @@ from zotune.estimate.objective import Closure, evaluate, probing
 from zotune.estimate.perturb import perturbed_by
 from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
+from zotune.model.shards import reshard
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
-from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_values, check_window
+from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_shards, check_values, check_window
 from zotune.optim.record import StepRecord, described
 from zotune.system.uninterrupted import uninterrupted
 
@@ -118,6 +119,7 @@ class ZerothOrder(CountingOptimizer):
         groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = ParameterSet(model, chosen)
+        check_shards(self.tuned, sampler)
         self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
         if blocks is not None:
             check_partition(blocks, self.tuned)
@@ -150,11 +152,12 @@ class ZerothOrder(CountingOptimizer):
             return self._estimate(closure, blocks or self.blocks)
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
+        reshard(self.tuned.model)
         directions = self.directions(blocks)
         self._prefix.record(closure)
         estimate = self.estimator(self.reusing(closure), self.tuned, directions)
         self.count_forwards(estimate.num_forwards)
-        return estimate.mapped(self.recorded)
+        return estimate.agreed(self.tuned).mapped(self.recorded)
 
     def reusing(self, closure: Closure) -> Closure:
         """The same objective; within a step its layers that the current perturbation cannot reach are skipped."""
@@ -353,6 +356,7 @@ class ZerothOrder(CountingOptimizer):
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
             self._prefix.moved(frozenset(updates))
+            reshard(self.tuned.model)
             # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
             torch.clear_autocast_cache()
             self._undo.is_writing = False
@@ -397,6 +401,13 @@ class ZerothOrder(CountingOptimizer):
         tensor = self.tuned.find(parameter)
         return tensor.device if tensor is not None and tensor.is_held else parameter.device
 
+    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """As `CountingOptimizer.placed`, also of weights in shards: their part of a whole tensor, or of other shards."""
+        tensor = self.tuned.find(parameter)
+        if tensor is None or not tensor.is_held or value.shape != parameter.shape:
+            return super().placed(value, parameter)
+        return tensor.placed(value)
+
     def _count(self) -> float:
         if self._window is not None:
             self._window.close()
@@ -438,6 +449,10 @@ class _StepLine:
         optimizer.count_forwards(1)
         with probing(optimizer.tuned.model):
             if not a:
-                return evaluate(self._closure)
+                return self._evaluate()
             with perturbed_by(optimizer.tuned, Updated(self._updates, a)):
-                return evaluate(self._closure)
+                return self._evaluate()
+
+    def _evaluate(self) -> float:
+        (value,) = self._optimizer.tuned.agreed([evaluate(self._closure)])
+        return value
