@@ -79,7 +79,7 @@ def fsdp_by_columns(m, mesh):
 def tensor_parallel(m, mesh):
     """torch's own plan: rows and columns of each layer's matrices, and a norm that every process holds."""
     for layer in m.layers:
-        parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        parallelize_module(layer, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
         layer.norm.weight = nn.Parameter(distribute_tensor(layer.norm.weight.detach(), mesh, [Replicate()]))
         layer.norm.bias = nn.Parameter(distribute_tensor(layer.norm.bias.detach(), mesh, [Replicate()]))
         layer.norm.register_forward_pre_hook(lambda _, args: distribute_tensor(args[0], mesh, [Replicate()]))

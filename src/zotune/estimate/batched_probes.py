@@ -52,7 +52,7 @@ class side_by_side(ParameterInterceptor):  # noqa: N801 - named as `perturbed_by
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = nbytes(tuned, self.chosen) * self._copies <= limits.CACHED_BYTES
         self._kept: dict[int, Tensor] = {}
-        self._vectors_are_to_come = not self._offloaded
+        self._vectors_are_to_come = not tuned.is_loaded_by_hooks
         self._scratch: Tensor | None = None
         self._level = 0
 

@@ -244,6 +244,11 @@ class ParameterSet:
         self._by_shard = {id(local(t.parameter)): t for t in shards}
 
     @property
+    def is_loaded_by_hooks(self) -> bool:
+        """Whether a hook puts some of the tensors into their modules while these run."""
+        return bool(self._loaded_by_hooks)
+
+    @property
     def is_distributed(self) -> bool:
         """Whether the model, tuned or not, lies on several processes, which then have to run it together."""
         return self._mesh is not None
