@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from zotune.estimate.finite_difference import forward_difference as forward_difference
     from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient as CheckedForwardGradient
     from zotune.estimate.forward_mode.jvp import forward_gradient as forward_gradient
+    from zotune.estimate.mesh import Mesh as Mesh
+    from zotune.estimate.mesh import mesh as mesh
     from zotune.estimate.objective import accumulate as accumulate
     from zotune.estimate.objective import batched as batched
     from zotune.estimate.perturb import perturbed as perturbed
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "estimate.mesh": ("Mesh", "mesh"),
     "estimate.objective": ("accumulate", "batched"),
     "directions.blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
     "directions.direction": ("Direction",),

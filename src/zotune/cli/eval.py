@@ -44,13 +44,17 @@ def run(args: list[str], as_json: bool) -> int:
     from zotune.llm.output.results_folder import results_folder, write_results
     from zotune.llm.training.evaluation import evaluate
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
+    from zotune.system.processes import is_first_process
 
     tune_malloc(OWN_PAGES_OF_PASSES)
     # The folder is checked before the evaluation, and nobody else writes there during it.
-    with nullcontext() if config.output_dir is None else results_folder(config.output_dir) as folder:
+    target = config.output_dir if is_first_process() else None
+    with nullcontext() if target is None else results_folder(target) as folder:
         evaluations, results = evaluate(config)
         if folder is not None:
             write_results(folder, results)
+    if not is_first_process():
+        return 0
     if as_json:
         print_json(results)
     else:

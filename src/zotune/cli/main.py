@@ -70,6 +70,8 @@ _VERBS = {
     "schema": ("schema", "run"),
     "env": ("listings", "env"),
 }
+# The verbs whose work several processes share.
+_SHARED_VERBS = ("train", "eval")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,8 +117,22 @@ def run(argv: list[str]) -> int:
         return 141
     except (Exception, KeyboardInterrupt) as error:
         message, code = _explain(error)
-        print_message(message)
+        if (shown := _of_process(error, message)) is not None:
+            print_message(shown)
         return code
+
+
+def _of_process(error: BaseException, message: str) -> str | None:
+    """Return a message as this process, one of several that torchrun started, prints it; None: another one does."""
+    if "RANK" not in os.environ:
+        return message
+    from zotune.system.processes import is_first_process, rank_of
+
+    if (rank := rank_of(error)) is not None:
+        return f"process {rank}: {message}" if is_first_process() else None
+    # What is wrong with the command is so in all processes of a machine.
+    is_silent = isinstance(error, UsageError) and os.environ.get("LOCAL_RANK", "0") != "0"
+    return None if is_silent and not getattr(error, "is_told", False) else message
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -131,6 +147,11 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if verb not in _VERBS:
         raise UsageError(f"there is no command {verb!r}.{did_you_mean(verb, _VERBS)}")
+    if verb not in _SHARED_VERBS and os.environ.get("WORLD_SIZE", "1") != "1" and not {"-h", "--help"} & {*arguments}:
+        raise UsageError(
+            f"zotune {verb} runs in one process, and torchrun started {os.environ['WORLD_SIZE']}: run it without "
+            f"torchrun. Several processes share zotune {' and zotune '.join(_SHARED_VERBS)}."
+        )
     module, function = _VERBS[verb]
     command: Callable[[list[str], bool], int] = getattr(import_module(f"zotune.cli.{module}"), function)
     return command([a for a in arguments if a != "--json"], "--json" in arguments)

@@ -53,9 +53,12 @@ def run(args: list[str], as_json: bool) -> int:
 def _train(config: TrainConfig, given: UserRows | None, as_json: bool) -> int:
     from zotune.llm.training.train import train
     from zotune.system.malloc import tune_malloc
+    from zotune.system.processes import is_first_process
 
     tune_malloc()
     result = train(config, given=given)
+    if not is_first_process():
+        return 0 if result.stopped_by is None else 128 + result.stopped_by
     _write_page(config.output_dir)
     if as_json:
         print_json(result.to_json())
@@ -88,10 +91,9 @@ def _write_page(folder: Path) -> None:
 
 def _dry_run(config: TrainConfig, given: UserRows | None, as_json: bool) -> int:
     from zotune.plan.dry_run import dry_run
+    from zotune.system.processes import is_first_process
 
     forecast = dry_run(config, given)
-    if as_json:
-        print_json(forecast.to_json())
-    else:
-        print_text(str(forecast))
+    if is_first_process():
+        print_json(forecast.to_json()) if as_json else print_text(str(forecast))
     return 2 if forecast.refused else 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
-from zotune.estimate.objective import Closure, objective, probing, read
+from zotune.estimate.objective import Closure, probing, read
 from zotune.estimate.probes import values_at
 from zotune.model.parameters import ParameterSet
 
@@ -58,6 +58,6 @@ def forward_difference(
     """
     q = len(directions)
     with probing(tuned.model):
-        base, *values = read([objective(closure), *values_at(closure, tuned, [(mu, u) for u in directions])])
+        base, *values = read(values_at(closure, tuned, [None, *((mu, u) for u in directions)]))
     terms = averaged([(value - base) / mu for value in values], directions)
     return GradientEstimate(base, terms, num_forwards=q + 1, base=base)

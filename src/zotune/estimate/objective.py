@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zotune.errors import UsageError
 from zotune.estimate.determinism import note_evaluation, same_draws
-from zotune.estimate.forward_mode.dual_numbers import tangent_of
+from zotune.estimate.forward_mode.dual_numbers import dual, tangent_of
+from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.model.eager_mode import uncompiled
 from zotune.model.shards import whole
 
@@ -78,19 +80,54 @@ class Accumulated:
 
     closures: tuple[Closure, ...]
     weights: tuple[float, ...]
+    mesh: Mesh = ALONE_MESH
 
     def __call__(self) -> Tensor | float:
-        """The weighted mean of the parts."""
-        # Not `objective`, which notes the end of an evaluation: there is one, of all parts.
-        mean: Tensor | float = self.mean([as_number(closure()) for closure in self.closures])
+        """The weighted mean of the parts, of which each process of the mesh evaluates its own."""
+        mean: Tensor | float = self.mean([self._value(numbers) for numbers in self._numbers()])
         return mean
+
+    def _numbers(self) -> Sequence[Sequence[Any]]:
+        """Each part's value; where several processes share the parts, with its tangent and whether there is one."""
+
+        def own(parts: Sequence[int]) -> list[list[Any]]:
+            # Not `objective`, which notes the end of an evaluation: there is one, of all parts.
+            values = [as_number(self.closures[i]()) for i in parts]
+            return [[value] for value in values] if self.mesh.is_alone else list(map(value_and_tangent, values))
+
+        return self.mesh.evaluate_parts(len(self.closures), 3, own)
+
+    @staticmethod
+    def _value(numbers: Sequence[Any]) -> Any:
+        if len(numbers) == 1:
+            return numbers[0]
+        value, tangent, has_tangent = (torch.tensor(x, dtype=torch.float64) for x in numbers)
+        return dual(value, tangent) if has_tangent else float(value)
+
+    @property
+    def whole(self) -> Accumulated:
+        """The same objective, all of whose parts each process evaluates."""
+        return Accumulated(self.closures, self.weights)
 
     def mean(self, values: Sequence[Any]) -> Any:
         """The weighted mean of the parts' values."""
         return sum(w * value for w, value in zip(self.weights, values, strict=True)) / sum(self.weights)
 
 
-def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = None) -> Accumulated:
+def value_and_tangent(value: Tensor | float) -> list[float]:
+    """A number as `objective` gives it: its value, its tangent, and 1 where it has one, else 0."""
+    tangent = tangent_of(value) if isinstance(value, Tensor) else None
+    return [float(value), 0.0 if tangent is None else float(tangent), float(tangent is not None)]
+
+
+def as_accumulated(closure: Closure) -> Accumulated:
+    """Any objective as one of micro-batches: of a single one if it does not know its parts."""
+    return closure if isinstance(closure, Accumulated) else Accumulated((closure,), (1.0,))
+
+
+def accumulate(
+    closures: Sequence[Closure], weights: Sequence[float] | None = None, *, mesh: Mesh = ALONE_MESH
+) -> Accumulated:
     """The objective of a batch cut into micro-batches: the weighted mean of their objectives.
 
     Gradient accumulation for a zeroth-order method means to add up the *objective*, not updates: the
@@ -99,6 +136,8 @@ def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = No
     Args:
         closures: one a micro-batch, each the mean loss of its examples.
         weights: how many examples (or tokens) each holds; equal by default.
+        mesh: the processes that share the micro-batches, see `zotune.mesh`. Each gives all closures, in one order, and
+            calls its own.
 
     >>> accumulate([lambda: 1.0, lambda: 4.0], weights=[2, 1])()
     2.0
@@ -106,7 +145,12 @@ def accumulate(closures: Sequence[Closure], weights: Sequence[float] | None = No
     shares = [1.0] * len(closures) if weights is None else list(weights)
     if len(shares) != len(closures) or not closures:
         raise ValueError(f"one weight for each of at least one closure, got {len(closures)} and {len(shares)}")
-    return Accumulated(tuple(closures), tuple(shares))
+    if len(closures) < mesh.data:
+        raise UsageError(
+            f"{mesh.data} processes cannot share a batch in {len(closures)}: cut it into {mesh.data} micro-batches or "
+            "more, or let some of the processes share the directions (query=…)."
+        )
+    return Accumulated(tuple(closures), tuple(shares), mesh)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError, side_by_side
-from zotune.estimate.objective import Accumulated, Batched, Closure, as_number, objective
+from zotune.estimate.determinism import note_evaluation
+from zotune.estimate.mesh import Cell
+from zotune.estimate.objective import Accumulated, Batched, Closure, as_accumulated, as_number, read
 from zotune.estimate.perturb import OffsetAlong, nbytes, perturbed
 from zotune.model.parameters import ParameterSet
 from zotune.system import limits
@@ -25,22 +29,62 @@ ONE_BY_ONE = "probes of {name} run one after the other, which is slower and give
 _REFUSED: WeakKeyDictionary[ParameterSet, set[str]] = WeakKeyDictionary()
 
 
-def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
-    """The objective at x + a·u for each (a, u): side by side as far as it is `Batched`, else one after the other.
+def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point | None]) -> list[Tensor | float]:
+    """The objective at x + a·u for each (a, u), at x for None: side by side as far as it is `Batched`, else one by one.
 
-    They are as `closures.objective` gives them, to be read together by `closures.read`.
+    They are as `objective.objective` gives them, to be read together by `objective.read`. Several processes share the
+    micro-batches and the groups of points, and exchange the values at once.
     """
-    if isinstance(closure, Accumulated) and all(isinstance(part, Batched) for part in closure.closures):
-        parts = [values_at(part, tuned, points) for part in closure.closures]
-        return [closure.mean(values) for values in zip(*parts, strict=True)]
-    shares = isinstance(closure, Batched) and closure.most > 1 and not tuned.is_tensor_parallel
-    if isinstance(closure, Batched) and shares and closure.name not in refused(tuned):
-        try:
-            groups = _groups(tuned, points, closure.most)
-            return [value for group in groups for value in _values_of(closure, tuned, group)]
-        except NotSeparableError as error:
-            warnings.warn(refuse(closure, tuned, error), stacklevel=2)
-    return [_at(closure, tuned, a, u) for a, u in points]
+    whole = as_accumulated(closure)
+    try:
+        return _values(whole, tuned, points, [_most(whole, part, tuned) for part in whole.closures])
+    except NotSeparableError as error:
+        for part in whole.closures:
+            if isinstance(part, Batched) and part.name not in refused(tuned):
+                warnings.warn(refuse(part, tuned, error), stacklevel=2)
+    return _values(whole, tuned, points, [1] * len(whole.closures))
+
+
+def _most(whole: Accumulated, part: Closure, tuned: ParameterSet) -> int:
+    """How many points of a part may share a pass."""
+    # Processes that compute with shards exchange activations, which has no meaning for several copies at once.
+    knows_batches = all(isinstance(other, Batched) for other in whole.closures) and not tuned.is_tensor_parallel
+    return part.most if knows_batches and isinstance(part, Batched) and part.name not in refused(tuned) else 1
+
+
+def _values(
+    whole: Accumulated, tuned: ParameterSet, points: Sequence[Point | None], most: Sequence[int]
+) -> list[Tensor | float]:
+    """The objective at each point, from the cells of a table: a part at a group of points."""
+    groups = [list(_groups(tuned, points, n)) for n in most]
+    cells = [Cell(i, j, len(group)) for i, some in enumerate(groups) for j, group in enumerate(some)]
+
+    def compute(own: Sequence[int]) -> list[list[Any]]:
+        found: dict[int, list[Any]] = {}
+        alone: dict[int, list[int]] = {}
+        for k in own:
+            part, group, width = cells[k]
+            if width > 1:
+                some = [p for p in (points[i] for i in groups[part][group]) if p is not None]
+                found[k] = values_side_by_side(whole.closures[part], tuned, some)  # type: ignore[arg-type]
+            else:
+                alone.setdefault(groups[part][group][0], []).append(k)
+        for index, ks in alone.items():
+            parts = [whole.closures[cells[k].part] for k in ks]
+            found |= {k: [value] for k, value in zip(ks, _at(parts, tuned, points[index]), strict=True)}
+        values = [found[k] for k in own]
+        return values if whole.mesh.is_alone else _read(values)
+
+    table: list[dict[int, Any]] = [{} for _ in groups]
+    for (part, group, _), numbers in zip(cells, whole.mesh.evaluate(cells, compute), strict=True):
+        table[part] |= dict(zip(groups[part][group], numbers, strict=True))
+    return [whole.mean([row[i] for row in table]) for i in range(len(points))]
+
+
+def _read(values: Sequence[Sequence[Any]]) -> list[list[float]]:
+    """The values as numbers; the host waits for a GPU once."""
+    numbers = iter(read([value for some in values for value in some]))
+    return [[next(numbers) for _ in some] for some in values]
 
 
 def refused(tuned: ParameterSet) -> set[str]:
@@ -54,28 +98,30 @@ def refuse(closure: Batched, tuned: ParameterSet, reason: Exception) -> str:
     return ONE_BY_ONE.format(name=closure.name, reason=reason)
 
 
-def _groups(tuned: ParameterSet, points: Sequence[Point], most: int) -> Iterator[Sequence[Point]]:
-    """The points, in groups to be evaluated at once: neighbours that perturb the same tensors, few where these are
-    large and not perturbed by thin factors.
+def _groups(tuned: ParameterSet, points: Sequence[Point | None], most: int) -> Iterator[range]:
+    """Indices of the points, in groups to be evaluated at once: neighbours that perturb the same tensors, few where
+    these are large and not perturbed by thin factors; x itself is alone.
     """
     lo = 0
     for hi in range(1, len(points) + 1):
-        u, tensors = points[lo][1], points[lo][1].tensors
-        size = most if most <= 2 or nbytes(tuned, made_whole(tuned, u)) * most <= limits.CACHED_BYTES else 2
-        if hi == len(points) or hi - lo == size or points[hi][1].tensors != tensors:
-            yield points[lo:hi]
+        first = points[lo]
+        size = 1 if first is None else _size(tuned, first[1], most)
+        if hi == len(points) or hi - lo == size or _tensors(points[hi]) != _tensors(first):
+            yield range(lo, hi)
             lo = hi
+
+
+def _size(tuned: ParameterSet, u: Direction, most: int) -> int:
+    return most if most <= 2 or nbytes(tuned, made_whole(tuned, u)) * most <= limits.CACHED_BYTES else 2
+
+
+def _tensors(point: Point | None) -> Any:
+    return point if point is None else (point[1].tensors,)
 
 
 def made_whole(tuned: ParameterSet, direction: Direction) -> frozenset[int]:
     """Ids of the tensors that a direction moves by a full matrix instead of thin factors."""
     return frozenset(t.id for t in tuned if direction.moves(t.id) and not direction.has_factors(t.id))
-
-
-def _values_of(closure: Batched, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
-    if len(points) == 1:
-        return [_at(closure, tuned, *points[0])]
-    return values_side_by_side(closure, tuned, points)
 
 
 def values_side_by_side(closure: Batched, tuned: ParameterSet, points: Sequence[Point]) -> list[Tensor | float]:
@@ -89,6 +135,9 @@ def values_side_by_side(closure: Batched, tuned: ParameterSet, points: Sequence[
     return [as_number(value) for value in values]
 
 
-def _at(closure: Closure, tuned: ParameterSet, a: float, direction: Direction) -> Tensor | float:
-    with perturbed(tuned, direction, a):
-        return objective(closure)
+def _at(parts: Sequence[Closure], tuned: ParameterSet, point: Point | None) -> list[Tensor | float]:
+    """Each part of the objective at one point."""
+    with nullcontext() if point is None else perturbed(tuned, point[1], point[0]):
+        values = [as_number(part()) for part in parts]
+    note_evaluation()
+    return values

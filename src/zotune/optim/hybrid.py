@@ -14,15 +14,14 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zotune.errors import UsageError
-from zotune.estimate.objective import Accumulated, Closure, accumulate, probing
+from zotune.estimate.objective import Closure, as_accumulated, probing
 from zotune.model.layers import ReadTracer, stack_of
 from zotune.model.parameters import ParameterSet
 from zotune.optim.master_weights import (
     FirstOrder,
-    back_propagate,
     finite_gradients,
     inner,
     must_repeat,
@@ -30,6 +29,7 @@ from zotune.optim.master_weights import (
     with_master_weights,
     written_by_step,
 )
+from zotune.optim.shared_gradients import back_propagate_all
 from zotune.optim.undo import UndoLog
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
@@ -109,21 +109,11 @@ class Hybrid:
 
     def _differentiate(self, closure: Closure) -> float:
         """Back-propagate into the gradients of the first-order parameters, micro-batch by micro-batch; returns f."""
-        self.first_order.zero_grad()
-        micro = closure if isinstance(closure, Accumulated) else accumulate([closure])
-        total = 0.0
+        micro = as_accumulated(closure)
         with torch.enable_grad(), _frozen(t.parameter for t in self.zeroth_order.tuned):
-            for part, weight in zip(micro.closures, micro.weights, strict=True):
-                loss = part()
-                if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise UsageError(
-                        "the closure's loss does not depend on the first-order parameters through torch's autograd; "
-                        "return it as a tensor, without .item() or torch.no_grad()."
-                    )
-                back_propagate(self.first_order, loss * (weight / sum(micro.weights)))
-                total += weight * float(loss.detach())
+            losses = back_propagate_all(self.first_order, micro.closures, micro.weights, micro.mesh)
         self.zeroth_order.num_forwards += 1
-        return total / sum(micro.weights)
+        return sum(w * loss for w, loss in zip(micro.weights, losses, strict=True)) / sum(micro.weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' states."""

@@ -92,6 +92,8 @@ class CheckedForwardGradient:
         """As `forward_gradient`."""
         if self._is_checked:
             return forward_gradient(closure, tuned, directions)
+        # Of several processes each checks the whole objective, so that all find the same.
+        closure = closure.whole if isinstance(closure, Accumulated) else closure
         with _Losing() as lost:
             estimate = forward_gradient(_followed(closure, lost), tuned, directions)
         if estimate.is_finite:

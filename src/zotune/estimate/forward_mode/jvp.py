@@ -13,15 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zotune.directions.direction import Direction
 from zotune.errors import UsageError
+from zotune.estimate.determinism import note_evaluation
 from zotune.estimate.estimate import GradientEstimate, averaged
-from zotune.estimate.forward_mode.dual_numbers import DualParameters, tangent_of
-from zotune.estimate.objective import Closure, objective, probing
+from zotune.estimate.forward_mode.dual_numbers import DualParameters
+from zotune.estimate.mesh import Cell
+from zotune.estimate.objective import Accumulated, Closure, as_accumulated, as_number, probing, value_and_tangent
 from zotune.model.parameters import ParameterSet
 
 # Tangents are linear in u, so a power of two in front of u changes no digit. This one puts those of a language model,
@@ -69,17 +71,23 @@ def forward_gradient(closure: Closure, tuned: ParameterSet, directions: Sequence
             "is exchanged loses its tangent. Use central_difference, which needs none, or shard the model by FSDP2."
         )
     with probing(tuned.model):
-        found = [_derivative(closure, tuned, u) for u in directions]
+        found = _derivatives(closure, tuned, directions)
     terms = averaged([c for _, c, _ in found], directions)
     return GradientEstimate(found[0][0], terms, num_forwards=sum(passes for *_, passes in found))
 
 
-def _derivative(closure: Closure, tuned: ParameterSet, direction: Direction) -> tuple[float, float, int]:
-    """f(x), ∇f·u, and how many passes that took: one, or two if the tangents left the range of float16."""
-    value, slope = _dual(closure, tuned, direction, _SCALE)
-    if not math.isfinite(value) or (math.isfinite(slope) and slope != 0) or not _uses_float16(tuned.model):
-        return value, slope, 1
-    return *_dual(closure, tuned, direction, _HIGHER if slope == 0 else _LOWER), 2
+def _derivatives(
+    closure: Closure, tuned: ParameterSet, directions: Sequence[Direction]
+) -> list[tuple[float, float, int]]:
+    """f(x), ∇f·u, and how many passes that took: one, or two where the tangents left the range of float16."""
+    found = [(value, slope, 1) for value, slope in _duals(closure, tuned, directions, _SCALE)]
+    if not _uses_float16(tuned.model):
+        return found
+    for scale, is_out in ((_HIGHER, lambda slope: slope == 0), (_LOWER, lambda slope: not math.isfinite(slope))):
+        again = [i for i, (value, slope, n) in enumerate(found) if n == 1 and math.isfinite(value) and is_out(slope)]
+        for i, dual in zip(again, _duals(closure, tuned, [directions[i] for i in again], scale), strict=True):
+            found[i] = (*dual, 2)
+    return found
 
 
 def _uses_float16(model: nn.Module) -> bool:
@@ -90,19 +98,50 @@ def _uses_float16(model: nn.Module) -> bool:
     )
 
 
-def _dual(closure: Closure, tuned: ParameterSet, direction: Direction, scale: float) -> tuple[float, float]:
-    """f(x) and ∇f·u, from one pass whose tangents are those of scale · u."""
+def _duals(
+    closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], scale: float
+) -> list[tuple[float, float]]:
+    """f(x) and ∇f·u of each direction, from a pass each whose tangents are those of scale · u."""
+    whole = as_accumulated(closure)
+    num_parts = len(whole.closures)
+    cells = [Cell(part, group, 3) for group in range(len(directions)) for part in range(num_parts)]
+
+    def compute(own: Sequence[int]) -> list[list[float]]:
+        # One direction after the other, so that each is made once for all micro-batches.
+        return [
+            numbers
+            for group, u in enumerate(directions)
+            if (parts := [whole.closures[cells[k].part] for k in own if cells[k].group == group])
+            for numbers in _dual(parts, tuned, u, scale)
+        ]
+
+    numbers = whole.mesh.evaluate(cells, compute) if cells else []
+    return [_mean(whole, numbers[lo : lo + num_parts], scale) for lo in range(0, len(cells), num_parts)]
+
+
+def _dual(parts: Sequence[Closure], tuned: ParameterSet, direction: Direction, scale: float) -> list[list[float]]:
+    """Each part's value, its tangent along scale · u, and whether it has one."""
     with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _explained():
         with DualParameters(tuned, direction, scale):
-            loss = objective(closure)
-        tangent = tangent_of(loss) if isinstance(loss, Tensor) else None
-        if not isinstance(loss, Tensor) or tangent is None:
-            raise UsageError(
-                "the closure's loss has no tangent, so how it depends on the weights is unknown to the forward "
-                "gradient. Return it as a tensor, with no .item(), float(), .detach() or NumPy on the way. An "
-                "objective that has no derivative (accuracy, F1, a reward) wants central_difference."
-            )
-        return loss.item(), tangent.item() / scale
+            values = [as_number(part()) for part in parts]
+        note_evaluation()
+        return [value_and_tangent(value) for value in values]
+
+
+def _mean(whole: Accumulated, parts: Sequence[Sequence[float]], scale: float) -> tuple[float, float]:
+    """f(x) and ∇f·u from the numbers of all parts.
+
+    Raises:
+        UsageError: no part's loss has a tangent.
+    """
+    values, tangents, has_tangent = zip(*parts, strict=True)
+    if not any(has_tangent):
+        raise UsageError(
+            "the closure's loss has no tangent, so how it depends on the weights is unknown to the forward "
+            "gradient. Return it as a tensor, with no .item(), float(), .detach() or NumPy on the way. An "
+            "objective that has no derivative (accuracy, F1, a reward) wants central_difference."
+        )
+    return float(whole.mean(values)), float(whole.mean(tangents)) / scale
 
 
 def _refuse_compiled(model: nn.Module) -> None:

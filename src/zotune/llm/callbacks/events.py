@@ -51,7 +51,8 @@ class Events:
         num_rows: int,
         folder: Path | None,
     ) -> None:
-        self._callbacks, self._config, self._lm = tuple(callbacks), config, lm
+        self._config, self._lm, self._has_callbacks = config, lm, bool(callbacks)
+        self._callbacks = tuple(callbacks) if lm.mesh.processes.is_first else ()
         self._folder = folder or Path()
         self._model = {"model": lm.module, "processing_class": lm.tokenizer, "optimizer": optimizer}
         self._rows_an_epoch = num_rows / config.rows_a_step
@@ -71,6 +72,11 @@ class Events:
         arguments = arguments_of(self._config, self._folder, self._lm.device)
         arguments.greater_is_better = self._is_maximised
         return arguments
+
+    @property
+    def has_callbacks(self) -> bool:
+        """Whether the run has callbacks, which its first process calls; the same in every process."""
+        return self._has_callbacks
 
     def epoch_of(self, step: int) -> float:
         """Return the passes over the training rows after a step."""

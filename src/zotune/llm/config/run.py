@@ -22,7 +22,7 @@ from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import COMMAND_LINE_ONLY, check_file, is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
-from zotune.llm.config.step import StepOptions
+from zotune.llm.config.step import ParallelOptions, StepOptions
 from zotune.system.atomic_write import atomic_write
 from zotune.system.bounds import RECIPE_BYTES, read_bytes
 
@@ -49,6 +49,11 @@ class EvalConfig(ModelOptions, DataOptions):
         description="JSON-lines file for the prompt, scores and prediction of each row; default: not written.",
     )
     output_dir: Path | None = Field(None, description="Folder for results.json; default: not written.")
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a process started by torchrun waits for the others.",
+    )
 
     @property
     def tasks(self) -> tuple[str | None, ...]:
@@ -64,7 +69,7 @@ class EvalConfig(ModelOptions, DataOptions):
 _PATH_OR_SWITCH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "boolean"}, {"type": "null"}]})
 
 
-class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions):
+class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, OutputOptions, ParallelOptions):
     """Fine-tune a model with forward passes only (or with a first-order baseline).
 
     With --dry-run: show the data, the tuned parameters and the costs; start nothing, write nothing.
@@ -147,7 +152,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         return self.max_steps * self.rows_a_step
 
 
-NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None}
+NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None, "parallel": None}
 """The options that a recipe does not repeat: whoever runs it again begins a new run."""
 
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.

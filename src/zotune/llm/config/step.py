@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
@@ -68,6 +68,53 @@ class ModelOptions(Options):
         """
         at = {} if self.model_revision is None else {"revision": self.model_revision}
         return {"trust_remote_code": self.trust_remote_code, **at}
+
+
+class ParallelOptions(Options):
+    """How several processes, started by torchrun, share the work of a run."""
+
+    parallel: str | None = Field(
+        None,
+        description="How processes share each step: query=Q,data=D of them share the directions and the micro-batches; "
+        "default: micro-batches first.",
+    )
+    check_ranks: int = Field(
+        100,
+        ge=0,
+        description="Steps between two comparisons of the processes' weights; 0: none.",
+    )
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a process waits for the others.",
+    )
+
+    @field_validator("parallel")
+    @classmethod
+    def _is_mesh(cls, value: str | None) -> str | None:
+        if value is not None:
+            extents(value)
+        return value
+
+
+def extents(text: str) -> dict[str, int]:
+    """Return the extents of a mesh of processes by name.
+
+    Raises:
+        ValueError: the text names no mesh.
+
+    >>> extents("query=2,data=4")
+    {'query': 2, 'data': 4}
+    """
+    found: dict[str, int] = {}
+    for item in text.replace(" ", "").split(","):
+        name, _, number = item.partition("=")
+        if name not in ("query", "data") or name in found or not number.isdecimal() or int(number) < 1:
+            raise ValueError(
+                f"a mesh is query=Q,data=D with two positive numbers, either of them 1 if left out: {text!r}"
+            )
+        found[name] = int(number)
+    return {"query": 1, "data": 1, **found}
 
 
 class StepOptions(ModelOptions, MethodOptions, TuningOptions):

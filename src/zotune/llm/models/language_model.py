@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.data.collator import Batch
 from zotune.llm.data.control_tokens import control_tokens
@@ -39,6 +40,7 @@ class LanguageModel:
         num_forwards: forward passes so far.
         base_fingerprint: what identifies the weights of the base model, once an adapter or tuned tensors are beside
             it.
+        mesh: the processes that share the work on the model; one by default.
         companions: files of the model's processor by name, to save beside a model that also reads images or sound.
     """
 
@@ -50,6 +52,7 @@ class LanguageModel:
     classifies: bool = False
     base_fingerprint: dict[str, str] | None = None
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    mesh: Mesh = field(default=ALONE_MESH, repr=False)
     _said: bool = field(default=False, repr=False)
 
     @property

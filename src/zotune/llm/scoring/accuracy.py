@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -156,23 +157,15 @@ def evaluate_accuracy(
         NonFiniteScoreError: an example has no candidate with a finite score, or one whose score is NaN.
     """
     start, forwards_before = time.perf_counter(), lm.num_forwards
-    score_of = scorer or lm.score
-    predictions, total, num_ties = [0] * len(examples), 0.0, 0
-    scores: list[tuple[float, ...]] = [()] * len(examples)
+    batches = list(batches_by_length(examples, batch_size))
+    score_of = partial(_scored, lm, scorer or lm.score, objective)
     with torch.no_grad():
-        for indices in batches_by_length(examples, batch_size):
-            batch_examples = [examples[i] for i in indices]
-            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
-            score = score_of(batch)
-            check_scores(score, batch_examples)
-            num_ties += int(((score == score.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum())
-            weights = torch.tensor(
-                [objective.weight(e) for e in batch_examples], dtype=torch.float64, device=score.device
-            )
-            total += float((objective.losses(score, batch) * weights).sum())
-            results = zip(score.argmax(dim=1).tolist(), score.log_softmax(dim=1).tolist(), batch.counts, strict=True)
-            for i, (best, row, count) in zip(indices, results, strict=True):
-                predictions[i], scores[i] = best, tuple(row[:count])
+        found = lm.mesh.map(lambda indices: score_of([examples[i] for i in indices]), batches)
+    predictions = [0] * len(examples)
+    scores: list[tuple[float, ...]] = [()] * len(examples)
+    for indices, batch in zip(batches, found, strict=True):
+        for i, best, row in zip(indices, batch.best, batch.scores, strict=True):
+            predictions[i], scores[i] = best, row
     is_right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
     hits = int(sum(is_right))
     low, high = wilson(hits, len(examples))
@@ -181,11 +174,33 @@ def evaluate_accuracy(
         low=low,
         high=high,
         num_examples=len(examples),
-        loss=total / sum(map(objective.weight, examples)),
+        loss=sum(batch.loss for batch in found) / sum(map(objective.weight, examples)),
         predictions=tuple(predictions),
         seconds=time.perf_counter() - start,
         num_forwards=lm.num_forwards - forwards_before,
         values=is_right,
         scores=tuple(scores),
-        num_ties=num_ties,
+        num_ties=sum(batch.num_ties for batch in found),
+    )
+
+
+class _Scored(NamedTuple):
+    """What a batch adds to an evaluation: each example's best candidate and scores, the sum of losses, the ties."""
+
+    best: list[int]
+    scores: list[tuple[float, ...]]
+    loss: float
+    num_ties: int
+
+
+def _scored(lm: LanguageModel, scorer: Scorer, objective: Objective, examples: Sequence[Encoded]) -> _Scored:
+    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
+    score = scorer(batch)
+    check_scores(score, examples)
+    weights = torch.tensor([objective.weight(e) for e in examples], dtype=torch.float64, device=score.device)
+    return _Scored(
+        score.argmax(dim=1).tolist(),
+        [tuple(row[:n]) for row, n in zip(score.log_softmax(dim=1).tolist(), batch.counts, strict=True)],
+        float((objective.losses(score, batch) * weights).sum()),
+        int(((score == score.amax(dim=1, keepdim=True)).sum(dim=1) > 1).sum()),
     )

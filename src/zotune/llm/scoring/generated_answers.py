@@ -112,19 +112,25 @@ def evaluate_answers(
     """
     answers = partial(generate, lm, max_new_tokens=max_new_tokens, stops_at_newline=stops_at_newline)
     start, forwards_before = time.perf_counter(), lm.num_forwards
-    predictions, total, weight = [""] * len(examples), 0.0, 0
+    batches = list(batches_by_length(examples, batch_size))
+
+    def answered(indices: Sequence[int]) -> tuple[list[str], float]:
+        some = [examples[i] for i in indices]
+        batch = collate(some, lm.pad_token_id, lm.device, exact=objective.exact)
+        score = (scorer or lm.score)(batch)
+        check_scores(score, some)
+        loss = float(mean_loss(objective, score, batch, some))
+        return answers([e.prompt for e in some], places=[e.place for e in some]), loss
+
     with torch.no_grad():
-        for indices in batches_by_length(examples, batch_size):
-            batch_examples = [examples[i] for i in indices]
-            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
-            batch_weight = sum(map(objective.weight, batch_examples))
-            score = (scorer or lm.score)(batch)
-            check_scores(score, batch_examples)
-            total += float(mean_loss(objective, score, batch, batch_examples)) * batch_weight
-            weight += batch_weight
-            prompts, places = [e.prompt for e in batch_examples], [e.place for e in batch_examples]
-            for i, answer in zip(indices, answers(prompts, places=places), strict=True):
-                predictions[i] = answer
+        found = lm.mesh.map(answered, batches)
+    predictions, total, weight = [""] * len(examples), 0.0, 0
+    for indices, (texts, loss) in zip(batches, found, strict=True):
+        batch_weight = sum(objective.weight(examples[i]) for i in indices)
+        total += loss * batch_weight
+        weight += batch_weight
+        for i, text in zip(indices, texts, strict=True):
+            predictions[i] = text
     seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before
     return answer_evaluation(tuple(predictions), examples, total / weight, seconds, forwards)
 

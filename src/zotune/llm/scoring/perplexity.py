@@ -65,15 +65,21 @@ def evaluate_log_loss(
         NonFiniteScoreError: the log-loss of an example is NaN or infinite.
     """
     start, forwards_before = time.perf_counter(), lm.num_forwards
-    means = [0.0] * len(examples)
+    batches = list(batches_by_length(examples, batch_size))
+
+    def scored(indices: Sequence[int]) -> list[float]:
+        some = [examples[i] for i in indices]
+        batch = collate(some, lm.pad_token_id, lm.device, exact=objective.exact)
+        losses = objective.losses((scorer or lm.score)(batch), batch)
+        check_scores(-losses[:, None], some)
+        return losses.tolist()
+
     with torch.no_grad():
-        for indices in batches_by_length(examples, batch_size):
-            batch_examples = [examples[i] for i in indices]
-            batch = collate(batch_examples, lm.pad_token_id, lm.device, exact=objective.exact)
-            losses = objective.losses((scorer or lm.score)(batch), batch)
-            check_scores(-losses[:, None], batch_examples)
-            for i, loss in zip(indices, losses.tolist(), strict=True):
-                means[i] = loss
+        found = lm.mesh.map(scored, batches)
+    means = [0.0] * len(examples)
+    for indices, losses in zip(batches, found, strict=True):
+        for i, loss in zip(indices, losses, strict=True):
+            means[i] = loss
     tokens = [objective.weight(e) for e in examples]
     mean = sum(m * n for m, n in zip(means, tokens, strict=True)) / sum(tokens)
     low, high = ratio_interval([m * n for m, n in zip(means, tokens, strict=True)], tokens)

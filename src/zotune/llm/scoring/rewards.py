@@ -193,12 +193,17 @@ class GeneratedObjective:
     ) -> Evaluation:
         """Generate a completion for each example, with the same random numbers in every evaluation, and score it."""
         start, forwards_before = time.perf_counter(), lm.num_forwards
-        completions: list[Completion] = [Completion("", "")] * len(examples)
+        batches = list(batches_by_length(examples, batch_size))
+
+        def completed(indices: Sequence[int]) -> list[Completion]:
+            return self.completions(lm, [examples[i] for i in indices], self._seeds(_EVALUATION_STEP, indices))
+
         with torch.no_grad():
-            for indices in batches_by_length(examples, batch_size):
-                batch = self.completions(lm, [examples[i] for i in indices], self._seeds(_EVALUATION_STEP, indices))
-                for i, completion in zip(indices, batch, strict=True):
-                    completions[i] = completion
+            found = lm.mesh.map(completed, batches)
+        completions: list[Completion] = [Completion("", "")] * len(examples)
+        for indices, batch in zip(batches, found, strict=True):
+            for i, completion in zip(indices, batch, strict=True):
+                completions[i] = completion
         rewards = list(self.reward(completions))
         mean, texts = sum(rewards) / len(rewards), tuple(c.text for c in completions)
         seconds, forwards = time.perf_counter() - start, lm.num_forwards - forwards_before

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from zotune.errors import UsageError
+from zotune.estimate.mesh import Mesh
 from zotune.llm.checkpoints.adapter_folder import revised_base_of_adapter
 from zotune.llm.checkpoints.adapter_source import find_adapter, folder_of_run
 from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
+from zotune.llm.distributed.mesh import together
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.output.environment import environment
@@ -29,6 +31,7 @@ from zotune.llm.tasks.user_data import Data
 from zotune.messages import say
 from zotune.system.atomic_write import atomic_write
 from zotune.system.peak_memory import peak_memory
+from zotune.system.processes import Processes
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,8 +115,14 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     True
     """
     _check_options(config)
-    tidy(Path(config.model))
+    with together(config.timeout) as processes:
+        return _evaluate_together(config, processes)
+
+
+def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
+    processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config.of(config.tasks[0])))
+    lm.mesh = Mesh(processes, data=processes.size, counter=lm)
     results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
     peak = peak_memory(lm.device)
     base = None if not config.baselines or lm.classifies else revised_base_model_of(config.model, config.model_revision)
@@ -127,8 +136,10 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
         }
         del lm
         # In the same precision, or the difference would include that of rounding.
-        results = _compare_with_base(results, load(config.model_copy(update=overrides)), config, name)
-    if config.predictions is not None:
+        untuned = load(config.model_copy(update=overrides))
+        untuned.mesh = Mesh(processes, data=processes.size, counter=untuned)
+        results = _compare_with_base(results, untuned, config, name)
+    if config.predictions is not None and processes.is_first:
         write_predictions(config.predictions, results)
     entries = {name: result.summary(config) for name, result in results.items()}
     has_several = len(config.tasks) > 1
@@ -222,7 +233,8 @@ def _notes_on_training(config: EvalConfig) -> list[str]:
 
 
 def _measure(lm: LanguageModel, config: EvalConfig, rows: EncodedData) -> Evaluation:
-    return rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
+    found = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
+    return lm.mesh.processes.first(lambda: found)
 
 
 def _sample_options(config: EvalConfig) -> dict[str, int]:

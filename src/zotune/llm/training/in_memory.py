@@ -8,39 +8,38 @@ from typing import Any
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.metrics_log import Line, MetricsLog
+from zotune.llm.output.metrics_log import Line, MetricsLog, key_of
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.training.counters import Counters
+from zotune.system.processes import Processes
 
 
 class MetricsInMemory:
-    """The metrics of a run as a list; see `MetricsLog`."""
+    """The metrics of a run as a list; see `MetricsLog`.
+
+    Attributes:
+        earlier: the lines of an earlier part of the run, which the process that writes has read.
+    """
 
     has_lines = False
-    earlier: tuple[Line, ...] = ()
 
     def __init__(self) -> None:
+        self.earlier: tuple[Line, ...] = ()
         self._lines: list[Line] = []
 
-    def truncate(self, num_steps: int) -> float:
-        """Do nothing: no run in memory is resumed."""
-        return 0.0
-
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._lines.append(dict(record))
+        """Append a line, unless an earlier part of the run has it."""
+        if key_of(record) not in map(key_of, self.earlier):
+            self._lines.append(dict(record))
 
     def evaluation(self, step: int) -> Line | None:
-        """Return None: there is no earlier part of the run."""
-        return None
-
-    def sync(self) -> None:
-        """Do nothing."""
+        """Return the held-out evaluation at a step by an earlier part of the run, or None."""
+        return next((line["dev"] for line in self.earlier if key_of(line) == (step, True)), None)
 
     def lines(self) -> list[Line]:
         """Return all lines in order."""
-        return list(self._lines)
+        return [*self.earlier, *self._lines]
 
 
 class MemoryOutput:
@@ -74,8 +73,36 @@ class MemoryOutput:
         """Do nothing: nothing is locked."""
 
 
+class FollowerOutput(MemoryOutput):
+    """The output of a process beside the one that writes the run's folder.
+
+    Args:
+        is_resumed: whether that one resumes a run.
+    """
+
+    def __init__(self, *, is_resumed: bool) -> None:
+        super().__init__()
+        self.is_resumed = is_resumed
+
+
 Output = OutputFolder | MemoryOutput
 Metrics = MetricsLog | MetricsInMemory
+
+
+def open_output(config: TrainConfig, processes: Processes) -> Output:
+    """Open the folder of a run in the first of its processes, and an output in memory in the others.
+
+    Raises:
+        UsageError: as `OutputFolder`, in all processes.
+    """
+    folders: list[OutputFolder] = []
+
+    def opened() -> bool:
+        folders.append(OutputFolder(config))
+        return folders[0].is_resumed
+
+    is_resumed = processes.first(opened)
+    return folders[0] if folders else FollowerOutput(is_resumed=is_resumed)
 
 
 class NoJournal:

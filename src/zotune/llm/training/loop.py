@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
+from zotune.estimate.mesh import ALONE_MESH
 from zotune.estimate.objective import Batched, accumulate, probing
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
@@ -25,6 +26,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
+from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
@@ -32,7 +34,7 @@ from zotune.llm.scoring.objectives import Objective, mean_loss
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
-from zotune.llm.training.in_memory import MemoryOutput, NoJournal, Output
+from zotune.llm.training.in_memory import FollowerOutput, MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.training.progress import Display, Status
@@ -77,7 +79,7 @@ class Run:
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = (
             NoJournal()
-            if isinstance(output, MemoryOutput)
+            if isinstance(output, MemoryOutput) and not isinstance(output, FollowerOutput)
             else Journal(output, config, lm, self.optimizer, rows.train, self._passes, rows.dev)
         )
         self._forwards_before = 0
@@ -103,10 +105,22 @@ class Run:
                 return
             self.events.begin_step()
             self._run_step(examples, display)
-            if stop.signal is not None:
+            self._check_ranks()
+            if self._is_stopped(stop):
                 self._save_if_needed()
                 display.say(f"stopped at step {self.counters.step}; saving the model …")
                 return
+
+    def _check_ranks(self) -> None:
+        """Compare the processes' weights, if it is due."""
+        every, step = self.config.check_ranks, self.counters.step
+        if every and step % every == 0:
+            check_weights(self.lm.mesh.processes, self.lm.module, step)
+
+    def _is_stopped(self, stop: StopRequest) -> bool:
+        """Whether a signal ends the run after this step; of several processes all end after the same one."""
+        mesh = self.lm.mesh
+        return stop.signal is not None if mesh.is_alone else bool(mesh.processes.agreed)
 
     def _stop_early(self, display: Display) -> None:
         """Say why the run ends; what a callback decided is saved, so that a resumed run stays stopped."""
@@ -126,12 +140,19 @@ class Run:
         is_flat = isinstance(self.update, ZerothOrderStep) and self.update.is_flat
         self._count(loss, passes, is_flat=is_flat)
         self.events.end_step(self.counters.step)
+        self._share_control()
         self._report(display)
         self._save_checkpoint()
         if self.events.ends_epoch(self.counters.step):
             self.events.end_epoch()
+            self._share_control()
             self._evaluate_if_due(display)
             self._save_checkpoint()
+
+    def _share_control(self) -> None:
+        """Let the other processes do what the callbacks asked for, which the first process alone calls."""
+        if self.events.has_callbacks:
+            self.events.control = self.lm.mesh.processes.first(lambda: self.events.control)
 
     @property
     def stops_early(self) -> bool:
@@ -147,8 +168,9 @@ class Run:
     def objective_on(self, examples: Sequence[Encoded]) -> float:
         """Return the objective on some rows at the present weights."""
         closures, weights = self._closures(examples)
+        mesh = self.lm.mesh if len(closures) >= self.lm.mesh.data else ALONE_MESH
         with probing(self.lm.module):
-            return float(accumulate(closures, weights)())
+            return float(accumulate(closures, weights, mesh=mesh)())
 
     def _try_side_by_side(self) -> None:
         """Test at the start whether probes can share a forward pass, so that a resumed run gets the same answer."""
@@ -262,7 +284,9 @@ class Run:
             return None
         self.lm.module.eval()
         size = self.config.per_device_eval_batch_size
-        return self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
+        found = self.rows.measure(self.lm, examples, size, self.scorer, self.rows.objective)
+        # A reward or a metric of the user may return something else in each process.
+        return self.lm.mesh.processes.first(lambda: found)
 
     def _evaluate_held_out(self, display: Display, *, replayed: bool) -> None:
         step = self.counters.step
@@ -316,10 +340,10 @@ class Run:
 
 def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:
     if isinstance(optimizer, Hybrid):
-        return hybrid_step
+        return hybrid_step(lm.mesh)
     if isinstance(optimizer, ZerothOrder):
         mu = None if config.method == "forward_grad" else config.mu
-        return ZerothOrderStep(mu, has_steps=not config.has_gradient)
+        return ZerothOrderStep(mu, has_steps=not config.has_gradient, mesh=lm.mesh)
     return FirstOrderStep(lm, counters, checkpointing=config.gradient_checkpointing, seed=config.seed)
 
 

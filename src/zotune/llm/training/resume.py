@@ -29,11 +29,12 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.manifest import LEDGER
-from zotune.llm.output.metrics_log import MetricsLog
+from zotune.llm.output.metrics_log import Line, MetricsLog
 from zotune.llm.output.output_folder import CHECKPOINT, METRICS, OutputFolder
 from zotune.llm.training import checkpoint
 from zotune.llm.training.checkpoint import DamagedCheckpointError
 from zotune.llm.training.counters import Counters
+from zotune.llm.training.in_memory import MemoryOutput, Output
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.llm.training.origin import (
     check_num_steps,
@@ -53,8 +54,10 @@ _START_AGAIN = "choose another --output-dir, or start again with --overwrite-out
 class Journal:
     """The ledger and the checkpoints of one run.
 
+    Of several processes the first one reads and writes the files, and all go on from what it has read.
+
     Args:
-        output: folder of the run.
+        output: folder of the run; in a process that does not write the output in memory.
         config: options of the run.
         lm, optimizer: the base model, and the optimizer that tunes it.
         train: the training rows, whose digest the ledger records; dev: the held-out rows, which may choose the weights.
@@ -66,7 +69,7 @@ class Journal:
 
     def __init__(
         self,
-        output: OutputFolder,
+        output: Output,
         config: TrainConfig,
         lm: LanguageModel,
         optimizer: AnyOptimizer,
@@ -74,7 +77,8 @@ class Journal:
         passes: Callable[[], int],
         dev: Sequence[Encoded] = (),
     ) -> None:
-        self._output, self._config, self._optimizer, self._passes = output, config, optimizer, passes
+        self._config, self._optimizer, self._passes = config, optimizer, passes
+        self._output, self._processes = output, lm.mesh.processes
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         origin = origin_of(lm, train, dev if config.selects else None)
         self._origin = origin if self.has_ledger else with_tuned_weights(origin, lm)
@@ -93,10 +97,13 @@ class Journal:
             UsageError: it began with other rows, another base model or other options, has more steps than it shall
                 end after, or lacks the file that it resumes from.
         """
-        if not self._output.is_resumed:
-            return
-        folder = self._output.source
-        check_options(self._output.before.model_dump(mode="json"), self._config, str(folder))
+        if self._output.is_resumed:
+            self._processes.first(self._check)
+            self.was_stopped = self._processes.first(lambda: self.was_stopped)
+
+    def _check(self) -> None:
+        folder = self._folder.source
+        check_options(self._folder.before.model_dump(mode="json"), self._config, str(folder))
         path = folder / (LEDGER if self.has_ledger else CHECKPOINT)
         if not path.exists():
             self._check_not_begun(folder, path.name)
@@ -177,43 +184,57 @@ class Journal:
             counters: counters of a new run, updated in place.
             note: called after each replayed step.
         """
-        if self._output.is_resumed and self._config.model_copy(update={"resume": False}) != self._output.before:
-            self._output.write_config(self._config)
+        ledger, saved, counters.seconds, lines = self._processes.first(lambda: self._open(counters))
+        if isinstance(self._output, MemoryOutput):
+            self._output.metrics.earlier = lines
+        if saved is not None:
+            self._load(saved, counters)
         if not isinstance(self._optimizer, ZerothOrder):
-            self._restore_without_ledger(counters)
             return
-        if self._ledger is None:
-            header = header_of(self._optimizer, _description(self._config, self._origin))
-            self._writer = LedgerWriter.create(self._output.path / LEDGER, header)
-            self._output.metrics.truncate(0)
-        else:
-            self._writer, ledger = LedgerWriter.resume(self._output.path / LEDGER)
-            self._replay(self._writer, ledger, self._optimizer, counters, note)
+        if ledger is not None:
+            self._replay(ledger, self._optimizer, note)
         self._optimizer.on_step = self._append
 
-    def _restore_without_ledger(self, counters: Counters) -> None:
+    @property
+    def _folder(self) -> OutputFolder:
+        assert isinstance(self._output, OutputFolder)
+        return self._output
+
+    def _open(self, counters: Counters) -> tuple[Ledger | None, Any, float, tuple[Line, ...]]:
+        """Open the files to write; return what the run goes on from: ledger, checkpoint, seconds and metrics."""
+        folder = self._folder
+        if folder.is_resumed and self._config.model_copy(update={"resume": False}) != folder.before:
+            folder.write_config(self._config)
+        if not self.has_ledger:
+            return self._open_without_ledger(folder, counters)
+        assert isinstance(self._optimizer, ZerothOrder)
+        if self._ledger is None:
+            header = header_of(self._optimizer, _description(self._config, self._origin))
+            self._writer = LedgerWriter.create(folder.path / LEDGER, header)
+            folder.metrics.truncate(0)
+            return None, None, 0.0, ()
+        self._writer, ledger = LedgerWriter.resume(folder.path / LEDGER)
+        if ledger.cut_bytes:
+            self._writer.cut_tail()
+            say(f"{ledger.name} ends in {ledger.cut_bytes} incomplete or damaged bytes, which were removed")
+        seconds = folder.metrics.truncate(len(ledger))
+        return ledger, self._saved, seconds, folder.metrics.earlier
+
+    def _open_without_ledger(
+        self, folder: OutputFolder, counters: Counters
+    ) -> tuple[None, Any, float, tuple[Line, ...]]:
+        saved = None
         if self._saved is None:
-            checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), "weights": {}, "optimizer": {}})
+            tree = {**self._tree(counters), "weights": {}, "optimizer": {}}
+            checkpoint.save(folder.path / CHECKPOINT, tree)
         elif self._saved["weights"] and not self._config.selects:
-            self._load(self._saved, counters)
+            saved = self._saved
         else:
             say("there is no checkpoint of a step to go on from, so the run starts again at step 0")
-        self._output.metrics.truncate(counters.step)
+        folder.metrics.truncate(0 if saved is None else saved["counters"]["step"])
+        return None, saved, 0.0, folder.metrics.earlier
 
-    def _replay(
-        self,
-        writer: LedgerWriter,
-        ledger: Ledger,
-        optimizer: ZerothOrder,
-        counters: Counters,
-        note: Callable[[StepRecord], None],
-    ) -> None:
-        if ledger.cut_bytes:
-            writer.cut_tail()
-            say(f"{ledger.name} ends in {ledger.cut_bytes} incomplete or damaged bytes, which were removed")
-        counters.seconds = self._output.metrics.truncate(len(ledger))
-        if self._saved is not None:
-            self._load(self._saved, counters)
+    def _replay(self, ledger: Ledger, optimizer: ZerothOrder, note: Callable[[StepRecord], None]) -> None:
         replay(optimizer, ledger, note)
         say(f"resumed at step {len(ledger)}")
         if optimizer.num_steps and isinstance(optimizer.estimator, CheckedForwardGradient):
@@ -221,8 +242,8 @@ class Journal:
         optimizer.stop_if_skipping()
 
     def _append(self, record: StepRecord) -> None:
-        assert self._writer is not None
-        self._writer.append(replace(record, num_forwards=self._passes()))
+        if self._writer is not None:
+            self._writer.append(replace(record, num_forwards=self._passes()))
 
     @property
     def has_ledger(self) -> bool:
@@ -231,6 +252,8 @@ class Journal:
 
     def save(self, counters: Counters) -> None:
         """Write a full checkpoint, after ledger and metrics are on the disk, so that it is never ahead of them."""
+        if isinstance(self._output, MemoryOutput):
+            return
         self._output.metrics.sync()
         if self._writer is not None:
             self._writer.sync()

@@ -6,7 +6,8 @@ The checks refuse a μ or a learning rate that is too small for the precision of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from zotune.apply.tensor_update import HALF, Rounding
 from zotune.apply.update import updated_slice
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.estimate.objective import accumulate
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
-from zotune.optim.master_weights import FirstOrder, back_propagate, finite_gradients, must_repeat
+from zotune.optim.master_weights import FirstOrder, finite_gradients, must_repeat
+from zotune.optim.shared_gradients import back_propagate_all
 from zotune.optim.zeroth_order import ZerothOrder
 
 # The optimizer, closures of each micro-batch's mean loss, and the weights of the micro-batches → the loss.
@@ -45,13 +48,14 @@ class ZerothOrderStep:
         mu: μ of the probes; None if there are no probes.
         has_steps: whether the objective is piecewise constant, as accuracy is; equal values of all probes are then no
             error.
+        mesh: the processes that share the work.
 
     Attributes:
         is_flat: whether all probes of such an objective had the same value in the last step.
     """
 
-    def __init__(self, mu: float | None, *, has_steps: bool = False) -> None:
-        self._mu, self._has_steps, self.is_flat = mu, has_steps, False
+    def __init__(self, mu: float | None, *, has_steps: bool = False, mesh: Mesh = ALONE_MESH) -> None:
+        self._mu, self._has_steps, self._mesh, self.is_flat = mu, has_steps, mesh, False
 
     def __call__(
         self, optimizer: ZerothOrder, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]
@@ -67,14 +71,18 @@ class ZerothOrderStep:
             if is_first:
                 check_first_estimate(optimizer, estimate, mu=None if self._has_steps else self._mu)
 
-        loss = optimizer.step(accumulate(closures, weights), inspect=inspect)
+        loss = optimizer.step(accumulate(closures, weights, mesh=self._mesh), inspect=inspect)
         self.is_flat = self._has_steps and not any(differs)
         return loss
 
 
-def hybrid_step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> float:
-    """Update both parts from gradients at the same weights; return the loss before the update."""
-    return optimizer.step(accumulate(closures, weights))
+def hybrid_step(mesh: Mesh = ALONE_MESH) -> Update:
+    """Return the step that updates both parts from gradients at the same weights; it returns the loss before that."""
+
+    def step(optimizer: Hybrid, closures: Sequence[Callable[[], Tensor]], weights: Sequence[int]) -> float:
+        return optimizer.step(accumulate(closures, weights, mesh=mesh))
+
+    return step
 
 
 class FirstOrderStep:
@@ -108,16 +116,16 @@ class FirstOrderStep:
     ) -> float:
         """Add up the gradients of the micro-batches; return the loss."""
         self._lm.module.train()
-        optimizer.zero_grad()
-        total = 0.0
-        # Dropout depends on seed and step only, so that a resumed run has the same dropout.
+        losses = back_propagate_all(optimizer, closures, weights, self._lm.mesh, self._drawing)
+        return sum(loss * (weight / sum(weights)) for loss, weight in zip(losses, weights, strict=True))
+
+    @contextmanager
+    def _drawing(self, part: int) -> Iterator[None]:
+        """Let dropout depend on the seed, the step and the micro-batch only, whoever draws it."""
+        step = self._counters.step
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(derive_seed(self._seed, self._counters.step))
-            for closure, weight in zip(closures, weights, strict=True):
-                loss = closure() * (weight / sum(weights))
-                back_propagate(optimizer, loss)
-                total += float(loss.detach())
-        return total
+            torch.manual_seed(derive_seed(self._seed, step, part))
+            yield
 
 
 def check_mu(tuned: ParameterSet, mu: float) -> None:

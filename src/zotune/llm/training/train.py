@@ -19,6 +19,8 @@ from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
+from zotune.llm.distributed.agreement import check_start, tuned_digest
+from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.continued_adapter import own_options
@@ -29,7 +31,6 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
-from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.metrics import with_measure
@@ -39,13 +40,15 @@ from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
 from zotune.llm.training.best_model import check_rows
 from zotune.llm.training.find_rate import find_rate, with_steps_and_rate
-from zotune.llm.training.in_memory import Output
+from zotune.llm.training.in_memory import Output, open_output
 from zotune.llm.training.learning_rate import schedule_of
 from zotune.llm.training.loop import Run
+from zotune.llm.training.origin import data_digest, origin_of, recorded_options
 from zotune.llm.training.progress import Display
 from zotune.llm.training.signals import StopRequest, stop_on_signal
 from zotune.messages import say
 from zotune.system.peak_memory import peak_memory
+from zotune.system.processes import PeerError, Processes, is_restarted
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,19 +153,49 @@ def train(config: TrainConfig, *, callbacks: Sequence[Any] = (), given: UserRows
     callbacks = all_callbacks(config.report_to, callbacks)
     schedule_of(config)
     check_upload(config)
+    with together(config.timeout) as processes:
+        return _train_together(config, callbacks, given, processes)
+
+
+def _train_together(
+    config: TrainConfig, callbacks: Sequence[Any], given: UserRows | None, processes: Processes
+) -> Result:
+    if is_restarted():
+        config = config.model_copy(update={"resume": True, "overwrite_output_dir": False})
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    config = with_recorded_choices(config)
+    config = processes.first(lambda: with_recorded_choices(config))
     given = read_checked_files(config) if given is None else given
-    tidy(Path(config.model))
+    processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config), config.seed)
+    lm.mesh = mesh_of(config, processes, lm)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
     rows = load_training_rows(lm, config, given)
     del given  # the run holds its rows as tokens
     config = with_options_of(lm, rows, config)
-    with closing(OutputFolder(config)) as output:
+    check_alike(lm, rows, config)
+    with closing(open_output(config, processes)) as output:
         return tune(lm, rows, config, output, callbacks)
+
+
+def check_alike(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> None:
+    """Check that all processes of a run begin it with the same options, rows and weights.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if lm.mesh.is_alone:
+        return
+    begins = {
+        "options": recorded_options(config),
+        "training rows": data_digest(rows.train),
+        "held-out rows": data_digest(rows.dev),
+        "evaluation rows": data_digest(rows.test),
+        "model": origin_of(lm, (), None),
+        "tuned weights": tuned_digest(lm.module),
+    }
+    check_start(lm.mesh.processes, begins)
 
 
 def with_options_of(
@@ -241,18 +274,23 @@ def _train_to_the_end(run: Run, config: TrainConfig) -> Result:
     lm, rows, output = run.lm, run.rows, run.output
     run.journal.check()
     before = run.evaluate_before()
-    output.begin()
+    processes = lm.mesh.processes
+    processes.first(output.begin)
     with Display(config.max_steps) as display, stop_on_signal() as stop:
+        processes.attention = lambda: stop.signal or 0
         try:
             run.run_steps(display, stop)
-        except NotWrittenError:
-            # The weights may be ahead of the ledger, so they are not saved.
+        except (NotWrittenError, PeerError):
+            # The weights may be ahead of the ledger, or those of another process, so they are not saved.
             raise
         except RunError:
             # The weights are those of the last step with a finite loss, or of the best step.
             run.selection.restore()
             output.save_model(lm)
             raise
+        finally:
+            processes.attention = int
+    stop.signal = max(processes.every(lambda: stop.signal or 0)) or None
     run.selection.restore()
     output.save_model(lm)
     # A stopped run ends without evaluations.
