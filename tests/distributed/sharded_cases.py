@@ -79,7 +79,9 @@ def compare(model, plain, optimizer, reference):
         ours, theirs = optimizer.state[t.parameter], reference.state[other.parameter]
         assert ours.keys() == theirs.keys(), t.name
         for key in ours:
-            same = torch.equal(whole(ours[key]), theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key]
+            same = (
+                torch.equal(whole(ours[key]), theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key]
+            )
             assert same, f"{t.name}: {key}"
 
 

@@ -9,6 +9,7 @@ and no kernel needs to know of shards.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,14 +56,18 @@ def whole(value: Any) -> Any:
 def gathered(tree: Any, *, keep: bool = True) -> Any:
     """A tree (of dicts and lists) with each DTensor in it whole and on the CPU, gathered one after the other.
 
-    Every process of the mesh has to call this; one that does not `keep` them gets None in their place.
+    Every process of the mesh has to call this; one that does not `keep` them gets None in their place. A DTensor that
+    is there twice is gathered once.
     """
+    found: dict[int, Tensor | None] = {}
 
     def gather(value: Any) -> Any:
         if not is_distributed(value):
             return value
-        found = value.detach().full_tensor()
-        return found.cpu() if keep else None
+        if id(value) not in found:
+            numbers = value.detach().full_tensor()
+            found[id(value)] = numbers.cpu() if keep else None
+        return found[id(value)]
 
     return tree_map(gather, tree)
 
@@ -195,6 +200,13 @@ def shard_of(name: str, p: Any) -> LocalShard | None:
     return shard
 
 
+@torch.no_grad()
+def assign_(name: str, p: Any, value: Tensor) -> None:
+    """Write a whole tensor's numbers into a parameter: into one in shards those that this process holds."""
+    shard = shard_of(name, p)
+    local(p).copy_(value if shard is None else shard.cut(value))
+
+
 def mesh_of(model: nn.Module) -> Any:
     """The mesh of the processes that a model lies on; None for a model of this process alone."""
     return next((p.device_mesh for p in model.parameters() if is_distributed(p)), None)
@@ -235,8 +247,14 @@ def agreed(mesh: Any, values: Sequence[float]) -> list[float]:
     own = torch.tensor(values, dtype=torch.float64, device=mesh.device_type)
     found = [torch.empty_like(own) for _ in range(mesh.size())]
     dist.all_gather(found, own, group=group)
-    each = torch.stack(found).cpu()
-    is_same = (each == each[0]).all(0) | each.isnan().all(0)
-    return torch.where(is_same, each[0], each.mean(0)).tolist()  # type: ignore[no-any-return]
+    return mean_of([row.tolist() for row in found])
 
 
+def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of the processes' numbers, column by column; equal numbers stay as they are, to the bit.
+
+    >>> mean_of([[0.1, 1.0], [0.1, 2.0], [0.1, 3.0]])
+    [0.1, 2.0]
+    """
+    columns = zip(*rows, strict=True)
+    return [own[0] if all(x == own[0] for x in own) else math.fsum(own) / len(own) for own in columns]

@@ -31,7 +31,15 @@ from zotune.model.parameters import ParameterSet
 from zotune.model.shards import reshard
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
-from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_shards, check_values, check_window
+from zotune.optim.checks import (
+    as_groups,
+    check_closure,
+    check_group,
+    check_own,
+    check_shards,
+    check_values,
+    check_window,
+)
 from zotune.optim.record import StepRecord, described
 from zotune.system.uninterrupted import uninterrupted
 
