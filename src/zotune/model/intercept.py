@@ -199,9 +199,8 @@ class ParameterInterceptor(Interceptor, ABC):
             tensor = self.find(value)
             if tensor is None:
                 return value
-            if is_distributed(value):
-                return like(value, self.read(self.note(tensor), local(value)))
-            return self.read(self.note(tensor), value)
+            found = self.read(self.note(tensor), local(value))
+            return like(value, found) if is_distributed(value) else found
         if isinstance(value, (list, tuple)):
             replaced = [self.replace(v) for v in value]
             if all(new is old for new, old in zip(replaced, value, strict=True)):

@@ -410,7 +410,7 @@ class ZerothOrder(CountingOptimizer):
         return tensor.device if tensor is not None and tensor.is_held else parameter.device
 
     def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """As `CountingOptimizer.placed`, also of weights in shards: their part of a whole tensor, or of other shards."""
+        """As `CountingOptimizer.placed`, also of weights in shards: their part of a whole tensor or of other shards."""
         tensor = self.tuned.find(parameter)
         if tensor is None or not tensor.is_held or value.shape != parameter.shape:
             return super().placed(value, parameter)

@@ -18,6 +18,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.messages import say
 from zotune.model.layers import stack_of
+from zotune.model.shards import is_gathered_by_fsdp
 from zotune.system.processes import asked_for
 
 # By type of model. OPT's attention counts on all heads being there, so its inputs and outputs are gathered.
@@ -49,9 +50,7 @@ def shard_of(options: ModelOptions) -> str | None:
         if is_so:
             raise UsageError(f"shard: {shard} {what}")
     if asked_for() == 1:
-        say(
-            f"shard: {shard} has one process, which holds all of the model; start more with torchrun --nproc-per-node N"
-        )
+        say(f"shard: {shard} has one process, which holds all of the model; torchrun --nproc-per-node N starts more")
         return None
     return str(shard)
 
@@ -83,11 +82,7 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
         (
             options.tuning not in tunings or options.peft_type is not None,
             f"does not go with tuning: {options.tuning}; use {' or '.join(tunings)}"
-            + (
-                "; an adapter beside slices would need slices of its own (--shard fsdp takes lora)."
-                if shard == "tp"
-                else "."
-            ),
+            + (", or --shard fsdp: an adapter beside slices would need slices of its own." if shard == "tp" else "."),
         ),
     ]
 
@@ -138,9 +133,14 @@ def _check_heads(plan: dict[str, str], config: Any, size: int) -> None:
 
 
 def forget_loading(model: Any) -> None:
-    """Make a model that was cut as it was read save itself as any other one: its weights are gathered here."""
+    """Make a model that was cut as it was read behave as any other one: it gathers nothing unasked when it is saved.
+
+    FSDP2 then drops what it has gathered after each pass, so that between two passes the model holds its slices.
+    """
     if hasattr(model.config, "distributed_config"):
         del model.config.distributed_config
+    if is_gathered_by_fsdp(model):
+        model.set_reshard_after_forward(True)
 
 
 def cut_by_fsdp(model: nn.Module, device: torch.device) -> None:
@@ -152,4 +152,4 @@ def cut_by_fsdp(model: nn.Module, device: torch.device) -> None:
     model.to(device)
     for layer in stack_of(model)[1]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
