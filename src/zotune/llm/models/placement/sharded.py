@@ -88,7 +88,7 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
 
 
 def loading_arguments(shard: str | None, config: Any, auto_class: Any) -> dict[str, Any]:
-    """Return the arguments with which transformers cuts a checkpoint as it reads it.
+    """Return the arguments with which transformers cuts a checkpoint as it reads it; none where it cannot.
 
     Args:
         shard: as `shard_of` returned it.
@@ -106,6 +106,9 @@ def loading_arguments(shard: str | None, config: Any, auto_class: Any) -> dict[s
     with torch.device("meta"):
         model = auto_class.from_config(config)
     if shard == "fsdp":
+        # transformers ties tensors after it has cut them: FSDP2 would gather each place's own, and not what is tuned.
+        if getattr(model, "all_tied_weights_keys", None):
+            return {}
         own = None if getattr(model, "fsdp_plan", None) else {f"{stack_of(model)[0]}.*": "free_full_weight"}
         return {"distributed_config": DistributedConfig(fsdp_size=size, fsdp_plan=own)}
     own = _PLANS.get(config.model_type)
@@ -149,7 +152,6 @@ def cut_by_fsdp(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (asked_for(),))
-    model.to(device)
     for layer in stack_of(model)[1]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
