@@ -30,7 +30,7 @@ PROCESSES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist worksteal
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
 
-.PHONY: quickstart reward test test-slow docs test-newest test-oldest test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench-families bench lock clean
+.PHONY: quickstart reward test test-slow docs test-newest test-oldest test-distributed test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench-families bench lock clean
 
 quickstart: $(VENV)/llm
 	$(BIN)/python examples/quickstart.py
@@ -72,6 +72,10 @@ test-oldest:
 		|| { echo "$(OLDEST_TORCH) cannot be installed here; the torch of $(TORCH_LOCK) takes its place."; .venv-oldest/bin/$(LOCKED_TORCH); }
 	.venv-oldest/bin/$(EDITABLE)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n $(PROCESSES) --dist worksteal -W default -m "not slow" $(TESTS)
+
+# Runs of several processes in full: every method at every split, random kills under torchrun, signals.
+test-distributed: $(VENV)/dev
+	$(TEST) -n 1 tests/distributed
 
 # What `make test` does in a short form: 600 kills, 100 pairs of commands at once, 100 full disks, 100,000 damaged files.
 # Half an hour on one core. ONLY="kills disks" runs some kinds, which keep the others' counts in the file.

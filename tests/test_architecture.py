@@ -19,6 +19,7 @@ LINES = {
     ),
     "zotune.llm": (
         "config",
+        "distributed",
         "data",
         "rows",
         "quantized",

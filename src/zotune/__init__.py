@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zotune.directions.blocks import blocks_by_part as blocks_by_part
     from zotune.directions.blocks import blocks_by_size as blocks_by_size
     from zotune.directions.direction import Direction as Direction
+    from zotune.directions.flipped import flipped as flipped
     from zotune.directions.low_rank import low_rank as low_rank
     from zotune.directions.samplers import SAMPLERS as SAMPLERS
     from zotune.directions.samplers import Sampler as Sampler
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from zotune.estimate.mesh import mesh as mesh
     from zotune.estimate.objective import accumulate as accumulate
     from zotune.estimate.objective import batched as batched
+    from zotune.estimate.per_example.objective import per_example as per_example
     from zotune.estimate.perturb import perturbed as perturbed
     from zotune.methods.paper import METHODS as METHODS
     from zotune.methods.paper import forward_grad as forward_grad
@@ -64,6 +66,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "estimate.mesh": ("Mesh", "mesh"),
     "estimate.objective": ("accumulate", "batched"),
+    "estimate.per_example.objective": ("per_example",),
     "directions.blocks": ("BLOCKS", "Block", "blocks_by_layer", "blocks_by_linear", "blocks_by_part", "blocks_by_size"),
     "directions.direction": ("Direction",),
     "directions.samplers": ("SAMPLERS", "Sampler", "gaussian", "rademacher"),
@@ -76,6 +79,7 @@ _MODULES = {
     "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
     "optim.zeroth_order": ("ZerothOrder",),
     "estimate.perturb": ("perturbed",),
+    "directions.flipped": ("flipped",),
     "directions.low_rank": ("low_rank",),
     "directions.sparse": ("sparse",),
     "model.parameters": ("ParameterSet",),

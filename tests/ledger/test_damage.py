@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, files, read
+from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, files, format, read
 from zotune.ledger.files import DamagedLedgerError, parse
 from zotune.ledger.format import checksum
 
@@ -89,7 +89,7 @@ def test_no_byte_is_read_for_more_than_its_record(monkeypatch):
         seen.append(len(row))
         return real(row, index, crc)
 
-    monkeypatch.setattr(files, "checksum", spy)
+    monkeypatch.setattr(format, "checksum", spy)
     assert len(parse(WHOLE, "x")) == STEPS
     assert seen == [SIZE] * STEPS
 

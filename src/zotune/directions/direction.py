@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.blocks import Block
-from zotune.directions.samplers import Factors, Sampler, factored, kernel_of, part_of, rademacher
+from zotune.directions.samplers import Factors, Sampler, adding, factored, kernel_of, part_of, rademacher
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
 
@@ -123,6 +123,10 @@ def add_terms(
     terms = moving(terms, tensor_id)
     if (fused := one_pass(terms, tensor_id)) is not None:
         noise.add(out, x, *fused, tensor_id, start, rounding_seed, rounding)
+        return
+    if (sampler := adding({u.sampler_of(tensor_id) for _, u in terms})) is not None:
+        seeds, scales = [u.seed for _, u in terms], [a for a, _ in terms]
+        sampler.add(out, x, seeds, scales, tensor_id, start, rounding_seed, rounding)
         return
     if noise.adds_products(x.device) and (found := _all_factors(terms, tensor_id, start, x)):
         factors = [(f.left, f.right) for f in found]

@@ -6,11 +6,12 @@ what else a sampler can do; this module alone looks for them:
     kernel                the stream of the noise specification whose kernels make the numbers (`kernel_of`)
     part(tensor_id)       the sampler of one tensor's part, where tensors have samplers of their own (`part_of`)
     factors(…), together  the thin factors of a matrix's part, for products without the matrix (`factored`)
+    add(out, x, …)        x plus a sum of many directions in one pass (`adding`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -105,3 +106,26 @@ def part_of(sampler: Sampler, tensor_id: int) -> Sampler:
 def factored(sampler: Sampler) -> FactoredSampler | None:
     """The sampler as one that knows the thin factors of matrices; None where it does not."""
     return cast(FactoredSampler, sampler) if hasattr(sampler, "factors") else None
+
+
+class AddingSampler(Sampler, Protocol):
+    """A sampler that adds up many of its directions in one pass."""
+
+    def add(
+        self,
+        out: Tensor,
+        x: Tensor,
+        seeds: Sequence[int],
+        scales: Sequence[float],
+        tensor_id: int,
+        start: int,
+        rounding_seed: int | None,
+        rounding: int,
+    ) -> None:
+        """Compute out = x + Σ aᵢ uᵢ for slices of a tensor that begin at element `start`, as `noise.add` does."""
+
+
+def adding(samplers: set[Sampler]) -> AddingSampler | None:
+    """The one sampler of a set, if it adds up its directions itself; else None."""
+    found = next(iter(samplers)) if len(samplers) == 1 else None
+    return cast(AddingSampler, found) if hasattr(found, "add") else None

@@ -2,8 +2,8 @@
 
 Its format is specified in docs/reference/ledger-format.md.
 
-Read `format` (bytes), then `files` (reading and appending), `replay` (a whole run again) and `stream` (one tensor at a
-time).
+Read `format` and `free_layout` (bytes), then `files` (reading and appending), `replay` (a whole run again) and `stream`
+(one tensor at a time).
 """
 
 from zotune.ledger.files import Ledger as Ledger
@@ -12,4 +12,5 @@ from zotune.ledger.files import read as read
 from zotune.ledger.format import Header as Header
 from zotune.ledger.format import Layout as Layout
 from zotune.ledger.format import LedgerError as LedgerError
+from zotune.ledger.free_layout import FreeLayout as FreeLayout
 from zotune.optim.record import StepRecord as StepRecord

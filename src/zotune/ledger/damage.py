@@ -11,8 +11,8 @@ from __future__ import annotations
 import zlib
 
 # How far behind the damage a record may begin at any place, and how many records may be missing there.
-_MAX_PLACES = 1 << 20
-_MAX_MISSING = 1 << 12
+MAX_PLACES = 1 << 20
+MAX_MISSING = 1 << 12
 # A match of 32 bits is believed if fewer than one file in so many would hold it by chance; else two in a row are asked.
 _ONE_IN = 1 << 13
 
@@ -29,7 +29,7 @@ def has_good_record(rest: memoryview, size: int, num_good: int, header_crc: int)
     num_whole = len(rest) // size
     if not num_whole:
         return False
-    numbers = _numbers_by_difference(size, num_good, num_good + num_whole + _MAX_MISSING, header_crc)
+    numbers = _numbers_by_difference(size, num_good, num_good + num_whole + MAX_MISSING, header_crc)
 
     def number_at(place: int) -> int | None:
         return numbers.get(_difference(rest, place, size))
@@ -38,7 +38,7 @@ def has_good_record(rest: memoryview, size: int, num_good: int, header_crc: int)
     if any(number_at(i * size) == num_good + i for i in range(1, num_whole)):
         return True
     last = len(rest) - size
-    num_places = min(last + 1, _MAX_PLACES)
+    num_places = min(last + 1, MAX_PLACES)
     # Where no record is missing, few numbers are possible at a place, and fewer chance matches.
     is_sure = num_places * len(numbers) * _ONE_IN < 1 << 32
     is_sure_if_none_is_missing = num_places * (num_places // size + 2) * _ONE_IN < 1 << 33

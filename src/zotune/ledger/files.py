@@ -19,11 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zotune.errors import NotWrittenError, UsageError
-from zotune.ledger.damage import has_good_record
-from zotune.ledger.format import Header, LedgerError, checksum, parse_header
+from zotune.ledger.format import Header, LedgerError, parse_header
 from zotune.ledger.sync import LateSync
 from zotune.optim.record import StepRecord
 from zotune.system.atomic_write import atomic_write, sync
@@ -38,6 +36,7 @@ class Ledger:
     """A ledger read from a file: its header and its intact records.
 
     Attributes:
+        rows: the bytes of each record, as its layout reads them.
         cut_bytes: how many bytes after the last good record were left out: a torn or damaged tail.
         end: where in the file the last good record ends.
         content: the whole file.
@@ -45,7 +44,7 @@ class Ledger:
 
     name: str
     header: Header
-    rows: NDArray[Any]
+    rows: Any
     cut_bytes: int
     end: int
     content: bytes
@@ -54,7 +53,8 @@ class Ledger:
         return len(self.rows)
 
     def __getitem__(self, step: int) -> StepRecord:
-        return next(self.header.layout.from_rows(self.rows[step, np.newaxis], step))
+        step = range(len(self))[step]
+        return next(self.header.layout.from_rows(self.rows[step : step + 1], step))
 
     def __iter__(self) -> Iterator[StepRecord]:
         starts = range(0, len(self), _ROWS_AT_ONCE)
@@ -70,7 +70,7 @@ class Ledger:
             return self
         if not 0 <= num_steps <= len(self):
             raise LedgerError(f"{self.name} holds {len(self)} steps; the first {num_steps} of them do not exist.")
-        end = self.end - (len(self) - num_steps) * self.rows.dtype.itemsize
+        end = self.end - _nbytes(self.rows[num_steps:])
         return Ledger(self.name, self.header, self.rows[:num_steps], 0, end, self.content)
 
     def to_bytes(self) -> bytes:
@@ -80,7 +80,12 @@ class Ledger:
     @property
     def mark(self) -> int:
         """A number that identifies the header and the last record: the last checksum."""
-        return int(self.rows["crc"][-1]) if len(self) else _header_crc(self.content)
+        return _u32(self.rows[-1].tobytes()) if len(self) else _header_crc(self.content)
+
+    @property
+    def bytes_a_step(self) -> int:
+        """Bytes of a record, on average; of the smallest one if there is none."""
+        return round(_nbytes(self.rows) / len(self)) if len(self) else self.header.layout.smallest
 
 
 class DamagedLedgerError(LedgerError):
@@ -121,18 +126,13 @@ def read(path: Path | str) -> Ledger:
 def parse(content: bytes, name: str) -> Ledger:
     """As `read`, of a file's content."""
     header, start = parse_header(content, name)
-    dtype, crc, view = header.layout.record, _header_crc(content), memoryview(content)
-    size = dtype.itemsize
-    count = (len(content) - start) // size
-    rows = np.frombuffer(content, dtype, count, start)
-    stored = rows["crc"].tolist()
-    good = (stored[i] == checksum(view[start + i * size : start + (i + 1) * size], i, crc) for i in range(count))
-    num_good = next((i for i, is_good in enumerate(good) if not is_good), count)
-    end = start + num_good * size
-    ledger = Ledger(name, header, rows[:num_good], len(content) - end, end, content)
-    if (wrong := header.layout.first_wrong(ledger.rows)) is not None:
+    layout, crc = header.layout, _header_crc(content)
+    rows: Any = layout.split(content, start, crc)
+    end = start + _nbytes(rows)
+    ledger = Ledger(name, header, rows, len(content) - end, end, content)
+    if (wrong := layout.first_wrong(rows)) is not None:
         raise LedgerError(f"step {wrong[0] + 1} of {name} was not written by zotune: {wrong[1]}.")
-    if has_good_record(view[end:], size, num_good, crc):
+    if layout.has_good_record(memoryview(content)[end:], len(rows), crc):
         raise DamagedLedgerError(ledger)
     return ledger
 
@@ -145,14 +145,20 @@ def with_about(ledger: Ledger, about: dict[str, Any]) -> bytes:
         about: what its header says instead.
     """
     header = replace(ledger.header, about=about).to_bytes()
-    rows, crc, size = ledger.rows.copy(), _header_crc(header), ledger.rows.dtype.itemsize
-    view = memoryview(rows.tobytes())
-    rows["crc"] = [checksum(view[i * size : (i + 1) * size], i, crc) for i in range(len(rows))]
-    return header + rows.tobytes()
+    return header + ledger.header.layout.reseal(ledger.rows, _header_crc(header))
 
 
 def _header_crc(content: bytes) -> int:
-    return int.from_bytes(content[16:20], "little")
+    return _u32(content[16:20])
+
+
+def _u32(content: bytes) -> int:
+    return int.from_bytes(content[:4], "little")
+
+
+def _nbytes(rows: Any) -> int:
+    """Bytes of some records: of an array of rows of one size, or of a list of rows."""
+    return int(rows.nbytes) if isinstance(rows, np.ndarray) else sum(row.nbytes for row in rows)
 
 
 @contextmanager
@@ -245,12 +251,11 @@ class LedgerWriter:
         """
         if record.step != self.num_steps:
             raise LedgerError(f"the ledger's next step is number {self.num_steps}, got number {record.step}.")
-        row = self.header.layout.to_row(record)
-        row["crc"] = crc = checksum(row.tobytes(), record.step, self._crc)
+        row = self.header.layout.pack(record, self._crc)
         try:
             self.cut_tail()
             os.lseek(self._file, self._end, os.SEEK_SET)
-            _write_all(self._file, row.tobytes())
+            _write_all(self._file, row)
             self._late.note()
         except OSError as error:
             os.ftruncate(self._file, self._end)
@@ -258,9 +263,9 @@ class LedgerWriter:
                 f"step {record.step + 1} could not be written to {self.path}: {error.strerror}. The ledger holds the "
                 f"{self.num_steps} steps before it."
             ) from None
-        self._end += row.nbytes
+        self._end += len(row)
         self.num_steps += 1
-        self.mark = crc
+        self.mark = _u32(row)
 
     def sync(self) -> None:
         """Sync all records to the disk."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
-from zotune.ledger.format import Header, Layout, LedgerError
+from zotune.ledger.format import AnyLayout, Header, Layout, LedgerError
+from zotune.ledger.free_layout import FreeLayout
 from zotune.model.parameters import ParameterSet
 from zotune.model.shards import is_distributed, whole
 from zotune.optim.record import StepRecord
@@ -52,15 +53,14 @@ def header_of(
     return Header(layout_of(optimizer), describe(optimizer), describe_tensors(optimizer, digests), about or {}, version)
 
 
-def layout_of(optimizer: ZerothOrder) -> Layout:
+def layout_of(optimizer: ZerothOrder) -> AnyLayout:
     """The numbers in a record of the optimizer's steps."""
     num_blocks = len(optimizer.blocks)
-    return Layout(
-        num_estimates=num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1,
-        num_groups=len(optimizer.param_groups),
-        num_coefficients=num_blocks * optimizer.num_queries,
-        precision="f8" if _tunes_doubles(optimizer) else "f4",
-    )
+    num_estimates = num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
+    num_groups, precision = len(optimizer.param_groups), "f8" if _tunes_doubles(optimizer) else "f4"
+    if not optimizer.has_fixed_records:
+        return FreeLayout(num_estimates, num_groups, precision)
+    return Layout(num_estimates, num_groups, num_blocks * optimizer.num_queries, precision)
 
 
 def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
@@ -247,6 +247,8 @@ def _function(function: Any) -> dict[str, Any]:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", "")
     own = {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}
+    if (constants := getattr(function, "constants", None)) is not None:
+        return {**own, **{key: _value(value) for key, value in constants.items()}}
     if module.partition(".")[0] == "zotune":
         return own
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
 
     sampler: AnySampler
     num_queries: int
+    directions_per_batch: int | str | None
     blocks: Sequence[Block] | None
     block_order: BlockOrder | str
     reuse_prefix: bool

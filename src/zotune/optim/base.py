@@ -120,6 +120,10 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
         return unchanged if torch.float64 in dtypes else lambda x: ctypes.c_float(x).value
 
+    def applied_rates(self) -> tuple[float, ...]:
+        """The learning rates of the step in progress as records hold them: one a parameter group."""
+        return tuple(self.recorded(float(group["lr"])) for group in self.param_groups)
+
     def _count(self) -> float:
         """Finish the step: count it, report its record, and return its loss, the mean over the blocks' estimates."""
         self._undo.is_writing = self._undo.has_written
@@ -128,10 +132,11 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         record = StepRecord(
             self.num_steps,
             estimate.loss,
-            tuple(self.recorded(float(group["lr"])) for group in self.param_groups),
+            self.applied_rates(),
             tuple(scale for _, scale in taken),
             tuple(c for c, _ in estimate.terms),
             self.num_forwards - self._forwards_before,
+            estimate.scalars,
         )
         self._forwards_before = self.num_forwards
         self.num_steps += 1

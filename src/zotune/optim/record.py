@@ -20,6 +20,7 @@ class StepRecord:
             NaN where the estimate was not finite and left out.
         coefficients: c of each term, block by block, query by query.
         num_forwards: forward passes that the step took.
+        scalars: further numbers that the update depends on, block by block, such as curvatures; most methods have none.
     """
 
     step: int
@@ -28,6 +29,7 @@ class StepRecord:
     scales: tuple[float, ...]
     coefficients: tuple[float, ...]
     num_forwards: int
+    scalars: tuple[float, ...] = ()
 
     @property
     def is_skipped(self) -> bool:

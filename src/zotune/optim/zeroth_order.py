@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from zotune.apply.line_search import LineSearch, fixed
 from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
-from zotune.apply.update import Step, Updated, update_tensors_, with_master
+from zotune.apply.update import Step, update_tensors_, with_master
 from zotune.apply.window import CoefficientWindow
 from zotune.directions.blocks import Block, check_partition
 from zotune.directions.blocks import BlockOrder as BlockOrder
@@ -23,9 +24,10 @@ from zotune.directions.schedule import AnySampler, SamplerState, Weights
 from zotune.errors import UsageError
 from zotune.estimate.activation_cache import ActivationCache, NoActivationCache
 from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.estimators import EstimatorState, has_fixed_records
 from zotune.estimate.finite_difference import Estimator, central_difference
-from zotune.estimate.objective import Closure, evaluate, probing
-from zotune.estimate.perturb import perturbed_by
+from zotune.estimate.objective import Closure
+from zotune.estimate.per_example.difference import with_directions_per_batch
 from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
 from zotune.model.shards import reshard
@@ -41,6 +43,7 @@ from zotune.optim.checks import (
     check_window,
 )
 from zotune.optim.record import StepRecord, described
+from zotune.optim.step_line import StepLine
 from zotune.system.uninterrupted import uninterrupted
 
 _DIRECTION, _ROUNDING = 0, 1
@@ -59,6 +62,9 @@ class ZerothOrder(CountingOptimizer):
         sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
             matrices of low rank.
         num_queries: q ≥ 1, directions a step (and block).
+        directions_per_batch: k, or "auto": each of the q is k directions, one for each of k groups of the examples, in
+            the passes of one direction; see `zotune.per_example`, which makes the objective that this needs. "auto"
+            follows how far the examples' gradients agree, and multiplies lr by what that gains.
         blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
         block_order: "joint" or "sequential", see `BlockOrder`.
         reuse_prefix: with blocks, cache the activations that a block cannot change, see
@@ -111,6 +117,7 @@ class ZerothOrder(CountingOptimizer):
         step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
         num_queries: int = 1,
+        directions_per_batch: int | str | None = None,
         blocks: Sequence[Block] | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,
         reuse_prefix: bool = True,
@@ -132,25 +139,29 @@ class ZerothOrder(CountingOptimizer):
         if blocks is not None:
             check_partition(blocks, self.tuned)
         self.block_order = BlockOrder(block_order)
-        self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
+        if directions_per_batch is not None:
+            self.estimator = with_directions_per_batch(self.estimator, directions_per_batch, num_queries)
+            reuse_prefix = False  # there are no activations of all examples that the rows' own passes could share
+        self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.transform, self.coefficient, self.line_search = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
         self.rounding, self.seed = Rounding(rounding), seed
         self._sampling = SamplerState(self.tuned, sampler)
+        self._estimation = EstimatorState(num_queries)
         self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
         self._is_complete = True
 
-    def directions(self, blocks: Sequence[Block | None] | None = None) -> list[Direction]:
+    def directions(self, blocks: Sequence[Block | None] | None = None, count: int | None = None) -> list[Direction]:
         """The directions of the coming step: a function of the seed and the number of steps taken (and of weights,
-        where a sparse sampler masks by magnitude).
+        where a sparse sampler masks by magnitude). There are `count` of each block, by default `num_queries`.
         """
         sampler = self._sampling.at(self.seed, self.num_steps)
         queries = [
             Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
-            for query in range(self.num_queries)
+            for query in range(self.num_queries if count is None else count)
         ]
         return [u.within(block) for block in blocks or self.blocks for u in queries]
 
@@ -161,11 +172,13 @@ class ZerothOrder(CountingOptimizer):
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         reshard(self.tuned.model)
-        directions = self.directions(blocks)
+        if not self._taken:  # sequential blocks of one step have equally many directions
+            self._estimation.begin(self.estimator, closure)
+        directions = self.directions(blocks, self._estimation.num_directions)
         self._prefix.record(closure)
         estimate = self.estimator(self.reusing(closure), self.tuned, directions)
         self.count_forwards(estimate.num_forwards)
-        return estimate.agreed(self.tuned).mapped(self.recorded)
+        return estimate.agreed(self.tuned).rounded(self.recorded)
 
     def reusing(self, closure: Closure) -> Closure:
         """The same objective; within a step its layers that the current perturbation cannot reach are skipped."""
@@ -187,8 +200,9 @@ class ZerothOrder(CountingOptimizer):
             UsageError: it is to be recorded, and is not of this step's directions.
         """
         if self.on_step is not None:
-            check_own(estimate, self.directions() if len(self._rounds) == 1 else None)
-        estimate = estimate.mapped(self.recorded)
+            count = self._estimation.num_directions
+            check_own(estimate, self.directions(count=count) if len(self._rounds) == 1 else None)
+        estimate = estimate.rounded(self.recorded)
         with self.whole_step(), uninterrupted():
             self._taken = []
             self._take(estimate, 1.0 if estimate.is_finite else math.nan, self._write)
@@ -223,7 +237,7 @@ class ZerothOrder(CountingOptimizer):
         def measured(blocks: Sequence[Block | None]) -> tuple[GradientEstimate, float]:
             estimate = self._estimate(closure, blocks)
             inspect(estimate)
-            return estimate, self.line_search(_StepLine(self, closure, estimate)) if estimate.is_finite else math.nan
+            return estimate, self.line_search(self._line(closure, estimate)) if estimate.is_finite else math.nan
 
         with self._prefix:
             for blocks in rounds:
@@ -234,6 +248,11 @@ class ZerothOrder(CountingOptimizer):
                 also()
             self._take(estimate, scale, self._write)
             return self._count()
+
+    def _line(self, closure: Closure, estimate: GradientEstimate) -> StepLine:
+        """The objective along the step that the estimate gives."""
+        found = self.updates(estimate)
+        return StepLine(self.tuned, self.reusing(closure), found, estimate.base, self.count_forwards)
 
     def skip(self) -> None:
         """Count a skipped step, for a caller who found something else in it that is not finite."""
@@ -248,9 +267,10 @@ class ZerothOrder(CountingOptimizer):
 
     def close_early(self) -> None:
         """As `CountingOptimizer.close_early`: what is left out has coefficients and loss NaN."""
+        scalars = (math.nan,) * max((len(estimate.scalars) for estimate, _ in self._taken), default=0)
         for blocks in self._rounds[len(self._taken) :]:
-            terms = tuple((math.nan, u) for u in self.directions(blocks))
-            self._taken.append((GradientEstimate(math.nan, terms, 0), math.nan))
+            terms = tuple((math.nan, u) for u in self.directions(blocks, self._estimation.num_directions))
+            self._taken.append((GradientEstimate(math.nan, terms, 0, scalars=scalars), math.nan))
         self._count()
 
     def replay_step(self, record: StepRecord) -> None:
@@ -292,20 +312,29 @@ class ZerothOrder(CountingOptimizer):
         if record.step != self.num_steps:
             raise UsageError(f"the record is of step {record.step}, but {self.num_steps} steps have been taken.")
         rates = [group["lr"] for group in self.param_groups]
-        coefficients = iter(record.coefficients)
+        self._estimation.replay(self.estimator, len(record.coefficients), sum(map(len, self._rounds)))
+        coefficients, scalars = iter(record.coefficients), iter(record.scalars)
+        num_scalars = len(record.scalars) // len(self._rounds)
         try:
             for group, rate in zip(self.param_groups, record.learning_rates, strict=True):
                 group["lr"] = rate
             with self.whole_step(), uninterrupted():
                 self._taken = []
                 for blocks, scale in zip(self._rounds, record.scales, strict=True):
-                    terms = tuple((c, u) for u, c in zip(self.directions(blocks), coefficients, strict=False))
-                    self._take(GradientEstimate(record.loss, terms, 0), scale, write)
+                    directions = self.directions(blocks, self._estimation.num_directions)
+                    terms = tuple((c, u) for u, c in zip(directions, coefficients, strict=False))
+                    own = tuple(islice(scalars, num_scalars))
+                    self._take(GradientEstimate(record.loss, terms, 0, scalars=own), scale, write)
                 self.num_forwards += record.num_forwards
                 self._count()
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    @property
+    def has_fixed_records(self) -> bool:
+        """Whether all steps have `num_queries` coefficients a block and no scalars, so that records are of one size."""
+        return has_fixed_records(self.estimator)
 
     @property
     def window(self) -> int | None:
@@ -322,6 +351,7 @@ class ZerothOrder(CountingOptimizer):
             write(estimate, scale)
             if self._window is not None:
                 self._window.add(self._terms(estimate))
+            self._estimation.learn(self.estimator, estimate)
         self._taken.append((estimate, scale))
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
@@ -340,7 +370,7 @@ class ZerothOrder(CountingOptimizer):
         return Step(
             self._terms(estimate),
             self.transform,
-            tuple((self.recorded(float(group["lr"])), float(group["weight_decay"])) for group in self.param_groups),
+            tuple(zip(self.applied_rates(), (float(g["weight_decay"]) for g in self.param_groups), strict=True)),
             self.rounding,
             derive_seed(self.seed, self.num_steps, 0, _ROUNDING),
             None if self._window is None else self._window.steps,
@@ -351,7 +381,7 @@ class ZerothOrder(CountingOptimizer):
         if self.max_coefficient is None and self.coefficient is unchanged:
             return estimate.terms
         limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
-        q = self.num_queries
+        q = self._estimation.num_directions
         return [(self.coefficient(limit(c * q)) / q, u) for c, u in estimate.terms]
 
     @torch.no_grad()
@@ -386,8 +416,12 @@ class ZerothOrder(CountingOptimizer):
         tensor = self.tuned.find(parameter)
         return f"{tuple(parameter.shape)}, not tuned" if tensor is None else tensor.name
 
+    def applied_rates(self) -> tuple[float, ...]:
+        """As `CountingOptimizer.applied_rates`, times a factor that follows what the estimator has learned."""
+        return tuple(self.recorded(float(group["lr"]) * self._estimation.rate) for group in self.param_groups)
+
     def _names_of_a_step(self) -> tuple[str, ...]:
-        return (*super()._names_of_a_step(), "_sampling", "_window")
+        return (*super()._names_of_a_step(), "_sampling", "_window", "_estimation")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's while the optimizer is made; afterwards the set of tuned tensors is fixed.
@@ -428,6 +462,8 @@ class ZerothOrder(CountingOptimizer):
         own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
         state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
         state["zeroth_order"]["one_by_one"] = sorted(refused(self.tuned))
+        if self._estimation.learned is not None:
+            state["zeroth_order"]["learned"] = self._estimation.learned
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -438,29 +474,6 @@ class ZerothOrder(CountingOptimizer):
         self.set_noise_version(own.get("noise_version", 1))
         self._sampling.load(self.seed, own["sampler"])
         refused(self.tuned).update(own.get("one_by_one", ()))
+        self._estimation.learned = own.get("learned")
         if self._window is not None:
             self._window.load(own["history"] or [], partial(self._sampling.of, self.seed), self.blocks)
-
-
-class _StepLine:
-    """The objective along a step that has not been taken: a `zotune.apply.line_search.Line`."""
-
-    def __init__(self, optimizer: ZerothOrder, closure: Closure, estimate: GradientEstimate) -> None:
-        self._optimizer, self._closure, self._base = optimizer, optimizer.reusing(closure), estimate.base
-        self._updates = optimizer.updates(estimate)
-
-    def value(self, a: float) -> float:
-        """As `Line.value`; f(x) is known where the estimate computed it."""
-        if not a and self._base is not None:
-            return self._base
-        optimizer = self._optimizer
-        optimizer.count_forwards(1)
-        with probing(optimizer.tuned.model):
-            if not a:
-                return self._evaluate()
-            with perturbed_by(optimizer.tuned, Updated(self._updates, a)):
-                return self._evaluate()
-
-    def _evaluate(self) -> float:
-        (value,) = self._optimizer.tuned.agreed([evaluate(self._closure)])
-        return value

@@ -29,6 +29,9 @@ DEVICE_PERTURBED_ELEMENTS = 1 << 26
 # Perturbed tensors are cached for one pass where all of them together take at most this many bytes.
 CACHED_BYTES = 16 << 20
 
+# One direction an example: copies of tuned tensors, of which dense directions need one a direction, take at most this.
+EXAMPLE_BYTES = 256 << 20
+
 # Forward gradient: elements of a piece of a matrix's tangent, logits per slice of the loss, attention scores at a time.
 TANGENT_ELEMENTS = 3 << 20
 LOGIT_ELEMENTS = 1 << 20

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from zotune.errors import RunError, UsageError, reason_of
@@ -300,11 +303,23 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Processes]:
                 dist.destroy_process_group()
 
 
+_MEETINGS = count()
+
+
+@cache
+def _rendezvous(limit: timedelta) -> tuple[Any, int, int]:
+    """The store by which the processes meet, the rank and the number; the first process serves it until it ends."""
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    return store, rank, size
+
+
 def _meet(timeout: float) -> Any:
     """Connect this process with the others, and return the store by which they met."""
     limit = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=limit))
+        found, rank, size = _rendezvous(limit)
+        # Each meeting has keys of its own.
+        store = PrefixStore(f"meeting {next(_MEETINGS)}", found)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:

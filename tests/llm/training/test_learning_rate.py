@@ -12,8 +12,8 @@ from zotune.ledger import read
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import validate
+from zotune.llm.data.batches import batches
 from zotune.llm.training.learning_rate import schedule_of
-from zotune.llm.training.loop import _batches
 from zotune.llm.training.train import train
 
 STEPS, RATE = 12, 0.5
@@ -120,7 +120,7 @@ def test_epochs_are_passes_over_the_rows(config):
     rows = list(range(10))
     made = made.with_steps(len(rows), made.rows_a_step)
     assert (made.max_steps, made.num_train_epochs) == (8, None)
-    seen = [row for batch in _batches(rows, made) for row in batch]
+    seen = [row for batch in batches(rows, made) for row in batch]
     for epoch in range(3):
         assert sorted(seen[10 * epoch : 10 * epoch + 10]) == rows
 

@@ -17,20 +17,21 @@ from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.method import MethodName
-from zotune.llm.config.run import TrainConfig, with_recorded_choices
+from zotune.llm.config.run import TrainConfig, recorded_choices
 from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
-from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import MAX_STREAMED_EVALUATION, UserRows
 from zotune.llm.sharing.hub import check_upload
 from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.training import train as by_name
-from zotune.llm.training.in_memory import MemoryOutput
+from zotune.llm.training.in_memory import MemoryOutput, open_output
 from zotune.llm.training.learning_rate import schedule_of
-from zotune.llm.training.train import Result, tune, with_options_of
+from zotune.llm.training.train import Result, check_alike, tune, with_options_of
 from zotune.messages import say
+from zotune.system.processes import TIMEOUT
 
 # Options of what a run writes or reads in its folder.
 _OF_THE_FOLDER = (
@@ -123,20 +124,24 @@ def train(
     _check_own_weights(model, tuning)
     named = {"tuning": tuning, "learning_rate": learning_rate, "output_dir": output_dir}
     options |= {"method": method, **{k: v for k, v in named.items() if v is not None}}
-    with in_words_of_python(), borrowed(model, tokenizer) as lm:
+    timeout = float(options.get("timeout", TIMEOUT))
+    with in_words_of_python(), together(timeout) as processes, borrowed(model, tokenizer) as lm:
         _check_rows_given(train_dataset)
         config = config_of(TrainConfig, lm, _complete(lm, our_names(TrainConfig, options, "train")), "train")
         _check_folder(config, output_dir)
         _check_held_out(config, eval_dataset)
-        config = config if output_dir is None else with_recorded_choices(config)
+        if output_dir is not None:
+            config = config.model_copy(update=processes.first(lambda: recorded_choices(config)))
         callbacks = all_callbacks(config.report_to, callbacks)
         schedule_of(config)
         check_upload(config)
         given = _rows(train_dataset, eval_dataset, config)
+        lm.mesh = mesh_of(config, processes, lm)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
         config = with_options_of(lm, rows, config, say_in_python)
-        with closing(MemoryOutput() if output_dir is None else OutputFolder(config)) as output:
+        check_alike(lm, rows, config)
+        with closing(MemoryOutput() if output_dir is None else open_output(config, processes)) as output:
             return tune(lm, rows, config, output, callbacks)
 
 

@@ -223,6 +223,10 @@ def training_rows_note(config: EvalConfig, folder: Path) -> str | None:
     )
 
 
+# What a run may choose for itself, and records.
+_CHOSEN = ("chat_date", "learning_rate", "num_train")
+
+
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
 
@@ -242,6 +246,12 @@ def with_recorded_choices(config: TrainConfig) -> TrainConfig:
         return config
     recorded = validate(TrainConfig, read_recipe(path), str(path))
     return config.model_copy(update={name: getattr(recorded, name) for name, is_so in is_open.items() if is_so})
+
+
+def recorded_choices(config: TrainConfig) -> dict[str, Any]:
+    """Return the options that `with_recorded_choices` changes, with their values."""
+    found = with_recorded_choices(config)
+    return {n: value for n in _CHOSEN if (value := getattr(found, n)) != getattr(config, n)}
 
 
 def find_recipe(name: str) -> Path:

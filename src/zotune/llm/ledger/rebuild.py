@@ -207,7 +207,7 @@ def summary(ledger: Ledger) -> dict[str, Any]:
         "steps": len(ledger),
         "skipped": sum(record.is_skipped for record in ledger),
         "bytes": ledger.end,
-        "bytes_a_step": ledger.rows.dtype.itemsize,
+        "bytes_a_step": ledger.bytes_a_step,
         "cut_bytes": ledger.cut_bytes,
         "model": config.get("model"),
         "method": config.get("method"),

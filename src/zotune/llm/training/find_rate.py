@@ -2,8 +2,10 @@
 
 A trial takes the first steps of the run at one rate and computes the objective on training rows that its steps leave
 out; held-out and evaluation rows are not read. The trials go downhill from the default rate of the tuned parameters.
-Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken. The
-weights are then what they were, bit for bit, so the run is the same as one with this rate in its config.
+Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken, and
+scaled from the trial's length to the run's: the noise of n steps of rate η adds up to η√n, so that the best rate falls
+as 1/√n (as the optimal constant rate of stochastic gradient descent does). The weights are then what they were, bit for
+bit, so the run is the same as one with this rate in its config.
 """
 
 from __future__ import annotations
@@ -151,10 +153,23 @@ def _search(trials: _Trials, default: float, max_steps: int, restore: Callable[[
         restore()
         results.append(Trial(rate, trials.loss_after(rate, steps)))
         say(f"  learning rate {rate:g}: loss {results[-1].loss:.4f} (before: {start:.4f})")
-    chosen, spent = choose(results, start), trials.passes()
+    of_trials, spent = choose(results, start), trials.passes()
+    chosen = for_whole_run(of_trials, steps, max_steps)
     share = spent / (a_step * max_steps)
-    say(f"learning rate {chosen:g} chosen; the search took {spent} forward passes, {share:.0%} of those of the run")
+    say(
+        f"learning rate {chosen:g} chosen: {of_trials:g} is good for {steps} steps, and the best rate falls with the "
+        f"square root of their number; the search took {spent} forward passes, {share:.0%} of those of the run"
+    )
     return FoundRate(chosen, tuple(results), start, steps, spent)
+
+
+def for_whole_run(rate: float, trial_steps: int, run_steps: int) -> float:
+    """Return the rate of a run that a good rate of a shorter trial stands for.
+
+    >>> for_whole_run(0.03, 12, 300)
+    0.006
+    """
+    return float(f"{rate * math.sqrt(trial_steps / run_steps):.1g}")
 
 
 def choose(trials: Sequence[Trial], loss_before: float) -> float:

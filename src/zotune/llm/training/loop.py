@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zotune.directions.direction import Direction
@@ -24,6 +23,7 @@ from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
+from zotune.llm.data.batches import batches, orders
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
@@ -41,7 +41,7 @@ from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
-from zotune.llm.training.step import FirstOrderStep, Update, ZerothOrderStep, hybrid_step
+from zotune.llm.training.step import ZerothOrderStep, update_of
 from zotune.messages import say
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.zeroth_order import ZerothOrder
@@ -76,7 +76,7 @@ class Run:
         )
         if isinstance(self.optimizer, ZerothOrder):
             keep_activations()
-        self.update = _update(self.optimizer, lm, config, self.counters)
+        self.update = update_of(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = (
             NoJournal()
@@ -100,7 +100,7 @@ class Run:
             self.output.claim("runs")
         self.events.begin()
         self._save_missed_checkpoint()
-        for examples in islice(_batches(self.rows.train, self.config), self.counters.step, None):
+        for examples in islice(batches(self.rows.train, self.config), self.counters.step, None):
             if self.stops_early:
                 self._stop_early(display)
                 return
@@ -163,7 +163,7 @@ class Run:
     def take_steps(self, count: int) -> None:
         """Take the first steps of the run without counting, logging or recording them, as a trial does."""
         self._try_side_by_side()
-        for examples in islice(_batches(self.rows.train, self.config), count):
+        for examples in islice(batches(self.rows.train, self.config), count):
             self.update(self.optimizer, *self._closures(examples))
 
     def objective_on(self, examples: Sequence[Encoded]) -> float:
@@ -184,7 +184,7 @@ class Run:
         if not counters.step or self.rows.generated is not None:
             return 0
         sizes = array("L", (sum(map(len, e.sequences)) for e in self.rows.train))
-        tokens = sum(sizes[i] for batch in islice(_orders(len(sizes), config), counters.step) for i in batch)
+        tokens = sum(sizes[i] for batch in islice(orders(len(sizes), config), counters.step) for i in batch)
         # Each pass reads one of the batches that a step accumulates.
         return round(tokens * counters.num_forwards / (counters.step * config.gradient_accumulation_steps))
 
@@ -343,32 +343,6 @@ class Run:
             held_out=counters.held_out_short,
             num_flat=counters.num_flat,
         )
-
-
-def _update(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:
-    if isinstance(optimizer, Hybrid):
-        return hybrid_step(lm.mesh)
-    if isinstance(optimizer, ZerothOrder):
-        mu = None if config.method == "forward_grad" else config.mu
-        return ZerothOrderStep(mu, has_steps=not config.has_gradient, mesh=lm.mesh)
-    return FirstOrderStep(lm, counters, checkpointing=config.gradient_checkpointing, seed=config.seed)
-
-
-def _batches(examples: Sequence[Encoded], config: TrainConfig) -> Iterator[list[Encoded]]:
-    """Yield `max_steps` batches from passes over the rows, each in a new random order drawn by the seed."""
-    return ([examples[i] for i in indices] for indices in _orders(len(examples), config))
-
-
-def _orders(num_rows: int, config: TrainConfig) -> Iterator[list[int]]:
-    """Yield the indices of the rows of each batch."""
-    generator = torch.Generator().manual_seed(config.seed)
-    size = config.rows_a_step
-    queue, at = torch.empty(0, dtype=torch.int64), 0
-    for _ in range(config.max_steps):
-        while len(queue) < at + size:
-            queue, at = torch.cat([queue[at:], torch.randperm(num_rows, generator=generator)]), 0
-        yield queue[at : at + size].tolist()
-        at += size
 
 
 def try_side_by_side(

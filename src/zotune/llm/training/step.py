@@ -19,8 +19,10 @@ from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.estimate.objective import accumulate
+from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
+from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
@@ -126,6 +128,16 @@ class FirstOrderStep:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(derive_seed(self._seed, step, part))
             yield
+
+
+def update_of(optimizer: AnyOptimizer, lm: LanguageModel, config: TrainConfig, counters: Counters) -> Update:
+    """Return the function that takes the steps of an optimizer."""
+    if isinstance(optimizer, Hybrid):
+        return hybrid_step(lm.mesh)
+    if isinstance(optimizer, ZerothOrder):
+        mu = None if config.method == "forward_grad" else config.mu
+        return ZerothOrderStep(mu, has_steps=not config.has_gradient, mesh=lm.mesh)
+    return FirstOrderStep(lm, counters, checkpointing=config.gradient_checkpointing, seed=config.seed)
 
 
 def check_mu(tuned: ParameterSet, mu: float) -> None:

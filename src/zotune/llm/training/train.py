@@ -18,7 +18,7 @@ import torch
 from zotune.errors import NotWrittenError, RunError, UsageError
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
-from zotune.llm.config.run import NEW_RUN, TrainConfig, with_recorded_choices
+from zotune.llm.config.run import NEW_RUN, TrainConfig, recorded_choices
 from zotune.llm.distributed.agreement import check_start, tuned_digest
 from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.activation_cache import SequenceCache
@@ -164,7 +164,7 @@ def _train_together(
         config = config.model_copy(update={"resume": True, "overwrite_output_dir": False})
     if config.resume_from_checkpoint is not None:
         check_checkpoint(config.resume_from_checkpoint, config.output_dir)
-    config = processes.first(lambda: with_recorded_choices(config))
+    config = config.model_copy(update=processes.first(lambda: recorded_choices(config)))
     given = read_checked_files(config) if given is None else given
     processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config), config.seed)
@@ -188,7 +188,7 @@ def check_alike(lm: LanguageModel, rows: EncodedData, config: TrainConfig) -> No
     if lm.mesh.is_alone:
         return
     begins = {
-        "options": recorded_options(config),
+        **{f"option {name}": value for name, value in recorded_options(config).items()},
         "training rows": data_digest(rows.train),
         "held-out rows": data_digest(rows.dev),
         "evaluation rows": data_digest(rows.test),

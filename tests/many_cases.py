@@ -1,0 +1,182 @@
+"""What `many_processes` runs: steps of each method over tiny models, and runs of `zotune train`."""
+
+import hashlib
+import os
+import re
+import signal
+import time
+from functools import partial
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import zotune as zo
+from zotune.errors import RunError
+from zotune.system.processes import joined
+
+# By name: a method over the model, and options of it.
+STEPS = {
+    **{name: partial(method, num_queries=2) for name, method in zo.METHODS.items()},
+    "one-sided": partial(zo.zo_sgd, difference=zo.forward_difference, num_queries=3),
+    "gaussian": partial(zo.zo_sgd, sampler=zo.gaussian, num_queries=3),
+    "sparse": partial(zo.zo_adam, sampler=zo.sparse(zo.gaussian, sparsity=0.5), num_queries=2),
+    "low rank": partial(zo.zo_sgd_mmt, sampler=zo.low_rank(zo.gaussian, 2), num_queries=2),
+    "window": partial(zo.zo_adam, window=3, num_queries=2),
+    "conservative, one-sided": partial(zo.zo_sgd_cons, difference=zo.forward_difference, num_queries=2),
+}
+
+
+class Net(nn.Module):
+    """A small network, odd in all sizes, with a norm and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 7)
+        self.body = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 3))
+
+    def forward(self, x):
+        return self.body(self.embed(x).mean(1))
+
+
+def digest(tensors):
+    """The bits of some tensors, as text."""
+    found = hashlib.blake2b(digest_size=8)
+    for t in tensors:
+        found.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def micro_batches(model, number, kind):
+    """Closures of micro-batches of unequal sizes that know their batch, are plain, or have no gradient."""
+    torch.manual_seed(1)
+    batches = [(torch.randint(11, (2 + i % 2, 5)), torch.randint(3, (2 + i % 2,))) for i in range(number)]
+
+    def losses(x, y):
+        return nn.functional.cross_entropy(model(x).float(), y, reduction="none").double()
+
+    if kind == "batched":
+        return [zo.batched(losses, x, y, most=4) for x, y in batches], [len(y) for _, y in batches]
+    if kind == "accuracy":
+        return [lambda x=x, y=y: 1 - (model(x).argmax(1) == y).double().mean() for x, y in batches], None
+    return [lambda x=x, y=y: losses(x, y).mean() for x, y in batches], [len(y) for _, y in batches]
+
+
+def steps_of(name, query, data, dtype=torch.float32, kind="batched", parts=4, steps=3):
+    """Digest of weights and state, the losses and the records of some steps, on a mesh."""
+    model = network(dtype)
+    mesh = zo.mesh(query=query, data=data) if query * data > 1 else zo.Mesh()
+    blocks = {"blocks": zo.blocks_by_linear(model), "reuse_prefix": False}
+    hybrid = name == "hybrid"
+    if hybrid:
+        upper = torch.optim.SGD(model.body.parameters(), lr=0.05, momentum=0.9)
+        opt = zo.Hybrid(zo.zo_sgd(model.embed, lr=0.05), upper)
+    elif name in ("blocks", "sequential blocks"):
+        order = "joint" if name == "blocks" else "sequential"
+        opt = zo.zo_sgd(model, lr=0.05, num_queries=2, block_order=order, **blocks)
+    else:
+        opt = STEPS[name](model, lr=0.05)
+    records = []
+    if not hybrid:
+        opt.on_step = lambda record: records.append(record)
+    closures, weights = micro_batches(model, parts, kind)
+    losses = [opt.step(zo.accumulate(closures, weights, mesh=mesh)) for _ in range(steps)]
+    state = [] if hybrid else [t for s in opt.state.values() for t in s.values() if torch.is_tensor(t)]
+    return digest([*model.parameters(), *state]), losses, records
+
+
+def many_steps(cases):
+    """`steps_of` of some cases, in one group of processes."""
+    with joined(120):
+        return [steps_of(*case) for case in cases]
+
+
+def train_runs(configs):
+    """Run `zotune train` by each config, in one group of processes; what each wrote is for `written_by` to read."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training.train import train
+
+    return [train(TrainConfig(**config)).num_steps for config in configs]
+
+
+def written_by(folder):
+    """What a run wrote, without times and memory: digests of binary files, and the content of the others."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "checkpoint.safetensors":  # it knows how long the run took
+            found[name] = digest(t for _, t in sorted(load_file(path).items()))
+        elif path.suffix in (".safetensors", ".zol"):
+            found[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        elif path.suffix in (".jsonl", ".json", ".yaml", ".md") and path.name != "zotune-files.json":
+            text = path.read_text(encoding="utf-8").replace(str(folder), "FOLDER")
+            found[name] = re.sub(r'"(seconds|peak_memory|eval_runtime)": [-+.e\d]+', "", text)
+            lines = found[name].splitlines()
+            found[name] = "\n".join(x for x in lines if not x.startswith(("| training time", "| peak memory")))
+    return found
+
+
+def disturbed_run(config, rank, act, step=2):
+    """Run `zotune train`, and let one process do something at a step: end, raise, sleep, get a signal, lose a bit."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training import loop
+    from zotune.llm.training.train import train
+
+    run_step = loop.Run._run_step
+
+    def disturbed(self, *args):
+        if int(os.environ["RANK"]) == rank and self.counters.step == step:
+            _ACTS[act](self)
+        run_step(self, *args)
+
+    loop.Run._run_step = disturbed
+    result = train(TrainConfig(**config))
+    return result.num_steps, result.stopped_by
+
+
+def _lose_a_bit(run):
+    p = next(p for p in run.lm.module.parameters() if p.requires_grad)
+    with torch.no_grad():
+        p.view(-1)[0] += 1
+
+
+def _fail(run):
+    raise RunError("the disk of this machine is full.")
+
+
+_ACTS = {
+    "end": lambda run: os._exit(9),
+    "raise": _fail,
+    "sleep": lambda run: time.sleep(20),
+    "SIGTERM": lambda run: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGINT": lambda run: os.kill(os.getpid(), signal.SIGINT),
+    "lose a bit": _lose_a_bit,
+}
+
+
+def run_with_own(config, rank, change):
+    """Run `zotune train`, and let one process begin with something of its own."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.training.train import train
+
+    os.chdir(change["folder"])
+    if int(os.environ["RANK"]) == rank:
+        if "threads" in change:
+            torch.set_num_threads(change["threads"])
+        os.chdir(change.get("cwd", "."))
+        config = config | change.get("options", {})
+    return train(TrainConfig(**config)).num_steps
+
+
+def meet_at(port, timeout):
+    """Join the other processes at a port, as the first one, which is to listen there."""
+    if os.environ["RANK"] != "0":
+        return 0
+    os.environ["MASTER_PORT"] = str(port)
+    with joined(timeout) as processes:
+        return processes.size
