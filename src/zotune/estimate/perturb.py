@@ -97,10 +97,8 @@ class OffsetAlong:
         found = self.direction.factors(tensor.id, device)
         if found is None:
             return None
-        sides = found.left, found.right
-        if tensor.shard is not None and (sides := tensor.shard.sides(*sides)) is None:
-            return None
-        return Factors(*sides, self.a, (self.direction.seed, tensor.id))
+        own = (found.left, found.right) if tensor.shard is None else tensor.shard.sides(found.left, found.right)
+        return None if own is None else Factors(*own, self.a, (self.direction.seed, tensor.id))
 
 
 def antithetic_pair(offsets: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
@@ -169,8 +167,8 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         fits = scratch is not None and scratch.dtype == value.dtype and scratch.device == value.device
         if scratch is None or not fits or scratch.numel() < rows.numel():
             most = piece_elements(value.device.type)
-            self._scratch = value.new_empty(max(rows.numel(), largest_piece(self.tuned, self.chosen, most)))
-        piece = self._scratch[: rows.numel()]
+            self._scratch = scratch = value.new_empty(max(rows.numel(), largest_piece(self.tuned, self.chosen, most)))
+        piece = scratch[: rows.numel()]
         self._offset.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
 

@@ -95,7 +95,7 @@ class TunedTensor:
 
     def numbers(self) -> Tensor:
         """All numbers of the tensor, gathered where it lies in shards: every process has to call this."""
-        return self.storage() if self.shard is None else whole(self.parameter.detach())  # type: ignore[no-any-return]
+        return self.storage() if self.shard is None else whole(self.parameter.detach())
 
     def spans(self, start: int, size: int, most: int) -> Iterator[Span]:
         """Numbers start … start + size - 1 of the storage, in spans of at most `most`; see `zotune.model.shards`."""
@@ -113,7 +113,8 @@ class TunedTensor:
     def placed(self, value: Tensor) -> Tensor:
         """A tensor of this one's shape, whole or on the processes of any mesh, where this one lies."""
         if self.shard is None:
-            return whole(value).to(self.device)  # type: ignore[no-any-return]
+            place = self.device if self.is_held else self.parameter.device
+            return whole(value).to(place)  # type: ignore[no-any-return]
         if is_distributed(value) and lies_as(value, self.parameter):
             return value
         return self.distributed(self.shard.cut(whole(value)).to(self.device).contiguous())
@@ -314,7 +315,7 @@ def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
 
 def _check_kind(t: TunedTensor) -> None:
     """Refuse a tensor whose numbers the noise cannot be added to where they lie."""
-    p = local(t.parameter)
+    p: Any = local(t.parameter)
     what = f"the tensor {t.name!r}"
     if not p.is_floating_point():
         raise UsageError(
@@ -323,7 +324,7 @@ def _check_kind(t: TunedTensor) -> None:
         )
     if is_traceable_wrapper_subclass(p):
         raise UsageError(
-            f"{what} is a {type(p.data).__name__}, which only wraps the tensors that hold its numbers (integers, of a "
+            f"{what} is a {type(t.parameter.data).__name__}, which only wraps the tensors that hold its numbers (integers, of a "
             "quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
         )
     if p.dtype not in FLOATING or p.layout is not torch.strided:

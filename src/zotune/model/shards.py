@@ -40,7 +40,7 @@ def like(value: Any, numbers: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     where = {"shape": value.shape, "stride": value.stride(), "run_check": False}
-    return DTensor.from_local(numbers, value.device_mesh, value.placements, **where)  # type: ignore[no-any-return]
+    return DTensor.from_local(numbers, value.device_mesh, value.placements, **where)
 
 
 def lies_as(one: Any, other: Any) -> bool:
@@ -209,7 +209,8 @@ def assign_(name: str, p: Any, value: Tensor) -> None:
 
 def mesh_of(model: nn.Module) -> Any:
     """The mesh of the processes that a model lies on; None for a model of this process alone."""
-    return next((p.device_mesh for p in model.parameters() if is_distributed(p)), None)
+    found: Any = next(filter(is_distributed, model.parameters()), None)
+    return None if found is None else found.device_mesh
 
 
 def is_gathered_by_fsdp(module: nn.Module) -> bool:

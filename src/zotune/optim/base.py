@@ -173,13 +173,9 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         self._forwards_before = self.num_forwards
         self._is_torn = False
 
-    def device_of(self, parameter: Tensor) -> torch.device:
-        """Where the numbers of a parameter are, and so its state."""
-        return parameter.device
-
     def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
         """A tensor of a parameter's saved state, where the parameter's numbers are."""
-        return value.to(device=self.device_of(parameter))
+        return value.to(device=parameter.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The optimizer of a copy of its model, which `copy.deepcopy((model, optimizer))` gives as well.

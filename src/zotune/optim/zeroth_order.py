@@ -33,15 +33,7 @@ from zotune.model.parameters import ParameterSet
 from zotune.model.shards import reshard
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
-from zotune.optim.checks import (
-    as_groups,
-    check_closure,
-    check_group,
-    check_own,
-    check_shards,
-    check_values,
-    check_window,
-)
+from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_sampler, check_values
 from zotune.optim.record import StepRecord, described
 from zotune.optim.step_line import StepLine
 from zotune.system.uninterrupted import uninterrupted
@@ -130,11 +122,10 @@ class ZerothOrder(CountingOptimizer):
         max_skipped: int = 10,
     ) -> None:
         check_values(lr, num_queries, window, weight_decay, max_coefficient, seed)
-        check_window(window, sampler)
         groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = ParameterSet(model, chosen)
-        check_shards(self.tuned, sampler)
+        check_sampler(sampler, self.tuned, window)
         self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
         if blocks is not None:
             check_partition(blocks, self.tuned)
@@ -438,17 +429,10 @@ class ZerothOrder(CountingOptimizer):
         super().add_param_group(param_group)
         check_group(param_group)
 
-    def device_of(self, parameter: Tensor) -> torch.device:
-        """As `CountingOptimizer.device_of`, also of offloaded weights."""
-        tensor = self.tuned.find(parameter)
-        return tensor.device if tensor is not None and tensor.is_held else parameter.device
-
     def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """As `CountingOptimizer.placed`, also of weights in shards: their part of a whole tensor or of other shards."""
+        """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
         tensor = self.tuned.find(parameter)
-        if tensor is None or not tensor.is_held or value.shape != parameter.shape:
-            return super().placed(value, parameter)
-        return tensor.placed(value)
+        return super().placed(value, parameter) if tensor is None else tensor.placed(value)
 
     def _count(self) -> float:
         if self._window is not None:

@@ -256,9 +256,7 @@ class Run:
         """Write the checkpoint that was due after the last step of the part before, if a kill prevented it."""
         step, path = self.counters.step, self.output.path
         is_missed = path is not None and step > 0 and not (path / f"checkpoint-{step}").exists()
-        if self.lm.mesh.is_sharded:
-            is_missed = self.lm.mesh.processes.first(lambda: is_missed)
-        if not is_missed:
+        if not (self.lm.mesh.processes.first(lambda: is_missed) if self.lm.mesh.is_sharded else is_missed):
             return
         is_best = self.config.saves == "best" and self.selection.step == step
         self.events.find_missed(step, is_best=is_best)
