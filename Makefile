@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Where this is set, as in many containers, each of the hundred processes of the tests would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Everything they install is in the lock, requirements/*.txt: exact versions, each with its hashes.
 # Where there is no NVIDIA GPU, torch's CPU build: the usual one brings gigabytes of CUDA with it.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -75,7 +78,7 @@ test-oldest:
 
 # Runs of several processes in full: every method at every split, random kills under torchrun, signals.
 test-distributed: $(VENV)/dev
-	$(TEST) -n 1 tests/distributed
+	$(TEST) -n 1 tests/llm/distributed
 
 # What `make test` does in a short form: 600 kills, 100 pairs of commands at once, 100 full disks, 100,000 damaged files.
 # Half an hour on one core. ONLY="kills disks" runs some kinds, which keep the others' counts in the file.

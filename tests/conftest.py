@@ -1,9 +1,10 @@
 """What several test files share: tiny models of each family, the built-in model, rows, the command line.
 
-The tiny models are made anew for each test, for tests change them; the built-in model is fetched once, by
-the package's own code, into the user's cache.
+Each test has tiny models of its own, for tests change them: copies of those that are made once; the built-in model is
+fetched once, by the package's own code, into the user's cache.
 """
 
+import copy
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,8 +81,9 @@ def _brings_a_value(item, covered):
 
 
 def pytest_collection_finish():
-    """From here on garbage is collected, but never looked for in modules and tests."""
+    """From here on garbage is collected, seldom, and never looked for in modules and tests."""
     gc.freeze()
+    gc.set_threshold(5_000, 10, 10)
     gc.enable()
 
 
@@ -104,13 +107,25 @@ def causal_family(request):
     return request.param
 
 
-@pytest.fixture
-def tiny():
-    """A function: family and precision to a tiny model with random weights."""
+@cache
+def _made(family, dtype):
+    """A tiny model that nothing but a copy is made of: a copy takes a third of the time."""
     from zotune.llm.config.step import ModelOptions
     from zotune.llm.models.load import load
 
-    return lambda family, dtype="float32": load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
+    return load(ModelOptions(model=f"random:{family}-tiny", dtype=dtype, device="cpu"))
+
+
+@pytest.fixture
+def tiny():
+    """A function: family and precision to a tiny model with random weights."""
+    from zotune.llm.models.load import quiet_libraries
+
+    def make(family, dtype="float32"):
+        quiet_libraries()  # as loading does; pytest forgets it after each test
+        return copy.deepcopy(_made(family, dtype))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 import zotune as zo
 from zotune.errors import RunError
@@ -62,6 +63,13 @@ def micro_batches(model, number, kind):
 
     if kind == "batched":
         return [zo.batched(losses, x, y, most=4) for x, y in batches], [len(y) for _, y in batches]
+    if kind == "partly separable":  # the second one needs a number of one end of a probe alone
+
+        def needs_a_number(x, y):
+            return losses(x, y) * (1 if model(x).sum().item() < 1e9 else 2)
+
+        functions = [needs_a_number if i == 1 else losses for i in range(number)]
+        return [zo.batched(f, x, y) for f, (x, y) in zip(functions, batches, strict=True)], None
     if kind == "accuracy":
         return [lambda x=x, y=y: 1 - (model(x).argmax(1) == y).double().mean() for x, y in batches], None
     return [lambda x=x, y=y: losses(x, y).mean() for x, y in batches], [len(y) for _, y in batches]
@@ -180,3 +188,36 @@ def meet_at(port, timeout):
     os.environ["MASTER_PORT"] = str(port)
     with joined(timeout) as processes:
         return processes.size
+
+
+def evaluated(configs):
+    """The results of `zotune eval` by each config, without times, in the processes that there are."""
+    from zotune.llm.config.run import EvalConfig
+    from zotune.llm.training.evaluation import evaluate
+
+    found = [evaluate(EvalConfig(**config)) for config in configs]
+    return [[{**vars(task.evaluation), "seconds": 0} for task in results.values()] for results, _ in found]
+
+
+def tuned_in_python(rows):
+    """Tune a loaded model on rows in memory; a digest of what was tuned, its log and an evaluation, without times."""
+    from zotune.llm import evaluate, load, train
+
+    model, tokenizer = load("random:opt-tiny", device="cpu")
+    calls = Calls()
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_queries": 2}
+    result = train(model, tokenizer, rows, rows, learning_rate=1e-2, eval_steps=1, callbacks=[calls], **options)
+    tuned = [p for p in result.model.parameters() if p.requires_grad]
+    found = evaluate(result.model, tokenizer, rows)
+    return digest(tuned), result.num_steps, result.num_forwards, found.scores, found.num_forwards, calls.number > 0
+
+
+class Calls(TrainerCallback):
+    """Counts the steps, and ends training after the second by what one process alone would decide."""
+
+    number = 0
+
+    def on_step_end(self, args, state, control, **more):
+        self.number += 1
+        control.should_training_stop = self.number == 2
+        return control

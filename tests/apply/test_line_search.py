@@ -50,6 +50,7 @@ def test_the_batchs_loss_never_rises_over_300_steps(transform, dtype, rounding):
     assert stayed or len(losses) < 300
 
 
+@pytest.mark.sample(3)
 @each_transform
 @each_dtype
 def test_the_loss_after_a_step_is_the_least_of_those_it_looked_at_to_the_bit(transform, dtype):

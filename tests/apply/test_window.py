@@ -42,7 +42,7 @@ def assert_same_run(one, other):
     assert_same_bits(one[1].model, other[1].model)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_method
 @pytest.mark.parametrize(
     ("setting", "dtype"), [("plain", torch.float32), *((setting, torch.bfloat16) for setting in SETTINGS)], ids=str
@@ -93,6 +93,7 @@ def test_adam_with_a_window_is_adam_begun_anew_at_its_edge(adam):
         np.testing.assert_allclose(p.position() - before, step, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.sample(3)
 @each_method
 @pytest.mark.parametrize("setting", ["plain", "sequential", "sparse"])
 def test_skipped_steps_are_in_neither_state_nor_window(method, setting):
@@ -104,6 +105,7 @@ def test_skipped_steps_are_in_neither_state_nor_window(method, setting):
     assert runs[1][1].num_skipped == 2
 
 
+@pytest.mark.sample(2)
 @each_method
 def test_a_rejected_conservative_step_advances_state_and_window_alike(method):
     ends = []

@@ -62,6 +62,7 @@ def test_rows_of_different_tasks_are_not_paired():
     assert contrast([(1.0, Outcomes(a, "sst2")), (-1.0, Outcomes(a, "sst2"))]).error == 0.0
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("num_runs", "luck", "shared"), [(3, 0.0, 1.0), (3, 0.3, 1.0), (3, 1.0, 0.5), (5, 0.3, 0.0)])
 def test_intervals_hold_the_truth_nineteen_times_of_twenty(num_runs, luck, shared):
     rng, hits, trials = np.random.default_rng(3), 0, 400

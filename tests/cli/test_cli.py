@@ -52,6 +52,7 @@ def test_json_is_one_object_on_stdout(zotune, short, tmp_path, rows_file):
         assert json.loads(said.out)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_evaluating_what_was_saved_gives_what_was_reported(zotune, short, tmp_path, rows_file, tuning):
     trained = json.loads(zotune(*short("--json", "--tuning", tuning, "--learning-rate", "0.05")).out)

@@ -34,7 +34,7 @@ def same_bits(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_rebuilt_from_its_ledger_alone(config, zotune, tmp_path, rows_file, name):
     options = {"max_steps": 6, "learning_rate": 1e-2, **RUNS[name]}
@@ -217,6 +217,7 @@ def rewritten(path, **method):
     path.write_bytes(content)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_the_method_of_every_ledger_in_a_row_is_checked(config, zotune, tmp_path, tuning):
     for name in ("a", "b"):

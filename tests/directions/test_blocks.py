@@ -117,6 +117,7 @@ def test_what_is_no_partition_is_refused_by_name(blocks, message):
         zo.zo_sgd(p.model, 0.1, blocks=[zo.Block(*block) for block in blocks])
 
 
+@pytest.mark.sample(3)
 @each_q
 @each_difference
 @pytest.mark.parametrize("order", ["joint", "sequential"])

@@ -138,6 +138,7 @@ def test_the_kernel_of_an_update_gives_the_bits_of_the_general_mechanism(base, r
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.sample(1)
 @each_base
 @pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("n", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
@@ -372,7 +373,7 @@ METHODS = {
 each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @each_schedule
 @each_method
 @each_dtype

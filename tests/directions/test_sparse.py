@@ -91,7 +91,7 @@ def test_tensors_that_are_all_zero_are_masked_at_the_given_share(mask, group):
     assert abs(float(others.double().mean()) - 0.3) < SIGMAS * np.sqrt(0.21 / len(others))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @each_mask
 @each_group
 @each_dtype

@@ -176,7 +176,7 @@ def test_reuse_changes_no_bit(name, order, difference, steps):
     assert_same_bits(without, using)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way", [zo.blocks_by_part, zo.blocks_by_linear, partial(zo.blocks_by_size, max_elements=150)])
 @each_order
 @pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -186,7 +186,7 @@ def test_reuse_changes_no_bit_whatever_the_blocks(way, order, steps):
     assert_same_bits(results[0][1], results[1][1])
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", [zo.zo_sgd_cons, zo.zo_adam, partial(zo.zo_sgd_mmt, window=2)])
 @each_order
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

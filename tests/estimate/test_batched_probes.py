@@ -53,6 +53,7 @@ def doubled(lm):
     return lm
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("objective", [CLASSIFICATION, TEACHER_FORCING], ids=lambda o: o.name)
 def test_every_scheme_on_every_family_has_the_same_values(tiny, family, scheme, objective):

@@ -126,6 +126,7 @@ def test_an_estimate_with_q_directions_is_the_mean_of_those_with_one(sampler):
         assert c == pytest.approx(alone.terms[0][0] / 4, rel=1e-14)
 
 
+@pytest.mark.sample(1)
 @each_sampler
 @pytest.mark.parametrize("q", [1, 4])
 @pytest.mark.parametrize("runs", [300, pytest.param(1500, marks=pytest.mark.slow)])

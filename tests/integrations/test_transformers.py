@@ -130,6 +130,7 @@ METHODS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(made, tmp_path, name):
     options, dtype = METHODS[name]

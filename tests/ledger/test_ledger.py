@@ -326,7 +326,7 @@ def a_record(draw, layout, step):
     )
 
 
-@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "100")), deadline=None)
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "60")), deadline=None)
 @given(headers, st.data())
 def test_whatever_is_written_is_read_and_whatever_is_damaged_is_cut_or_refused(layout, data):
     records = [data.draw(a_record(layout, step)) for step in range(data.draw(st.integers(0, 4)))]
@@ -362,7 +362,7 @@ def test_whatever_is_written_is_read_and_whatever_is_damaged_is_cut_or_refused(l
     assert list(map(repr, found)) == list(map(repr, records))[: len(found)]
 
 
-@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "100")), deadline=None)
+@settings(max_examples=int(os.environ.get("ZOTUNE_FUZZ", "60")), deadline=None)
 @given(st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.floats() | st.text(), st.lists)))
 def test_bytes_that_are_no_ledger_are_refused_with_a_message(value):
     """Also those with a good checksum around a body that means nothing."""

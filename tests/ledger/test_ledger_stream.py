@@ -24,7 +24,7 @@ from zotune.llm.training.train import train
 SPARSE = {f"random masks, {i}": zo.sparse(zo.gaussian, 0.4, group="layer", interval=i) for i in (1, 3)}
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -123,7 +123,7 @@ OF_A_RUN = {"README.md", "config.yaml", "ledger.zol", "metrics.jsonl", "results.
 VERBALIZER = {"verbalizer": {"yes": "Yes", "no": "No"}}
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("max_shard_size", ["50GB", "40KB"])
 def test_every_family_comes_out_with_the_bytes_of_the_run(
     config, zotune, folder, only_streamed, tmp_path, family, max_shard_size
@@ -155,7 +155,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_run_is_streamed(config, zotune, folder, only_streamed, tmp_path, name):
     train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=4, **OPTIONS[name]))
@@ -173,6 +173,7 @@ def test_where_tensors_depend_on_each_other_that_is_said(config, zotune, folder,
     assert contents(tmp_path / "again", but=OF_A_RUN) == contents(tmp_path / "out", but=OF_A_RUN)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
 def test_files_are_cut_as_transformers_cuts_them(config, zotune, folder, tmp_path, family):
     from transformers import AutoModelForCausalLM
@@ -233,6 +234,7 @@ def test_no_more_than_one_tensor_is_held(config, zotune, folder, tmp_path, monke
     assert max(most) <= 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", [{}, {"tuned_layers": 1}], ids=["tuned", "frozen"])
 @pytest.mark.parametrize("command", ["replay", "undo", "verify"])
 def test_another_base_is_refused_and_nothing_written(config, zotune, folder, tmp_path, command, tuning):
@@ -331,6 +333,7 @@ def test_merges_are_the_same_either_way_and_follow_from_their_ledgers(
     assert "bit for bit" in zotune("ledger", "verify", tmp_path / "m").out
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{}, {"sparsity": 0.3}], ids=["dense", "masks"])
 def test_a_run_begun_on_the_end_of_another_comes_out_of_both_ledgers(config, zotune, folder, tmp_path, options):
     train(config(model=str(folder("llama")), learning_rate=1e-2, max_steps=3, output_dir=tmp_path / "a", **options))

@@ -115,7 +115,7 @@ def test_the_path_in_double_precision_is_that_of_the_reference(case, name, q, di
     assert np.abs(path[-1] - start).max() > 1e-3
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_case
 @each_problem
 @each_q
@@ -160,6 +160,7 @@ def test_a_half_precision_step_is_within_one_rounding_unit_of_the_reference(case
     assert any((np.abs(p.position() - end) <= unit * (1 + 1e-3) + 1e-6).all() for end in candidates)
 
 
+@pytest.mark.sample(4)
 @each_case
 @pytest.mark.parametrize("q", [1, 3])
 def test_master_weights_take_the_single_precision_path_of_the_same_estimates(case, q):
@@ -185,7 +186,7 @@ def test_master_weights_take_the_single_precision_path_of_the_same_estimates(cas
         assert all(torch.equal(m, p) for m, p in zip(masters, single.model.parameters(), strict=True))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_case
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.bfloat16) for name in PROBLEMS), ("quadratic", torch.float32)], ids=str

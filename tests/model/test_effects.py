@@ -111,6 +111,7 @@ EFFECTS = {
 }
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", EFFECTS)
 @pytest.mark.parametrize("difference", [zo.central_difference, zo.forward_difference])
 def test_estimates_are_those_without_reuse(name, difference, capsys):

@@ -40,6 +40,7 @@ def test_offloaded_weights_are_perturbed_where_they_are_used(dtype, sampler):
     assert torch.equal(offloaded(IDS), plain(IDS))
 
 
+@pytest.mark.sample(2)
 @each_dtype
 @pytest.mark.parametrize("rounding", list(zo.Rounding))
 def test_steps_update_offloaded_weights_as_they_do_others(dtype, rounding):

@@ -56,6 +56,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.sample(2)
 @each_half
 @each_sampler
 @pytest.mark.parametrize("options", [{}, {"transform": copied_identity}], ids=["fused", "general"])

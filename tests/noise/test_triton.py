@@ -55,6 +55,7 @@ def triton_backend(monkeypatch):
         yield
 
 
+@pytest.mark.sample(1)
 @each_stream
 def test_the_tables_of_a_captured_pass_are_rebound_to_other_directions(stream):
     """As a replay does, the second pass sends the tables of the seeds that were captured."""
@@ -194,6 +195,7 @@ def test_add_equals_the_reference_bit_for_bit(dtype, stream, rounding_seed, star
     assert torch.equal(bits(x), bits(expected))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
 @each_stream
 @pytest.mark.parametrize(("start", "scale"), [(0, 0.25), (130, -0.0), (STARTS[2], -3e-4)])

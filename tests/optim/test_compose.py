@@ -81,7 +81,7 @@ def begin(model, method, setting, **options):
     return method(model, **options)
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("setting", SETTINGS)

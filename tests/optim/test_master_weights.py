@@ -72,6 +72,7 @@ def run(model, method, data, lr, steps):
     return optimizer
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("method", "lr"), [("fo_sgd", 1e-3), ("fo_adam", 1e-5)])
 def test_steps_are_those_of_float32_weights(dtype, method, lr):

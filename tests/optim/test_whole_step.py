@@ -70,6 +70,7 @@ def same(one, other):
     return one == other
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), MemoryError()], ids=repr)
 def test_an_error_in_any_evaluation_undoes_the_step(name, error, tmp_path):

@@ -52,7 +52,7 @@ def name_of(options):
     return "-".join(map(str, options.values()))
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     "options", [*RUNS, *(pytest.param(options, marks=pytest.mark.slow) for options in MORE)], ids=name_of
 )
@@ -76,7 +76,7 @@ def test_a_run_takes_the_passes_tunes_the_numbers_and_keeps_the_state_that_were_
     assert foretold.memory.state == size == state_bytes(optimizer, made)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["full", "head", "lora", "prefix", "prompt"])
 def test_a_skeleton_has_the_models_shapes_and_no_weight(family, tuning):
     options = TrainConfig(model=f"random:{family}-tiny", task="sst2", tuning=tuning, device="cpu")

@@ -11,6 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
+from operator import is_
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
@@ -203,7 +204,7 @@ class ParameterInterceptor(Interceptor, ABC):
             return like(value, found) if is_distributed(value) else found
         if isinstance(value, (list, tuple)):
             replaced = [self.replace(v) for v in value]
-            if all(new is old for new, old in zip(replaced, value, strict=True)):
+            if all(map(is_, replaced, value)):
                 return value
             return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
         if isinstance(value, dict):

@@ -318,9 +318,13 @@ def _meet(timeout: float) -> Any:
     limit = timedelta(seconds=timeout)
     try:
         found, rank, size = _rendezvous(limit)
-        # Each meeting has keys of its own.
-        store = PrefixStore(f"meeting {next(_MEETINGS)}", found)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # Each meeting has keys of its own; torchrun keeps its store when it starts the processes again.
+        store = PrefixStore(f"zotune/{_number('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_MEETINGS)}", found)
+        backend = "gloo"
+        if torch.cuda.is_available():
+            # Each process of a machine has a GPU of its own, which "cuda" then names.
+            torch.cuda.set_device(_number("LOCAL_RANK", rank) % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"

@@ -197,6 +197,7 @@ def test_the_loss_over_a_vocabulary_has_the_same_tangent_in_pieces(data):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.sample(1)
 @each_sampler
 @pytest.mark.parametrize("num_directions", [300, pytest.param(1500, marks=pytest.mark.slow)])
 def test_the_mean_over_directions_is_the_gradient(sampler, num_directions):
@@ -225,6 +226,7 @@ def test_an_estimate_averages_over_directions_and_reports_the_loss_at_x():
     assert found.loss == pytest.approx(float(loss_of(model.eval()).detach()), rel=1e-12)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("partition", [blocks_by_layer, blocks_by_linear])
 def test_directions_within_blocks_are_averaged_block_by_block(partition):
     model = network()

@@ -107,6 +107,7 @@ def skip_unsupported(family, tuning):
         pytest.skip("peft has no such adapter for masked language models")
 
 
+@pytest.mark.sample(5)
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
 @each_family
 @each_tuning
@@ -121,7 +122,7 @@ def test_coefficient_equals_torchs_jvp_and_autograds_product_in_double_precision
     assert found == pytest.approx(by_autograd(model, u), **close)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_family
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_under_autocast_the_coefficient_is_that_of_single_precision_to_half_prec
         assert found == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @each_family
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_check_passes_on_every_family_and_precision(family, dtype):

@@ -43,6 +43,7 @@ def flags(options):
     return [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("rows", "family", "options"),
     [
@@ -225,6 +226,7 @@ def test_a_folder_is_that_of_the_command_line_and_loads_again(loaded, tmp_path, 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["lora", "full", "prefix"])
 def test_an_offloaded_model_gives_the_bits_of_one_in_memory(loaded, tuning):
     plain, tokenizer = loaded()

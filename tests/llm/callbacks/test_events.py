@@ -217,6 +217,7 @@ def test_fractions_of_all_steps_are_those_of_transformers(config, tmp_path):
     assert [saved[name] for name in ("logging_steps", "eval_steps", "save_steps")] == [3, 4, 3]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [{}, {"method": "fo_sgd"}, {"eval_steps": 1, "load_best_model_at_end": True}],

@@ -107,6 +107,7 @@ def test_tokens_without_an_embedding_are_refused(base, tmp_path):
     refused(tmp_path / "a", r"has 335 tokens, but the embedding of .* has 320 rows")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("options", "drop"),
     [
@@ -164,6 +165,7 @@ def test_runs_beside_other_frozen_weights_are_not_merged(base, tmp_path, config)
         Merge("average", (find_ledger(one), find_ledger(two)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("tuning", ["full", "head"])
 def test_whole_tuning_of_an_adapters_folder_saves_what_it_tuned(tuning, base, tmp_path, config):
     made = adapter(base, tmp_path / "a", target_modules=["k_proj", "down_proj"])
@@ -223,7 +225,7 @@ TIED = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", TIED)
 def test_a_merged_model_computes_what_the_adapted_one_does(name, base, tmp_path, config):
     options = {"tuning": "peft", "peft_type": "lora", "peft_config": json.dumps({"r": 4, **TIED[name]})}
@@ -259,6 +261,7 @@ def test_an_initialisation_that_loading_cannot_repeat_is_refused(init, base, tmp
     refused(tmp_path / "a", "onto another base than it was tuned on|no configuration of an adapter")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])
 def test_other_initialisations_are_saved_as_they_were_evaluated(init, base, config, rows_file):
     settings = {"init_lora_weights": init, "target_modules": ["q_proj", "v_proj"], "r": 2}

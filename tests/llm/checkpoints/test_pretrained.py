@@ -166,6 +166,7 @@ def test_the_context_is_the_longest_sequence_that_can_be_read(family, tmp_path):
         run.module(torch.full((1, run.context + 1), 7))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "tuning", ["lora", "prefix", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "prompt"))]
 )

@@ -16,7 +16,7 @@ from zotune.llm.config.schema import validate
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.tasks.user_data import load_user_data
 
-NUM_EXAMPLES = int(os.environ.get("ZOTUNE_FUZZ", "100"))
+NUM_EXAMPLES = int(os.environ.get("ZOTUNE_FUZZ", "60"))
 
 
 def fuzz(share=1.0):

@@ -19,7 +19,7 @@ from zotune.errors import UsageError
 from zotune.llm.data.readers import read_located_rows, read_rows
 
 FUZZ = settings(
-    max_examples=int(os.environ.get("ZOTUNE_FUZZ", "100")),
+    max_examples=int(os.environ.get("ZOTUNE_FUZZ", "60")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

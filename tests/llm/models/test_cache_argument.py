@@ -190,6 +190,7 @@ def test_a_copy_of_a_model_that_takes_either_name_runs_on_its_own_weights():
 # Text behind virtual tokens --------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(3)
 @each_family
 @pytest.mark.parametrize("tuning", ["prompt", "prefix"])
 @pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "drawn"])
@@ -204,6 +205,7 @@ def test_text_behind_virtual_tokens_is_that_of_a_full_pass_for_each_token(small,
     assert expected != [continued(lm, p, lambda ids: lm.base(ids, use_cache=False).logits, seed) for p in prompts]
 
 
+@pytest.mark.sample(2)
 @each_family
 def test_text_behind_a_fresh_prefix_is_that_behind_the_tokens_it_was_made_of(small, kind):
     """Here no cache takes part in what is expected."""
@@ -240,6 +242,7 @@ def test_generation_counts_a_pass_for_each_new_token_of_each_length(small, kind)
 # Prompts that are computed once ----------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @each_family
 @pytest.mark.parametrize("seed", [None, 5], ids=["greedy", "drawn"])
 def test_text_behind_reused_prompts_is_that_of_a_full_pass_for_each_token(small, kind, seed):

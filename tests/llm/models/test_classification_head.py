@@ -26,6 +26,7 @@ def tuning_of(out, **options):
     return TrainConfig(**plain, **options, **OPTIONS)
 
 
+@pytest.mark.sample(4)
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sst2", "sst5", "snli", "mnli", "trec", "rte", "cb", "boolq"])
 def test_the_loss_is_the_cross_entropy_of_the_heads_logits(name, monkeypatch):
@@ -56,6 +57,7 @@ def test_the_body_is_the_pretrained_one_and_the_head_the_seeds(tiny):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("method", ["zo_sgd", "fo_sgd"])
 def test_a_tuned_head_evaluates_as_it_did(tmp_path, zotune, tuning, method):
@@ -84,6 +86,7 @@ def test_heads_for_other_labels_or_prompts_are_refused(tmp_path, zotune):
     assert none.code == 2 and "choices of its own" in none.err
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
 def test_virtual_tokens_before_a_head_score_as_plain_peft_and_train(tmp_path, tuning):

@@ -68,7 +68,7 @@ def made_by_peft(base, folder, **options):
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_on_an_adapter_begins_where_the_adapter_ended(scheme, base, config, tmp_path):
     options = {"learning_rate": 1e-2, "num_dev": 3}

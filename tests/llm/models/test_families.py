@@ -40,7 +40,7 @@ def script():
     del sys.modules[spec.name]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", SAMPLE)
 def test_what_is_saved_is_what_was_measured(family, script):
     kind = next(kind for kind, members in KINDS.items() if family in members)

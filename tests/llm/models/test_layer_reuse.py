@@ -71,7 +71,7 @@ def change_tuned(lm):
                 p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_tuning
 @torch.no_grad()
 def test_reused_activations_give_the_plain_scores(tiny, family, tuning):
@@ -91,7 +91,7 @@ def test_reused_activations_give_the_plain_scores(tiny, family, tuning):
         assert not torch.equal(lm.score(batches[0]), before)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @each_tuning
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @torch.no_grad()

@@ -15,6 +15,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import quiet_libraries
 from zotune.llm.models.random_models import byte_tokenizer
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.quantized import backends
 
 EMBEDDINGS = {
     "llama": {"model.embed_tokens.weight"},
@@ -235,3 +236,12 @@ def test_tuning_nothing_is_refused_with_examples_of_names(tiny):
         prepared(tiny("llama"), tuned_parameters="bias")
     with pytest.raises(UsageError, match="nothing would be tuned"):
         prepared(tiny("llama"), tuned_parameters="embed_tokens", tuned_layers=1)
+
+
+def test_each_weight_is_looked_at_a_few_times_however_many_there_are(tiny, monkeypatch):
+    """So that to choose among the thousands of weights of a deep model takes no time."""
+    lm, looks, is_packed = tiny("llama"), [], backends.is_packed
+    monkeypatch.setattr(backends, "is_packed", lambda p: (looks.append(p), is_packed(p))[1])
+    prepare_tuning(lm, TrainConfig.model_validate({"task": "sst2"}))
+    num_weights = len([*lm.module.parameters()])
+    assert num_weights <= len(looks) <= 3 * num_weights

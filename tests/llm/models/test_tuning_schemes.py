@@ -87,7 +87,7 @@ def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, famil
         assert not tuned.keys() & {id(p) for p in base.values()}
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @each_adapter
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # peft's own call
 @torch.no_grad()
@@ -284,6 +284,7 @@ def test_options_that_do_not_go_together_are_refused(zotune, short, options, sai
     assert said in answer.err
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", FIRST_ORDER)
 @each_adapter
 def test_first_order_baselines_tune_the_same_adapters(config, method, scheme, tmp_path):
@@ -301,7 +302,7 @@ def test_first_order_baselines_tune_the_same_adapters(config, method, scheme, tm
 # From the command line -------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -346,6 +347,7 @@ def card_model(folder):
     return found["model"].eval()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("model", ["random:llama-tiny", "random:roberta-tiny", "folder"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "prompt"])
 @torch.no_grad()

@@ -49,6 +49,7 @@ def test_a_checkpoint_is_the_run_of_so_many_steps(config, tmp_path, name):
     assert manifest_of(part).foreign(part) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("name", ["zo_adam, lora", "fo_adam", *SLOW])
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_end(config, tmp_path, name, elsewhere):

@@ -40,7 +40,7 @@ def plain_predictions(model, tokenizer, examples):
     return found
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_what_is_saved_loads_elsewhere_and_predicts_what_was_reported(config, tiny, causal_family, tuning, tmp_path):
     base = tiny(causal_family)

@@ -240,7 +240,7 @@ def test_the_digest_of_a_base_sees_each_of_its_packed_tensors(name, base):
     assert len(seen) == 1 + len(parts) > 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", FEW)
 def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, base, config, rows_file):
     result = train(config(**base(name), tuning="lora", learning_rate=1e-2))
@@ -253,7 +253,7 @@ def test_an_evaluation_of_a_tuned_adapter_is_on_the_base_it_was_tuned_on(name, b
     assert found["rows"].base == base(name)["model"]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["gguf", *LIBRARIES[:2]])
 def test_scales_are_tuned_and_packed_integers_are_not(name, base, config):
     options = config(**base(name), tuning="scales", learning_rate=1e-7, mu=1e-5, max_steps=3)
@@ -304,6 +304,7 @@ def test_whole_tuning_of_packed_weights_is_refused_by_name(name, base, config):
         train(config(**base(name), tuned_parameters="q_proj"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FEW)
 def test_norms_of_a_quantised_base_are_tuned(name, base, config):
     result = train(config(**base(name), tuned_parameters="norm", learning_rate=1e-3, max_steps=2))
@@ -314,6 +315,7 @@ def test_norms_of_a_quantised_base_are_tuned(name, base, config):
     assert verify(result.output_dir).different == ()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["prefix", "prompt"])
 @pytest.mark.parametrize("name", FEW)
 def test_virtual_tokens_go_before_a_quantised_model(name, tuning, base, config):

@@ -104,7 +104,7 @@ def test_objectives_that_choose_refuse_rows_without_a_choice(tmp_path, tiny, nam
         load_rows(tiny("llama"), DataOptions(eval_file=path, objective=name))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_queries": 2, "difference": "forward"}, {"blocks": "layer"}, {"tuning": "lora", "tuned_layers": 1}],
@@ -151,6 +151,7 @@ def test_what_was_tuned_on_a_reward_is_evaluated_by_it_with_demonstrations_and_p
     assert found["rows"].zero_shot is not None
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["zo_sgd", "zo_adam"])
 def test_a_run_on_a_reward_goes_on_to_the_same_bits_and_counts(tmp_path, config, reward, method):
     from safetensors.torch import load_file

@@ -79,6 +79,7 @@ def test_the_names_of_the_options_are_those_of_the_tables():
     assert set(OF_CANDIDATES) == OBJECTIVES.keys() and set(OF_ANSWERS) == REWARDS.keys()
 
 
+@pytest.mark.sample(3)
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_accuracy_is_minus_the_share_of_best_candidates_that_are_right(tiny, causal_family, batch_size, plain_score):
@@ -141,7 +142,7 @@ def sampled(lm, ids, seed, n, temperature=1.0, top_p=1.0):
     return lm.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.3, 1.0), (1.0, 0.5)])
 def test_drawn_text_is_that_of_plain_sampling_whatever_the_batch(tiny, causal_family, temperature, top_p):
     lm = tiny(causal_family)
@@ -246,6 +247,7 @@ def test_both_probes_see_the_same_completions_as_mu_vanishes(tiny, options):
     assert seen[2] != seen[3]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("scheme", ["full", "lora", "prefix", "prompt"])
 def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_family, scheme):
     """Whether what is perturbed is kept or made anew at each token; an adapter is first moved off its start."""
@@ -273,7 +275,7 @@ def test_a_probe_generates_as_the_model_with_moved_weights_does(tiny, causal_fam
         assert found != at_x or (lm.config.model_type, scheme) == ("opt", "prompt")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("room", [0, 1 << 24])
 @pytest.mark.parametrize("options", [{"tuning": "lora"}, {"tuning": "full"}], ids=lambda o: o["tuning"])
 def test_text_from_kept_prompts_is_that_of_whole_passes(tiny, causal_family, options, room):
@@ -361,7 +363,7 @@ def test_small_displaced_tensors_are_made_once_however_often_they_are_read(tiny,
     assert found[1 << 24][1] <= 2 * len(tuned) < found[0][1]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", ZEROTH_ORDER)
 @pytest.mark.parametrize(
     "options",

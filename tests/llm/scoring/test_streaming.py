@@ -24,6 +24,7 @@ def tuned(tiny):
     return make
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
 @pytest.mark.parametrize("scheme", [None, "lora", "prefix", "prompt"])
 def test_the_pieces_are_the_text(tuned, family, scheme):

@@ -208,6 +208,7 @@ def test_a_head_in_parts_is_perturbed_as_the_whole(tiny, causal_family, few_logi
         assert (lm.score(batch) - found[1])[:, :2].abs().max() > 1e-4
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", ["zo_sgd", "fo_sgd"])
 @pytest.mark.parametrize("task", ["copa", "winogrande", "squad", "record"])
 def test_tasks_of_teacher_forcing_train_end_to_end(tmp_path, task, method):

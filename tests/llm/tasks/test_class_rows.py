@@ -84,7 +84,7 @@ def plain_loss(model, folder):
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["full", "head", "lora"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
 def test_a_classifier_is_tuned_on_own_rows_and_saved_for_plain_transformers(family, tuning, tmp_path, rows, config):

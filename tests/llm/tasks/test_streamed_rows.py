@@ -87,6 +87,7 @@ def test_a_streamed_run_resumes_to_the_same_bits(zotune, short, tmp_path, monkey
     assert said.code == 2 and "num_train" in said.err
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     ("options", "num_rows", "num_steps"),
     [

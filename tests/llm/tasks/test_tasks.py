@@ -163,6 +163,7 @@ def test_shipped_rows_have_the_stated_sizes_and_every_label(name):
     assert (TASKS[name].measure is evaluate_answers) == all(e.answers for e in examples)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", TASKS)
 def test_default_sizes_and_order_of_a_whole_split_are_the_protocols(name, tmp_path):
     """With as many rows as the public splits have (at most 3,000), each marked by its number."""
@@ -299,6 +300,7 @@ def test_first_texts_of_masked_models_are_cut_at_the_right(tiny):
     assert encoded.candidates[0].positions == (ids.index(lm.tokenizer.mask_token_id),)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", ["rte", "copa", "winogrande", "sst5", "trec", "wsc", "cb"])
 @torch.no_grad()
 def test_scores_of_real_rows_are_one_by_one_scores(tiny, causal_family, plain_score, name):
@@ -327,6 +329,7 @@ def test_masked_scores_of_real_rows_are_one_by_one_scores(tiny, name):
         torch.testing.assert_close(row - row[0], logits[words] - logits[words[0]], rtol=0, atol=1e-5)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "n"),
     [

@@ -120,6 +120,7 @@ def model(request, tiny, tmp_path):
     return folder
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["capitals.jsonl", "support.jsonl", "consequences.jsonl"])
 def test_training_on_each_shape_reports_what_an_evaluation_of_the_folder_finds(zotune, tmp_path, name, model):
     """Trained as little as can be; the evaluation is told nothing but the folder and the rows."""

@@ -175,6 +175,7 @@ def test_several_tasks_are_each_alone(zotune):
     assert re.fullmatch(r"sst2:\naccuracy .*\ncopa:\naccuracy .*\n", said)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("tuning", ["full", "lora", "prompt"])
 def test_zero_shot_is_the_base_of_what_was_tuned_on_the_same_rows(config, own, tmp_path, tuning):
     made = config(tuning=tuning, max_steps=4, learning_rate=0.5, template="{text} is", num_dev=6)

@@ -250,6 +250,7 @@ class Full:
     flush = isatty = lambda self: self.write("")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left"), BrokenPipeError(), ValueError("closed"), None], ids=str
 )

@@ -103,7 +103,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_end(config, tmp_path, name, cut)
     assert_same_run(whole, part)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_steps", [2, 3])
 @pytest.mark.parametrize(
     "name", ["full, bfloat16, linear", "adam", "adam, window", "masks by magnitude", "random masks"]
@@ -220,6 +220,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, tmp_path, rows_file, kind):
     options = {**FIRST_ORDER_OPTIONS, **KINDS[kind]}
@@ -237,6 +238,7 @@ def test_a_run_without_a_ledger_notices_other_rows_and_changes_nothing(config, t
     assert train(config(**{**options, "max_steps": 6}, resume=True)).num_steps == 6
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [*KINDS, "lora"])
 def test_a_run_without_a_ledger_notices_another_base_model(config, tmp_path, tiny, kind):
     lm, base = tiny("llama"), tmp_path / "base"

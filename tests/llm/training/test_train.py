@@ -120,6 +120,7 @@ def test_a_step_is_its_formula(config, tiny, tmp_path, difference, plain_score):
         torch.testing.assert_close(tuned[name], before - lr * c * part[name], rtol=0, atol=abs(lr * c) * 1e-3)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulated_batches_are_one_large_batch(config, tmp_path, method):
     options = {"method": method, "max_steps": 4, "learning_rate": 1e-3, "num_dev": 0}
@@ -252,6 +253,7 @@ def test_small_steps_on_one_batch_lower_its_loss(config, tmp_path, method):
     assert all(later < earlier for earlier, later in itertools.pairwise(smoothed))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{"tuned_layers": 1}, {"tuning": "lora", "tuned_layers": 1}])
 def test_reusing_activations_changes_no_result(config, tmp_path, options):
     for on in (False, True):

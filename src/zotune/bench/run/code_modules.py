@@ -116,6 +116,7 @@ class Package:
             parts = path.relative_to(folder).with_suffix("").parts
             inner = parts[:-1] if parts[-1] == "__init__" else parts
             self._paths[".".join([self.name, *inner])] = path
+        self._folders = {name for path in self._paths for name in _above(path)}
         self._modules: dict[str, Module] = {}
 
     @cached_property
@@ -129,7 +130,7 @@ class Package:
             if name in self._paths:
                 is_package = self._paths[name].name == "__init__.py"
                 self._modules[name] = Module(name, is_package, self.sources[name])
-            elif any(path.startswith(f"{name}.") for path in self._paths):
+            elif name in self._folders:
                 self._modules[name] = Module(name, True, "")
         return self._modules.get(name)
 
@@ -163,6 +164,12 @@ class Package:
                 return Target(rest=tuple(rest))
             module, rest = self.module(inner), after
         return Target(module=module, rest=tuple(rest))
+
+
+def _above(name: str) -> Iterator[str]:
+    """The dotted names of the packages above a module."""
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
 
 
 def joined(path: str, attributes: Sequence[str]) -> str:

@@ -41,15 +41,12 @@ def lowest_tuned_layer(model: nn.Module) -> int:
     The modules after the stack (final norm, an untied head) count as above it.
     """
     path, layers = stack_of(model)
-    lowest = len(layers)
-    below = parameters_below(model, layers)
-    for tensor in ParameterSet(model):
-        places = [name for name, p in model.named_parameters(remove_duplicate=False) if p is tensor.parameter]
-        for place in places:
-            if place.startswith(f"{path}."):
-                lowest = min(lowest, int(place[len(path) + 1 :].split(".")[0]))
-        if id(tensor.parameter) in below:
-            return 0
+    tuned = {id(tensor.parameter) for tensor in ParameterSet(model)}
+    if tuned & parameters_below(model, layers):
+        return 0
+    places = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in tuned]
+    inside = [place.removeprefix(f"{path}.") for place in places if place.startswith(f"{path}.")]
+    lowest = min((int(place.split(".")[0]) for place in inside), default=len(layers))
     return lowest and min(lowest, _lowest_read(model))
 
 

@@ -73,9 +73,10 @@ def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
         raise UsageError(f"tuned_parameters is no regular expression: {config.tuned_parameters!r} ({error}).") from None
     check_pattern(pattern.pattern, "tuned_parameters")
     names = [name for name, _ in lm.module.named_parameters()]
+    all_quantised = config.tuned_parameters is None and is_quantised(lm.base)
     for name, p in _candidates(lm, config):
         if pattern.search(name):
-            if is_packed(p) or (config.tuned_parameters is None and is_quantised(lm.base)):
+            if all_quantised or is_packed(p):
                 raise UsageError(_packed_message(name, p, config))
             p.requires_grad_(True)
     if not any(p.requires_grad for p in lm.module.parameters()):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
 
 import torch
 
 import zotune
+from zotune.system.libraries import library_version
 
 
 def environment() -> dict[str, str]:
@@ -16,7 +16,7 @@ def environment() -> dict[str, str]:
     return {
         "zotune": zotune.__version__,
         "torch": torch.__version__,
-        **{name: version(name) for name in libraries},
+        **{name: library_version(name) for name in libraries},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_threads": str(torch.get_num_threads()),

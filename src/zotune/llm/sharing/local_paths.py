@@ -109,6 +109,8 @@ def text_without_paths(text: str) -> str:
     >>> text_without_paths("read from /tmp/a/rows.jsonl at https://example.org/a/b; answer /no_think")
     'read from rows.jsonl at https://example.org/a/b; answer /no_think'
     """
+    if "/" not in text and Path.home().is_absolute():  # as most lines of metrics.jsonl
+        return text
     for home in _homes():  # first, as a comma behind it would count as a part of it
         text = re.sub(rf"(?<![\w./]){_named(str(home))}(?!/)", "~", text)
     for root in roots():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import frozen_tensors, packed_names
 from zotune.model.parameters import ParameterSet
+from zotune.system.libraries import library_version
 
 # Options on which the weights do not depend, so they may differ between the parts of a run, and no ledger holds them.
 FREE_OPTIONS = frozenset(
@@ -81,7 +81,7 @@ def architecture_of(lm: LanguageModel) -> str:
     state = {} if packed_names(lm.base) else lm.base.state_dict()
     names = sorted(state.keys() - parameters)
     digest = combined_digest([plain, *names], digests_of(state[name] for name in names))
-    return f"transformers {version('transformers')}: {digest}"
+    return f"transformers {library_version('transformers')}: {digest}"
 
 
 # Entries of a configuration that say where it is from and how it was loaded; the other checks cover the dtype.

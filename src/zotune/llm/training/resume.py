@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,7 @@ from zotune.messages import say
 from zotune.model.parameters import ParameterSet
 from zotune.model.shards import gathered
 from zotune.optim.zeroth_order import ZerothOrder
+from zotune.system.libraries import library_version
 
 _START_AGAIN = "choose another --output-dir, or start again with --overwrite-output-dir."
 
@@ -306,5 +306,5 @@ def _description(config: TrainConfig, origin: Mapping[str, str]) -> dict[str, An
         **origin,
         "schedule": {"kind": config.lr_scheduler_type, **end},
         "tuning": config.tuning,
-        "versions": {"zotune": zotune.__version__, **{name: version(name) for name in libraries}},
+        "versions": {"zotune": zotune.__version__, **{name: library_version(name) for name in libraries}},
     }

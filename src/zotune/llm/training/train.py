@@ -240,7 +240,7 @@ def tune(
     config = _with_found_rate(lm, rows, config, scorer, output)
     with closing(Run(lm, rows, config, scorer, output, callbacks)) as run:
         result = _train(run, config.model_copy(update=NEW_RUN))
-    if result.stopped_by is None:
+    if result.stopped_by is None and lm.mesh.processes.is_first:
         upload_after(config, result.output_dir)
     return result
 

@@ -14,6 +14,7 @@ RUNS = {
     "full": {"method": "zo_adam", "tuning": "full", "learning_rate": 1e-4, "num_queries": 2},
     "lora": {"method": "forward_grad", "learning_rate": 1e-3},
     "conservative": {"method": "zo_sgd_cons", "learning_rate": 1e-3, "difference": "forward"},
+    "directions": {"method": "zo_sgd_cons", "learning_rate": 1e-3, "num_queries": 2},
     "reward": {"objective": "accuracy", "learning_rate": 1e-2},
     "blocks": {"blocks": "layer", "tuning": "full", "learning_rate": 1e-5},
     "hybrid": {"hybrid_layers": 1, "hybrid_method": "fo_adam", "tuning": "full", "hybrid_learning_rate": 1e-3},
@@ -50,7 +51,9 @@ def test_a_run_of_several_processes_writes_the_files_of_one(options, tmp_path, s
     names = list(RUNS) if size == 2 else ["full", "best"]
     for name in names:
         train(TrainConfig(**options(name, tmp_path / f"{name}-1")))
-    many_processes.run(size, many_cases.train_runs, [options(name, tmp_path / f"{name}-N") for name in names])
+    more = {"directions": {"parallel": "query=2"}}
+    runs = [options(name, tmp_path / f"{name}-N", **more.get(name, {})) for name in names]
+    many_processes.run(size, many_cases.train_runs, runs)
     for name in names:
         one, other = (many_cases.written_by(tmp_path / f"{name}-{n}") for n in ("1", "N"))
         assert other == one, name
@@ -65,3 +68,25 @@ def test_a_run_resumes_with_another_number_of_processes(options, tmp_path):
     whole, resumed = many_cases.written_by(tmp_path / "whole"), many_cases.written_by(parts)
     assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
     assert json.loads((parts / "results.json").read_text())["num_steps"] == 4
+
+
+def test_an_evaluation_of_several_processes_is_that_of_one(rows_file):
+    common = {"device": "cpu", "dtype": "float32", "per_device_eval_batch_size": 2}
+    cases = [
+        {"model": "random:roberta-tiny", "task": "trec", "num_eval": 7, **common},
+        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, **common},
+        {"model": "random:gpt2-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
+    ]
+    alone = many_cases.evaluated(cases)
+    assert many_processes.run(3, many_cases.evaluated, cases) == [alone] * 3
+
+
+def test_a_loaded_model_is_tuned_in_python_by_several_processes():
+    rows = [
+        {"text": text, "label": "yes" if i % 2 else "no"} for i, text in enumerate(["dull", "fine", "warm film"] * 3)
+    ]
+    *alone, was_called = many_cases.tuned_in_python(rows)
+    assert alone[1] == 2
+    first, second = many_processes.run(2, many_cases.tuned_in_python, rows)
+    assert [*first] == [*alone, was_called]
+    assert [*second] == [*alone, False]

@@ -14,6 +14,7 @@ CASES = [
     *((name, torch.bfloat16, "batched") for name in ("zo_sgd", "zo_adam", "forward_grad", "sparse")),
     *((name, torch.float32, "plain") for name in ("zo_sgd", "one-sided", "zo_sgd_cons", "blocks")),
     ("zo_sgd", torch.float32, "accuracy"),
+    ("zo_adam", torch.float32, "partly separable"),
     ("zo_adam", torch.float64, "plain"),
 ]
 
@@ -23,6 +24,7 @@ def one_process(cases):
     return [many_cases.steps_of(name, 1, 1, dtype, kind) for name, dtype, kind in cases]
 
 
+@pytest.mark.filterwarnings("ignore:probes of")
 @pytest.mark.parametrize(("query", "data"), MESHES, ids=lambda n: str(n))
 def test_steps_of_a_mesh_have_the_bits_of_one_process(query, data):
     cases = CASES if (query, data) in ((1, 2), (2, 2)) else CASES[:4]
