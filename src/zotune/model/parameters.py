@@ -324,8 +324,8 @@ def _check_kind(t: TunedTensor) -> None:
         )
     if is_traceable_wrapper_subclass(p):
         raise UsageError(
-            f"{what} is a {type(t.parameter.data).__name__}, which only wraps the tensors that hold its numbers (integers, of a "
-            "quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
+            f"{what} is a {type(t.parameter.data).__name__}, which only wraps the tensors that hold its numbers "
+            "(integers, of a quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
         )
     if p.dtype not in FLOATING or p.layout is not torch.strided:
         which = f"dtype {p.dtype}" if p.dtype not in FLOATING else f"layout {p.layout}"

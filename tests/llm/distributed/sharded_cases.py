@@ -1,5 +1,6 @@
 """What each process of a test of shards does: it takes steps with a sharded model and compares it with a plain one."""
 
+import pickle
 from functools import partial
 
 import sharded_models as models
@@ -9,11 +10,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import many_processes
 import zotune as zo
 from zotune.apply.line_search import conservative
 from zotune.apply.transforms import adam
 from zotune.ledger.replay import describe_tensors
 from zotune.model.shards import gathered, whole
+from zotune.system.processes import joined
+
+
+def run(function, size, *args):
+    """What `function(mesh, *args)` returns in each of `size` processes, by rank."""
+    return [pickle.loads(found) for found in many_processes.run(size, _on_mesh, function, pickle.dumps(args))]
+
+
+def _on_mesh(function, args):
+    with joined(60) as processes:
+        return pickle.dumps(function(init_device_mesh("cpu", (processes.size,)), *pickle.loads(args)))
+
 
 HALF = torch.bfloat16
 ADAM = partial(adam, beta1=0.9, beta2=0.99, eps=1e-8)

@@ -7,7 +7,7 @@ import pytest
 import sharded_cases as cases
 import sharded_models as models
 import torch
-from processes import run
+from sharded_cases import run
 
 import zotune as zo
 
