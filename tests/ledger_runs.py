@@ -30,6 +30,34 @@ METHODS = {
     "forward gradient": lambda m, **o: zo.forward_grad(m, lr=2e-2, **o),
 }
 
+# Methods beyond the paper; those of the second table make directions of a shape of their own.
+LATER = {
+    "fzoo": lambda m, **o: zo.fzoo(m, lr=5e-3, mu=1e-2, num_queries=4, **o),
+    "randopt": lambda m, **o: zo.randopt(m, lr=0.05, mu=0.05, num_queries=4, keep=2, **o),
+    "one block": lambda m, **o: zo.block_coordinate(m, lr=2e-2, mu=1e-2, num_queries=2, **o),
+    "one block, adaptive, unbiased": lambda m, **o: zo.block_coordinate(
+        m, lr=1e-2, mu=1e-2, choice="adaptive", unbiased=True, blocks=zo.blocks_by_linear(m), **o
+    ),
+}
+IN_SUBSPACES = {
+    "subzero": lambda m, **o: zo.subzero(m, lr=2e-2, mu=1e-2, rank=2, interval=3, num_queries=2, **o),
+    "lozo": lambda m, **o: zo.lozo(m, lr=2e-2, mu=1e-2, interval=3, scale="sum", **o),
+    "lozo, momentum, decay": lambda m, **o: zo.lozo(m, lr=2e-2, mu=1e-2, interval=3, beta=0.8, weight_decay=0.1, **o),
+    "zo_muon": lambda m, **o: zo.zo_muon(m, lr=2e-2, mu=1e-2, rank=3, interval=3, vector_lr=1e-2, **o),
+    "mopi, blocks": lambda m, **o: zo.mopi(
+        m,
+        lr=2e-2,
+        mu=1e-2,
+        rank=3,
+        interval=3,
+        top=2,
+        num_queries=2,
+        vector_lr=1e-2,
+        blocks=zo.blocks_by_linear(m),
+        **o,
+    ),
+}
+
 
 def network(dtype=torch.float32):
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zotune.directions.samplers import gaussian as gaussian
     from zotune.directions.samplers import rademacher as rademacher
     from zotune.directions.sparse import sparse as sparse
+    from zotune.directions.subspace import subspace as subspace
     from zotune.errors import NonFiniteLossError as NonFiniteLossError
     from zotune.errors import RunError as RunError
     from zotune.errors import UnreadTensorError as UnreadTensorError
@@ -49,13 +50,22 @@ if TYPE_CHECKING:
     from zotune.estimate.objective import batched as batched
     from zotune.estimate.per_example.objective import per_example as per_example
     from zotune.estimate.perturb import perturbed as perturbed
-    from zotune.methods.paper import METHODS as METHODS
+    from zotune.methods.block_coordinate import block_coordinate as block_coordinate
+    from zotune.methods.block_coordinate import dominant_layer as dominant_layer
+    from zotune.methods.fzoo import fzoo as fzoo
+    from zotune.methods.lozo import lozo as lozo
+    from zotune.methods.mopi import mopi as mopi
     from zotune.methods.paper import forward_grad as forward_grad
     from zotune.methods.paper import zo_adam as zo_adam
     from zotune.methods.paper import zo_sgd as zo_sgd
     from zotune.methods.paper import zo_sgd_cons as zo_sgd_cons
     from zotune.methods.paper import zo_sgd_mmt as zo_sgd_mmt
     from zotune.methods.paper import zo_sgd_sign as zo_sgd_sign
+    from zotune.methods.randopt import majority as majority
+    from zotune.methods.randopt import randopt as randopt
+    from zotune.methods.subzero import subzero as subzero
+    from zotune.methods.table import METHODS as METHODS
+    from zotune.methods.zo_muon import zo_muon as zo_muon
     from zotune.model.parameters import ParameterSet as ParameterSet
     from zotune.optim.hybrid import Hybrid as Hybrid
     from zotune.optim.hybrid import split_at_layer as split_at_layer
@@ -76,12 +86,21 @@ _MODULES = {
     "estimate.forward_mode.jvp": ("forward_gradient",),
     "estimate.forward_mode.gradient_check": ("CheckedForwardGradient",),
     "optim.hybrid": ("Hybrid", "split_at_layer"),
-    "methods.paper": ("METHODS", "forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "methods.block_coordinate": ("block_coordinate", "dominant_layer"),
+    "methods.fzoo": ("fzoo",),
+    "methods.paper": ("forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "methods.lozo": ("lozo",),
+    "methods.mopi": ("mopi",),
+    "methods.randopt": ("majority", "randopt"),
+    "methods.subzero": ("subzero",),
+    "methods.table": ("METHODS",),
+    "methods.zo_muon": ("zo_muon",),
     "optim.zeroth_order": ("ZerothOrder",),
     "estimate.perturb": ("perturbed",),
     "directions.flipped": ("flipped",),
     "directions.low_rank": ("low_rank",),
     "directions.sparse": ("sparse",),
+    "directions.subspace": ("subspace",),
     "model.parameters": ("ParameterSet",),
     "apply.tensor_update": ("Rounding",),
 }

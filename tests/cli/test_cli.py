@@ -18,7 +18,7 @@ from zotune.llm.config.method import FIRST_ORDER, MethodName
 from zotune.llm.config.run import RECIPES, EvalConfig, TrainConfig, find_recipe, read_recipe
 from zotune.llm.config.schema import validate
 from zotune.llm.training.loop import Run
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -322,7 +322,7 @@ def test_steps_are_those_along_the_same_matrices_stored_whole(method):
 
     for _ in range(4):
         own = opt.directions()
-        again.directions = lambda blocks=None, own=own: [
+        again.directions = lambda blocks=None, count=None, own=own: [
             zo.Direction(u.seed, Whole(u.sampler), block) for block in blocks or [None] for u in own
         ]
         one, other = opt.step(objective(model)), again.step(objective(dense))

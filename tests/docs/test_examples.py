@@ -88,8 +88,8 @@ def test_the_function_is_minimised_at_its_minimum(said):
 def test_every_method_is_compared_at_the_same_number_of_passes(said):
     rows = {line.split()[0]: line.split() for line in said(EXAMPLES[1])[0].stdout.splitlines() if line}
     assert set(zo.METHODS) <= set(rows)
-    # One step takes at most 2q + 3 passes, q = 2, so no method overshoots by more.
-    assert {name for name in zo.METHODS if not 800 <= int(rows[name][2]) < 807} == set()
+    # One step takes at most 17 passes, those of randopt, so no method overshoots by more.
+    assert {name for name in zo.METHODS if not 800 <= int(rows[name][2]) < 817} == set()
 
 
 @pytest.mark.slow

@@ -80,6 +80,16 @@ def test_a_torn_tail_is_cut_and_damage_before_a_good_record_is_refused():
             assert len(bytes_of(steps[: len(intact)])) <= at + size < len(whole)
 
 
+def test_a_lost_or_repeated_record_is_damage():
+    steps = list(records(6))
+    whole, ends = bytes_of(steps), [len(bytes_of(steps[:i])) for i in range(7)]
+    for content in (whole[: ends[2]] + whole[ends[3] :], whole[: ends[3]] + whole[ends[2] :]):
+        with pytest.raises(DamagedLedgerError) as error:
+            parse(content, "x")
+        assert list(error.value.intact) == steps[: len(error.value.intact)]
+        assert len(error.value.intact) in (2, 3)
+
+
 def test_a_record_of_another_ledger_is_no_good_one():
     steps = list(records(3))
     other = bytes_of(steps, block="another header")

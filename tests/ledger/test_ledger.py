@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zotune as zo
-from ledger_runs import METHODS, bits_of, loss_of, network, run
+from ledger_runs import IN_SUBSPACES, LATER, METHODS, bits_of, loss_of, network, run
 from zotune.errors import RunError, UsageError
 from zotune.ledger import Header, Layout, LedgerError, LedgerWriter, StepRecord, read
 from zotune.ledger.files import parse
 from zotune.ledger.format import checksum
 from zotune.ledger.replay import header_of, record_to, replay
 
-each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+MAKES = METHODS | LATER | IN_SUBSPACES
+each_method = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -39,7 +40,8 @@ def assert_same_optimizer(one, other):
     assert same_bits(one.tuned.model, other.tuned.model)
     ours, theirs = states_of(one), states_of(other)
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(theirs[key])) for key, v in ours.items())
+    for key, v in ours.items():
+        assert torch.equal(v, theirs[key]) if isinstance(v, torch.Tensor) else v == theirs[key]
     assert (one.num_steps, one.num_skipped, one.num_forwards) == (
         other.num_steps,
         other.num_skipped,
@@ -47,7 +49,7 @@ def assert_same_optimizer(one, other):
     )
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(9)
 @each_method
 @each_dtype
 @pytest.mark.parametrize("sampler", [zo.rademacher, zo.gaussian], ids=str)
@@ -63,10 +65,10 @@ def test_replay_gives_the_weights_and_the_state_of_the_run(make, dtype, sampler,
 
 
 @pytest.mark.parametrize("rounding", ["master", "nearest", "stochastic"])
-@pytest.mark.parametrize("method", ["sgd", "momentum"])
+@pytest.mark.parametrize("method", ["sgd", "momentum", "zo_muon", "lozo, momentum, decay"])
 def test_every_rounding_is_replayed(rounding, method, tmp_path):
-    opt, base = run(METHODS[method], tmp_path / "a.zol", 8, torch.bfloat16, rounding=rounding)
-    assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, rounding=rounding), read(tmp_path / "a.zol")))
+    opt, base = run(MAKES[method], tmp_path / "a.zol", 8, torch.bfloat16, rounding=rounding)
+    assert_same_optimizer(opt, replay(MAKES[method](base, seed=3, rounding=rounding), read(tmp_path / "a.zol")))
 
 
 @pytest.mark.parametrize("mask", ["random", "magnitude"])
@@ -79,7 +81,7 @@ def test_masks_are_made_again(mask, group, interval, method, tmp_path):
     assert_same_optimizer(opt, replay(METHODS[method](base, seed=3, sampler=sampler), read(tmp_path / "a.zol")))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(9)
 @each_method
 def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_path):
     whole, base = run(make, tmp_path / "a.zol", 8)
@@ -90,10 +92,12 @@ def test_a_run_that_goes_on_after_a_replay_ends_with_the_same_bits(make, tmp_pat
     with writer:
         record_to(writer, opt)
         for step in range(5, 8):
-            rate = opt.param_groups[0]["lr"] * (1 + math.cos(0.3 * step)) / 2
-            before, opt.param_groups[0]["lr"] = opt.param_groups[0]["lr"], rate
+            before = [group["lr"] for group in opt.param_groups]
+            for group in opt.param_groups:
+                group["lr"] *= (1 + math.cos(0.3 * step)) / 2
             opt.step(loss_of(base))
-            opt.param_groups[0]["lr"] = before
+            for group, rate in zip(opt.param_groups, before, strict=True):
+                group["lr"] = rate
     assert same_bits(whole.tuned.model, base)
     assert states_of(whole).keys() == states_of(opt).keys()
     ours, theirs = read(tmp_path / "a.zol"), read(tmp_path / "b.zol")

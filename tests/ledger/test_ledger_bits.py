@@ -27,6 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 METHODS = {
     "zo_sgd": lambda m: zo.zo_sgd(m, lr=2e-2, num_queries=2, seed=3),
     "zo_adam": lambda m: zo.zo_adam(m, lr=2e-2, sampler=zo.gaussian, weight_decay=0.1, seed=3),
+    "zo_muon": lambda m: zo.zo_muon(m, lr=2e-2, rank=5, interval=3, vector_lr=1e-2, num_queries=2, seed=3),
+    "mopi": lambda m: zo.mopi(m, lr=2e-2, rank=6, interval=3, top=3, num_queries=1, weight_decay=0.1, seed=3),
+    "lozo": lambda m: zo.lozo(m, lr=2e-2, interval=3, beta=0.9, seed=3),
     "zo_sgd, masks": lambda m: zo.zo_sgd(m, lr=2e-2, sampler=zo.sparse(zo.gaussian, 0.3, group="layer"), seed=3),
 }
 

@@ -13,7 +13,7 @@ from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 from zotune.plan.dry_run import dry_run, quantiles
 from zotune.plan.live_memory import peak_of, peaks_of
 from zotune.plan.memory import state_bytes
@@ -72,6 +72,9 @@ def test_a_run_takes_the_passes_tunes_the_numbers_and_keeps_the_state_that_were_
     (optimizer,) = optimizers
     parts = [optimizer.zeroth_order, optimizer.first_order] if hasattr(optimizer, "zeroth_order") else [optimizer]
     tensors = [t for part in parts for s in part.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+    # Bases of subspaces belong to the sampler, in a run as in its prediction.
+    bases = getattr(getattr(optimizer, "sampler", None), "_bases", None)
+    tensors += [] if bases is None else bases._found.values()
     size = sum(t.nbytes for t in tensors if t.dim())
     assert foretold.memory.state == size == state_bytes(optimizer, made)
 

@@ -14,7 +14,7 @@ from zotune.llm.config.schema import validate
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load
 from zotune.llm.models.random_models import ARCHITECTURES
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 from zotune.plan.formulas import FORMULAS
 from zotune.plan.options import PlanConfig, memory_bytes
 from zotune.plan.planning import plan

@@ -13,6 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from zotune.apply.subspace import InSubspace
 from zotune.apply.transforms import State, Transform, identity
 from zotune.directions.direction import Terms
 from zotune.model.parameters import TunedTensor
@@ -41,7 +42,8 @@ class TensorUpdate:
         tensor: the tensor x.
         terms: (cᵢ, uᵢ) of ĝ.
         transform: h.
-        state: the transform's state: tensors of the tensor's shape, on the processes it is on, and plain numbers.
+        state: the transform's state: tensors of the tensor's shape, on the processes it is on, or of the subspace's, and
+            plain numbers.
         lr, weight_decay: η, λ.
         rounding_seed: seed of the stochastic rounding of half-precision weights; None for rounding to nearest.
         history: the terms of earlier steps, oldest first, from which the transform's state is computed again;
@@ -51,7 +53,7 @@ class TensorUpdate:
 
     tensor: TunedTensor
     terms: Terms
-    transform: Transform
+    transform: Transform | InSubspace
     state: State
     lr: float
     weight_decay: float
@@ -63,6 +65,11 @@ class TensorUpdate:
     def is_sum(self) -> bool:
         """Whether the step only adds the terms to the weights, so that ĝ need not be in memory."""
         return self.transform is identity and not self.weight_decay
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the transform is one of the whole tensor, so that its state has no slices."""
+        return isinstance(self.transform, InSubspace)
 
     def scaled_terms(self, scale: float) -> Terms:
         """The terms with the coefficients that are added to the weights where `is_sum`: -a η cᵢ."""
@@ -89,8 +96,10 @@ class TensorUpdate:
             torch.autograd.graph.increment_version(local(self.tensor.parameter))
 
     def state_slice(self, start: int, size: int) -> State:
-        """The kept state of elements start … start + size - 1 of those in this process."""
+        """The kept state of elements start … start + size - 1 of those in this process; all of it where `is_whole`."""
         part = slice(start, start + size)
+        if self.is_whole:
+            return self.state
         return {k: local(v).view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
 
     def of_whole(self) -> TensorUpdate:

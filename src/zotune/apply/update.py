@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zotune.apply import fused
+from zotune.apply.subspace import InSubspace, add_step, thin_step
 from zotune.apply.tensor_update import HALF, Rounding, TensorUpdate
 from zotune.apply.transforms import State, Transform
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
@@ -34,25 +35,43 @@ def updated_slice(
     if update.is_sum:
         add_terms(out, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
         return {}
+    if update.is_whole:
+        return _whole_step(update, out, x, update.state, start, scale)
     return _step(update, out, x, update.state_slice(start, x.numel()) if state is None else state, start, scale)
 
 
 def update_slice_(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State:
     """Update a flat slice in place, given the state of its elements; returns the slice's new state.
 
+    A transform of whole matrices has no slices of its state: where it advances, the slice must be all of the tensor.
     The given state may be overwritten. With a = 0 the slice stays as it is and the state advances.
     """
     if update.is_sum:
         if scale:
             add_terms(x, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
         return {}
+    if update.is_whole:
+        return _whole_step(update, x, x, state, start, scale)
     if (after := fused.fused_update_(update, x, state, start, scale)) is not None:
         return after
     return _step(update, x if scale else torch.empty_like(x), x, state, start, scale)
 
 
+def _whole_step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
+    assert isinstance(update.transform, InSubspace)
+    for terms in update.history or ():
+        _, state = thin_step(update.transform, terms, update.tensor, state, x.device)
+    step, after = thin_step(update.transform, update.terms, update.tensor, state, x.device)
+    if scale or out is not x:
+        keep = 1 - update.lr * update.weight_decay
+        place = update.tensor.id, start, update.rounding_seed
+        add_step(out, x, step, -scale * update.lr, keep, *place)
+    return after
+
+
 def _step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
     before = state if update.history is None else _state_from_history(update, start, x)
+    assert not isinstance(update.transform, InSubspace)
     step, after = update.transform(_gradient(update, update.terms, start, x), before)
     y = x.to(compute_dtype(x.dtype)) * (1 - update.lr * update.weight_decay) - scale * update.lr * step
     round_to(out, y, update.rounding_seed, update.tensor.id, start)
@@ -68,6 +87,7 @@ def _gradient(update: TensorUpdate, terms: Terms, start: int, like: Tensor) -> T
 
 def _state_from_history(update: TensorUpdate, start: int, like: Tensor) -> State:
     """The state of a slice, computed again from the terms of earlier steps."""
+    assert not isinstance(update.transform, InSubspace)
     state: State = {}
     for terms in update.history or ():
         _, state = update.transform(_gradient(update, terms, start, like), state)
@@ -80,13 +100,17 @@ def update_tensor_(update: TensorUpdate, scale: float) -> State:
         return update.state
     x = update.flat_weights()
     after: State = {}
-    size = max(1, x.numel()) if update.is_sum else limits.UPDATE_ELEMENTS
+    size = max(1, x.numel()) if update.is_sum or update.is_whole else limits.UPDATE_ELEMENTS
     for span in update.tensor.spans(0, x.numel(), size):
         own, before = x[span.local], update.state_slice(span.local.start, span.local.stop - span.local.start)
         part = span.widened(own)
-        new = update_slice_(update, part, _each_tensor(before, span.widened), span.start, scale)
+        state = before if update.is_whole else _each_tensor(before, span.widened)
+        new = update_slice_(update, part, state, span.start, scale)
         if scale and part is not own:
             own.copy_(span.narrowed(part))
+        if update.is_whole:  # which is that of the whole tensor after every span
+            after = new if update.history is None else {}
+            continue
         for key, value in _each_tensor(new, span.narrowed).items() if update.history is None else ():
             if isinstance(value, Tensor):
                 kept = after.setdefault(key, _state_tensor(update, key, value))
@@ -144,7 +168,7 @@ class Step:
     """
 
     terms: Terms
-    transform: Transform
+    transform: Transform | InSubspace
     rates: Sequence[tuple[float, float]]
     rounding: Rounding
     rounding_seed: int
@@ -162,11 +186,12 @@ class Step:
         """
         p = tensor.parameter
         lr, weight_decay = self.rates[group]
+        terms, transform = moving(self.terms, tensor.id), self.transform
         is_stochastic = p.dtype in HALF and self.rounding == Rounding.STOCHASTIC
         return TensorUpdate(
             tensor,
-            moving(self.terms, tensor.id),
-            self.transform,
+            terms,
+            transform.of(terms, tensor) if isinstance(transform, InSubspace) else transform,
             {k: v for k, v in state.items() if k != "master"},
             lr,
             weight_decay if p.dim() > 1 else 0.0,
@@ -208,7 +233,8 @@ class Updated:
             is_direct = span.runs is None and master is None
             moved = target if is_direct else torch.empty_like(own)
             before = update.state_slice(start + span.local.start, span.local.stop - span.local.start)
-            updated_slice(update, moved, own, span.start, self.scale, _each_tensor(before, span.widened))
+            state = before if update.is_whole else _each_tensor(before, span.widened)
+            updated_slice(update, moved, own, span.start, self.scale, state)
             if not is_direct:
                 target.copy_(span.narrowed(moved))
 

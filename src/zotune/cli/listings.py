@@ -35,7 +35,7 @@ def methods(args: list[str], as_json: bool) -> int:
     """List the zeroth-order methods and the first-order baselines."""
     if _shows_help("methods", "List the methods: zeroth-order ones and first-order baselines.", args):
         return 0
-    from zotune.methods.paper import METHODS
+    from zotune.methods.table import METHODS
 
     rows = {name: (method.__doc__ or "").splitlines()[0] for name, method in METHODS.items()}
     rows |= {

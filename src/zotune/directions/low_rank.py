@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zotune import noise
-from zotune.directions.samplers import Factors, Sampler
+from zotune.directions.samplers import Factors, Sampler, Subspace
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
 from zotune.model import matmul as gemm
@@ -149,10 +149,10 @@ class LowRankSampler:
         rows, columns = self.shapes[tensor_id]
         lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
         right_seed = self._right_seed_of(seed)
-        left = _drawn(self.base, self.rank, seed, tensor_id, lo, hi, device)
+        left = drawn(self.base, self.rank, seed, tensor_id, lo, hi, device)
         return Factors(
             left if self.rank == 1 else left * (1.0 / math.sqrt(self.rank)),
-            _drawn(self.base, self.rank, right_seed, tensor_id, 0, columns, device),
+            drawn(self.base, self.rank, right_seed, tensor_id, 0, columns, device),
         )
 
     def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
@@ -173,6 +173,21 @@ class LowRankSampler:
             found[i] = Factors(left.view(-1, self.rank), right.view(-1, self.rank))
         return found
 
+    def coordinates(self, seed: int, tensor_id: int, device: torch.device) -> Tensor:
+        """As `zotune.directions.samplers.SpanningSampler.coordinates`: the left factor."""
+        return self.factors(seed, tensor_id, device).left
+
+    @property
+    def shares_subspace(self) -> bool:
+        """As `zotune.directions.samplers.SpanningSampler`: that of the right factor, if directions share it."""
+        return self.right_seed is not None
+
+    def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
+        """As `zotune.directions.samplers.SpanningSampler.subspace`."""
+        seed = self.right_seed if seed is None else seed
+        assert seed is not None
+        return Subspace(seed, None, drawn(self.base, self.rank, seed, tensor_id, 0, self.shapes[tensor_id][1], device))
+
     def _right_seed_of(self, seed: int) -> int:
         return _own_right_seed(seed) if self.right_seed is None else self.right_seed
 
@@ -189,8 +204,8 @@ def _own_right_seed(seed: int) -> int:
 # Each slice of a tensor wants the same factors one after the other. Those of a whole step are not kept: small tensors
 # that stay, between activations that go, leave holes in the heap.
 @lru_cache(maxsize=4)
-def _drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
-    """Rows lo … hi - 1 of a matrix of `rank` columns, drawn from `base`."""
+def drawn(base: Sampler, rank: int, seed: int, tensor_id: int, lo: int, hi: int, device: torch.device) -> Tensor:
+    """Rows lo … hi - 1 of a matrix of `rank` columns, drawn from `base`. Callers must not write into it."""
     found = torch.empty((hi - lo, rank), dtype=torch.float32, device=device)
     base.fill(found.view(-1), seed, tensor_id, lo * rank)
     return found
@@ -221,8 +236,13 @@ class LowRank(ScheduledSampler):
         return {"rank": self.rank, "interval": self.interval}
 
     def _factored(self, tuned: ParameterSet, right_seed: int | None) -> LowRankSampler:
-        shapes = {t.id: t.parameter.shape for t in tuned if t.parameter.dim() > 1 and t.parameter.numel()}
-        return LowRankSampler(self.base, self.rank, right_seed, {i: (s[0], s[1:].numel()) for i, s in shapes.items()})
+        return LowRankSampler(self.base, self.rank, right_seed, matrix_shapes(tuned))
+
+
+def matrix_shapes(tuned: ParameterSet) -> dict[int, tuple[int, int]]:
+    """By tensor id, (m, n) of the tuned matrices; a tensor of more dimensions is one of shape[0] rows."""
+    shapes = {t.id: t.parameter.shape for t in tuned if t.parameter.dim() > 1 and t.parameter.numel()}
+    return {i: (s[0], s[1:].numel()) for i, s in shapes.items()}
 
 
 def low_rank(base: Sampler, rank: int = 1, *, interval: int = 1) -> LowRank:

@@ -6,6 +6,7 @@ what else a sampler can do; this module alone looks for them:
     kernel                the stream of the noise specification whose kernels make the numbers (`kernel_of`)
     part(tensor_id)       the sampler of one tensor's part, where tensors have samplers of their own (`part_of`)
     factors(…), together  the thin factors of a matrix's part, for products without the matrix (`factored`)
+    subspace, coordinates the subspace that a matrix's parts share for some steps, and where in it one is (`spanning`)
     add(out, x, …)        x plus a sum of many directions in one pass (`adding`)
 """
 
@@ -63,6 +64,48 @@ class FactoredSampler(Sampler, Protocol):
         """The factors of many matrices' parts in one allocation; empty if that would be large."""
 
 
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The matrices s L Z Rᵀ, for all small Z.
+
+    Attributes:
+        seed: names the subspace: its bases are made from it.
+        left: L, (m, r), float32; None for the identity.
+        right: R, (n, r), float32; None for the identity.
+        scale: s.
+    """
+
+    seed: int
+    left: Tensor | None
+    right: Tensor | None
+    scale: float = 1.0
+
+    def lifted(self, z: Tensor) -> Factors:
+        """The thin factors of s L Z Rᵀ, in the precision of Z; sums are in the order of the columns."""
+        if self.left is None:
+            assert self.right is not None
+            return Factors(z * self.scale if self.scale != 1 else z, self.right.to(z.dtype))
+        left = self.left.to(z.dtype)
+        if self.right is None:
+            return Factors(left * self.scale if self.scale != 1 else left, z.t().contiguous())
+        thin = left[:, :1] * z[:1]
+        for k in range(1, z.shape[0]):
+            thin += left[:, k : k + 1] * z[k : k + 1]
+        return Factors(thin * self.scale, self.right.to(z.dtype))
+
+
+class SpanningSampler(Sampler, Protocol):
+    """A sampler whose directions of some steps may share a subspace."""
+
+    shares_subspace: bool
+
+    def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
+        """The present subspace of a matrix, or the one of an earlier `seed`."""
+
+    def coordinates(self, seed: int, tensor_id: int, device: torch.device) -> Tensor:
+        """Z of one direction's part for a matrix: float32; callers must not write into it."""
+
+
 @dataclass(frozen=True)
 class PhiloxSampler:
     """A sampler with kernels of its own: `kernel` is its stream of the noise specification, `zotune.noise.spec`."""
@@ -106,6 +149,11 @@ def part_of(sampler: Sampler, tensor_id: int) -> Sampler:
 def factored(sampler: Sampler) -> FactoredSampler | None:
     """The sampler as one that knows the thin factors of matrices; None where it does not."""
     return cast(FactoredSampler, sampler) if hasattr(sampler, "factors") else None
+
+
+def spanning(sampler: Sampler) -> SpanningSampler | None:
+    """The sampler as one whose directions of some steps share a subspace; None where they do not."""
+    return cast(SpanningSampler, sampler) if getattr(sampler, "shares_subspace", False) else None
 
 
 class AddingSampler(Sampler, Protocol):

@@ -2,6 +2,7 @@
 
 An estimator is a function of these three. Optional members say what else it can do; this module alone looks for them:
 
+    passes                         how often it evaluates the objective: for each direction, and at x
     has_scalars                    its estimates carry scalars besides coefficients
     num_groups(learned, closure)   the directions that one query has, each for a group of the examples
     rate(learned, closure)         a factor of the learning rates that follows what it has learned
@@ -13,12 +14,36 @@ know it too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes(each: int, at_x: int = 0) -> Callable[[F], F]:
+    """A decorator: the estimator evaluates the objective `each` times for a direction, and `at_x` times at x."""
+
+    def declare(estimator: F) -> F:
+        vars(estimator)["passes"] = each, at_x
+        return estimator
+
+    return declare
+
+
+def passes_of(estimator: Any) -> tuple[int, int]:
+    """How often an estimator evaluates the objective: for each direction, and at x.
+
+    >>> from zotune.estimate.finite_difference import forward_difference
+    >>> passes_of(partial(forward_difference, mu=1e-3))
+    (1, 1)
+    """
+    found: tuple[int, int] = unbound(estimator).passes
+    return found
 
 
 def unbound(estimator: Any) -> Any:

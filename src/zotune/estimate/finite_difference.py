@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from zotune.directions.direction import Direction
 from zotune.estimate.estimate import GradientEstimate, averaged
+from zotune.estimate.estimators import takes
 from zotune.estimate.objective import Closure, probing, read
 from zotune.estimate.probes import values_at
 from zotune.model.parameters import ParameterSet
@@ -18,6 +19,7 @@ from zotune.model.parameters import ParameterSet
 Estimator = Callable[[Closure, ParameterSet, Sequence[Direction]], GradientEstimate]
 
 
+@takes(each=2)
 def central_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:
@@ -43,6 +45,7 @@ def central_difference(
     return GradientEstimate(sum(values) / (2 * q), terms, num_forwards=2 * q)
 
 
+@takes(each=1, at_x=1)
 def forward_difference(
     closure: Closure, tuned: ParameterSet, directions: Sequence[Direction], *, mu: float
 ) -> GradientEstimate:

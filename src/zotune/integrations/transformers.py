@@ -28,7 +28,7 @@ from zotune.integrations.accelerate import averaged, copy_from_first
 from zotune.integrations.model_card import TAGS, name_the_optimizer, with_tags
 from zotune.integrations.stepped_optimizer import SteppedOptimizer
 from zotune.integrations.trainer_checks import check_loss, check_trainer
-from zotune.llm.config.method import FIRST_ORDER, MethodOptions, default_mu
+from zotune.llm.config.method import FIRST_ORDER, OF_METHOD, MethodOptions, default_mu
 from zotune.llm.config.rates import warnings
 from zotune.llm.config.schema import validate
 from zotune.llm.training.optimizers import make_optimizer
@@ -207,6 +207,10 @@ def _optimizer_of(args: Any, model: nn.Module) -> tuple[float | None, ZerothOrde
         UsageError: an option is out of range or has no effect, or the method back-propagates.
     """
     given = {name: getattr(args, name) for name in (*_OWN, *_SHARED) if getattr(args, name, None) is not None}
+    # A default is not given: some methods have another one.
+    for name in OF_METHOD.get(given.get("method", ""), {}):
+        if given.get(name) == MethodOptions.model_fields[name].default:
+            given.pop(name, None)
     tuning = _tuning_of(model)
     values = {"mu": default_mu(tuning), **given}
     options = validate(_TrainerOptions, values, type(args).__name__).model_copy(update={"tuning": tuning})

@@ -263,13 +263,15 @@ def _check_counts(layout: AnyLayout, method: dict[str, Any]) -> None:
     blocks, groups, queries = (method.get(key) for key in ("blocks", "groups", "num_queries"))
     if not (isinstance(blocks, list) and isinstance(groups, list) and type(queries) is int):
         return
-    num_estimates = len(blocks) if method.get("block_order") == "sequential" else 1
-    num_coefficients = layout.num_coefficients if isinstance(layout, Layout) else len(blocks) * queries
+    # Of blocks of which each step chooses one, a record holds one.
+    active = 1 if method.get("block_choice") else len(blocks)
+    num_estimates = active if method.get("block_order") == "sequential" else 1
+    num_coefficients = layout.num_coefficients if isinstance(layout, Layout) else active * queries
     given = layout.num_estimates, layout.num_groups, num_coefficients
-    if given != (num_estimates, len(groups), len(blocks) * queries):
+    if given != (num_estimates, len(groups), active * queries):
         raise ValueError(
             f"its records hold {given[0]} estimates, {given[1]} groups and {given[2]} coefficients, but its method "
-            f"has {num_estimates}, {len(groups)} and {len(blocks) * queries}"
+            f"has {num_estimates}, {len(groups)} and {active * queries}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.apply.subspace import InSubspace
 from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import AnyLayout, Header, Layout, LedgerError
@@ -55,7 +56,7 @@ def header_of(
 
 def layout_of(optimizer: ZerothOrder) -> AnyLayout:
     """The numbers in a record of the optimizer's steps."""
-    num_blocks = len(optimizer.blocks)
+    num_blocks = len(optimizer.active_blocks)
     num_estimates = num_blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
     num_groups, precision = len(optimizer.param_groups), "f8" if _tunes_doubles(optimizer) else "f4"
     if not optimizer.has_fixed_records:
@@ -187,6 +188,8 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
             for group in optimizer.param_groups
         ],
     }
+    if (choice := optimizer.block_choice.constants) is not None:
+        own["block_choice"] = choice
     plain: dict[str, Any] = json.loads(json.dumps(own, default=repr))
     return plain
 
@@ -244,6 +247,8 @@ def _function(function: Any) -> dict[str, Any]:
     if isinstance(function, partial):
         bound = {k: _value(v) for k, v in function.keywords.items()}
         return {**_function(function.func), **({"args": _value(function.args)} if function.args else {}), **bound}
+    if isinstance(function, InSubspace):
+        return {"name": "zotune.apply.subspace.InSubspace", **{k: _value(v) for k, v in vars(function).items()}}
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", "")
     own = {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}

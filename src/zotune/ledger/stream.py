@@ -70,12 +70,15 @@ class Trace:
         Args:
             name: any name of a tuned tensor.
             x: in the run's dtype.
-            size: elements that go through the steps together; the result does not depend on it.
+            size: elements that go through the steps together; the result does not depend on it. Where a transform is
+                one of whole matrices, all do.
         """
         tensor = self._tuned[name]
         updates = [(self._update(step, tensor), scale) for step, scale in self._steps if step.moves(tensor)]
         if not updates:
             return
+        if any(update.is_whole for update, _ in updates):
+            size = max(1, x.numel())
         if size is None:
             on_cpu = x.device.type == "cpu"
             size = limits.REPLAY_ELEMENTS * torch.get_num_threads() if on_cpu else limits.DEVICE_REPLAY_ELEMENTS

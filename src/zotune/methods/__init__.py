@@ -1,6 +1,7 @@
 """The methods by name: each is one expression over `zotune.optim.ZerothOrder`.
 
-`paper` holds those of the benchmark paper, and the table `METHODS` that feeds command line, documentation and tests.
+`paper` holds those of the benchmark paper; every later one has a file of its own. The table `METHODS` of all of them
+feeds command line, documentation and tests.
 """
 
-from zotune.methods.paper import METHODS as METHODS
+from zotune.methods.table import METHODS as METHODS

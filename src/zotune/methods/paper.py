@@ -11,41 +11,19 @@ window, weight_decay, max_coefficient, rounding, seed, params, max_skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Unpack
 
 from torch import nn
 
 from zotune.apply.line_search import conservative
-from zotune.apply.tensor_update import Rounding
 from zotune.apply.transforms import ADAMS, elementwise_sign, momentum
 from zotune.apply.transforms import sign as sign_of
-from zotune.directions.blocks import Block, BlockOrder
-from zotune.directions.schedule import AnySampler
-from zotune.estimate.finite_difference import Estimator, central_difference
+from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient
+from zotune.methods.options import Difference, Options, check_decay, differences
 from zotune.optim.zeroth_order import ZerothOrder
-
-Difference = Callable[..., Any]
-
-
-class Options(TypedDict, total=False):
-    """The options that all methods share; what they mean: `ZerothOrder`."""
-
-    sampler: AnySampler
-    num_queries: int
-    directions_per_batch: int | str | None
-    blocks: Sequence[Block] | None
-    block_order: BlockOrder | str
-    reuse_prefix: bool
-    window: int | None
-    weight_decay: float
-    max_coefficient: float | None
-    rounding: Rounding | str
-    seed: int
-    params: Iterable[Any] | None
-    max_skipped: int
 
 
 def zo_sgd(
@@ -82,7 +60,7 @@ def zo_sgd(
     >>> losses[-1] < losses[0]
     True
     """
-    return ZerothOrder(model, lr, estimator=_estimator(difference, mu), **options)
+    return ZerothOrder(model, lr, estimator=differences(difference, mu), **options)
 
 
 def zo_sgd_sign(
@@ -121,7 +99,7 @@ def zo_sgd_sign(
     >>> (model.weight - before).abs().round(decimals=4).tolist()
     [[0.25, 0.25, 0.25]]
     """
-    estimator = _estimator(difference, mu)
+    estimator = differences(difference, mu)
     if sign == "scalar":
         return ZerothOrder(model, lr, estimator=estimator, coefficient=sign_of, **options)
     if sign == "elementwise":
@@ -163,9 +141,9 @@ def zo_sgd_mmt(
     >>> losses[-1] < losses[0]
     True
     """
-    _check_decay("beta", beta)
+    check_decay("beta", beta)
     transform = partial(momentum, beta=beta)
-    return ZerothOrder(model, lr, estimator=_estimator(difference, mu), transform=transform, **options)
+    return ZerothOrder(model, lr, estimator=differences(difference, mu), transform=transform, **options)
 
 
 def zo_sgd_cons(
@@ -204,7 +182,7 @@ def zo_sgd_cons(
     >>> losses == sorted(losses, reverse=True), opt.num_forwards
     (True, 100)
     """
-    return ZerothOrder(model, lr, estimator=_estimator(difference, mu), step=conservative, **options)
+    return ZerothOrder(model, lr, estimator=differences(difference, mu), step=conservative, **options)
 
 
 def zo_adam(
@@ -253,10 +231,10 @@ def zo_adam(
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps=}")
     beta1, beta2 = betas
-    _check_decay("betas[0]", beta1)
-    _check_decay("betas[1]", beta2)
+    check_decay("betas[0]", beta1)
+    check_decay("betas[1]", beta2)
     transform = partial(ADAMS[adam], beta1=beta1, beta2=beta2, eps=eps)
-    return ZerothOrder(model, lr, estimator=_estimator(difference, mu), transform=transform, **options)
+    return ZerothOrder(model, lr, estimator=differences(difference, mu), transform=transform, **options)
 
 
 def forward_grad(model: nn.Module, lr: float, **options: Unpack[Options]) -> ZerothOrder:
@@ -293,17 +271,6 @@ def forward_grad(model: nn.Module, lr: float, **options: Unpack[Options]) -> Zer
     return ZerothOrder(model, lr, estimator=CheckedForwardGradient(), **options)
 
 
-def _estimator(difference: Difference, mu: float) -> Estimator:
-    if not mu > 0:
-        raise ValueError(f"mu is the distance moved along a direction and must be positive, got {mu=}")
-    return partial(difference, mu=mu)
-
-
-def _check_decay(name: str, beta: float) -> None:
-    if not 0 <= beta < 1:
-        raise ValueError(f"{name} is the share of the past that is kept, at least 0 and below 1; got {beta}")
-
-
 METHODS: dict[str, Callable[..., ZerothOrder]] = {
     "zo_sgd": zo_sgd,
     "zo_sgd_sign": zo_sgd_sign,
@@ -312,4 +279,4 @@ METHODS: dict[str, Callable[..., ZerothOrder]] = {
     "zo_adam": zo_adam,
     "forward_grad": forward_grad,
 }
-"""Every zeroth-order method by name: feeds the command line, the docs and the tests."""
+"""The zeroth-order methods of the paper by name."""

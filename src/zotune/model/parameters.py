@@ -112,7 +112,7 @@ class TunedTensor:
 
     def placed(self, value: Tensor) -> Tensor:
         """A tensor of this one's shape, whole or on the processes of any mesh, where this one lies."""
-        if self.shard is None:
+        if self.shard is None or value.shape != self.parameter.shape:
             place = self.device if self.is_held else self.parameter.device
             return whole(value).to(place)  # type: ignore[no-any-return]
         if is_distributed(value) and lies_as(value, self.parameter):

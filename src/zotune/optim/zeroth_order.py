@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
+from zotune.apply.subspace import InSubspace
 from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
 from zotune.apply.update import Step, update_tensors_, with_master
 from zotune.apply.window import CoefficientWindow
-from zotune.directions.blocks import Block, check_partition
+from zotune.directions.block_choice import OneBlock, active_blocks
+from zotune.directions.blocks import Block
 from zotune.directions.blocks import BlockOrder as BlockOrder
 from zotune.directions.direction import Direction, Terms
 from zotune.directions.samplers import rademacher
@@ -48,7 +50,8 @@ class ZerothOrder(CountingOptimizer):
         model: any `nn.Module`; its parameters that require a gradient are tuned.
         lr: learning rate η ≥ 0.
         estimator: how ĝ is made from the objective and the directions; default: `central_difference`, μ = 1e-3.
-        transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`.
+        transform: h; a function of some elements of ĝ and their state, see `zotune.apply.transforms`; or an
+            `zotune.apply.subspace.InSubspace`, a function of a matrix's coordinates.
         coefficient: a function applied to each c before ĝ is summed, such as its sign.
         step: the line search along the step, see `zotune.apply.line_search`.
         sampler: the distribution of the directions; `zotune.sparse` makes a sparse one, `zotune.low_rank` one of
@@ -57,7 +60,8 @@ class ZerothOrder(CountingOptimizer):
         directions_per_batch: k, or "auto": each of the q is k directions, one for each of k groups of the examples, in
             the passes of one direction; see `zotune.per_example`, which makes the objective that this needs. "auto"
             follows how far the examples' gradients agree, and multiplies lr by what that gains.
-        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`.
+        blocks: a partition of the tuned tensors, estimated block by block, see `zotune.directions.blocks`; or a
+            `OneBlock`, of whose blocks each step estimates one.
         block_order: "joint" or "sequential", see `BlockOrder`.
         reuse_prefix: with blocks, cache the activations that a block cannot change, see
             `zotune.estimate.activation_cache`.
@@ -104,13 +108,13 @@ class ZerothOrder(CountingOptimizer):
         lr: float,
         *,
         estimator: Estimator | None = None,
-        transform: Transform = identity,
+        transform: Transform | InSubspace = identity,
         coefficient: Coefficient = unchanged,
         step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
         num_queries: int = 1,
         directions_per_batch: int | str | None = None,
-        blocks: Sequence[Block] | None = None,
+        blocks: Sequence[Block] | OneBlock | None = None,
         block_order: BlockOrder | str = BlockOrder.JOINT,
         reuse_prefix: bool = True,
         window: int | None = None,
@@ -126,9 +130,8 @@ class ZerothOrder(CountingOptimizer):
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = ParameterSet(model, chosen)
         check_sampler(sampler, self.tuned, window)
-        self.blocks: tuple[Block | None, ...] = (None,) if blocks is None else tuple(blocks)
-        if blocks is not None:
-            check_partition(blocks, self.tuned)
+        self.block_choice = active_blocks(blocks, self.tuned)
+        self.blocks = self.block_choice.blocks
         self.block_order = BlockOrder(block_order)
         self.estimator: Estimator = estimator or partial(central_difference, mu=1e-3)
         if directions_per_batch is not None:
@@ -154,12 +157,17 @@ class ZerothOrder(CountingOptimizer):
             Direction(derive_seed(self.seed, self.num_steps, query, _DIRECTION), sampler)
             for query in range(self.num_queries if count is None else count)
         ]
-        return [u.within(block) for block in blocks or self.blocks for u in queries]
+        return [u.within(block) for block in blocks or self.active_blocks for u in queries]
+
+    @property
+    def active_blocks(self) -> tuple[Block | None, ...]:
+        """The blocks that the coming step estimates: all, or the one that was chosen."""
+        return self.block_choice.at(self.seed, self.num_steps)
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
         """Estimate the gradient at the present weights, of some `blocks` if given. The weights are not changed."""
         with self._prefix:
-            return self._estimate(closure, blocks or self.blocks)
+            return self._estimate(closure, blocks or self.active_blocks)
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
         reshard(self.tuned.model)
@@ -242,8 +250,7 @@ class ZerothOrder(CountingOptimizer):
 
     def _line(self, closure: Closure, estimate: GradientEstimate) -> StepLine:
         """The objective along the step that the estimate gives."""
-        found = self.updates(estimate)
-        return StepLine(self.tuned, self.reusing(closure), found, estimate.base, self.count_forwards)
+        return StepLine(self.tuned, self.reusing(closure), self.updates(estimate), estimate.base, self.count_forwards)
 
     def skip(self) -> None:
         """Count a skipped step, for a caller who found something else in it that is not finite."""
@@ -334,7 +341,7 @@ class ZerothOrder(CountingOptimizer):
 
     @property
     def _rounds(self) -> list[tuple[Block | None, ...]]:
-        return self.block_order.rounds(self.blocks)
+        return self.block_order.rounds(self.active_blocks)
 
     def _take(self, estimate: GradientEstimate, scale: float, write: Callable[[GradientEstimate, float], None]) -> None:
         """Apply an estimate times `scale`; with NaN neither weights nor state change."""
@@ -343,6 +350,7 @@ class ZerothOrder(CountingOptimizer):
             if self._window is not None:
                 self._window.add(self._terms(estimate))
             self._estimation.learn(self.estimator, estimate)
+            self.block_choice.observe(estimate.terms)
         self._taken.append((estimate, scale))
 
     def updates(self, estimate: GradientEstimate) -> dict[int, TensorUpdate]:
@@ -368,12 +376,15 @@ class ZerothOrder(CountingOptimizer):
         )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:
-        """The estimate's terms after `coefficient` and the limit were applied to each measured c."""
-        if self.max_coefficient is None and self.coefficient is unchanged:
+        """The estimate's terms after `coefficient`, the limit and the weight of the chosen block were applied to each
+        measured c.
+        """
+        weight = self.block_choice.weight(self.seed, self.num_steps)
+        if self.max_coefficient is None and self.coefficient is unchanged and weight == 1:
             return estimate.terms
         limit = unchanged if self.max_coefficient is None else partial(clipped, limit=self.max_coefficient)
         q = self._estimation.num_directions
-        return [(self.coefficient(limit(c * q)) / q, u) for c, u in estimate.terms]
+        return [(self.coefficient(limit(c * q)) / q * weight, u) for c, u in estimate.terms]
 
     @torch.no_grad()
     def _write(self, estimate: GradientEstimate, scale: float) -> None:
@@ -412,7 +423,7 @@ class ZerothOrder(CountingOptimizer):
         return tuple(self.recorded(float(group["lr"]) * self._estimation.rate) for group in self.param_groups)
 
     def _names_of_a_step(self) -> tuple[str, ...]:
-        return (*super()._names_of_a_step(), "_sampling", "_window", "_estimation")
+        return (*super()._names_of_a_step(), "_sampling", "_window", "block_choice", "_estimation")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's while the optimizer is made; afterwards the set of tuned tensors is fixed.
@@ -442,12 +453,11 @@ class ZerothOrder(CountingOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state, and under "zeroth_order" the seed, counters, masks and window that the next step needs."""
         state = super().state_dict()
-        history = None if self._window is None else self._window.state()
-        own = {"seed": self.seed, "sampler": self._sampling.state(), "history": history}
-        state["zeroth_order"] |= {**own, "noise_version": self.tuned.noise_version}
-        state["zeroth_order"]["one_by_one"] = sorted(refused(self.tuned))
-        if self._estimation.learned is not None:
-            state["zeroth_order"]["learned"] = self._estimation.learned
+        own: dict[str, Any] = {"seed": self.seed, "noise_version": self.tuned.noise_version}
+        own |= {"sampler": self._sampling.state(), "history": self._window and self._window.state()}
+        own["one_by_one"] = sorted(refused(self.tuned))
+        learned = {"learned": self._estimation.learned, "block_choice": self.block_choice.state()}
+        state["zeroth_order"] |= own | {name: value for name, value in learned.items() if value is not None}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,6 +467,7 @@ class ZerothOrder(CountingOptimizer):
         self.seed = own["seed"]
         self.set_noise_version(own.get("noise_version", 1))
         self._sampling.load(self.seed, own["sampler"])
+        self.block_choice.load(own.get("block_choice"))
         refused(self.tuned).update(own.get("one_by_one", ()))
         self._estimation.learned = own.get("learned")
         if self._window is not None:

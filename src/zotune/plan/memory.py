@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
+from zotune.directions.low_rank import matrix_shapes
+from zotune.estimate.estimators import passes_of
 from zotune.estimate.forward_mode.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
@@ -102,20 +104,15 @@ def forwards_a_step(optimizer: AnyOptimizer, config: TrainConfig) -> int:
         return config.gradient_accumulation_steps + forwards_a_step(optimizer.zeroth_order, config)
     if not isinstance(optimizer, ZerothOrder):
         return config.gradient_accumulation_steps
-    blocks = len(optimizer.blocks)
+    blocks = len(optimizer.active_blocks)
     estimates = blocks if optimizer.block_order == BlockOrder.SEQUENTIAL else 1
-    directions = optimizer.num_queries * blocks // estimates
-    one_sided = config.difference == "forward"
-    records = config.blocks is not None and not config.is_generated
-    if config.method == "forward_grad":
-        passes = directions
-    elif one_sided:
-        passes = directions + 1
-    else:
-        # With blocks, a further pass at x records activations that probes reuse; one-sided differences have it anyway.
-        passes = 2 * directions + records
+    each, at_x = passes_of(optimizer.estimator)
+    # With blocks, a further pass at x records activations that probes reuse; one-sided differences have it anyway.
+    if config.blocks is not None and not config.is_generated and config.method != "forward_grad":
+        at_x = max(at_x, 1)
+    passes = each * (optimizer.num_queries * blocks // estimates) + at_x
     if config.method == "zo_sgd_cons":
-        passes += 2 if one_sided or records else 3
+        passes += 2 if at_x else 3
     tokens = config.max_new_tokens if config.is_generated else 1
     return config.gradient_accumulation_steps * estimates * passes * tokens
 
@@ -131,7 +128,7 @@ def forwards_of_training(step: int, config: TrainConfig, module: nn.Module) -> i
 
 
 def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
-    """Bytes of the optimizer's state after a step: moments and master weights."""
+    """Bytes of the optimizer's state after a step: moments, master weights, and bases of subspaces."""
     if isinstance(optimizer, Hybrid):
         deep = parameters_of(optimizer.first_order)
         return state_bytes(optimizer.zeroth_order, config) + first_order_state_bytes(deep, config.hybrid_method)
@@ -143,7 +140,23 @@ def state_bytes(optimizer: AnyOptimizer, config: StepOptions) -> int:
     stored = 0 if config.window is not None else moments * sum(p.numel() for p in tuned)
     half = [p for p in tuned if p.dtype in HALF]
     master: int = sum(p.numel() for p in half) if optimizer.rounding == Rounding.MASTER else 0
-    return int(4 * (stored + master))
+    return int(4 * (stored + master + _subspace_numbers(optimizer, config)))
+
+
+def _subspace_numbers(optimizer: ZerothOrder, config: StepOptions) -> int:
+    """Numbers that a method in subspaces stores: its bases, and a state of the coordinates' size."""
+    shapes = matrix_shapes(optimizer.tuned).values()
+    rank = config.rank or 0
+    if config.method in ("zo_muon", "mopi"):
+        bases = sum(m * min(rank, m) for m, _ in shapes)
+        of_state = [(min(rank, m) + min(config.spectral_rank, rank, m, n)) * n for m, n in shapes]
+        return bases + (sum(of_state) if config.method == "mopi" else 0)
+    if config.method == "subzero":
+        return sum((m + n) * min(rank, m, n) for m, n in shapes)
+    if config.method == "lozo" and config.momentum:
+        vectors = sum(t.parameter.numel() for t in optimizer.tuned if t.parameter.dim() < 2)
+        return sum(m * rank for m, _ in shapes) + vectors
+    return 0
 
 
 def first_order_state_bytes(parameters: Iterable[Tensor], name: str) -> int:

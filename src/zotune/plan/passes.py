@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zotune.directions.direction import Direction
 from zotune.errors import UnreadTensorError
 from zotune.estimate.batched_probes import side_by_side
+from zotune.estimate.estimators import passes_of
 from zotune.estimate.forward_mode.dual_numbers import DualParameters
 from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
@@ -162,7 +163,7 @@ def _points_at_once(lm: LanguageModel, optimizer: ZerothOrder, options: StepOpti
     most = lm.copies_at_once(batch)
     if most > 2 and nbytes(optimizer.tuned, None) * most > limits.CACHED_BYTES:
         most = 2
-    points = optimizer.num_queries * (2 if options.difference == "central" else 1)
+    points = optimizer.num_queries * passes_of(optimizer.estimator)[0]
     return min(most, points)
 
 

@@ -122,9 +122,10 @@ def has_weights(model: str) -> bool:
 
 def _row(architecture: Architecture, workload: Workload, terms: Terms, libraries: int, config: PlanConfig) -> Row:
     prediction = architecture.predict(workload)
-    # The paper's formula of ZO-SGD also holds for methods that store no more than ZO-SGD.
-    in_paper = "zo_sgd" if workload.method in ("zo_sgd_sign", "zo_sgd_cons") else workload.method
-    formula = next(f.total(terms) for f in FORMULAS if f.method == in_paper)
+    # The paper's formula of ZO-SGD also holds for methods that store no more than ZO-SGD; those in subspaces store
+    # little more.
+    formulas = {f.method: f for f in FORMULAS}
+    formula = formulas.get(workload.method, formulas["zo_sgd"]).total(terms)
     row = Row(workload.method, formula, prediction, libraries + prediction.total)
     if config.limit is None:
         return row

@@ -29,8 +29,9 @@ from zotune.llm.config.schema import validate
 from zotune.llm.models.load import find_device, load
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.environment import environment
+from zotune.llm.scoring.closures import candidate_loss
 from zotune.llm.scoring.objectives import OBJECTIVES
-from zotune.llm.training.loop import candidate_loss, try_side_by_side
+from zotune.llm.training.loop import try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.master_weights import FirstOrder, back_propagate

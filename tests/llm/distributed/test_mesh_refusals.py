@@ -20,6 +20,7 @@ def options(rows_file, tmp_path):
     }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -69,6 +70,7 @@ def test_a_process_that_is_killed_ends_the_others(options):
     assert "--resume" in str(first)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_waited_for_no_longer_than_asked(options):
     first, _ = many_processes.run(2, many_cases.disturbed_run, options | {"timeout": 3}, 1, "sleep", raises=True)
     assert isinstance(first, PeerError)
@@ -80,7 +82,7 @@ def test_weights_that_differ_stop_the_run(options):
     assert all("after step 3 the tuned weights of process 1" in str(error) for error in errors), errors
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_saves_and_ends_all_after_the_same_step(options, tmp_path, name):
     found = many_processes.run(2, many_cases.disturbed_run, options, 1, name)
     assert found == [(3, {"SIGTERM": 15, "SIGINT": 2}[name])] * 2

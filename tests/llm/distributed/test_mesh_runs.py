@@ -46,13 +46,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_run_of_several_processes_writes_the_files_of_one(options, tmp_path, size):
-    names = list(RUNS) if size == 2 else ["full", "best"]
+FEW = ("full", "lora", "directions", "hybrid")
+MANY = pytest.param(3, tuple(RUNS), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("size", "names"), [(2, FEW), MANY], ids=["2", "3"])
+def test_a_run_of_several_processes_writes_the_files_of_one(options, tmp_path, size, names):
     for name in names:
         train(TrainConfig(**options(name, tmp_path / f"{name}-1")))
-    more = {"directions": {"parallel": "query=2"}}
-    runs = [options(name, tmp_path / f"{name}-N", **more.get(name, {})) for name in names]
+    more = {"parallel": "query=2"} if size == 2 else {}
+    runs = [options(name, tmp_path / f"{name}-N", **(more if name == "directions" else {})) for name in names]
     many_processes.run(size, many_cases.train_runs, runs)
     for name in names:
         one, other = (many_cases.written_by(tmp_path / f"{name}-{n}") for n in ("1", "N"))
@@ -74,8 +77,8 @@ def test_an_evaluation_of_several_processes_is_that_of_one(rows_file):
     common = {"device": "cpu", "dtype": "float32", "per_device_eval_batch_size": 2}
     cases = [
         {"model": "random:roberta-tiny", "task": "trec", "num_eval": 7, **common},
-        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, **common},
-        {"model": "random:gpt2-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
+        {"model": "random:llama-tiny", "task": "squad", "num_eval": 3, "max_length": 256, **common},
+        {"model": "random:qwen3-tiny", "eval_file": str(rows_file), "objective": "teacher_forcing", **common},
     ]
     alone = many_cases.evaluated(cases)
     assert many_processes.run(3, many_cases.evaluated, cases) == [alone] * 3

@@ -11,7 +11,7 @@ from zotune.llm.config.schema import validate
 from zotune.llm.training.learning_rate import set_learning_rates
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 
 
 def options(**given):

@@ -85,6 +85,8 @@ class CheckedForwardGradient:
     zotune.errors.UsageError: the forward gradient's coefficient is ..., but differences of the loss ...
     """
 
+    passes = 1, 0
+
     def __init__(self) -> None:
         self._is_checked = False
 

@@ -11,7 +11,21 @@ from zotune.llm.config.schema import Options, is_partial
 
 # The names of the methods, for help and validation without loading torch; a test compares them with the tables.
 MethodName = Literal[
-    "zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad", "fo_sgd", "fo_adam"
+    "zo_sgd",
+    "zo_sgd_sign",
+    "zo_sgd_mmt",
+    "zo_sgd_cons",
+    "zo_adam",
+    "forward_grad",
+    "fzoo",
+    "randopt",
+    "block_coordinate",
+    "subzero",
+    "lozo",
+    "zo_muon",
+    "mopi",
+    "fo_sgd",
+    "fo_adam",
 ]
 FIRST_ORDER = ("fo_sgd", "fo_adam")
 # Those of transformers that are functions of the step, so that a ledger and a resumed run repeat them.
@@ -47,6 +61,23 @@ def _function_of_the_step(value: Any) -> Any:
 _MU = {"lora": 1e-2, "peft": 1e-2, "prompt": 1e-2, "prefix": 1e-1, "scales": 1e-5}
 
 
+# Defaults of options that are others for some methods: those of their papers.
+OF_METHOD: dict[str, dict[str, Any]] = {
+    "fzoo": {"num_queries": 8, "difference": "forward"},
+    "randopt": {"num_queries": 16, "difference": "forward", "sampler": "gaussian"},
+    "block_coordinate": {"blocks": "layer"},
+    "subzero": {"sampler": "gaussian", "rank": 24, "rank_interval": 1000},
+    "lozo": {"sampler": "gaussian", "rank": 2, "rank_interval": 50, "momentum": 0.0},
+    "zo_muon": {"num_queries": 4, "difference": "forward", "sampler": "gaussian", "rank": 64, "rank_interval": 100},
+    "mopi": {"num_queries": 8, "sampler": "gaussian", "rank": 64, "rank_interval": 500},
+}
+# Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
+_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi")
+# Methods whose directions may be one for each group of examples.
+_BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
+_ONE_SIDED = ("fzoo", "randopt")
+
+
 def default_mu(tuning: str) -> float:
     """Return the μ to begin with.
 
@@ -78,11 +109,30 @@ class MethodOptions(Options):
         "1e-3.",
     )
     num_queries: int = Field(
-        1, ge=1, description="Number q of random directions per step; the gradient estimate averages over them."
+        1,
+        ge=1,
+        description="Number q of random directions per step; the gradient estimate averages over them. Default: 1; for "
+        "fzoo and mopi 8, for zo_muon 4, for randopt 16.",
     )
-    sampler: Literal["rademacher", "gaussian"] = Field("rademacher", description="Distribution of the directions.")
+    sampler: Literal["rademacher", "gaussian"] = Field(
+        "rademacher",
+        description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon and mopi "
+        "gaussian.",
+    )
+    directions_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Directions per query, each for a group of a step's examples, in the passes of one direction: from "
+        "1 to one an example, or auto, which follows how far the examples agree and raises the learning rate with it; "
+        "default: one for all examples.",
+    )
+    flipped: bool = Field(
+        False,
+        description="Sign-flipped directions of matrices, which share one matrix a step (with directions_per_batch).",
+    )
     difference: Literal["central", "forward"] = Field(
-        "central", description="Finite differences: two-sided (central) or one-sided (forward)."
+        "central",
+        description="Finite differences: two-sided (central) or one-sided (forward). Default: central; for zo_muon, "
+        "and always for fzoo and randopt, forward.",
     )
     rounding: Literal["stochastic", "master", "nearest"] = Field(
         "stochastic",
@@ -103,7 +153,9 @@ class MethodOptions(Options):
         description="Take the sign of each coefficient (scalar) or of each element of the gradient estimate "
         "(zo_sgd_sign).",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum β (zo_sgd_mmt).")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum β (zo_sgd_mmt, lozo, mopi). Default: 0.9; for lozo 0, which is none."
+    )
     adam: Literal["torch", "adamm", "amsgrad"] = Field(
         "torch",
         description="Variant of Adam: as in torch, as in the paper's appendix (adamm), or AMSGrad (zo_adam).",
@@ -119,11 +171,43 @@ class MethodOptions(Options):
         "store them.",
     )
 
+    keep_best: int = Field(1, ge=1, description="Number of the best points whose mean is taken (randopt).")
+    only_better: bool = Field(
+        True, description="Keep only points that are better than the weights; else the best ones in any case (randopt)."
+    )
+    std_ddof: Literal[0, 1] = Field(
+        0, description="Standard deviation of a step's losses: squares over N (0) or over N - 1 (1) (fzoo)."
+    )
+    divide_by_mu: bool = Field(
+        False, description="Divide the estimate by μ as well, as the paper's text does and its algorithm not (fzoo)."
+    )
+    vector_learning_rate: float = Field(
+        1e-7, ge=0, description="Learning rate of tensors of fewer than two dimensions (zo_muon, mopi)."
+    )
+    spectral_rank: int = Field(32, ge=1, description="Number of leading singular directions of a step (mopi).")
+    rank_scale: Literal["mean", "sum"] = Field(
+        "mean", description="Steps divided by the rank, as in the paper (mean), or not, as in its code (sum) (lozo)."
+    )
+    block_choice: Literal["random", "cyclic", "adaptive"] = Field(
+        "random",
+        description="Choice of the block of a step: at random, by turns, or more often where coefficients are large "
+        "(block_coordinate).",
+    )
+    block_explore: float = Field(
+        0.2, gt=0, le=1, description="Share of adaptive choices that is the same for all blocks (block_coordinate)."
+    )
+    block_decay: float = Field(
+        0.9, ge=0, lt=1, description="Share of a block's score that stays when it is measured again (block_coordinate)."
+    )
+    block_unbiased: bool = Field(
+        False, description="Divide each step by the probability of its block (block_coordinate)."
+    )
+
     blocks: Literal["layer", "part", "linear", "size"] | None = Field(
         None,
         description="Blocks of parameters whose gradient is estimated separately: per layer, per attention or "
         "feed-forward "
-        "part, per linear layer, or by size; default: all tuned parameters at once.",
+        "part, per linear layer, or by size; default: all tuned parameters at once, for block_coordinate layer.",
     )
     block_size: int = Field(1_000_000, ge=1, description="Parameters per block at most (with blocks: size).")
     block_order: Literal["joint", "sequential"] = Field(
@@ -145,12 +229,17 @@ class MethodOptions(Options):
     mask_interval: int = Field(1, ge=1, description="Steps between two new masks (with sparsity).")
 
     rank: int | None = Field(
-        None, ge=1, description="Rank of the directions of matrices, as products of thin factors; default: full rank."
+        None,
+        ge=1,
+        description="Rank of the directions of matrices, as products of thin factors; default: full rank, for lozo 2, "
+        "for subzero 24, for zo_muon and mopi 64.",
     )
     rank_interval: int = Field(
         1,
         ge=1,
-        description="Steps that share the right factors (with rank); 1: each direction has right factors of its own.",
+        description="Steps that share the right factors, or the subspace of the directions (with rank); 1: each "
+        "direction has right factors of its own. Default: 1; for lozo 50, for subzero 1000, for zo_muon 100, for mopi "
+        "500.",
     )
 
     hybrid_layers: int | None = Field(
@@ -186,16 +275,30 @@ class MethodOptions(Options):
         return rate
 
     @model_validator(mode="after")
+    def _take_defaults_of_method(self, info: ValidationInfo) -> Self:
+        if not is_partial(info):
+            for option, value in OF_METHOD.get(self.method, {}).items():
+                if option not in self.model_fields_set:
+                    # Not an assignment, by which the option would count as given.
+                    self.__dict__[option] = value
+        return self
+
+    @model_validator(mode="after")
     def _no_idle_method_option(self, info: ValidationInfo) -> Self:
         if is_partial(info):
             return self
         for option, (used, needs) in self._uses().items():
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
+        if self.flipped and (self.rank is not None or self.sparsity):
+            other = "rank" if self.rank is not None else "sparsity"
+            raise ValueError(f"flipped and {other} are two kinds of directions; leave one of them out")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
             raise ValueError(
                 "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
             )
+        if self.method in _ONE_SIDED and self.difference == "central":
+            raise ValueError(f"{self.method} takes differences to the loss at the weights; leave difference out")
         return self
 
     def _uses(self) -> dict[str, tuple[bool, str]]:
@@ -205,15 +308,37 @@ class MethodOptions(Options):
         adam = self.method in ("zo_adam", "fo_adam") or (is_hybrid and self.hybrid_method == "fo_adam")
         moments = self.method in ("zo_sgd_mmt", "zo_adam")
         any_method = (zeroth_order, "a zeroth-order method")
+        any_directions = (
+            zeroth_order and self.method not in _OWN_DIRECTIONS,
+            f"a zeroth-order method without directions of its own ({', '.join(_OWN_DIRECTIONS)} have them)",
+        )
         sparse = (zeroth_order and self.sparsity > 0, "a zeroth-order method and a sparsity above 0")
         hybrid = (is_hybrid, "hybrid_layers")
         return {
             "sign": (self.method == "zo_sgd_sign", "method: zo_sgd_sign"),
-            "momentum": (self.method == "zo_sgd_mmt", "method: zo_sgd_mmt"),
+            "momentum": (self.method in ("zo_sgd_mmt", "lozo", "mopi"), "method: zo_sgd_mmt, lozo or mopi"),
             "adam": (self.method == "zo_adam", "method: zo_adam"),
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (adam, "an Adam method")),
             "window": (moments, "method: zo_sgd_mmt or zo_adam"),
-            **dict.fromkeys(("sparsity", "blocks", "rank"), any_method),
+            **dict.fromkeys(("keep_best", "only_better"), (self.method == "randopt", "method: randopt")),
+            **dict.fromkeys(("std_ddof", "divide_by_mu"), (self.method == "fzoo", "method: fzoo")),
+            "vector_learning_rate": (self.method in ("zo_muon", "mopi"), "method: zo_muon or mopi"),
+            "spectral_rank": (self.method == "mopi", "method: mopi"),
+            "rank_scale": (self.method == "lozo", "method: lozo"),
+            **dict.fromkeys(
+                ("block_choice", "block_unbiased"), (self.method == "block_coordinate", "method: block_coordinate")
+            ),
+            **dict.fromkeys(
+                ("block_explore", "block_decay"),
+                (self.block_choice == "adaptive", "method: block_coordinate and block_choice: adaptive"),
+            ),
+            "directions_per_batch": (
+                self.method in _BY_EXAMPLES and not is_hybrid,
+                " or ".join(_BY_EXAMPLES) + ", no hybrid",
+            ),
+            "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
+            **dict.fromkeys(("blocks", "rank"), any_method),
+            "sparsity": any_directions,
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
             "block_size": (self.blocks == "size", "blocks: size"),

@@ -19,6 +19,10 @@ _ZEROTH_ORDER = {"full": 12.0, "head": 12.0, "scales": 0.015, "lora": 7.0, "pref
 _EXPONENT = 0.7
 # Steps of momentum 0.9 are ten times as long; the other methods' rates in the benchmark are those of ZO-SGD.
 _OF_METHOD = {"zo_sgd_mmt": 0.1}
+# Steps of these methods have a length that does not depend on the slope: FZOO's falls with d as published (5e-5 at 13
+# billion numbers), the others' are published for whole models.
+_FZOO, _FZOO_EXPONENT = 0.12, 1 / 3
+_OF_MATRICES = {"zo_muon": 1e-2, "mopi": 1e-2}
 # The exponents of first-order methods, and K of each tuning scheme.
 _FIRST_ORDER = {"fo_adam": 0.5, "fo_sgd": 0.35}
 _ADAM = {"full": 0.8, "head": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3, "peft": 1.2}
@@ -57,6 +61,12 @@ def default_learning_rate(options: MethodOptions, num_tuned: int) -> float:
     if options.method in FIRST_ORDER:
         scales = _ADAM if options.method == "fo_adam" else _SGD
         return _one_digit(scales[_tuning(options)] * d ** -_FIRST_ORDER[options.method])
+    if options.method == "randopt":
+        return options.mu  # a step lands on the mean of the best points
+    if options.method == "fzoo":
+        return _one_digit(_FZOO * (d * (1 - options.sparsity)) ** -_FZOO_EXPONENT)
+    if options.method in _OF_MATRICES:
+        return _OF_MATRICES[options.method]
     effective = max(1.0, d * (1 - options.sparsity) / options.num_queries)
     factor = _OF_METHOD.get(options.method, 1.0)
     return _one_digit(factor * _ZEROTH_ORDER[_tuning(options)] * effective**-_EXPONENT)

@@ -111,6 +111,21 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"objective: {self.objective} has no gradient, which {user} needs; use a method of finite differences "
                 "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
             )
+        if self.directions_per_batch is not None and self.is_generated:
+            raise ValueError(
+                f"objective: {self.objective} generates text, for which directions_per_batch is not available; use "
+                "num_queries, or an objective of candidates' scores"
+            )
+        if self.directions_per_batch is not None and self.tuning in ("prefix", "prompt"):
+            raise ValueError(
+                f"directions_per_batch does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
+                "use lora or full, or num_queries"
+            )
+        if isinstance(self.directions_per_batch, int) and self.directions_per_batch > self.rows_a_step:
+            raise ValueError(
+                f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "
+                "use at most as many, or a larger per_device_train_batch_size"
+            )
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
         if self.reuse_file and not self.reuse_activations:

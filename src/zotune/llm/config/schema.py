@@ -111,7 +111,16 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("objective", "rounding", "sampler"),
         *("difference", "weight_decay", "max_coefficient", "momentum", "sign", "adam", "adam_beta1", "adam_beta2"),
         *("adam_epsilon", "window", "blocks", "block_size", "block_order", "sparsity", "mask", "mask_group"),
-        *("mask_interval", "rank", "rank_interval", "hybrid_layers", "hybrid_method", "hybrid_learning_rate"),
+        *("mask_interval", "rank", "rank_interval", "rank_scale", "spectral_rank", "vector_learning_rate"),
+        *("std_ddof", "divide_by_mu", "keep_best", "only_better", "block_choice", "block_explore", "block_decay"),
+        *(
+            "block_unbiased",
+            "directions_per_batch",
+            "flipped",
+            "hybrid_layers",
+            "hybrid_method",
+            "hybrid_learning_rate",
+        ),
         *("hybrid_tied", "generation", "temperature", "top_p", "max_new_tokens", "stop_at", "lr_scheduler_kwargs"),
     ),
     "Run": (

@@ -35,7 +35,7 @@ from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.bounds import COUNT
 
 # Counts of a run's options for which something of their size is made to replay it.
-_COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank")
+_COUNTS = ("num_queries", "window", "lora_r", "num_virtual_tokens", "rank", "directions_per_batch")
 # Options that are not taken from a ledger: it names no code to run, and to replay it takes no attention.
 _FOR_REPLAY = {"resume": False, "trust_remote_code": False, "attn_implementation": None}
 # The file that describes a merge, beside its ledgers.

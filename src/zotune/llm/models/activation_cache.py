@@ -189,7 +189,8 @@ class SequenceCache:
         originals = [vars(layer).get("forward") for layer in self._layers]
         for layer in self._layers[:-1]:
             layer.forward = lambda hidden_states, *args, **kwargs: wrap(hidden_states)
-        self._layers[-1].forward = lambda *args, **kwargs: wrap(inputs)
+        alone = self._lm.rows_alone
+        self._layers[-1].forward = lambda *args, **kwargs: wrap(inputs if alone is None else alone.own(inputs))
         try:
             yield
         finally:

@@ -16,7 +16,14 @@ from zotune.llm.checkpoints.model_kind import kind_of
 from zotune.llm.data.collator import Batch
 from zotune.llm.data.control_tokens import control_tokens
 from zotune.llm.data.padding import by_length, generates_padded, reads_padded, reset_rope, rope_grows
-from zotune.llm.models.candidate_scores import log_probabilities, losses, scores_of_single_tokens, scores_of_tokens
+from zotune.llm.models.candidate_scores import (
+    RowsAlone,
+    check_rows_alone,
+    log_probabilities,
+    losses,
+    scores_of_single_tokens,
+    scores_of_tokens,
+)
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
@@ -42,6 +49,7 @@ class LanguageModel:
         base_fingerprint: what identifies the weights of the base model, once an adapter or tuned tensors are beside
             it.
         mesh: the processes that share the work on the model; one by default.
+        rows_alone: how `score` computes each row alone; None to compute all rows together.
         companions: files of the model's processor by name, to save beside a model that also reads images or sound.
     """
 
@@ -54,6 +62,7 @@ class LanguageModel:
     base_fingerprint: dict[str, str] | None = None
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     mesh: Mesh = field(default=ALONE_MESH, repr=False)
+    rows_alone: RowsAlone | None = field(default=None, repr=False)
     _said: bool = field(default=False, repr=False)
 
     @property
@@ -185,8 +194,11 @@ class LanguageModel:
         """Return (examples, candidates) scores in float64.
 
         They are mean log-probabilities, or these up to a constant per example where the batch does not need them
-        exactly. Where padding might change them, sequences of one length share a pass.
+        exactly. Where padding might change them, sequences of one length share a pass. While `rows_alone` is set:
+        (points, examples, candidates).
         """
+        if self.rows_alone is not None:
+            return self._scores_of_rows(batch, self.rows_alone)
         if not self._may_share(batch):
             return scores_of_tokens(self._log_probabilities_by_length(batch), batch)
         if self.classifies:
@@ -199,6 +211,17 @@ class LanguageModel:
     def _looks_up_rows(self) -> bool:
         """Whether rows of the output layer can be read alone: not where each process holds other ones."""
         return not is_tensor_parallel(self.base) and supports_row_lookup(self.base.get_output_embeddings())
+
+    def _scores_of_rows(self, batch: Batch, alone: RowsAlone) -> Tensor:
+        """Return the (points, examples, candidates) scores of rows that meet their own weights."""
+        causal = not self.masked and not self.classifies
+        check_rows_alone(causal=causal, padded=self._may_share(batch), virtual_tokens=self.num_virtual_tokens > 0)
+        looks_up = batch.needs_only_candidates and self._looks_up_rows
+        only = batch.distinct[0] if looks_up else None
+        before = self.num_forwards
+        found = alone.scores(batch, self.logits, only, MAX_LOGITS // self.vocabulary)
+        self.num_forwards = before + len(found)
+        return found
 
     def _may_share(self, batch: Batch) -> bool:
         """Whether the batch's sequences may share a pass: padding changes nothing, or nothing depends on lengths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 
 from zotune.errors import NotWrittenError, reason_of
 from zotune.llm.checkpoints.adapter_merge import is_adapter
+from zotune.llm.checkpoints.adapter_source import CONFIG
 from zotune.llm.checkpoints.companions import write_companions
 from zotune.llm.checkpoints.fingerprint import write_fingerprint
 from zotune.llm.checkpoints.hub_names import HUB_IDS, name_base_for_all
@@ -84,10 +86,20 @@ def write_model_files(
         name_base_for_all(lm.module)
     save_pretrained(lm.module, str(folder), **extra)
     if is_adapter(lm.module):
+        _order_sets(lm.module, folder / CONFIG)
         write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))
     else:
         write_companions(folder, lm.companions)
     lm.tokenizer.save_pretrained(str(folder))
+
+
+def _order_sets(module: Any, file: Path) -> None:
+    """Write the sets of an adapter's configuration in order: peft's order differs from process to process."""
+    sets = [name for name, value in vars(module.active_peft_config).items() if isinstance(value, set)]
+    if sets:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values |= {name: sorted(values[name]) for name in sets}
+        file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _built_in(lm: LanguageModel) -> str | None:

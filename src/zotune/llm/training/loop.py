@@ -18,20 +18,20 @@ from zotune.directions.direction import Direction
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.mesh import ALONE_MESH
 from zotune.estimate.objective import Batched, accumulate, probing
+from zotune.estimate.per_example.objective import PerExample
 from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.batches import batches, orders
-from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.output.model_files import whole_state
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
-from zotune.llm.scoring.objectives import Objective, mean_loss
+from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
 from zotune.llm.training.counters import Counters
@@ -67,7 +67,7 @@ class Run:
         self.lm, self.rows, self.config, self.scorer, self.output = lm, rows, config, scorer, output
         self.counters = Counters()
         self._closure: MakeClosure = (
-            partial(candidate_loss, lm, rows.objective, scorer)
+            partial(_loss_of(config), lm, rows.objective, scorer)
             if rows.generated is None
             else partial(rows.generated.closure, lm)
         )
@@ -343,6 +343,11 @@ class Run:
         )
 
 
+def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
+    """Return what makes closures of the mean loss, of single examples where a step needs these."""
+    return candidate_loss if config.directions_per_batch is None else candidate_loss_per_example
+
+
 def try_side_by_side(
     optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
 ) -> None:
@@ -351,29 +356,15 @@ def try_side_by_side(
     # The forward gradient has no probes that could share a pass.
     if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
         return
-    if isinstance(closure, Batched) and closure.most > 1:
-        before, u = lm.num_forwards, Direction(seed=0)
+    before, u = lm.num_forwards, Direction(seed=0)
+    if isinstance(closure, PerExample):
+        zeroth_order.estimate(closure)
+        lm.num_forwards = before
+        zeroth_order.num_forwards = 0
+    elif isinstance(closure, Batched) and closure.most > 1:
         try:
             with probing(lm.module):
                 values_side_by_side(closure, zeroth_order.tuned, [(1.0, u), (-1.0, u)])
         except NotSeparableError as error:
             say(refuse(closure, zeroth_order.tuned, error))
         lm.num_forwards = before
-
-
-def candidate_loss(
-    lm: LanguageModel,
-    objective: Objective,
-    scorer: Scorer,
-    examples: Sequence[Encoded],
-    step: int,
-    places: Sequence[int],
-) -> Batched:
-    """Return a closure of the mean loss of candidates' scores, for as many probes per forward pass as fit."""
-    batch = collate(examples, lm.pad_token_id, lm.device, exact=objective.exact)
-
-    def value(copies: int) -> Tensor:
-        lm.num_forwards += copies - 1
-        return mean_loss(objective, scorer(batch), batch, examples)
-
-    return Batched(value, lm.copies_at_once(batch), f"the {objective.name} loss")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
+from zotune.directions.flipped import flipped
 from zotune.directions.low_rank import low_rank
 from zotune.directions.samplers import SAMPLERS
 from zotune.directions.schedule import AnySampler
@@ -16,7 +17,7 @@ from zotune.directions.sparse import sparse
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.rates import initial_learning_rate
-from zotune.methods.paper import METHODS
+from zotune.methods.table import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
 from zotune.optim.master_weights import FirstOrder, with_master_weights
 from zotune.optim.zeroth_order import ZerothOrder
@@ -92,40 +93,71 @@ def _zeroth_order(
     *,
     reuse_prefix: bool = True,
 ) -> ZerothOrder:
-    hyper_parameters: dict[str, dict[str, Any]] = {
-        "zo_sgd_sign": {"sign": options.sign},
-        "zo_sgd_mmt": {"beta": options.momentum},
+    assert isinstance(options.learning_rate, float)
+    shared: dict[str, Any] = {
+        "num_queries": options.num_queries,
+        "block_order": options.block_order,
+        "reuse_prefix": reuse_prefix,
+        "weight_decay": options.weight_decay,
+        "max_coefficient": options.max_coefficient,
+        "rounding": options.rounding,
+        "seed": seed,
+        "params": params,
+        "sampler": SAMPLERS[options.sampler] if options.method in _OF_SUBSPACES else _sampler(options),
+        "blocks": _blocks(module, options, params),
+    }
+    shared |= {name: value for name in _RARE if (value := getattr(options, name)) is not None}
+    return METHODS[options.method](module, options.learning_rate, **hyper_parameters(options), **shared)
+
+
+# Options that not every method has.
+_RARE = ("window", "directions_per_batch")
+# Methods whose sampler is the distribution of the entries of their own directions.
+_OF_SUBSPACES = ("subzero", "lozo", "zo_muon", "mopi")
+
+
+def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
+    """The arguments of a method that are its own."""
+    difference = {"difference": _DIFFERENCES[options.difference]}
+    space = {"rank": options.rank, "interval": options.rank_interval}
+    of_method: dict[str, dict[str, Any]] = {
+        "zo_sgd_sign": {"sign": options.sign, **difference},
+        "zo_sgd_mmt": {"beta": options.momentum, **difference},
         "zo_adam": {
             "betas": (options.adam_beta1, options.adam_beta2),
             "eps": options.adam_epsilon,
             "adam": options.adam,
+            **difference,
+        },
+        "fzoo": {"ddof": options.std_ddof, "per_mu": options.divide_by_mu},
+        "randopt": {"keep": options.keep_best, "only_better": options.only_better},
+        "block_coordinate": {
+            "choice": options.block_choice,
+            "explore": options.block_explore,
+            "decay": options.block_decay,
+            "unbiased": options.block_unbiased,
+            **difference,
+        },
+        "subzero": {**space, **difference},
+        "lozo": {**space, "beta": options.momentum, "scale": options.rank_scale, **difference},
+        "zo_muon": {**space, "vector_lr": options.vector_learning_rate, **difference},
+        "mopi": {
+            **space,
+            "beta": options.momentum,
+            "top": options.spectral_rank,
+            "vector_lr": options.vector_learning_rate,
+            **difference,
         },
     }
-    probes = (
-        {} if options.method == "forward_grad" else {"mu": options.mu, "difference": _DIFFERENCES[options.difference]}
-    )
-    assert isinstance(options.learning_rate, float)
-    return METHODS[options.method](
-        module,
-        options.learning_rate,
-        **({} if options.method == "forward_grad" else probes),
-        **hyper_parameters.get(options.method, {}),
-        num_queries=options.num_queries,
-        sampler=_sampler(options),
-        blocks=_blocks(module, options, params),
-        block_order=options.block_order,
-        reuse_prefix=reuse_prefix,
-        window=options.window,
-        weight_decay=options.weight_decay,
-        max_coefficient=options.max_coefficient,
-        rounding=options.rounding,
-        seed=seed,
-        params=params,
-    )
+    if options.method == "forward_grad":
+        return {}
+    return {"mu": options.mu, **of_method.get(options.method, difference)}
 
 
 def _sampler(options: MethodOptions) -> AnySampler:
     base: AnySampler = SAMPLERS[options.sampler]
+    if options.flipped:
+        return flipped(SAMPLERS[options.sampler])
     if options.rank is not None:
         base = low_rank(SAMPLERS[options.sampler], options.rank, interval=options.rank_interval)
     if not options.sparsity:

@@ -1,0 +1,196 @@
+"""Directions within a subspace that stays for some steps: for an m × n tensor U = L Z Rᵀ with small coordinates Z.
+
+The columns of L (m × r), and of R (n × r) where there is one, are orthonormal: those of a Gaussian matrix, made
+orthonormal (uniform on all such). They are drawn anew every so many steps. So all directions and updates of these steps
+lie in r n, or r², numbers, which is what a transform of whole matrices works on (`zotune.apply.subspace`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zotune.directions.low_rank import drawn, matrix_shapes, product
+from zotune.directions.samplers import Factors, Sampler, Subspace, gaussian
+from zotune.directions.schedule import ScheduledSampler, Weights
+from zotune.errors import UsageError
+from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.portable_algebra import orthonormal
+from zotune.noise import derive_seed
+
+# Purpose numbers of the bases' seeds in `derive_seed`.
+_LEFT, _RIGHT = 5, 6
+
+
+class Sides(StrEnum):
+    """Where a basis is: U = L Z with Z (r × n), or U = √(mn)/r L Z Rᵀ with Z (r × r)."""
+
+    LEFT = "left"
+    BOTH = "both"
+
+
+class _Bases:
+    """The bases of one draw, each made when it is first used; those of another draw take their place."""
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+        self._found: dict[tuple[int, int, int, torch.device], Tensor] = {}
+
+    def get(self, seed: int, side: int, tensor_id: int, rows: int, rank: int, device: torch.device) -> Tensor:
+        """The basis of one side of a tensor: (rows, rank), float32. Callers must not write into it."""
+        if seed != self._seed:
+            self._seed, self._found = seed, {}
+        key = (side, tensor_id, rank, device)
+        if key not in self._found:
+            entries = torch.empty(rows * rank, dtype=torch.float32, device=device)
+            gaussian.fill(entries, derive_seed(seed, side), tensor_id, 0)
+            self._found[key] = orthonormal(entries.view(rows, rank)).float()
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class SubspaceSampler:
+    """The sampler of one step of a run with directions in a subspace; see `zotune.subspace`.
+
+    Attributes:
+        base: the distribution of the coordinates' entries, and of the directions of tensors that are no matrices.
+        rank: r ≥ 1; that of a matrix with fewer rows (or columns, if there are bases on both sides) is their number.
+        sides: where the bases are.
+        seed: seed of the bases.
+        shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
+    """
+
+    base: Sampler
+    rank: int
+    sides: Sides
+    seed: int
+    shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+    bases: _Bases = field(compare=False, repr=False)
+    shares_subspace = True
+
+    def part(self, tensor_id: int) -> Sampler:
+        """As `zotune.directions.samplers.part_of`: a tensor that is no matrix has the base's directions."""
+        return self if tensor_id in self.shapes else self.base
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
+        if tensor_id not in self.shapes:
+            self.base.fill(out, seed, tensor_id, start)
+            return
+        found = self.factors(seed, tensor_id, out.device, start, out.numel())
+        skipped = start % self.shapes[tensor_id][1]
+        out.copy_(product(found.left, found.right).view(-1)[skipped : skipped + out.numel()])
+
+    def factors(
+        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
+    ) -> Factors:
+        """As `zotune.directions.samplers.FactoredSampler.factors`."""
+        found = self.subspace(tensor_id, device).lifted(self.coordinates(seed, tensor_id, device))
+        rows, columns = self.shapes[tensor_id]
+        lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
+        return found if (lo, hi) == (0, rows) else Factors(found.left[lo:hi], found.right)
+
+    def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
+        """As `zotune.directions.samplers.FactoredSampler.together`: none, for the bases are there already."""
+        return {}
+
+    def coordinates(self, seed: int, tensor_id: int, device: torch.device) -> Tensor:
+        """As `zotune.directions.samplers.SpanningSampler.coordinates`."""
+        rank = self._rank_of(tensor_id)
+        columns = self.shapes[tensor_id][1] if self.sides == Sides.LEFT else rank
+        return drawn(self.base, rank, seed, tensor_id, 0, columns, device).t()
+
+    def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
+        """As `zotune.directions.samplers.SpanningSampler.subspace`."""
+        (m, n), rank, seed = self.shapes[tensor_id], self._rank_of(tensor_id), self.seed if seed is None else seed
+        left = self.bases.get(seed, _LEFT, tensor_id, m, rank, device)
+        if self.sides == Sides.LEFT:
+            return Subspace(seed, left, None)
+        right = self.bases.get(seed, _RIGHT, tensor_id, n, rank, device)
+        return Subspace(seed, left, right, math.sqrt(m * n) / rank)
+
+    def _rank_of(self, tensor_id: int) -> int:
+        m, n = self.shapes[tensor_id]
+        return min(self.rank, m) if self.sides == Sides.LEFT else min(self.rank, m, n)
+
+    def state(self) -> dict[str, Any]:
+        """As `zotune.directions.schedule.StatefulSampler.state`."""
+        return {"basis_seed": self.seed}
+
+
+@dataclass(frozen=True)
+class InSubspaces(ScheduledSampler):
+    """A sampler of directions in a subspace that is renewed as a run goes on; see `subspace`."""
+
+    base: Sampler
+    rank: int
+    interval: int
+    sides: Sides
+    _bases: _Bases = field(default_factory=_Bases, compare=False, repr=False)
+
+    def at(
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+    ) -> SubspaceSampler:
+        """As `ScheduledSampler.at`."""
+        own = derive_seed(seed, step // self.interval, 0, _LEFT)
+        if isinstance(before, SubspaceSampler) and before.seed == own:
+            return before
+        return self._sampler(tuned, own)
+
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> SubspaceSampler:
+        """As `ScheduledSampler.restored`."""
+        return self._sampler(tuned, state["basis_seed"])
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As `ScheduledSampler.constants`."""
+        return {"rank": self.rank, "interval": self.interval, "sides": str(self.sides)}
+
+    def _sampler(self, tuned: ParameterSet, seed: int) -> SubspaceSampler:
+        return SubspaceSampler(self.base, self.rank, self.sides, seed, matrix_shapes(tuned), self._bases)
+
+
+def subspace(base: Sampler, rank: int, *, interval: int, sides: Sides | str = Sides.LEFT) -> InSubspaces:
+    r"""Directions of matrices within a subspace that stays for some steps.
+
+        left:  U = L Z,               L (m × r) with orthonormal columns, Z (r × n)
+        both:  U = √(mn)/r L Z Rᵀ,    R (n × r) too, Z (r × r)
+
+    Z is drawn anew for each direction, L and R every `interval` steps. E[u uᵀ] is the projection onto the subspace,
+    r/m of the identity on average with L alone; with both, and the factor that makes E‖U‖² = mn, the identity on
+    average.
+
+    Args:
+        base: the distribution of the entries of Z: `gaussian` or `rademacher`. Tensors of fewer than two dimensions
+            get its directions as they are.
+        rank: r ≥ 1.
+        interval: steps between two draws of the bases, at least 1.
+        sides: "left" or "both".
+
+    Raises:
+        UsageError: a value is out of range, or the base is no sampler of independent entries.
+
+    Memory: the bases, 4 r bytes for each row of a matrix (and each column, with both).
+
+    Source: Yu et al., 2024 (SubZero, arXiv 2410.08989: both); Lang et al., 2026 (ZO-Muon, arXiv 2602.17155: left).
+
+    >>> import zotune as zo
+    >>> model = torch.nn.Linear(30, 20)
+    >>> opt = zo.zo_sgd(model, lr=0.1, sampler=subspace(zo.gaussian, 2, interval=50, sides="both"))
+    >>> (u,) = opt.directions()
+    >>> int(torch.linalg.matrix_rank(u.of(model, "weight")))
+    2
+    """
+    if isinstance(base, ScheduledSampler):
+        raise UsageError(f"the coordinates' entries must be independent, got {base!r}; give gaussian or rademacher.")
+    if rank < 1:
+        raise UsageError(f"a subspace has at least one dimension, got {rank=}")
+    if interval < 1:
+        raise UsageError(f"a basis serves at least one step, got {interval=}")
+    return InSubspaces(base, rank, interval, Sides(sides))
