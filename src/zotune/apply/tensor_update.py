@@ -42,8 +42,8 @@ class TensorUpdate:
         tensor: the tensor x.
         terms: (cᵢ, uᵢ) of ĝ.
         transform: h.
-        state: the transform's state: tensors of the tensor's shape, on the processes it is on, or of the subspace's, and
-            plain numbers.
+        state: the transform's state: tensors of the tensor's shape, where it lies, or of the subspace's, and plain
+            numbers.
         lr, weight_decay: η, λ.
         rounding_seed: seed of the stochastic rounding of half-precision weights; None for rounding to nearest.
         history: the terms of earlier steps, oldest first, from which the transform's state is computed again;

@@ -17,7 +17,7 @@ from zotune.estimate.determinism import note_evaluation, same_draws
 from zotune.estimate.forward_mode.dual_numbers import dual, tangent_of
 from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.model.eager_mode import uncompiled
-from zotune.model.shards import whole
+from zotune.model.shards import reshard, whole
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -234,6 +234,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     Raises:
         UsageError: on leaving, if its evaluations drew different random numbers.
     """
+    reshard(model)  # what FSDP2 has gathered may be weights from before an update
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:

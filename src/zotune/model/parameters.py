@@ -84,7 +84,7 @@ class TunedTensor:
         Of a distributed tensor it holds the numbers of this process.
         """
         if not self.is_offloaded:
-            return local(self.parameter).detach()  # type: ignore[no-any-return]
+            return local(self.parameter).data  # type: ignore[no-any-return]
         stored = _held_in_memory(*self.places[0])
         if stored is None:
             raise UsageError(
@@ -259,6 +259,10 @@ class ParameterSet:
         """Whether processes exchange activations within a forward pass: shards are read that nothing gathers."""
         return self._has_shards_read_apart
 
+    def reshard(self) -> None:
+        """Let the model hold its shards alone, after they have changed: see `shards.reshard`."""
+        reshard(self.model)
+
     def agreed(self, values: Sequence[float]) -> list[float]:
         """The numbers that all processes of the model go on with, given each one's own; see `shards.agreed`."""
         return agreed(self._mesh, values)
@@ -292,7 +296,7 @@ class ParameterSet:
         self._check_ids()
         for t in self._tensors:
             _check_kind(t)
-        both = first_overlap((t.name, t.storage()) for t in self._tensors if not t.is_offloaded)
+        both = first_overlap((t.name, local(t.parameter)) for t in self._tensors if not t.is_offloaded)
         if both is not None:
             raise UsageError(
                 f"the parameters {both[0]!r} and {both[1]!r} are two that share memory; "

@@ -32,7 +32,6 @@ from zotune.estimate.objective import Closure
 from zotune.estimate.per_example.difference import with_directions_per_batch
 from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
-from zotune.model.shards import reshard
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
 from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_sampler, check_values
@@ -170,7 +169,6 @@ class ZerothOrder(CountingOptimizer):
             return self._estimate(closure, blocks or self.active_blocks)
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
-        reshard(self.tuned.model)
         if not self._taken:  # sequential blocks of one step have equally many directions
             self._estimation.begin(self.estimator, closure)
         directions = self.directions(blocks, self._estimation.num_directions)
@@ -396,7 +394,7 @@ class ZerothOrder(CountingOptimizer):
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
             self._prefix.moved(frozenset(updates))
-            reshard(self.tuned.model)
+            self.tuned.reshard()
             # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
             torch.clear_autocast_cache()
             self._undo.is_writing = False
@@ -442,8 +440,7 @@ class ZerothOrder(CountingOptimizer):
 
     def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
         """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
-        tensor = self.tuned.find(parameter)
-        return super().placed(value, parameter) if tensor is None else tensor.placed(value)
+        return value if (tensor := self.tuned.find(parameter)) is None else tensor.placed(value)
 
     def _count(self) -> float:
         if self._window is not None:
