@@ -43,6 +43,7 @@ IN_SUBSPACES = {
     "subzero": lambda m, **o: zo.subzero(m, lr=2e-2, mu=1e-2, rank=2, interval=3, num_queries=2, **o),
     "lozo": lambda m, **o: zo.lozo(m, lr=2e-2, mu=1e-2, interval=3, scale="sum", **o),
     "lozo, momentum, decay": lambda m, **o: zo.lozo(m, lr=2e-2, mu=1e-2, interval=3, beta=0.8, weight_decay=0.1, **o),
+    "hizoo": lambda m, **o: zo.hizoo(m, lr=2e-2, mu=1e-2, alpha=1e-2, num_queries=2, **o),
     "zo_muon": lambda m, **o: zo.zo_muon(m, lr=2e-2, mu=1e-2, rank=3, interval=3, vector_lr=1e-2, **o),
     "mopi, blocks": lambda m, **o: zo.mopi(
         m,

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from zotune.methods.block_coordinate import block_coordinate as block_coordinate
     from zotune.methods.block_coordinate import dominant_layer as dominant_layer
     from zotune.methods.fzoo import fzoo as fzoo
+    from zotune.methods.grzo import grzo as grzo
+    from zotune.methods.hizoo import hizoo as hizoo
     from zotune.methods.lozo import lozo as lozo
     from zotune.methods.mopi import mopi as mopi
     from zotune.methods.paper import forward_grad as forward_grad
@@ -89,6 +91,8 @@ _MODULES = {
     "methods.block_coordinate": ("block_coordinate", "dominant_layer"),
     "methods.fzoo": ("fzoo",),
     "methods.paper": ("forward_grad", "zo_adam", "zo_sgd", "zo_sgd_cons", "zo_sgd_mmt", "zo_sgd_sign"),
+    "methods.grzo": ("grzo",),
+    "methods.hizoo": ("hizoo",),
     "methods.lozo": ("lozo",),
     "methods.mopi": ("mopi",),
     "methods.randopt": ("majority", "randopt"),

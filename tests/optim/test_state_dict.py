@@ -19,11 +19,12 @@ METHODS = {
     "fzoo": zo.fzoo,
     "randopt": zo.randopt,
     "one block": partial(zo.block_coordinate, choice="adaptive"),
+    "hizoo": partial(zo.hizoo, alpha=1e-2),
     "lozo": partial(zo.lozo, beta=0.8, interval=3),
     "zo_muon": partial(zo.zo_muon, rank=3, interval=3, vector_lr=0.01),
     "mopi": partial(zo.mopi, rank=3, top=2, interval=3, vector_lr=0.01),
 }
-OWN_DIRECTIONS = ("lozo", "zo_muon", "mopi")
+OWN_DIRECTIONS = ("hizoo", "lozo", "zo_muon", "mopi")
 BLOCKS = {
     "plain": lambda model: {},
     "joint": lambda model: {"blocks": zo.blocks_by_part(model)},

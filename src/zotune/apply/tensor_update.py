@@ -13,12 +13,14 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from zotune.apply.curvature import OfNoise
 from zotune.apply.subspace import InSubspace
 from zotune.apply.transforms import State, Transform, identity
 from zotune.directions.direction import Terms
 from zotune.model.parameters import TunedTensor
 from zotune.model.shards import local, whole
 
+AnyTransform = Transform | InSubspace | OfNoise
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -49,17 +51,19 @@ class TensorUpdate:
         history: the terms of earlier steps, oldest first, from which the transform's state is computed again;
             None if the state is kept in `state`.
         master: float32 weights that take the update in place of the half-precision ones.
+        scalars: of an estimate that has one for each term, as an `OfNoise` needs them.
     """
 
     tensor: TunedTensor
     terms: Terms
-    transform: Transform | InSubspace
+    transform: AnyTransform
     state: State
     lr: float
     weight_decay: float
     rounding_seed: int | None
     history: Sequence[Terms] | None = None
     master: Tensor | None = None
+    scalars: Sequence[float] = ()
 
     @property
     def is_sum(self) -> bool:

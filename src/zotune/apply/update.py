@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from zotune.apply import fused
+from zotune.apply.curvature import OfNoise, sums_of_noise
 from zotune.apply.subspace import InSubspace, add_step, thin_step
-from zotune.apply.tensor_update import HALF, Rounding, TensorUpdate
-from zotune.apply.transforms import State, Transform
+from zotune.apply.tensor_update import HALF, AnyTransform, Rounding, TensorUpdate
+from zotune.apply.transforms import State
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
 from zotune.estimate.perturb import move_rows_one_by_one
 from zotune.model.parameters import TunedTensor
@@ -70,9 +71,13 @@ def _whole_step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, star
 
 
 def _step(update: TensorUpdate, out: Tensor, x: Tensor, state: State, start: int, scale: float) -> State:
-    before = state if update.history is None else _state_from_history(update, start, x)
-    assert not isinstance(update.transform, InSubspace)
-    step, after = update.transform(_gradient(update, update.terms, start, x), before)
+    transform = update.transform
+    assert not isinstance(transform, InSubspace)
+    if isinstance(transform, OfNoise):
+        step, after = transform.rule(*sums_of_noise(update.terms, update.scalars, update.tensor.id, start, x), state)
+    else:
+        before = state if update.history is None else _state_from_history(update, start, x)
+        step, after = transform(_gradient(update, update.terms, start, x), before)
     y = x.to(compute_dtype(x.dtype)) * (1 - update.lr * update.weight_decay) - scale * update.lr * step
     round_to(out, y, update.rounding_seed, update.tensor.id, start)
     return after
@@ -87,7 +92,7 @@ def _gradient(update: TensorUpdate, terms: Terms, start: int, like: Tensor) -> T
 
 def _state_from_history(update: TensorUpdate, start: int, like: Tensor) -> State:
     """The state of a slice, computed again from the terms of earlier steps."""
-    assert not isinstance(update.transform, InSubspace)
+    assert not isinstance(update.transform, InSubspace | OfNoise)
     state: State = {}
     for terms in update.history or ():
         _, state = update.transform(_gradient(update, terms, start, like), state)
@@ -165,14 +170,16 @@ class Step:
         rates: (η, λ) of each parameter group.
         rounding_seed: names the stochastic rounding, where `rounding` is that.
         history: as in `TensorUpdate`, over all tensors.
+        scalars: those of the estimate, if it has one for each term.
     """
 
     terms: Terms
-    transform: Transform | InSubspace
+    transform: AnyTransform
     rates: Sequence[tuple[float, float]]
     rounding: Rounding
     rounding_seed: int
     history: Sequence[Terms] | None
+    scalars: Sequence[float] = ()
 
     def moves(self, tensor: TunedTensor) -> bool:
         """Whether the step changes a tensor."""
@@ -198,6 +205,7 @@ class Step:
             self.rounding_seed if is_stochastic else None,
             None if self.history is None else [own for t in self.history if (own := moving(t, tensor.id))],
             state.get("master"),
+            [s for s, (_, u) in zip(self.scalars, self.terms, strict=False) if u.moves(tensor.id)],
         )
 
 

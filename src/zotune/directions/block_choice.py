@@ -19,7 +19,7 @@ from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 
 # The name of the choices' seeds among what is derived from a run's seed.
-_PURPOSE = 4
+_PURPOSE = 8
 
 
 class Choice(StrEnum):

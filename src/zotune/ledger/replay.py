@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.apply.curvature import OfNoise
 from zotune.apply.subspace import InSubspace
 from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
@@ -247,8 +248,9 @@ def _function(function: Any) -> dict[str, Any]:
     if isinstance(function, partial):
         bound = {k: _value(v) for k, v in function.keywords.items()}
         return {**_function(function.func), **({"args": _value(function.args)} if function.args else {}), **bound}
-    if isinstance(function, InSubspace):
-        return {"name": "zotune.apply.subspace.InSubspace", **{k: _value(v) for k, v in vars(function).items()}}
+    if isinstance(function, InSubspace | OfNoise):
+        name = f"{type(function).__module__}.{type(function).__qualname__}"
+        return {"name": name, **{k: _value(v) for k, v in vars(function).items()}}
     name = getattr(function, "__qualname__", type(function).__qualname__)
     module = getattr(function, "__module__", "")
     own = {"name": f"{_RECORDED_MODULES.get(module, module)}.{name}"}

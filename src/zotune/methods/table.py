@@ -7,6 +7,7 @@ from collections.abc import Callable
 from zotune.methods import paper
 from zotune.methods.block_coordinate import block_coordinate
 from zotune.methods.fzoo import fzoo
+from zotune.methods.hizoo import hizoo
 from zotune.methods.lozo import lozo
 from zotune.methods.mopi import mopi
 from zotune.methods.randopt import randopt
@@ -23,5 +24,6 @@ METHODS: dict[str, Callable[..., ZerothOrder]] = {
     "lozo": lozo,
     "zo_muon": zo_muon,
     "mopi": mopi,
+    "hizoo": hizoo,
 }
 """Every zeroth-order method by name: feeds the command line, the docs and the tests."""

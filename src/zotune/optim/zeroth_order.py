@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
-from zotune.apply.subspace import InSubspace
-from zotune.apply.tensor_update import Rounding, TensorUpdate
-from zotune.apply.transforms import Coefficient, Transform, clipped, identity, unchanged
+from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate
+from zotune.apply.transforms import Coefficient, clipped, identity, unchanged
 from zotune.apply.update import Step, update_tensors_, with_master
 from zotune.apply.window import CoefficientWindow
 from zotune.directions.block_choice import OneBlock, active_blocks
@@ -107,7 +106,7 @@ class ZerothOrder(CountingOptimizer):
         lr: float,
         *,
         estimator: Estimator | None = None,
-        transform: Transform | InSubspace = identity,
+        transform: AnyTransform = identity,
         coefficient: Coefficient = unchanged,
         step: LineSearch = fixed,
         sampler: AnySampler = rademacher,
@@ -371,6 +370,7 @@ class ZerothOrder(CountingOptimizer):
             self.rounding,
             derive_seed(self.seed, self.num_steps, 0, _ROUNDING),
             None if self._window is None else self._window.steps,
+            estimate.scalars,
         )
 
     def _terms(self, estimate: GradientEstimate) -> Terms:

@@ -33,7 +33,7 @@ from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 from zotune.plan.passes import gradient_bytes
 
 # Number of float32 moments per tuned parameter; with a window, moments are recomputed and not stored.
-_MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2}
+_MOMENTS = {"zo_sgd_mmt": 1, "zo_adam": 2, "hizoo": 1}
 
 
 OVERHEAD = {"cpu": 8 << 20, "cuda": 0}

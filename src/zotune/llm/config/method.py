@@ -24,6 +24,7 @@ MethodName = Literal[
     "lozo",
     "zo_muon",
     "mopi",
+    "hizoo",
     "fo_sgd",
     "fo_adam",
 ]
@@ -69,13 +70,27 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "subzero": {"sampler": "gaussian", "rank": 24, "rank_interval": 1000},
     "lozo": {"sampler": "gaussian", "rank": 2, "rank_interval": 50, "momentum": 0.0},
     "zo_muon": {"num_queries": 4, "difference": "forward", "sampler": "gaussian", "rank": 64, "rank_interval": 100},
+    "hizoo": {"sampler": "gaussian"},
     "mopi": {"num_queries": 8, "sampler": "gaussian", "rank": 64, "rank_interval": 500},
 }
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
-_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi")
+_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 # Methods whose directions may be one for each group of examples.
 _BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED = ("fzoo", "randopt")
+# Options that some methods alone use.
+_USERS: dict[str, tuple[str, ...]] = {
+    "sign": ("zo_sgd_sign",),
+    "momentum": ("zo_sgd_mmt", "lozo", "mopi"),
+    "window": ("zo_sgd_mmt", "zo_adam"),
+    **dict.fromkeys(("keep_best", "only_better"), ("randopt",)),
+    **dict.fromkeys(("std_ddof", "divide_by_mu"), ("fzoo",)),
+    "vector_learning_rate": ("zo_muon", "mopi"),
+    "spectral_rank": ("mopi",),
+    "hessian_share": ("hizoo",),
+    "rank_scale": ("lozo",),
+    **dict.fromkeys(("block_choice", "block_unbiased"), ("block_coordinate",)),
+}
 
 
 def default_mu(tuning: str) -> float:
@@ -116,8 +131,8 @@ class MethodOptions(Options):
     )
     sampler: Literal["rademacher", "gaussian"] = Field(
         "rademacher",
-        description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon and mopi "
-        "gaussian.",
+        description="Distribution of the directions. Default: rademacher; for randopt, subzero, lozo, zo_muon, mopi "
+        "and hizoo gaussian.",
     )
     directions_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
@@ -172,22 +187,15 @@ class MethodOptions(Options):
     )
 
     keep_best: int = Field(1, ge=1, description="Number of the best points whose mean is taken (randopt).")
-    only_better: bool = Field(
-        True, description="Keep only points that are better than the weights; else the best ones in any case (randopt)."
-    )
-    std_ddof: Literal[0, 1] = Field(
-        0, description="Standard deviation of a step's losses: squares over N (0) or over N - 1 (1) (fzoo)."
-    )
-    divide_by_mu: bool = Field(
-        False, description="Divide the estimate by μ as well, as the paper's text does and its algorithm not (fzoo)."
-    )
-    vector_learning_rate: float = Field(
-        1e-7, ge=0, description="Learning rate of tensors of fewer than two dimensions (zo_muon, mopi)."
-    )
+    only_better: bool = Field(True, description="Keep only points that are better than the weights (randopt).")
+    std_ddof: Literal[0, 1] = Field(0, description="Spread of the losses with squares over N - this (fzoo).")
+    divide_by_mu: bool = Field(False, description="Divide the estimate by μ, as the paper's text does (fzoo).")
+    vector_learning_rate: float = Field(1e-7, ge=0, description="Learning rate of vectors (zo_muon, mopi).")
     spectral_rank: int = Field(32, ge=1, description="Number of leading singular directions of a step (mopi).")
-    rank_scale: Literal["mean", "sum"] = Field(
-        "mean", description="Steps divided by the rank, as in the paper (mean), or not, as in its code (sum) (lozo)."
+    hessian_share: float = Field(
+        1e-8, ge=0, lt=1, description="Share α of a new curvature in the estimate of the Hessian's diagonal (hizoo)."
     )
+    rank_scale: Literal["mean", "sum"] = Field("mean", description="Divide steps by the rank (mean) or not (lozo).")
     block_choice: Literal["random", "cyclic", "adaptive"] = Field(
         "random",
         description="Choice of the block of a step: at random, by turns, or more often where coefficients are large "
@@ -199,9 +207,7 @@ class MethodOptions(Options):
     block_decay: float = Field(
         0.9, ge=0, lt=1, description="Share of a block's score that stays when it is measured again (block_coordinate)."
     )
-    block_unbiased: bool = Field(
-        False, description="Divide each step by the probability of its block (block_coordinate)."
-    )
+    block_unbiased: bool = Field(False, description="Divide steps by their block's probability (block_coordinate).")
 
     blocks: Literal["layer", "part", "linear", "size"] | None = Field(
         None,
@@ -306,7 +312,6 @@ class MethodOptions(Options):
         zeroth_order = self.method not in FIRST_ORDER
         is_hybrid = self.hybrid_layers is not None
         adam = self.method in ("zo_adam", "fo_adam") or (is_hybrid and self.hybrid_method == "fo_adam")
-        moments = self.method in ("zo_sgd_mmt", "zo_adam")
         any_method = (zeroth_order, "a zeroth-order method")
         any_directions = (
             zeroth_order and self.method not in _OWN_DIRECTIONS,
@@ -315,19 +320,9 @@ class MethodOptions(Options):
         sparse = (zeroth_order and self.sparsity > 0, "a zeroth-order method and a sparsity above 0")
         hybrid = (is_hybrid, "hybrid_layers")
         return {
-            "sign": (self.method == "zo_sgd_sign", "method: zo_sgd_sign"),
-            "momentum": (self.method in ("zo_sgd_mmt", "lozo", "mopi"), "method: zo_sgd_mmt, lozo or mopi"),
+            **{option: (self.method in users, f"method: {' or '.join(users)}") for option, users in _USERS.items()},
             "adam": (self.method == "zo_adam", "method: zo_adam"),
             **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (adam, "an Adam method")),
-            "window": (moments, "method: zo_sgd_mmt or zo_adam"),
-            **dict.fromkeys(("keep_best", "only_better"), (self.method == "randopt", "method: randopt")),
-            **dict.fromkeys(("std_ddof", "divide_by_mu"), (self.method == "fzoo", "method: fzoo")),
-            "vector_learning_rate": (self.method in ("zo_muon", "mopi"), "method: zo_muon or mopi"),
-            "spectral_rank": (self.method == "mopi", "method: mopi"),
-            "rank_scale": (self.method == "lozo", "method: lozo"),
-            **dict.fromkeys(
-                ("block_choice", "block_unbiased"), (self.method == "block_coordinate", "method: block_coordinate")
-            ),
             **dict.fromkeys(
                 ("block_explore", "block_decay"),
                 (self.block_choice == "adaptive", "method: block_coordinate and block_choice: adaptive"),
@@ -337,7 +332,8 @@ class MethodOptions(Options):
                 " or ".join(_BY_EXAMPLES) + ", no hybrid",
             ),
             "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
-            **dict.fromkeys(("blocks", "rank"), any_method),
+            "blocks": any_method,
+            "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
             "sparsity": any_directions,
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),

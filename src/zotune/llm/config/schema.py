@@ -111,7 +111,15 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("objective", "rounding", "sampler"),
         *("difference", "weight_decay", "max_coefficient", "momentum", "sign", "adam", "adam_beta1", "adam_beta2"),
         *("adam_epsilon", "window", "blocks", "block_size", "block_order", "sparsity", "mask", "mask_group"),
-        *("mask_interval", "rank", "rank_interval", "rank_scale", "spectral_rank", "vector_learning_rate"),
+        *(
+            "mask_interval",
+            "rank",
+            "rank_interval",
+            "rank_scale",
+            "hessian_share",
+            "spectral_rank",
+            "vector_learning_rate",
+        ),
         *("std_ddof", "divide_by_mu", "keep_best", "only_better", "block_choice", "block_explore", "block_decay"),
         *(
             "block_unbiased",

@@ -113,7 +113,7 @@ def _zeroth_order(
 # Options that not every method has.
 _RARE = ("window", "directions_per_batch")
 # Methods whose sampler is the distribution of the entries of their own directions.
-_OF_SUBSPACES = ("subzero", "lozo", "zo_muon", "mopi")
+_OF_SUBSPACES = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 
 
 def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
@@ -141,6 +141,7 @@ def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
         "subzero": {**space, **difference},
         "lozo": {**space, "beta": options.momentum, "scale": options.rank_scale, **difference},
         "zo_muon": {**space, "vector_lr": options.vector_learning_rate, **difference},
+        "hizoo": {"alpha": options.hessian_share},
         "mopi": {
             **space,
             "beta": options.momentum,

@@ -1,0 +1,110 @@
+"""HiZOO and GRZO are their equations, written plainly in float64; what HiZOO's H does at the published α."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zotune as zo
+from problems import problem
+from zotune.directions.scaled import base_of
+
+
+def noise(p, opt):
+    """The whole z of each direction of the coming step."""
+    samplers = [zo.Direction(u.seed, base_of(u.sampler)) for u in opt.directions()]
+    return [p.whole(u.of) for u in samplers]
+
+
+@pytest.mark.parametrize("name", ["quadratic", "transformer"])
+@pytest.mark.parametrize("q", [1, 3])
+def test_hizoo_in_double_precision_is_its_equations(name, q):
+    mu, eta, alpha = 0.01, 0.02, 0.05
+    p = problem(name)
+    f, _ = p.plain()
+    opt = zo.hizoo(p.model, eta, mu=mu, alpha=alpha, num_queries=q)
+    x, h = p.position(), np.ones_like(p.position())
+    for _ in range(6):
+        z = noise(p, opt)
+        ends = [(f(x + mu * z_i / np.sqrt(h)), f(x - mu * z_i / np.sqrt(h))) for z_i in z]
+        curvature = [abs(plus + minus - 2 * f(x)) / (2 * mu**2) for plus, minus in ends]
+        h = (1 - alpha) * h + alpha * np.mean([k * h * z_i**2 for k, z_i in zip(curvature, z, strict=True)], axis=0)
+        step = np.mean([(a - b) / (2 * mu) * z_i for (a, b), z_i in zip(ends, z, strict=True)], axis=0)
+        x = x - eta * step / np.sqrt(h)
+        opt.step(p.closure)
+        # A scaled direction is rounded to single precision.
+        np.testing.assert_allclose(p.position(), x, rtol=1e-6, atol=1e-7)
+    assert h.std() > 1e-3
+
+
+def test_without_a_share_hizoo_is_zo_sgd():
+    ends = []
+    for make in (lambda m: zo.hizoo(m, 0.02, alpha=0.0), lambda m: zo.zo_sgd(m, 0.02, sampler=zo.gaussian)):
+        p = problem("transformer")
+        opt = make(p.model)
+        for _ in range(4):
+            opt.step(p.closure)
+        ends.append(p.position())
+    np.testing.assert_allclose(*ends, rtol=1e-9, atol=1e-10)
+
+
+def test_at_the_published_share_h_grows_by_one_common_factor_alone():
+    """The figures of `hizoo`'s docstring: 200 numbers with curvatures from 0.1 to 100, 1,000 steps."""
+    curvatures = torch.logspace(-1, 2, 200, dtype=torch.float64)
+    model = nn.Linear(200, 1, bias=False).double()
+    opt = zo.hizoo(model, lr=0.0)
+    kappas = []
+    opt.on_step = lambda record: kappas.append(record.scalars[0])
+    for _ in range(1000):
+        opt.step(lambda: (model.weight.square() * curvatures).sum() / 2)
+    h = opt.state[model.weight]["hessian"].view(-1)
+    assert np.mean(kappas) == pytest.approx(float(curvatures.sum()) / 2, rel=0.02)
+    assert float(h.mean()) == pytest.approx(1.015, abs=1e-3)
+    assert 5e-4 < float(h.std()) < 1e-3
+    correlation = torch.corrcoef(torch.stack([h.log(), curvatures.log()]))[0, 1]
+    assert float(correlation) == pytest.approx(0.28, abs=0.02)
+
+
+def test_in_single_precision_a_small_curvature_leaves_h_at_one():
+    single = nn.Linear(200, 1, bias=False)
+    opt = zo.hizoo(single, lr=0.0, mu=0.1)
+    for _ in range(30):
+        opt.step(lambda: 5e-4 * single.weight.square().sum())
+    assert (opt.state[single.weight]["hessian"] == 1).all()
+
+
+def test_grzo_is_a_loop_over_examples_with_directions_stored_whole():
+    mu, eta, eps = 1e-2, 0.05, 1e-3
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    opt = zo.grzo(model, eta, mu=mu, eps=eps)
+    for _ in range(3):
+        weight, bias = (p.detach().clone() for p in model.parameters())
+        us = opt.directions(count=6)
+        parts = [(u.of(model, "weight").double(), u.of(model, "bias").double()) for u in us]
+
+        def loss(i, a, parts=parts, weight=weight, bias=bias):
+            w, b = parts[i]
+            return float((x[i] @ (weight + a * w).t() + bias + a * b - y[i]).square().mean())
+
+        delta = np.array([loss(i, mu) - loss(i, -mu) for i in range(6)])
+        a = delta / (delta.std() + eps)
+        for k, p in enumerate((weight, bias)):
+            p -= eta / (2 * mu * 6) * sum(a_i * part[k] for a_i, part in zip(a, parts, strict=True))
+        opt.step(zo.per_example(lambda x, y: (model(x) - y).square().mean(dim=1), x, y))
+        assert torch.allclose(model.weight, weight, rtol=1e-7) and torch.allclose(model.bias, bias, rtol=1e-7)
+    assert opt.num_forwards == 6
+
+
+def test_what_they_cannot_do_is_refused_with_the_reason():
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="alpha is the share"):
+        zo.hizoo(model, 0.1, alpha=1.0)
+    with pytest.raises(zo.UsageError, match="hizoo makes directions"):
+        zo.hizoo(model, 0.1, sampler=zo.sparse(zo.gaussian, 0.5))
+    with pytest.raises(zo.UsageError, match="batches of 2"):
+        x = torch.ones(1, 2)
+        zo.grzo(model, 0.1).step(zo.per_example(lambda x: model(x).square().mean(dim=1), x))
+    with pytest.raises(zo.UsageError, match="per_example"):
+        zo.grzo(model, 0.1).step(lambda: model.weight.sum())
