@@ -310,7 +310,7 @@ _METHOD = '''
 
 def zo_half(model: nn.Module, lr: float, *, mu: float = 1e-3, **options: Unpack[Options]) -> ZerothOrder:
     r"""ZO-Half: steps of half the length."""
-    return ZerothOrder(model, lr / 2, estimator=_estimator(central_difference, mu), **options)
+    return ZerothOrder(model, lr / 2, estimator=differences(central_difference, mu), **options)
 
 
 METHODS["zo_half"] = zo_half
@@ -332,7 +332,7 @@ def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
     with (package / "methods" / "paper.py").open("a", encoding="utf-8") as methods:
         methods.write(_METHOD)
     options = package / "llm" / "config" / "method.py"
-    options.write_text(options.read_text(encoding="utf-8").replace('"zo_adam", ', '"zo_adam", "zo_half", ', 1))
+    options.write_text(options.read_text(encoding="utf-8").replace('"zo_adam",', '"zo_adam", "zo_half",', 1))
     (package / "llm" / "tasks" / "new_task.py").write_text(_TASK, encoding="utf-8")
     tasks = package / "llm" / "tasks" / "__init__.py"
     text = tasks.read_text(encoding="utf-8").replace("_OTHERS = (", "_OTHERS = (NEW, ", 1)
@@ -355,7 +355,7 @@ def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "zo_half       ZO-Half: steps of half the length." in lines
+    assert any(line.split() == ["zo_half", "ZO-Half:", "steps", "of", "half", "the", "length."] for line in lines)
     assert any(line.startswith("new_task") for line in lines)
     assert "table2/zo_half--lora--opt-1.3b--sst2" in lines
     assert "leaderboard/zo_half--forwards--sst2--lora" in lines

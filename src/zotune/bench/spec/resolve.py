@@ -18,7 +18,7 @@ from typing import Any, get_args
 from zotune.bench.spec.schema import Budget, CellSpec, Defaults, Experiment, Layer, Limits, SearchPlan
 from zotune.bench.spec.vocabulary import Coordinate, Kind, Scale
 from zotune.errors import UsageError, did_you_mean
-from zotune.llm.config.method import MethodName
+from zotune.llm.config.method import LATER, MethodName
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import Options, check_file, validate
 
@@ -134,7 +134,7 @@ def schema_of(kind: Kind) -> type[Options]:
 
 
 def _expand(axis: str, values: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]:
-    """The values of an axis; values of `method` and `task` may be patterns, so that new methods and tasks join."""
+    """The values of an axis; values of `method` and `task` may be patterns, so that new tasks join."""
     names_of_axis = _names_of_axis(axis)
     expanded: list[Coordinate] = []
     for value in values:
@@ -146,7 +146,8 @@ def _expand(axis: str, values: tuple[Coordinate, ...]) -> tuple[Coordinate, ...]
 def _names_of_axis(axis: str) -> tuple[str, ...]:
     """All names that a pattern on an axis can stand for; empty for axes without patterns."""
     if axis == "method":
-        return get_args(MethodName)
+        # The paper's experiments compare the paper's methods; an experiment names later ones itself.
+        return tuple(name for name in get_args(MethodName) if name not in LATER)
     if axis == "task":
         from zotune.llm.tasks import TASKS
 

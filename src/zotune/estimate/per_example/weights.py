@@ -50,6 +50,11 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         self, tuned: ParameterSet, directions: Sequence[Direction], groups: Sequence[int], points: Sequence[float]
     ) -> None:
         super().__init__(tuned, directions[0].tensors, 0)
+        if tuned.is_tensor_parallel:
+            raise UsageError(
+                "directions_per_batch gives each example weights of its own, which the processes of a tensor-parallel "
+                "plan cannot exchange activations of. Leave it out, or shard the model by FSDP2."
+            )
         self._directions, self._groups, self._points = directions, groups, points
         self._of_rows: Sequence[int] = ()
         whole = frozenset(t.id for t in tuned if t.id in self.chosen and not self._is_thin(t))

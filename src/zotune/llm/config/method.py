@@ -17,6 +17,8 @@ MethodName = Literal[
     "zo_sgd_cons",
     "zo_adam",
     "forward_grad",
+    "fo_sgd",
+    "fo_adam",
     "fzoo",
     "randopt",
     "block_coordinate",
@@ -25,8 +27,6 @@ MethodName = Literal[
     "zo_muon",
     "mopi",
     "hizoo",
-    "fo_sgd",
-    "fo_adam",
 ]
 FIRST_ORDER = ("fo_sgd", "fo_adam")
 # Those of transformers that are functions of the step, so that a ledger and a resumed run repeat them.
@@ -73,6 +73,8 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "hizoo": {"sampler": "gaussian"},
     "mopi": {"num_queries": 8, "sampler": "gaussian", "rank": 64, "rank_interval": 500},
 }
+LATER = tuple(OF_METHOD)
+"""The methods beyond the paper."""
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 _OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 # Methods whose directions may be one for each group of examples.

@@ -78,6 +78,10 @@ class ModelOptions(Options):
                 f"{named[0]} does not go with quantization: {self.quantization}, whose library keeps its weights on "
                 "one device; use gguf, whose layers can be streamed (--offload-folder)"
             )
+        if named and self.shard != "none":
+            raise ValueError(
+                f"{named[0]} places a whole model for one process, and shard cuts it over several; give one"
+            )
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device_map says where each module lies; leave out device")
         if self.device_map is not None and (self.is_gguf or self.model.startswith("random:")):
@@ -110,6 +114,11 @@ class ParallelOptions(Options):
         None,
         description="How processes share each step: query=Q,data=D of them share the directions and the micro-batches; "
         "default: micro-batches first.",
+    )
+    shard: Literal["none", "fsdp", "tp"] = Field(
+        "none",
+        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
+        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it.",
     )
     check_ranks: int = Field(
         100,

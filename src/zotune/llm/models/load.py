@@ -36,6 +36,7 @@ from zotune.llm.models.placement.layers import (
     reads_within_layers,
     stream_in_memory,
 )
+from zotune.llm.models.placement.sharded import cut_by_fsdp, forget_loading, loading_arguments, shard_of
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
     QUANTIZERS,
@@ -48,6 +49,7 @@ from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.messages import say
+from zotune.model.shards import mesh_of
 from zotune.system.loggers import quiet_loggers
 from zotune.system.processor import emulates
 
@@ -70,6 +72,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_quantization(options)
     check_revision(options)
     adapter = adapter_of(options)
+    shard = shard_of(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
         stream_in_memory(lm.module, options, device)
@@ -86,10 +89,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         check_no_new_head(lm.module, lm.name)
         lm.module, lm.classifies = with_classification_head(lm.module, labels, seed), True
     is_quantized = getattr(lm.base, "is_quantized", False)
-    if is_placed(options):
-        place_rest(lm.module, options, device)
-    elif not is_quantized:  # transformers has placed a quantised model already
-        lm.module.to(device)
+    _place(lm, options, device, shard)
     lm.module.eval()
     if lm.device.type == "cpu":
         _say_what_is_emulated(lm.base.dtype)
@@ -187,6 +187,17 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _place(lm: LanguageModel, options: ModelOptions, device: torch.device, shard: str | None) -> None:
+    """Move a model, or what of it is not in its place yet, to its device or devices."""
+    if is_placed(options):
+        place_rest(lm.module, options, device)
+    elif shard == "fsdp" and mesh_of(lm.base) is None:
+        cut_by_fsdp(lm.base, device)
+    elif not getattr(lm.base, "is_quantized", False) and shard is None:
+        # transformers has placed a quantised model already, and one in shards
+        lm.module.to(device)
+
+
 def _random(name: str, options: ModelOptions) -> LanguageModel:
     """Build an architecture with random weights, the same at each call."""
     if name not in ARCHITECTURES:
@@ -219,12 +230,14 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
             **options.reading,
             **attention_of(options),
             **quantisation,
+            **loading_arguments(shard_of(options), config, kind.auto_class),
         }
         module = (
             read_by_map(source, kind, options, config, find_device(options.device), arguments)
             if is_placed(options)
             else read_pretrained(source, kind, options.model, **arguments)
         )
+        forget_loading(module)
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
         module.name_or_path = options.model

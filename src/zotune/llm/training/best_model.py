@@ -20,6 +20,7 @@ from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTie
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 from zotune.model.mapped_memory import release
+from zotune.model.shards import local
 from zotune.model.streaming import settle_tensors
 
 # Tuned weights of up to this many bytes are stored in memory, larger ones in a file of the output folder.
@@ -99,6 +100,7 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
         RunError: there is no room; the message ends with `remedy`.
     """
     settle_tensors(tuned)
+    tuned = [local(p) for p in tuned]
     num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
     on_disk = folder if num_bytes > MAX_MEMORY else None
     store = ActivationStore([MemoryTier(num_bytes) if on_disk is None else FileTier(num_bytes, on_disk)])
@@ -120,7 +122,7 @@ def restore_weights(tuned: Sequence[nn.Parameter], store: ActivationStore) -> No
     for i, p in enumerate(tuned):
         weights = store.get((i,))
         assert weights is not None
-        p.copy_(weights)
+        local(p).copy_(weights)
         release(p.detach())
 
 

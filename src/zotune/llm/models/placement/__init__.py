@@ -1,5 +1,5 @@
-"""Models whose weights do not all lie on one device: which module lies where, and layers that are streamed.
+"""Models whose weights do not all lie on one device, or in one process: which module, layer or slice lies where.
 
-Start with `device_map`, which says where each module lies; `layers` loads a model by it, and `room` checks that the
-disk holds what a run writes there.
+Start with `device_map`, which says where each module lies; `layers` loads a model by it and streams the layers that lie
+on a disk. `sharded` cuts a model over the processes that torchrun started.
 """
