@@ -78,10 +78,6 @@ class ModelOptions(Options):
                 f"{named[0]} does not go with quantization: {self.quantization}, whose library keeps its weights on "
                 "one device; use gguf, whose layers can be streamed (--offload-folder)"
             )
-        if named and self.shard != "none":
-            raise ValueError(
-                f"{named[0]} places a whole model for one process, and shard cuts it over several; give one"
-            )
         if self.device_map is not None and self.device != "auto":
             raise ValueError("device_map says where each module lies; leave out device")
         if self.device_map is not None and (self.is_gguf or self.model.startswith("random:")):
@@ -182,6 +178,10 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
         if self.gradient_checkpointing and self.method not in FIRST_ORDER:
             raise ValueError(
                 f"gradient_checkpointing has no effect on {self.method}, which stores no activations; leave it out"
+            )
+        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
+            raise ValueError(
+                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
             )
         if self.offload_folder is not None and (self.method in FIRST_ORDER or self.hybrid_layers is not None):
             raise ValueError(
