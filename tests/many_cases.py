@@ -26,6 +26,13 @@ STEPS = {
     "window": partial(zo.zo_adam, window=3, num_queries=2),
     "conservative, one-sided": partial(zo.zo_sgd_cons, difference=zo.forward_difference, num_queries=2),
 }
+# Methods with a direction for each group of examples, which need the losses of these.
+OF_EXAMPLES = {
+    "flipped": partial(zo.zo_adam, sampler=zo.flipped(zo.gaussian), directions_per_batch="auto", num_queries=2),
+    "one-sided of examples": partial(
+        zo.zo_sgd, sampler=zo.low_rank(zo.rademacher), difference=zo.forward_difference, directions_per_batch=5
+    ),
+}
 
 
 class Net(nn.Module):
@@ -63,6 +70,8 @@ def micro_batches(model, number, kind):
 
     if kind == "batched":
         return [zo.batched(losses, x, y, most=4) for x, y in batches], [len(y) for _, y in batches]
+    if kind == "examples":
+        return [zo.per_example(losses, x, y) for x, y in batches], [len(y) for _, y in batches]
     if kind == "partly separable":  # the second one needs a number of one end of a probe alone
 
         def needs_a_number(x, y):
@@ -88,7 +97,7 @@ def steps_of(name, query, data, dtype=torch.float32, kind="batched", parts=4, st
         order = "joint" if name == "blocks" else "sequential"
         opt = zo.zo_sgd(model, lr=0.05, num_queries=2, block_order=order, **blocks)
     else:
-        opt = STEPS[name](model, lr=0.05)
+        opt = (STEPS | OF_EXAMPLES)[name](model, lr=0.05)
     records = []
     if not hybrid:
         opt.on_step = lambda record: records.append(record)

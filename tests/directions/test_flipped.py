@@ -29,8 +29,7 @@ def test_a_matrix_is_that_of_the_specification_and_a_vector_has_its_own_directio
     (u,) = opt.directions()
     weight, bias = opt.tuned["weight"], opt.tuned["bias"]
     shared = spec.gaussian(derive_seed(3, 4, 0, 4), weight.id, 0, 35).reshape(SHAPE)
-    r = spec.rademacher(u.seed, weight.id, 0, 7)
-    s = spec.rademacher(derive_seed(u.seed, 0, 0, 3), weight.id, 0, 5)
+    r, s = np.split(spec.rademacher(u.seed, weight.id, 0, 12), [7])
     assert np.array_equal(u.of(opt.tuned, "weight").numpy(), shared * (r[:, None] * s))
     assert np.array_equal(u.of(opt.tuned, "bias").numpy(), spec.gaussian(u.seed, bias.id, 0, 7))
 

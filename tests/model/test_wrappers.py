@@ -57,6 +57,27 @@ def test_sharded_tensors_are_refused():
         zo.ParameterSet(model)
 
 
+def of_deepspeed(model):
+    model.weight.ds_id = 0
+    return model
+
+
+def of_several_processes(model):
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module, wrapped.process_group = model, None
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"), [(of_deepspeed, "fully_shard"), (of_several_processes, r"mesh=zotune\.mesh\(\)")]
+)
+def test_wrappers_of_training_by_gradients_are_refused_with_what_to_use(monkeypatch, wrap, says):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: 2)
+    with pytest.raises(zo.UsageError, match=says):
+        zo.ParameterSet(wrap(nn.Linear(2, 2)))
+
+
 MEMORY = torch.zeros(6, 8)
 VIEWS = {
     "columns": (MEMORY[:, :4], MEMORY[:, 4:], False),

@@ -187,11 +187,13 @@ def test_factors_of_another_matrix_are_refused(kernels):
 # The same from the optimizers, as users meet it ---------------------------------------------------------------
 
 
-def test_a_distributed_model_is_refused_by_the_optimizer(mesh):
-    model = nn.Module()
+def test_a_model_distributed_over_one_process_is_tuned_as_a_plain_one(mesh):
+    plain, model = nn.Module(), nn.Module()
+    plain.w = nn.Parameter(torch.ones(8, 4))
     model.w = nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)]))
-    with pytest.raises(zo.UsageError, match="'w' is a DTensor, distributed over processes"):
-        zo.zo_sgd(model, lr=0.1)
+    for one in (plain, model):
+        zo.zo_adam(one, lr=0.1).step(lambda m=one: m.w.pow(3).sum())
+    assert torch.equal(model.w.to_local(), plain.w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

@@ -8,6 +8,7 @@ from torch import nn
 
 import zotune as zo
 from zotune.errors import UsageError
+from zotune.estimate.mesh import Mesh
 from zotune.llm.config.method import MethodOptions
 from zotune.llm.config.schema import validate
 from zotune.llm.training.counters import Counters
@@ -39,7 +40,7 @@ class Lm:
     """What a first-order step asks of a language model."""
 
     def __init__(self, module):
-        self.module = module
+        self.module, self.mesh = module, Mesh()
 
 
 def by_hand(model, data, lr, steps, *, adam):

@@ -7,7 +7,7 @@ this record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -18,6 +18,7 @@ from zotune.apply.subspace import InSubspace
 from zotune.apply.transforms import State, Transform, identity
 from zotune.directions.direction import Terms
 from zotune.model.parameters import TunedTensor
+from zotune.model.shards import local, whole
 
 AnyTransform = Transform | InSubspace | OfNoise
 HALF = (torch.bfloat16, torch.float16)
@@ -43,7 +44,8 @@ class TensorUpdate:
         tensor: the tensor x.
         terms: (cᵢ, uᵢ) of ĝ.
         transform: h.
-        state: the transform's state: tensors of the tensor's shape, or of the subspace's, and plain numbers.
+        state: the transform's state: tensors of the tensor's shape, where it lies, or of the subspace's, and plain
+            numbers.
         lr, weight_decay: η, λ.
         rounding_seed: seed of the stochastic rounding of half-precision weights; None for rounding to nearest.
         history: the terms of earlier steps, oldest first, from which the transform's state is computed again;
@@ -84,7 +86,7 @@ class TensorUpdate:
 
     def flat_weights(self) -> Tensor:
         """The weights to update, flat: their master copy, or their own memory where it is in order, or else a copy."""
-        return (self.tensor.storage().contiguous() if self.master is None else self.master).view(-1)
+        return (self.tensor.storage().contiguous() if self.master is None else local(self.master)).view(-1)
 
     def store(self, x: Tensor) -> None:
         """Copy the updated `flat_weights` into the weights, unless they already share their memory.
@@ -95,11 +97,18 @@ class TensorUpdate:
         if x.data_ptr() != weights.data_ptr():
             weights.copy_(x.view(weights.shape))
         if not self.tensor.parameter.is_inference():
-            torch.autograd.graph.increment_version(self.tensor.parameter)
+            torch.autograd.graph.increment_version(local(self.tensor.parameter))
 
     def state_slice(self, start: int, size: int) -> State:
-        """The kept state of elements start … start + size - 1; all of it where `is_whole`."""
+        """The kept state of elements start … start + size - 1 of those in this process; all of it where `is_whole`."""
         part = slice(start, start + size)
         if self.is_whole:
             return self.state
-        return {k: v.view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        return {k: local(v).view(-1)[part] if isinstance(v, Tensor) else v for k, v in self.state.items()}
+
+    def of_whole(self) -> TensorUpdate:
+        """The update with the state of the whole tensor, gathered: every process of a shard has to call this."""
+        if self.tensor.shard is None:
+            return self
+        state = {k: whole(v) for k, v in self.state.items()}
+        return replace(self, tensor=replace(self.tensor, shard=None), state=state, master=whole(self.master))

@@ -6,8 +6,8 @@ either way, rounding included.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,18 +21,24 @@ from zotune.apply.transforms import State
 from zotune.directions.direction import Terms, add_terms, moving, one_pass
 from zotune.estimate.perturb import move_rows_one_by_one
 from zotune.model.parameters import TunedTensor
+from zotune.model.shards import local
 from zotune.noise import compute_dtype, foreach_axpy_, round_to
 from zotune.system import limits
 
 
-def updated_slice(update: TensorUpdate, out: Tensor, x: Tensor, start: int, scale: float) -> State:
-    """Write the updated x into `out`: flat slices from element `start` on. `scale` is a; returns the slice's state."""
+def updated_slice(
+    update: TensorUpdate, out: Tensor, x: Tensor, start: int, scale: float, state: State | None = None
+) -> State:
+    """Write the updated x into `out`: flat slices from element `start` on. `scale` is a; returns the slice's state.
+
+    `state` is that before the update; by default the update's own, where it holds the whole tensor's.
+    """
     if update.is_sum:
         add_terms(out, x, update.scaled_terms(scale), update.tensor.id, start, update.rounding_seed)
         return {}
     if update.is_whole:
         return _whole_step(update, out, x, update.state, start, scale)
-    return _step(update, out, x, update.state_slice(start, x.numel()), start, scale)
+    return _step(update, out, x, update.state_slice(start, x.numel()) if state is None else state, start, scale)
 
 
 def update_slice_(update: TensorUpdate, x: Tensor, state: State, start: int, scale: float) -> State:
@@ -98,21 +104,23 @@ def update_tensor_(update: TensorUpdate, scale: float) -> State:
     if update.is_sum and not scale:
         return update.state
     x = update.flat_weights()
-    if update.is_whole:
-        after = update_slice_(update, x, update.state, 0, scale)
-        if scale:
-            update.store(x)
-        return after if update.history is None else {}
-    after = {}
-    size = max(1, x.numel()) if update.is_sum else limits.UPDATE_ELEMENTS
-    for lo in range(0, x.numel(), size):
-        part = x[lo : lo + size]
-        new = update_slice_(update, part, update.state_slice(lo, part.numel()), lo, scale)
-        for key, value in new.items() if update.history is None else ():
+    after: State = {}
+    size = max(1, x.numel()) if update.is_sum or update.is_whole else limits.UPDATE_ELEMENTS
+    for span in update.tensor.spans(0, x.numel(), size):
+        own, before = x[span.local], update.state_slice(span.local.start, span.local.stop - span.local.start)
+        part = span.widened(own)
+        state = before if update.is_whole else _each_tensor(before, span.widened)
+        new = update_slice_(update, part, state, span.start, scale)
+        if scale and part is not own:
+            own.copy_(span.narrowed(part))
+        if update.is_whole:  # which is that of the whole tensor after every span
+            after = new if update.history is None else {}
+            continue
+        for key, value in _each_tensor(new, span.narrowed).items() if update.history is None else ():
             if isinstance(value, Tensor):
-                whole = after.setdefault(key, _state_tensor(update, key, value)).view(-1)[lo : lo + size]
-                if whole.data_ptr() != value.data_ptr():
-                    whole.copy_(value)
+                kept = after.setdefault(key, _state_tensor(update, key, value))
+                if (target := local(kept).view(-1)[span.local]).data_ptr() != value.data_ptr():
+                    target.copy_(value)
             else:
                 after[key] = value
     if scale:
@@ -124,7 +132,12 @@ def _state_tensor(update: TensorUpdate, key: str, like: Tensor) -> Tensor:
     """The tensor that holds one entry of the whole state: the present one, or a new one."""
     if key in update.state:
         return update.state[key]  # type: ignore[no-any-return]
-    return torch.empty(update.tensor.parameter.shape, dtype=like.dtype, device=like.device)
+    weights = update.tensor.storage()
+    return update.tensor.distributed(torch.empty(weights.shape, dtype=like.dtype, device=like.device))
+
+
+def _each_tensor(state: State, function: Callable[[Tensor], Tensor]) -> State:
+    return {key: function(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def update_tensors_(updates: Iterable[TensorUpdate], scale: float) -> list[tuple[TensorUpdate, State]]:
@@ -132,8 +145,8 @@ def update_tensors_(updates: Iterable[TensorUpdate], scale: float) -> list[tuple
     together: dict[Any, list[tuple[TensorUpdate, Tensor]]] = {}
     states = []
     for update in updates:
-        # A tensor that has to be copied is written alone: one copy at a time.
-        alone = not (update.is_sum and scale and update.is_flat)
+        # A tensor that has to be copied is written alone: one copy at a time. So is a shard, by its elements' places.
+        alone = not (update.is_sum and scale and update.is_flat and update.tensor.shard is None)
         shared = None if alone else one_pass(update.scaled_terms(scale), update.tensor.id)
         if shared is None:
             states.append((update, update_tensor_(update, scale)))
@@ -202,7 +215,7 @@ def with_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
     """
     weights = tensor.storage()
     if weights.dtype in HALF and rounding == Rounding.MASTER and "master" not in state:
-        state["master"] = weights.float().contiguous()
+        state["master"] = tensor.distributed(weights.float().contiguous())
     return state
 
 
@@ -212,6 +225,7 @@ class Updated:
 
     updates: dict[int, TensorUpdate]
     scale: float
+    _whole: dict[int, TensorUpdate] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def tensors(self) -> frozenset[int]:
@@ -220,14 +234,27 @@ class Updated:
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
         """As `WeightOffset.move`."""
+        update = self._update_of(tensor)
+        master = None if update.master is None else local(update.master).view(-1)[start : start + x.numel()]
+        for span in tensor.spans(start, x.numel(), max(1, x.numel())):
+            own, target = span.widened((x if master is None else master)[span.local]), out[span.local]
+            is_direct = span.runs is None and master is None
+            moved = target if is_direct else torch.empty_like(own)
+            before = update.state_slice(start + span.local.start, span.local.stop - span.local.start)
+            state = before if update.is_whole else _each_tensor(before, span.widened)
+            updated_slice(update, moved, own, span.start, self.scale, state)
+            if not is_direct:
+                target.copy_(span.narrowed(moved))
+
+    def _update_of(self, tensor: TunedTensor) -> TensorUpdate:
+        """The update of what is read: of a tensor that is read whole, with the state of the whole."""
         update = self.updates[tensor.id]
-        if update.master is None:
-            updated_slice(update, out, x, start, self.scale)
-            return
-        master = update.master.view(-1)[start : start + x.numel()]
-        moved = torch.empty_like(master)
-        updated_slice(update, moved, master, start, self.scale)
-        out.copy_(moved)
+        if tensor.shard is update.tensor.shard:
+            return update
+        if tensor.id not in self._whole:
+            self._whole.clear()  # a tensor's state at a time
+            self._whole[tensor.id] = update.of_whole()
+        return self._whole[tensor.id]
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `WeightOffset.move_rows`."""

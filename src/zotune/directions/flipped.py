@@ -23,8 +23,8 @@ from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.system import limits
 
-# Purpose numbers of the seeds of s and of the shared U in `derive_seed`.
-_COLUMNS, _SHARED = 3, 4
+# Purpose number of the seed of the shared U in `derive_seed`.
+_SHARED = 4
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class FlippedSampler:
         return out
 
     def signs(self, seed: int, tensor_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The signs r (m,) and s (n,) of a direction's part for a matrix."""
-        rows, columns = (torch.empty(n, dtype=torch.float32, device=device) for n in self.shapes[tensor_id])
-        rademacher.fill(rows, seed, tensor_id, 0)
-        rademacher.fill(columns, derive_seed(seed, 0, 0, _COLUMNS), tensor_id, 0)
-        return rows, columns
+        """The signs r (m,) and s (n,) of a direction's part for a matrix: the first m + n of its seed."""
+        rows, columns = self.shapes[tensor_id]
+        both = torch.empty(rows + columns, dtype=torch.float32, device=device)
+        rademacher.fill(both, seed, tensor_id, 0)
+        return both[:rows], both[rows:]
 
     def add(
         self,

@@ -220,7 +220,7 @@ class LowRank(ScheduledSampler):
     interval: int
 
     def at(
-        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.numbers
     ) -> LowRankSampler:
         """As `ScheduledSampler.at`."""
         right_seed = None if self.interval == 1 else derive_seed(seed, step // self.interval, 0, _RIGHT)

@@ -39,7 +39,7 @@ class ScheduledSampler(ABC):
 
     @abstractmethod
     def at(
-        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.storage
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.numbers
     ) -> Sampler:
         """The sampler of one step of the run with this `seed`; `before` is the sampler of an earlier step, if there was
         one.
@@ -73,7 +73,7 @@ def at_step(
     seed: int,
     step: int,
     before: Any = None,
-    weights: Weights = TunedTensor.storage,
+    weights: Weights = TunedTensor.numbers,
 ) -> Sampler:
     """As `ScheduledSampler.at`; a sampler that is always the same is that of every step."""
     return sampler.at(tuned, seed, step, before, weights) if isinstance(sampler, ScheduledSampler) else sampler

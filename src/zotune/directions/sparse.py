@@ -70,7 +70,7 @@ class Sparse(ScheduledSampler):
         seed: int,
         step: int,
         before: Masked | None = None,
-        weights: Weights = TunedTensor.storage,
+        weights: Weights = TunedTensor.numbers,
     ) -> Masked:
         """As `ScheduledSampler.at`: the levels of the step before may still hold."""
         epoch = step // self.interval

@@ -200,7 +200,7 @@ class side_by_side(copied):  # noqa: N801 - named as `perturbed_by`
         self._factors_of_u: dict[torch.device, dict[int, Factors]] = {}
         self._keeps = nbytes(tuned, self.chosen) * self._copies <= limits.CACHED_BYTES
         self._kept: dict[int, Tensor] = {}
-        self._vectors_are_to_come = not self._offloaded
+        self._vectors_are_to_come = not tuned.is_loaded_by_hooks
         self._scratch: Tensor | None = None
 
     def __exit__(

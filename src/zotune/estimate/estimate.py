@@ -51,6 +51,16 @@ class GradientEstimate:
         """The estimate with f(c) in place of each c; its scalars are as they were."""
         return replace(self, terms=tuple((f(c), u) for c, u in self.terms))
 
+    def agreed(self, tuned: ParameterSet) -> GradientEstimate:
+        """The estimate that all processes of a sharded model go on with: see `zotune.model.shards.agreed`."""
+        if not tuned.is_distributed:
+            return self
+        own = [self.loss, math.nan if self.base is None else self.base, *(c for c, _ in self.terms), *self.scalars]
+        loss, base, *numbers = tuned.agreed(own)
+        terms = tuple((c, u) for c, (_, u) in zip(numbers, self.terms, strict=False))
+        scalars = tuple(numbers[len(terms) :])
+        return replace(self, loss=loss, base=None if self.base is None else base, terms=terms, scalars=scalars)
+
     def rounded(self, f: Callable[[float], float]) -> GradientEstimate:
         """The estimate with every number that is recorded rounded by f."""
         return replace(self.mapped(f), scalars=tuple(map(f, self.scalars)))

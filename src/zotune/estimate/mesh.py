@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from zotune.errors import UsageError
+from zotune.model.shards import mean_of
 from zotune.system.processes import ALONE, TIMEOUT, Processes, connected
 
 S = TypeVar("S")
@@ -45,14 +46,19 @@ class Mesh:
         processes: query · data of them.
         query, data: the extents.
         counter: counts the forward passes of this process; it is given those of the others too.
+        is_sharded: the model itself lies on all processes, so that each of them takes part in every forward pass:
+            nothing is shared, and all go on from the mean of their values (equal, or different by rounding).
     """
 
     processes: Processes = ALONE
     query: int = 1
     data: int = 1
     counter: Counter | None = None
+    is_sharded: bool = False
 
     def __post_init__(self) -> None:
+        if self.is_sharded:
+            return
         if self.query < 1 or self.data < 1 or self.query * self.data != self.processes.size:
             raise UsageError(
                 f"a mesh of query={self.query}, data={self.data} has {self.query * self.data} processes, but there "
@@ -71,6 +77,8 @@ class Mesh:
 
     def parts(self, num_parts: int) -> range:
         """The micro-batches of this process."""
+        if self.is_sharded:
+            return range(num_parts)
         return range(self.processes.rank % self.data, num_parts, self.data)
 
     def evaluate(
@@ -87,6 +95,8 @@ class Mesh:
         """
         if self.is_alone:
             return compute(range(len(cells)))
+        if self.is_sharded:
+            return self._together([cell.width for cell in cells], compute)
         shares: list[list[int]] = [[] for _ in range(self.processes.size)]
         for i, cell in enumerate(cells):
             shares[self.owner(cell)].append(i)
@@ -98,6 +108,8 @@ class Mesh:
         """Return the numbers of each micro-batch; processes of one column compute the same."""
         if self.is_alone:
             return compute(range(num_parts))
+        if self.is_sharded:
+            return self._together([width] * num_parts, compute)
         shares = [list(range(rank % self.data, num_parts, self.data)) for rank in range(self.processes.size)]
         return self._exchange(shares, [width] * num_parts, compute)
 
@@ -107,11 +119,15 @@ class Mesh:
         """Return the numbers of each of at most as many items as there are processes, one a process."""
         if self.is_alone:
             return compute(items)
+        if self.is_sharded:
+            return self._together([width] * len(items), lambda own: compute([items[i] for i in own]))
         shares = [list(range(len(items)))[rank : rank + 1] for rank in range(self.processes.size)]
         return self._exchange(shares, [width] * len(items), lambda own: compute([items[i] for i in own]))
 
     def map(self, f: Callable[[S], T], items: Sequence[S]) -> list[T]:
         """Return f of each item, in order; each process computes its share, and passes count everywhere."""
+        if self.is_sharded:
+            return [f(item) for item in items]
         before = self._passes
         found = self.processes.map(lambda item: self._counted(f, item), items)
         if self.counter is not None:
@@ -145,6 +161,14 @@ class Mesh:
             for i in share:
                 found[i], numbers = numbers[: widths[i]], numbers[widths[i] :]
         return found
+
+    def _together(
+        self, widths: Sequence[int], compute: Callable[[Sequence[int]], Sequence[Sequence[Any]]]
+    ) -> Sequence[Sequence[Any]]:
+        """Compute everything in every process. An error is not exchanged: the others wait within their own passes."""
+        own = [float(value) for numbers in compute(range(len(widths))) for value in numbers]
+        numbers = iter(mean_of(self.processes.run(lambda: own, sum(widths))))
+        return [[next(numbers) for _ in range(width)] for width in widths]
 
     @property
     def _passes(self) -> int:

@@ -17,6 +17,7 @@ from zotune.estimate.determinism import note_evaluation, same_draws
 from zotune.estimate.forward_mode.dual_numbers import dual, tangent_of
 from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.model.eager_mode import uncompiled
+from zotune.model.shards import reshard, whole
 
 Closure = Callable[[], "Tensor | float"]
 
@@ -51,6 +52,7 @@ def objective(closure: Closure) -> Tensor | float:
 
 def as_number(value: object) -> Tensor | float:
     """As `objective`, of a value that a closure has returned."""
+    value = whole(value)
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise TypeError(f"the closure must return one number, got a tensor of shape {tuple(value.shape)}")
@@ -232,6 +234,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     Raises:
         UsageError: on leaving, if its evaluations drew different random numbers.
     """
+    reshard(model)  # what FSDP2 has gathered may be weights from before an update
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:

@@ -31,6 +31,7 @@ from zotune.directions.low_rank import linear, product
 from zotune.directions.samplers import Factors
 from zotune.model.intercept import ParameterInterceptor
 from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.shards import is_distributed
 from zotune.system import limits
 
 _META_STANDS_FOR: ContextVar[str] = ContextVar("meta_stands_for", default="cuda")
@@ -72,8 +73,13 @@ class OffsetAlong:
 
     def move(self, out: Tensor, x: Tensor, tensor: TunedTensor, start: int) -> None:
         """As `WeightOffset.move`."""
-        u = self.direction
-        add_terms(out, x, ((self.a, u),), tensor.id, start, u.seed, noise.PROBE)
+        u, terms = self.direction, ((self.a, self.direction),)
+        for span in tensor.spans(start, x.numel(), max(1, x.numel())):
+            own, target = span.widened(x[span.local]), out[span.local]
+            moved = target if span.runs is None else torch.empty_like(own)
+            add_terms(moved, own, terms, tensor.id, span.start, u.seed, noise.PROBE)
+            if moved is not target:
+                target.copy_(span.narrowed(moved))
 
     def move_rows(self, rows: Tensor, indices: Tensor, tensor: TunedTensor) -> None:
         """As `WeightOffset.move_rows`."""
@@ -89,7 +95,10 @@ class OffsetAlong:
     def factors(self, tensor: TunedTensor, device: torch.device) -> Factors | None:
         """As `WeightOffset.factors`."""
         found = self.direction.factors(tensor.id, device)
-        return None if found is None else Factors(found.left, found.right, self.a, (self.direction.seed, tensor.id))
+        if found is None:
+            return None
+        own = (found.left, found.right) if tensor.shard is None else tensor.shard.sides(found.left, found.right)
+        return None if own is None else Factors(*own, self.a, (self.direction.seed, tensor.id))
 
 
 def antithetic_pair(offsets: Sequence[WeightOffset]) -> tuple[Direction, float] | None:
@@ -138,7 +147,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
         source = value.detach().contiguous()
         out = torch.empty_like(source)
         self._offset.move(out.view(-1), source.view(-1), tensor, 0)
-        if self._keeps and self._reads[tensor.id] > 1:
+        if self._keeps and self._reads[tensor.id] > 1 and tensor.shard is None:
             self._kept[tensor.id] = out
         return out
 
@@ -154,15 +163,17 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
     def _piece(self, tensor: TunedTensor, value: Tensor, lo: int, hi: int) -> Tensor:
         """Rows lo … hi - 1 of a perturbed matrix, in the shared scratch."""
         rows = value[lo:hi]
-        if self._scratch is None or self._scratch.dtype != value.dtype or self._scratch.device != value.device:
+        scratch = self._scratch
+        fits = scratch is not None and scratch.dtype == value.dtype and scratch.device == value.device
+        if scratch is None or not fits or scratch.numel() < rows.numel():
             most = piece_elements(value.device.type)
-            self._scratch = value.new_empty(largest_piece(self.tuned, self.chosen, most))
-        piece = self._scratch[: rows.numel()]
+            self._scratch = scratch = value.new_empty(max(rows.numel(), largest_piece(self.tuned, self.chosen, most)))
+        piece = scratch[: rows.numel()]
         self._offset.move(piece, rows.reshape(-1), tensor, lo * value.shape[1])
         return piece.view_as(rows)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        tensor = self.find(weight)
+        tensor = None if is_distributed(weight) else self.find(weight)
         # Under autograd a scratch that is used again would corrupt the graph.
         if tensor is None or torch.is_grad_enabled() or weight.dim() != 2:
             return None
@@ -170,7 +181,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
             self.note(tensor)
             return linear(self.replace(input), weight.detach(), self.replace(bias), [factors])
         largest = piece_elements(weight.device.type)
-        if self._is_read_again(tensor) or not 0 < weight.shape[1] <= largest:
+        if self._is_read_again(tensor) or not 0 < weight.shape[1] <= largest or not len(weight):
             return None
         self.note(tensor)
         input, moved_bias, value = self.replace(input), self.replace(bias), weight.detach()
@@ -203,7 +214,7 @@ class perturbed_by(ParameterInterceptor):  # noqa: N801 - a context manager read
 
     def _slice(self, value: Tensor, index: Any) -> Tensor | None:
         """Rows lo … hi - 1 alone: a head that is read in slices would else be perturbed whole for each."""
-        tensor = self.find(value)
+        tensor = None if is_distributed(value) else self.find(value)
         if tensor is None or not isinstance(index, slice) or not value.dim() or self._is_read_again(tensor):
             return None
         lo, hi, step = index.indices(len(value))

@@ -47,7 +47,8 @@ def values_at(closure: Closure, tuned: ParameterSet, points: Sequence[Point | No
 
 def _most(whole: Accumulated, part: Closure, tuned: ParameterSet) -> int:
     """How many points of a part may share a pass."""
-    knows_batches = all(isinstance(other, Batched) for other in whole.closures)
+    # Processes that compute with shards exchange activations, which has no meaning for several copies at once.
+    knows_batches = all(isinstance(other, Batched) for other in whole.closures) and not tuned.is_tensor_parallel
     return part.most if knows_batches and isinstance(part, Batched) and part.name not in refused(tuned) else 1
 
 

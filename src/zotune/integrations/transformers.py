@@ -44,7 +44,9 @@ _LOGGER = logging.getLogger(__name__)
 # Of the method's options these are the Trainer's too; a hybrid back-propagates, which is no forward pass.
 _SHARED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _TRAINERS = {f.name for f in fields(TrainingArguments)}
-_OWN = [n for n in MethodOptions.model_fields if n not in _TRAINERS and not n.startswith("hybrid_")]
+# A Trainer's loss is the mean of a batch, of which a direction an example needs each example's own.
+_OF_EXAMPLES = ("directions_per_batch", "flipped")
+_OWN = [n for n in MethodOptions.model_fields if n not in (*_TRAINERS, *_OF_EXAMPLES) and not n.startswith("hybrid_")]
 # What TRL's trainers count in `compute_loss`, which runs several times a step.
 _COUNTERS = ("_total_train_tokens",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FunctionType
@@ -19,6 +19,8 @@ from zotune.directions.schedule import description_of
 from zotune.ledger.files import Ledger, LedgerWriter
 from zotune.ledger.format import AnyLayout, Header, Layout, LedgerError
 from zotune.ledger.free_layout import FreeLayout
+from zotune.model.parameters import ParameterSet
+from zotune.model.shards import is_distributed, whole
 from zotune.optim.record import StepRecord
 from zotune.optim.zeroth_order import BlockOrder, ZerothOrder
 
@@ -34,12 +36,15 @@ _RECORDED_MODULES = {
 }
 
 
-def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> Header:
+def header_of(
+    optimizer: ZerothOrder, about: dict[str, Any] | None = None, *, digests: Sequence[str] | None = None
+) -> Header:
     """The header of a run that begins with the present weights.
 
     Args:
         optimizer: what takes the steps; none has been taken yet.
         about: whatever else is to be known of the run, in plain values.
+        digests: those of the tuned tensors, if they are known.
 
     Raises:
         LedgerError: steps have been taken.
@@ -47,7 +52,7 @@ def header_of(optimizer: ZerothOrder, about: dict[str, Any] | None = None) -> He
     if optimizer.num_steps:
         raise LedgerError(f"a ledger begins with the first step, but {optimizer.num_steps} have been taken.")
     version = optimizer.tuned.noise_version
-    return Header(layout_of(optimizer), describe(optimizer), describe_tensors(optimizer), about or {}, version)
+    return Header(layout_of(optimizer), describe(optimizer), describe_tensors(optimizer, digests), about or {}, version)
 
 
 def layout_of(optimizer: ZerothOrder) -> AnyLayout:
@@ -104,11 +109,11 @@ def replay(
     return optimizer
 
 
-def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> None:
+def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool | Sequence[str] = True) -> None:
     """Check that the ledger's records belong to this optimizer and these weights.
 
-    Without `digests` no number is read. Once steps have been taken, numbers are others and their digests pass. An
-    optimizer that has taken no step takes over the ledger's version of the noise specification.
+    Without `digests` no number is read, nor where these are given. Once steps have been taken, numbers are others and
+    their digests pass. An optimizer that has taken no step takes over the ledger's version of the noise specification.
 
     Raises:
         LedgerError: what differs, both values.
@@ -116,8 +121,9 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool = True) -> No
     header = ledger.header
     match_noise(optimizer, ledger)
     _check_method(optimizer, header, ledger.name)
-    with_numbers = digests and optimizer.num_steps == 0
-    found = {t["name"]: t for t in describe_tensors(optimizer, digests=with_numbers)}
+    with_numbers = bool(digests) and optimizer.num_steps == 0
+    given = digests if with_numbers and not isinstance(digests, bool) else None
+    found = {t["name"]: t for t in describe_tensors(optimizer, given if with_numbers else [""] * len(optimizer.tuned))}
     for tensor in header.tensors:
         mine = found.pop(tensor["name"], None)
         if mine is None:
@@ -189,10 +195,10 @@ def describe(optimizer: ZerothOrder) -> dict[str, Any]:
     return plain
 
 
-def describe_tensors(optimizer: ZerothOrder, *, digests: bool = True) -> list[dict[str, Any]]:
-    """Name, id, dtype, shape of each tuned tensor, and a digest of its numbers."""
+def describe_tensors(optimizer: ZerothOrder, digests: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Name, id, dtype, shape of each tuned tensor, and a digest of its numbers, which are read if it is not given."""
     tensors = list(optimizer.tuned)
-    found = digests_of(t.storage() for t in tensors) if digests else [""] * len(tensors)
+    found = tuned_digests(optimizer.tuned) if digests is None else digests
     return [
         {
             "name": t.name,
@@ -205,8 +211,16 @@ def describe_tensors(optimizer: ZerothOrder, *, digests: bool = True) -> list[di
     ]
 
 
+def tuned_digests(tuned: ParameterSet) -> list[str]:
+    """A digest of the numbers of each tuned tensor; every process of a model in shards has to call this."""
+    return digests_of(t.storage() if t.shard is None else t.parameter for t in tuned)
+
+
 def digests_of(tensors: Iterable[Tensor]) -> list[str]:
-    """A 64-bit BLAKE2b digest of each tensor's bytes, in hexadecimal."""
+    """A 64-bit BLAKE2b digest of each tensor's bytes, in hexadecimal; tensors in shards are gathered one by one."""
+    tensors = list(tensors)
+    if any(map(is_distributed, tensors)):
+        return [digest_of(whole(tensor.detach())) for tensor in tensors]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(digest_of, tensors))
 

@@ -49,7 +49,7 @@ class Trace:
     """
 
     def __init__(
-        self, optimizer: ZerothOrder, records: Iterable[StepRecord], weights: Weights = TunedTensor.storage
+        self, optimizer: ZerothOrder, records: Iterable[StepRecord], weights: Weights = TunedTensor.numbers
     ) -> None:
         if not self.is_possible(optimizer):
             raise UsageError("masks by magnitude follow the weights of all steps; replay the whole model at once.")

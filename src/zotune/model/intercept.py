@@ -17,12 +17,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from zotune.errors import UnreadTensorError, UsageError
 from zotune.model.eager_mode import uncompiled
 from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.shards import is_distributed, like, local
 
 _METADATA_PROPERTIES = """
     shape dtype device ndim layout requires_grad is_leaf is_meta is_cpu is_cuda is_sparse is_quantized
@@ -116,7 +117,6 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.tuned = tuned
         self.chosen = frozenset(t.id for t in tuned if chosen is None or t.id in chosen)
-        self._offloaded = [t for t in tuned.offloaded if t.id in self.chosen]
         self._unread = {t.id: t for t in tuned if t.id in self.chosen}
 
     def __enter__(self) -> Self:
@@ -136,9 +136,7 @@ class Interceptor(TorchFunctionMode):
 
     def find(self, value: object) -> TunedTensor | None:
         """The chosen tensor that `value` is; None for anything else."""
-        found = self.tuned.find(value)
-        if found is None and self._offloaded and isinstance(value, nn.Parameter):
-            return next((t for t in self._offloaded if t.is_loaded_as(value)), None)
+        found = self.tuned.read_as(value)
         return found if found is not None and found.id in self.chosen else None
 
     def note(self, tensor: TunedTensor) -> TunedTensor:
@@ -156,6 +154,8 @@ class Interceptor(TorchFunctionMode):
         """
         tensor = self.find(weight)
         if tensor is None or max_norm is not None or input.numel() > weight.shape[0]:
+            return None
+        if tensor.shard is not None or is_distributed(weight):  # its rows have other numbers in the whole matrix
             return None
         if torch._C._functorch.is_batchedtensor(input):  # under vmap the number of distinct rows is not known
             return None
@@ -198,7 +198,10 @@ class ParameterInterceptor(Interceptor, ABC):
         """`value` with every chosen tensor in it, at any depth of lists, tuples and dicts, replaced."""
         if isinstance(value, Tensor):
             tensor = self.find(value)
-            return value if tensor is None else self.read(self.note(tensor), value)
+            if tensor is None:
+                return value
+            found = self.read(self.note(tensor), local(value))
+            return like(value, found) if is_distributed(value) else found
         if isinstance(value, (list, tuple)):
             replaced = [self.replace(v) for v in value]
             if all(map(is_, replaced, value)):

@@ -76,7 +76,7 @@ class ReadTracer(TorchFunctionMode):
         if isinstance(value, (list, tuple)):
             for v in value:
                 self._note(v)
-        elif isinstance(value, Tensor) and (tensor := self._tuned.find(value)) is not None:
+        elif isinstance(value, Tensor) and (tensor := self._tuned.read_as(value)) is not None:
             if self._inside:
                 self._put(tensor.id, self._position)
             else:

@@ -8,7 +8,7 @@ once for a model: one entry a tensor, by identity, with a canonical name and its
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
 from zotune.model.overlap import first_overlap
+from zotune.model.shards import (
+    LocalShard,
+    Span,
+    agreed,
+    is_distributed,
+    is_gathered_by_fsdp,
+    is_tensor_parallel,
+    lies_as,
+    like,
+    local,
+    mesh_of,
+    reshard,
+    shard_of,
+    whole,
+)
 from zotune.model.wrappers import check_not_sharded, joined, own_paths, without_wrappers
 from zotune.noise.checks import FLOATING
 from zotune.noise.spec import NOISE_VERSION, tensor_id
@@ -36,12 +51,17 @@ def canonical_name(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class TunedTensor:
-    """One tuned tensor: its canonical name, id, parameter, and the modules that own it, with its name in each."""
+    """One tuned tensor: its canonical name, id, parameter, and the modules that own it, with its name in each.
+
+    `shard` is the slice that this process holds; None where it holds all of the tensor. Of a tensor that was read
+    whole it is None as well, wherever its numbers lie otherwise.
+    """
 
     name: str
     id: int
     parameter: nn.Parameter
     places: tuple[tuple[nn.Module, str], ...]
+    shard: LocalShard | None = None
 
     @property
     def is_offloaded(self) -> bool:
@@ -59,9 +79,12 @@ class TunedTensor:
         return self.storage().device if self.is_offloaded else self.parameter.device
 
     def storage(self) -> Tensor:
-        """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used."""
+        """The tensor that holds the weights: the parameter's own, or the one it is loaded from when used.
+
+        Of a distributed tensor it holds the numbers of this process.
+        """
         if not self.is_offloaded:
-            return self.parameter.data
+            return local(self.parameter).data  # type: ignore[no-any-return]
         stored = _held_in_memory(*self.places[0])
         if stored is None:
             raise UsageError(
@@ -70,8 +93,34 @@ class TunedTensor:
             )
         return stored
 
+    def numbers(self) -> Tensor:
+        """All numbers of the tensor, gathered where it lies in shards: every process has to call this."""
+        return self.storage() if self.shard is None else whole(self.parameter.detach())
+
+    def spans(self, start: int, size: int, most: int) -> Iterator[Span]:
+        """Numbers start … start + size - 1 of the storage, in spans of at most `most`; see `zotune.model.shards`."""
+        if self.shard is not None:
+            yield from self.shard.spans(start, size, most)
+            return
+        for lo in range(0, size, most):
+            yield Span(slice(lo, min(lo + most, size)), start + lo)
+
+    def distributed(self, numbers: Tensor) -> Tensor:
+        """A tensor that lies where this one does, of the numbers for this process's part; flat ones get its shape."""
+        numbers = numbers.view(local(self.parameter).shape)
+        return numbers if self.shard is None else like(self.parameter, numbers)
+
+    def placed(self, value: Tensor) -> Tensor:
+        """A tensor of this one's shape, whole or on the processes of any mesh, where this one lies."""
+        if self.shard is None or value.shape != self.parameter.shape:
+            place = self.device if self.is_held else self.parameter.device
+            return whole(value).to(place)  # type: ignore[no-any-return]
+        if is_distributed(value) and lies_as(value, self.parameter):
+            return value
+        return self.distributed(self.shard.cut(whole(value)).to(self.device).contiguous())
+
     def is_loaded_as(self, value: object) -> bool:
-        """Whether `value` now stands in the parameter's place in a module: an offloading hook may have put it there."""
+        """Whether `value` now stands in the parameter's place in a module: a hook may have loaded or gathered it."""
         return any(owner._parameters.get(attribute) is value for owner, attribute in self.places)
 
 
@@ -91,10 +140,11 @@ class ParameterSet:
         """Collect the parameters of `model` that require a gradient, or just those given.
 
         Raises:
-            UsageError: there is none, one is not the model's, is not of floating point, is a shard, two share an id or
-                memory.
+            UsageError: there is none, one is not the model's, is not of floating point, is distributed in a way that
+                hides its elements' places, two share an id or memory.
         """
         check_not_sharded(model)
+        reshard(model)
         chosen = None if parameters is None else {id(p) for p in parameters}
         places: dict[object, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         own, full_names = own_paths(model), dict[str, str]()
@@ -116,7 +166,8 @@ class ParameterSet:
         self._places = {name: i for i, own in enumerate(names) for name in map(_canonical, own)}
         self._places |= {name: i for i, own in enumerate(names) for name in own}
         self._places |= {full: self._places[name] for full, name in full_names.items()}
-        self._by_identity = {id(t.parameter): t for t in self._tensors}
+        self._mesh, self._has_shards_read_apart = mesh_of(model), is_tensor_parallel(model)
+        self._index()
         self._check()
 
     def set_noise_version(self, version: int) -> None:
@@ -129,14 +180,14 @@ class ParameterSet:
             return
         self.noise_version = version
         self._tensors = [replace(t, id=tensor_id(t.name, version)) for t in self._tensors]
-        self._by_identity = {id(t.parameter): t for t in self._tensors}
+        self._index()
         self._check_ids()
 
     @staticmethod
     def _tensor(places: list[tuple[str, nn.Module, str, nn.Parameter]]) -> TunedTensor:
         name = canonical_name(place[0] for place in places)
         owners = tuple((module, attribute) for _, module, attribute, _ in places)
-        return TunedTensor(name, tensor_id(name), places[0][3], owners)
+        return TunedTensor(name, tensor_id(name), places[0][3], owners, shard_of(name, places[0][3]))
 
     @classmethod
     def of(cls, model: nn.Module | ParameterSet) -> ParameterSet:
@@ -170,6 +221,52 @@ class ParameterSet:
         """The tuned tensor that `value` is, by identity; None for anything else."""
         return self._by_identity.get(id(value))
 
+    def read_as(self, value: object) -> TunedTensor | None:
+        """The tuned tensor that a function reads as `value`: itself, its shard, or what a hook put in its place.
+
+        What a hook loads or gathers is whole, so the tensor that is returned then has no shard.
+        """
+        if (found := self._by_identity.get(id(value))) is not None:
+            return found
+        if (found := self._by_shard.get(id(value))) is not None and local(found.parameter) is value:
+            return found
+        if self._loaded_by_hooks and isinstance(value, nn.Parameter):
+            found = next((t for t in self._loaded_by_hooks if t.is_loaded_as(value)), None)
+            return found if found is None or found.shard is None else replace(found, shard=None)
+        return None
+
+    def _index(self) -> None:
+        """Note by identity what the tensors are read as. Those that FSDP2 gathers are not read as shards."""
+        self._by_identity = {id(t.parameter): t for t in self._tensors}
+        inside = {id(m) for outer in self.model.modules() if is_gathered_by_fsdp(outer) for m in outer.modules()}
+        gathered = {t.id for t in self._tensors if any(id(owner) in inside for owner, _ in t.places)}
+        self._loaded_by_hooks = [t for t in self._tensors if t.is_offloaded or t.id in gathered]
+        shards = (t for t in self._tensors if is_distributed(t.parameter) and t.id not in gathered)
+        self._by_shard = {id(local(t.parameter)): t for t in shards}
+
+    @property
+    def is_loaded_by_hooks(self) -> bool:
+        """Whether a hook puts some of the tensors into their modules while these run."""
+        return bool(self._loaded_by_hooks)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether the model, tuned or not, lies on several processes, which then have to run it together."""
+        return self._mesh is not None
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether processes exchange activations within a forward pass: shards are read that nothing gathers."""
+        return self._has_shards_read_apart
+
+    def reshard(self) -> None:
+        """Let the model hold its shards alone, after they have changed: see `shards.reshard`."""
+        reshard(self.model)
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """The numbers that all processes of the model go on with, given each one's own; see `shards.agreed`."""
+        return agreed(self._mesh, values)
+
     @property
     def numel(self) -> int:
         """The number of tuned numbers: d."""
@@ -199,7 +296,7 @@ class ParameterSet:
         self._check_ids()
         for t in self._tensors:
             _check_kind(t)
-        both = first_overlap((t.name, t.parameter) for t in self._tensors if not t.is_offloaded)
+        both = first_overlap((t.name, local(t.parameter)) for t in self._tensors if not t.is_offloaded)
         if both is not None:
             raise UsageError(
                 f"the parameters {both[0]!r} and {both[1]!r} are two that share memory; "
@@ -222,23 +319,17 @@ def _identity(module: nn.Module, attribute: str, p: nn.Parameter) -> object:
 
 def _check_kind(t: TunedTensor) -> None:
     """Refuse a tensor whose numbers the noise cannot be added to where they lie."""
-    p = t.parameter
+    p: Any = local(t.parameter)
     what = f"the tensor {t.name!r}"
     if not p.is_floating_point():
         raise UsageError(
             f"{what} has dtype {p.dtype}; only floating-point tensors can be tuned. Freeze it, and tune an adapter on "
             "top of it."
         )
-    if hasattr(p, "device_mesh"):
-        raise UsageError(
-            f"{what} is a {type(p).__name__}, distributed over processes; its numbers cannot be probed where they lie. "
-            "Give the optimizer the model as it was before it was distributed: each process holds all of it, and "
-            "scalars are all that has to be exchanged."
-        )
     if is_traceable_wrapper_subclass(p):
         raise UsageError(
-            f"{what} is a {type(p.data).__name__}, which only wraps the tensors that hold its numbers (integers, of a "
-            "quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
+            f"{what} is a {type(t.parameter.data).__name__}, which only wraps the tensors that hold its numbers "
+            "(integers, of a quantised layer); it cannot be tuned. Freeze it, and tune an adapter on top of it."
         )
     if p.dtype not in FLOATING or p.layout is not torch.strided:
         which = f"dtype {p.dtype}" if p.dtype not in FLOATING else f"layout {p.layout}"

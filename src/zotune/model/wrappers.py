@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -51,17 +52,33 @@ def joined(path: str, attribute: str) -> str:
 
 
 def check_not_sharded(model: nn.Module) -> None:
-    """Refuse a model whose tensors lie in shards: element numbers, which the noise follows, would be those of a shard.
+    """Refuse a model that a wrapper of training by gradients holds: its processes would drift apart, or its tensors are
+    no longer those whose element numbers the noise follows.
 
     Raises:
-        UsageError: FSDP has joined its tensors into flat ones, or cut them.
+        UsageError: FSDP1 or DeepSpeed has joined its tensors into flat ones, or DistributedDataParallel wraps it in
+            several processes.
     """
     for module in model.modules():
         handle = getattr(module, "_handle", None)
         is_cut = getattr(handle, "uses_sharded_strategy", False)
-        if is_cut or any(getattr(p, "_is_flat_param", False) for p in module.parameters(recurse=False)):
+        own = list(module.parameters(recurse=False))
+        if is_cut or any(getattr(p, "_is_flat_param", False) for p in own):
             raise UsageError(
-                "FSDP holds the model's tensors in flat or sharded ones, in which a number's place is not its place in "
-                "its own tensor, so its noise would be another. Make the optimizer of the model without FSDP, or wrap "
-                "it with sharding_strategy=NO_SHARD and use_orig_params=True."
+                "FSDP holds the model's tensors in flat ones, in which a number's place is not its place in its own "
+                "tensor, so its noise would be another. Shard the model by FSDP2 instead: "
+                "torch.distributed.fsdp.fully_shard of each layer and of the model. (Or wrap it with "
+                "sharding_strategy=NO_SHARD and use_orig_params=True.)"
+            )
+        if type(module).__name__ == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in own):
+            raise UsageError(
+                "DeepSpeed holds the model, whose tensors it joins and cuts for gradients that forward passes do not "
+                "have. Make the optimizer of the model without DeepSpeed; where one device does not hold it, shard it "
+                "by FSDP2 (torch.distributed.fsdp.fully_shard)."
+            )
+        if isinstance(module, DistributedDataParallel) and dist.get_world_size(module.process_group) > 1:
+            raise UsageError(
+                "DistributedDataParallel averages gradients, which forward passes do not have: each process would take "
+                "a step of its own. Give the model as it is (its .module), and let the processes share a step with "
+                "zotune.accumulate(…, mesh=zotune.mesh())."
             )

@@ -166,16 +166,16 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
-                move = partial(Tensor.to, device=self.device_of(p))
+                move = partial(self.placed, parameter=p)
                 self.state[p] = tree_map_only(Tensor, move, copy.deepcopy(state_dict["state"][index]))
         for name in _COUNTERS:
             setattr(self, name, state_dict["zeroth_order"][name])
         self._forwards_before = self.num_forwards
         self._is_torn = False
 
-    def device_of(self, parameter: Tensor) -> torch.device:
-        """Where the numbers of a parameter are, and so its state."""
-        return parameter.device
+    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A tensor of a parameter's saved state, where the parameter's numbers are."""
+        return value.to(device=parameter.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """The optimizer of a copy of its model, which `copy.deepcopy((model, optimizer))` gives as well.

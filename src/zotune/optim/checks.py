@@ -12,6 +12,7 @@ from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
+from zotune.model.parameters import ParameterSet
 
 TORN = (
     "This step could not be undone: some weights are written and others not, or no record holds what was written. "
@@ -89,16 +90,23 @@ def check_values(
         raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
 
 
-def check_window(window: int | None, sampler: AnySampler) -> None:
-    """Refuse a window over directions that cannot be made again.
+def check_sampler(sampler: AnySampler, tuned: ParameterSet, window: int | None) -> None:
+    """Refuse directions that cannot be made again, or not of the weights that this process holds.
 
     Raises:
-        UsageError: they depend on weights that are gone.
+        UsageError: they depend on weights that are gone, or that lie in shards.
     """
-    if window is not None and depends_on_weights(sampler):
+    if not depends_on_weights(sampler):
+        return
+    if window is not None:
         raise UsageError(
             "a window makes the directions of earlier steps again, but masks by magnitude are those of weights "
             'that have moved since. Use mask="random", or keep the state (window=None).'
+        )
+    if any(t.shard is not None for t in tuned):
+        raise UsageError(
+            "masks by magnitude compare weights as they are when they are read, and of this model a process holds a "
+            'shard. Use mask="random", whose zeros follow an element\'s place, or tune the model unsharded.'
         )
 
 

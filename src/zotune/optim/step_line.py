@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from zotune.apply.tensor_update import TensorUpdate
@@ -35,8 +36,6 @@ class StepLine:
         if not a and self.base is not None:
             return self.base
         self.count(1)
-        with probing(self.tuned.model):
-            if not a:
-                return evaluate(self.closure)
-            with perturbed_by(self.tuned, Updated(self.updates, a)):
-                return evaluate(self.closure)
+        with probing(self.tuned.model), nullcontext() if not a else perturbed_by(self.tuned, Updated(self.updates, a)):
+            value = evaluate(self.closure)
+        return self.tuned.agreed([value])[0]

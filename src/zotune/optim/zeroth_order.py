@@ -33,7 +33,7 @@ from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
-from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_values, check_window
+from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_sampler, check_values
 from zotune.optim.record import StepRecord, described
 from zotune.optim.step_line import StepLine
 from zotune.system.uninterrupted import uninterrupted
@@ -124,10 +124,10 @@ class ZerothOrder(CountingOptimizer):
         max_skipped: int = 10,
     ) -> None:
         check_values(lr, num_queries, window, weight_decay, max_coefficient, seed)
-        check_window(window, sampler)
         groups = None if params is None else as_groups(params)
         chosen = None if groups is None else [p for group in groups for p in group["params"]]
         self.tuned = ParameterSet(model, chosen)
+        check_sampler(sampler, self.tuned, window)
         self.block_choice = active_blocks(blocks, self.tuned)
         self.blocks = self.block_choice.blocks
         self.block_order = BlockOrder(block_order)
@@ -174,7 +174,7 @@ class ZerothOrder(CountingOptimizer):
         self._prefix.record(closure)
         estimate = self.estimator(self.reusing(closure), self.tuned, directions)
         self.count_forwards(estimate.num_forwards)
-        return estimate.rounded(self.recorded)
+        return estimate.agreed(self.tuned).rounded(self.recorded)
 
     def reusing(self, closure: Closure) -> Closure:
         """The same objective; within a step its layers that the current perturbation cannot reach are skipped."""
@@ -394,6 +394,7 @@ class ZerothOrder(CountingOptimizer):
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
             self._prefix.moved(frozenset(updates))
+            self.tuned.reshard()
             # An enclosing torch.autocast remembers casts of the weights, which are now those before the update.
             torch.clear_autocast_cache()
             self._undo.is_writing = False
@@ -437,10 +438,9 @@ class ZerothOrder(CountingOptimizer):
         super().add_param_group(param_group)
         check_group(param_group)
 
-    def device_of(self, parameter: Tensor) -> torch.device:
-        """As `CountingOptimizer.device_of`, also of offloaded weights."""
-        tensor = self.tuned.find(parameter)
-        return tensor.device if tensor is not None and tensor.is_held else parameter.device
+    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
+        return value if (tensor := self.tuned.find(parameter)) is None else tensor.placed(value)
 
     def _count(self) -> float:
         if self._window is not None:

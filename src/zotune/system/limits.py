@@ -14,6 +14,8 @@ REPLAY_ELEMENTS = 1 << 18
 DEVICE_REPLAY_ELEMENTS = 1 << 24
 # Values from before a step, kept until it is whole: weights and states that take more are not copied.
 UNDO_BYTES = 16 << 20
+# Columns of a tensor in shards: runs of at least so many numbers are computed one by one, shorter ones as whole rows.
+RUN_ELEMENTS = 1 << 16
 # Passes over weights for a statistic (a magnitude threshold, a root mean square): elements read at a time.
 STATISTIC_ELEMENTS = 1 << 20
 # Thin factors of low-rank directions that are drawn in one allocation: at most 4 MiB in single precision.

@@ -13,6 +13,7 @@ CASES = [
     *((name, torch.float32, "batched") for name in NAMES),
     *((name, torch.bfloat16, "batched") for name in ("zo_sgd", "zo_adam", "forward_grad", "sparse")),
     *((name, torch.float32, "plain") for name in ("zo_sgd", "one-sided", "zo_sgd_cons", "blocks")),
+    *((name, torch.float32, "examples") for name in many_cases.OF_EXAMPLES),
     ("zo_sgd", torch.float32, "accuracy"),
     ("zo_adam", torch.float32, "partly separable"),
     ("zo_adam", torch.float64, "plain"),

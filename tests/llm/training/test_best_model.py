@@ -189,7 +189,7 @@ def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_p
     from zotune.llm.training import loop as run_module
 
     weights = scripted(monkeypatch, [3.0, 1.0, 2.0])
-    real = run_module._update
+    real = run_module.update_of
 
     def breaking(*args):
         update, left = real(*args), [2]
@@ -202,7 +202,7 @@ def test_a_run_that_fails_saves_the_best_model_that_it_was_to_keep(config, tmp_p
 
         return step
 
-    monkeypatch.setattr(run_module, "_update", breaking)
+    monkeypatch.setattr(run_module, "update_of", breaking)
     with pytest.raises(RunError):
         train(config(**KEEPING, max_steps=9, learning_rate=1e-2))
     found = saved(tmp_path / "out")

@@ -65,6 +65,11 @@ def forward_gradient(closure: Closure, tuned: ParameterSet, directions: Sequence
     True
     """
     _refuse_compiled(tuned.model)
+    if tuned.is_tensor_parallel:
+        raise UsageError(
+            "the modules of this model compute with shards (a tensor-parallel plan) and exchange activations, and what "
+            "is exchanged loses its tangent. Use central_difference, which needs none, or shard the model by FSDP2."
+        )
     with probing(tuned.model):
         found = _derivatives(closure, tuned, directions)
     terms = averaged([c for _, c, _ in found], directions)

@@ -24,7 +24,7 @@ from zotune.directions.direction import Direction
 from zotune.directions.flipped import FlippedSampler
 from zotune.directions.low_rank import linear
 from zotune.directions.samplers import Factors
-from zotune.errors import UsageError
+from zotune.errors import UsageError, is_out_of_memory
 from zotune.estimate.batched_probes import NotSeparableError, copied
 from zotune.estimate.copies import is_innermost, with_copies
 from zotune.estimate.perturb import OffsetAlong, nbytes, piece_elements, pieces
@@ -50,6 +50,11 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         self, tuned: ParameterSet, directions: Sequence[Direction], groups: Sequence[int], points: Sequence[float]
     ) -> None:
         super().__init__(tuned, directions[0].tensors, 0)
+        if tuned.is_tensor_parallel:
+            raise UsageError(
+                "directions_per_batch gives each example weights of its own, which the processes of a tensor-parallel "
+                "plan cannot exchange activations of. Leave it out, or shard the model by FSDP2."
+            )
         self._directions, self._groups, self._points = directions, groups, points
         self._of_rows: Sequence[int] = ()
         whole = frozenset(t.id for t in tuned if t.id in self.chosen and not self._is_thin(t))
@@ -73,12 +78,13 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         try:
             return self.evaluate(rows).view(num_points, num_rows, *self._shape)
         except NotSeparableError as error:
-            if isinstance(error.__cause__, UsageError | TypeError):
-                raise error.__cause__ from None
+            cause = error.__cause__
+            if isinstance(cause, UsageError | TypeError) or (cause is not None and is_out_of_memory(cause)):
+                raise cause from None
             raise UsageError(
                 f"one direction an example needs each example's loss without the others, which this objective does not "
                 f"give: {error}. Leave directions_per_batch out."
-            ) from error.__cause__
+            ) from cause
 
     def evaluate(self, objective: Callable[[], Tensor]) -> Tensor:
         """As `copied.evaluate`."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
+from zotune.model.shards import whole
 from zotune.system.bounds import read_json
 
 FILE = "base_model.json"
@@ -29,14 +30,15 @@ def fingerprint(model: nn.Module) -> dict[str, str] | None:
     False
     """
     digest, dtypes = hashlib.blake2b(digest_size=16), set()
-    for name, p in sorted(model.named_parameters()):
-        if p.is_meta:
+    for name, own in sorted(model.named_parameters()):
+        if own.is_meta:
             return None
+        p = whole(own.detach())  # of a model in shards every process calls this
         dtypes.add(str(p.dtype).removeprefix("torch."))
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
         if is_traceable_wrapper_subclass(p) or not p.numel():
             continue
-        flat = p.detach().reshape(-1)
+        flat = p.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return {"dtypes": ", ".join(sorted(dtypes)), "digest": digest.hexdigest()}

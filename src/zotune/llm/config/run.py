@@ -167,7 +167,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         return self.max_steps * self.rows_a_step
 
 
-NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None, "parallel": None}
+NEW_RUN: dict[str, Any] = {"resume": False, "resume_from_checkpoint": None, "parallel": None, "shard": "none"}
 """The options that a recipe does not repeat: whoever runs it again begins a new run."""
 
 # Options of the data and the objective that an evaluation of a tuned model inherits from its training.

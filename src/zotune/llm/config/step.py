@@ -78,6 +78,11 @@ class ParallelOptions(Options):
         description="How processes share each step: query=Q,data=D of them share the directions and the micro-batches; "
         "default: micro-batches first.",
     )
+    shard: Literal["none", "fsdp", "tp"] = Field(
+        "none",
+        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
+        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it.",
+    )
     check_ranks: int = Field(
         100,
         ge=0,

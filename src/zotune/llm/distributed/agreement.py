@@ -15,7 +15,7 @@ from torch import nn
 
 import zotune
 from zotune.errors import UsageError, listed
-from zotune.ledger.replay import digests_of
+from zotune.ledger.replay import tuned_digests
 from zotune.model.parameters import ParameterSet
 from zotune.system.processes import PeerError, Processes
 
@@ -98,6 +98,6 @@ def check_weights(processes: Processes, module: nn.Module, step: int) -> None:
 
 def tuned_digest(module: nn.Module) -> str:
     """Return a digest of the tuned tensors."""
-    tensors = {t.name: t.storage() for t in ParameterSet(module)}
-    parts = [*tensors, *digests_of(tensors.values())]
+    tuned = ParameterSet(module)
+    parts = [*(t.name for t in tuned), *tuned_digests(tuned)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

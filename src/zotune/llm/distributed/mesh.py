@@ -44,6 +44,9 @@ def mesh_of(config: TrainConfig, processes: Processes, counter: Counter) -> Mesh
     Raises:
         UsageError: the mesh does not have as many processes as there are, or some would have nothing to do.
     """
+    if config.shard != "none" and processes.size > 1:
+        say(f"the model lies in shards on {processes.size} processes ({config.shard}), which run every pass together")
+        return Mesh(processes, counter=counter, is_sharded=True)
     size, parts, queries = processes.size, config.gradient_accumulation_steps, _num_shares(config)
     if config.parallel is not None:
         asked = extents(config.parallel)

@@ -28,6 +28,7 @@ from zotune.llm.models.partial_forward import fixed_output, head_at_positions, m
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
 from zotune.model.parameters import input_device
+from zotune.model.shards import is_tensor_parallel
 
 # Logits computed at a time at most: 64 MiB in float32.
 MAX_LOGITS = 1 << 24
@@ -202,15 +203,20 @@ class LanguageModel:
             return scores_of_tokens(self._log_probabilities_by_length(batch), batch)
         if self.classifies:
             return scores_of_tokens(log_probabilities(self.logits(batch), batch.rows, batch.tokens), batch)
-        if batch.needs_only_candidates and supports_row_lookup(self.base.get_output_embeddings()):
+        if batch.needs_only_candidates and self._looks_up_rows:
             return scores_of_single_tokens(self.logits(batch, batch.distinct[0]), batch)
         return scores_of_tokens(self.token_log_probabilities(batch), batch)
+
+    @property
+    def _looks_up_rows(self) -> bool:
+        """Whether rows of the output layer can be read alone: not where each process holds other ones."""
+        return not is_tensor_parallel(self.base) and supports_row_lookup(self.base.get_output_embeddings())
 
     def _scores_of_rows(self, batch: Batch, alone: RowsAlone) -> Tensor:
         """Return the (points, examples, candidates) scores of rows that meet their own weights."""
         causal = not self.masked and not self.classifies
         check_rows_alone(causal=causal, padded=self._may_share(batch), virtual_tokens=self.num_virtual_tokens > 0)
-        looks_up = batch.needs_only_candidates and supports_row_lookup(self.base.get_output_embeddings())
+        looks_up = batch.needs_only_candidates and self._looks_up_rows
         only = batch.distinct[0] if looks_up else None
         before = self.num_forwards
         found = alone.scores(batch, self.logits, only, MAX_LOGITS // self.vocabulary)
@@ -246,7 +252,8 @@ class LanguageModel:
         The body runs once, the head on a bounded number of positions at a time.
         """
         at_once = max(1, MAX_LOGITS // self.vocabulary)
-        if len(batch.positions) <= at_once:
+        # A pass of a model in shards is not broken off: its processes would wait for each other.
+        if len(batch.positions) <= at_once or self.mesh.is_sharded:
             return log_probabilities(self.logits(batch), batch.rows, batch.tokens)
         # The first submodule entered: for OPT the decoder inside `base_model`, not `base_model` itself.
         body = modules_entered(self.base, lambda module: module is not self.base)[-1]

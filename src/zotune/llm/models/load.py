@@ -27,6 +27,7 @@ from zotune.llm.models.builtin import BUILT_IN, fetch, fetch_gguf
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import check_labels, give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.placement.sharded import cut_by_fsdp, forget_loading, loading_arguments, shard_of
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
     QUANTIZERS,
@@ -39,6 +40,7 @@ from zotune.llm.quantized.gguf_model import read_model
 from zotune.llm.quantized.gguf_output import load_tuned, tuned_base_model
 from zotune.llm.quantized.gguf_reader import read_gguf
 from zotune.messages import say
+from zotune.model.shards import mesh_of
 from zotune.system.loggers import quiet_loggers
 from zotune.system.processor import emulates
 
@@ -61,6 +63,7 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_quantization(options)
     check_revision(options)
     adapter = adapter_of(options)
+    shard = shard_of(options)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
     elif adapter is not None:
@@ -75,7 +78,9 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
         check_head(lm.module, options)
         lm.module, lm.classifies = with_classification_head(lm.module, labels, seed), True
     is_quantized = getattr(lm.base, "is_quantized", False)
-    if not is_quantized:  # transformers has placed a quantised model already
+    if shard == "fsdp" and mesh_of(lm.base) is None:
+        cut_by_fsdp(lm.base, device)
+    elif not is_quantized and shard is None:  # transformers has placed a quantised model already, and one in shards
         lm.module.to(device)
     lm.module.eval()
     if lm.device.type == "cpu":
@@ -208,7 +213,9 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
             **options.reading,
             **attention_of(options),
             **quantisation,
+            **loading_arguments(shard_of(options), config, kind.auto_class),
         )
+        forget_loading(module)
         keep_scales_in_float32(module)
         # An adapter's folder names its base model by this name, not by a path in this machine's cache.
         module.name_or_path = options.model

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from zotune.errors import NotWrittenError, UsageError
 from zotune.llm.models.language_model import LanguageModel
@@ -23,7 +24,13 @@ _STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def write_checkpoint(lm: LanguageModel, output: OutputFolder, step: int, write_state: Callable[[Path], None]) -> None:
+def write_checkpoint(
+    lm: LanguageModel,
+    output: OutputFolder,
+    step: int,
+    write_state: Callable[[Path], None],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write the folder checkpoint-N of a run, whose ledger, metrics and optimizer state are on the disk already.
 
     Args:
@@ -31,6 +38,7 @@ def write_checkpoint(lm: LanguageModel, output: OutputFolder, step: int, write_s
         output: folder of the run.
         step: the number N of steps.
         write_state: writes `trainer_state.json` into a folder.
+        weights: those of a model in shards, gathered.
 
     Raises:
         NotWrittenError: it cannot be written; no part of it remains.
@@ -40,7 +48,7 @@ def write_checkpoint(lm: LanguageModel, output: OutputFolder, step: int, write_s
         with output.staged() as staging:
             folder = staging / name
             folder.mkdir()
-            write_model_files(lm, folder)
+            write_model_files(lm, folder, state=weights)
             write_state(folder)
             for file in RUN_FILES:
                 if (output.path / file).exists():

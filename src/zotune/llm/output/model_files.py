@@ -22,6 +22,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.gguf_output import write_tuned
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.quantized.scales import save_pretrained
+from zotune.model.shards import gathered
 
 _WEIGHTS = re.compile(r"(adapter_|tuned_)?model(-.*)?\.safetensors(\.index\.json)?")
 
@@ -52,8 +53,21 @@ def write_errors_in_words() -> Iterator[None]:
 
 
 @write_errors_in_words()
-def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
-    """Write weights or adapter, config and tokenizer.
+def whole_state(lm: LanguageModel) -> dict[str, Any] | None:
+    """Return the weights of a model in shards, whole, in the process that writes them; None for any other model.
+
+    They are gathered one after the other, which every process has to take part in. An adapter is whole everywhere.
+    """
+    if not lm.mesh.is_sharded or is_adapter(lm.module):
+        return None
+    state: dict[str, Any] = gathered(lm.module.state_dict(keep_vars=True), keep=lm.mesh.processes.is_first)
+    return state
+
+
+def write_model_files(
+    lm: LanguageModel, folder: Path, max_shard_size: str = MAX_SHARD_SIZE, state: dict[str, Any] | None = None
+) -> None:
+    """Write weights or adapter, config and tokenizer; the weights of a model in shards are those of `state`.
 
     Raises:
         OSError, NotWrittenError: a file cannot be written.
@@ -66,6 +80,8 @@ def write_model_files(lm: LanguageModel, folder: Path, max_shard_size: str = MAX
     extra: dict[str, Any] = (
         {"save_embedding_layers": False} if is_adapter(lm.module) else {"max_shard_size": max_shard_size}
     )
+    if state is not None:
+        extra["state_dict"] = state
     if is_adapter(lm.module):
         name_base_for_all(lm.module)
     save_pretrained(lm.module, str(folder), **extra)

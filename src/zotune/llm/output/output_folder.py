@@ -22,7 +22,7 @@ from zotune.llm.output.locked_folder import LockedFolder, not_written
 from zotune.llm.output.manifest import CONFIG, LEDGER, PROOF
 from zotune.llm.output.metrics_log import MetricsLog
 from zotune.llm.output.model_card import model_card
-from zotune.llm.output.model_files import is_write_error, old_weights, write_model_files
+from zotune.llm.output.model_files import is_write_error, old_weights, whole_state, write_model_files
 from zotune.llm.quantized.layers import has_packed_layers
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
@@ -149,9 +149,10 @@ class OutputFolder:
         Raises:
             RunError: the files cannot be written.
         """
+        state = whole_state(lm)
         try:
             with self._folder.staged(without=old_weights(self._folder.manifest.files), is_whole=True) as staging:
-                write_model_files(lm, staging)
+                write_model_files(lm, staging, state=state)
         except Exception as error:
             if not is_write_error(error):
                 raise

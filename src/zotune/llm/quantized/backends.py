@@ -15,6 +15,7 @@ from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.run import read_recipe
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.quantized.layers import PackedLinear
+from zotune.model.shards import is_distributed, local
 
 
 def _nf4(dtype: torch.dtype) -> Any:
@@ -145,7 +146,7 @@ def saved_quantization(folder: Path) -> str | None:
 
 def is_packed(tensor: Tensor) -> bool:
     """Whether a tensor holds integers of a quantised format, directly or in its components."""
-    return not tensor.is_floating_point() or is_traceable_wrapper_subclass(tensor)
+    return not tensor.is_floating_point() or is_traceable_wrapper_subclass(local(tensor))
 
 
 def packed_names(model: nn.Module) -> list[str]:
@@ -177,7 +178,7 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the plain tensors that a tensor consists of."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if is_distributed(tensor) or not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
     for attribute in tensor.__tensor_flatten__()[0]:

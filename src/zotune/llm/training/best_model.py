@@ -19,6 +19,7 @@ from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
+from zotune.model.shards import local
 
 # Tuned weights of up to this many bytes are stored in memory, larger ones in a file of the output folder.
 MAX_MEMORY = 256 * 2**20
@@ -96,6 +97,7 @@ def copy_weights(tuned: Sequence[nn.Parameter], folder: Path | None, remedy: str
     Raises:
         RunError: there is no room; the message ends with `remedy`.
     """
+    tuned = [local(p) for p in tuned]
     num_bytes = sum(8 * -(-p.nbytes // 8) for p in tuned)
     on_disk = folder if num_bytes > MAX_MEMORY else None
     store = ActivationStore([MemoryTier(num_bytes) if on_disk is None else FileTier(num_bytes, on_disk)])
@@ -114,7 +116,7 @@ def restore_weights(tuned: Sequence[nn.Parameter], store: ActivationStore) -> No
     for i, p in enumerate(tuned):
         weights = store.get((i,))
         assert weights is not None
-        p.copy_(weights)
+        local(p).copy_(weights)
 
 
 def check_rows(options: SelectionOptions, dev: Sequence[Encoded], test: Sequence[Encoded]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zotune.errors import NotWrittenError
 from zotune.ledger.replay import digests_of
+from zotune.model.shards import assign_
 from zotune.system.atomic_write import atomic_write, sync
 from zotune.system.bounds import parse_json
 
@@ -101,4 +102,4 @@ def restore_weights(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -
     if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in parameters.items()}:
         raise DamagedCheckpointError("its tensors do not match those of the model")
     for name, p in parameters.items():
-        p.copy_(weights[name])
+        assign_(name, p, weights[name])

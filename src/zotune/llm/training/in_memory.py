@@ -9,6 +9,7 @@ from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.metrics_log import Line, MetricsLog, key_of
+from zotune.llm.output.model_files import whole_state
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.training.counters import Counters
@@ -83,6 +84,10 @@ class FollowerOutput(MemoryOutput):
     def __init__(self, *, is_resumed: bool) -> None:
         super().__init__()
         self.is_resumed = is_resumed
+
+    def save_model(self, lm: LanguageModel) -> None:
+        """Take part in gathering a model in shards, which another process writes."""
+        whole_state(lm)
 
 
 Output = OutputFolder | MemoryOutput

@@ -29,6 +29,7 @@ from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
+from zotune.llm.output.model_files import whole_state
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
@@ -242,16 +243,20 @@ class Run:
 
     def _save_checkpoint(self) -> None:
         """Write a folder checkpoint-N if it is due and the run has a folder."""
-        if self.events.control.should_save and self.output.path is not None:
+        if self.events.control.should_save and (self.output.path is not None or self.lm.mesh.is_sharded):
             self._save_state()
-            write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state)
+            weights = whole_state(self.lm)
+            if isinstance(self.output, MemoryOutput):
+                return
+            write_checkpoint(self.lm, self.output, self.counters.step, self.events.write_state, weights)
             remove_old_checkpoints(self.output, self.config.save_total_limit, self.selection.step)
             self.events.saved()
 
     def _save_missed_checkpoint(self) -> None:
         """Write the checkpoint that was due after the last step of the part before, if a kill prevented it."""
         step, path = self.counters.step, self.output.path
-        if path is None or not step or (path / f"checkpoint-{step}").exists():
+        is_missed = path is not None and step > 0 and not (path / f"checkpoint-{step}").exists()
+        if not (self.lm.mesh.processes.first(lambda: is_missed) if self.lm.mesh.is_sharded else is_missed):
             return
         is_best = self.config.saves == "best" and self.selection.step == step
         self.events.find_missed(step, is_best=is_best)

@@ -28,7 +28,7 @@ FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
     | {"reuse_activations", "reuse_memory", "reuse_file", "logging_strategy"}
     | {*COMMAND_LINE_ONLY, "report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
-    | {"push_to_hub", "hub_model_id", "hub_private_repo", "parallel", "check_ranks", "timeout"}
+    | {"push_to_hub", "hub_model_id", "hub_private_repo", "parallel", "shard", "check_ranks", "timeout"}
 )
 
 NAMES = {

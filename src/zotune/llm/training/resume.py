@@ -23,7 +23,7 @@ from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient
 from zotune.estimate.forward_mode.jvp import forward_gradient
 from zotune.ledger import Ledger, LedgerError, LedgerWriter, StepRecord, read
 from zotune.ledger.files import locked
-from zotune.ledger.replay import check, header_of, replay
+from zotune.ledger.replay import check, header_of, replay, tuned_digests
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
@@ -45,6 +45,7 @@ from zotune.llm.training.origin import (
 )
 from zotune.messages import say
 from zotune.model.parameters import ParameterSet
+from zotune.model.shards import gathered
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.libraries import library_version
 
@@ -82,6 +83,11 @@ class Journal:
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         origin = origin_of(lm, train, dev if config.selects else None)
         self._origin = origin if self.has_ledger else with_tuned_weights(origin, lm)
+        # Of a model in shards all processes gather what the first one compares and records.
+        self._is_sharded = lm.mesh.is_sharded
+        self._digests: list[str] | None = None
+        if self._is_sharded and isinstance(optimizer, ZerothOrder):
+            self._digests = tuned_digests(optimizer.tuned)
         self._writer: LedgerWriter | None = None
         self._ledger: Ledger | None = None
         self._saved: Any = None
@@ -141,7 +147,7 @@ class Journal:
             raise LedgerError(f"{ledger.name} does not record the options of its run, so the run cannot resume.")
         check_options(options, self._config, ledger.name)
         check_origin(self._origin, {"data": None, "frozen": None, **about}, ledger.name)
-        check(optimizer, ledger)
+        check(optimizer, ledger, digests=True if self._digests is None else self._digests)
         check_num_steps(len(ledger), self._config, ledger.name)
 
     def _checkpoint_of(self, ledger: Ledger, path: Path) -> Any:
@@ -209,7 +215,8 @@ class Journal:
             return self._open_without_ledger(folder, counters)
         assert isinstance(self._optimizer, ZerothOrder)
         if self._ledger is None:
-            header = header_of(self._optimizer, _description(self._config, self._origin))
+            about = _description(self._config, self._origin)
+            header = header_of(self._optimizer, about, digests=self._digests)
             self._writer = LedgerWriter.create(folder.path / LEDGER, header)
             folder.metrics.truncate(0)
             return None, None, 0.0, ()
@@ -252,12 +259,15 @@ class Journal:
 
     def save(self, counters: Counters) -> None:
         """Write a full checkpoint, after ledger and metrics are on the disk, so that it is never ahead of them."""
+        writes = not isinstance(self._output, MemoryOutput)
+        if not writes and not self._is_sharded:
+            return
+        state = gathered({"weights": self._tuned, "optimizer": self._optimizer.state_dict()}, keep=writes)
         if isinstance(self._output, MemoryOutput):
             return
         self._output.metrics.sync()
         if self._writer is not None:
             self._writer.sync()
-        state = {"weights": self._tuned, "optimizer": self._optimizer.state_dict()}
         checkpoint.save(self._output.path / CHECKPOINT, {**self._tree(counters), **state})
 
     def _tree(self, counters: Counters) -> dict[str, Any]:

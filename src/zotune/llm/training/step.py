@@ -150,7 +150,8 @@ def check_mu(tuned: ParameterSet, mu: float) -> None:
             moves fewer than one in `_ROUNDED`.
     """
     samples = [_sample(tensor) for tensor in tuned]
-    if _changed_fraction((x, x + mu * (_ROUNDED / 2 if x.dtype in HALF else 1)) for x in samples) >= _MIN_FRACTION:
+    changed = _changed_fraction((x, x + mu * (_ROUNDED / 2 if x.dtype in HALF else 1)) for x in samples)
+    if tuned.agreed([changed])[0] >= _MIN_FRACTION:
         return
     dtypes = ", ".join(sorted({str(t.storage().dtype).removeprefix("torch.") for t in tuned}))
     raise UsageError(
@@ -195,7 +196,7 @@ def _moves(optimizer: ZerothOrder, estimate: GradientEstimate) -> bool:
         after = torch.empty_like(x)
         updated_slice(update, after, x, start=0, scale=1.0)
         pairs.append((x, after))
-    return _changed_fraction(pairs) >= _MIN_FRACTION
+    return optimizer.tuned.agreed([_changed_fraction(pairs)])[0] >= _MIN_FRACTION
 
 
 def _sample(tensor: TunedTensor) -> Tensor:
@@ -211,5 +212,6 @@ def _changed_fraction(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 def _smallest_mu(tuned: ParameterSet) -> float:
     """Return a power of ten that changes the median weight."""
-    sizes = [_sample(t).float().abs().median() * torch.finfo(t.storage().dtype).eps for t in tuned]
+    found = [x for t in tuned if len(x := _sample(t))]  # a process may hold nothing of a tensor in shards
+    sizes = [x.float().abs().median() * torch.finfo(x.dtype).eps for x in found]
     return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())

@@ -333,8 +333,8 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: Ac
     """Return the function that scores rows; it caches activations below the tuned layers if they never change."""
     if rows.generated is not None:
         return lm.score  # not used for generated text
-    if config.streaming:
-        return lm.score  # a cache would hold the rows
+    if config.streaming or lm.mesh.is_sharded:
+        return lm.score  # a cache would hold the rows; a pass of a model in shards is not broken off
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in lm.module.modules())
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
@@ -355,7 +355,7 @@ def _with_prompt_cache(
     lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: ActivationStore
 ) -> EncodedData:
     """Return the rows with a cache of the prompts below the tuned layers, if text is generated from them."""
-    if rows.generated is None:
+    if rows.generated is None or lm.mesh.is_sharded:
         return rows
     cache = PromptCache(lm, store)
     if cache.depth and config.reuse_activations:

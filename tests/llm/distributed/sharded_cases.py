@@ -1,0 +1,206 @@
+"""What each process of a test of shards does: it takes steps with a sharded model and compares it with a plain one."""
+
+import pickle
+from functools import partial
+
+import sharded_models as models
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import many_processes
+import zotune as zo
+from zotune.apply.line_search import conservative
+from zotune.apply.transforms import adam
+from zotune.ledger.replay import describe_tensors
+from zotune.model.shards import gathered, whole
+from zotune.system.processes import joined
+
+
+def run(function, size, *args):
+    """What `function(mesh, *args)` returns in each of `size` processes, by rank."""
+    return [pickle.loads(found) for found in many_processes.run(size, _on_mesh, function, pickle.dumps(args))]
+
+
+def _on_mesh(function, args):
+    with joined(60) as processes:
+        return pickle.dumps(function(init_device_mesh("cpu", (processes.size,)), *pickle.loads(args)))
+
+
+HALF = torch.bfloat16
+ADAM = partial(adam, beta1=0.9, beta2=0.99, eps=1e-8)
+# By name: how the optimizer is made, and the dtype.
+OPTIMIZERS = {
+    "zo_sgd": (partial(zo.zo_sgd, lr=0.01, num_queries=2), torch.float32),
+    "zo_sgd_sign": (partial(zo.zo_sgd_sign, lr=0.01), torch.float32),
+    "zo_sgd_mmt": (partial(zo.zo_sgd_mmt, lr=0.01, sampler=zo.gaussian), torch.float32),
+    "zo_sgd_cons": (partial(zo.zo_sgd_cons, lr=0.01), torch.float32),
+    "zo_adam": (partial(zo.zo_adam, lr=0.01, weight_decay=0.1), torch.float32),
+    "forward_grad": (partial(zo.forward_grad, lr=0.01), torch.float32),
+    "sparse": (partial(zo.zo_sgd, lr=0.01, sampler=zo.sparse(zo.gaussian, 0.5)), torch.float32),
+    "low rank": (partial(zo.zo_sgd, lr=0.01, sampler=zo.low_rank(zo.gaussian, 2)), torch.float32),
+    "low rank, bfloat16": (partial(zo.zo_adam, lr=0.01, sampler=zo.low_rank(zo.rademacher, 2)), HALF),
+    "blocks": (lambda m: zo.zo_sgd(m, 0.01, blocks=zo.blocks_by_layer(m)), torch.float32),
+    "blocks in turn": (
+        lambda m: zo.zo_adam(m, 0.01, blocks=zo.blocks_by_part(m), block_order="sequential"),
+        torch.float32,
+    ),
+    "window": (partial(zo.zo_adam, lr=0.01, window=2), torch.float32),
+    "state and line search": (
+        partial(zo.ZerothOrder, lr=0.01, transform=ADAM, step=conservative, weight_decay=0.1),
+        torch.float32,
+    ),
+    "bfloat16": (partial(zo.zo_sgd, lr=0.01, sampler=zo.gaussian), HALF),
+    "zo_adam, bfloat16": (partial(zo.zo_adam, lr=0.01), HALF),
+    "zo_sgd_cons, bfloat16": (partial(zo.zo_sgd_cons, lr=0.05), HALF),
+    "master": (partial(zo.zo_sgd_mmt, lr=0.01, rounding="master"), HALF),
+    "float64": (partial(zo.zo_adam, lr=0.01), torch.float64),
+}
+
+
+def steps(mesh, way, names, sizes):
+    """Steps of each optimizer on shards: the largest difference of losses from the plain model's, by name.
+
+    The plain model takes the same coefficients; weights and states are compared bit by bit after every step.
+    """
+    return {name: _steps(mesh, getattr(models, way), *OPTIMIZERS[name], sizes) for name in names}
+
+
+def _steps(mesh, shard, make, dtype, sizes):
+    plain, model = models.model(dtype, **sizes), shard(models.model(dtype, **sizes), mesh)
+    tokens = models.batch()
+    optimizer, reference, records = make(model), make(plain), []
+    optimizer.on_step = records.append
+    worst, in_turn = 0.0, optimizer.block_order == "sequential"  # blocks in turn meet weights that have moved
+    for _ in range(3):
+        expected = reference.estimate(models.objective(plain, tokens)).loss
+        found = optimizer.step(models.objective(model, tokens))
+        worst = worst if in_turn else max(worst, abs(found - expected))
+        reference.replay_step(records[-1])
+        compare(model, plain, optimizer, reference)
+    with torch.no_grad():  # what is gathered now is what the step has written
+        torch.testing.assert_close(model(tokens), plain(tokens), atol=0.1 if dtype == HALF else 1e-5, rtol=1e-2)
+    return worst
+
+
+def compare(model, plain, optimizer, reference):
+    """Weights and states of a sharded and a plain model have the same bits."""
+    for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(whole(p), q), f"{name}: weights"
+    for t, other in zip(optimizer.tuned, reference.tuned, strict=True):
+        ours, theirs = optimizer.state[t.parameter], reference.state[other.parameter]
+        assert ours.keys() == theirs.keys(), t.name
+        for key in ours:
+            same = (
+                torch.equal(whole(ours[key]), theirs[key]) if torch.is_tensor(ours[key]) else ours[key] == theirs[key]
+            )
+            assert same, f"{t.name}: {key}"
+
+
+def side_by_side(mesh, shard):
+    """The loss with probes in one pass, that with probes one by one, and how many passes the model ran for each."""
+    found = []
+    for most in (2, 1):
+        model, passes = getattr(models, shard)(models.model(), mesh), []
+        model.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        tokens = models.batch()
+        closure = zo.batched(lambda t, m=model: models.losses(m, t), tokens, most=most)
+        found.append((zo.zo_adam(model, lr=0.01).step(closure), len(passes)))
+    return found
+
+
+def saved_states(mesh, way):
+    """A run in shards saved half-way, as whole tensors, with what the plain run has after the second half."""
+    model = getattr(models, way)(models.model(HALF), mesh)
+    optimizer = zo.zo_sgd_mmt(model, lr=0.01, rounding="master")
+    for _ in range(2):
+        optimizer.step(models.objective(model, models.batch()))
+    saved = gathered({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, keep=mesh.get_rank() == 0)
+    optimizer.step(models.objective(model, models.batch()))
+    after = gathered(model.state_dict(), keep=mesh.get_rank() == 0)
+    return (saved, after) if mesh.get_rank() == 0 else None
+
+
+def resumed(mesh, way, saved):
+    """Go on from whole tensors in another number of processes; the weights after a step, whole."""
+    plain = models.model(HALF)
+    plain.load_state_dict(saved["model"])
+    model = getattr(models, way)(plain, mesh)
+    optimizer = zo.zo_sgd_mmt(model, lr=0.01, rounding="master")
+    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.step(models.objective(model, models.batch()))
+    return gathered(model.state_dict(), keep=mesh.get_rank() == 0)
+
+
+REFUSED = {
+    "unread": "were not read by the forward pass: unused.weight",
+    "unread shard": "were not read by the forward pass: unused.weight",
+    "partial": "Partial",
+    "two dimensions": "along one dimension (Shard)",
+    "forward_grad": "loses its tangent",
+    "magnitude": 'mask="random"',
+}
+
+
+def refusals(mesh):
+    """What is said of each thing that shards cannot do."""
+    tokens = models.batch()
+
+    def with_unused(shard):
+        model = models.model()
+        model.unused = nn.Linear(4, 4, bias=False)
+        if shard == models.tensor_parallel:
+            model.unused.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+        model = shard(model, mesh)
+        zo.zo_sgd(model, lr=0.1).step(models.objective(model, tokens))
+
+    def placed(mesh, *placements):
+        model = nn.Module()
+        model.w = nn.Parameter(DTensor.from_local(torch.ones(2, 2), mesh, placements, run_check=False))
+        zo.zo_sgd(model, lr=0.1)
+
+    def forward_grad():
+        model = models.tensor_parallel(models.model(), mesh)
+        zo.forward_grad(model, lr=0.1).step(models.objective(model, tokens))
+
+    square = init_device_mesh("cpu", (1, mesh.size()))
+    tries = {
+        "unread": lambda: with_unused(models.fsdp),
+        "unread shard": lambda: with_unused(models.tensor_parallel),
+        "partial": lambda: placed(mesh, Partial()),
+        "two dimensions": lambda: placed(square, Shard(0), _StridedShard(0, split_factor=2)),
+        "forward_grad": forward_grad,
+        "magnitude": lambda: zo.zo_sgd(
+            models.fsdp(models.model(), mesh), 0.1, sampler=zo.sparse(zo.gaussian, 0.5, mask="magnitude")
+        ),
+    }
+    return {name: _said(attempt) for name, attempt in tries.items()}
+
+
+def _said(attempt):
+    try:
+        attempt()
+    except zo.ZotuneError as error:
+        return str(error)
+    return "nothing"
+
+
+def whole_tensors(mesh):
+    """Whether what is said of a tensor in shards is what is said of the whole tensor."""
+    plain, model = models.model(), models.fsdp(models.model(), mesh)
+    name, u = "layers.0.up.weight", zo.Direction(5, zo.gaussian)
+    ours, theirs = zo.zo_adam(model, 0.1), zo.zo_adam(plain, 0.1)
+    estimate = zo.GradientEstimate(0.5, ((2.0, u),), 2)
+    closure = lambda m: m.layers[0].up.weight.square().sum() + models.objective(m, models.batch())()  # noqa: E731
+    with torch.no_grad(), zo.perturbed(model, u, 0.1), zo.perturbed(plain, u, 0.1):
+        outside = abs(float(whole(closure(model))) - float(closure(plain))) < 1e-4
+    return {
+        "direction": torch.equal(u.of(model, name), u.of(plain, name)),
+        "estimate": torch.equal(estimate.of(model, name), estimate.of(plain, name)),
+        "description": describe_tensors(ours) == describe_tensors(theirs),
+        "size": ours.tuned.numel == theirs.tuned.numel,
+        "read outside of its module": outside,
+        "other numbers": ours.tuned.agreed([float(mesh.get_rank()), 7.1]) == [(mesh.size() - 1) / 2, 7.1],
+    }

@@ -1,0 +1,87 @@
+"""Models for tests of shards, built alike in every process, and the ways to shard them."""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+VOCABULARY, WIDTH, INNER, TOKENS = 13, 10, 7, 5
+
+
+class Layer(nn.Module):
+    def __init__(self, width=WIDTH, inner=INNER):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Tied embeddings, norms, biases, and a tensor of three dimensions; no size that 2 or 3 divide but the width."""
+
+    def __init__(self, width=WIDTH, inner=INNER, vocabulary=VOCABULARY):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList([Layer(width, inner), Layer(width, inner)])
+        self.mix = nn.Conv1d(width, width, 1)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.mix(x.mT).mT)
+
+
+def model(dtype=torch.float32, **sizes):
+    torch.manual_seed(0)
+    return Model(**sizes).to(dtype)
+
+
+def batch(seed=1, rows=2, vocabulary=VOCABULARY):
+    return torch.randint(vocabulary, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
+
+
+def losses(m, tokens):
+    logits = m(tokens)
+    return nn.functional.cross_entropy(logits[:, :-1].mT.float(), tokens[:, 1:], reduction="none").mean(1)
+
+
+def objective(m, tokens):
+    return lambda: losses(m, tokens).mean()
+
+
+# Ways to shard: each changes a model in place, over a mesh of all processes --------------------------------------
+
+
+def fsdp(m, mesh):
+    """A gather for each layer, and one for what is outside of them."""
+    for layer in m.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(m, mesh=mesh)
+
+
+def fsdp_by_columns(m, mesh):
+    """As far as columns divide evenly, which FSDP2 asks for."""
+
+    def place(p):
+        return Shard(1) if p.dim() > 1 and p.shape[1] % mesh.size() == 0 else Shard(0)
+
+    for layer in m.layers:
+        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
+    return fully_shard(m, mesh=mesh, shard_placement_fn=place)
+
+
+def tensor_parallel(m, mesh):
+    """torch's own plan: rows and columns of each layer's matrices, and a norm that every process holds."""
+    for layer in m.layers:
+        parallelize_module(layer, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
+        layer.norm.weight = nn.Parameter(distribute_tensor(layer.norm.weight.detach(), mesh, [Replicate()]))
+        layer.norm.bias = nn.Parameter(distribute_tensor(layer.norm.bias.detach(), mesh, [Replicate()]))
+        layer.norm.register_forward_pre_hook(lambda _, args: distribute_tensor(args[0], mesh, [Replicate()]))
+        layer.norm.register_forward_hook(lambda _m, _a, out: out.to_local())
+    return m
