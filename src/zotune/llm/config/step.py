@@ -78,7 +78,7 @@ class ModelOptions(Options):
                 f"{named[0]} does not go with quantization: {self.quantization}, whose library keeps its weights on "
                 "one device; use gguf, whose layers can be streamed (--offload-folder)"
             )
-        if named and self.shard != "none":
+        if named and getattr(self, "shard", "none") != "none":
             raise ValueError(
                 f"{named[0]} places a whole model for one process, and shard cuts it over several; give one"
             )
