@@ -20,7 +20,7 @@ class Uneven(nn.Module):
         return sum(10.0**i * layer.weight.sum() for i, layer in enumerate(self.layers))
 
 
-def chosen(choice, steps=300, **options):
+def chosen(choice, steps=120, **options):
     model = Uneven()
     opt = zo.block_coordinate(model, 0.0, choice=choice, sampler=zo.gaussian, **options)
     names = []
@@ -35,7 +35,7 @@ def test_turns_and_equal_chances():
     _, names = chosen("cyclic", 7)
     assert names == [f"layers.{i % 3}" for i in range(7)]
     _, names = chosen("random")
-    assert all(70 < count < 130 for count in Counter(names).values())
+    assert all(20 < count < 60 for count in Counter(names).values())
 
 
 def test_the_adaptive_choice_goes_where_coefficients_are_large_and_explores():
@@ -45,8 +45,8 @@ def test_the_adaptive_choice_goes_where_coefficients_are_large_and_explores():
     assert min(shares) >= 0.1
     assert shares[2] > 0.6
     count = Counter(names)
-    assert count["layers.2"] > 150
-    assert min(count.values()) > 10
+    assert count["layers.2"] > 60
+    assert min(count.values()) > 3
 
 
 @pytest.mark.parametrize("choice", ["random", "adaptive"])

@@ -48,6 +48,7 @@ def test_without_a_share_hizoo_is_zo_sgd():
     np.testing.assert_allclose(*ends, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_at_the_published_share_h_grows_by_one_common_factor_alone():
     """The figures of `hizoo`'s docstring: 200 numbers with curvatures from 0.1 to 100, 1,000 steps."""
     curvatures = torch.logspace(-1, 2, 200, dtype=torch.float64)
