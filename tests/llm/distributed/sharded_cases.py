@@ -70,7 +70,7 @@ def steps(mesh, way, names, sizes):
 
 def _steps(mesh, shard, make, dtype, sizes):
     plain, model = models.model(dtype, **sizes), shard(models.model(dtype, **sizes), mesh)
-    tokens = models.batch()
+    tokens = models.batch(vocabulary=sizes.get("vocabulary", models.VOCABULARY))
     optimizer, reference, records = make(model), make(plain), []
     optimizer.on_step = records.append
     worst, in_turn = 0.0, optimizer.block_order == "sequential"  # blocks in turn meet weights that have moved
