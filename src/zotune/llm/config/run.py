@@ -126,6 +126,10 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "
                 "use at most as many, or a larger per_device_train_batch_size"
             )
+        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
+            raise ValueError(
+                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
+            )
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
         if self.reuse_file and not self.reuse_activations:

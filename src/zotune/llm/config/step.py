@@ -179,10 +179,6 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
             raise ValueError(
                 f"gradient_checkpointing has no effect on {self.method}, which stores no activations; leave it out"
             )
-        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
-            raise ValueError(
-                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
-            )
         if self.offload_folder is not None and (self.method in FIRST_ORDER or self.hybrid_layers is not None):
             raise ValueError(
                 "offload_folder streams layers, whose weights are gone when back-propagation comes back to them; use a "
