@@ -117,9 +117,9 @@ def dominant_layer(
     Args:
         model: a model with a stack of layers; of its parameters those that require a gradient are returned.
         run: runs the model once on some text, such as the objective.
-        least: a layer's output h has outliers if max |h| is above this, > 0,
-        ratio: and above this multiple, > 0, of the median of |h|. Both are ours, for the source gives no threshold that
-            could be read.
+        least: a layer's output h has outliers if the largest magnitude of h is above this, > 0,
+        ratio: and above this multiple, > 0, of the median of the magnitudes. Both are ours, for the source gives no
+            threshold that could be read.
 
     Raises:
         UsageError: the model has no stack of layers, none of their outputs has outliers, or the layer's parameters are
