@@ -103,7 +103,9 @@ def steps_of(name, query, data, dtype=torch.float32, kind="batched", parts=4, st
         opt.on_step = lambda record: records.append(record)
     closures, weights = micro_batches(model, parts, kind)
     losses = [opt.step(zo.accumulate(closures, weights, mesh=mesh)) for _ in range(steps)]
-    state = [] if hybrid else [t for s in opt.state.values() for t in s.values() if torch.is_tensor(t)]
+    # A state is made when it is needed first, in another order in each process.
+    states = [] if hybrid else [opt.state[p] for p in model.parameters() if p in opt.state]
+    state = [t for s in states for _, t in sorted(s.items()) if torch.is_tensor(t)]
     return digest([*model.parameters(), *state]), losses, records
 
 

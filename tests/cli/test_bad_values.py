@@ -39,6 +39,10 @@ BAD = {
     "push_to_hub": ("perhaps", "true or false"),
     "hub_model_id": ("a/b/c", "a repository is ORG/NAME or NAME"),
     "hub_private_repo": ("perhaps", "true or false"),
+    "parallel": ("query=0", "a mesh is query=Q,data=D"),
+    "shard": ("fsdp2", "Did you mean 'fsdp'"),
+    "check_ranks": ("-1", "at least 0"),
+    "timeout": ("0", "above 0"),
     "resume": ("perhaps", "true or false"),
     "resume_from_checkpoint": ("no/checkpoint-3", "is no folder checkpoint-N of a run"),
 }

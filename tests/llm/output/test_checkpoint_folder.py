@@ -140,7 +140,7 @@ def test_what_the_user_put_or_changed_there_is_neither_replaced_nor_deleted(conf
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_and_the_run_goes_on_later(
     config, tmp_path, failing, monkeypatch
 ):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

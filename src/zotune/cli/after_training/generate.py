@@ -24,7 +24,7 @@ _PAGE = HelpPage(
     "was in its training. Answers go to standard output.",
     examples=(
         'zotune generate --model runs/latest --prompt "Where is my order?"',
-        "zotune generate --model runs/latest --prompt-file rows.jsonl --output-file answers.jsonl",
+        "zotune generate --model runs/latest --prompt-file q.jsonl --output-file a.jsonl",
         'echo "Tell me a joke." | zotune generate --temperature 0.7 --seed 1',
     ),
     groups={

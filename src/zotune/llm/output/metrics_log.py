@@ -30,13 +30,13 @@ class MetricsLog:
     @property
     def last_step(self) -> int:
         """The last step that an earlier part of the run recorded; 0 if there is none."""
-        return max((key[0] for line in _whole_lines(self._path) if (key := key_of(line)) is not None), default=0)
+        return max((key[0] for line in _whole_lines(self._path) if (key := line_key(line)) is not None), default=0)
 
     def truncate(self, num_steps: int) -> float:
         """Remove the lines after step `num_steps`; return the training seconds recorded in the remaining ones."""
         lines: dict[tuple[int, bool], Line] = {}
         for line in _whole_lines(self._path):
-            key = key_of(line)
+            key = line_key(line)
             if key is None or key[0] > num_steps or key in lines or (lines and key < next(reversed(lines))):
                 break
             lines[key] = line
@@ -51,7 +51,7 @@ class MetricsLog:
         Raises:
             NotWrittenError: the disk is full, or the folder no longer exists.
         """
-        if key_of(record) in self._lines:
+        if line_key(record) in self._lines:
             return
         try:
             # The file is not created again if its folder was removed.
@@ -85,7 +85,7 @@ def _text(line: Mapping[str, Any]) -> str:
     return json.dumps(json_safe(dict(line)), allow_nan=False) + "\n"
 
 
-def key_of(line: Mapping[str, Any]) -> tuple[int, bool] | None:
+def line_key(line: Mapping[str, Any]) -> tuple[int, bool] | None:
     """Return the step of a line, and whether it is one of an evaluation; None for a line of neither kind."""
     step = line.get("step")
     return (step, "dev" in line) if isinstance(step, int) else None

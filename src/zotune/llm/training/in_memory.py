@@ -8,7 +8,7 @@ from typing import Any
 from zotune.ledger import StepRecord
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.output.metrics_log import Line, MetricsLog, key_of
+from zotune.llm.output.metrics_log import Line, MetricsLog, line_key
 from zotune.llm.output.model_files import whole_state
 from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.scoring.accuracy import Evaluation
@@ -32,12 +32,12 @@ class MetricsInMemory:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append a line, unless an earlier part of the run has it."""
-        if key_of(record) not in map(key_of, self.earlier):
+        if line_key(record) not in map(line_key, self.earlier):
             self._lines.append(dict(record))
 
     def evaluation(self, step: int) -> Line | None:
         """Return the held-out evaluation at a step by an earlier part of the run, or None."""
-        return next((line["dev"] for line in self.earlier if key_of(line) == (step, True)), None)
+        return next((line["dev"] for line in self.earlier if line_key(line) == (step, True)), None)
 
     def lines(self) -> list[Line]:
         """Return all lines in order."""

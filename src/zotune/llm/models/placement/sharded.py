@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zotune.errors import UsageError
+from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
@@ -104,7 +105,7 @@ def loading_arguments(shard: str | None, config: Any, auto_class: Any) -> dict[s
 
     size = asked_for()
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = auto_class.from_config(config, **NO_CODE)
     if shard == "fsdp":
         # transformers ties tensors after it has cut them: FSDP2 would gather each place's own, and not what is tuned.
         if getattr(model, "all_tied_weights_keys", None):
