@@ -127,10 +127,11 @@ def main() -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", nargs="+", type=int, default=[2])
+    parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    runs = [run(size, tuning, args.rounds) for size in args.processes for tuning in TUNINGS]
+    runs = [run(size, tuning, args.rounds) for size in args.processes for tuning in args.tunings]
     record = {"rows": ROWS, "tokens": TOKENS, "rounds": args.rounds, "environment": environment(), "runs": runs}
     args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(runs, indent=1))
