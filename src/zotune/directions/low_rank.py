@@ -10,6 +10,7 @@ element: `zotune.noise.spec.low_rank`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -110,21 +111,16 @@ def _thin(x: Tensor, right: Tensor, power: int) -> Tensor:
     return F.linear(x, (right.t() * 2.0**power).to(x.dtype))
 
 
-@dataclass(frozen=True)
-class LowRankSampler:
-    """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.
+class ThinSampler(ABC):
+    """A sampler whose directions of matrices are products of thin factors; other tensors have those of a base.
 
     Attributes:
-        base: the distribution of the factors' entries, and of the directions of tensors that are no matrices.
-        rank: r ≥ 1.
-        right_seed: seed of the right factors that all directions share; None where each direction has its own.
-        shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
+        base: the sampler of tensors that are no matrices.
+        shapes: rows and columns of each matrix, by tensor id.
     """
 
     base: Sampler
-    rank: int
-    right_seed: int | None
-    shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+    shapes: Mapping[int, tuple[int, int]]
 
     def part(self, tensor_id: int) -> Sampler:
         """As `zotune.directions.samplers.part_of`: a tensor that is no matrix has the base's directions."""
@@ -138,6 +134,29 @@ class LowRankSampler:
         found = self.factors(seed, tensor_id, out.device, start, out.numel())
         skipped = start % self.shapes[tensor_id][1]
         out.copy_(product(found.left, found.right).view(-1)[skipped : skipped + out.numel()])
+
+    @abstractmethod
+    def factors(
+        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
+    ) -> Factors:
+        """As `zotune.directions.samplers.FactoredSampler.factors`."""
+
+
+@dataclass(frozen=True)
+class LowRankSampler(ThinSampler):
+    """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.
+
+    Attributes:
+        base: the distribution of the factors' entries, and of the directions of tensors that are no matrices.
+        rank: r ≥ 1.
+        right_seed: seed of the right factors that all directions share; None where each direction has its own.
+        shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
+    """
+
+    base: Sampler
+    rank: int
+    right_seed: int | None
+    shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
 
     def factors(
         self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None

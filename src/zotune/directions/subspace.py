@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions.low_rank import drawn, matrix_shapes, product
+from zotune.directions.low_rank import ThinSampler, drawn, matrix_shapes
 from zotune.directions.samplers import Factors, Sampler, Subspace, gaussian
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
@@ -55,7 +55,7 @@ class _Bases:
 
 
 @dataclass(frozen=True)
-class SubspaceSampler:
+class SubspaceSampler(ThinSampler):
     """The sampler of one step of a run with directions in a subspace; see `zotune.subspace`.
 
     Attributes:
@@ -73,19 +73,6 @@ class SubspaceSampler:
     shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
     bases: _Bases = field(compare=False, repr=False)
     shares_subspace = True
-
-    def part(self, tensor_id: int) -> Sampler:
-        """As `zotune.directions.samplers.part_of`: a tensor that is no matrix has the base's directions."""
-        return self if tensor_id in self.shapes else self.base
-
-    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
-        """As `Sampler.fill`."""
-        if tensor_id not in self.shapes:
-            self.base.fill(out, seed, tensor_id, start)
-            return
-        found = self.factors(seed, tensor_id, out.device, start, out.numel())
-        skipped = start % self.shapes[tensor_id][1]
-        out.copy_(product(found.left, found.right).view(-1)[skipped : skipped + out.numel()])
 
     def factors(
         self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None

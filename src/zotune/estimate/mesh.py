@@ -75,12 +75,6 @@ class Mesh:
         """The rank of the process that computes a cell."""
         return (cell.group % self.query) * self.data + cell.part % self.data
 
-    def parts(self, num_parts: int) -> range:
-        """The micro-batches of this process."""
-        if self.is_sharded:
-            return range(num_parts)
-        return range(self.processes.rank % self.data, num_parts, self.data)
-
     def evaluate(
         self, cells: Sequence[Cell], compute: Callable[[Sequence[int]], Sequence[Sequence[Any]]]
     ) -> Sequence[Sequence[Any]]:

@@ -46,13 +46,18 @@ def check_start(processes: Processes, parts: Mapping[str, Any]) -> None:
 
 
 def _difference(name: str, values: list[str]) -> str:
-    common = Counter(values).most_common(1)[0][0]
-    others = [rank for rank, value in enumerate(values) if value != common]
+    common, others = _odd_ones(values)
     shown = f": {common[:60]} and {values[others[0]][:60]}" if len(common) < 200 else ""
     return (
         f"the processes do not begin with the same {name}: {_ranks(others)} differ{'s' * (len(others) == 1)} from the "
         f"others{shown}. Give all machines the same files, versions and options."
     )
+
+
+def _odd_ones(values: list[str]) -> tuple[str, list[int]]:
+    """Return the value that most processes have, and the ranks of those that have another."""
+    common = Counter(values).most_common(1)[0][0]
+    return common, [rank for rank, value in enumerate(values) if value != common]
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -87,8 +92,7 @@ def check_weights(processes: Processes, module: nn.Module, step: int) -> None:
     digests = processes.every(lambda: tuned_digest(module))
     if len(set(digests)) == 1:
         return
-    common = Counter(digests).most_common(1)[0][0]
-    others = [rank for rank, digest in enumerate(digests) if digest != common]
+    _, others = _odd_ones(digests)
     raise RanksDifferError(
         f"after step {step} the tuned weights of {_ranks(others)} are others than those of the rest, although all took "
         "the same steps: memory or a processor fails there, or its libraries compute otherwise. Nothing more was "
