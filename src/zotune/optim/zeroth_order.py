@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
+from zotune.apply.subspace import InSubspace
 from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate
 from zotune.apply.transforms import Coefficient, clipped, identity, unchanged
 from zotune.apply.update import Step, update_tensors_
@@ -435,9 +436,13 @@ class ZerothOrder(CountingOptimizer):
         super().add_param_group(param_group)
         check_group(param_group)
 
-    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+    def placed(self, value: Tensor, parameter: Tensor, key: str) -> Tensor:
         """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
-        return value if (tensor := self.tuned.find(parameter)) is None else tensor.placed(value)
+        if (tensor := self.tuned.find(parameter)) is None:
+            return value
+        # Coordinates in a subspace may have the shape of the weights, and are no numbers of its elements.
+        is_whole = isinstance(self.transform, InSubspace) and parameter.dim() > 1 and key != "master"
+        return tensor.placed_whole(value) if is_whole else tensor.placed(value)
 
     def _count(self) -> float:
         if self._window is not None:

@@ -24,6 +24,7 @@ from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.placement.device_map import check_here
+from zotune.llm.models.placement.sharded import by_plan, shard_of
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
@@ -48,8 +49,9 @@ from zotune.plan.memory import (
     weight_bytes,
 )
 from zotune.plan.passes import MAX_COPIES, forward, largest_pass
-from zotune.plan.placed import Places, mib, placement_in_plan, with_placement
+from zotune.plan.placed import Places, Slices, mib, placement_in_plan, with_placement, with_shards
 from zotune.system.peak_memory import peak_memory
+from zotune.system.processes import asked_for
 
 SHOWN_EXAMPLES, SHOWN_CHARACTERS, SHOWN_REFUSED = 3, 2000, 5
 SPLITS = ("train", "dev", "test")
@@ -70,7 +72,7 @@ class DryRun:
         num_tuned, num_parameters: number of tuned parameters and of all parameters of the model.
         forward_passes: forward passes of one step and of the training.
         memory: bytes by purpose.
-        places: where the weights lie, if not all on one device.
+        places: where the weights lie, if not all on one device and in one process.
     """
 
     config: TrainConfig
@@ -85,7 +87,7 @@ class DryRun:
     num_parameters: int
     forward_passes: dict[str, int]
     memory: Memory
-    places: Places | None = None
+    places: Places | Slices | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
@@ -142,6 +144,8 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         placement = placement_in_plan(config, lm.base, on_cpu=_on_cpu(config))
         if placement is not None:
             check_here(placement, config)
+        if (shard := shard_of(config)) == "tp":
+            by_plan(lm.base)
         prepare_tuning(lm, config)
         shown, given, stream = _shown_rows(config, given)
         data = load_examples(lm, shown, given)
@@ -160,9 +164,13 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
         )
         step = forwards_a_step(optimizer, config)
-        memory, places = _memory(lm, optimizer, config, rows, data, stored), None
+        memory = _memory(lm, optimizer, config, rows, data, stored)
+        places: Places | Slices | None = None
         if placement is not None:
             memory, places = with_placement(memory, placement, tuned_of(lm), config)
+        if shard is not None:
+            adapter = tuned_of(lm) if config.is_adapter else []
+            memory, places = with_shards(memory, lm.base, adapter, shard, asked_for())
         return DryRun(
             config=config,
             notes=(*data.notes, *rows.notes, *notes),

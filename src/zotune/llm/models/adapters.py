@@ -22,6 +22,7 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.placement.sharded import check_adapted, with_plan
 from zotune.model.layers import stack_of
 from zotune.model.parameters import input_device
 
@@ -67,6 +68,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
     paths = _paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
+    check_adapted(lm.base, paths)
     # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
     only_linear = set(_paths(lm, targets, [lm.base])) == {
         name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
@@ -356,7 +358,8 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
+    forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+    with forked, _stand_ins(lm.module, lm.device), with_plan(lm.base):
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     name_base_for_all(lm.module)
