@@ -22,9 +22,10 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.placement.sharded import check_adapted, with_plan
+from zotune.llm.models.placement.sharded import check_adapted, cut_adapter
 from zotune.model.layers import stack_of
 from zotune.model.parameters import input_device
+from zotune.model.shards import is_distributed
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 ALL_LINEAR = ("all-linear",)
@@ -359,21 +360,26 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
     forked = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
-    with forked, _stand_ins(lm.module, lm.device), with_plan(lm.base):
+    with forked, _stand_ins(lm.module, lm.device):
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
+    cut_adapter(lm.base)
     name_base_for_all(lm.module)
     lm.module.eval()
 
 
 @contextmanager
 def _stand_ins(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this context offloaded weights have a place: on the device of their use, without memory.
+    """Within this context offloaded weights have a place: on the device of their use, without memory; so have shards.
 
-    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values.
+    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values, and
+    beside slices those of slices.
     """
     offloaded = [
-        (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and p.is_meta
+        (m, name, p)
+        for m in module.modules()
+        for name, p in m._parameters.items()
+        if p is not None and (p.is_meta or is_distributed(p))
     ]
     if device.type == "meta":
         offloaded = []

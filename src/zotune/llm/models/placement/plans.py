@@ -18,10 +18,7 @@ _OPT_LAYER, _GPT2_LAYER = "model.decoder.layers.*", "transformer.h.*"
 _TRANSPOSED = {
     f"conv1d_{name}": name for name in ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 }
-WHOLE_BOUNDARIES = (
-    *("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate"),
-    *("conv1d_colwise_gather_output", "conv1d_rowwise_split_input"),
-)
+WHOLE_BOUNDARIES = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
 """The styles of layers that take and give whole activations."""
 _PLANS = {
     "opt": {
@@ -57,6 +54,12 @@ def plan_of(model: Any) -> tuple[dict[str, str], bool]:
     # A class without a head for text has none to cut.
     names = {replace_layer_number(name) for name, _ in model.named_modules()}
     return {name: style for name, style in own.items() if name in names}, True
+
+
+def style_of(model: Any, path: str) -> str | None:
+    """Return how a model that was cut by a plan has cut a layer, in the words for linear ones; None for not at all."""
+    style = model.tp_plan.get(replace_layer_number(path))
+    return _TRANSPOSED.get(style, style)
 
 
 def replace_layer_number(name: str) -> str:

@@ -7,9 +7,7 @@ one by one: they are the model's stack.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.placement.layers import check_safetensors
-from zotune.llm.models.placement.plans import WHOLE_BOUNDARIES, plan_of, replace_layer_number
+from zotune.llm.models.placement.plans import WHOLE_BOUNDARIES, plan_of, style_of
 from zotune.messages import say
 from zotune.model.layers import stack_of
 from zotune.model.shards import is_gathered_by_fsdp, is_tensor_parallel
@@ -31,7 +29,7 @@ _FSDP = "--shard fsdp needs no plan and takes any model"
 _PACKED = "cuts floating-point weights, and those of a quantised base are packed integers: leave one out."
 # The style of a plan that gives each process whole attention heads.
 _BY_HEADS = "colwise"
-# Styles by which peft cuts an adapter too.
+# Styles of layers that take or give slices by which an adapter can be cut too.
 _WITH_ADAPTER = ("colwise", "rowwise")
 
 
@@ -177,7 +175,7 @@ def cut_by_fsdp(model: nn.Module, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def cutby_plan(model: Any) -> None:
+def cut_by_plan(model: Any) -> None:
     """Cut a model that is in memory by its tensor-parallel plan.
 
     Raises:
@@ -202,10 +200,8 @@ def check_adapted(model: Any, paths: Sequence[str]) -> None:
     Raises:
         UsageError: it cannot lie beside one of them.
     """
-    if not is_tensor_parallel(model):
-        return
-    for path in paths:
-        style = model.tp_plan.get(replace_layer_number(path))
+    for path in paths if is_tensor_parallel(model) else ():
+        style = style_of(model, path)
         if style not in (None, *_WITH_ADAPTER, *WHOLE_BOUNDARIES):
             raise UsageError(
                 f"shard: tp cuts {path} in a way ({style}) that an adapter cannot follow. Choose other layers with "
@@ -213,19 +209,17 @@ def check_adapted(model: Any, paths: Sequence[str]) -> None:
             )
 
 
-@contextmanager
-def with_plan(model: Any) -> Iterator[None]:
-    """Within this context peft sees the plan by which a model is cut, and cuts an adapter as the layer beside it."""
+def cut_adapter(model: Any) -> None:
+    """Cut a LoRA adapter as the layers that it lies beside: B where these give slices, A where they take slices."""
     if not is_tensor_parallel(model):
-        yield
         return
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-    model.config.distributed_config = DistributedConfig(tp_size=model._tp_size)
-    try:
-        with warnings.catch_warnings():
-            # Such a layer takes and gives whole activations, so its adapter is whole too.
-            warnings.filterwarnings("ignore", message="TP plan .* is not supported for LoRA")
-            yield
-    finally:
-        del model.config.distributed_config
+    mesh = model._mesh_manager.get_mesh("tp")
+    for path, layer in model.named_modules():
+        if (name := style_of(model, path)) not in _WITH_ADAPTER or not hasattr(layer, "lora_A"):
+            continue
+        style = ALL_PARALLEL_STYLES[name]
+        for factor in (layer.lora_B if name == "colwise" else layer.lora_A).values():
+            style.shard_param(factor, "weight", mesh)
+            style.install_forward(factor, mesh)
