@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
-from zotune.apply.subspace import InSubspace
-from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate
+from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate, placed_state
 from zotune.apply.transforms import Coefficient, clipped, identity, unchanged
 from zotune.apply.update import Step, update_tensors_
 from zotune.apply.window import CoefficientWindow
@@ -438,11 +437,8 @@ class ZerothOrder(CountingOptimizer):
 
     def placed(self, value: Tensor, parameter: Tensor, key: str) -> Tensor:
         """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
-        if (tensor := self.tuned.find(parameter)) is None:
-            return value
-        # Coordinates in a subspace may have the shape of the weights, and are no numbers of its elements.
-        is_whole = isinstance(self.transform, InSubspace) and parameter.dim() > 1 and key != "master"
-        return tensor.placed_whole(value) if is_whole else tensor.placed(value)
+        tensor = self.tuned.find(parameter)
+        return value if tensor is None else placed_state(self.transform, tensor, key, value)
 
     def _count(self) -> float:
         if self._window is not None:

@@ -58,8 +58,8 @@ def plan_of(model: Any) -> tuple[dict[str, str], bool]:
 
 def style_of(model: Any, path: str) -> str | None:
     """Return how a model that was cut by a plan has cut a layer, in the words for linear ones; None for not at all."""
-    style = model.tp_plan.get(replace_layer_number(path))
-    return _TRANSPOSED.get(style, style)
+    style: str | None = model.tp_plan.get(replace_layer_number(path))
+    return None if style is None else _TRANSPOSED.get(style, style)
 
 
 def replace_layer_number(name: str) -> str:

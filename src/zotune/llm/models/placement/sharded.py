@@ -85,7 +85,7 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             f"exchanges activations, which lose their tangents on the way{other}",
         ),
         (
-            shard == "tp" and (options.directions_per_batch is not None or options.method == "grzo"),
+            shard == "tp" and options.directions_per_batch is not None,
             "exchanges activations, which are not those of each example alone; use --shard fsdp, or num_queries.",
         ),
     ]
