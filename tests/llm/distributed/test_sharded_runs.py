@@ -11,7 +11,7 @@ import many_cases
 import many_processes
 from zotune.cli.main import run as zotune
 from zotune.errors import UsageError
-from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load
 from zotune.llm.models.placement.sharded import shard_of
@@ -179,12 +179,19 @@ def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(options, 
         ("full", "llama", {"model": str(packed)}, "packed integers"),
         ("full", "llama", {"model": str(other)}, r"it holds pytorch_model.bin"),
         ("lora", "llama", {"model": str(tmp_path / "adapter")}, "lies beside whole layers"),
+        ("full", "llama", {"model": str(tmp_path / "adapter"), "shard": "fsdp"}, "merged into weights that lie in"),
     ]
-    runs = [options(name, family, tmp_path / "out", shard="tp", **more) for name, family, more, _ in tries]
+    runs = [options(name, family, tmp_path / "out", **{"shard": "tp", **more}) for name, family, more, _ in tries]
     for said in many_processes.run(3, many_cases.what_runs_say, runs):
         for sentence, (*_, says) in zip(said, tries, strict=True):
             assert says in sentence
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
+def test_shards_of_a_model_that_is_placed_otherwise_are_refused(schema, tmp_path):
+    with pytest.raises(ValueError, match="place a whole one for one"):
+        schema(shard="fsdp", offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize(
