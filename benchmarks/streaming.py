@@ -300,9 +300,9 @@ def cold_sentence(found: dict[str, Any]) -> str:
     warm, read, cold = (seconds[name] for name in ("warm", "read", "cold"))
     size = found["sizes"]["weights"] / 1e9
     text = (
-        f"A pass over 64 tokens of the {size:.1f} GB model takes {warm:.1f} s while the page cache holds the layers, and "
-        f"a plain read of the file {read:.1f} s ({size / read:.1f} GB/s). After the cache has dropped the file, the "
-        f"pass takes {cold:.1f} s: {cold / max(warm, read):.2f} of the larger one."
+        f"A pass over 64 tokens of the {size:.1f} GB model takes {warm:.1f} s while the page cache holds the layers, "
+        f"and a plain read of the file {read:.1f} s ({size / read:.1f} GB/s). After the cache has dropped the file, "
+        f"the pass takes {cold:.1f} s: {cold / max(warm, read):.2f} of the larger one."
     )
     return textwrap.fill(text, 120)
 
