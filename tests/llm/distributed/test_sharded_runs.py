@@ -163,6 +163,14 @@ def test_a_model_in_shards_is_evaluated_as_one_in_memory(options, tmp_path):
         assert by_plan[0]["predictions"] == alone[1][0]["predictions"]
 
 
+def test_a_loaded_model_that_its_owner_has_cut_is_tuned_and_evaluated(rows_file):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    alone = many_cases.tuned_in_shards(rows, "fsdp")
+    assert many_processes.run(2, many_cases.tuned_in_shards, rows, "fsdp") == [alone, alone]
+    one, other = many_processes.run(2, many_cases.tuned_in_shards, rows, "tp")
+    assert one == other and one[1] == alone[1] and one[3] == alone[3]
+
+
 def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(options, models, tmp_path):
     """A plan of whole heads, models without a plan, adapters beside slices, other files, packed weights."""
     packed, other = tmp_path / "packed", tmp_path / "other"
