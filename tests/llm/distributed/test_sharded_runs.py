@@ -199,7 +199,7 @@ def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(options, 
 @pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
 def test_shards_of_a_model_that_is_placed_otherwise_are_refused(schema, tmp_path):
     with pytest.raises(ValueError, match="place a whole one for one"):
-        schema(shard="fsdp", offload_folder=tmp_path)
+        schema(task="sst2", shard="fsdp", offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize(
