@@ -26,6 +26,8 @@ from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.placement.device_map import check_here
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.aim import num_free
+from zotune.llm.models.tuned_sets.find import planned_aim
 from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
@@ -157,7 +159,12 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         optimizer = make_optimizer(
-            lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
+            lm.module,
+            config,
+            config.seed,
+            lambda: lm.read(ids, ids),
+            reuse_prefix=not config.is_generated,
+            aim=planned_aim(lm, config),
         )
         step = forwards_a_step(optimizer, config)
         memory, places = _memory(lm, optimizer, config, rows, data, stored), None
@@ -172,7 +179,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_cut=rows.num_cut,
             num_dropped=rows.num_dropped,
             refused=tuple(rows.refused),
-            num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
+            num_tuned=num_free(lm.module, planned_aim(lm, config)),
             num_parameters=num_parameters,
             forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
             memory=memory,
@@ -269,7 +276,7 @@ def _memory(
     is_converted = any(
         p.dtype != stored
         for p in base
-        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head"))
+        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head", "norms", "biases"))
     )
     train_rows = [data.objective.reads(e) for e in rows.encoded["train"]]
     eval_rows = [*rows.encoded["dev"], *rows.encoded["test"]]

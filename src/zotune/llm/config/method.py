@@ -59,7 +59,8 @@ def _function_of_the_step(value: Any) -> Any:
 
 
 # μ of each tuning scheme, from the searches of the benchmark and of MeZO.
-_MU = {"lora": 1e-2, "peft": 1e-2, "prompt": 1e-2, "prefix": 1e-1, "scales": 1e-5}
+_ADAPTERS = ("lora", "lora_fa", "lora_xs", "vera", "ia3", "peft")
+_MU = {**dict.fromkeys((*_ADAPTERS, "prompt"), 1e-2), "prefix": 1e-1, "scales": 1e-5}
 
 
 # Defaults of options that are others for some methods: those of their papers.
@@ -122,8 +123,8 @@ class MethodOptions(Options):
         gt=0,
         validation_alias=AliasChoices("mu", "zo_eps"),
         description="Smoothing parameter μ: distance of the probes from the weights along a direction, in units of the "
-        "weights (elsewhere: zo_eps). Default: 1e-2 for lora, prompt and peft, 1e-1 for prefix, 1e-5 for scales, else "
-        "1e-3.",
+        "weights (elsewhere: zo_eps). Default: 1e-2 for prompt and other adapters, 1e-1 for prefix, 1e-5 for scales, "
+        "else 1e-3.",
     )
     num_queries: int = Field(
         1,
@@ -249,6 +250,12 @@ class MethodOptions(Options):
         "direction has right factors of its own. Default: 1; for lozo 50, for subzero 1000, for zo_muon 100, for mopi "
         "500.",
     )
+    activation_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Directions within the leading N principal components of what each tuned tensor multiplies, found "
+        "by forward passes over training rows; default: in all directions.",
+    )
 
     hybrid_layers: int | None = Field(
         None,
@@ -298,9 +305,10 @@ class MethodOptions(Options):
         for option, (used, needs) in self._uses().items():
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
-        if self.flipped and (self.rank is not None or self.sparsity):
-            other = "rank" if self.rank is not None else "sparsity"
-            raise ValueError(f"flipped and {other} are two kinds of directions; leave one of them out")
+        kinds = {n: getattr(self, n) for n in ("flipped", "activation_rank", "rank", "sparsity")}
+        one, *more = [name for name, value in kinds.items() if value] or [None]
+        if more and one in ("flipped", "activation_rank"):
+            raise ValueError(f"{one} and {more[0]} are two kinds of directions; leave one of them out")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
             raise ValueError(
                 "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
@@ -337,6 +345,7 @@ class MethodOptions(Options):
             "blocks": any_method,
             "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
             "sparsity": any_directions,
+            "activation_rank": (any_directions[0] and not is_hybrid, f"{any_directions[1]}, no hybrid"),
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
             "block_size": (self.blocks == "size", "blocks: size"),

@@ -16,6 +16,11 @@ AttentionName = Literal[
 ]
 COMPUTED_MAPS = ("auto", "balanced", "sequential")
 """The device maps that accelerate computes."""
+# Methods whose steps are sums of directions, so that they stay in the subspace of these.
+_IN_SUBSPACE = (
+    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
+    *("fzoo", "randopt", "block_coordinate"),
+)
 # Attention without a derivative in forward mode.
 _FUSED = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -166,6 +171,29 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
     seed: int = Field(
         0, ge=0, description="Seed of the directions, the order of batches and the initial adapter weights."
     )
+
+    @model_validator(mode="after")
+    def _no_lost_aim(self, info: ValidationInfo) -> Self:
+        """Refuse what would move LoRA-XS out of its subspace, and places of weights where nothing can be found."""
+        if is_partial(info):
+            return self
+        elementwise = self.method == "zo_sgd_sign" and self.sign == "elementwise"
+        own = {n: getattr(self, n) for n in ("rank", "sparsity", "flipped", "activation_rank", "hybrid_layers")}
+        wrong = [name for name, value in own.items() if value not in (None, 0, False)]
+        if self.tuning == "lora_xs" and (self.method not in _IN_SUBSPACE or elementwise or wrong):
+            what = wrong[0] if wrong else "sign: elementwise" if elementwise else f"method: {self.method}"
+            raise ValueError(
+                f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
+                f"there; use {', '.join(_IN_SUBSPACE)}, or tuning: lora_fa"
+            )
+        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
+        found |= {"activation_rank": self.activation_rank is not None}
+        asked = next((name for name, is_asked in found.items() if is_asked), None)
+        places = ("device_map", "offload_folder", "shard")
+        place = next((p for p in places if getattr(self, p, None) not in (None, "none")), None)
+        if asked and place:
+            raise ValueError(f"{asked} reads all weights and activations in one place, so it does not go with {place}")
+        return self
 
     @model_validator(mode="after")
     def _no_idle_checkpointing(self, info: ValidationInfo) -> Self:
