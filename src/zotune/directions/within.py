@@ -89,8 +89,6 @@ class WithinSampler(ThinSampler):
         (m, n), own = self.shapes[tensor_id], self.subspaces[tensor_id]
         rows = m if own.left is None else own.left.shape[1]
         columns = n if own.right is None else own.right.shape[1]
-        if rows <= columns:
-            return drawn(self.base, rows, seed, tensor_id, 0, columns, device).t()
         return drawn(self.base, columns, seed, tensor_id, 0, rows, device)
 
     def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
@@ -185,8 +183,14 @@ def within(base: Sampler, subspaces: Mapping[str, Subspace]) -> Within:
     """
     if isinstance(base, ScheduledSampler):
         raise UsageError(f"the entries of Z must be independent, got {base!r}; give gaussian or rademacher.")
-    subspaces = dict(subspaces)
-    return Within(base, subspaces, _digest(subspaces))
+    plain = {name: _plain(space) for name, space in subspaces.items()}
+    return Within(base, plain, _digest(plain))
+
+
+def _plain(space: Subspace) -> Subspace:
+    """A subspace with bases that kernels read: float32, one row after the other."""
+    sides = (t if t is None else t.detach().float().contiguous() for t in (space.left, space.right))
+    return Subspace(space.seed, *sides, space.scale)
 
 
 def _digest(subspaces: Mapping[str, Subspace]) -> str:
@@ -197,5 +201,5 @@ def _digest(subspaces: Mapping[str, Subspace]) -> str:
         for side in (space.left, space.right):
             digest.update(repr(None if side is None else tuple(side.shape)).encode())
             if side is not None and not side.is_meta:
-                digest.update(side.detach().float().contiguous().cpu().numpy().tobytes())
+                digest.update(side.cpu().numpy().tobytes())
     return digest.hexdigest()

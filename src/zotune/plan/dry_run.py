@@ -158,13 +158,9 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_rows["train"] = rows.num_train
         config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        aim, reuses = planned_aim(lm, config), not config.is_generated
         optimizer = make_optimizer(
-            lm.module,
-            config,
-            config.seed,
-            lambda: lm.read(ids, ids),
-            reuse_prefix=not config.is_generated,
-            aim=planned_aim(lm, config),
+            lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=reuses, aim=aim
         )
         step = forwards_a_step(optimizer, config)
         memory, places = _memory(lm, optimizer, config, rows, data, stored), None
@@ -179,7 +175,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_cut=rows.num_cut,
             num_dropped=rows.num_dropped,
             refused=tuple(rows.refused),
-            num_tuned=num_free(lm.module, planned_aim(lm, config)),
+            num_tuned=num_free(lm.module, aim),
             num_parameters=num_parameters,
             forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
             memory=memory,

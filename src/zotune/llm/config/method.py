@@ -77,7 +77,12 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 LATER = tuple(OF_METHOD)
 """The methods beyond the paper."""
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
-_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
+OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
+IN_SUBSPACE = (
+    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
+    *("fzoo", "randopt", "block_coordinate"),
+)
+"""The methods whose steps are sums of directions, so that they stay in the subspace of these."""
 # Methods whose directions may be one for each group of examples.
 _BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED = ("fzoo", "randopt")
@@ -250,13 +255,6 @@ class MethodOptions(Options):
         "direction has right factors of its own. Default: 1; for lozo 50, for subzero 1000, for zo_muon 100, for mopi "
         "500.",
     )
-    activation_rank: int | None = Field(
-        None,
-        ge=1,
-        description="Directions within the leading N principal components of what each tuned tensor multiplies, found "
-        "by forward passes over training rows; default: in all directions.",
-    )
-
     hybrid_layers: int | None = Field(
         None,
         ge=0,
@@ -305,10 +303,9 @@ class MethodOptions(Options):
         for option, (used, needs) in self._uses().items():
             if not used and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} has no effect here: it needs {needs}")
-        kinds = {n: getattr(self, n) for n in ("flipped", "activation_rank", "rank", "sparsity")}
-        one, *more = [name for name, value in kinds.items() if value] or [None]
-        if more and one in ("flipped", "activation_rank"):
-            raise ValueError(f"{one} and {more[0]} are two kinds of directions; leave one of them out")
+        if self.flipped and (self.rank is not None or self.sparsity):
+            other = "rank" if self.rank is not None else "sparsity"
+            raise ValueError(f"flipped and {other} are two kinds of directions; leave one of them out")
         if self.hybrid_layers is not None and self.method in FIRST_ORDER:
             raise ValueError(
                 "hybrid_layers tunes the first layers with a zeroth-order method; choose one of these as method"
@@ -324,8 +321,8 @@ class MethodOptions(Options):
         adam = self.method in ("zo_adam", "fo_adam") or (is_hybrid and self.hybrid_method == "fo_adam")
         any_method = (zeroth_order, "a zeroth-order method")
         any_directions = (
-            zeroth_order and self.method not in _OWN_DIRECTIONS,
-            f"a zeroth-order method without directions of its own ({', '.join(_OWN_DIRECTIONS)} have them)",
+            zeroth_order and self.method not in OWN_DIRECTIONS,
+            f"a zeroth-order method without directions of its own ({', '.join(OWN_DIRECTIONS)} have them)",
         )
         sparse = (zeroth_order and self.sparsity > 0, "a zeroth-order method and a sparsity above 0")
         hybrid = (is_hybrid, "hybrid_layers")
@@ -345,7 +342,6 @@ class MethodOptions(Options):
             "blocks": any_method,
             "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
             "sparsity": any_directions,
-            "activation_rank": (any_directions[0] and not is_hybrid, f"{any_directions[1]}, no hybrid"),
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),
             "block_size": (self.blocks == "size", "blocks: size"),

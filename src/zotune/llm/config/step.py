@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, IN_SUBSPACE, OWN_DIRECTIONS, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
 from zotune.llm.config.tuning import TuningOptions
 
@@ -16,11 +16,7 @@ AttentionName = Literal[
 ]
 COMPUTED_MAPS = ("auto", "balanced", "sequential")
 """The device maps that accelerate computes."""
-# Methods whose steps are sums of directions, so that they stay in the subspace of these.
-_IN_SUBSPACE = (
-    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
-    *("fzoo", "randopt", "block_coordinate"),
-)
+_OTHER_DIRECTIONS = ("rank", "sparsity", "flipped", "hybrid_layers")
 # Attention without a derivative in forward mode.
 _FUSED = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -178,13 +174,21 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
         if is_partial(info):
             return self
         elementwise = self.method == "zo_sgd_sign" and self.sign == "elementwise"
-        own = {n: getattr(self, n) for n in ("rank", "sparsity", "flipped", "activation_rank", "hybrid_layers")}
-        wrong = [name for name, value in own.items() if value not in (None, 0, False)]
-        if self.tuning == "lora_xs" and (self.method not in _IN_SUBSPACE or elementwise or wrong):
-            what = wrong[0] if wrong else "sign: elementwise" if elementwise else f"method: {self.method}"
+        other = next((n for n in _OTHER_DIRECTIONS if getattr(self, n) not in (None, 0, False)), None)
+        if self.tuning == "lora_xs" and (
+            self.method not in IN_SUBSPACE or elementwise or other or self.activation_rank
+        ):
+            what = other or ("sign: elementwise" if elementwise else f"method: {self.method}")
             raise ValueError(
                 f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
-                f"there; use {', '.join(_IN_SUBSPACE)}, or tuning: lora_fa"
+                f"there; use {', '.join(IN_SUBSPACE)}, or tuning: lora_fa"
+            )
+        if self.activation_rank is not None and other is not None:
+            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
+        if self.activation_rank is not None and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
+            raise ValueError(
+                "activation_rank has no effect here: it needs a zeroth-order method without directions of its own "
+                f"({', '.join(OWN_DIRECTIONS)} have them)"
             )
         found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
         found |= {"activation_rank": self.activation_rank is not None}

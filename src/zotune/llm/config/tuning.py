@@ -77,6 +77,12 @@ class TuningOptions(Options):
         description="Initial values of LoRA's A: random, or the principal components of the layers' inputs in forward "
         "passes over training rows (eva).",
     )
+    activation_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Directions within the leading N principal components of what each tuned tensor multiplies, found "
+        "by forward passes over training rows; default: in all directions.",
+    )
 
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="Virtual tokens of a prefix or prompt; default: 5 for a prefix, 10 for a prompt."

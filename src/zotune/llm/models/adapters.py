@@ -7,6 +7,7 @@ Lester et al., 2021), because random virtual tokens are unlike any input that th
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -367,7 +368,12 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        _stand_ins(lm.module, lm.device),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     name_base_for_all(lm.module)

@@ -171,7 +171,7 @@ def _subspaces(options: MethodOptions, aim: Aim | None) -> Mapping[str, Subspace
     Raises:
         UsageError: none were found.
     """
-    if options.activation_rank is None and getattr(options, "tuning", "") != "lora_xs":
+    if getattr(options, "activation_rank", None) is None and getattr(options, "tuning", "") != "lora_xs":
         return {}
     if aim is None:
         raise UsageError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zotune.directions.principal import LeadingVectors, planned_subspaces, principal_subspaces
+from zotune.directions.principal import LeadingVectors, is_norm, planned_subspaces, principal_subspaces
 from zotune.directions.samplers import Subspace
 from zotune.errors import UsageError, is_out_of_memory, reason_of
 from zotune.llm.config.step import StepOptions
@@ -22,7 +22,7 @@ from zotune.llm.data.tokenization import Candidate, Encoded
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_sets.adapters import lora_layers
 from zotune.llm.models.tuned_sets.aim import Aim
-from zotune.llm.quantized.backends import is_packed
+from zotune.llm.quantized.backends import is_packed, supports_row_lookup
 from zotune.messages import say
 from zotune.model.layers import stack_of
 from zotune.model.parameters import ParameterSet
@@ -71,7 +71,8 @@ def planned_aim(lm: LanguageModel, options: StepOptions) -> Aim | None:
     if not needs_aim(options):
         return None
     if options.tuning == "lora_xs":
-        return Aim({}, {n: Subspace(0, b.weight.to("meta"), None) for n, _, b, _ in lora_layers(lm.module)})
+        shapes = {name_of_b(name, layer): b.weight.shape for name, _, b, layer in lora_layers(lm.module)}
+        return Aim({}, {n: Subspace(0, torch.empty(shape, device="meta"), None) for n, shape in shapes.items()})
     rank = options.activation_rank
     return Aim({}, {} if rank is None else planned_subspaces(ParameterSet(lm.module), rank))
 
@@ -102,13 +103,14 @@ def _batch(lm: LanguageModel, rows: Sequence[Encoded]) -> Batch:
 def _components(lm: LanguageModel, rank: int, batches: Sequence[Batch]) -> dict[str, Subspace]:
     now: list[Batch] = []
     inside = {m for layer in stack_of(lm.base)[1] for m in layer.modules()}
+    before_head = _norm_before_head(lm, batches[0])
 
     def rows(module: nn.Module, x: Tensor) -> Tensor:
         """Of the layers' inputs those of tokens, of what comes after them those of scored positions."""
         batch, flat = now[-1], x.reshape(-1, x.shape[-1])
-        if x.shape[:-1] != batch.input_ids.shape:
-            return flat
-        return flat[batch.attention_mask.view(-1).bool()] if module in inside else flat[batch.positions]
+        if x.shape[:-1] == batch.input_ids.shape:
+            flat = flat[batch.attention_mask.view(-1).bool() if module in inside else batch.positions]
+        return _in_scores(lm, batch, flat) if module is before_head else flat
 
     def run() -> None:
         for batch in batches:
@@ -118,6 +120,40 @@ def _components(lm: LanguageModel, rank: int, batches: Sequence[Batch]) -> dict[
     return principal_subspaces(lm.module, run, rank, rows=rows)
 
 
+def _norm_before_head(lm: LanguageModel, batch: Batch) -> nn.Module | None:
+    """The norm whose output the head reads as it is; None where there is none, or scores need more than its logits."""
+    head = lm.base.get_output_embeddings()
+    if lm.classifies or not batch.only_single_tokens or not supports_row_lookup(head) or is_packed(head.weight):
+        return None
+    seen: dict[nn.Module, Tensor] = {}
+    last: list[Tensor] = []
+    hooks = [
+        m.register_forward_hook(lambda module, args, output: seen.update({module: output}))
+        for m in lm.base.modules()
+        if is_norm(m)
+    ]
+    hooks.append(head.register_forward_pre_hook(lambda module, args: last.append(args[0])))
+    try:
+        with torch.no_grad():
+            lm.logits(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return next((m for m, own in seen.items() if last and torch.equal(own, last[-1])), None)
+
+
+def _in_scores(lm: LanguageModel, batch: Batch, x: Tensor) -> Tensor:
+    """What the gain g of the norm before the head multiplies in the candidates' scores.
+
+    Logit c is Σ_k g_k (w_c ⊙ x)_k with row w_c of the head, and of an example's logits only differences count: the rows
+    are (w_c - mean w) ⊙ x, in whose span the gradient of g lies.
+    """
+    weight = lm.base.get_output_embeddings().weight.detach()[batch.tokens].to(x.dtype)
+    sums = torch.zeros_like(x).index_add_(0, batch.rows, weight)
+    counts = torch.bincount(batch.rows, minlength=len(x)).clamp(min=1)[:, None]
+    return (weight - (sums / counts)[batch.rows]) * x[batch.rows]
+
+
 def _eva(lm: LanguageModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """EVA by peft, with the same rank for all layers, so that the adapter's size is as configured."""
     from peft import initialize_lora_eva_weights
@@ -125,7 +161,7 @@ def _eva(lm: LanguageModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     adapter: Any = lm.module.active_peft_config
     targets = adapter.target_modules
     inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches]
-    num_passes = 0
+    num_passes, is_tuned = 0, {name: p.requires_grad for name, p in lm.module.named_parameters()}
 
     def run(module: nn.Module, batch: Mapping[str, Tensor]) -> None:
         nonlocal num_passes
@@ -149,8 +185,16 @@ def _eva(lm: LanguageModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
             raise
         raise UsageError(f"lora_init: eva: peft finds no components for {lm.name}: {reason_of(error)}") from error
     lm.module.eval()
+    # peft has run the passes without the adapter, and then let all of it require a gradient.
+    for name, p in lm.module.named_parameters():
+        p.requires_grad_(is_tuned[name])
     lm.module.active_peft_config.target_modules = targets  # where peft has named each layer by its path
     return {n: p.detach().clone() for n, p in lm.module.named_parameters() if ".lora_A." in n}
+
+
+def name_of_b(name: str, layer: Any) -> str:
+    """The canonical name of the B of an adapted layer."""
+    return without_wrappers(f"{name}.lora_B.{layer.active_adapter[0]}.weight")
 
 
 def _singular(lm: LanguageModel) -> Aim:
@@ -178,7 +222,5 @@ def _singular(lm: LanguageModel) -> Aim:
             found.add(weight)
             found.turn()
         values[f"{name}.lora_A.{layer.active_adapter[0]}.weight"] = found.found.t().contiguous()
-        spaces[without_wrappers(f"{name}.lora_B.{layer.active_adapter[0]}.weight")] = Subspace(
-            0, (weight.double() @ found.found.double()).float(), None
-        )
+        spaces[name_of_b(name, layer)] = Subspace(0, (weight.double() @ found.found.double()).float(), None)
     return Aim(values, spaces)
