@@ -183,13 +183,13 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
                 f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
                 f"there; use {', '.join(IN_SUBSPACE)}, or tuning: lora_fa"
             )
-        if self.activation_rank is not None and other is not None:
-            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
         if self.activation_rank is not None and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
             raise ValueError(
                 "activation_rank has no effect here: it needs a zeroth-order method without directions of its own "
                 f"({', '.join(OWN_DIRECTIONS)} have them)"
             )
+        if self.activation_rank is not None and other is not None:
+            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
         found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
         found |= {"activation_rank": self.activation_rank is not None}
         asked = next((name for name, is_asked in found.items() if is_asked), None)
