@@ -42,8 +42,9 @@ def inside(space, u):
 @pytest.mark.parametrize("kind", SPACES)
 def test_directions_lie_in_their_subspace_and_have_its_projection_as_covariance(kind):
     model, space = model_of(), SPACES[kind]
-    sampler = zo.within(zo.rademacher, {"0.weight": space}).at(zo.ParameterSet(model), 0, 0)
-    parts = torch.stack([zo.Direction(seed, sampler).of(model, "0.weight") for seed in range(3000)]).double()
+    tuned = zo.ParameterSet(model)
+    sampler = zo.within(zo.rademacher, {"0.weight": space}).at(tuned, 0, 0)
+    parts = torch.stack([zo.Direction(seed, sampler).of(tuned, "0.weight") for seed in range(2000)]).double()
     assert all(torch.allclose(inside(space, part), part, atol=1e-5) for part in parts[:5])
     found = torch.einsum("sij,skl->ijkl", parts, parts) / len(parts)
     rows = torch.eye(M) if space.left is None else space.left @ space.left.t()
@@ -61,10 +62,11 @@ def test_directions_lie_in_their_subspace_and_have_its_projection_as_covariance(
 
 def test_a_vector_has_its_own_coordinates():
     model = model_of()
-    sampler = zo.within(zo.gaussian, {"1.weight": Subspace(0, LEFT, None)}).at(zo.ParameterSet(model), 0, 0)
-    parts = torch.stack([zo.Direction(seed, sampler).of(model, "1.weight") for seed in range(4000)]).double()
+    tuned = zo.ParameterSet(model)
+    sampler = zo.within(zo.gaussian, {"1.weight": Subspace(0, LEFT, None)}).at(tuned, 0, 0)
+    parts = torch.stack([zo.Direction(seed, sampler).of(tuned, "1.weight") for seed in range(2000)]).double()
     found = parts.t() @ parts / len(parts)
-    assert (found - (LEFT @ LEFT.t()).double()).abs().max() < 0.06
+    assert (found - (LEFT @ LEFT.t()).double()).abs().max() < 0.08
     out = torch.empty(4)
     sampler.fill(out, 5, zo.ParameterSet(model)["1.weight"].id, 2)
     assert torch.equal(out, parts[5].float()[2:6])

@@ -93,8 +93,7 @@ class WithinSampler(ThinSampler):
 
     def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
         """As `zotune.directions.samplers.SpanningSampler.subspace`."""
-        own = self.subspaces[tensor_id]
-        return Subspace(own.seed, *(t if t is None else t.to(device) for t in (own.left, own.right)), own.scale)
+        return _placed(self.subspaces[tensor_id], device)
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ class Within(ScheduledSampler):
             if tensor is None:
                 raise UsageError(f"within: no tuned tensor is called {name!r}, so its subspace would have no effect.")
             _check(name, space, tensor.parameter.shape)
-            sides = (t if t is None else t.to(tensor.device) for t in (space.left, space.right))
-            by_id[tensor.id] = Subspace(space.seed, *sides, space.scale)
+            by_id[tensor.id] = _placed(space, tensor.device)
             if tensor.parameter.dim() > 1:
                 shapes[tensor.id] = (tensor.parameter.shape[0], tensor.parameter.shape[1:].numel())
         return WithinSampler(self.base, self.digest, by_id, shapes, max(map(dimensions, by_id.values()), default=1))
@@ -183,14 +181,17 @@ def within(base: Sampler, subspaces: Mapping[str, Subspace]) -> Within:
     """
     if isinstance(base, ScheduledSampler):
         raise UsageError(f"the entries of Z must be independent, got {base!r}; give gaussian or rademacher.")
-    plain = {name: _plain(space) for name, space in subspaces.items()}
+    plain = {name: _placed(space, None) for name, space in subspaces.items()}
     return Within(base, plain, _digest(plain))
 
 
-def _plain(space: Subspace) -> Subspace:
-    """A subspace with bases that kernels read: float32, one row after the other."""
-    sides = (t if t is None else t.detach().float().contiguous() for t in (space.left, space.right))
-    return Subspace(space.seed, *sides, space.scale)
+def _placed(space: Subspace, device: torch.device | None) -> Subspace:
+    """A subspace with bases that kernels read, on a device: float32, one row after the other."""
+
+    def placed(side: Tensor | None) -> Tensor | None:
+        return None if side is None else side.detach().to(device, torch.float32).contiguous()
+
+    return Subspace(space.seed, placed(space.left), placed(space.right), space.scale)
 
 
 def _digest(subspaces: Mapping[str, Subspace]) -> str:

@@ -8,10 +8,10 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.method import FIRST_ORDER, IN_SUBSPACE, OWN_DIRECTIONS, MethodName
+from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodName
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.step import ModelOptions
-from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.config.tuning import IN_SUBSPACE, TuningOptions
 from zotune.plan.workload import Workload
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)

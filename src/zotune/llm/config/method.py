@@ -78,11 +78,6 @@ LATER = tuple(OF_METHOD)
 """The methods beyond the paper."""
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
-IN_SUBSPACE = (
-    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
-    *("fzoo", "randopt", "block_coordinate"),
-)
-"""The methods whose steps are sums of directions, so that they stay in the subspace of these."""
 # Methods whose directions may be one for each group of examples.
 _BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED = ("fzoo", "randopt")

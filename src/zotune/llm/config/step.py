@@ -7,9 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from zotune.llm.config.method import FIRST_ORDER, IN_SUBSPACE, OWN_DIRECTIONS, MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
-from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.config.tuning import IN_SUBSPACE, TuningOptions
 
 AttentionName = Literal[
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"

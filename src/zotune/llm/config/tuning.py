@@ -15,6 +15,11 @@ LORA = ("lora", "lora_fa", "lora_xs")
 """The schemes whose adapter is one of LoRA, in memory and as it is saved."""
 BY_NAME = ("vera", "ia3")
 """The schemes of peft that have a name of their own here."""
+IN_SUBSPACE = (
+    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
+    *("fzoo", "randopt", "block_coordinate"),
+)
+"""The methods whose steps are sums of directions, so that they stay in the subspace of these."""
 _IN_LAYERS = ("full", "norms", "biases", *LORA, *BY_NAME, "scales")
 # Options that belong to some tuning schemes, those schemes, and a hint for the others.
 _SCHEMES_OF_OPTION = (

@@ -148,7 +148,7 @@ def _in_scores(lm: LanguageModel, batch: Batch, x: Tensor) -> Tensor:
     Logit c is Σ_k g_k (w_c ⊙ x)_k with row w_c of the head, and of an example's logits only differences count: the rows
     are (w_c - mean w) ⊙ x, in whose span the gradient of g lies.
     """
-    weight = lm.base.get_output_embeddings().weight.detach()[batch.tokens].to(x.dtype)
+    weight: Tensor = lm.base.get_output_embeddings().weight.detach()[batch.tokens].to(x.dtype)
     sums = torch.zeros_like(x).index_add_(0, batch.rows, weight)
     counts = torch.bincount(batch.rows, minlength=len(x)).clamp(min=1)[:, None]
     return (weight - (sums / counts)[batch.rows]) * x[batch.rows]
@@ -158,8 +158,8 @@ def _eva(lm: LanguageModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """EVA by peft, with the same rank for all layers, so that the adapter's size is as configured."""
     from peft import initialize_lora_eva_weights
 
-    adapter: Any = lm.module.active_peft_config
-    targets = adapter.target_modules
+    module: Any = lm.module
+    targets = module.active_peft_config.target_modules
     inputs = [{"input_ids": b.input_ids, "attention_mask": b.attention_mask} for b in batches]
     num_passes, is_tuned = 0, {name: p.requires_grad for name, p in lm.module.named_parameters()}
 
@@ -188,7 +188,7 @@ def _eva(lm: LanguageModel, batches: Sequence[Batch]) -> dict[str, Tensor]:
     # peft has run the passes without the adapter, and then let all of it require a gradient.
     for name, p in lm.module.named_parameters():
         p.requires_grad_(is_tuned[name])
-    lm.module.active_peft_config.target_modules = targets  # where peft has named each layer by its path
+    module.active_peft_config.target_modules = targets  # where peft has named each layer by its path
     return {n: p.detach().clone() for n, p in lm.module.named_parameters() if ".lora_A." in n}
 
 
