@@ -19,9 +19,6 @@ SCHEMES = {
     "lora": {"tuning": "lora"},
     "prefix": {"tuning": "prefix"},
     "prompt": {"tuning": "prompt"},
-    "norms": {"tuning": "norms"},
-    "last norm": {"tuning": "norms", "tuned_layers": 0},
-    "lora_fa": {"tuning": "lora_fa", "lora_r": 3},
     "ia3": {"tuning": "peft", "peft_type": "ia3"},
     "vera": {"tuning": "peft", "peft_type": "VeRA", "peft_config": {"r": 4}},
 }

@@ -29,7 +29,7 @@ from zotune.llm.training.train import train
 
 LONG = (Example("It is", (" abc", " abd", " x"), 0), Example("so", (" it ended", " did it"), 1))
 
-ADAPTERS = [name for name in SCHEMES if name not in ("full", "head", "layers", "pattern", "norms", "last norm")]
+ADAPTERS = [name for name in SCHEMES if name not in ("full", "head", "layers", "pattern")]
 each_adapter = pytest.mark.parametrize("scheme", ADAPTERS)
 VIRTUAL = ["prefix", "prompt"]
 
