@@ -103,7 +103,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed"),
     ),
     "Tuning": (
-        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
+        *("tuned_parameters", "activation_rank"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
     "Method": (
