@@ -29,6 +29,7 @@ RUNS = {
     "forward_grad": {"method": "forward_grad", "tuning": "full", "learning_rate": 1e-3},
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "tuning": "full", "learning_rate": 1e-2},
     "blocks": {"blocks": "layer", "tuning": "full", "learning_rate": 1e-3},
+    "norms": {"tuning": "norms", "learning_rate": 1e-2, "num_queries": 2},
 }
 FAMILIES = ("llama", "opt", "gpt2")
 
@@ -205,12 +206,14 @@ def test_shards_of_a_model_that_is_placed_otherwise_are_refused(schema, tmp_path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"shard": "tp", "tuning": "prefix"}, "use full or lora"),
+        ({"shard": "tp", "tuning": "lora_fa"}, "use one of: full, head, norms, biases, lora"),
+        ({"shard": "fsdp", "activation_rank": 2}, "collect the inputs of all layers"),
+        ({"shard": "fsdp", "tuning": "lora", "lora_init": "eva"}, "collect the inputs of all layers"),
         ({"shard": "tp", "quantization": "bnb-nf4", "tuning": "lora"}, "packed integers"),
         ({"shard": "fsdp", "method": "hizoo"}, "scales every direction"),
         ({"shard": "fsdp", "sparsity": 0.5, "mask": "magnitude"}, "--mask random"),
         ({"shard": "tp", "directions_per_batch": 2}, "each example alone"),
-        ({"shard": "fsdp", "tuning": "prefix"}, "use full or lora"),
+        ({"shard": "fsdp", "tuning": "prefix"}, "use one of: full"),
         ({"shard": "tp", "method": "forward_grad"}, "lose their tangents"),
         ({"shard": "fsdp", "method": "fo_adam"}, "fo_adam back-propagates"),
         ({"shard": "fsdp", "quantization": "gguf", "model": "smollm2-135m", "tuning": "lora"}, "packed integers"),

@@ -27,6 +27,7 @@ from zotune.system.processes import asked_for
 
 _FSDP = "--shard fsdp needs no plan and takes any model"
 _PACKED = "cuts floating-point weights, and those of a quantised base are packed integers: leave one out."
+_TUNINGS = ("full", "head", "norms", "biases", "lora")
 # The style of a plan that gives each process whole attention heads.
 _BY_HEADS = "colwise"
 # Styles of layers that take or give slices by which an adapter can be cut too.
@@ -57,7 +58,7 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
     if not isinstance(options, TrainConfig):
         return found
     other = "; use --shard fsdp, or another method."
-    has_slices = options.tuning == "full" or shard == "tp"  # an adapter beside FSDP2's slices is whole
+    has_slices = options.tuning != "lora" or shard == "tp"  # an adapter beside FSDP2's slices is whole
     return [
         *found,
         (options.parallel is not None, "runs every pass in all processes, so there is nothing that parallel shares."),
@@ -67,8 +68,13 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             "is for forward passes; a hybrid back-propagates. Leave hybrid_layers out.",
         ),
         (
-            options.tuning not in ("full", "lora") or options.peft_type is not None,
-            f"does not go with tuning: {options.tuning}; use full or lora.",
+            options.tuning not in _TUNINGS or options.peft_type is not None,
+            f"does not go with tuning: {options.tuning}; use one of: {', '.join(_TUNINGS)}.",
+        ),
+        (
+            options.activation_rank is not None or options.lora_init != "default",
+            "has no passes that collect the inputs of all layers in one process; leave out activation_rank and "
+            "lora_init.",
         ),
         (
             options.method == "hizoo" and has_slices,
