@@ -123,21 +123,6 @@ def train_runs(configs):
     return [train(TrainConfig(**config)).num_steps for config in configs]
 
 
-def what_runs_say(configs):
-    """The errors of runs of `zotune train` that cannot be, in one group of processes."""
-    from zotune.errors import UsageError
-    from zotune.llm.config.run import TrainConfig
-    from zotune.llm.training.train import train
-
-    found = []
-    for config in configs:
-        try:
-            train(TrainConfig(**config))
-        except UsageError as error:
-            found.append(str(error))
-    return found
-
-
 def written_by(folder):
     """What a run wrote, without times and memory: digests of binary files, and the content of the others."""
     found = {}

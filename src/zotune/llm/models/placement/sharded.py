@@ -72,11 +72,6 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             f"does not go with tuning: {options.tuning}; use one of: {', '.join(_TUNINGS)}.",
         ),
         (
-            options.activation_rank is not None or options.lora_init != "default",
-            "has no passes that collect the inputs of all layers in one process; leave out activation_rank and "
-            "lora_init.",
-        ),
-        (
             options.method == "hizoo" and has_slices,
             "has slices of the state in each process, and hizoo scales every direction by all of it; use another "
             "method, or --tuning lora with --shard fsdp.",
