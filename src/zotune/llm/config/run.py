@@ -111,21 +111,6 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"objective: {self.objective} has no gradient, which {user} needs; use a method of finite differences "
                 "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
             )
-        if self.directions_per_batch is not None and self.is_generated:
-            raise ValueError(
-                f"objective: {self.objective} generates text, for which directions_per_batch is not available; use "
-                "num_queries, or an objective of candidates' scores"
-            )
-        if self.directions_per_batch is not None and self.tuning in ("prefix", "prompt"):
-            raise ValueError(
-                f"directions_per_batch does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
-                "use lora or full, or num_queries"
-            )
-        if isinstance(self.directions_per_batch, int) and self.directions_per_batch > self.rows_a_step:
-            raise ValueError(
-                f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "
-                "use at most as many, or a larger per_device_train_batch_size"
-            )
         if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
             raise ValueError(
                 "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
@@ -136,6 +121,31 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
             raise ValueError("reuse_file has no effect without reuse_activations; give both or neither")
         if self.saves == "best" and self.evaluates == "no":
             raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
+        return self
+
+    @model_validator(mode="after")
+    def _no_lost_example(self, info: ValidationInfo) -> Self:
+        """Refuse directions of examples where examples are not alone, or are too few."""
+        if is_partial(info):
+            return self
+        of_examples = "directions_per_batch" if self.directions_per_batch is not None else f"method: {self.method}"
+        if self.reads_examples and self.is_generated:
+            raise ValueError(
+                f"objective: {self.objective} generates text, for which {of_examples} is not available; use "
+                "num_queries, or an objective of candidates' scores"
+            )
+        if self.method == "grzo" and self.rows_a_step < 2:
+            raise ValueError("grzo divides by the spread of the examples' losses: a step must read 2 rows or more")
+        if self.reads_examples and self.tuning in ("prefix", "prompt"):
+            raise ValueError(
+                f"{of_examples} does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
+                "use lora or full, or num_queries"
+            )
+        if isinstance(self.directions_per_batch, int) and self.directions_per_batch > self.rows_a_step:
+            raise ValueError(
+                f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "
+                "use at most as many, or a larger per_device_train_batch_size"
+            )
         return self
 
     @property
