@@ -19,7 +19,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, LongRowError, check_distinct
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model

@@ -88,6 +88,11 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
     reuse_file: float = Field(
         0.0, ge=0, description="Size of a temporary file in output_dir for further activations, in GiB."
     )
+    reuse_folder: Path | None = Field(
+        None,
+        description="Folder in which runs of the same model and rows share these activations, as in a search. It "
+        "grows; delete it when you like. Default: each run computes its own.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -117,8 +122,9 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
             )
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
-        if self.reuse_file and not self.reuse_activations:
-            raise ValueError("reuse_file has no effect without reuse_activations; give both or neither")
+        for option in ("reuse_file", "reuse_folder"):
+            if getattr(self, option) and not self.reuse_activations:
+                raise ValueError(f"{option} has no effect without reuse_activations; give both or neither")
         if self.saves == "best" and self.evaluates == "no":
             raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
         return self

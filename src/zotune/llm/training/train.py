@@ -23,7 +23,7 @@ from zotune.llm.config.run import NEW_RUN, TrainConfig, recorded_choices
 from zotune.llm.distributed.agreement import check_start, tuned_digest
 from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
@@ -358,7 +358,7 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: Ac
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
     splits = [[s for e in split for s in e.sequences] for split in (rows.train, rows.dev, rows.test)]
-    cache = SequenceCache(lm, store, splits)
+    cache = SequenceCache(lm, store, splits, config.reuse_folder if config.reuse_activations else None)
     if cache.depth and config.reuse_activations:
         file = f" and {config.reuse_file:g} GiB of a file" if config.reuse_file else ""
         say(

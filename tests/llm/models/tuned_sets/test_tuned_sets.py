@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
 
 import zotune as zo
 from tuning_schemes import EXAMPLES, moved, prepared
@@ -17,7 +18,6 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Candidate, Encoder
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
 from zotune.llm.models.load import load
 from zotune.llm.models.tuned_sets.aim import Aim, num_free
 from zotune.llm.models.tuned_sets.find import find_aim, planned_aim, set_aim
