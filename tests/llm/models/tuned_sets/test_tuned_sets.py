@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
 
 import zotune as zo
 from tuning_schemes import EXAMPLES, moved, prepared
