@@ -18,7 +18,7 @@ from zotune.directions.sparse import sparse
 from zotune.directions.within import within
 from zotune.errors import UsageError
 from zotune.estimate.finite_difference import central_difference, forward_difference
-from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodOptions
 from zotune.llm.config.rates import initial_learning_rate
 from zotune.llm.models.tuned_sets.aim import Aim, num_free
 from zotune.methods.table import METHODS
@@ -114,7 +114,7 @@ def _zeroth_order(
         "rounding": options.rounding,
         "seed": seed,
         "params": params,
-        "sampler": SAMPLERS[options.sampler] if options.method in _OF_SUBSPACES else _sampler(options, aim),
+        "sampler": SAMPLERS[options.sampler] if options.method in OWN_DIRECTIONS else _sampler(options, aim),
         "blocks": _blocks(module, options, params),
     }
     shared |= {name: value for name in _RARE if (value := getattr(options, name)) is not None}
@@ -123,8 +123,6 @@ def _zeroth_order(
 
 # Options that not every method has.
 _RARE = ("window", "directions_per_batch")
-# Methods whose sampler is the distribution of the entries of their own directions.
-_OF_SUBSPACES = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 
 
 def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
@@ -153,6 +151,7 @@ def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
         "lozo": {**space, "beta": options.momentum, "scale": options.rank_scale, **difference},
         "zo_muon": {**space, "vector_lr": options.vector_learning_rate, **difference},
         "hizoo": {"alpha": options.hessian_share},
+        "grzo": {},
         "mopi": {
             **space,
             "beta": options.momentum,
