@@ -66,7 +66,7 @@ def whole_state(lm: LanguageModel) -> dict[str, Any] | None:
         return None
     own = lm.module.state_dict(keep_vars=True)
     if is_adapter(lm.module):
-        own = {name: p for name, p in own.items() if f".{lm.module.active_adapter}." in name}  # type: ignore[operator]
+        own = {name: p for name, p in own.items() if f".{lm.module.active_adapter}." in name}
     state: dict[str, Any] = gathered(own, keep=lm.mesh.processes.is_first)
     return state
 
