@@ -241,7 +241,13 @@ def timed(num_runs, num_steps):
         for m, s in (("a", 2.0), ("b", 1.0))
     ]
     return [
-        Cell(c.coordinates, "done", c.result.model_copy(update={"runs": tuple(r.model_copy(update={"num_steps": num_steps}) for r in c.result.runs)}))
+        Cell(
+            c.coordinates,
+            "done",
+            c.result.model_copy(
+                update={"runs": tuple(r.model_copy(update={"num_steps": num_steps}) for r in c.result.runs)}
+            ),
+        )
         for c in cells
     ]
 

@@ -54,7 +54,9 @@ def test_the_best_of_many_that_have_not_learnt_hardly_ever_passes():
     rng, passes = np.random.default_rng(1), 0
     baselines = {"zero_shot": Score(value=0.6, num_examples=10**9)}
     for _ in range(60):
-        cells = [cell({"method": str(i)}, answers(rng, 0.6, luck=0.05, num_rows=150), baselines=baselines) for i in range(8)]
+        cells = [
+            cell({"method": str(i)}, answers(rng, 0.6, luck=0.05, num_rows=150), baselines=baselines) for i in range(8)
+        ]
         passes += have_learnt(cells)
     # Eight chances of a fortieth each would be a fifth.
     assert passes <= 5
@@ -69,7 +71,10 @@ def test_known_answers_of_the_untuned_model_are_paired_row_by_row():
     score = Score(value=float(untuned.mean()), num_examples=300)
     marks = "".join("1" if hit else "0" for hit in untuned)
     unpaired = [cell({"method": "a"}, right, baselines={"zero_shot": score})]
-    paired = [Cell(c.coordinates, "done", c.result.model_copy(update={"baseline_right": {"zero_shot": marks}})) for c in unpaired]
+    paired = [
+        Cell(c.coordinates, "done", c.result.model_copy(update={"baseline_right": {"zero_shot": marks}}))
+        for c in unpaired
+    ]
     assert (have_learnt(unpaired), have_learnt(paired)) == (False, True)
 
 

@@ -64,9 +64,7 @@ def test_amounts_are_shown_as_multiples_of_the_first_also_the_papers():
     block = {"source": "Tab. 4", "metric": "step_bytes", "unit": "GB", "row": "method", "columns": [{}]}
     layout = {"rows": ["method"], "y": ["step_bytes"]}
     asked = experiment(kind="memory", layout=layout, paper=[{**block, "values": {"zo_sgd": [64], "zo_adam": [160]}}])
-    cells = [
-        cell({"method": m}, measured=[{"step_bytes": b << 30}]) for m, b in (("zo_sgd", 2), ("zo_adam", 6))
-    ]
+    cells = [cell({"method": m}, measured=[{"step_bytes": b << 30}]) for m, b in (("zo_sgd", 2), ("zo_adam", 6))]
     found = table("table4", asked, cells)
     assert [row[0].ratio for row in found.entries] == [1.0, 3.0]
     assert [row[0].paper[0].ratio for row in found.entries] == [1.0, 2.5]
@@ -195,9 +193,7 @@ def test_theory_is_drawn_against_what_was_measured():
         cell({"method": m}, measured=[{"step_bytes": 1.1 * b}], values=[{"formula_bytes": b}])
         for m, b in (("zo_sgd", 2**30), ("zo_adam", 3 * 2**30))
     ]
-    asked = experiment(
-        kind="theory", layout={"rows": ["method"], "y": ["formula_bytes", "step_bytes"]}, paper=[]
-    )
+    asked = experiment(kind="theory", layout={"rows": ["method"], "y": ["formula_bytes", "step_bytes"]}, paper=[])
     (theory,) = (f for f in figures("t", asked, cells, table("t", asked, cells)) if f.name == "t-theory")
     assert [x for p in theory.panels[0].points() for x in (p.x, p.y)] == pytest.approx([1.0, 1.1, 3.0, 3.3])
 
@@ -228,7 +224,10 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
         for entry in entries:
             assert f"{entry.mean:.1f} ± {entry.error:.1f}" in text
     assert "Of 1 claims, on this model: 1 holds." in text
-    assert "- **holds** (on the paper's own numbers: no numbers): A is best" in text and "Only the order of the methods. The model is another one." in text
+    assert (
+        "- **holds** (on the paper's own numbers: no numbers): A is best" in text
+        and "Only the order of the methods. The model is another one." in text
+    )
     spent = [line for line in text.split("<details>")[1].splitlines() if line.startswith("| ")]
     assert len(spent) == 1 + len(full.cells)
     assert all(line.count("|") == spent[0].count("|") for line in spent)

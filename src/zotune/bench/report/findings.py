@@ -16,7 +16,7 @@ from zotune.bench.results.cells import Cell
 from zotune.bench.results.costs import mean_of
 from zotune.bench.results.gate import have_learnt
 from zotune.bench.results.quantities import task_of
-from zotune.bench.results.ranking import Ranking, is_forward_only, ranking
+from zotune.bench.results.ranking import Ranking, ranking
 from zotune.bench.results.records import CellResult
 
 
@@ -67,11 +67,17 @@ def _untuned(result: CellResult) -> str:
 
 
 def _ranked(sections: Sequence[Section]) -> Iterator[Sentence]:
-    """The answer of the leaderboard, budget by budget."""
+    """The best methods of the leaderboard with and without back-propagation, budget by budget."""
     for section in sections:
-        texts = [f"for the same {r.budget}, {answer(r)}" for r in section.rankings if r.best is not None]
+        texts = [f"{r.budget}, {_best_of_both(r)}" for r in section.rankings if r.best is not None]
         if texts:
-            yield Sentence(f"{'; '.join(texts)[0].upper()}{'; '.join(texts)[1:]}.", section.name)
+            yield Sentence(f"Best with and without back-propagation, for the same {'; '.join(texts)}.", section.name)
+
+
+def _best_of_both(ranked: Ranking) -> str:
+    """The best method of either kind with its accuracy."""
+    firsts = {line.is_forward_only: line for line in reversed(ranked.lines) if line.place is not None}
+    return " and ".join(f"{firsts[kind].name} {firsts[kind].mean:.1f} %" for kind in (False, True) if kind in firsts)
 
 
 def answer(ranked: Ranking) -> str:

@@ -113,7 +113,8 @@ def _view(section: Section, results: str) -> dict[str, Any]:
     """The texts of a section for the template."""
     states = Counter(cell.state for cell in section.cells)
     stale = states["stale"]
-    warning = f"{stale} cells (†) were computed with other code or config than today’s" if stale else ""
+    is_mixed = 0 < stale < len(section.cells)
+    warning = f"{stale} cells (†) were computed with other code or config than today’s" if is_mixed else ""
     experiment = section.experiment
     return {
         "name": section.name,
@@ -142,7 +143,11 @@ def _state_counts(states: Counter[Any]) -> str:
 
     >>> _state_counts(Counter(["done", "done", "missing"]))
     '2 of 3 cells done, 1 missing'
+    >>> _state_counts(Counter(["stale", "stale"]))
+    '2 cells, stale'
     """
+    if len(states) == 1:
+        return f"{states.total()} cells, {next(iter(states))}".replace("_", " ")
     rest = [f"{n} {state}".replace("_", " ") for state, n in sorted(states.items()) if state != "done"]
     return ", ".join([f"{states['done']} of {states.total()} cells done", *rest])
 

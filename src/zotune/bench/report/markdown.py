@@ -55,7 +55,9 @@ def _section(section: Section, results: str) -> Iterator[str]:
 
 def _verdict(verdict: Verdict, on_paper: Finding | None, results: str) -> str:
     claim = verdict.claim
-    lines = [f"- **{verdict.finding}** (on the paper's own numbers: {ON_PAPER[on_paper]}): {claim.sentence} ({claim.where})"]
+    lines = [
+        f"- **{verdict.finding}** (on the paper's own numbers: {ON_PAPER[on_paper]}): {claim.sentence} ({claim.where})"
+    ]
     lines += [f"  - {reason.text}" for reason in reasons(verdict)]
     links = [f"[{Path(source).stem}]({results}/{quote(source)})" for source in verdict.sources]
     return "\n".join([*lines, *([f"  - from {', '.join(links)}"] if links else [])])

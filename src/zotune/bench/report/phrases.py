@@ -43,7 +43,7 @@ def provenance(sections: Iterable[Section]) -> list[tuple[str, str]]:
     states = Counter(cell.state for cell in cells)
     rows = [("cells", f"{len(cells)}: {counts(states)}" if cells else "none")]
     if results:
-        rows.insert(0, ("models", counts(Counter(_model(r.config) for r in results), 6)))
+        rows.insert(0, ("models", _models([_model(r.config) for r in results])))
         rows.append(("computed", _span([r.time[:10] for r in results])))
         rows.append(("commit", counts(Counter(r.commit[:12] + "+" * r.commit.endswith("+") for r in results), 4)))
         names = dict.fromkeys(name for r in results for name in r.environment)
@@ -54,6 +54,11 @@ def provenance(sections: Iterable[Section]) -> list[tuple[str, str]]:
         )
         rows.append(("training time with search", f"{significant(seconds / 3600)} h"))
     return rows
+
+
+def _models(names: Sequence[str]) -> str:
+    counted = Counter(names).most_common()
+    return ", ".join(f"{name} ({count} cells)" for name, count in counted) if len(counted) > 1 else names[0]
 
 
 def _model(config: dict[str, Any]) -> str:
@@ -83,8 +88,8 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     if decided:
         staying = sum(v.stays for v in decided)
         text += (
-            f" Each verdict by itself is wrong with a chance of 5 % at most; {staying} of the {len(decided)} that chance "
-            "could have decided stand when all claims of this report are counted (Holm). An interval covers the "
+            f" Each verdict by itself is wrong with a chance of 5 % at most; {staying} of the {len(decided)} that "
+            "chance could have decided stand when all claims of this report are counted (Holm). An interval covers the "
             "evaluation rows and the seeds that might have been drawn; it does not cover another set of training rows "
             "or another search, of which there is one each."
         )
@@ -129,7 +134,7 @@ def main_reason(verdict: Verdict) -> str:
     deciding = [c for c in verdict.comparisons if finding_of(verdict.claim, c) == verdict.finding]
     if not deciding:
         return ""
-    more = f"; so {len(deciding) - 1} more" if len(deciding) > 1 else ""
+    more = f"; and {len(deciding) - 1} more" if len(deciding) > 1 else ""
     return f"{_numbers(deciding[0])}{more}"
 
 

@@ -78,8 +78,8 @@ def _draw_series(series: Series, axes: Any, *, is_upright: bool) -> None:
     colour = _colour(series)
     xs, ys = [p.x for p in series.points], [p.y for p in series.points]
     if series.banded:
-        ends = [(p.y if p.low is None else p.low, p.y if p.high is None else p.high) for p in series.points]
-        axes.fill_between(xs, [low for low, _ in ends], [high for _, high in ends], color=colour, alpha=0.15, lw=0)
+        band = [(p.y if p.low is None else p.low, p.y if p.high is None else p.high) for p in series.points]
+        axes.fill_between(xs, [low for low, _ in band], [high for _, high in band], color=colour, alpha=0.15, lw=0)
     for p in series.points:
         if p.dots:
             along = [p.x] * len(p.dots), p.dots

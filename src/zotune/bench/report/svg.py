@@ -20,8 +20,10 @@ _TOP, _RIGHT, _BOTTOM = 26, 14, 44
 _ROW, _LETTER = 22, 6.3
 # Size of markers, of small markers, and the number of points above which markers are small, so that the curve shows.
 _SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
-# Radius of the dot of a single run; distance between the names of lines, and the letters of a name that fit.
-_DOT, _GAP, _MOST_LETTERS = 1.9, 12.0, 18
+# Radius of the dot of a single run, and its distance from the interval.
+_DOT, _ASIDE = 1.8, 6.5
+# Distance between the names of lines, and the letters of a name that fit.
+_GAP, _MOST_LETTERS = 12.0, 18
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,8 @@ def _band(points: Sequence[Point], x: Scale, y: Scale, colour: str) -> str:
 
 
 def _dots(panel: Panel, p: Point, x: Scale, y: Scale, colour: str) -> list[str]:
-    """The single runs of a point."""
-    places = [(x(v), y(p.y)) if panel.categories else (x(p.x), y(v)) for v in p.dots]
+    """The single runs of a point, beside its interval."""
+    places = [(x(v), y(p.y) + _ASIDE) if panel.categories else (x(p.x) + _ASIDE, y(v)) for v in p.dots]
     return [f'<circle class="dot {colour}" cx="{a:.1f}" cy="{b:.1f}" r="{_DOT}"/>' for a, b in places]
 
 
@@ -240,7 +242,7 @@ def colour_class(series: Series) -> str:
 
 
 def marker(series: Series, x: float, y: float, title: str = "", size: float = _SIZE, kind: str = "mark") -> str:
-    """Draw the marker of a series at a position in pixels; `kind` is mark for a point, key for a symbol beside a name."""
+    """Draw the marker of a series at a position in pixels: of a point (`kind` mark), or beside a name (key)."""
     inside = f"<title>{escape(title)}</title>" if title else ""
     kind = f'class="{kind} {colour_class(series)}"'
     shape = MARKERS[series.style % len(MARKERS)]

@@ -34,7 +34,8 @@ class Comparison:
 
     Attributes:
         label: the compared value, where the claim has several comparisons, and the setting, where it compares in each.
-        estimate: the difference: points, or the logarithm of a ratio for amounts; None if `lack` is results or learning.
+        estimate: the difference: points, or for amounts the logarithm of a ratio; None if `lack` is results or
+            learning.
         by_ratio: whether it is a ratio.
         num_settings, of_settings: number of settings that count, and number of settings.
         num_unlearnt: number of settings that do not count because no method has learnt there.
@@ -169,7 +170,7 @@ def _is_complete(claim: Claim, sides: Sequence[tuple[float, Sequence[Cell]]]) ->
 
 
 def _compare(claim: Claim, part: _Part, settings: Sequence[Sequence[Cell]], name: str = "") -> Comparison:
-    """One comparison in the mean of some settings; those that lack results, or where nobody has learnt, do not count."""
+    """One comparison in the mean of those settings that have results, and in which somebody has learnt."""
     q, label = quantity(claim.of), ", ".join(text for text in (part.label, name) if text)
     every = [(cells, _terms(claim, q, part.sides(cells))) for cells in settings]
     whole = [(_compared(part, cells), terms) for cells, terms in every if terms]

@@ -1,8 +1,8 @@
 """A ranking of methods at equal budgets: places, differences to the best, and what each method spent.
 
-Two methods share a place if the interval of their difference to the best contains zero. A target is reached at the first
-evaluation on the held-out rows from which on each one is at or above it; a run that never does counts as reaching it
-after infinitely many passes, so the median of the seeds is infinite where fewer than half of them reach it.
+Methods share the first place if the interval of their difference to the best contains zero. A target is reached at the
+first evaluation on the held-out rows from which on each one is at or above it; a run that never does counts as reaching
+it after infinitely many passes, so the median of the seeds is infinite where fewer than half of them reach it.
 """
 
 from __future__ import annotations
@@ -159,9 +159,10 @@ def _difference(best: CellResult, other: CellResult) -> Interval:
 def reached(run: RunRecord, target: float) -> Evaluation | None:
     """The first evaluation of a run from which on each one is at or above a target in points; None if the last is not.
 
-    >>> way = [Evaluation(step=n, num_forwards=n, dev_loss=None, dev_value=v) for n, v in enumerate((0.5, 0.7, 0.6, 0.8))]
-    >>> found = reached(RunRecord(seed=0, evaluations=tuple(way)), 65.0)
-    >>> found.step, reached(RunRecord(seed=0, evaluations=tuple(way)), 90.0)
+    >>> values = enumerate((0.5, 0.7, 0.6, 0.8))
+    >>> way = tuple(Evaluation(step=n, num_forwards=n, dev_loss=None, dev_value=v) for n, v in values)
+    >>> run = RunRecord(seed=0, evaluations=way)
+    >>> reached(run, 65.0).step, reached(run, 90.0)
     (3, None)
     """
     found = None

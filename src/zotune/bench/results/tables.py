@@ -14,9 +14,9 @@ from zotune.bench.results.cells import Cell, Coordinates, Place, agrees
 from zotune.bench.results.intervals import contrast
 from zotune.bench.results.paper_numbers import in_our_unit, paper_numbers
 from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, run_values
-from zotune.bench.results.records import CellResult, Score, mean_and_error
+from zotune.bench.results.records import Score, mean_and_error
 from zotune.bench.spec.schema import Experiment, PaperCell
-from zotune.bench.spec.vocabulary import Coordinate, State
+from zotune.bench.spec.vocabulary import State
 
 # Rows of an accuracy table without tuning.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
@@ -105,7 +105,9 @@ class Table:
     def heading(self, column: Column) -> str:
         """The heading of a column: its coordinates, and the quantity if the columns have several."""
         several = len({c.quantity.name for c in self.columns}) > 1
-        parts = [str(value) for value in column.place]
+        # A quantity says what kind of cell it is of.
+        named = zip(self.column_axes, column.place, strict=True)
+        parts = [str(value) for axis, value in named if axis != "kind" or not several]
         if several or not parts:
             parts.append(label_of(column.quantity, self.metric))
         return ", ".join(parts)

@@ -58,7 +58,9 @@ def judge(claim: Claim, cells: Sequence[Cell]) -> Verdict:
     """Judge a claim by the cells of its experiment."""
     by_setting = tuple(comparisons(claim, cells))
     if not by_setting:
-        return Verdict(claim, "cannot be told", reason="none of the cells that the claim compares was run at this scale")
+        return Verdict(
+            claim, "cannot be told", reason="none of the cells that the claim compares was run at this scale"
+        )
     finding = _decide(claim, by_setting, ALPHA)
     return Verdict(claim, finding, by_setting, _reason(by_setting) if finding == "cannot be told" else "")
 
@@ -122,7 +124,7 @@ def finding_of(claim: Claim, comparison: Comparison) -> Finding:
 
 def _decide(claim: Claim, by_setting: Sequence[Sequence[Comparison]], alpha: float) -> Finding:
     """The finding on a claim whose chance of error is at most `alpha`."""
-    # Settings where nobody has learnt do not count, nor do values that lack results where the claim asks for one of them.
+    # Settings where nobody has learnt do not count.
     counted = [s for s in by_setting if not all(c.lack == "learning" for c in s)]
     if not counted:
         return "cannot be told"
@@ -173,7 +175,7 @@ def _find(claim: Claim, comparison: Comparison, level_to_hold: float, level_to_f
 
 
 _REASONS: dict[Lack, str] = {
-    "learning": "no method is above the untuned model and the majority class beyond noise, so there is nothing to compare",
+    "learning": "no method is above the untuned model and the majority class beyond noise: there is nothing to compare",
     "runs": f"fewer than {FEWEST_RUNS} runs per cell cannot separate an effect from chance",
     "timing": f"a time counts from {FEWEST_RUNS} processes of {FEWEST_TIMED_STEPS} steps each",
     "": "the interval allows both findings",
