@@ -354,7 +354,7 @@ def test_the_command_writes_page_tables_and_figures(results, capsys):
     assert endings == {".html", ".md", ".csv", ".tex", ".pdf", ".svg", ".json"}
     html = (folder / "index.html").read_text(encoding="utf-8")
     sound(html)
-    assert "2 of 2 cells done" in html
+    assert "2 cells, done" in html
 
 
 def test_a_report_replaces_what_it_wrote_and_renames_what_it_did_not(results):
