@@ -125,12 +125,14 @@ class Layout(Options):
     """How results are shown: the axes of a table's rows and columns, and the x and y of figures.
 
     `x` is the name of an axis; each of `y` is the name of a quantity: `accuracy`, or a key of `values` or `measured`.
+    `ranked` is the axis whose values are ranked by their accuracy in each column.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...] = ()
     x: str | None = None
     y: tuple[str, ...] = ()
+    ranked: str | None = None
 
 
 class Experiment(Layer):
