@@ -21,8 +21,8 @@ from zotune.bench.run.accuracy_cells import passes_a_step
 from zotune.bench.spec import resolve
 from zotune.bench.spec.resolve import EXPERIMENTS, cells, find, names
 from zotune.bench.spec.schema import SearchPlan
+from zotune.bench.spec.selection import chosen_cells
 from zotune.bench.spec.vocabulary import SCALES
-from zotune.cli.bench import chosen_cells
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
@@ -399,7 +399,7 @@ def test_ray_does_the_same_jobs(tmp_path):
         f"import sys, threading; sys.path.insert(0, {str(tests)!r})\n"
         "from bench_cells import Silent\n"
         "from pathlib import Path\n"
-        "from zotune.cli.bench import chosen_cells\n"
+        "from zotune.bench.spec.selection import chosen_cells\n"
         "from zotune.bench.run.ray_executor import ray_executors\n"
         "from zotune.bench.run.runner import Runner\n"
         "(specs,) = chosen_cells(['table8'], 'smoke').values()\n"

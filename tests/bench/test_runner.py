@@ -22,7 +22,7 @@ from zotune.bench.run.processes import Process, resident_bytes
 from zotune.bench.run.runner import key_of_cell, state_of
 from zotune.bench.spec.resolve import cells, find
 from zotune.bench.spec.schema import Limits
-from zotune.cli.bench import chosen_cells
+from zotune.bench.spec.selection import chosen_cells
 
 # Resuming --------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
     changed = small_cells(options={"task": "copa", "model": "random:opt-tiny", "tuning": "prefix"})
     assert {state_of(tmp_path, spec) for spec in changed} == {"stale"}
-    monkeypatch.setattr("zotune.bench.run.content_key.code_of", lambda config: "other code")
+    monkeypatch.setattr("zotune.bench.keys.content_key.code_of", lambda config: "other code")
     assert {state_of(tmp_path, spec) for spec in specs} == {"stale"}
     assert set(run_cells(specs, tmp_path, keeps_stale=True).values()) == {"stale"}
     assert contents(tmp_path) == before

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from zotune.bench.keys.content_key import PACKAGE, key_of
 from zotune.bench.results.records import CellResult, read_result, result_path, write_result
-from zotune.bench.run.content_key import PACKAGE, key_of
 from zotune.bench.run.jobs import JOBS, Executor, Store, locked
 from zotune.bench.run.partial_result import CellStopped, PartialResult
 from zotune.bench.spec.schema import CellSpec
