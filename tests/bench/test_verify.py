@@ -211,7 +211,7 @@ def test_a_run_is_found_again_with_as_many_threads(tmp_path, other_code):
 
 def measuring(seconds=1.0, size=1e9, processor="one", predicted=5.0):
     """An executor whose steps take so much."""
-    numbers = {"seconds_per_step": seconds, "over_baseline_bytes": size}
+    numbers = {"seconds_per_step": seconds, "step_bytes": size}
 
     def execute(job, folder):
         run = {
@@ -231,7 +231,7 @@ def measuring(seconds=1.0, size=1e9, processor="one", predicted=5.0):
         ({}, None),
         ({"seconds": 1.14, "size": 0.98e9}, None),
         ({"seconds": 1.2}, "runs[0].measured.seconds_per_step: 1.0 before, 1.2 now; it may differ by 15%"),
-        ({"size": 1.04e9}, "runs[0].measured.over_baseline_bytes"),
+        ({"size": 1.04e9}, "runs[0].measured.step_bytes"),
         ({"processor": "other"}, "environment.processor: 'one' before, 'other' now"),
         ({"predicted": 5.1}, "runs[0].values.predicted_bytes: 5.0 before, 5.1 now"),
     ],

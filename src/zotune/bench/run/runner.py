@@ -71,6 +71,7 @@ def find_cell(spec: CellSpec, store: Store) -> CellResult:
         chosen=partial.chosen,
         runs=tuple(partial.runs),
         baselines=partial.baselines,
+        baseline_right=partial.baseline_right,
         environment=partial.environment,
         commit=commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),

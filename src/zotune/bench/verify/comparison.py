@@ -15,7 +15,7 @@ from zotune.bench.verify.groups import Stale
 NEAR_ENOUGH = {"step_bytes": 0.03, "seconds_per_step": 0.15}
 # Measured numbers are comparable between machines that agree in these fields.
 _MACHINE = ("machine", "processor", "cpu_threads", "gpu")
-_PARTS = ("search", "chosen", "runs", "baselines")
+_PARTS = ("search", "chosen", "runs", "baselines", "baseline_right")
 
 
 class _PartialRerun:
@@ -44,7 +44,8 @@ def _of_trial(trial: Trial) -> Outcome:
     dev = None
     if trial.dev_value is not None:
         dev = Score(value=trial.dev_value, num_examples=0, loss=trial.dev_loss)
-    shared = trial.model_dump(include={"seed", "num_steps", "num_forwards", "seconds", "peak_memory", "measured"})
+    costs = {"num_forwards", "forward_equivalents", "layer_passes", "seconds", "peak_memory", "measured"}
+    shared = trial.model_dump(include={"seed", "num_steps", *costs})
     run = RunRecord(dev=dev, **shared)
     return Outcome(trial.status, trial.message, {"run": run.model_dump(mode="json"), "environment": {}})
 

@@ -27,6 +27,7 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.data.batches import batches, orders
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
+from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.output.model_files import whole_state
@@ -43,7 +44,9 @@ from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
 from zotune.llm.training.step import ZerothOrderStep, update_of
 from zotune.messages import say
+from zotune.model.layers import stack_of
 from zotune.optim.hybrid import Hybrid
+from zotune.optim.pass_cost import PassCost, pass_cost
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.malloc import keep_activations
 from zotune.system.peak_memory import peak_memory
@@ -178,6 +181,27 @@ class Run:
         closures, _ = self._closures(self.rows.train[:2])
         try_side_by_side(self.optimizer, closures[0], self.lm, self.config)
 
+    @cached_property
+    def cost(self) -> PassCost:
+        """What the passes of the run cost, in forward passes and in passes of single layers."""
+        config, scorer = self.config, getattr(self.scorer, "__self__", None)
+        return pass_cost(
+            self.optimizer,
+            batches=config.gradient_accumulation_steps,
+            checkpointing=config.gradient_checkpointing,
+            layers=len(stack_of(self.lm.base)[1]),
+            reused=scorer.depth if isinstance(scorer, SequenceCache) and config.reuse_activations else 0,
+            cut=config.hybrid_layers or 0,
+        )
+
+    def spent(self) -> dict[str, Any]:
+        """The arithmetic of training so far, without evaluations; see `PassCost`."""
+        counters, config = self.counters, self.config
+        passes = counters.num_forwards, counters.step
+        rows = min(counters.step * config.rows_a_step, len(self.rows.train))
+        layer_passes = self.cost.layer_passes(*passes, rows / config.per_device_train_batch_size)
+        return {"forward_equivalents": self.cost.equivalents(*passes), "layer_passes": layer_passes}
+
     def tokens_read(self) -> int:
         """Return the tokens of the forward passes of training, without padding; 0 if text is generated."""
         counters, config = self.counters, self.config
@@ -230,7 +254,7 @@ class Run:
         display.update(status)
         if self.events.control.should_log:
             rate = set_learning_rates(self.optimizer, self._schedule(counters.step - 1))
-            line = {**asdict(status), "held_out": counters.held_out, "learning_rate": rate}
+            line = {**asdict(status), **self.spent(), "held_out": counters.held_out, "learning_rate": rate}
             self.output.metrics.append(line)
             self.events.log(training_metrics(line), replayed=replayed)
         self._evaluate_if_due(display, replayed=replayed)
