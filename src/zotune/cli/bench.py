@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from zotune.bench.run.estimate import Estimate, estimate, hours
 from zotune.bench.run.slots import slots, stopped_by_signals
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.schema import CellSpec
@@ -16,7 +17,7 @@ from zotune.bench.spec.vocabulary import SCALES, Alike
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
-from zotune.messages import one_line
+from zotune.messages import one_line, say
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -138,28 +139,15 @@ def _list(args: argparse.Namespace) -> CommandResult:
     rows: dict[str, dict[str, Any]] = {}
     for name in names():
         _, experiment = find(name)
-        scales = {
-            scale: {
-                "cells": sum(1 for _ in cells(name, experiment, scale)),
-                "minutes": experiment.scale[scale].minutes,
-            }
-            for scale in experiment.scale
-        }
+        scales = {scale: {"cells": sum(1 for _ in cells(name, experiment, scale))} for scale in experiment.scale}
         rows[name] = {"title": experiment.title, "question": experiment.question, "scales": scales}
-    lines = [f"{'':<12}" + "".join(f"{scale:>18}" for scale in SCALES)]
+    lines = [f"{'':<12}" + "".join(f"{scale:>12}" for scale in SCALES)]
     for name, row in rows.items():
-        lines.append(f"{name:<12}" + "".join(f"{_cells_and_minutes(row['scales'].get(scale)):>18}" for scale in SCALES))
+        counts = (row["scales"].get(scale, {}).get("cells") for scale in SCALES)
+        lines.append(f"{name:<12}" + "".join(f"{'–' if n is None else f'{n} cells':>12}" for n in counts))
         lines.append(f"    {row['title']}")
-    totals = {s: sum(row["scales"].get(s, {}).get("minutes") or 0 for row in rows.values()) for s in SCALES}
-    lines += ["", f"expected time of scale cpu, one process at a time on one core: {clock(60 * totals['cpu'])}"]
+    lines += ["", "zotune bench run --dry-run --scale SCALE tells how long the cells take."]
     return rows, "\n".join(lines), 0
-
-
-def _cells_and_minutes(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    minutes = "" if row["minutes"] is None else f", {row['minutes']:g} min"
-    return f"{row['cells']} cells{minutes}"
 
 
 def _status(args: argparse.Namespace) -> CommandResult:
@@ -186,10 +174,15 @@ def _status(args: argparse.Namespace) -> CommandResult:
 def _run(args: argparse.Namespace) -> CommandResult:
     selection = chosen_cells(args.names, args.scale, args.only, args.data_source)
     specs = [spec for experiment in selection.values() for spec in experiment]
-    minutes = _minutes_per_cell(args, selection)
+    expected = _estimate(specs, args)
     if args.dry_run:
-        lines = [*minutes, f"{len(specs)} cells, about {clock(60 * sum(minutes.values()) / args.jobs)}"]
-        return {"cells": [spec.model_dump(mode="json") for spec in specs]}, "\n".join(lines), 0
+        lines = [f"{path}: {hours(seconds)}" for path, seconds in expected.seconds.items()]
+        lines.append(f"{len(specs)} cells, {expected.text(args.jobs)}")
+        listed = {"cells": [spec.model_dump(mode="json") for spec in specs], "seconds": expected.seconds}
+        return listed, "\n".join(lines), 0
+    minutes = {path: seconds / 60 for path, seconds in expected.seconds.items()}
+    if args.scale != "smoke":
+        say(expected.text(args.jobs))
     from zotune.bench.run.progress import Progress
     from zotune.bench.run.runner import Runner
 
@@ -253,17 +246,11 @@ def _report(args: argparse.Namespace) -> CommandResult:
     return {"page": str(paths[0]), "files": list(map(str, paths))}, text, 0
 
 
-def _minutes_per_cell(args: argparse.Namespace, selection: Mapping[str, Sequence[CellSpec]]) -> dict[str, float]:
-    """Return the expected minutes of each cell by path: an equal part of its experiment's minutes."""
-    minutes: dict[str, float] = {}
-    for name, specs in selection.items():
-        argument = next((n for n in args.names if Path(n).stem == name), name)
-        _, experiment = find(argument)
-        num_cells = max(1, sum(1 for _ in cells(name, experiment, args.scale)))
-        total = experiment.scale[args.scale].minutes
-        # An experiment that states no time is taken to need a minute a cell.
-        minutes |= {spec.path: 1.0 if total is None else total / num_cells for spec in specs}
-    return minutes
+def _estimate(specs: Sequence[CellSpec], args: argparse.Namespace) -> Estimate:
+    """Return how long the cells take; tiny models take little time, whatever they are."""
+    if args.scale == "smoke":
+        return Estimate({spec.path: 30.0 for spec in specs}, len(specs), 0)
+    return estimate(specs, args.results)
 
 
 def _slots(args: argparse.Namespace, stop: threading.Event) -> list[Any]:

@@ -20,11 +20,11 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 
 # The options that the evaluation of the untuned model shares with the runs.
-_SHARED = (
+BASELINE = (
     *("task", "model", "dtype", "device", "data_source", "prompt"),
     *("data_seed", "num_train", "num_dev", "num_eval", "num_more_eval"),
 )
-_STEPS_OF_A_PROBE = 3
+STEPS_OF_A_PROBE = 3
 
 
 def accuracy(spec: CellSpec, execute: Callable[[Job], Outcome], result: PartialResult) -> None:
@@ -60,7 +60,7 @@ def _baselines(spec: CellSpec, execute: Callable[[Job], Outcome], result: Partia
     """The scores of the untuned model and of the majority class on the evaluation rows."""
     if spec.options.get("task") is None:
         return {}
-    options = {name: spec.options[name] for name in _SHARED if name in spec.options}
+    options = {name: spec.options[name] for name in BASELINE if name in spec.options}
     options["per_device_eval_batch_size"] = spec.options.get("per_device_eval_batch_size", 32)
     outcome = execute(Job("evaluate", options, spec.limits, "baseline"))
     if outcome.status != "done":
@@ -157,7 +157,7 @@ def equivalents_per_step(outcome: Outcome) -> float:
 def _probe(spec: CellSpec, options: Mapping[str, Any], execute: Callable[[Job], Outcome]) -> Outcome:
     """Take a few steps of the run, at the first point of its search."""
     point = {"learning_rate": spec.search.learning_rate[0]}
-    few = {"max_steps": _STEPS_OF_A_PROBE, "logging_steps": 1, "seed": spec.search.seed}
+    few = {"max_steps": STEPS_OF_A_PROBE, "logging_steps": 1, "seed": spec.search.seed}
     return execute(Job("train", {**_without_evaluation(options), **point, **few}, spec.limits, "probe"))
 
 
