@@ -13,6 +13,8 @@ from zotune.errors import RunError
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.schema import validate
 
+# The folder of activations beside the folders of jobs.
+ACTIVATIONS = "activations"
 # What passes cost, of a whole run and up to each evaluation.
 _COSTS = ("num_forwards", "forward_equivalents", "layer_passes")
 
@@ -27,7 +29,10 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     from zotune.llm.training.train import train
 
     output = folder / "run"
-    config = validate(TrainConfig, {**options, "output_dir": output, "resume": True}, "the benchmark's run")
+    # Jobs share what no run changes: the activations below the tuned layers.
+    shared = {"reuse_folder": folder.parent / ACTIVATIONS} if "reuse_folder" in TrainConfig.model_fields else {}
+    options = {**shared, **options, "output_dir": output, "resume": True}
+    config = validate(TrainConfig, options, "the benchmark's run")
     memory = StepMemory(config.device)
     result = train(config, callbacks=[memory])
     if result.stopped_by is not None:

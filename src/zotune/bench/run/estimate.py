@@ -26,7 +26,8 @@ SECONDS_TO_START = 7.0
 """Seconds in which a job's process imports its libraries, loads a small model and reads its rows."""
 _OPERATIONS_PER_SECOND = {"cpu": 6e10, "cpu half": 6e9, "cuda": 1.5e13, "cuda half": 1e14}
 _SECONDS_OF_A_STEP = 0.005
-_TOKENS_OF_A_WORD, _TOKENS_OF_A_PROMPT = 1.35, 4
+_TOKENS_OF_A_WORD = 1.35
+_TOKENS_OF_UNKNOWN_ROWS = 80.0
 _HALF = ("bfloat16", "float16")
 
 
@@ -87,7 +88,7 @@ def estimate(specs: Sequence[CellSpec], results: Path | None = None) -> Estimate
         known = None if results is None else _measured_step(results, spec)
         measured += known is not None
         count = _accuracy if spec.kind == "accuracy" else _other
-        seconds[spec.path] = count(spec, known, counted)
+        seconds[spec.path] = seconds.get(spec.path, 0.0) + count(spec, known, counted)
     return Estimate(seconds, len(counted.jobs), measured)
 
 
@@ -283,10 +284,15 @@ def tokens_of_row(task: str, prompt: str = "aligned") -> float:
     try:
         splits = find_task(task).splits(DataOptions(task=task, prompt=prompt), masked=False)  # type: ignore[arg-type]
     except UsageError:  # an installed package has few tasks' rows
-        return 2.0 * _TOKENS_OF_A_PROMPT * 10
+        return _TOKENS_OF_UNKNOWN_ROWS
     examples = splits.train[:200]
-    words = [len(e.prompt.split()) * _sequences(e) + sum(len(c.split()) for c in e.candidates) for e in examples]
-    return statistics.mean(words) * _TOKENS_OF_A_WORD + _TOKENS_OF_A_PROMPT
+    words = [len(e.prompt.split()) * _sequences(e) + _words_of_candidates(e) for e in examples]
+    return statistics.mean(words) * _TOKENS_OF_A_WORD
+
+
+def _words_of_candidates(example: Any) -> int:
+    """Words of the candidates that a pass reads; of a candidate of one word it reads none."""
+    return 0 if _sequences(example) == 1 else sum(len(c.split()) for c in example.candidates)
 
 
 def _sequences(example: Any) -> int:

@@ -27,7 +27,6 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.data.batches import batches, orders
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
-from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.output.checkpoint_folder import remove_old_checkpoints, write_checkpoint
 from zotune.llm.output.model_files import whole_state
@@ -35,7 +34,7 @@ from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
-from zotune.llm.training.counters import Counters
+from zotune.llm.training.counters import Counters, cost_of_passes, spent
 from zotune.llm.training.in_memory import FollowerOutput, MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
@@ -44,9 +43,7 @@ from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
 from zotune.llm.training.step import ZerothOrderStep, update_of
 from zotune.messages import say
-from zotune.model.layers import stack_of
 from zotune.optim.hybrid import Hybrid
-from zotune.optim.pass_cost import PassCost, pass_cost
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.malloc import keep_activations
 from zotune.system.peak_memory import peak_memory
@@ -79,6 +76,7 @@ class Run:
         )
         if isinstance(self.optimizer, ZerothOrder):
             keep_activations()
+        self.cost = cost_of_passes(self.optimizer, lm, scorer, config)
         self.update = update_of(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = (
@@ -181,26 +179,9 @@ class Run:
         closures, _ = self._closures(self.rows.train[:2])
         try_side_by_side(self.optimizer, closures[0], self.lm, self.config)
 
-    @cached_property
-    def cost(self) -> PassCost:
-        """What the passes of the run cost, in forward passes and in passes of single layers."""
-        config, scorer = self.config, getattr(self.scorer, "__self__", None)
-        return pass_cost(
-            self.optimizer,
-            batches=config.gradient_accumulation_steps,
-            checkpointing=config.gradient_checkpointing,
-            layers=len(stack_of(self.lm.base)[1]),
-            reused=scorer.depth if isinstance(scorer, SequenceCache) and config.reuse_activations else 0,
-            cut=config.hybrid_layers or 0,
-        )
-
     def spent(self) -> dict[str, Any]:
-        """The arithmetic of training so far, without evaluations; see `PassCost`."""
-        counters, config = self.counters, self.config
-        passes = counters.num_forwards, counters.step
-        rows = min(counters.step * config.rows_a_step, len(self.rows.train))
-        layer_passes = self.cost.layer_passes(*passes, rows / config.per_device_train_batch_size)
-        return {"forward_equivalents": self.cost.equivalents(*passes), "layer_passes": layer_passes}
+        """The arithmetic of training so far, without evaluations."""
+        return spent(self.counters, self.cost, self.config, len(self.rows.train))
 
     def tokens_read(self) -> int:
         """Return the tokens of the forward passes of training, without padding; 0 if text is generated."""
