@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from zotune.directions.direction import Direction as Direction
     from zotune.directions.flipped import flipped as flipped
     from zotune.directions.low_rank import low_rank as low_rank
+    from zotune.directions.principal import principal_subspaces as principal_subspaces
     from zotune.directions.samplers import SAMPLERS as SAMPLERS
     from zotune.directions.samplers import Sampler as Sampler
     from zotune.directions.samplers import gaussian as gaussian
     from zotune.directions.samplers import rademacher as rademacher
     from zotune.directions.sparse import sparse as sparse
     from zotune.directions.subspace import subspace as subspace
+    from zotune.directions.within import within as within
     from zotune.errors import NonFiniteLossError as NonFiniteLossError
     from zotune.errors import RunError as RunError
     from zotune.errors import UnreadTensorError as UnreadTensorError
@@ -105,6 +107,8 @@ _MODULES = {
     "directions.low_rank": ("low_rank",),
     "directions.sparse": ("sparse",),
     "directions.subspace": ("subspace",),
+    "directions.within": ("within",),
+    "directions.principal": ("principal_subspaces",),
     "model.parameters": ("ParameterSet",),
     "apply.tensor_update": ("Rounding",),
 }

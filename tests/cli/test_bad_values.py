@@ -47,7 +47,11 @@ BAD = {
     "resume_from_checkpoint": ("no/checkpoint-3", "is no folder checkpoint-N of a run"),
 }
 # Of other groups of options.
-ELSEWHERE = {*DataOptions.model_fields, *StepOptions.model_fields, "reuse_activations", "reuse_memory", "reuse_file"}
+ELSEWHERE = {
+    *DataOptions.model_fields,
+    *StepOptions.model_fields,
+    *("reuse_activations", "reuse_memory", "reuse_file", "reuse_folder"),
+}
 
 
 def test_no_option_is_left_out():

@@ -19,13 +19,15 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoded, Encoder, LongRowError, check_distinct
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
 from zotune.llm.models.placement.device_map import check_here
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.aim import num_free
+from zotune.llm.models.tuned_sets.find import planned_aim
 from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
 from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
@@ -156,8 +158,9 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_rows["train"] = rows.num_train
         config, notes = with_steps_and_rate(lm, config, rows.num_train)
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        aim, reuses = planned_aim(lm, config), not config.is_generated
         optimizer = make_optimizer(
-            lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=not config.is_generated
+            lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=reuses, aim=aim
         )
         step = forwards_a_step(optimizer, config)
         memory, places = _memory(lm, optimizer, config, rows, data, stored), None
@@ -172,7 +175,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             num_cut=rows.num_cut,
             num_dropped=rows.num_dropped,
             refused=tuple(rows.refused),
-            num_tuned=sum(p.numel() for p in lm.module.parameters() if p.requires_grad),
+            num_tuned=num_free(lm.module, aim),
             num_parameters=num_parameters,
             forward_passes={"step": step, "training": forwards_of_training(step, config, lm.module)},
             memory=memory,
@@ -269,7 +272,7 @@ def _memory(
     is_converted = any(
         p.dtype != stored
         for p in base
-        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head"))
+        if p.is_floating_point() and (not p.requires_grad or config.tuning in ("full", "head", "norms", "biases"))
     )
     train_rows = [data.objective.reads(e) for e in rows.encoded["train"]]
     eval_rows = [*rows.encoded["dev"], *rows.encoded["test"]]

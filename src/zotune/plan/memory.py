@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
 from zotune.directions.low_rank import matrix_shapes
+from zotune.directions.within import Within
 from zotune.estimate.estimators import passes_of
 from zotune.estimate.forward_mode.gradient_check import is_compared, precision_of
 from zotune.llm.config.method import FIRST_ORDER
@@ -147,6 +148,9 @@ def _subspace_numbers(optimizer: ZerothOrder, config: StepOptions) -> int:
     """Numbers that a method in subspaces stores: its bases, and a state of the coordinates' size."""
     shapes = matrix_shapes(optimizer.tuned).values()
     rank = config.rank or 0
+    if isinstance(optimizer.sampler, Within):
+        sides = ((s.left, s.right) for s in optimizer.sampler.subspaces.values())
+        return sum(side.numel() for pair in sides for side in pair if side is not None)
     if config.method in ("zo_muon", "mopi"):
         bases = sum(m * min(rank, m) for m, _ in shapes)
         of_state = [(min(rank, m) + min(config.spectral_rank, rank, m, n)) * n for m, n in shapes]

@@ -8,10 +8,10 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.method import FIRST_ORDER, MethodName
+from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodName
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.step import ModelOptions
-from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.config.tuning import IN_SUBSPACE, TuningOptions
 from zotune.plan.workload import Workload
 
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
@@ -20,6 +20,7 @@ _FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
 _OF_METHODS = {
     "window": ("zo_sgd_mmt", "zo_adam"),
     "gradient_checkpointing": FIRST_ORDER,
+    "activation_rank": tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS),
     **dict.fromkeys(("hybrid_layers", "hybrid_method", "hybrid_tied"), _FORWARD_ONLY),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b", re.IGNORECASE)
@@ -103,6 +104,7 @@ class PlanConfig(ModelOptions, TuningOptions):
     def methods(self) -> tuple[str, ...]:
         """The chosen methods without duplicates, by default all; of streamed layers those of forward passes."""
         every = METHOD_NAMES if self.offload_folder is None else _FORWARD_ONLY
+        every = IN_SUBSPACE if self.tuning == "lora_xs" else every
         return tuple(dict.fromkeys(_names(self.method))) or every
 
     @property

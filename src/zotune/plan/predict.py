@@ -15,6 +15,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model, meta_model_from_config
 from zotune.llm.models.random_models import ARCHITECTURES
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.find import planned_aim
 from zotune.llm.scoring.objectives import OBJECTIVES
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.plan.formulas import Terms, terms_of
@@ -100,7 +101,8 @@ class Architecture:
         tuned = [p for p in self.lm.module.parameters() if p.requires_grad]
         with FakeScalars():
             ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            optimizer = make_optimizer(self.lm.module, workload, 0, lambda: self.lm.read(ids, ids))
+            aim = planned_aim(self.lm, workload)
+            optimizer = make_optimizer(self.lm.module, workload, 0, lambda: self.lm.read(ids, ids), aim=aim)
             key = _key(workload)
             batch = self.batch(workload)
             if key not in self._passes:

@@ -28,6 +28,7 @@ from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
 from zotune.llm.models.load import find_device, load
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.find import find_aim, needs_aim, set_aim
 from zotune.llm.output.environment import environment
 from zotune.llm.scoring.closures import candidate_loss
 from zotune.llm.scoring.objectives import OBJECTIVES
@@ -265,7 +266,9 @@ def prepare_step(workload: Workload) -> Callable[[Recorder], float]:
     _touch_pages(lm.module)
     examples, objective = synthetic_examples(workload, lm), OBJECTIVES[workload.objective]
     closure = partial(candidate_loss, lm, objective, lm.score)
-    optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()))
+    if needs_aim(workload):
+        set_aim(lm, find_aim(lm, workload, examples))
+    optimizer = make_optimizer(lm.module, workload, workload.seed, closure(examples[:1], 0, ()), aim=lm.aim)
     try_side_by_side(optimizer, closure(examples[:2], 0, ()), lm, workload)
     size = workload.per_device_train_batch_size
     parts = [closure(examples[lo : lo + size], 0, ()) for lo in range(0, len(examples), size)]

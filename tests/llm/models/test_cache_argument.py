@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.models import adapters
+from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument, cache_in_call
-from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import quiet_libraries
 from zotune.llm.models.prompt_cache import PromptCache

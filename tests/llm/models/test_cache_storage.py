@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, FileTier, MemoryTier
 
 
 def made(n, dtype=torch.float32, seed=0):

@@ -16,7 +16,7 @@ from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.activation_cache import GROUP_TOKENS, SequenceCache, groups_of, lowest_tuned_layer
-from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.train import train
 from zotune.model.layers import stack_of
@@ -126,6 +126,8 @@ def test_a_run_with_reuse_is_the_run_without_to_the_bit(config, tmp_path, dtype,
         ("on", {}),
         ("off", {"reuse_activations": False}),
         ("file", {"reuse_memory": 2e-6, "reuse_file": 4e-6}),
+        ("writes", {"reuse_memory": 0, "reuse_folder": tmp_path / "shared"}),
+        ("reads", {"reuse_memory": 0, "reuse_folder": tmp_path / "shared"}),
     ):
         folder = tmp_path / out
         result = train(
@@ -136,7 +138,7 @@ def test_a_run_with_reuse_is_the_run_without_to_the_bit(config, tmp_path, dtype,
         losses = [line["loss"] for line in lines]
         assert len(set(losses)) == 5
         found.append(((folder / weights).read_bytes(), losses, result.dev.predictions, result.dev.loss))
-    assert found[0] == found[1] == found[2]
+    assert all(other == found[0] for other in found)
 
 
 def test_groups_hold_every_sequence_once_with_little_padding():
@@ -360,3 +362,47 @@ def test_layers_that_give_more_than_hidden_states_are_not_left_out(tiny, capsys)
     other = batch_of(lm, LONG)
     for one in (batch, other, batch):
         assert torch.equal(reused.score(one), lm.score(one))
+
+
+def shared(lm, folder, examples):
+    """A cache whose activations lie in a folder alone, and how many passes of the lower layers its scores took."""
+    runs = []
+    layer = stack_of(lm.base)[1][0]
+    inner = next(m for m in layer.modules() if isinstance(m, torch.nn.LayerNorm) or "RMSNorm" in type(m).__name__)
+    hook = inner.register_forward_hook(lambda *_: runs.append(1))
+    batch = batch_of(lm, examples)
+    runs.clear()
+    scores = SequenceCache(lm, ActivationStore(), [batch.sequences], folder).score(batch)
+    hook.remove()
+    return scores, len(runs)
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma3"])
+@torch.no_grad()
+def test_a_folder_gives_the_bits_of_another_run_and_never_those_of_another_model(tiny, family, tmp_path):
+    lm = prepared(tiny(family), tuning="lora", tuned_layers=1)
+    scores, passes = shared(lm, tmp_path, EXAMPLES)
+    again, trial = shared(lm, tmp_path, EXAMPLES)  # the cache looks at what the lower layers do
+    assert passes > trial
+    assert torch.equal(scores, again)
+    change_tuned(lm)  # above the activations
+    assert shared(lm, tmp_path, EXAMPLES)[1] == trial
+    assert shared(lm, tmp_path, EXAMPLES[:2])[1] > trial  # another group
+    frozen = next(p for p in lm.module.parameters() if not p.requires_grad and p.dim() == 2)
+    frozen[0, 0] += 1
+    changed, passes = shared(lm, tmp_path, EXAMPLES)
+    assert passes > trial
+    assert torch.equal(changed, shared(lm, tmp_path / "empty", EXAMPLES)[0])
+
+
+@torch.no_grad()
+def test_damaged_and_unwritable_files_of_a_folder_are_computed_again(tiny, tmp_path, capsys):
+    lm = prepared(tiny("llama"), tuning="lora", tuned_layers=1)
+    scores, passes = shared(lm, tmp_path / "a", EXAMPLES)
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(path.read_bytes()[:-40])
+    assert torch.equal(shared(lm, tmp_path / "a", EXAMPLES)[0], scores)
+    assert shared(lm, tmp_path / "a", EXAMPLES)[1] < passes
+    (tmp_path / "file").write_text("no folder")
+    assert torch.equal(shared(lm, tmp_path / "file", EXAMPLES)[0], scores)
+    assert "the run goes on without writing them" in capsys.readouterr().err

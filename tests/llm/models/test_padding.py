@@ -12,7 +12,7 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.padding import LEFT_PADDED, MASKED, by_length
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.models.tuned_parameters import prepare_tuning

@@ -274,7 +274,7 @@ def test_unknown_schemes_keys_and_values_are_named_with_what_there_is(tiny):
         (("--tuning", "peft"), "needs the name of one of peft's schemes"),
         (("--peft-type", "ia3"), "peft_type needs tuning: peft, not full"),
         (("--tuning", "lora", "--num-virtual-tokens", 3), "num_virtual_tokens needs tuning: prefix or prompt"),
-        (("--tuning", "prompt", "--tuned-layers", 1), "tuned_layers needs tuning: full or lora or scales, not prompt"),
+        (("--tuning", "prompt", "--tuned-layers", 1), "tuned_layers needs tuning: full or norms or"),
         (("--tuning", "head", "--tuned-parameters", "x"), "tuned_parameters needs tuning: full, not head"),
         (("--tuning", "peft", "--peft-type", "ia3", "--peft-config", "[1]"), 'must be a mapping, like {"r": 4}'),
         (("--tuning", "peft", "--peft-type", "ia3", "--peft-config", "{"), 'must be a mapping, like {"r": 4}'),

@@ -20,7 +20,7 @@ from zotune.llm.config.run import TrainConfig, read_recipe
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models.cache_storage import ActivationStore, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.output_folder import OutputFolder

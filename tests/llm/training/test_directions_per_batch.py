@@ -7,7 +7,7 @@ import zotune as zo
 from zotune.ledger import FreeLayout, read
 from zotune.llm.data.collator import collate
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.scoring.objectives import mean_loss

@@ -30,9 +30,8 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     output = folder / "run"
     # Jobs share what no run changes: the activations below the tuned layers.
-    shared = {"reuse_folder": folder.parent / ACTIVATIONS} if "reuse_folder" in TrainConfig.model_fields else {}
-    options = {**shared, **options, "output_dir": output, "resume": True}
-    config = validate(TrainConfig, options, "the benchmark's run")
+    shared = {"reuse_folder": folder.parent / ACTIVATIONS, "output_dir": output, "resume": True}
+    config = validate(TrainConfig, {**options, **shared}, "the benchmark's run")
     memory = StepMemory(config.device)
     result = train(config, callbacks=[memory])
     if result.stopped_by is not None:

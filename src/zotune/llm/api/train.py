@@ -18,7 +18,7 @@ from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.method import MethodName
 from zotune.llm.config.run import TrainConfig, recorded_choices
-from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.config.tuning import OF_THE_MODEL, TuningOptions
 from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
@@ -151,7 +151,7 @@ def _check_alone(*others: Any) -> None:
 
 
 def _check_own_weights(model: Any, tuning: str | None) -> None:
-    if tuning in ("full", "head", "scales") and holds_earlier_adapter(model):
+    if tuning in OF_THE_MODEL and holds_earlier_adapter(model):
         raise UsageError(
             f"tuning: {tuning} changes the model's own weights, and an earlier train() put an adapter on them. Pass "
             "result.model.merge_and_unload() to tune on from it, or result.model.unload() to drop it."

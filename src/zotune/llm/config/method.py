@@ -59,7 +59,8 @@ def _function_of_the_step(value: Any) -> Any:
 
 
 # μ of each tuning scheme, from the searches of the benchmark and of MeZO.
-_MU = {"lora": 1e-2, "peft": 1e-2, "prompt": 1e-2, "prefix": 1e-1, "scales": 1e-5}
+_ADAPTERS = ("lora", "lora_fa", "lora_xs", "vera", "ia3", "peft")
+_MU = {**dict.fromkeys((*_ADAPTERS, "prompt"), 1e-2), "prefix": 1e-1, "scales": 1e-5}
 
 
 # Defaults of options that are others for some methods: those of their papers.
@@ -76,7 +77,7 @@ OF_METHOD: dict[str, dict[str, Any]] = {
 LATER = tuple(OF_METHOD)
 """The methods beyond the paper."""
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
-_OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
+OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
 # Methods whose directions may be one for each group of examples.
 _BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED = ("fzoo", "randopt")
@@ -122,8 +123,8 @@ class MethodOptions(Options):
         gt=0,
         validation_alias=AliasChoices("mu", "zo_eps"),
         description="Smoothing parameter μ: distance of the probes from the weights along a direction, in units of the "
-        "weights (elsewhere: zo_eps). Default: 1e-2 for lora, prompt and peft, 1e-1 for prefix, 1e-5 for scales, else "
-        "1e-3.",
+        "weights (elsewhere: zo_eps). Default: 1e-2 for prompt and other adapters, 1e-1 for prefix, 1e-5 for scales, "
+        "else 1e-3.",
     )
     num_queries: int = Field(
         1,
@@ -249,7 +250,6 @@ class MethodOptions(Options):
         "direction has right factors of its own. Default: 1; for lozo 50, for subzero 1000, for zo_muon 100, for mopi "
         "500.",
     )
-
     hybrid_layers: int | None = Field(
         None,
         ge=0,
@@ -316,8 +316,8 @@ class MethodOptions(Options):
         adam = self.method in ("zo_adam", "fo_adam") or (is_hybrid and self.hybrid_method == "fo_adam")
         any_method = (zeroth_order, "a zeroth-order method")
         any_directions = (
-            zeroth_order and self.method not in _OWN_DIRECTIONS,
-            f"a zeroth-order method without directions of its own ({', '.join(_OWN_DIRECTIONS)} have them)",
+            zeroth_order and self.method not in OWN_DIRECTIONS,
+            f"a zeroth-order method without directions of its own ({', '.join(OWN_DIRECTIONS)} have them)",
         )
         sparse = (zeroth_order and self.sparsity > 0, "a zeroth-order method and a sparsity above 0")
         hybrid = (is_hybrid, "hybrid_layers")

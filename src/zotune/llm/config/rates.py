@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions, default_mu
 
-# K of each tuning scheme; an adapter of peft by name counts as LoRA. A scale of a packed base moves a block.
-_ZEROTH_ORDER = {"full": 12.0, "head": 12.0, "scales": 0.015, "lora": 7.0, "prefix": 230.0, "prompt": 4.0, "peft": 7.0}
+# K of each tuning scheme. A scale of a packed base moves a block.
+_ZEROTH_ORDER = {"full": 12.0, "scales": 0.015, "lora": 7.0, "prefix": 230.0, "prompt": 4.0}
 _EXPONENT = 0.7
 # Steps of momentum 0.9 are ten times as long; the other methods' rates in the benchmark are those of ZO-SGD.
 _OF_METHOD = {"zo_sgd_mmt": 0.1}
@@ -25,8 +25,11 @@ _FZOO, _FZOO_EXPONENT = 0.12, 1 / 3
 _OF_MATRICES = {"zo_muon": 1e-2, "mopi": 1e-2}
 # The exponents of first-order methods, and K of each tuning scheme.
 _FIRST_ORDER = {"fo_adam": 0.5, "fo_sgd": 0.35}
-_ADAM = {"full": 0.8, "head": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3, "peft": 1.2}
-_SGD = {"full": 5.9, "head": 5.9, "scales": 0.007, "lora": 2.8, "prefix": 28.0, "prompt": 2.8, "peft": 2.8}
+_ADAM = {"full": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3}
+_SGD = {"full": 5.9, "scales": 0.007, "lora": 2.8, "prefix": 28.0, "prompt": 2.8}
+# Schemes whose rates are those of another one: parts of the model's weights, and other adapters than LoRA.
+_AS = dict.fromkeys(("head", "norms", "biases"), "full")
+_AS |= dict.fromkeys(("lora_fa", "lora_xs", "vera", "ia3", "peft"), "lora")
 # Factors around the default within which searches and published grids found working values.
 _BELOW, _ABOVE = 100.0, 10.0
 # Below this μ, rounding of half-precision weights makes probes noisy.
@@ -60,7 +63,7 @@ def default_learning_rate(options: MethodOptions, num_tuned: int) -> float:
     d = max(1, num_tuned)
     if options.method in FIRST_ORDER:
         scales = _ADAM if options.method == "fo_adam" else _SGD
-        return _one_digit(scales[_tuning(options)] * d ** -_FIRST_ORDER[options.method])
+        return _one_digit(scales[_kind(options)] * d ** -_FIRST_ORDER[options.method])
     if options.method == "randopt":
         return options.mu  # a step lands on the mean of the best points
     if options.method == "fzoo":
@@ -69,7 +72,7 @@ def default_learning_rate(options: MethodOptions, num_tuned: int) -> float:
         return _OF_MATRICES[options.method]
     effective = max(1.0, d * (1 - options.sparsity) / options.num_queries)
     factor = _OF_METHOD.get(options.method, 1.0)
-    return _one_digit(factor * _ZEROTH_ORDER[_tuning(options)] * effective**-_EXPONENT)
+    return _one_digit(factor * _ZEROTH_ORDER[_kind(options)] * effective**-_EXPONENT)
 
 
 def initial_learning_rate(options: MethodOptions, num_tuned: int) -> float:
@@ -126,6 +129,11 @@ def warnings(
 
 def _tuning(options: MethodOptions) -> str:
     return str(getattr(options, "tuning", "full"))
+
+
+def _kind(options: MethodOptions) -> str:
+    """The tuning scheme whose rates count."""
+    return _AS.get(_tuning(options), _tuning(options))
 
 
 def _one_digit(value: float) -> float:

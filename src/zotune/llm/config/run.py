@@ -88,6 +88,11 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
     reuse_file: float = Field(
         0.0, ge=0, description="Size of a temporary file in output_dir for further activations, in GiB."
     )
+    reuse_folder: Path | None = Field(
+        None,
+        description="Folder in which runs of the same model and rows share these activations, as in a search. It "
+        "grows; delete it when you like. Default: each run computes its own.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +116,23 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"objective: {self.objective} has no gradient, which {user} needs; use a method of finite differences "
                 "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
             )
+        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
+            raise ValueError(
+                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
+            )
+        if self.resume and self.overwrite_output_dir:
+            raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
+        for option in ("reuse_file", "reuse_folder"):
+            if getattr(self, option) and not self.reuse_activations:
+                raise ValueError(f"{option} has no effect without reuse_activations; give both or neither")
+        if self.saves == "best" and self.evaluates == "no":
+            raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
+        return self
+
+    @model_validator(mode="after")
+    def _directions_per_batch_can_be_had(self, info: ValidationInfo) -> Self:
+        if is_partial(info):
+            return self
         if self.directions_per_batch is not None and self.is_generated:
             raise ValueError(
                 f"objective: {self.objective} generates text, for which directions_per_batch is not available; use "
@@ -126,16 +148,6 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"directions_per_batch is {self.directions_per_batch}, but a step reads {self.rows_a_step} examples; "
                 "use at most as many, or a larger per_device_train_batch_size"
             )
-        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
-            raise ValueError(
-                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
-            )
-        if self.resume and self.overwrite_output_dir:
-            raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
-        if self.reuse_file and not self.reuse_activations:
-            raise ValueError("reuse_file has no effect without reuse_activations; give both or neither")
-        if self.saves == "best" and self.evaluates == "no":
-            raise ValueError("save_strategy: best compares evaluations during the run: give --eval-steps")
         return self
 
     @property

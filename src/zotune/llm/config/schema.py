@@ -103,7 +103,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed", "num_more_eval"),
     ),
     "Tuning": (
-        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "tuned_layers", "tuned_parameters"),
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
+        *("tuned_parameters", "activation_rank"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
     "Method": (
@@ -134,7 +135,16 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Run": (
         *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
         *("resume", "resume_from_checkpoint", "gradient_checkpointing"),
-        *("reuse_activations", "reuse_memory", "reuse_file", "parallel", "shard", "check_ranks", "timeout"),
+        *(
+            "reuse_activations",
+            "reuse_memory",
+            "reuse_file",
+            "reuse_folder",
+            "parallel",
+            "shard",
+            "check_ranks",
+            "timeout",
+        ),
     ),
     "Evaluation": (
         *("eval_steps", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),

@@ -7,15 +7,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from zotune.llm.config.method import FIRST_ORDER, MethodOptions
+from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodOptions
 from zotune.llm.config.schema import Options, is_partial
-from zotune.llm.config.tuning import TuningOptions
+from zotune.llm.config.tuning import IN_SUBSPACE, TuningOptions
 
 AttentionName = Literal[
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
 ]
 COMPUTED_MAPS = ("auto", "balanced", "sequential")
 """The device maps that accelerate computes."""
+_OTHER_DIRECTIONS = ("rank", "sparsity", "flipped", "hybrid_layers")
 # Attention without a derivative in forward mode.
 _FUSED = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -166,6 +167,37 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
     seed: int = Field(
         0, ge=0, description="Seed of the directions, the order of batches and the initial adapter weights."
     )
+
+    @model_validator(mode="after")
+    def _no_lost_aim(self, info: ValidationInfo) -> Self:
+        """Refuse what would move LoRA-XS out of its subspace, and places of weights where nothing can be found."""
+        if is_partial(info):
+            return self
+        elementwise = self.method == "zo_sgd_sign" and self.sign == "elementwise"
+        other = next((n for n in _OTHER_DIRECTIONS if getattr(self, n) not in (None, 0, False)), None)
+        if self.tuning == "lora_xs" and (
+            self.method not in IN_SUBSPACE or elementwise or other or self.activation_rank
+        ):
+            what = other or ("sign: elementwise" if elementwise else f"method: {self.method}")
+            raise ValueError(
+                f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
+                f"there; use {', '.join(IN_SUBSPACE)}, or tuning: lora_fa"
+            )
+        if self.activation_rank is not None and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
+            raise ValueError(
+                "activation_rank has no effect here: it needs a zeroth-order method without directions of its own "
+                f"({', '.join(OWN_DIRECTIONS)} have them)"
+            )
+        if self.activation_rank is not None and other is not None:
+            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
+        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
+        found |= {"activation_rank": self.activation_rank is not None}
+        asked = next((name for name, is_asked in found.items() if is_asked), None)
+        places = ("device_map", "offload_folder", "shard")
+        place = next((p for p in places if getattr(self, p, None) not in (None, "none")), None)
+        if asked and place:
+            raise ValueError(f"{asked} reads all weights and activations in one place, so it does not go with {place}")
+        return self
 
     @model_validator(mode="after")
     def _no_idle_checkpointing(self, info: ValidationInfo) -> Self:

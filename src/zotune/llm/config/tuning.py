@@ -9,29 +9,58 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from zotune.llm.config.schema import MAPPING_OR_TEXT, Options, as_json, is_partial
 
+OF_THE_MODEL = ("full", "head", "norms", "biases", "scales")
+"""The schemes that tune weights of the model itself; the others tune an adapter, which is saved without the model."""
+LORA = ("lora", "lora_fa", "lora_xs")
+"""The schemes whose adapter is one of LoRA, in memory and as it is saved."""
+BY_NAME = ("vera", "ia3")
+"""The schemes of peft that have a name of their own here."""
+IN_SUBSPACE = (
+    *("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "forward_grad"),
+    *("fzoo", "randopt", "block_coordinate"),
+)
+"""The methods whose steps are sums of directions, so that they stay in the subspace of these."""
+_IN_LAYERS = ("full", "norms", "biases", *LORA, *BY_NAME, "scales")
 # Options that belong to some tuning schemes, those schemes, and a hint for the others.
 _SCHEMES_OF_OPTION = (
     ("tuned_parameters", ("full",), "it chooses among the model's own weights; with lora use lora_target_modules"),
-    ("tuned_layers", ("full", "lora", "scales"), "for an adapter by name, set layers_to_transform in peft_config"),
-    ("lora_target_modules", ("lora",), "it names the linear layers that get a LoRA adapter"),
+    ("tuned_layers", _IN_LAYERS, "for an adapter by name, set layers_to_transform in peft_config"),
+    ("lora_target_modules", LORA, "it names the linear layers that get a LoRA adapter"),
+    ("lora_init", ("lora", "lora_fa"), "it is about a LoRA adapter whose initial values are free"),
     ("num_virtual_tokens", ("prefix", "prompt"), "for an adapter by name, set it in peft_config"),
     ("peft_type", ("peft",), "it names one of peft's schemes"),
-    ("peft_config", ("peft",), "it holds the keys of one of peft's schemes"),
+    ("peft_config", ("peft", *BY_NAME), "it holds the keys of one of peft's schemes"),
 )
 
 
 class TuningOptions(Options):
     """The options that choose the tuned parameters."""
 
-    tuning: Literal["full", "head", "scales", "lora", "prefix", "prompt", "peft"] = Field(
+    tuning: Literal[
         "full",
-        description="Parameters to tune: all weights (full), the output head, the scales of a quantised base, or an "
-        "adapter of peft (lora, prefix, prompt, or another one by --peft-type).",
+        "head",
+        "norms",
+        "biases",
+        "scales",
+        "lora",
+        "lora_fa",
+        "lora_xs",
+        "vera",
+        "ia3",
+        "prefix",
+        "prompt",
+        "peft",
+    ] = Field(
+        "full",
+        description="Parameters to tune: all weights (full), the output head, the gains of the norms, the biases, the "
+        "scales of a quantised base, or an adapter of peft (lora, lora_fa with A frozen, lora_xs between frozen "
+        "singular vectors, vera, ia3, prefix, prompt, or another one by --peft-type).",
     )
     tuned_layers: int | None = Field(
         None,
-        ge=1,
-        description="Tune only the last N layers; with full also the modules above them. Default: all layers.",
+        ge=0,
+        description="Tune only the last N layers; with full, norms and biases also the modules above them, and with 0 "
+        "these alone, such as the last norm. Default: all layers.",
     )
     tuned_parameters: str | None = Field(
         None,
@@ -47,6 +76,17 @@ class TuningOptions(Options):
         (),
         description="Linear layers that get a LoRA adapter, or all-linear for each one inside the layers; default: "
         "q_proj and v_proj, or query and value; else those that peft chooses for this type of model; else all-linear.",
+    )
+    lora_init: Literal["default", "eva"] = Field(
+        "default",
+        description="Initial values of LoRA's A: random, or the principal components of the layers' inputs in forward "
+        "passes over training rows (eva).",
+    )
+    activation_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Directions within the leading N principal components of what each tuned tensor multiplies, found "
+        "by forward passes over training rows; default: in all directions.",
     )
 
     num_virtual_tokens: int | None = Field(
@@ -70,12 +110,17 @@ class TuningOptions(Options):
                 raise ValueError(f"{option} needs tuning: {' or '.join(schemes)}, not {self.tuning}; {remedy}")
         if self.tuning == "peft" and self.peft_type is None:
             raise ValueError("tuning: peft needs the name of one of peft's schemes, for instance --peft-type ia3")
+        if self.tuned_layers == 0 and self.tuning not in ("full", "norms", "biases"):
+            raise ValueError(
+                f"tuned_layers: 0 leaves no layer for tuning: {self.tuning}; give at least 1, or tune the modules "
+                "above the layers with full, norms or biases"
+            )
         return self
 
     @property
     def is_adapter(self) -> bool:
         """Whether the tuned parameters are an adapter, which is saved without the model."""
-        return self.tuning not in ("full", "head", "scales")
+        return self.tuning not in OF_THE_MODEL
 
     @property
     def peft_options(self) -> dict[str, Any]:

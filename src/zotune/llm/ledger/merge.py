@@ -30,6 +30,7 @@ from zotune.llm.ledger.rebuild import (
     say_in_memory,
 )
 from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, mean_of_models, streamed_base
+from zotune.llm.models.tuned_sets.aim import recorded_aim
 from zotune.llm.output.json_files import write_json
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.training.optimizers import make_optimizer
@@ -180,7 +181,7 @@ def _row(ledgers: Sequence[Ledger], base: str | None, device: str | None) -> Reb
     rebuilt = rebuild_in_memory(first, config_of(first, base, device))
     for other in others:
         config = config_of(other, device=device)
-        optimizer = make_optimizer(rebuilt.lm.module, config, config.seed)
+        optimizer = make_optimizer(rebuilt.lm.module, config, config.seed, aim=recorded_aim(other))
         assert isinstance(optimizer, ZerothOrder)
         check(optimizer, other, digests=False)
         for record in other:

@@ -22,6 +22,8 @@ from zotune.llm.ledger.streaming import NotStreamedError, StreamedModel, streame
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.aim import recorded_aim
+from zotune.llm.models.tuned_sets.find import set_aim
 from zotune.llm.output.locked_folder import LockedFolder, new_folder, tidy
 from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.model_files import write_model_files
@@ -160,7 +162,8 @@ def rebuild_in_memory(ledger: Ledger, config: TrainConfig) -> RebuiltModel:
     """Rebuild the model as `rebuild` does, with the whole model in memory."""
     lm = load(config, head_labels(config), config.seed)
     prepare_tuning(lm, config)
-    optimizer = make_optimizer(lm.module, config, config.seed)
+    set_aim(lm, recorded_aim(ledger))
+    optimizer = make_optimizer(lm.module, config, config.seed, aim=lm.aim)
     assert isinstance(optimizer, ZerothOrder)
     if (digest := frozen_digest(lm.module)) != ledger.header.about.get("frozen"):
         raise LedgerError(

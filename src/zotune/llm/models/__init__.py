@@ -3,5 +3,5 @@
 Start with `language_model` and `load`; then `tuned_parameters` and `adapters` for the tuned parameters.
 `candidate_scores` scores candidates (verbalizers, completions), `partial_forward` makes a forward pass cheap, the
 package `placement` loads models that do not lie on one device; the caches (`activation_cache`, `prompt_cache`,
-`cache_storage`) skip layers below the tuned ones.
+`activation_storage`) skip layers below the tuned ones.
 """

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune.llm.data.collator import Batch
-from zotune.llm.models.cache_storage import ActivationStore
+from zotune.llm.models.activation_storage.folder import ActivationFolder
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import output_of_module, parameters_read
 from zotune.messages import say
@@ -120,13 +122,20 @@ class SequenceCache:
         store: storage of the activations; without a tier they are recomputed each time, with the same bits.
         splits: the sequences to come, split by split: the groups of a split do not depend on later splits. A
             sequence of no split is its own group.
+        folder: a folder in which runs of the same model and rows share the activations.
 
     Attributes:
         depth: number of layers below all tuned parameters; if it is 0, scores are computed without a cache.
         num_layers: number of layers in all.
     """
 
-    def __init__(self, lm: LanguageModel, store: ActivationStore, splits: Sequence[Iterable[Tokens]] = ()) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        store: ActivationStore,
+        splits: Sequence[Iterable[Tokens]] = (),
+        folder: Path | None = None,
+    ) -> None:
         _, layers = stack_of(lm.base)
         self.num_layers = len(layers)
         splits = [list(split) for split in splits]
@@ -135,6 +144,7 @@ class SequenceCache:
         trial = padded([(0, 1, 2, 3), (0, 1)], lm.pad_token_id, lm.device)
         self.depth = depth_without_effects(lm, lowest, "activations", lambda: lm.read(*trial))
         self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
+        self._shared = None if folder is None or not self.depth else ActivationFolder(folder, lm, self.depth)
         # What follows the hidden states in a layer's output, without its numbers; None for an output that is no tuple.
         self._rest: tuple[None, ...] | None = None
         self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}
@@ -172,12 +182,23 @@ class SequenceCache:
 
     def _compute(self, group: Sequence[Tokens]) -> dict[Tokens, Tensor]:
         """Return the (L, width) activations of each sequence, from one pass of the group through the lower layers."""
+        found = None if self._shared is None else self._shared.get(group)
+        if found is None:
+            found = self._pass(group)
+            if self._shared is not None:
+                self._shared.put(group, *found)
+        activations, rest = found
+        self._rest = None if rest is None else (None,) * rest
+        return dict(zip(group, activations, strict=True))
+
+    def _pass(self, group: Sequence[Tokens]) -> tuple[tuple[Tensor, ...], int | None]:
+        """Return the activations of a group, and how many values follow them in a layer's output if it is a tuple."""
         with torch.no_grad():
             inputs = padded(group, self._lm.pad_token_id, self._lm.device)
             output = output_of_module(self._layers[-1], lambda: self._lm.read(*inputs))
-        self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
         activations: Tensor = first_of(output)
-        return {s: activation[: len(s)] for s, activation in zip(group, activations, strict=True)}
+        rest = len(output) - 1 if isinstance(output, tuple) else None
+        return tuple(own[: len(s)] for s, own in zip(group, activations, strict=True)), rest
 
     @contextmanager
     def _skip_to(self, inputs: Tensor) -> Iterator[None]:

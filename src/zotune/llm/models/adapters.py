@@ -7,6 +7,7 @@ Lester et al., 2021), because random virtual tokens are unlike any input that th
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,12 +67,12 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         raise UsageError(
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
-    paths = _paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
+    paths = target_paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
     # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
-    only_linear = set(_paths(lm, targets, [lm.base])) == {
+    only_linear = set(target_paths(lm, targets, [lm.base])) == {
         name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
     }
-    is_everywhere = bool(config.tuned_layers) or paths == _paths(lm, targets, [lm.base])
+    is_everywhere = bool(config.tuned_layers) or paths == target_paths(lm, targets, [lm.base])
     by_name = lm.text_model is lm.base and only_linear and is_everywhere
     in_layers = by_name and config.tuned_layers is not None
     lora = LoraConfig(
@@ -86,11 +87,22 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         # A new head is trained in full and saved with the adapter.
         modules_to_save=head_module_names(lm.base) if lm.classifies else None,
         task_type="SEQ_CLS" if lm.classifies else None if lm.masked else "CAUSAL_LM",
+        **_initial_values(config),
     )
     try:
         _wrap_with_peft(lm, lora, config)
     except ValueError as error:
         raise UsageError(f"peft cannot add a LoRA adapter to {lm.name}: {reason_of(error)}") from error
+
+
+def _initial_values(config: StepOptions) -> dict[str, Any]:
+    """Return the keys of peft that say where LoRA's initial values are from.
+
+    EVA does not redistribute ranks (rho = 1): the adapter's size is known before a pass.
+    """
+    from peft import EvaConfig
+
+    return {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)} if config.lora_init == "eva" else {}
 
 
 def default_targets(model_type: str, linear: Collection[str]) -> tuple[str, ...]:
@@ -149,7 +161,7 @@ def _linear_in(layers: Sequence[nn.Module]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(inside))
 
 
-def _paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.Module]) -> list[str]:
+def target_paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.Module]) -> list[str]:
     """Return the paths of the linear layers in some parts of a model that a target names."""
     inside = {m for part in parts for m in part.modules()}
     return [name for name, m in linear_layers(lm.base) if m in inside and any(is_target(name, t) for t in targets)]
@@ -161,14 +173,14 @@ def first_layer(num_layers: int, tuned_layers: int | None) -> int:
     Raises:
         UsageError: the model has fewer layers.
 
-    >>> first_layer(12, None), first_layer(12, 2)
-    (0, 10)
+    >>> first_layer(12, None), first_layer(12, 2), first_layer(12, 0)
+    (0, 10, 12)
     """
     if tuned_layers is not None and tuned_layers > num_layers:
         raise UsageError(
             f"tuned_layers is {tuned_layers}, but the model has {num_layers} layers; give at most {num_layers}."
         )
-    return num_layers - (tuned_layers or num_layers)
+    return 0 if tuned_layers is None else num_layers - tuned_layers
 
 
 def add_prefix(lm: LanguageModel, config: StepOptions) -> None:
@@ -356,7 +368,12 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
     if adapter.is_prompt_learning:
         accept_old_name(lm.base)
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _stand_ins(lm.module, lm.device):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        _stand_ins(lm.module, lm.device),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     name_base_for_all(lm.module)

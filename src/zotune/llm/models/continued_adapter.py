@@ -17,7 +17,14 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.messages import say
 from zotune.model.layers import stack_of
 
-_SCHEMES = {"lora": "lora", "prefix": "prefix_tuning", "prompt": "prompt_tuning"}
+_SCHEMES = {
+    "lora": "lora",
+    "lora_fa": "lora",
+    "vera": "vera",
+    "ia3": "ia3",
+    "prefix": "prefix_tuning",
+    "prompt": "prompt_tuning",
+}
 _VIRTUAL = ("prefix_tuning", "prompt_tuning", "cartridge")
 
 
@@ -79,7 +86,7 @@ def make_trainable(module: Any, name: str) -> None:
 
 def own_options(lm: LanguageModel, config: StepOptions) -> dict[str, Any]:
     """Return the options of LoRA that the model's adapter has and `config` has otherwise, to record them."""
-    if config.tuning != "lora" or not is_adapter(lm.module):
+    if config.tuning not in ("lora", "lora_fa") or not is_adapter(lm.module):
         return {}
     found = {"lora_r": _adapter(lm).r, "lora_alpha": _adapter(lm).lora_alpha}
     return {name: value for name, value in found.items() if getattr(config, name) != value}
@@ -93,7 +100,8 @@ def _adapter(lm: LanguageModel) -> Any:
 def _contradictions(lm: LanguageModel, config: StepOptions) -> Iterator[tuple[str, Any, Any]]:
     """Yield options that were given and differ from the adapter: their names, their values, and the adapter's."""
     adapter, given = _adapter(lm), config.model_fields_set
-    names = {"lora": {"lora_r": "r", "lora_alpha": "lora_alpha"}}.get(config.tuning, {})
+    is_lora = config.tuning in ("lora", "lora_fa")
+    names = {"lora_r": "r", "lora_alpha": "lora_alpha"} if is_lora else {}
     if config.num_virtual_tokens is not None:
         names = {"num_virtual_tokens": "num_virtual_tokens"}
     for option, key in names.items():
@@ -101,6 +109,8 @@ def _contradictions(lm: LanguageModel, config: StepOptions) -> Iterator[tuple[st
             yield option, getattr(config, option), getattr(adapter, key)
     if config.tuned_layers is not None:
         yield "tuned_layers", config.tuned_layers, "layers of its own"
+    if config.lora_init != "default":
+        yield "lora_init", config.lora_init, "values already"
     if config.lora_target_modules and not _targets_agree(lm, config.lora_target_modules):
         found = sorted({path.rpartition(".")[2] for path in adapted_paths(lm)})
         yield "lora_target_modules", ", ".join(config.lora_target_modules), ", ".join(found)

@@ -25,6 +25,7 @@ from zotune.llm.models.candidate_scores import (
     scores_of_tokens,
 )
 from zotune.llm.models.partial_forward import fixed_output, head_at_positions, modules_entered, output_of_module
+from zotune.llm.models.tuned_sets.aim import Aim
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
 from zotune.model.parameters import input_device
@@ -51,6 +52,7 @@ class LanguageModel:
             it.
         mesh: the processes that share the work on the model; one by default.
         rows_alone: how `score` computes each row alone; None to compute all rows together.
+        aim: what was found for the tuned set before the first step; None for a set that needs nothing.
         companions: files of the model's processor by name, to save beside a model that also reads images or sound.
     """
 
@@ -63,6 +65,7 @@ class LanguageModel:
     base_fingerprint: dict[str, str] | None = None
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     mesh: Mesh = field(default=ALONE_MESH, repr=False)
+    aim: Aim | None = field(default=None, repr=False)
     rows_alone: RowsAlone | None = field(default=None, repr=False)
     _said: bool = field(default=False, repr=False)
 

@@ -23,8 +23,8 @@ from zotune.llm.models.activation_cache import (
     on_meta_too,
     tunes_outside_base,
 )
+from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.cache_argument import cache_argument, cache_in_call
-from zotune.llm.models.cache_storage import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import output_of_module
 from zotune.messages import say

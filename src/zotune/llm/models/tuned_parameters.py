@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
+from zotune.directions.principal import is_norm
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_config import check_pattern
 from zotune.llm.checkpoints.adapter_merge import is_adapter, merged_model
@@ -20,6 +21,7 @@ from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.continued_adapter import continue_adapter, continues, scheme_of
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import head_module
+from zotune.llm.models.tuned_sets.adapters import add_ia3, add_lora_with_frozen_a, add_vera, freeze_a
 from zotune.llm.quantized.backends import is_packed, is_quantised
 from zotune.llm.quantized.scales import SCALES, add_scales, layers_with_scales
 from zotune.messages import say
@@ -38,6 +40,8 @@ def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
     """
     if continues(lm, config):
         continue_adapter(lm, config)
+        if config.tuning == "lora_fa":
+            freeze_a(lm.module)
     else:
         if is_adapter(lm.module):
             _merge_adapter(lm, config)
@@ -145,6 +149,31 @@ def _check_mu(name: str, median: float, mu: float) -> None:
         )
 
 
+def _choose_norms(lm: LanguageModel, config: StepOptions) -> None:
+    """Choose the gains of the norms; with `tuned_layers` those of the last layers and of what comes after them."""
+    gains = {id(m.weight) for m in lm.module.modules() if is_norm(m) and isinstance(getattr(m, "weight", None), Tensor)}
+    _choose_vectors(lm, config, lambda name, p: id(p) in gains, "norm with a gain")
+
+
+def _choose_biases(lm: LanguageModel, config: StepOptions) -> None:
+    """Choose the biases, those of norms too (BitFit, Ben Zaken et al., 2022, arXiv 2106.10199)."""
+    _choose_vectors(lm, config, lambda name, p: name.rpartition(".")[2] == "bias", "bias")
+
+
+def _choose_vectors(
+    lm: LanguageModel, config: StepOptions, is_chosen: Callable[[str, nn.Parameter], bool], what: str
+) -> None:
+    for name, p in _candidates(lm, config):
+        if p.dim() == 1 and p.is_floating_point() and is_chosen(name, p):
+            p.requires_grad_(True)
+    if not any(p.requires_grad for p in lm.module.parameters()):
+        where = "" if config.tuned_layers is None else " in the chosen layers"
+        raise UsageError(
+            f"tuning: {config.tuning}: nothing would be tuned, for {lm.name} has no {what}{where}. Tune another set: "
+            "norms, biases, lora, or --tuned-parameters with tuning: full."
+        )
+
+
 def _choose_head(lm: LanguageModel, config: StepOptions) -> None:
     parts = (
         [lm.base.get_submodule(name) for name in head_module_names(lm.base)]
@@ -163,8 +192,14 @@ def _choose_head(lm: LanguageModel, config: StepOptions) -> None:
 SCHEMES: dict[str, Callable[[LanguageModel, StepOptions], None]] = {
     "full": _choose_weights,
     "head": _choose_head,
+    "norms": _choose_norms,
+    "biases": _choose_biases,
     "scales": _choose_scales,
     "lora": add_lora,
+    "lora_fa": add_lora_with_frozen_a,
+    "lora_xs": add_lora_with_frozen_a,
+    "vera": add_vera,
+    "ia3": add_ia3,
     "prefix": add_prefix,
     "prompt": add_prompt,
     "peft": add_peft_adapter,

@@ -16,7 +16,7 @@ from torch import nn
 from zotune.errors import RunError, UsageError
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.data.tokenization import Encoded
-from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, FileTier, MemoryTier
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.messages import say
 from zotune.model.mapped_memory import release

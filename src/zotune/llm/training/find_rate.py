@@ -23,6 +23,8 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.stored_rows import SelectedRows
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.tuned_sets.aim import num_free
+from zotune.llm.models.tuned_sets.find import planned_aim
 from zotune.llm.search.points import Search, climb
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import copy_weights, restore_weights
@@ -81,7 +83,8 @@ def with_steps_and_rate(lm: LanguageModel, config: TrainConfig, num_rows: int) -
     given, config = config, config.with_steps(num_rows, config.rows_a_step)
     on_epochs = given.epochs_note(num_rows, config.max_steps)
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
-    num_tuned, half_precision = sum(p.numel() for p in tuned), any(p.dtype in HALF for p in tuned)
+    num_tuned = num_free(lm.module, planned_aim(lm, config))
+    half_precision = any(p.dtype in HALF for p in tuned)
     if config.learning_rate is None:
         config = config.model_copy(update={"learning_rate": default_learning_rate(config, num_tuned)})
     on_rates = warnings(config, num_tuned, half_precision=half_precision)

@@ -72,7 +72,7 @@ class Run:
             else partial(rows.generated.closure, lm)
         )
         self.optimizer = make_optimizer(
-            lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None
+            lm.module, config, config.seed, self._run_once, reuse_prefix=rows.generated is None, aim=lm.aim
         )
         if isinstance(self.optimizer, ZerothOrder):
             keep_activations()

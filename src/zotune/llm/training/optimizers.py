@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import nn
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
 from zotune.directions.flipped import flipped
 from zotune.directions.low_rank import low_rank
-from zotune.directions.samplers import SAMPLERS
+from zotune.directions.samplers import SAMPLERS, Subspace
 from zotune.directions.schedule import AnySampler
 from zotune.directions.sparse import sparse
+from zotune.directions.within import within
+from zotune.errors import UsageError
 from zotune.estimate.finite_difference import central_difference, forward_difference
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions
 from zotune.llm.config.rates import initial_learning_rate
+from zotune.llm.models.tuned_sets.aim import Aim, num_free
 from zotune.methods.table import METHODS
 from zotune.optim.hybrid import Hybrid, split_at_layer
 from zotune.optim.master_weights import FirstOrder, with_master_weights
@@ -35,6 +38,7 @@ def make_optimizer(
     run_once: Callable[[], Any] | None = None,
     *,
     reuse_prefix: bool = True,
+    aim: Aim | None = None,
 ) -> AnyOptimizer:
     """Build the method that the options name, over the parameters that require a gradient.
 
@@ -45,14 +49,19 @@ def make_optimizer(
         run_once: runs a forward pass; a hybrid needs it to find the layers that read each parameter.
         reuse_prefix: with blocks, whether all evaluations of a step run the same forward passes, so that they can
             share cached activations.
+        aim: what was found for the tuned set before the first step.
+
+    Raises:
+        UsageError: the method does not go with the tuned set, or nothing was found for a set that needs it.
     """
+    subspaces = _subspaces(options, aim)
     tuned = [p for p in module.parameters() if p.requires_grad]
-    rate = initial_learning_rate(options, sum(p.numel() for p in tuned))
+    rate = initial_learning_rate(options, num_free(module, aim))
     options = options.model_copy(update={"learning_rate": rate})
     if options.method in FIRST_ORDER:
         return first_order(options.method, tuned, rate, options)
     if options.hybrid_layers is None:
-        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix)
+        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix, subspaces=subspaces)
     assert run_once is not None
     shallow, deep = split_at_layer(module, options.hybrid_layers, run_once, tied=options.hybrid_tied)
     if not shallow:
@@ -93,6 +102,7 @@ def _zeroth_order(
     params: list[nn.Parameter] | None,
     *,
     reuse_prefix: bool = True,
+    subspaces: Mapping[str, Subspace] | None = None,
 ) -> ZerothOrder:
     assert isinstance(options.learning_rate, float)
     shared: dict[str, Any] = {
@@ -104,7 +114,7 @@ def _zeroth_order(
         "rounding": options.rounding,
         "seed": seed,
         "params": params,
-        "sampler": SAMPLERS[options.sampler] if options.method in _OF_SUBSPACES else _sampler(options),
+        "sampler": SAMPLERS[options.sampler] if options.method in _OF_SUBSPACES else _sampler(options, subspaces),
         "blocks": _blocks(module, options, params),
     }
     shared |= {name: value for name in _RARE if (value := getattr(options, name)) is not None}
@@ -149,8 +159,26 @@ def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in taken}
 
 
-def _sampler(options: MethodOptions) -> AnySampler:
+def _subspaces(options: MethodOptions, aim: Aim | None) -> Mapping[str, Subspace]:
+    """The subspaces that directions lie in by the options.
+
+    Raises:
+        UsageError: none were found.
+    """
+    if getattr(options, "activation_rank", None) is None and getattr(options, "tuning", "") != "lora_xs":
+        return {}
+    if aim is None:
+        raise UsageError(
+            "activation_rank and tuning: lora_xs take their directions from what zotune train finds before the first "
+            "step, which this command or program does not do. Leave them out here."
+        )
+    return aim.subspaces
+
+
+def _sampler(options: MethodOptions, subspaces: Mapping[str, Subspace] | None) -> AnySampler:
     base: AnySampler = SAMPLERS[options.sampler]
+    if subspaces:
+        return within(SAMPLERS[options.sampler], subspaces)
     if options.flipped:
         return flipped(SAMPLERS[options.sampler])
     if options.rank is not None:

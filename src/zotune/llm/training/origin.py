@@ -26,7 +26,7 @@ from zotune.system.libraries import library_version
 # Options on which the weights do not depend, so they may differ between the parts of a run, and no ledger holds them.
 FREE_OPTIONS = frozenset(
     {"output_dir", "overwrite_output_dir", "resume", "save_steps", "accept_terms", "device", "logging_steps"}
-    | {"reuse_activations", "reuse_memory", "reuse_file", "logging_strategy"}
+    | {"reuse_activations", "reuse_memory", "reuse_file", "reuse_folder", "logging_strategy"}
     | {*COMMAND_LINE_ONLY, "report_to", "run_name", "save_strategy", "save_total_limit", "resume_from_checkpoint"}
     | {"device_map", "offload_folder"}
     | {"push_to_hub", "hub_model_id", "hub_private_repo", "parallel", "shard", "check_ranks", "timeout"}

@@ -27,6 +27,7 @@ from zotune.ledger.replay import check, header_of, replay, tuned_digests
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.tuned_sets.aim import Aim
 from zotune.llm.output.manifest import LEDGER
 from zotune.llm.output.metrics_log import Line, MetricsLog
 from zotune.llm.output.output_folder import CHECKPOINT, METRICS, OutputFolder
@@ -81,7 +82,7 @@ class Journal:
     ) -> None:
         self._config, self._optimizer, self._passes = config, optimizer, passes
         self._output, self._processes = output, lm.mesh.processes
-        self._module = lm.module
+        self._module, self._aim = lm.module, lm.aim
         self._tuned: dict[str, Tensor] = {t.name: t.parameter for t in ParameterSet(lm.module)}
         origin = origin_of(lm, train, dev if config.selects else None)
         self._origin = origin if self.has_ledger else with_tuned_weights(origin, lm)
@@ -217,7 +218,7 @@ class Journal:
             return self._open_without_ledger(folder, counters)
         assert isinstance(self._optimizer, ZerothOrder)
         if self._ledger is None:
-            about = _description(self._config, self._origin)
+            about = _description(self._config, self._origin, self._aim)
             header = header_of(self._optimizer, about, digests=self._digests)
             self._writer = LedgerWriter.create(folder.path / LEDGER, header)
             folder.metrics.truncate(0)
@@ -305,13 +306,14 @@ def _options_of(saved: Any) -> dict[str, Any]:
     return {key: value for key, value in saved["run"].items() if key != "data"}
 
 
-def _description(config: TrainConfig, origin: Mapping[str, str]) -> dict[str, Any]:
+def _description(config: TrainConfig, origin: Mapping[str, str], aim: Aim | None) -> dict[str, Any]:
     """Return the description of a run in a ledger's header."""
     libraries = ("torch", "numpy", "transformers", "peft")
     end = {"max_steps": config.max_steps} if config.schedule_needs_end else {}
     return {
         "config": recorded_options(config),
         **origin,
+        **({} if aim is None else {"aim": aim.to_json()}),
         "schedule": {"kind": config.lr_scheduler_type, **end},
         "tuning": config.tuning,
         "versions": {"zotune": zotune.__version__, **{name: library_version(name) for name in libraries}},

@@ -16,21 +16,26 @@ from typing import Any
 import torch
 
 from zotune.errors import NotWrittenError, RunError, UsageError
+from zotune.ledger import read
 from zotune.llm.callbacks.trackers import all_callbacks
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import NEW_RUN, TrainConfig, recorded_choices
 from zotune.llm.distributed.agreement import check_start, tuned_digest
 from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.activation_cache import SequenceCache
-from zotune.llm.models.cache_storage import ActivationStore, FileTier, MemoryTier
+from zotune.llm.models.activation_storage.tiers import ActivationStore, FileTier, MemoryTier
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.models.tuned_sets.aim import Aim, num_free, recorded_aim
+from zotune.llm.models.tuned_sets.find import find_aim, needs_aim, set_aim
 from zotune.llm.output.checkpoint_folder import check_checkpoint
 from zotune.llm.output.environment import environment
 from zotune.llm.output.locked_folder import tidy
+from zotune.llm.output.manifest import LEDGER
+from zotune.llm.output.output_folder import OutputFolder
 from zotune.llm.rows.sources import UserRows, read_checked_files
 from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.metrics import with_measure
@@ -239,6 +244,7 @@ def tune(
         UsageError, RunError: as `train`.
     """
     output.check_free_space(lm)
+    _aim(lm, rows, config, output)
     store = _activation_store(config, output)
     scorer, rows = _scorer(lm, rows, config, store), _with_prompt_cache(lm, rows, config, store)
     config = _with_found_rate(lm, rows, config, scorer, output)
@@ -247,6 +253,19 @@ def tune(
     if result.stopped_by is None and lm.mesh.processes.is_first:
         upload_after(config, result.output_dir)
     return result
+
+
+def _aim(lm: LanguageModel, rows: EncodedData, config: TrainConfig, output: Output) -> None:
+    """Find by forward passes what the tuned set needs, or read it from the ledger of a run that is resumed."""
+    if not needs_aim(config):
+        return
+
+    def found() -> Aim:
+        path = output.source / LEDGER if isinstance(output, OutputFolder) and output.is_resumed else None
+        recorded = recorded_aim(read(path)) if path is not None and path.is_file() else None
+        return find_aim(lm, config, rows.train) if recorded is None else recorded
+
+    set_aim(lm, lm.mesh.processes.first(found))
 
 
 def _with_found_rate(
@@ -319,7 +338,7 @@ def _result(
         num_forwards=run.counters.num_forwards,
         **run.spent(),
         num_tokens=run.tokens_read(),
-        num_tuned=sum(p.numel() for p in run.lm.module.parameters() if p.requires_grad),
+        num_tuned=num_free(run.lm.module, run.lm.aim),
         seconds=run.counters.seconds,
         peak_memory=peak_memory(run.lm.device),
         dev_before=before,
@@ -344,7 +363,7 @@ def _scorer(lm: LanguageModel, rows: EncodedData, config: TrainConfig, store: Ac
     if drops and config.method in FIRST_ORDER:  # steps of back-propagation use dropout
         return lm.score
     splits = [[s for e in split for s in e.sequences] for split in (rows.train, rows.dev, rows.test)]
-    cache = SequenceCache(lm, store, splits)
+    cache = SequenceCache(lm, store, splits, config.reuse_folder if config.reuse_activations else None)
     if cache.depth and config.reuse_activations:
         file = f" and {config.reuse_file:g} GiB of a file" if config.reuse_file else ""
         say(
