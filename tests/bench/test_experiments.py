@@ -4,11 +4,11 @@ the smallest scale runs from end to end; and a row in a file is all that a new c
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
+from zotune.llm.training import optimizers
 from zotune.methods.paper import METHODS
 from zotune.model.parameters import ParameterSet
 from zotune.plan import process_memory
@@ -514,13 +515,21 @@ def test_without_optuna_the_search_says_what_to_install(monkeypatch):
 # A new method, a new task ----------------------------------------------------------------------------------
 
 _METHOD = '''
+"""ZO-Half: steps of half the length, along differences that it takes itself."""
+
+from functools import partial
+from typing import Unpack
+
+from torch import nn
+
+from zotune.estimate.finite_difference import central_difference
+from zotune.methods.options import Options
+from zotune.optim.zeroth_order import ZerothOrder
+
 
 def zo_half(model: nn.Module, lr: float, *, mu: float = 1e-3, **options: Unpack[Options]) -> ZerothOrder:
     r"""ZO-Half: steps of half the length."""
-    return ZerothOrder(model, lr / 2, estimator=differences(central_difference, mu), **options)
-
-
-METHODS["zo_half"] = zo_half
+    return ZerothOrder(model, lr / 2, estimator=partial(central_difference, mu=mu), **options)
 '''
 
 _TASK = '''
@@ -531,42 +540,119 @@ from dataclasses import replace
 NEW = replace(COPA, name="new_task")
 '''
 
+_MINE = """
+title = "Mine"
+question = "Does my method work on my task and my model?"
+comparable = "Nothing."
+layout = { rows = ["method"], columns = ["task"] }
+axes = { method = ["zo_half", "zo_sgd"], task = ["new_task"], model = ["mine/tiny"], tuning = ["lora"] }
+options = { data_source = "rows" }
+scale = { smoke = {}, paper = {} }
+[[rules]]
+when = { method = "zo_half" }
+options = { num_queries = 2 }
+"""
 
-def test_a_new_method_and_a_new_task_appear_by_a_file_and_a_row(tmp_path):
-    """In a copy of the package, so that what is added is what anyone would add."""
-    shutil.copytree(SOURCE / "zotune", tmp_path / "zotune", ignore=shutil.ignore_patterns("__pycache__"))
-    package = tmp_path / "zotune"
-    with (package / "methods" / "paper.py").open("a", encoding="utf-8") as methods:
-        methods.write(_METHOD)
-    options = package / "llm" / "config" / "method.py"
-    options.write_text(options.read_text(encoding="utf-8").replace('"zo_adam",', '"zo_adam", "zo_half",', 1))
-    (package / "llm" / "tasks" / "new_task.py").write_text(_TASK, encoding="utf-8")
-    tasks = package / "llm" / "tasks" / "__init__.py"
-    text = tasks.read_text(encoding="utf-8").replace("_OTHERS = (", "_OTHERS = (NEW, ", 1)
-    tasks.write_text(
-        text.replace(
-            "from zotune.llm.tasks.copa", "from zotune.llm.tasks.new_task import NEW\nfrom zotune.llm.tasks.copa", 1
-        )
+_WALK = """
+import json, sys
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from bench_cells import here, run_cells
+from zotune.cli.main import run
+from zotune.bench.spec.selection import chosen_cells
+from transformers import OPTForCausalLM
+from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
+config = ARCHITECTURES["opt-tiny"]()
+OPTForCausalLM(config).save_pretrained("mine/tiny")
+byte_tokenizer(config).save_pretrained("mine/tiny")
+for verb in ("methods", "tasks"): run([verb])
+for name in ("table2", "leaderboard"):
+    for cell in chosen_cells([name], "paper")[name]: print(cell.path)
+for name in ("table2", "mine.toml"):
+    specs = [s for some in chosen_cells([name], "smoke", ["table2/zo_half*", "mine/*"]).values() for s in some]
+    print(json.dumps(run_cells(specs, "results", here)))
+(cell,) = [c for c in chosen_cells(["mine.toml"], "paper", ["mine/zo_half*"])["mine"]]
+print("grid", cell.search.learning_rate, cell.search.mu)
+print("plan", run(["plan", "--model", "random:opt-tiny", "--length", "16"]))
+print("report", run(["bench", "report", "mine.toml", "--scale", "smoke", "--results", "results"]))
+"""
+
+
+def copy_with_a_method_and_a_task(folder):
+    """A copy of the package with a file and a row for each, which is what anyone would add."""
+    shutil.copytree(SOURCE / "zotune", folder / "zotune", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def change(path, *pairs):
+        text = (folder / "zotune" / path).read_text(encoding="utf-8")
+        for old, new in pairs:
+            assert old in text
+            text = text.replace(old, new, 1)
+        (folder / "zotune" / path).write_text(text, encoding="utf-8")
+
+    (folder / "zotune" / "methods" / "zo_half.py").write_text(_METHOD, encoding="utf-8")
+    line = "from zotune.methods.zo_muon import zo_muon\n"
+    change(
+        "methods/table.py",
+        (line, f"from zotune.methods.zo_half import zo_half\n{line}"),
+        ('    "mopi": mopi,\n', '    "mopi": mopi,\n    "zo_half": zo_half,\n'),
     )
-    table = tomllib.loads((package / "bench" / "spec" / "experiments" / "table3.toml").read_text(encoding="utf-8"))
-    row = 'task = ["copa", "winogrande"]'
-    file = package / "bench" / "spec" / "experiments" / "table3.toml"
-    assert table["axes"]["task"] == ["copa", "winogrande"]
-    file.write_text(file.read_text(encoding="utf-8").replace(row, 'task = ["copa", "winogrande", "new_*"]', 1))
-    code = "from zotune.cli.main import run\nfor verb in ('methods', 'tasks'): run([verb])\n"
-    code += (
-        "for name in ('table2', 'leaderboard', 'table3'): run(['bench', 'run', name, '--scale', 'paper', '--dry-run'])"
+    change("llm/config/method.py", ('"zo_adam",', '"zo_adam",\n    "zo_half",'))
+    (folder / "zotune" / "llm" / "tasks" / "new_task.py").write_text(_TASK, encoding="utf-8")
+    line = "from zotune.llm.tasks.copa"
+    change(
+        "llm/tasks/__init__.py",
+        ("_OTHERS = (", "_OTHERS = (NEW, "),
+        (line, f"from zotune.llm.tasks.new_task import NEW\n{line}"),
     )
+
+
+@SLOW
+def test_a_new_method_and_a_new_task_work_everywhere_by_a_file_and_a_row(tmp_path):
+    copy_with_a_method_and_a_task(tmp_path / "src")
+    (tmp_path / "data").symlink_to(SOURCE.parent / "data")  # the rows of a checkout
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "validation"):
+        shutil.copy(SOURCE / "zotune" / "llm" / "tasks" / "data" / "copa" / f"{name}.jsonl.gz", tmp_path / "rows")
+    (tmp_path / "mine.toml").write_text(_MINE)
     done = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path), "PATH": ""}, capture_output=True, text=True
+        [sys.executable, "-c", _WALK, str(Path(__file__).parents[1])],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert any(line.split() == ["zo_half", "ZO-Half:", "steps", "of", "half", "the", "length."] for line in lines)
     assert any(line.startswith("new_task") for line in lines)
-    assert "table2/zo_half--lora--opt-1.3b--sst2" in lines
-    assert "leaderboard/zo_half--forwards--sst2--lora" in lines
-    assert "table3/zo_sgd--lora--opt-13b--new_task" in lines
+    assert any(line.startswith("leaderboard/zo_half--") for line in lines)
+    states = [json.loads(line) for line in lines if line.startswith("{")]
+    assert states == [
+        {"table2/zo_half--lora--opt-tiny--sst2": "done"},
+        {f"mine/{m}--new_task--mine__tiny--lora": "done" for m in ("zo_half", "zo_sgd")},
+    ]
+    assert "plan 0" in lines and "report 0" in lines
+    assert any(line.startswith("zo_half ") for line in lines)
+    assert "grid (0.001, 0.0001, 1e-05, 1e-06, 1e-07) (0.01, 0.001, 0.0001)" in lines
+    page = (tmp_path / "results" / "report-smoke" / "index.html").read_text(encoding="utf-8")
+    assert "zo_half" in page and "new_task" in page
+    found = read_result(tmp_path / "results" / "smoke" / "mine" / "zo_half--new_task--mine__tiny--lora.json")
+    assert {run.values["equivalents_per_step"] for run in found.runs} == {4}
+
+
+def test_a_method_gets_the_arguments_that_it_takes_and_no_others(monkeypatch):
+    seen = {}
+
+    def zo_half(model, lr, *, mu=1e-3, share=0.5, **options):
+        seen.update(options, mu=mu, share=share)
+        return METHODS["zo_sgd"](model, lr * share, mu=mu, **options)
+
+    monkeypatch.setitem(optimizers.METHODS, "zo_sgd_sign", zo_half)
+    config = TrainConfig(task="sst2", method="zo_sgd_sign", mu=1e-2, learning_rate=0.5)
+    made = optimizers.make_optimizer(torch.nn.Linear(2, 1), config, 3)
+    assert (seen["mu"], seen["share"], made.param_groups[0]["lr"]) == (1e-2, 0.5, 0.25)
+    assert not {"difference", "sign"} & seen.keys()
 
 
 def test_a_table_of_ones_own_is_a_file(zotune, tmp_path, monkeypatch):

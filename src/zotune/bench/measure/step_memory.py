@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
 
-class StepMemory(TrainerCallback):
+class StepMemory(TrainerCallback):  # type: ignore[misc]
     """A callback of `train` that reads the peak of each step.
 
     Loading includes the evaluation of the untuned model. Memory is that of the process (of torch on a GPU); what was

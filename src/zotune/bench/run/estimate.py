@@ -121,7 +121,8 @@ def _accuracy(spec: CellSpec, known: float | None, counted: _Counted) -> float:
             total += SECONDS_TO_START + steps_of_trial(spec, round(steps)) * a_step + 2 * held_out
     every = min(steps, options.get("eval_steps", max(1.0, steps // 10)))
     of_run = SECONDS_TO_START + steps * a_step + (steps // every + 1) * held_out + work.seconds_of_rows(work.num_eval)
-    return total + sum(of_run for seed in spec.seeds if counted.new("run", options, plan, steps, seed))
+    num_runs = sum(counted.new("run", options, plan, steps, seed) for seed in spec.seeds)
+    return float(total + num_runs * of_run)
 
 
 def _other(spec: CellSpec, known: float | None, counted: _Counted) -> float:
@@ -134,7 +135,7 @@ def _other(spec: CellSpec, known: float | None, counted: _Counted) -> float:
     else:
         work = _work_of({"num_train": 0, "num_dev": 0, "num_eval": 0, **options})
         each = SECONDS_TO_START + work.loading + (1 + steps) * (work.seconds_per_step if known is None else known)
-    return sum(each for seed in spec.seeds if counted.new(spec.kind, options, seed))
+    return float(each * sum(counted.new(spec.kind, options, seed) for seed in spec.seeds))
 
 
 def _measured_step(results: Path, spec: CellSpec) -> float | None:
@@ -196,7 +197,7 @@ def _work_of(options: Mapping[str, Any]) -> _Work:
     from zotune.plan.workload import Workload
 
     workload = Workload.model_validate({k: v for k, v in options.items() if k in Workload.model_fields})
-    model = _model(workload.model_copy(update={"method": "zo_sgd", "seed": 0}).model_dump_json(include=_OF_MODEL))
+    model = _model(workload.model_copy(update={"method": "zo_sgd", "seed": 0}).model_dump_json(include=set(_OF_MODEL)))
     optimizer = model.optimizer(workload)
     reused = model.layers - workload.tuned_layers if workload.tuned_layers else 0
     cost = pass_cost(
@@ -282,7 +283,7 @@ def tokens_of_row(task: str, prompt: str = "aligned") -> float:
     from zotune.llm.tasks import find_task
 
     try:
-        splits = find_task(task).splits(DataOptions(task=task, prompt=prompt), masked=False)  # type: ignore[arg-type]
+        splits = find_task(task).splits(DataOptions(task=task, prompt=prompt), masked=False)
     except UsageError:  # an installed package has few tasks' rows
         return _TOKENS_OF_UNKNOWN_ROWS
     examples = splits.train[:200]
