@@ -18,7 +18,7 @@ from zotune.system.processes import joined
 
 # By name: a method over the model, and options of it.
 STEPS = {
-    **{name: partial(method, num_queries=2) for name, method in zo.METHODS.items()},
+    **{name: partial(method, num_queries=2) for name, method in zo.METHODS.items() if name != "grzo"},
     "one-sided": partial(zo.zo_sgd, difference=zo.forward_difference, num_queries=3),
     "gaussian": partial(zo.zo_sgd, sampler=zo.gaussian, num_queries=3),
     "sparse": partial(zo.zo_adam, sampler=zo.sparse(zo.gaussian, sparsity=0.5), num_queries=2),
@@ -29,6 +29,7 @@ STEPS = {
 # Methods with a direction for each group of examples, which need the losses of these.
 OF_EXAMPLES = {
     "flipped": partial(zo.zo_adam, sampler=zo.flipped(zo.gaussian), directions_per_batch="auto", num_queries=2),
+    "grzo": partial(zo.grzo, num_queries=2),
     "one-sided of examples": partial(
         zo.zo_sgd, sampler=zo.low_rank(zo.rademacher), difference=zo.forward_difference, directions_per_batch=5
     ),

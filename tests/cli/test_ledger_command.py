@@ -21,9 +21,11 @@ RUNS = {
     "masks by magnitude": {"sparsity": 0.3, "mask": "magnitude"},
     "low rank": {"dtype": "bfloat16", "rank": 2, "rank_interval": 3, "sampler": "gaussian"},
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.1},
+    "grzo": {"method": "grzo", "dtype": "bfloat16", "per_device_train_batch_size": 4},
     "singular vectors": {"tuning": "lora_xs", "lora_r": 2},
     "eva, A frozen": {"tuning": "lora_fa", "lora_init": "eva", "lora_r": 3},
     "norms within components": {"tuning": "norms", "tuned_layers": 1, "activation_rank": 3},
+    "norms scaled by what they read": {"tuning": "norms", "direction_scale": "inputs", "method": "zo_adam"},
     "components": {"activation_rank": 2, "model": "random:qwen3-tiny", "directions_per_batch": 2},
     "head of a masked model": {"model": "random:roberta-tiny", "verbalizer": {"yes": "Yes", "no": "No"}},
 }

@@ -8,6 +8,8 @@ from torch import nn
 import zotune as zo
 from problems import problem
 from zotune.directions.scaled import base_of
+from zotune.ledger import LedgerWriter, read
+from zotune.ledger.replay import header_of, record_to, replay
 
 
 def noise(p, opt):
@@ -74,28 +76,64 @@ def test_in_single_precision_a_small_curvature_leaves_h_at_one():
     assert (opt.state[single.weight]["hessian"] == 1).all()
 
 
-def test_grzo_is_a_loop_over_examples_with_directions_stored_whole():
+@pytest.mark.parametrize("queries", [1, 2])
+def test_grzo_is_a_loop_over_examples_with_directions_stored_whole(queries):
     mu, eta, eps = 1e-2, 0.05, 1e-3
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
-    opt = zo.grzo(model, eta, mu=mu, eps=eps)
+    opt = zo.grzo(model, eta, mu=mu, eps=eps, num_queries=queries)
     for _ in range(3):
         weight, bias = (p.detach().clone() for p in model.parameters())
-        us = opt.directions(count=6)
+        before = weight.clone(), bias.clone()
+        us = opt.directions(count=6 * queries)
         parts = [(u.of(model, "weight").double(), u.of(model, "bias").double()) for u in us]
 
-        def loss(i, a, parts=parts, weight=weight, bias=bias):
-            w, b = parts[i]
+        def loss(i, a, own, before=before):
+            (w, b), (weight, bias) = own[i], before
             return float((x[i] @ (weight + a * w).t() + bias + a * b - y[i]).square().mean())
 
-        delta = np.array([loss(i, mu) - loss(i, -mu) for i in range(6)])
-        a = delta / (delta.std() + eps)
-        for k, p in enumerate((weight, bias)):
-            p -= eta / (2 * mu * 6) * sum(a_i * part[k] for a_i, part in zip(a, parts, strict=True))
+        for lo in range(0, 6 * queries, 6):
+            own = parts[lo : lo + 6]
+            delta = np.array([loss(i, mu, own) - loss(i, -mu, own) for i in range(6)])
+            a = delta / (delta.std() + eps)
+            for k, p in enumerate((weight, bias)):
+                p -= eta / (2 * mu * 6 * queries) * sum(a_i * part[k] for a_i, part in zip(a, own, strict=True))
         opt.step(zo.per_example(lambda x, y: (model(x) - y).square().mean(dim=1), x, y))
         assert torch.allclose(model.weight, weight, rtol=1e-7) and torch.allclose(model.bias, bias, rtol=1e-7)
-    assert opt.num_forwards == 6
+    assert opt.num_forwards == 6 * queries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grzo_goes_on_from_its_state_and_its_ledger_to_the_bit(tmp_path, dtype):
+    x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).to(dtype), torch.zeros(5, 3, dtype=dtype)
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).to(dtype)
+        return model, zo.grzo(model, 1e-3, mu=0.1, seed=6)
+
+    def step(model, opt):
+        opt.step(zo.per_example(lambda x, y: (model(x) - y).float().square().mean(dim=1), x, y))
+
+    whole, opt = made()
+    with LedgerWriter.create(tmp_path / "run.zol", header_of(opt)) as writer:
+        record_to(writer, opt)
+        for _ in range(2):
+            step(whole, opt)
+        saved = {k: v.clone() for k, v in whole.state_dict().items()}, opt.state_dict()
+        for _ in range(2):
+            step(whole, opt)
+    again, other = made()
+    assert not torch.equal(again.weight, whole.weight)
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    for _ in range(2):
+        step(again, other)
+    replayed, third = made()
+    replay(third, read(tmp_path / "run.zol"))
+    for model in (again, replayed):
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
 
 
 def test_what_they_cannot_do_is_refused_with_the_reason():

@@ -93,7 +93,7 @@ METHODS = {
 }
 
 
-OTHERS = zo.METHODS.keys() - METHODS.keys() - {"hizoo"}
+OTHERS = zo.METHODS.keys() - METHODS.keys() - {"hizoo", "grzo"}
 METHODS |= {name: (lambda model, make=zo.METHODS[name]: make(model, 0.01)) for name in sorted(OTHERS)}
 
 

@@ -32,6 +32,7 @@ def grzo(
     mu: float = 1e-3,
     eps: float = 1e-8,
     sampler: AnySampler = rademacher,
+    num_queries: int = 1,
     **options: Unpack[OwnDirections],
 ) -> ZerothOrder:
     r"""GRZO: descent along one direction an example, in the two passes that one direction costs.
@@ -50,9 +51,10 @@ def grzo(
         mu: μ > 0, the paper's σ.
         eps: ε > 0, the paper's ε′, in units of the loss.
         sampler: the distribution of the entries of U: `rademacher` or `gaussian`.
+        num_queries: q ≥ 1 directions an example, each at the passes of one; their mean is taken.
         options: those of `ZerothOrder`.
 
-    Forward passes a step: 2. Memory: as `zo.flipped`. No state.
+    Forward passes a step: 2q. Memory: as `zo.flipped`. No state.
 
     Raises:
         ValueError: μ or ε is not positive.
@@ -72,8 +74,9 @@ def grzo(
     """
     if not mu > 0 or not eps > 0:
         raise ValueError(f"mu and eps must be positive, got {mu=}, {eps=}")
-    estimator = StandardisedPerExample(mu=mu, directions=_ONE_EACH, eps=eps)
-    return ZerothOrder(model, lr, estimator=estimator, sampler=flipped(entries_of("grzo", sampler)), **options)
+    estimator = StandardisedPerExample(mu=mu, directions=_ONE_EACH, queries=num_queries, eps=eps)
+    own = flipped(entries_of("grzo", sampler))
+    return ZerothOrder(model, lr, estimator=estimator, sampler=own, num_queries=num_queries, **options)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class StandardisedPerExample(PerExampleDifference):
             raise UsageError("grzo divides by the spread of the examples' losses: give it batches of 2 or more.")
         estimate = super().__call__(closure, tuned, directions)
         coefficients = np.array([c for c, _ in estimate.terms]).reshape(-1, len(weights))
-        spreads = (coefficients * 2 * self.mu / weights).std(axis=1, keepdims=True) + self.eps
+        spreads = (coefficients * self.queries * 2 * self.mu / weights).std(axis=1, keepdims=True) + self.eps
         found = (coefficients / spreads).flatten().tolist()
         terms = tuple((c, u) for c, (_, u) in zip(found, estimate.terms, strict=True))
         return replace(estimate, terms=terms)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from zotune.methods import paper
 from zotune.methods.block_coordinate import block_coordinate
 from zotune.methods.fzoo import fzoo
+from zotune.methods.grzo import grzo
 from zotune.methods.hizoo import hizoo
 from zotune.methods.lozo import lozo
 from zotune.methods.mopi import mopi
@@ -25,5 +26,9 @@ METHODS: dict[str, Callable[..., ZerothOrder]] = {
     "zo_muon": zo_muon,
     "mopi": mopi,
     "hizoo": hizoo,
+    "grzo": grzo,
 }
 """Every zeroth-order method by name: feeds the command line, the docs and the tests."""
+
+OF_EXAMPLES = ("grzo",)
+"""Those whose objective has to know each example's loss (`zotune.per_example`)."""

@@ -20,7 +20,7 @@ _FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
 _OF_METHODS = {
     "window": ("zo_sgd_mmt", "zo_adam"),
     "gradient_checkpointing": FIRST_ORDER,
-    "activation_rank": tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS),
+    **dict.fromkeys(("activation_rank", "direction_scale"), tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS)),
     **dict.fromkeys(("hybrid_layers", "hybrid_method", "hybrid_tied"), _FORWARD_ONLY),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b", re.IGNORECASE)

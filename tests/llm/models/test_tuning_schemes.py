@@ -26,6 +26,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load, quiet_libraries
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.training.train import train
+from zotune.methods.table import OF_EXAMPLES
 
 LONG = (Example("It is", (" abc", " abd", " x"), 0), Example("so", (" it ended", " did it"), 1))
 
@@ -63,7 +64,7 @@ def up_to_a_constant(score):
     return score - score.mean()
 
 
-@pytest.mark.parametrize("method", zo.METHODS)
+@pytest.mark.parametrize("method", [name for name in zo.METHODS if name not in OF_EXAMPLES])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_step_of_every_method_moves_what_is_tuned_and_nothing_else(tiny, family, scheme, method):
     lm = tiny(family)

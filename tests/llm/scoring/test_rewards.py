@@ -41,7 +41,7 @@ from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.system import limits
 
-ZEROTH_ORDER = [name for name in zo.METHODS if name != "forward_grad"]
+ZEROTH_ORDER = [name for name in zo.METHODS if name not in ("forward_grad", "grzo")]
 PROMPTS = ("Question: who?\nAnswer:", "A", "A longer prompt.\nQuestion: what is it, then?\nAnswer:", "so it", "A")
 DRAWN = {"generation": "sample", "max_new_tokens": 6, "stop_at": "end"}
 

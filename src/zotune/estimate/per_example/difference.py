@@ -98,6 +98,11 @@ class PerExampleDifference:
         return {"difference": self.difference, "mu": self.mu, "directions": self.directions}
 
     @property
+    def passes(self) -> tuple[int, int]:
+        """As `zotune.estimate.estimators`: those of a query, whatever the number of its directions."""
+        return len(_POINTS[self.difference]), int(self.difference is forward_difference)
+
+    @property
     def has_scalars(self) -> bool:
         """Whether estimates carry what `agreement` needs."""
         return self.directions == AUTO

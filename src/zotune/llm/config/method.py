@@ -10,38 +10,14 @@ from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field
 from zotune.llm.config.schema import Options, is_partial
 
 # The names of the methods, for help and validation without loading torch; a test compares them with the tables.
-MethodName = Literal[
-    "zo_sgd",
-    "zo_sgd_sign",
-    "zo_sgd_mmt",
-    "zo_sgd_cons",
-    "zo_adam",
-    "forward_grad",
-    "fo_sgd",
-    "fo_adam",
-    "fzoo",
-    "randopt",
-    "block_coordinate",
-    "subzero",
-    "lozo",
-    "zo_muon",
-    "mopi",
-    "hizoo",
-]
+_OfThePaper = Literal["zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad"]
+_OfDirections = Literal["fzoo", "randopt", "block_coordinate", "subzero", "lozo", "zo_muon", "mopi", "hizoo", "grzo"]
+MethodName = Literal[_OfThePaper, "fo_sgd", "fo_adam", _OfDirections]
 FIRST_ORDER = ("fo_sgd", "fo_adam")
 # Those of transformers that are functions of the step, so that a ledger and a resumed run repeat them.
-SchedulerName = Literal[
-    "constant",
-    "linear",
-    "cosine",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "warmup_stable_decay",
-]
+_Plain = Literal["constant", "linear", "cosine", "constant_with_warmup", "cosine_with_restarts", "polynomial"]
+_WithFloor = Literal["inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"]
+SchedulerName = Literal[_Plain, _WithFloor]
 
 
 def _function_of_the_step(value: Any) -> Any:
@@ -72,15 +48,16 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "lozo": {"sampler": "gaussian", "rank": 2, "rank_interval": 50, "momentum": 0.0},
     "zo_muon": {"num_queries": 4, "difference": "forward", "sampler": "gaussian", "rank": 64, "rank_interval": 100},
     "hizoo": {"sampler": "gaussian"},
+    "grzo": {},
     "mopi": {"num_queries": 8, "sampler": "gaussian", "rank": 64, "rank_interval": 500},
 }
 LATER = tuple(OF_METHOD)
 """The methods beyond the paper."""
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
-OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo")
+OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo", "grzo")
 # Methods whose directions may be one for each group of examples.
 _BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
-_ONE_SIDED = ("fzoo", "randopt")
+_ONE_SIDED, _TWO_SIDED = ("fzoo", "randopt"), ("hizoo", "grzo")
 # Options that some methods alone use.
 _USERS: dict[str, tuple[str, ...]] = {
     "sign": ("zo_sgd_sign",),
@@ -307,7 +284,16 @@ class MethodOptions(Options):
             )
         if self.method in _ONE_SIDED and self.difference == "central":
             raise ValueError(f"{self.method} takes differences to the loss at the weights; leave difference out")
+        if self.method in _TWO_SIDED and self.difference == "forward":
+            raise ValueError(f"{self.method} takes two-sided differences; leave difference out")
+        if self.method == "grzo" and self.hybrid_layers is not None:
+            raise ValueError("grzo needs each example's loss, which a hybrid does not compute; leave hybrid_layers out")
         return self
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether a step needs the loss of each example: for a direction of its own."""
+        return self.directions_per_batch is not None or self.method == "grzo"
 
     def _uses(self) -> dict[str, tuple[bool, str]]:
         """For each option that only some runs use: whether this run uses it, and the requirement that errors name."""
@@ -335,7 +321,10 @@ class MethodOptions(Options):
             ),
             "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
             "blocks": any_method,
-            "rank": (zeroth_order and self.method != "hizoo", "a zeroth-order method other than hizoo"),
+            "rank": (
+                zeroth_order and self.method not in _TWO_SIDED,
+                f"a zeroth-order method other than {' and '.join(_TWO_SIDED)}",
+            ),
             "sparsity": any_directions,
             "rank_interval": (zeroth_order and self.rank is not None, "a zeroth-order method and a rank"),
             **dict.fromkeys(("mask", "mask_group", "mask_interval"), sparse),

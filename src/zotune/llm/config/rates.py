@@ -10,6 +10,7 @@ prompt 1e-2 at 5,800, full 3e-4 at 3.5 million) and those of MeZO on OPT-13B (Ma
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from zotune.llm.config.method import FIRST_ORDER, MethodOptions, default_mu
@@ -21,8 +22,10 @@ _EXPONENT = 0.7
 _OF_METHOD = {"zo_sgd_mmt": 0.1}
 # Steps of these methods have a length that does not depend on the slope: FZOO's falls with d as published (5e-5 at 13
 # billion numbers), the others' are published for whole models.
-_FZOO, _FZOO_EXPONENT = 0.12, 1 / 3
+_FZOO, _FZOO_EXPONENT, _FZOO_QUERIES = 0.12, 1 / 3, 8
 _OF_MATRICES = {"zo_muon": 1e-2, "mopi": 1e-2}
+# Directions whose entries are scaled by what they multiply allow longer steps (searches on the built-in model's norms).
+_OF_SCALE = {"inputs": 10.0}
 # The exponents of first-order methods, and K of each tuning scheme.
 _FIRST_ORDER = {"fo_adam": 0.5, "fo_sgd": 0.35}
 _ADAM = {"full": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3}
@@ -68,10 +71,13 @@ def default_learning_rate(options: MethodOptions, num_tuned: int) -> float:
         return options.mu  # a step lands on the mean of the best points
     if options.method == "fzoo":
         return _one_digit(_FZOO * (d * (1 - options.sparsity)) ** -_FZOO_EXPONENT)
+    if options.method == "grzo":  # its steps are η/2μ√B long in each number, those of FZOO η/√N
+        rows = getattr(options, "per_device_train_batch_size", 16) * getattr(options, "gradient_accumulation_steps", 1)
+        return _one_digit(2 * options.mu * math.sqrt(rows / _FZOO_QUERIES) * _FZOO * d**-_FZOO_EXPONENT)
     if options.method in _OF_MATRICES:
         return _OF_MATRICES[options.method]
     effective = max(1.0, d * (1 - options.sparsity) / options.num_queries)
-    factor = _OF_METHOD.get(options.method, 1.0)
+    factor = _OF_METHOD.get(options.method, 1.0) * _OF_SCALE.get(getattr(options, "direction_scale", "equal"), 1.0)
     return _one_digit(factor * _ZEROTH_ORDER[_kind(options)] * effective**-_EXPONENT)
 
 

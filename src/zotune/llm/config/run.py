@@ -130,17 +130,21 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
         return self
 
     @model_validator(mode="after")
-    def _directions_per_batch_can_be_had(self, info: ValidationInfo) -> Self:
+    def _no_lost_example(self, info: ValidationInfo) -> Self:
+        """Refuse directions of examples where examples are not alone, or are too few."""
         if is_partial(info):
             return self
-        if self.directions_per_batch is not None and self.is_generated:
+        of_examples = "directions_per_batch" if self.directions_per_batch is not None else f"method: {self.method}"
+        if self.reads_examples and self.is_generated:
             raise ValueError(
-                f"objective: {self.objective} generates text, for which directions_per_batch is not available; use "
+                f"objective: {self.objective} generates text, for which {of_examples} is not available; use "
                 "num_queries, or an objective of candidates' scores"
             )
-        if self.directions_per_batch is not None and self.tuning in ("prefix", "prompt"):
+        if self.method == "grzo" and self.rows_a_step < 2:
+            raise ValueError("grzo divides by the spread of the examples' losses: a step must read 2 rows or more")
+        if self.reads_examples and self.tuning in ("prefix", "prompt"):
             raise ValueError(
-                f"directions_per_batch does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
+                f"{of_examples} does not go with tuning: {self.tuning}, whose virtual tokens all rows share; "
                 "use lora or full, or num_queries"
             )
         if isinstance(self.directions_per_batch, int) and self.directions_per_batch > self.rows_a_step:

@@ -104,7 +104,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Tuning": (
         *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
-        *("tuned_parameters", "activation_rank"),
+        *("tuned_parameters", "activation_rank", "direction_scale"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
     "Method": (

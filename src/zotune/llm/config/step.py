@@ -183,15 +183,18 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
                 f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
                 f"there; use {', '.join(IN_SUBSPACE)}, or tuning: lora_fa"
             )
-        if self.activation_rank is not None and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
+        aims = {"activation_rank": self.activation_rank is not None}
+        aims |= {"direction_scale: inputs": self.direction_scale == "inputs"}
+        aimed = [name for name, is_asked in aims.items() if is_asked]
+        if aimed and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
             raise ValueError(
-                "activation_rank has no effect here: it needs a zeroth-order method without directions of its own "
+                f"{aimed[0]} has no effect here: it needs a zeroth-order method without directions of its own "
                 f"({', '.join(OWN_DIRECTIONS)} have them)"
             )
-        if self.activation_rank is not None and other is not None:
-            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
-        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
-        found |= {"activation_rank": self.activation_rank is not None}
+        if aimed and (len(aimed) > 1 or other is not None or self.tuning == "lora_xs"):
+            second = aimed[1] if len(aimed) > 1 else other or "tuning: lora_xs"
+            raise ValueError(f"{aimed[0]} and {second} choose directions in two ways; leave one of them out")
+        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva", **aims}
         asked = next((name for name, is_asked in found.items() if is_asked), None)
         places = ("device_map", "offload_folder", "shard")
         place = next((p for p in places if getattr(self, p, None) not in (None, "none")), None)

@@ -129,8 +129,8 @@ def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
         NotStreamedError: the model cannot be rebuilt one tensor at a time.
         LedgerError: the frozen weights differ from those of the run.
     """
-    if config.activation_rank is not None:
-        raise NotStreamedError("its directions lie in subspaces of all tensors that its ledger holds")
+    if config.activation_rank is not None or config.direction_scale != "equal":
+        raise NotStreamedError("its directions lie in subspaces or have scales of all tensors, which its ledger holds")
     if config.is_adapter:
         raise NotStreamedError("an adapter starts from random weights that its library draws")
     if config.is_gguf or config.quantization not in (None, "none"):

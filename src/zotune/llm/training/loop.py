@@ -350,7 +350,7 @@ class Run:
 
 def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
     """Return what makes closures of the mean loss, of single examples where a step needs these."""
-    return candidate_loss if config.directions_per_batch is None else candidate_loss_per_example
+    return candidate_loss_per_example if config.reads_examples else candidate_loss
 
 
 def try_side_by_side(
