@@ -37,8 +37,8 @@ class Trial(Record):
     """A point of the search: a short run that saw no evaluation row.
 
     Attributes:
-        learning_rate, mu: the point; `mu` is None for a method that has none.
-        forward_equivalents: as in `RunRecord`.
+        learning_rate, mu, hybrid_learning_rate: the point; None for what a method lacks, or what is not searched.
+        forward_equivalents, layer_passes: as in `RunRecord`.
         dev_loss: loss on the held-out training rows at the end of the trial; None if it was not finite.
         dev_value: the metric on the held-out rows.
         status, message: why a trial has no loss. A trial without a loss ranks behind all others.
@@ -47,10 +47,12 @@ class Trial(Record):
 
     learning_rate: float
     mu: Number = None
+    hybrid_learning_rate: Number = None
     seed: int
     num_steps: int = 0
     num_forwards: int = 0
     forward_equivalents: Number = None
+    layer_passes: Number = None
     dev_loss: Number = None
     dev_value: Number = None
     status: Status = "done"
@@ -65,6 +67,7 @@ class Chosen(Record):
 
     learning_rate: float
     mu: Number = None
+    hybrid_learning_rate: Number = None
     max_steps: int | None = None
     per_device_train_batch_size: int | None = None
 
@@ -73,12 +76,13 @@ class Evaluation(Record):
     """An evaluation on the held-out rows during training; step 0 is the untuned model.
 
     Attributes:
-        num_forwards, forward_equivalents, seconds: those of the training up to this step, as in `RunRecord`.
+        num_forwards, forward_equivalents, layer_passes, seconds: those of the training up to this step, as in `RunRecord`.
     """
 
     step: int
     num_forwards: int
     forward_equivalents: Number = None
+    layer_passes: Number = None
     dev_loss: Number
     dev_value: Number
     seconds: float = 0.0

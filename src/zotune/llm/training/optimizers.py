@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -126,43 +127,35 @@ _RARE = ("window", "directions_per_batch")
 
 
 def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
-    """The arguments of a method that are its own."""
-    difference = {"difference": _DIFFERENCES[options.difference]}
-    space = {"rank": options.rank, "interval": options.rank_interval}
-    of_method: dict[str, dict[str, Any]] = {
-        "zo_sgd_sign": {"sign": options.sign, **difference},
-        "zo_sgd_mmt": {"beta": options.momentum, **difference},
-        "zo_adam": {
-            "betas": (options.adam_beta1, options.adam_beta2),
-            "eps": options.adam_epsilon,
-            "adam": options.adam,
-            **difference,
-        },
-        "fzoo": {"ddof": options.std_ddof, "per_mu": options.divide_by_mu},
-        "randopt": {"keep": options.keep_best, "only_better": options.only_better},
-        "block_coordinate": {
-            "choice": options.block_choice,
-            "explore": options.block_explore,
-            "decay": options.block_decay,
-            "unbiased": options.block_unbiased,
-            **difference,
-        },
-        "subzero": {**space, **difference},
-        "lozo": {**space, "beta": options.momentum, "scale": options.rank_scale, **difference},
-        "zo_muon": {**space, "vector_lr": options.vector_learning_rate, **difference},
-        "hizoo": {"alpha": options.hessian_share},
-        "grzo": {},
-        "mopi": {
-            **space,
-            "beta": options.momentum,
-            "top": options.spectral_rank,
-            "vector_lr": options.vector_learning_rate,
-            **difference,
-        },
+    """The arguments of a method that are its own: those that it takes, by the names that methods share.
+
+    An argument that no option sets keeps the method's default.
+    """
+    values = {
+        "mu": options.mu,
+        "difference": _DIFFERENCES[options.difference],
+        "sign": options.sign,
+        "beta": options.momentum,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "adam": options.adam,
+        "ddof": options.std_ddof,
+        "per_mu": options.divide_by_mu,
+        "keep": options.keep_best,
+        "only_better": options.only_better,
+        "choice": options.block_choice,
+        "explore": options.block_explore,
+        "decay": options.block_decay,
+        "unbiased": options.block_unbiased,
+        "rank": options.rank,
+        "interval": options.rank_interval,
+        "scale": options.rank_scale,
+        "vector_lr": options.vector_learning_rate,
+        "top": options.spectral_rank,
+        "alpha": options.hessian_share,
     }
-    if options.method == "forward_grad":
-        return {}
-    return {"mu": options.mu, **of_method.get(options.method, difference)}
+    taken = signature(METHODS[options.method]).parameters
+    return {name: value for name, value in values.items() if name in taken}
 
 
 def _check_aim(options: MethodOptions, aim: Aim | None) -> None:
