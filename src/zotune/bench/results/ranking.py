@@ -8,7 +8,7 @@ it after infinitely many passes, so the median of the seeds is infinite where fe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_high
 
@@ -166,9 +166,14 @@ def reached(run: RunRecord, target: float) -> Evaluation | None:
     >>> reached(run, 65.0).step, reached(run, 90.0)
     (3, None)
     """
+    return first_from_which(run, lambda e: e.dev_value is not None and 100 * e.dev_value >= target)
+
+
+def first_from_which(run: RunRecord, meets: Callable[[Evaluation], bool]) -> Evaluation | None:
+    """The first evaluation of a run from which on each one meets a target; None if the last does not."""
     found = None
     for evaluation in reversed(run.evaluations):
-        if evaluation.dev_value is None or 100 * evaluation.dev_value < target:
+        if not meets(evaluation):
             break
         found = evaluation
     return found
