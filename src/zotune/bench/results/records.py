@@ -76,7 +76,8 @@ class Evaluation(Record):
     """An evaluation on the held-out rows during training; step 0 is the untuned model.
 
     Attributes:
-        num_forwards, forward_equivalents, layer_passes, seconds: those of the training up to this step, as in `RunRecord`.
+        num_forwards, forward_equivalents, layer_passes, seconds: those of the training up to this step, as in
+            `RunRecord`.
     """
 
     step: int
