@@ -5,7 +5,8 @@
 FOLDER holds a folder a task with the public splits, `train.jsonl.gz` and `validation.jsonl.gz`, in their order.
 `numpy.random.RandomState(0).permutation` of the training split gives `train` and, after it, `heldout`; the same of
 the evaluation split gives `validation`, at most 1,000 rows. Where there are too few training rows for the task's
-sizes, three quarters of them are to train on. SST-2's sample is older and kept as it is.
+sizes, three quarters of them are to train on. SST-2's sample is older and kept as it is, but for `unused`: training
+rows behind the held-out ones, to evaluate on.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zotune.llm.task import Task
 
-from zotune.llm.data import read_rows
+from zotune.llm.data.readers import read_rows
 from zotune.llm.tasks import TASKS
+from zotune.llm.tasks.task import Task
 
 REPOSITORY = Path(__file__).parent
 PACKAGE = REPOSITORY.parent / "src" / "zotune" / "llm" / "tasks" / "data"
 # Their licences let them be part of the package.
 PACKAGED = ("copa", "winogrande")
+# Further rows to evaluate on, by task.
+UNUSED = {"sst2": 5_000}
 WHAT = {
     "train": "to train on",
     "heldout": "held out of the training rows: to choose hyper-parameters on",
@@ -78,6 +81,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the public splits, a folder a task")
     folder: Path = parser.parse_args().folder
     for name, task in TASKS.items():
+        if name in UNUSED:
+            first = task.num_train + task.num_dev
+            unused = permuted(folder / name / "train.jsonl.gz")[first : first + UNUSED[name]]
+            write(REPOSITORY / name / "unused.jsonl.gz", unused)
         if name == "sst2":
             continue
         target = (PACKAGE if name in PACKAGED else REPOSITORY) / name

@@ -12,6 +12,9 @@ from zotune.bench.spec.schema import Experiment
 from zotune.errors import ZotuneError
 from zotune.llm.config.schema import validate
 
+# Made-up forward-equivalents of a step.
+EQUIVALENTS = {"zo_sgd_cons": 5, "fo_sgd": 3, "fo_adam": 3}
+
 
 class Silent:
     """A display that keeps what it is told."""
@@ -45,8 +48,11 @@ def made_up(job, folder=None):
         return Outcome("done", found={"scores": {"zero_shot": score}, "environment": {}})
     steps = job.options["max_steps"]
     run = {"seed": job.options["seed"], "dev": score, "test": score, "num_steps": steps, "seconds": 0.1 * steps}
-    speed = {"seconds_per_step": 0.1, "seconds_before": 1.0}
-    return Outcome("done", found={"run": {**run, "peak_memory": 2**30, "measured": speed}, "environment": {}})
+    measured = {"seconds_per_step": 0.1, "seconds_before": 1.0, "step_bytes": 2**29, "loading_bytes": 2**28}
+    # What a step takes is up to the methods; here it follows from their names alone.
+    values = {"equivalents_per_step": EQUIVALENTS.get(job.options.get("method", "zo_sgd"), 2)}
+    run |= {"peak_memory": 2**30, "measured": measured, "values": values}
+    return Outcome("done", found={"run": run, "environment": {}})
 
 
 def small_table(**changes):

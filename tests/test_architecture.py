@@ -37,7 +37,7 @@ LINES = {
         "ledger",
         "api",
     ),
-    "zotune.bench": ("spec", "results", "measure", "run", "report"),
+    "zotune.bench": ("spec", "keys", "results", "measure", "run", "verify", "report"),
 }
 MAX_MODULES, MAX_LINES, MAX_FUNCTION = 15, 300, 50
 

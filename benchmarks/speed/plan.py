@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, write_result
 
-from zotune.bench.run.content_key import key_of
+from zotune.bench.keys.content_key import key_of
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.schema import validate
 from zotune.methods.paper import METHODS

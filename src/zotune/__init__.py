@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from zotune.directions.blocks import blocks_by_size as blocks_by_size
     from zotune.directions.direction import Direction as Direction
     from zotune.directions.flipped import flipped as flipped
+    from zotune.directions.input_scaled import input_scaled as input_scaled
+    from zotune.directions.input_scaled import input_scales as input_scales
     from zotune.directions.low_rank import low_rank as low_rank
     from zotune.directions.principal import principal_subspaces as principal_subspaces
     from zotune.directions.samplers import SAMPLERS as SAMPLERS
@@ -108,6 +110,7 @@ _MODULES = {
     "directions.sparse": ("sparse",),
     "directions.subspace": ("subspace",),
     "directions.within": ("within",),
+    "directions.input_scaled": ("input_scaled", "input_scales"),
     "directions.principal": ("principal_subspaces",),
     "model.parameters": ("ParameterSet",),
     "apply.tensor_update": ("Rounding",),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from zotune.bench.run import code_hash as code_hash_module
-from zotune.bench.run.code_hash import code_hash
-from zotune.bench.run.code_modules import Package
-from zotune.bench.run.content_key import ENTRIES, PACKAGE, code_of, key_of
+from zotune.bench.keys import code_hash as code_hash_module
+from zotune.bench.keys.code_hash import code_hash
+from zotune.bench.keys.code_modules import Package
+from zotune.bench.keys.content_key import ENTRIES, PACKAGE, code_of, key_of
 
 PLAIN = {
     "__init__.py": "",
@@ -297,7 +297,7 @@ def test_a_copy_of_the_package_with_a_module_in_another_place_has_its_keys(tmp_p
 
 
 def test_data_and_libraries_are_part_of_the_key(monkeypatch):
-    from zotune.bench.run import content_key as keys
+    from zotune.bench.keys import content_key as keys
 
     plain = key_of({"task": "copa"}, "code")
     assert plain != key_of({"task": "copa"}, "other")
@@ -309,7 +309,7 @@ def test_data_and_libraries_are_part_of_the_key(monkeypatch):
 
 
 def test_the_rows_of_a_task_are_found_below_any_folder_of_data(tmp_path, monkeypatch):
-    from zotune.bench.run import content_key as keys
+    from zotune.bench.keys import content_key as keys
 
     monkeypatch.setattr(keys, "PACKAGE", tmp_path / "src" / "pkg")
     hashes = set()

@@ -22,7 +22,7 @@ from zotune.bench.run.processes import Process, resident_bytes
 from zotune.bench.run.runner import key_of_cell, state_of
 from zotune.bench.spec.resolve import cells, find
 from zotune.bench.spec.schema import Limits
-from zotune.cli.bench import chosen_cells
+from zotune.bench.spec.selection import chosen_cells
 
 # Resuming --------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def test_a_result_of_other_code_or_config_is_stale_and_is_found_again_unless_it_
     assert {state_of(tmp_path, spec) for spec in specs} == {"done"}
     changed = small_cells(options={"task": "copa", "model": "random:opt-tiny", "tuning": "prefix"})
     assert {state_of(tmp_path, spec) for spec in changed} == {"stale"}
-    monkeypatch.setattr("zotune.bench.run.content_key.code_of", lambda config: "other code")
+    monkeypatch.setattr("zotune.bench.keys.content_key.code_of", lambda config: "other code")
     assert {state_of(tmp_path, spec) for spec in specs} == {"stale"}
     assert set(run_cells(specs, tmp_path, keeps_stale=True).values()) == {"stale"}
     assert contents(tmp_path) == before
@@ -178,7 +178,7 @@ def test_mean_and_standard_error_are_those_of_the_sample():
 
 def test_a_budget_of_forwards_pays_steps_by_what_each_method_takes(tmp_path):
     methods = ["zo_sgd", "zo_sgd_cons", "forward_grad", "fo_sgd"]
-    specs = small_cells(axes={"method": methods}, budget={"forwards": 60})
+    specs = small_cells(axes={"method": methods}, budget={"forward_equivalents": 60})
     run_cells(specs, tmp_path)
     found = {s.coordinates["method"]: read_result(result_path(tmp_path, "smoke", "small", s.name)) for s in specs}
     assert {m: found[m].chosen.max_steps for m in methods} == {
@@ -200,7 +200,9 @@ def test_a_budget_of_memory_takes_the_first_batch_that_fits_and_keeps_the_exampl
     def taking(job, folder):
         found = made_up(job).found
         if "run" in found:
-            found["run"]["peak_memory"] = job.options["per_device_train_batch_size"] * 100 * 2**20
+            size = job.options["per_device_train_batch_size"] * 100 * 2**20
+            # What the process held before the model is no part of it.
+            found["run"] |= {"peak_memory": 2**40, "measured": {"step_bytes": size, "loading_bytes": 50 * 2**20}}
         return Outcome("done", found=found)
 
     budget = {"mib": 450, "batch_sizes": [16, 8, 4, 2]}
@@ -481,13 +483,10 @@ def test_the_time_left_goes_by_how_far_earlier_cells_were_from_what_was_expected
 def test_the_speed_of_a_training_is_that_of_its_second_half(tmp_path):
     from zotune.bench.measure.accuracy import _speed
 
-    metrics = tmp_path / "metrics.jsonl"
     # Ten seconds for what is computed once, then two a step.
     lines = [{"step": s, "seconds": 10.0 + 2 * s} for s in (10, 20, 30, 40)]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in [{"step": 20, "dev": {}}, *lines]))
-    assert _speed(metrics, 90.0, 40) == {"seconds_per_step": 2.0, "seconds_before": 10.0}
-    metrics.write_text("")
-    assert _speed(metrics, 12.0, 4) == {"seconds_per_step": 3.0, "seconds_before": 0.0}
+    assert _speed([{"step": 20, "dev": {}}, *lines], 90.0, 40) == {"seconds_per_step": 2.0, "seconds_before": 10.0}
+    assert _speed([], 12.0, 4) == {"seconds_per_step": 3.0, "seconds_before": 0.0}
 
 
 def test_a_cell_that_another_runner_has_is_left_to_it_and_looked_at_again(tmp_path):

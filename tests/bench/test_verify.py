@@ -10,9 +10,11 @@ from bench_cells import Silent, contents, here, made_up, run_cells, small_cells
 from zotune.bench.results.records import read_result, repeatable, result_path
 from zotune.bench.run.jobs import Job, Outcome, locked
 from zotune.bench.run.runner import lock_of, state_of
-from zotune.bench.run.verify import grouped, stale_of, verify
+from zotune.bench.spec.selection import chosen_cells
+from zotune.bench.verify.checkout import commit_of
+from zotune.bench.verify.groups import grouped, stale_of
+from zotune.bench.verify.verify import verify
 from zotune.cli import bench as commands
-from zotune.cli.bench import chosen_cells
 from zotune.errors import UsageError
 
 SEVERAL = {"axes": {"method": ["zo_sgd", "zo_adam"], "num_queries": [2, 4]}}
@@ -42,7 +44,7 @@ class Counting:
 @pytest.fixture
 def other_code(monkeypatch):
     """From here on the code is other than it was."""
-    return lambda name="other": monkeypatch.setattr("zotune.bench.run.content_key.code_of", lambda config: name)
+    return lambda name="other": monkeypatch.setattr("zotune.bench.keys.content_key.code_of", lambda config: name)
 
 
 def verified(results, specs, executor=made_up, before=None):
@@ -209,7 +211,7 @@ def test_a_run_is_found_again_with_as_many_threads(tmp_path, other_code):
 
 def measuring(seconds=1.0, size=1e9, processor="one", predicted=5.0):
     """An executor whose steps take so much."""
-    numbers = {"seconds_per_step": seconds, "over_baseline_bytes": size}
+    numbers = {"seconds_per_step": seconds, "step_bytes": size}
 
     def execute(job, folder):
         run = {
@@ -229,7 +231,7 @@ def measuring(seconds=1.0, size=1e9, processor="one", predicted=5.0):
         ({}, None),
         ({"seconds": 1.14, "size": 0.98e9}, None),
         ({"seconds": 1.2}, "runs[0].measured.seconds_per_step: 1.0 before, 1.2 now; it may differ by 15%"),
-        ({"size": 1.04e9}, "runs[0].measured.over_baseline_bytes"),
+        ({"size": 1.04e9}, "runs[0].measured.step_bytes"),
         ({"processor": "other"}, "environment.processor: 'one' before, 'other' now"),
         ({"predicted": 5.1}, "runs[0].values.predicted_bytes: 5.0 before, 5.1 now"),
     ],
@@ -343,14 +345,14 @@ def test_against_a_checkout_results_of_other_commits_are_left(tmp_path, other_co
 
 def test_a_checkout_must_be_of_a_commit_and_unchanged(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is no checkout"):
-        commands._commit_of(tmp_path)
+        commit_of(tmp_path)
     (tmp_path / "src" / "zotune").mkdir(parents=True)
     for found, said in (("unknown", "is no checkout"), ("abc+", "was changed")):
-        monkeypatch.setattr("zotune.bench.run.runner.commit", lambda package, found=found: found)
+        monkeypatch.setattr("zotune.bench.verify.checkout.commit", lambda package, found=found: found)
         with pytest.raises(UsageError, match=said):
-            commands._commit_of(tmp_path)
-    monkeypatch.setattr("zotune.bench.run.runner.commit", lambda package: "abc")
-    assert commands._commit_of(tmp_path) == "abc"
+            commit_of(tmp_path)
+    monkeypatch.setattr("zotune.bench.verify.checkout.commit", lambda package: "abc")
+    assert commit_of(tmp_path) == "abc"
 
 
 def test_a_worker_of_another_checkout_finds_its_own_code_and_is_not_asked_for_todays(tmp_path):

@@ -25,6 +25,7 @@ RUNS = {
     "singular vectors": {"tuning": "lora_xs", "lora_r": 2},
     "eva, A frozen": {"tuning": "lora_fa", "lora_init": "eva", "lora_r": 3},
     "norms within components": {"tuning": "norms", "tuned_layers": 1, "activation_rank": 3},
+    "norms scaled by what they read": {"tuning": "norms", "direction_scale": "inputs", "method": "zo_adam"},
     "components": {"activation_rank": 2, "model": "random:qwen3-tiny", "directions_per_batch": 2},
     "head of a masked model": {"model": "random:roberta-tiny", "verbalizer": {"yes": "Yes", "no": "No"}},
 }

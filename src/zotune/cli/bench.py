@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, get_args
 
+from zotune.bench.run.estimate import Estimate, estimate, hours
+from zotune.bench.run.slots import slots, stopped_by_signals
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.schema import CellSpec
-from zotune.bench.spec.vocabulary import SCALES, Alike, Scale
+from zotune.bench.spec.selection import chosen_cells, with_data_source
+from zotune.bench.spec.vocabulary import SCALES, Alike
 from zotune.cli.subcommands import Command, CommandParser, CommandResult, VerbParser
 from zotune.errors import UsageError
 from zotune.llm.training.progress import clock
-from zotune.llm.training.signals import signal_handler
 from zotune.messages import one_line, say
-from zotune.system.child_python import python
 
 RESULTS = Path("benchmarks/results/bench")
 
@@ -136,48 +132,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-# Selection of cells -----------------------------------------------------------------------------------------
-
-
-def chosen_cells(
-    experiments: Sequence[str], scale: Scale, patterns: Sequence[str] = ("*",), data_source: str | None = None
-) -> dict[str, list[CellSpec]]:
-    """Return the cells that match names and patterns, by experiment.
-
-    Args:
-        experiments: names of experiments or TOML files; none means every experiment of the scale.
-        scale: the size of the cells.
-        patterns: patterns of `EXPERIMENT/CELL`, or of an experiment's name alone.
-        data_source: the source of the tasks' rows, if it is not the experiment's own.
-
-    Raises:
-        UsageError: a name is unknown, or no cell matches.
-    """
-    selection: dict[str, list[CellSpec]] = {}
-    for name in experiments or names():
-        stem, experiment = find(name)
-        if experiments or scale in experiment.scale:
-            candidates = (_with_data_source(c, data_source) for c in cells(stem, experiment, scale))
-            selection[stem] = [c for c in candidates if any(_matches(c, p) for p in patterns)]
-    if not any(selection.values()):
-        wanted = " or ".join(patterns)
-        raise UsageError(
-            f"no cell of {', '.join(selection)} matches {wanted}; `zotune bench run --dry-run` lists the cells."
-        )
-    return selection
-
-
-def _matches(spec: CellSpec, pattern: str) -> bool:
-    return fnmatchcase(spec.path if "/" in pattern else spec.experiment, pattern)
-
-
-def _with_data_source(spec: CellSpec, data_source: str | None) -> CellSpec:
-    """Return the cell with another source of its task's rows."""
-    if data_source is None or "task" not in spec.options:
-        return spec
-    return spec.model_copy(update={"options": {**spec.options, "data_source": data_source}})
-
-
 # Commands --------------------------------------------------------------------------------------------------
 
 
@@ -185,28 +139,15 @@ def _list(args: argparse.Namespace) -> CommandResult:
     rows: dict[str, dict[str, Any]] = {}
     for name in names():
         _, experiment = find(name)
-        scales = {
-            scale: {
-                "cells": sum(1 for _ in cells(name, experiment, scale)),
-                "minutes": experiment.scale[scale].minutes,
-            }
-            for scale in experiment.scale
-        }
+        scales = {scale: {"cells": sum(1 for _ in cells(name, experiment, scale))} for scale in experiment.scale}
         rows[name] = {"title": experiment.title, "question": experiment.question, "scales": scales}
-    lines = [f"{'':<12}" + "".join(f"{scale:>18}" for scale in SCALES)]
+    lines = [f"{'':<12}" + "".join(f"{scale:>12}" for scale in SCALES)]
     for name, row in rows.items():
-        lines.append(f"{name:<12}" + "".join(f"{_cells_and_minutes(row['scales'].get(scale)):>18}" for scale in SCALES))
+        counts = (row["scales"].get(scale, {}).get("cells") for scale in SCALES)
+        lines.append(f"{name:<12}" + "".join(f"{'–' if n is None else f'{n} cells':>12}" for n in counts))
         lines.append(f"    {row['title']}")
-    totals = {s: sum(row["scales"].get(s, {}).get("minutes") or 0 for row in rows.values()) for s in SCALES}
-    lines += ["", f"expected time of scale cpu, one process at a time on one core: {clock(60 * totals['cpu'])}"]
+    lines += ["", "zotune bench run --dry-run --scale SCALE tells how long the cells take."]
     return rows, "\n".join(lines), 0
-
-
-def _cells_and_minutes(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    minutes = "" if row["minutes"] is None else f", {row['minutes']:g} min"
-    return f"{row['cells']} cells{minutes}"
 
 
 def _status(args: argparse.Namespace) -> CommandResult:
@@ -233,10 +174,15 @@ def _status(args: argparse.Namespace) -> CommandResult:
 def _run(args: argparse.Namespace) -> CommandResult:
     selection = chosen_cells(args.names, args.scale, args.only, args.data_source)
     specs = [spec for experiment in selection.values() for spec in experiment]
-    minutes = _minutes_per_cell(args, selection)
+    expected = _estimate(specs, args)
     if args.dry_run:
-        lines = [*minutes, f"{len(specs)} cells, about {clock(60 * sum(minutes.values()) / args.jobs)}"]
-        return {"cells": [spec.model_dump(mode="json") for spec in specs]}, "\n".join(lines), 0
+        lines = [f"{path}: {hours(seconds)}" for path, seconds in expected.seconds.items()]
+        lines.append(f"{len(specs)} cells, {expected.text(args.jobs)}")
+        listed = {"cells": [spec.model_dump(mode="json") for spec in specs], "seconds": expected.seconds}
+        return listed, "\n".join(lines), 0
+    minutes = {path: seconds / 60 for path, seconds in expected.seconds.items()}
+    if args.scale != "smoke":
+        say(expected.text(args.jobs))
     from zotune.bench.run.progress import Progress
     from zotune.bench.run.runner import Runner
 
@@ -253,11 +199,13 @@ def _run(args: argparse.Namespace) -> CommandResult:
 
 def _verify(args: argparse.Namespace) -> CommandResult:
     from zotune.bench.run.progress import Progress
-    from zotune.bench.run.verify import grouped, stale_of, verify
+    from zotune.bench.verify.checkout import commit_of
+    from zotune.bench.verify.groups import grouped, stale_of
+    from zotune.bench.verify.verify import verify
 
     selection = chosen_cells(args.names, args.scale, args.only, args.data_source)
     specs = [spec for experiment in selection.values() for spec in experiment]
-    results, left = stale_of(args.results, specs, None if args.against is None else _commit_of(args.against))
+    results, left = stale_of(args.results, specs, None if args.against is None else commit_of(args.against))
     unfit = len(left)
     groups = grouped(results, args.alike)
     rows = [(group, [one.spec.path for one in group.members]) for group in groups]
@@ -279,36 +227,6 @@ def _verify(args: argparse.Namespace) -> CommandResult:
     return {"kinds": kinds, "left": left}, text, 128 + signals[0] if signals else int(accepted < stale)
 
 
-def _commit_of(checkout: Path) -> str:
-    """Return the commit of another checkout of this package.
-
-    Raises:
-        UsageError: the folder is no checkout, or was changed.
-    """
-    from zotune.bench.run.content_key import PACKAGE
-    from zotune.bench.run.runner import commit
-
-    package = checkout / "src" / PACKAGE.name
-    name = commit(package) if package.is_dir() else "unknown"
-    if name == "unknown" or name.endswith("+"):
-        why = "was changed" if name.endswith("+") else "is no checkout"
-        raise UsageError(f"--against takes a checkout of the commit that results are of, and {checkout} {why}.")
-    return name
-
-
-def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tuple[Any, Any]]:
-    """Return, for each job at a time, an executor of today's code and, with `--against`, one of that checkout's."""
-    slots = _slots(args, stop)
-    if args.against is None:
-        return [(slot, None) for slot in slots]
-    if args.executor != "local":
-        raise UsageError("--against runs on this machine only; leave --executor out.")
-    source = (args.against / "src").resolve()
-    worker = next(iter(sorted(source.glob("*/bench/**/worker.py")))).relative_to(source).with_suffix("")
-    command = tuple(python("-m", ".".join(worker.parts)))
-    return [(slot, replace(slot, command=command, source=source)) for slot in slots]
-
-
 def _reasons(left: Mapping[str, str]) -> list[str]:
     return [f"{path} is left stale: {reason}" for path, reason in left.items()]
 
@@ -323,52 +241,27 @@ def _report(args: argparse.Namespace) -> CommandResult:
         page = write_run_page(args.folder)
         return {"page": str(page)}, str(page), 0
     output = args.output or args.results / f"report-{args.scale}"
-    paths = report(args.results, args.scale, output, args.names, lambda spec: _with_data_source(spec, args.data_source))
+    paths = report(args.results, args.scale, output, args.names, lambda spec: with_data_source(spec, args.data_source))
     text = f"{paths[0]}, and {len(paths) - 1} files of tables and figures beside it"
     return {"page": str(paths[0]), "files": list(map(str, paths))}, text, 0
 
 
-def _minutes_per_cell(args: argparse.Namespace, selection: Mapping[str, Sequence[CellSpec]]) -> dict[str, float]:
-    """Return the expected minutes of each cell by path: an equal part of its experiment's minutes."""
-    minutes: dict[str, float] = {}
-    for name, specs in selection.items():
-        argument = next((n for n in args.names if Path(n).stem == name), name)
-        _, experiment = find(argument)
-        num_cells = max(1, sum(1 for _ in cells(name, experiment, args.scale)))
-        total = experiment.scale[args.scale].minutes
-        # An experiment that states no time is taken to need a minute a cell.
-        minutes |= {spec.path: 1.0 if total is None else total / num_cells for spec in specs}
-    return minutes
+def _estimate(specs: Sequence[CellSpec], args: argparse.Namespace) -> Estimate:
+    """Return how long the cells take; tiny models take little time, whatever they are."""
+    if args.scale == "smoke":
+        return Estimate({spec.path: 30.0 for spec in specs}, len(specs), 0)
+    return estimate(specs, args.results)
 
 
 def _slots(args: argparse.Namespace, stop: threading.Event) -> list[Any]:
-    """Return one executor for each of the cells that run at the same time."""
-    from zotune.bench.run.processes import Process
-    from zotune.bench.run.ray_executor import ray_executors
-
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, processors // args.jobs)
-    # Two pools of spinning threads on the same cores would stall each other.
-    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    if args.executor == "ray":
-        gpus = args.gpus_per_job
-        return ray_executors(args.jobs, environment, cpus=threads, gpus=gpus, stopped=stop.is_set)
-    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    assigns_gpus = args.jobs > 1 and num_gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
-    gpu_of = [{"CUDA_VISIBLE_DEVICES": str(i % num_gpus)} if assigns_gpus else {} for i in range(args.jobs)]
-    return [Process(stop.is_set, {**environment, **gpu}) for gpu in gpu_of]
+    """Return one executor for each of the jobs that run at the same time."""
+    return slots(args.jobs, args.executor, args.gpus_per_job, stop)
 
 
-@contextmanager
-def stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
-    """Let Ctrl-C and SIGTERM set `stop`, and give the list of the signals received so far."""
-    received: list[int] = []
+def _slots_of_both(args: argparse.Namespace, stop: threading.Event) -> list[tuple[Any, Any]]:
+    """Return, for each job at a time, an executor of today's code and, with `--against`, one of that checkout's."""
+    from zotune.bench.verify.checkout import with_checkout
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if not received:
-            say("stopping; finished cells are saved, and the same command goes on from here …")
-        received.append(number)
-        stop.set()
-
-    with signal_handler(note):
-        yield received
+    if args.against is not None and args.executor != "local":
+        raise UsageError("--against runs on this machine only; leave --executor out.")
+    return with_checkout(_slots(args, stop), args.against)

@@ -27,7 +27,10 @@ _PAGE = HelpPage(
     ),
 )
 # Options of the search itself, which have one value.
-_FIXED = ("output_dir", "overwrite_output_dir", "resume", "num_eval", "eval_file", "seed", "num_dev", "data_seed")
+_FIXED = (
+    *("output_dir", "overwrite_output_dir", "resume", "num_eval", "num_more_eval", "eval_file", "seed", "num_dev"),
+    "data_seed",
+)
 
 
 def run(args: list[str], as_json: bool) -> int:

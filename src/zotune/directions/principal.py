@@ -11,8 +11,9 @@ Source: Wang et al., 2026 (AGZO, arXiv 2601.17261); Halko et al., 2011 (arXiv 09
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -93,18 +94,13 @@ def principal_subspaces(
     if rank < 1 or passes < 1:
         raise UsageError(f"a subspace has at least one dimension and takes at least one pass, got {rank=}, {passes=}")
     tuned = ParameterSet.of(model)
-    read = {t.name: (t, m) for t in tuned if (m := _reader(t)) is not None and width(t, m) > rank}
+    read = {t.name: (t, m) for t in tuned if (m := reader_of(t)) is not None and width(t, m) > rank}
     found = {name: LeadingVectors(width(t, m), rank, t.device) for name, (t, m) in read.items()}
-    hooks = [m.register_forward_hook(_Note(found[name], rows)) for name, (_, m) in read.items()]
-    try:
+    with note_rows({m: found[name] for name, (_, m) in read.items()}, rows), torch.no_grad():
         for _ in range(passes):
-            with torch.no_grad():
-                run()
+            run()
             for one in found.values():
                 one.turn()
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name, one in found.items():
         if not one.num_rows or not one.found.isfinite().all():
             raise UsageError(f"the passes did not read {name!r}, or not as finite numbers, so it has no components.")
@@ -113,17 +109,17 @@ def principal_subspaces(
 
 def planned_subspaces(tuned: ParameterSet, rank: int) -> dict[str, Subspace]:
     """The subspaces that `principal_subspaces` would find, without their numbers: on `meta`."""
-    read = [(t, m) for t in tuned if (m := _reader(t)) is not None and width(t, m) > rank]
+    read = [(t, m) for t in tuned if (m := reader_of(t)) is not None and width(t, m) > rank]
     return {t.name: _subspace(t, m, torch.empty(width(t, m), rank, device="meta")) for t, m in read}
 
 
-def _reader(tensor: TunedTensor) -> nn.Module | None:
+def reader_of(tensor: TunedTensor) -> nn.Module | None:
     """The module that multiplies rows by a tensor: a linear layer or a norm; None if another one reads it as well."""
     modules = [module for module, name in tensor.places if name == "weight"]
     if len(modules) < len(tensor.places) or any(isinstance(m, nn.Embedding) for m in modules):
         return None
     module, p = modules[0], tensor.parameter
-    is_linear = p.dim() == 2 and (isinstance(module, nn.Linear) or _is_transposed(module))
+    is_linear = p.dim() == 2 and (isinstance(module, nn.Linear) or is_transposed(module))
     return module if is_linear or (p.dim() == 1 and is_norm(module)) else None
 
 
@@ -132,25 +128,48 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether a linear layer holds its weight as (inputs, outputs), as GPT-2's do."""
     return type(module).__name__ == "Conv1D"
 
 
 def width(tensor: TunedTensor, module: nn.Module) -> int:
     """The size of the rows that a tensor multiplies."""
-    return tensor.parameter.shape[1 if tensor.parameter.dim() == 2 and not _is_transposed(module) else 0]
+    return tensor.parameter.shape[1 if tensor.parameter.dim() == 2 and not is_transposed(module) else 0]
 
 
 def _subspace(tensor: TunedTensor, module: nn.Module, vectors: Tensor) -> Subspace:
-    is_left = tensor.parameter.dim() == 1 or _is_transposed(module)
+    is_left = tensor.parameter.dim() == 1 or is_transposed(module)
     return Subspace(0, vectors, None) if is_left else Subspace(0, None, vectors)
+
+
+class RowSum(Protocol):
+    """A sum over rows."""
+
+    def add(self, x: Tensor) -> None:
+        """Add rows (rows, n)."""
+
+
+@contextmanager
+def note_rows(sums: Mapping[nn.Module, RowSum], rows: Rows | None) -> Iterator[None]:
+    """Within this context, what the weight of each module multiplies in a pass is added to its sum.
+
+    Args:
+        sums: by linear layer or norm.
+        rows: as in `principal_subspaces`.
+    """
+    hooks = [module.register_forward_hook(_Note(one, rows)) for module, one in sums.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Note:
     """A hook that adds what a module's weight multiplies in a pass."""
 
-    def __init__(self, one: LeadingVectors, rows: Rows | None) -> None:
+    def __init__(self, one: RowSum, rows: Rows | None) -> None:
         self._one, self._rows, self._is_inside = one, rows, False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

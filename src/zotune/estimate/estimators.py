@@ -3,6 +3,7 @@
 An estimator is a function of these three. Optional members say what else it can do; this module alone looks for them:
 
     passes                         how often it evaluates the objective: for each direction, and at x
+    cost                           the arithmetic of one of its passes in forward passes: 2 with tangents, else 1
     has_scalars                    its estimates carry scalars besides coefficients
     num_groups(learned, closure)   the directions that one query has, each for a group of the examples
     rate(learned, closure)         a factor of the learning rates that follows what it has learned
@@ -44,6 +45,16 @@ def passes_of(estimator: Any) -> tuple[int, int]:
     """
     found: tuple[int, int] = unbound(estimator).passes
     return found
+
+
+def cost_of_pass(estimator: Any) -> int:
+    """The arithmetic of one of an estimator's passes, in forward passes: 2 where it carries tangents, else 1.
+
+    >>> from zotune.estimate.forward_mode.gradient_check import CheckedForwardGradient
+    >>> cost_of_pass(CheckedForwardGradient()), cost_of_pass(lambda closure, tuned, directions: None)
+    (2, 1)
+    """
+    return int(getattr(unbound(estimator), "cost", 1))
 
 
 def unbound(estimator: Any) -> Any:

@@ -2,5 +2,5 @@
 
 Read `zeroth_order`, then `hybrid` (the lower layers by forward passes, the upper ones by back-propagation). `base`
 counts steps, `deferred` lets the updates of streamed layers wait for them, `record` holds the numbers of one step,
-`checks` refuses options that cannot work.
+`checks` refuses options that cannot work. `pass_cost` expresses the passes of any optimizer in forward passes.
 """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding
+from zotune.directions.input_scaled import InputScaled
 from zotune.directions.low_rank import matrix_shapes
 from zotune.directions.within import Within
 from zotune.estimate.estimators import passes_of
@@ -151,6 +152,8 @@ def _subspace_numbers(optimizer: ZerothOrder, config: StepOptions) -> int:
     if isinstance(optimizer.sampler, Within):
         sides = ((s.left, s.right) for s in optimizer.sampler.subspaces.values())
         return sum(side.numel() for pair in sides for side in pair if side is not None)
+    if isinstance(optimizer.sampler, InputScaled):
+        return sum(scale.numel() for scale in optimizer.sampler.scales.values())
     if config.method in ("zo_muon", "mopi"):
         bases = sum(m * min(rank, m) for m, _ in shapes)
         of_state = [(min(rank, m) + min(config.spectral_rank, rank, m, n)) * n for m, n in shapes]

@@ -22,7 +22,7 @@ _OF_METHODS = {
     "gradient_checkpointing": FIRST_ORDER,
     **dict.fromkeys(("directions_per_batch", "flipped"), BY_EXAMPLES),
     "rank": tuple(name for name in _FORWARD_ONLY if name not in ("hizoo", "grzo")),
-    "activation_rank": tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS),
+    **dict.fromkeys(("activation_rank", "direction_scale"), tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS)),
     **dict.fromkeys(("hybrid_layers", "hybrid_method", "hybrid_tied"), _FORWARD_ONLY),
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b", re.IGNORECASE)

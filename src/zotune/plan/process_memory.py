@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from zotune.errors import RunError, ZotuneError
 from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
-from zotune.llm.models.load import find_device, load
+from zotune.llm.models.load import load
+from zotune.llm.models.placement.devices import find_device
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.models.tuned_sets.find import find_aim, needs_aim, set_aim
 from zotune.llm.output.environment import environment
@@ -44,6 +45,8 @@ from zotune.system.peak_memory import forget_peak, peak_memory, resident_memory
 
 INTERVAL = 0.005
 """Seconds between two samples of resident memory."""
+LOAD = "load"
+"""The phase that belongs to no step."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,16 @@ class Measurement:
         return self.peak - self.baseline
 
     @property
+    def loading(self) -> int:
+        """Peak bytes while the model is loaded, minus the baseline."""
+        return self.phases[LOAD].peak - self.baseline
+
+    @property
+    def running(self) -> int:
+        """Peak bytes of the step's own phases, minus the baseline."""
+        return max(phase.peak for name, phase in self.phases.items() if name != LOAD) - self.baseline
+
+    @property
     def seconds(self) -> float:
         """Median time of a step."""
         return statistics.median(self.step_seconds)
@@ -111,7 +124,8 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """The measurement with its derived numbers as a JSON object."""
-        derived = {"peak": self.peak, "over_baseline": self.over_baseline, "seconds": self.seconds}
+        bytes_of = {name: getattr(self, name) for name in ("peak", "over_baseline", "loading", "running")}
+        derived = {**bytes_of, "seconds": self.seconds}
         return {**asdict(self), **derived, "spread": self.spread}
 
     @classmethod
@@ -218,14 +232,14 @@ def measure_here(workload: Workload, num_steps: int) -> Measurement:
     device = find_device(workload.device)
     with Recorder(device) as recorder:
         baseline = 0 if device.type == "cuda" else resident_memory()
-        recorder.enter("load")
+        recorder.enter(LOAD)
         step = prepare_step(workload)
         recorder.finish()
         for _ in range(1 + num_steps):
             loss = step(recorder)
             recorder.finish()
         phases = recorder.phases()
-    parts = [phase.seconds for name, phase in phases.items() if name != "load"]
+    parts = [phase.seconds for name, phase in phases.items() if name != LOAD]
     return Measurement(
         options=workload.model_dump(mode="json"),
         baseline=baseline,

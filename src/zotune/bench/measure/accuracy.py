@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from zotune.errors import RunError
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.schema import validate
 
+# The folder of activations beside the folders of jobs.
+ACTIVATIONS = "activations"
+# What passes cost, of a whole run and up to each evaluation.
+_COSTS = ("num_forwards", "forward_equivalents", "layer_passes")
+
 
 def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run `zotune train`, or the rest of an earlier attempt that was interrupted.
@@ -19,25 +25,31 @@ def trained(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         RunError: the run was stopped by a signal.
     """
+    from zotune.bench.measure.step_memory import StepMemory
     from zotune.llm.training.train import train
 
     output = folder / "run"
-    config = validate(TrainConfig, {**options, "output_dir": output, "resume": True}, "the benchmark's run")
-    result = train(config)
+    # Jobs share what no run changes: the activations below the tuned layers.
+    shared = {"reuse_folder": folder.parent / ACTIVATIONS, "output_dir": output, "resume": True}
+    config = validate(TrainConfig, {**options, **shared}, "the benchmark's run")
+    memory = StepMemory(config.device)
+    result = train(config, callbacks=[memory])
     if result.stopped_by is not None:
         raise RunError(f"the run was stopped by signal {result.stopped_by}")
-    names = ("best_step", "num_steps", "num_skipped", "num_forwards", "num_tokens", "num_tuned")
+    names = ("best_step", "num_steps", "num_skipped", "num_tokens", "num_tuned")
+    lines = _lines(output / "metrics.jsonl")
     run = RunRecord(
         seed=config.seed,
         test=_score(result.test),
         right=_right(result.test),
         dev=_score(result.dev),
         dev_before=_score(result.dev_before),
-        evaluations=tuple(_evaluations(output / "metrics.jsonl", result.dev_before)),
-        measured=_speed(output / "metrics.jsonl", result.seconds, result.num_steps),
+        evaluations=tuple(_evaluations(lines, result.dev_before)),
+        values={"equivalents_per_step": _equivalents_per_step(lines, result)},
+        measured={**_speed(lines, result.seconds, result.num_steps), **memory.numbers()},
         seconds=result.seconds,
-        peak_memory=result.peak_memory,
-        **{name: getattr(result, name) for name in names},
+        peak_memory=max(result.peak_memory, memory.peak),
+        **{name: getattr(result, name) for name in (*names, *_COSTS)},
     )
     return {"run": run.model_dump(mode="json")}
 
@@ -50,11 +62,15 @@ def evaluated(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     measured, _ = evaluate(config)
     (task,) = measured.values()
     scores = {"zero_shot": _score(task.evaluation)}
+    right = {"zero_shot": _right(task.evaluation)}
     if task.majority is not None:
         m = task.majority
         rows = task.evaluation.num_examples
         scores["majority"] = Score(value=m.accuracy, low=m.low, high=m.high, num_examples=rows)
-    return {"scores": {name: score.model_dump(mode="json") for name, score in scores.items() if score}}
+    return {
+        "scores": {name: score.model_dump(mode="json") for name, score in scores.items() if score},
+        "right": {name: marks for name, marks in right.items() if marks},
+    }
 
 
 def _score(evaluation: Any) -> Score | None:
@@ -82,22 +98,32 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def _speed(metrics: Path, seconds: float, num_steps: int) -> dict[str, float]:
+def _speed(lines: Sequence[dict[str, Any]], seconds: float, num_steps: int) -> dict[str, float]:
     """Seconds per step in the second half of a training run, and the seconds that the run took beyond this speed."""
-    first = next((x for x in _lines(metrics) if "dev" not in x and 2 * x["step"] >= num_steps), None)
+    first = next((x for x in lines if "dev" not in x and 2 * x["step"] >= num_steps), None)
     if first is None or first["step"] == num_steps:
         return {"seconds_per_step": seconds / num_steps, "seconds_before": 0.0}
     a_step = (seconds - first["seconds"]) / (num_steps - first["step"])
     return {"seconds_per_step": a_step, "seconds_before": max(0.0, seconds - a_step * num_steps)}
 
 
-def _evaluations(metrics: Path, before: Any) -> list[Evaluation]:
-    """The evaluations during training, each with the passes and seconds of the training up to its step."""
-    lines = _lines(metrics)
+def _equivalents_per_step(lines: Sequence[dict[str, Any]], result: Any) -> float:
+    """Forward-equivalents of a step after the first ones, which may have passes that are taken once."""
+    training = [x for x in lines if "dev" not in x]
+    if len(training) < 2:
+        return float(result.forward_equivalents / result.num_steps)
+    before, last = training[-2:]
+    passes = last["forward_equivalents"] - before["forward_equivalents"]
+    return float(passes / (last["step"] - before["step"]))
+
+
+def _evaluations(lines: Sequence[dict[str, Any]], before: Any) -> list[Evaluation]:
+    """The evaluations during training, each with the cost of the training up to its step."""
     training = {line["step"]: line for line in lines if "dev" not in line}
     evaluations = []
     if before is not None:
-        evaluations.append(Evaluation(step=0, num_forwards=0, dev_loss=before.loss, dev_value=before.value))
+        none = dict.fromkeys(_COSTS, 0)
+        evaluations.append(Evaluation(step=0, dev_loss=before.loss, dev_value=before.value, **none))
     for line in lines:
         if "dev" not in line or line["step"] not in training:
             continue
@@ -105,10 +131,10 @@ def _evaluations(metrics: Path, before: Any) -> list[Evaluation]:
         evaluations.append(
             Evaluation(
                 step=line["step"],
-                num_forwards=cost["num_forwards"],
                 seconds=cost["seconds"],
                 dev_loss=dev["loss"],
                 dev_value=next(iter(dev.values())),
+                **{name: cost[name] for name in _COSTS},
             )
         )
     return evaluations

@@ -39,8 +39,8 @@ VARIANTS: dict[str, Callable[[Terms], float]] = {
 def memory_by_formula(workload: Workload, variant: str) -> dict[str, float | None]:
     """The memory of a step without running it: the terms, the paper's formula for a variant, and our prediction.
 
-    The prediction is None for a variant that zotune does not implement; the formula is None for hybrids and for methods
-    that are not in the paper.
+    The prediction, of the step without loading, is None for a variant that zotune does not implement; the formula is
+    None for hybrids and for methods that are not in the paper.
 
     Raises:
         UsageError: the model cannot be found or cannot be tuned as the workload says.
@@ -53,5 +53,5 @@ def memory_by_formula(workload: Workload, variant: str) -> dict[str, float | Non
         "tuned_bytes": terms.tuned,
         "activation_bytes": terms.a,
         "formula_bytes": None if formula is None else formula(terms),
-        "predicted_bytes": model.predict(workload).total if variant == workload.method else None,
+        "predicted_bytes": model.predict(workload).running if variant == workload.method else None,
     }

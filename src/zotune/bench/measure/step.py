@@ -5,15 +5,27 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zotune.bench.results.records import RunRecord
 from zotune.bench.spec.measured_step import MeasuredStep
 from zotune.llm.config.schema import validate
 from zotune.plan.workload import Workload
 
-# Bytes of memory of the GPU that the paper's column "A100s" counts.
-A100 = 80e9
+if TYPE_CHECKING:
+    from zotune.plan.process_memory import Measurement
+
+# Bytes of memory of the GPU that the paper's column "A100s" counts. The paper's GB are GiB, as in all of its tables.
+A100 = 80 * 2**30
+
+
+def devices(num_bytes: float) -> int:
+    """How many GPUs of the paper hold so many bytes.
+
+    >>> [devices(gib * 2**30) for gib in (64, 158, 245)]  # the paper's Table 4: 1, 2 and 4
+    [1, 2, 4]
+    """
+    return -int(-num_bytes // A100)
 
 
 def step_taken(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -34,17 +46,30 @@ def _measured(workload: dict[str, Any], num_steps: int) -> dict[str, Any]:
     from zotune.plan.process_memory import measure
 
     measurement = measure(workload, num_steps=num_steps)
-    low, high = measurement.spread
-    over = measurement.over_baseline
-    numbers = {"seconds_per_step": measurement.seconds, "seconds_low": low, "seconds_high": high}
-    sizes = {"baseline_bytes": measurement.baseline, "over_baseline_bytes": over, "devices": -(-over // A100)}
     phases = {
         name: {**asdict(phase), "seconds": statistics.median(phase.seconds)}
         for name, phase in measurement.phases.items()
     }
     return {
-        "measured": {**numbers, **sizes},
+        "measured": numbers_of(measurement),
         "phases": phases,
         "seconds": sum(measurement.step_seconds),
         "peak_memory": measurement.peak,
+    }
+
+
+def numbers_of(measurement: Measurement) -> dict[str, float]:
+    """The numbers of a measurement that tables show: the step's memory, that of loading, and the time of a step.
+
+    Loading the model may take more memory than a step, so its peak is a number of its own and no part of the step's.
+    """
+    low, high = measurement.spread
+    return {
+        "seconds_per_step": measurement.seconds,
+        "seconds_low": low,
+        "seconds_high": high,
+        "baseline_bytes": measurement.baseline,
+        "loading_bytes": measurement.loading,
+        "step_bytes": measurement.running,
+        "devices": devices(measurement.running),
     }

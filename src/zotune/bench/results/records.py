@@ -37,7 +37,8 @@ class Trial(Record):
     """A point of the search: a short run that saw no evaluation row.
 
     Attributes:
-        learning_rate, mu: the point; `mu` is None for a method that has none.
+        learning_rate, mu, hybrid_learning_rate: the point; None for what a method lacks, or what is not searched.
+        forward_equivalents: as in `RunRecord`.
         dev_loss: loss on the held-out training rows at the end of the trial; None if it was not finite.
         dev_value: the metric on the held-out rows.
         status, message: why a trial has no loss. A trial without a loss ranks behind all others.
@@ -46,9 +47,12 @@ class Trial(Record):
 
     learning_rate: float
     mu: Number = None
+    hybrid_learning_rate: Number = None
     seed: int
     num_steps: int = 0
     num_forwards: int = 0
+    forward_equivalents: Number = None
+    layer_passes: Number = None
     dev_loss: Number = None
     dev_value: Number = None
     status: Status = "done"
@@ -63,6 +67,7 @@ class Chosen(Record):
 
     learning_rate: float
     mu: Number = None
+    hybrid_learning_rate: Number = None
     max_steps: int | None = None
     per_device_train_batch_size: int | None = None
 
@@ -71,11 +76,13 @@ class Evaluation(Record):
     """An evaluation on the held-out rows during training; step 0 is the untuned model.
 
     Attributes:
-        num_forwards, seconds: forward passes and seconds of the training up to this step.
+        num_forwards, forward_equivalents, seconds: those of the training up to this step, as in `RunRecord`.
     """
 
     step: int
     num_forwards: int
+    forward_equivalents: Number = None
+    layer_passes: Number = None
     dev_loss: Number
     dev_value: Number
     seconds: float = 0.0
@@ -93,9 +100,14 @@ class RunRecord(Record):
         num_forwards: forward passes of the training; a back-propagation counts its own forward pass.
         num_tokens: tokens that these passes read, without padding.
         num_tuned: number of tuned parameters.
+        num_forwards: calls of the model in training, without evaluations.
+        forward_equivalents: arithmetic of the training in forward passes: a pass counts as 1, with tangents as 2, with
+            back-propagation as 3, and with checkpointed back-propagation as 4. None in results of older code.
+        layer_passes: layers of the model that these passes computed, where lower layers are reused.
         values: other repeatable numbers, such as predicted bytes and cosines.
         measured: other measured numbers. A training run has `seconds_per_step`, from its second half, and
-            `seconds_before`, the rest of its time (for instance activations that are computed once).
+            `seconds_before`, the rest of its time (for instance activations that are computed once). `step_bytes` and
+            `loading_bytes` are the peaks of the step and of loading, above the process without a model.
         seconds: training time without evaluations; for other kinds of cells the time of the whole run.
         peak_memory: peak of the process in bytes: allocated memory on a GPU, else resident memory.
         phases: numbers for each phase of a step.
@@ -110,6 +122,8 @@ class RunRecord(Record):
     num_steps: int = 0
     num_skipped: int = 0
     num_forwards: int = 0
+    forward_equivalents: Number = None
+    layer_passes: Number = None
     num_tokens: int = 0
     num_tuned: int = 0
     evaluations: tuple[Evaluation, ...] = ()
@@ -151,6 +165,7 @@ class CellResult(Record):
         search, chosen: the trials on held-out rows, and the chosen point.
         runs: one run for each seed.
         baselines: `zero_shot` and `majority`, for cells of kind accuracy.
+        baseline_right: their right answers row by row, as in `RunRecord.right`, where these are known.
         commit: commit of the code, "unknown" outside a checkout.
         time: end of the cell, UTC.
         verified: how the result came to have another key than it was recorded with; the latest entry is last.
@@ -169,6 +184,7 @@ class CellResult(Record):
     chosen: Chosen | None = None
     runs: tuple[RunRecord, ...] = ()
     baselines: dict[str, Score] = Field(default_factory=dict)
+    baseline_right: dict[str, str] = Field(default_factory=dict)
     environment: dict[str, str] = Field(default_factory=dict)
     commit: str = "unknown"
     time: str = ""

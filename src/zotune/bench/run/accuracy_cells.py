@@ -10,19 +10,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zotune.bench.measure.search import Point, search
+from zotune.bench.measure.search import Point, axes_of, search
 from zotune.bench.results.records import Chosen, RunRecord, Score, Trial
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.bench.run.partial_result import CellStopped, PartialResult
-from zotune.bench.spec.schema import CellSpec, SearchPlan
-from zotune.errors import UsageError
+from zotune.bench.spec.schema import CellSpec
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.schema import validate
 
 # The options that the evaluation of the untuned model shares with the runs.
-_SHARED = ("task", "model", "dtype", "device", "data_source", "prompt", "data_seed", "num_train", "num_eval")
-_STEPS_OF_A_PROBE = 3
+BASELINE = (
+    *("task", "model", "dtype", "device", "data_source", "prompt"),
+    *("data_seed", "num_train", "num_dev", "num_eval", "num_more_eval"),
+)
+STEPS_OF_A_PROBE = 3
 
 
 def accuracy(spec: CellSpec, execute: Callable[[Job], Outcome], result: PartialResult) -> None:
@@ -58,12 +60,13 @@ def _baselines(spec: CellSpec, execute: Callable[[Job], Outcome], result: Partia
     """The scores of the untuned model and of the majority class on the evaluation rows."""
     if spec.options.get("task") is None:
         return {}
-    options = {name: spec.options[name] for name in _SHARED if name in spec.options}
+    options = {name: spec.options[name] for name in BASELINE if name in spec.options}
     options["per_device_eval_batch_size"] = spec.options.get("per_device_eval_batch_size", 32)
     outcome = execute(Job("evaluate", options, spec.limits, "baseline"))
     if outcome.status != "done":
         raise CellStopped(outcome.status, f"zero-shot: {outcome.message}")
     result.environment = outcome.found["environment"]
+    result.baseline_right = outcome.found.get("right", {})
     return {k: Score.model_validate(v) for k, v in outcome.found["scores"].items()}
 
 
@@ -71,12 +74,12 @@ def _search(
     spec: CellSpec, options: dict[str, Any], execute: Callable[[Job], Outcome], result: PartialResult
 ) -> tuple[Chosen, dict[str, float | None]]:
     """The best point of the search and the measured speed of its trial (empty for a grid of one point)."""
-    plan, has_mu = spec.search, _has_mu(spec.options)
+    plan, known = spec.search, {"has_mu": _has_mu(spec.options), "is_hybrid": "hybrid_layers" in spec.options}
     if not plan.learning_rate:
         raise CellStopped("failed", "the search has no learning rate; give [search] learning_rate a value")
-    if plan.by == "grid" and len(plan.learning_rate) * max(1, len(plan.mu) if has_mu else 1) == 1:
-        return Chosen(learning_rate=plan.learning_rate[0], mu=plan.mu[0] if has_mu and plan.mu else None), {}
-    points = search(plan, has_mu=has_mu)
+    if num_points(spec) == 1:
+        return Chosen(**next(search(plan, **known)).options), {}
+    points = search(plan, **known)
     trials: list[Trial] = []
     point: Point | None = next(points)
     while point is not None:
@@ -90,25 +93,43 @@ def _search(
     best = min(trials, key=lambda t: math.inf if t.dev_loss is None else t.dev_loss)
     if best.dev_loss is None:
         raise CellStopped(best.status if best.status != "done" else "failed", f"no trial has a loss: {best.message}")
-    return Chosen(learning_rate=best.learning_rate, mu=best.mu), best.measured
+    return Chosen(**{name: getattr(best, name) for name in Point._fields}), best.measured
+
+
+def num_points(spec: CellSpec) -> int:
+    """How many points the search of a cell tries; a single point is taken without a trial."""
+    axes = axes_of(spec.search, has_mu=_has_mu(spec.options), is_hybrid="hybrid_layers" in spec.options)
+    size = math.prod(len(set(values)) for values in axes.values())
+    return size if spec.search.by == "grid" or size == 1 else spec.search.num_trials
+
+
+def steps_of_trial(spec: CellSpec, max_steps: int) -> int:
+    """The steps of a trial for runs of so many steps."""
+    return max(1, round(spec.search.steps * max_steps))
 
 
 def _trial(point: Point, options: dict[str, Any], spec: CellSpec, execute: Callable[[Job], Outcome]) -> Trial:
     """The outcome of a short run at a point."""
-    plan: SearchPlan = spec.search
-    steps = max(1, round(plan.steps * options.get("max_steps", TrainConfig.model_fields["max_steps"].default)))
-    at = {k: v for k, v in point._asdict().items() if v is not None}
-    short = {**options, **at, "max_steps": steps, "num_eval": 0, "seed": plan.seed}
+    steps, seed = steps_of_trial(spec, max_steps_of(options)), spec.search.seed
+    short = {**_without_evaluation(options), **point.options, "max_steps": steps, "seed": seed}
     outcome = execute(Job("train", short, spec.limits, "trial"))
-    trial = Trial(**point._asdict(), seed=plan.seed, status=outcome.status, message=outcome.message)
+    trial = Trial(**point._asdict(), seed=seed, status=outcome.status, message=outcome.message)
     if outcome.status != "done":
         return trial
     run = RunRecord.model_validate(outcome.found["run"])
     loss, value = (None, None) if run.dev is None else (run.dev.loss, run.dev.value)
-    scores = {"num_steps": run.num_steps, "num_forwards": run.num_forwards, "dev_loss": loss, "dev_value": value}
-    return trial.model_copy(
-        update={**scores, "seconds": run.seconds, "peak_memory": run.peak_memory, "measured": run.measured}
-    )
+    costs = {name: getattr(run, name) for name in ("num_steps", "num_forwards", "forward_equivalents", "layer_passes")}
+    measured = {name: getattr(run, name) for name in ("seconds", "peak_memory", "measured")}
+    return trial.model_copy(update={**costs, **measured, "dev_loss": loss, "dev_value": value})
+
+
+def _without_evaluation(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k != "num_more_eval"} | {"num_eval": 0}
+
+
+def max_steps_of(options: Mapping[str, Any]) -> int:
+    """The steps of a run with these options."""
+    return int(options.get("max_steps", TrainConfig.model_fields["max_steps"].default))
 
 
 def _within_budget(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[str, Any]:
@@ -116,63 +137,61 @@ def _within_budget(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[st
     options, budget = dict(spec.options), spec.budget
     if budget.mib is not None:
         options |= _fitting_batch(spec, execute)
-    if budget.forwards is not None:
-        options["max_steps"] = max(1, budget.forwards // passes_a_step(validate(TrainConfig, options, spec.path)))
+    if budget.forward_equivalents is not None:
+        outcome = _probe(spec, options, execute)
+        if outcome.status != "done":
+            raise CellStopped(outcome.status, f"its first steps: {outcome.message}")
+        options["max_steps"] = max(1, int(budget.forward_equivalents / equivalents_per_step(outcome)))
     return options
 
 
+def equivalents_per_step(outcome: Outcome) -> float:
+    """The forward-equivalents of one step, as a run of a few steps counted them."""
+    run = RunRecord.model_validate(outcome.found["run"])
+    per_step = run.values.get("equivalents_per_step")
+    if not per_step:
+        raise CellStopped("failed", "a budget of passes needs a run that counts them")
+    return per_step
+
+
+def _probe(spec: CellSpec, options: Mapping[str, Any], execute: Callable[[Job], Outcome]) -> Outcome:
+    """Take a few steps of the run, at the first point of its search."""
+    point = {"learning_rate": spec.search.learning_rate[0]}
+    few = {"max_steps": STEPS_OF_A_PROBE, "logging_steps": 1, "seed": spec.search.seed}
+    return execute(Job("train", {**_without_evaluation(options), **point, **few}, spec.limits, "probe"))
+
+
 def _fitting_batch(spec: CellSpec, execute: Callable[[Job], Outcome]) -> dict[str, int]:
-    """The first batch size whose peak memory stays within the budget, tested by a few steps with each."""
+    """The first batch size whose memory stays within the budget, tested by a few steps with each."""
     assert spec.budget.mib is not None
     config = validate(TrainConfig, spec.options, spec.path)
-    examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rate = spec.search.learning_rate[0]
     least = math.inf
     for size in spec.budget.batch_sizes or (config.per_device_train_batch_size,):
-        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": max(1, examples // size)}
-        few = {"learning_rate": rate, "max_steps": _STEPS_OF_A_PROBE, "num_eval": 0, "seed": spec.search.seed}
-        outcome = execute(Job("train", {**spec.options, **batch, **few}, spec.limits, "probe"))
+        batch = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": max(1, config.rows_a_step // size),
+        }
+        outcome = _probe(spec, {**spec.options, **batch}, execute)
         if outcome.status not in ("done", "out_of_memory"):
             raise CellStopped(outcome.status, f"batch size {size}: {outcome.message}")
-        mib = outcome.found["run"]["peak_memory"] / 2**20 if outcome.status == "done" else math.inf
+        mib = _mib_of(outcome) if outcome.status == "done" else math.inf
         if mib <= spec.budget.mib:
             return batch
         least = min(least, mib)
     raise CellStopped("out_of_memory", f"it takes {least:.0f} MiB at least, and the budget is {spec.budget.mib:g}")
 
 
+def _mib_of(outcome: Outcome) -> float:
+    """The memory of a run above the process without a model: that of its steps, or of loading if that is more."""
+    measured = outcome.found["run"]["measured"]
+    return float(max(measured["step_bytes"], measured["loading_bytes"]) / 2**20)
+
+
 def _with_best_step(options: dict[str, Any], spec: CellSpec) -> dict[str, Any]:
     """The options with evaluations during training (ten, unless the cell sets `eval_steps`) and the best step kept."""
-    steps = options.get("max_steps", TrainConfig.model_fields["max_steps"].default)
+    steps = max_steps_of(options)
     every = min(steps, spec.options.get("eval_steps", max(1, steps // 10)))
     return {**options, "eval_steps": every, "logging_steps": every, "load_best_model_at_end": True}
-
-
-def passes_a_step(config: TrainConfig) -> int:
-    """The arithmetic of one step in units of a forward pass.
-
-    A back-propagation costs about three forward passes with its own, and four with checkpointing; a forward pass with
-    tangents costs about two.
-
-    Raises:
-        UsageError: the cost of the step is not known (blocks, hybrids, generated text).
-
-    >>> [passes_a_step(TrainConfig(task="sst2", method=method)) for method in ("zo_sgd", "fo_sgd")]
-    [2, 3]
-    """
-    if config.blocks is not None or config.hybrid_layers is not None or config.is_generated:
-        raise UsageError(
-            "budget: forwards does not support blocks, hybrids or generated text, whose cost it cannot tell; "
-            "set max_steps instead"
-        )
-    batches, q = config.gradient_accumulation_steps, config.num_queries
-    if config.method in FIRST_ORDER:
-        return batches * (4 if config.gradient_checkpointing else 3)
-    one_sided = config.difference == "forward"
-    if config.method == "forward_grad":
-        return batches * 2 * q
-    more = {True: 2, False: 3}[one_sided] if config.method == "zo_sgd_cons" else 0
-    return batches * ((q + 1 if one_sided else 2 * q) + more)
 
 
 def _has_mu(options: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from zotune.bench.run.content_key import key_of
+from zotune.bench.keys.content_key import key_of
 from zotune.bench.spec.schema import Limits
 from zotune.bench.spec.vocabulary import Status
 from zotune.system.atomic_write import atomic_write

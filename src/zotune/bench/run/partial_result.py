@@ -25,6 +25,7 @@ class PartialResult:
     chosen: Chosen | None = None
     runs: list[RunRecord] = field(default_factory=list)
     baselines: dict[str, Score] = field(default_factory=dict)
+    baseline_right: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
     def add_run(self, outcome: Outcome) -> None:

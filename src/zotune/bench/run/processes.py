@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from zotune.bench.run.content_key import PACKAGE
+from zotune.bench.keys.content_key import PACKAGE
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.system.child_python import python, python_path
 from zotune.system.malloc import heap_environment

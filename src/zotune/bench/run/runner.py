@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from zotune.bench.keys.content_key import PACKAGE, key_of
 from zotune.bench.results.records import CellResult, read_result, result_path, write_result
-from zotune.bench.run.content_key import PACKAGE, key_of
 from zotune.bench.run.jobs import JOBS, Executor, Store, locked
 from zotune.bench.run.partial_result import CellStopped, PartialResult
 from zotune.bench.spec.schema import CellSpec
@@ -71,6 +71,7 @@ def find_cell(spec: CellSpec, store: Store) -> CellResult:
         chosen=partial.chosen,
         runs=tuple(partial.runs),
         baselines=partial.baselines,
+        baseline_right=partial.baseline_right,
         environment=partial.environment,
         commit=commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),

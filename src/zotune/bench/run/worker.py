@@ -52,10 +52,15 @@ def do(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """The versions of the libraries, the processor and the GPU."""
+    return {**environment(), "processor": processor()}
+
+
+def processor() -> str:
+    """The name of the processor; "unknown" where the system does not say."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return {**environment(), "processor": next(models, "unknown")}
+    return next(models, "unknown")
 
 
 def _limit_gpu(gib: float | None) -> None:

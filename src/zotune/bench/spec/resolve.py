@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from zotune.bench.spec.schema import Budget, CellSpec, Defaults, Experiment, Layer, Limits, SearchPlan
+from zotune.bench.spec.schema import Budget, CellSpec, Defaults, Experiment, Layer, Limits, SearchPlan, matches
 from zotune.bench.spec.vocabulary import Coordinate, Kind, Scale
 from zotune.errors import UsageError, did_you_mean
 from zotune.llm.config.method import LATER, MethodName
@@ -66,17 +66,61 @@ def cells(name: str, experiment: Experiment, scale: Scale) -> Iterator[CellSpec]
     """
     if scale not in experiment.scale:
         raise UsageError(f"{name} has no scale {scale!r}.{did_you_mean(scale, experiment.scale)}")
+    _check_rules(name, experiment)
     shared = defaults()
     layers = (shared, shared.scale.get(scale, Layer()), experiment, experiment.scale[scale])
     axes: dict[str, tuple[Coordinate, ...]] = {}
     for layer in layers:
         axes |= layer.axes
     values = [_expand(axis, patterns) for axis, patterns in axes.items()]
+    places: dict[str, dict[str, Coordinate]] = {}
     for place in itertools.product(*values):
         coordinates = dict(zip(axes, place, strict=True))
         spec = _resolve(name, experiment.kind, scale, coordinates, layers)
-        if spec is not None:
-            yield spec
+        if spec is None:
+            continue
+        if spec.name in places:
+            raise UsageError(
+                f"{name}: two cells would be called {spec.name}, at {places[spec.name]} and {coordinates}; give one of "
+                "them another value of an axis."
+            )
+        places[spec.name] = coordinates
+        yield spec
+
+
+def cell_name(coordinates: Mapping[str, Coordinate]) -> str:
+    """The name of a cell, which is that of its file too: the values of its axes, without slashes.
+
+    >>> cell_name({"method": "zo_sgd", "model": "facebook/opt-125m", "length": 64})
+    'zo_sgd--facebook__opt-125m--64'
+    """
+    return "--".join(str(value).replace("/", "__") for value in coordinates.values())
+
+
+def _check_rules(name: str, experiment: Experiment) -> None:
+    """Check that each rule of an experiment can apply to a cell of some scale.
+
+    Raises:
+        UsageError: a rule names an axis, or a value of it, that the experiment does not have.
+    """
+    layers = (experiment, *experiment.scale.values())
+    values: dict[str, list[Coordinate]] = {}
+    for layer in layers:
+        for axis, some in layer.axes.items():
+            values.setdefault(axis, []).extend(_expand(axis, some))
+    for axis, wanted in ((axis, one) for layer in layers for rule in layer.rules for axis, one in rule.when.items()):
+        if axis not in values:
+            raise UsageError(
+                f"{name}: a rule's `when` names {axis!r}, which is no axis of the experiment."
+                f"{did_you_mean(axis, values)} The axes are {', '.join(values)}."
+            )
+        for one in wanted if isinstance(wanted, list | tuple) else [wanted]:
+            if not any(matches(value, one) for value in values[axis]):
+                known = [str(value) for value in dict.fromkeys(values[axis])]
+                raise UsageError(
+                    f"{name}: a rule's `when` asks for {axis} = {one!r}, which no cell has."
+                    f"{did_you_mean(str(one), known)} Its values are {', '.join(known)}."
+                )
 
 
 def _resolve(
@@ -89,8 +133,8 @@ def _resolve(
     merged["options"] |= {axis: v for axis, v in coordinates.items() if axis in schema.model_fields}
     seeds: tuple[int, ...] = (0,)
     for layer in layers:
-        seeds = layer.seeds or seeds
         rules = [rule for rule in layer.rules if rule.applies(coordinates)]
+        seeds = next((rule.seeds for rule in reversed(rules) if rule.seeds), layer.seeds or seeds)
         if any(rule.skip for rule in rules):
             return None
         for part, values in merged.items():
@@ -101,7 +145,7 @@ def _resolve(
         if isinstance(layer, Defaults) or layer is layers[1]:
             # The shared defaults hold options that some kinds of cells do not have.
             merged["options"] = {k: v for k, v in merged["options"].items() if k in schema.model_fields}
-    cell = "--".join(str(value) for value in coordinates.values())
+    cell = cell_name(coordinates)
     place = f"{name}/{cell} at scale {scale}"
     options = {k: v for k, v in merged["options"].items() if v != UNSET}
     search, budget, limits = (

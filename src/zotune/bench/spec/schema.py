@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zotune.bench.spec.claims import Claim
+from zotune.bench.spec.targets import Passes
 from zotune.bench.spec.vocabulary import Coordinate, Kind, Record, Scale
 from zotune.llm.config.schema import Options
 
@@ -22,9 +23,10 @@ class Limits(Options):
 
 
 class SearchPlan(Options):
-    """The search for a cell's learning rate and μ, by runs that see no evaluation row.
+    """The search for a cell's learning rates and μ, by runs that see no evaluation row.
 
     Attributes:
+        learning_rate, mu, hybrid_learning_rate: the values; the last one is that of a hybrid's first-order part.
         by: "grid" tries every point of the grid; "optuna" tries `num_trials` points that Optuna proposes between the
             smallest and the largest value. A grid of one point needs no run.
         steps: length of a trial, as a fraction of the run's steps.
@@ -34,6 +36,7 @@ class SearchPlan(Options):
     by: Literal["grid", "optuna"] = "grid"
     learning_rate: tuple[float, ...] = ()
     mu: tuple[float, ...] = ()
+    hybrid_learning_rate: tuple[float, ...] = ()
     steps: float = Field(0.1, gt=0, le=1)
     num_trials: int = Field(10, ge=1)
     seed: int = 0
@@ -43,15 +46,16 @@ class Budget(Options):
     """The budget of each run, in place of a number of steps.
 
     Attributes:
-        forwards: arithmetic in units of a forward pass; a back-propagation costs two more (three with checkpointing),
-            a forward pass with tangents costs two.
+        forward_equivalents: arithmetic in units of a forward pass: one with tangents counts 2, a back-propagated one 3
+            (4 with checkpointing). The number of steps follows from what a few steps of the run take.
         seconds: training time, at the speed measured in the search's trials.
-        mib: peak memory in MiB. The run uses the first of `batch_sizes` whose peak stays below it and accumulates
-            batches, so that the number of examples per step does not change.
+        mib: memory in MiB of a step and of loading above the process without a model. The run uses the first of
+            `batch_sizes` whose peak stays below it and accumulates batches, so that the number of examples per step
+            does not change.
         batch_sizes: the batch sizes to try, in this order.
     """
 
-    forwards: int | None = Field(None, ge=1)
+    forward_equivalents: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
     mib: float | None = Field(None, gt=0)
     batch_sizes: tuple[int, ...] = ()
@@ -65,16 +69,18 @@ class Rule(Options):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: dict[str, Any] = Field(default_factory=dict)
     limits: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
     skip: bool = Field(False, description="The experiment has no such cells.")
 
     def applies(self, coordinates: Mapping[str, Coordinate]) -> bool:
         """Whether the rule applies to a cell; an axis that the experiment lacks matches nothing."""
-        return all(axis in coordinates and _matches(coordinates[axis], wanted) for axis, wanted in self.when.items())
+        return all(axis in coordinates and matches(coordinates[axis], wanted) for axis, wanted in self.when.items())
 
 
-def _matches(value: Coordinate, wanted: Any) -> bool:
+def matches(value: Coordinate, wanted: Any) -> bool:
+    """Whether a value of an axis is one that a rule asks for: a value, a pattern, or a list of these."""
     if isinstance(wanted, list | tuple):
-        return any(_matches(value, one) for one in wanted)
+        return any(matches(value, one) for one in wanted)
     return fnmatchcase(str(value), wanted) if isinstance(wanted, str) else value == wanted
 
 
@@ -88,7 +94,6 @@ class Layer(Options):
     budget: dict[str, Any] = Field(default_factory=dict)
     limits: dict[str, Any] = Field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    minutes: float | None = Field(None, description="Expected minutes for all cells of the scale, one at a time.")
 
 
 class PaperBlock(Options):
@@ -125,12 +130,14 @@ class Layout(Options):
     """How results are shown: the axes of a table's rows and columns, and the x and y of figures.
 
     `x` is the name of an axis; each of `y` is the name of a quantity: `accuracy`, or a key of `values` or `measured`.
+    `ranked` is the axis whose values are ranked by their accuracy in each column.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...] = ()
     x: str | None = None
     y: tuple[str, ...] = ()
+    ranked: str | None = None
 
 
 class Experiment(Layer):
@@ -143,6 +150,7 @@ class Experiment(Layer):
     comparable: str = Field(description="Which numbers can be compared with the paper, and which cannot.")
     scale: dict[Scale, Layer]
     paper: tuple[PaperBlock, ...] = ()
+    passes: Passes | None = Field(None, description="The comparison of methods by their passes to targets.")
     claims: tuple[Claim, ...] = ()
 
     def paper_cells(self) -> Iterator[PaperCell]:

@@ -85,7 +85,7 @@ class CheckedForwardGradient:
     zotune.errors.UsageError: the forward gradient's coefficient is ..., but differences of the loss ...
     """
 
-    passes = 1, 0
+    passes, cost = (1, 0), 2
 
     def __init__(self) -> None:
         self._is_checked = False

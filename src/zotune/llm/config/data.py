@@ -147,6 +147,12 @@ class DataOptions(TextOptions):
         ge=0,
         description="Number of evaluation rows; default: as the task defines (at most 1000), or all of your rows.",
     )
+    num_more_eval: int = Field(
+        0,
+        ge=0,
+        description="Number of further evaluation rows of a task: public training rows that are neither trained on nor "
+        "held out. The sample has 5000 of sst2.",
+    )
     data_seed: int = Field(0, ge=0, description="Seed of the permutation that chooses the rows.")
     max_length: int | None = Field(
         None,
@@ -218,6 +224,8 @@ class DataOptions(TextOptions):
             )
         if not is_partial(info) and self.task is None and self.prompt == "none":
             raise ValueError("prompt: none applies to tasks only; set the prompt of your own rows with --template")
+        if not is_partial(info) and self.task is None and self.num_more_eval:
+            raise ValueError("num_more_eval applies to tasks only; give all rows of your own in --eval-file")
         self._check_weights()
         if self.streaming and self.train_file is None and self.data_source != IN_MEMORY and not is_partial(info):
             raise ValueError("streaming is for training rows: give their files with --train-file")

@@ -24,6 +24,8 @@ _OF_METHOD = {"zo_sgd_mmt": 0.1}
 # billion numbers), the others' are published for whole models.
 _FZOO, _FZOO_EXPONENT, _FZOO_QUERIES = 0.12, 1 / 3, 8
 _OF_MATRICES = {"zo_muon": 1e-2, "mopi": 1e-2}
+# Directions whose entries are scaled by what they multiply allow longer steps (searches on the built-in model's norms).
+_OF_SCALE = {"inputs": 10.0}
 # The exponents of first-order methods, and K of each tuning scheme.
 _FIRST_ORDER = {"fo_adam": 0.5, "fo_sgd": 0.35}
 _ADAM = {"full": 0.8, "scales": 0.001, "lora": 1.2, "prefix": 8.0, "prompt": 2.3}
@@ -75,7 +77,7 @@ def default_learning_rate(options: MethodOptions, num_tuned: int) -> float:
     if options.method in _OF_MATRICES:
         return _OF_MATRICES[options.method]
     effective = max(1.0, d * (1 - options.sparsity) / options.num_queries)
-    factor = _OF_METHOD.get(options.method, 1.0)
+    factor = _OF_METHOD.get(options.method, 1.0) * _OF_SCALE.get(getattr(options, "direction_scale", "equal"), 1.0)
     return _one_digit(factor * _ZEROTH_ORDER[_kind(options)] * effective**-_EXPONENT)
 
 

@@ -100,11 +100,11 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("task", "train_file", "eval_file", "data_source", "num_train", "num_dev", "num_eval", "max_length"),
         *("prompt", "template", "verbalizer", "data_format", "text_column", "label_column", "columns", "delimiter"),
         *("packing", "long_rows", "chat_template", "system_prompt", "apply_chat_template", "train_file_weights"),
-        *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed"),
+        *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed", "num_more_eval"),
     ),
     "Tuning": (
         *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
-        *("tuned_parameters", "activation_rank"),
+        *("tuned_parameters", "activation_rank", "direction_scale"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
     "Method": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -104,6 +104,15 @@ class ModelOptions(Options):
         return {"trust_remote_code": self.trust_remote_code, **at}
 
 
+Shard = Annotated[
+    Literal["none", "fsdp", "tp"],
+    Field(
+        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
+        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it."
+    ),
+]
+
+
 class ParallelOptions(Options):
     """How several processes, started by torchrun, share the work of a run."""
 
@@ -112,11 +121,7 @@ class ParallelOptions(Options):
         description="How processes share each step: query=Q,data=D of them share the directions and the micro-batches; "
         "default: micro-batches first.",
     )
-    shard: Literal["none", "fsdp", "tp"] = Field(
-        "none",
-        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
-        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it.",
-    )
+    shard: Shard = "none"
     check_ranks: int = Field(
         100,
         ge=0,
@@ -183,15 +188,18 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
                 f"tuning: lora_xs tunes numbers between frozen singular vectors, and with {what} steps do not stay "
                 f"there; use {', '.join(IN_SUBSPACE)}, or tuning: lora_fa"
             )
-        if self.activation_rank is not None and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
+        aims = {"activation_rank": self.activation_rank is not None}
+        aims |= {"direction_scale: inputs": self.direction_scale == "inputs"}
+        aimed = [name for name, is_asked in aims.items() if is_asked]
+        if aimed and self.method in (*FIRST_ORDER, *OWN_DIRECTIONS):
             raise ValueError(
-                "activation_rank has no effect here: it needs a zeroth-order method without directions of its own "
+                f"{aimed[0]} has no effect here: it needs a zeroth-order method without directions of its own "
                 f"({', '.join(OWN_DIRECTIONS)} have them)"
             )
-        if self.activation_rank is not None and other is not None:
-            raise ValueError(f"activation_rank and {other} choose directions in two ways; leave one of them out")
-        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva"}
-        found |= {"activation_rank": self.activation_rank is not None}
+        if aimed and (len(aimed) > 1 or other is not None or self.tuning == "lora_xs"):
+            second = aimed[1] if len(aimed) > 1 else other or "tuning: lora_xs"
+            raise ValueError(f"{aimed[0]} and {second} choose directions in two ways; leave one of them out")
+        found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva", **aims}
         asked = next((name for name, is_asked in found.items() if is_asked), None)
         places = ("device_map", "offload_folder", "shard")
         place = next((p for p in places if getattr(self, p, None) not in (None, "none")), None)

@@ -89,6 +89,11 @@ class TuningOptions(Options):
         "by forward passes over training rows; default: in all directions.",
     )
 
+    direction_scale: Literal["equal", "inputs"] = Field(
+        "equal",
+        description="Length of a direction's entries: all alike, or over the root mean square of what each multiplies, "
+        "found by forward passes over training rows (inputs).",
+    )
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="Virtual tokens of a prefix or prompt; default: 5 for a prefix, 10 for a prompt."
     )

@@ -26,8 +26,8 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.models.placement.devices import find_device
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.model_files import saved_tensors, write_by_tensor, write_errors_in_words
 from zotune.llm.tasks import head_labels
@@ -129,8 +129,8 @@ def streamed_base(ledger: Ledger, config: TrainConfig) -> StreamedModel:
         NotStreamedError: the model cannot be rebuilt one tensor at a time.
         LedgerError: the frozen weights differ from those of the run.
     """
-    if config.activation_rank is not None:
-        raise NotStreamedError("its directions lie in subspaces of all tensors that its ledger holds")
+    if config.activation_rank is not None or config.direction_scale != "equal":
+        raise NotStreamedError("its directions lie in subspaces or have scales of all tensors, which its ledger holds")
     if config.is_adapter:
         raise NotStreamedError("an adapter starts from random weights that its library draws")
     if config.is_gguf or config.quantization not in (None, "none"):

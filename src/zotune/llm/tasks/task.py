@@ -2,7 +2,8 @@
 
 Sizes, order and splits follow the protocol of Malladi et al. (2023), which the paper adopts (section 4.1). A random
 permutation of the training split with `data_seed` starts with the training rows and ends with the held-out rows; a
-permutation of the public evaluation split with the same seed gives the evaluation rows.
+permutation of the public evaluation split with the same seed gives the evaluation rows. Where these are too few to tell
+methods apart, training rows behind the held-out ones can be evaluated too.
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ class Task:
         num_dev = self.num_dev if options.num_dev is None else options.num_dev
         if num_train + num_dev > len(train):
             raise self._too_few_rows(options, num_train, num_dev, str(len(train)))
-        chosen = _permuted(train, options.data_seed)[: num_train + num_dev]
+        train = _permuted(train, options.data_seed)
+        unused = train[max(num_train + num_dev, self.num_train + self.num_dev) :]
         return (
-            chosen[:num_train],
-            chosen[num_train:],
-            self._evaluation_rows(_permuted(test, options.data_seed), options),
+            train[:num_train],
+            train[num_train : num_train + num_dev],
+            self._evaluation_rows(_permuted(test, options.data_seed), unused, options),
         )
 
     def _sample(self, options: DataOptions) -> tuple[list[Row], list[Row], list[Row]]:
@@ -120,16 +122,23 @@ class Task:
                 "the rows of the sample are fixed, so data_seed has no effect; use --data-source hub or a folder."
             )
         folder = _sample_folder(self.name)
-        train, dev, test = (_sample_rows(folder, name) for name in ("train", "heldout", "validation"))
+        train, dev, test, unused = (_sample_rows(folder, name) for name in ("train", "heldout", "validation", "unused"))
         num_train = min(self.num_train, len(train)) if options.num_train is None else options.num_train
         num_dev = min(self.num_dev, len(dev)) if options.num_dev is None else options.num_dev
         rows = train + dev
         if num_train + num_dev > len(rows):
             raise self._too_few_rows(options, num_train, num_dev, str(len(rows)))
-        return rows[:num_train], rows[len(rows) - num_dev :], self._evaluation_rows(test, options)
+        return rows[:num_train], rows[len(rows) - num_dev :], self._evaluation_rows(test, unused, options)
 
-    def _evaluation_rows(self, rows: list[Row], options: DataOptions) -> list[Row]:
-        return rows[: self.num_eval if options.num_eval is None else options.num_eval]
+    def _evaluation_rows(self, rows: list[Row], unused: Sequence[Row], options: DataOptions) -> list[Row]:
+        """Return the task's evaluation rows, and behind them as many unused training rows as the options ask for."""
+        more = options.num_more_eval
+        if more > len(unused):
+            raise UsageError(
+                f"{self.name}: {more} further evaluation rows were asked for, but the source {options.data_source!r} "
+                f"has {len(unused)} training rows that are not used. Lower --num-more-eval."
+            )
+        return [*rows[: self.num_eval if options.num_eval is None else options.num_eval], *unused[:more]]
 
     def _too_few_rows(self, options: DataOptions, num_train: int, num_dev: int, num_rows: str) -> UsageError:
         return UsageError(

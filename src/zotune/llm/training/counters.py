@@ -1,9 +1,19 @@
-"""The counters of a run: its state beside weights and optimizer, on which later steps and log lines depend."""
+"""The counters of a run: its state beside weights and optimizer, on which later steps and log lines depend; and what
+the passes that they count cost.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from zotune.llm.config.run import TrainConfig
+from zotune.llm.models.activation_cache import SequenceCache
+from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.scoring.accuracy import Scorer
+from zotune.llm.training.optimizers import AnyOptimizer
+from zotune.model.layers import stack_of
+from zotune.optim.pass_cost import PassCost, pass_cost
 
 
 @dataclass
@@ -27,3 +37,31 @@ class Counters:
     held_out_short: str | None = None
     recent: list[float] = field(default_factory=list)
     callbacks: dict[str, Any] = field(default_factory=dict)
+
+
+def cost_of_passes(optimizer: AnyOptimizer, lm: LanguageModel, scorer: Scorer, config: TrainConfig) -> PassCost:
+    """What the passes of a run cost, whose scorer may reuse the activations of lower layers."""
+    cache = getattr(scorer, "__self__", None)
+    return pass_cost(
+        optimizer,
+        batches=config.gradient_accumulation_steps,
+        checkpointing=config.gradient_checkpointing,
+        layers=len(stack_of(lm.base)[1]),
+        reused=cache.depth if isinstance(cache, SequenceCache) and config.reuse_activations else 0,
+        cut=config.hybrid_layers or 0,
+    )
+
+
+def spent(counters: Counters, cost: PassCost, config: TrainConfig, num_rows: int) -> dict[str, Any]:
+    """The arithmetic of the steps so far, in forward passes and in passes of single layers.
+
+    Args:
+        counters: the counters of the run.
+        cost: what its passes cost.
+        config: its options.
+        num_rows: number of training rows.
+    """
+    passes = counters.num_forwards, counters.step
+    read = min(counters.step * config.rows_a_step, num_rows)
+    layer_passes = cost.layer_passes(*passes, read / config.per_device_train_batch_size)
+    return {"forward_equivalents": cost.equivalents(*passes), "layer_passes": layer_passes}

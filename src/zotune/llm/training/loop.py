@@ -34,7 +34,7 @@ from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
-from zotune.llm.training.counters import Counters
+from zotune.llm.training.counters import Counters, cost_of_passes, spent
 from zotune.llm.training.in_memory import FollowerOutput, MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
 from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
@@ -76,6 +76,7 @@ class Run:
         )
         if isinstance(self.optimizer, ZerothOrder):
             keep_activations()
+        self.cost = cost_of_passes(self.optimizer, lm, scorer, config)
         self.update = update_of(self.optimizer, lm, config, self.counters)
         self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
         self.journal = (
@@ -178,6 +179,10 @@ class Run:
         closures, _ = self._closures(self.rows.train[:2])
         try_side_by_side(self.optimizer, closures[0], self.lm, self.config)
 
+    def spent(self) -> dict[str, Any]:
+        """The arithmetic of training so far, without evaluations."""
+        return spent(self.counters, self.cost, self.config, len(self.rows.train))
+
     def tokens_read(self) -> int:
         """Return the tokens of the forward passes of training, without padding; 0 if text is generated."""
         counters, config = self.counters, self.config
@@ -230,7 +235,7 @@ class Run:
         display.update(status)
         if self.events.control.should_log:
             rate = set_learning_rates(self.optimizer, self._schedule(counters.step - 1))
-            line = {**asdict(status), "held_out": counters.held_out, "learning_rate": rate}
+            line = {**asdict(status), **self.spent(), "held_out": counters.held_out, "learning_rate": rate}
             self.output.metrics.append(line)
             self.events.log(training_metrics(line), replayed=replayed)
         self._evaluate_if_due(display, replayed=replayed)
@@ -353,8 +358,10 @@ def try_side_by_side(
 ) -> None:
     """Find out on the closure's few examples whether its probes may share a pass, and say so if they may not."""
     zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
-    # The forward gradient has no probes that could share a pass.
+    # The forward gradient has no probes that could share a pass, and those of a tensor-parallel plan never do.
     if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
+        return
+    if zeroth_order.tuned.is_tensor_parallel:
         return
     before, u = lm.num_forwards, Direction(seed=0)
     if isinstance(closure, PerExample):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 
 from zotune.directions.blocks import BLOCKS, Block, blocks_by_size
 from zotune.directions.flipped import flipped
+from zotune.directions.input_scaled import input_scaled
 from zotune.directions.low_rank import low_rank
-from zotune.directions.samplers import SAMPLERS, Subspace
+from zotune.directions.samplers import SAMPLERS
 from zotune.directions.schedule import AnySampler
 from zotune.directions.sparse import sparse
 from zotune.directions.within import within
@@ -53,14 +55,14 @@ def make_optimizer(
     Raises:
         UsageError: the method does not go with the tuned set, or nothing was found for a set that needs it.
     """
-    subspaces = _subspaces(options, aim)
+    _check_aim(options, aim)
     tuned = [p for p in module.parameters() if p.requires_grad]
     rate = initial_learning_rate(options, num_free(module, aim))
     options = options.model_copy(update={"learning_rate": rate})
     if options.method in FIRST_ORDER:
         return first_order(options.method, tuned, rate, options)
     if options.hybrid_layers is None:
-        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix, subspaces=subspaces)
+        return _zeroth_order(module, options, seed, None, reuse_prefix=reuse_prefix, aim=aim)
     assert run_once is not None
     shallow, deep = split_at_layer(module, options.hybrid_layers, run_once, tied=options.hybrid_tied)
     if not shallow:
@@ -101,7 +103,7 @@ def _zeroth_order(
     params: list[nn.Parameter] | None,
     *,
     reuse_prefix: bool = True,
-    subspaces: Mapping[str, Subspace] | None = None,
+    aim: Aim | None = None,
 ) -> ZerothOrder:
     assert isinstance(options.learning_rate, float)
     shared: dict[str, Any] = {
@@ -113,7 +115,7 @@ def _zeroth_order(
         "rounding": options.rounding,
         "seed": seed,
         "params": params,
-        "sampler": SAMPLERS[options.sampler] if options.method in OWN_DIRECTIONS else _sampler(options, subspaces),
+        "sampler": SAMPLERS[options.sampler] if options.method in OWN_DIRECTIONS else _sampler(options, aim),
         "blocks": _blocks(module, options, params),
     }
     shared |= {name: value for name in _RARE if (value := getattr(options, name)) is not None}
@@ -125,65 +127,58 @@ _RARE = ("window", "directions_per_batch")
 
 
 def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
-    """The arguments of a method that are its own."""
-    difference = {"difference": _DIFFERENCES[options.difference]}
-    space = {"rank": options.rank, "interval": options.rank_interval}
-    of_method: dict[str, dict[str, Any]] = {
-        "zo_sgd_sign": {"sign": options.sign, **difference},
-        "zo_sgd_mmt": {"beta": options.momentum, **difference},
-        "zo_adam": {
-            "betas": (options.adam_beta1, options.adam_beta2),
-            "eps": options.adam_epsilon,
-            "adam": options.adam,
-            **difference,
-        },
-        "fzoo": {"ddof": options.std_ddof, "per_mu": options.divide_by_mu},
-        "randopt": {"keep": options.keep_best, "only_better": options.only_better},
-        "block_coordinate": {
-            "choice": options.block_choice,
-            "explore": options.block_explore,
-            "decay": options.block_decay,
-            "unbiased": options.block_unbiased,
-            **difference,
-        },
-        "subzero": {**space, **difference},
-        "lozo": {**space, "beta": options.momentum, "scale": options.rank_scale, **difference},
-        "zo_muon": {**space, "vector_lr": options.vector_learning_rate, **difference},
-        "hizoo": {"alpha": options.hessian_share},
-        "grzo": {},
-        "mopi": {
-            **space,
-            "beta": options.momentum,
-            "top": options.spectral_rank,
-            "vector_lr": options.vector_learning_rate,
-            **difference,
-        },
+    """The arguments of a method that are its own: those that it takes, by the names that methods share.
+
+    An argument that no option sets keeps the method's default.
+    """
+    values = {
+        "mu": options.mu,
+        "difference": _DIFFERENCES[options.difference],
+        "sign": options.sign,
+        "beta": options.momentum,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "adam": options.adam,
+        "ddof": options.std_ddof,
+        "per_mu": options.divide_by_mu,
+        "keep": options.keep_best,
+        "only_better": options.only_better,
+        "choice": options.block_choice,
+        "explore": options.block_explore,
+        "decay": options.block_decay,
+        "unbiased": options.block_unbiased,
+        "rank": options.rank,
+        "interval": options.rank_interval,
+        "scale": options.rank_scale,
+        "vector_lr": options.vector_learning_rate,
+        "top": options.spectral_rank,
+        "alpha": options.hessian_share,
     }
-    if options.method == "forward_grad":
-        return {}
-    return {"mu": options.mu, **of_method.get(options.method, difference)}
+    taken = signature(METHODS[options.method]).parameters
+    return {name: value for name, value in values.items() if name in taken}
 
 
-def _subspaces(options: MethodOptions, aim: Aim | None) -> Mapping[str, Subspace]:
-    """The subspaces that directions lie in by the options.
+def _check_aim(options: MethodOptions, aim: Aim | None) -> None:
+    """Check that what the directions are aimed by was found.
 
     Raises:
-        UsageError: none were found.
+        UsageError: it was not.
     """
-    if getattr(options, "activation_rank", None) is None and getattr(options, "tuning", "") != "lora_xs":
-        return {}
-    if aim is None:
+    aims = ("activation_rank", None), ("tuning", "lora_xs"), ("direction_scale", "inputs")
+    asked = (getattr(options, name, None) == value if value else getattr(options, name, None) for name, value in aims)
+    if aim is None and any(asked):
         raise UsageError(
-            "activation_rank and tuning: lora_xs take their directions from what zotune train finds before the first "
-            "step, which this command or program does not do. Leave them out here."
+            "activation_rank, direction_scale and tuning: lora_xs take their directions from what zotune train finds "
+            "before the first step, which this command or program does not do. Leave them out here."
         )
-    return aim.subspaces
 
 
-def _sampler(options: MethodOptions, subspaces: Mapping[str, Subspace] | None) -> AnySampler:
+def _sampler(options: MethodOptions, aim: Aim | None) -> AnySampler:
     base: AnySampler = SAMPLERS[options.sampler]
-    if subspaces:
-        return within(SAMPLERS[options.sampler], subspaces)
+    if aim is not None and aim.subspaces:
+        return within(SAMPLERS[options.sampler], aim.subspaces)
+    if aim is not None and aim.scales:
+        return input_scaled(SAMPLERS[options.sampler], aim.scales)
     if options.flipped:
         return flipped(SAMPLERS[options.sampler])
     if options.rank is not None:

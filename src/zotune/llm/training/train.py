@@ -67,6 +67,8 @@ class Result:
         best_step: step of the best held-out evaluation if the run selects one; 0 is the untuned model.
         stopped_early: whether the run ended because no new best evaluation came.
         num_forwards: forward passes of training, without evaluations; num_tokens: tokens that these passes read.
+        forward_equivalents, layer_passes: their arithmetic in forward passes (a back-propagated one counts 3, one with
+            tangents 2), and in passes of single layers, where reused layers count once a row.
         num_tuned: number of tuned parameters.
         seconds: duration of training, without evaluations.
         peak_memory: peak memory of the process, in bytes.
@@ -94,6 +96,8 @@ class Result:
     model: Any = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
     log_history: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    forward_equivalents: int = 0
+    layer_passes: float = 0.0
 
     def __repr__(self) -> str:
         """Return the outcome in a few lines, as a notebook shows it."""
@@ -173,7 +177,7 @@ def _train_together(
     given = read_checked_files(config) if given is None else given
     processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config), config.seed)
-    lm.mesh = mesh_of(config, processes, lm)
+    lm.mesh = mesh_of(config, processes, lm, lm.base)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
     rows = load_training_rows(lm, config, given)
@@ -332,6 +336,7 @@ def _result(
         num_steps=run.counters.step,
         num_skipped=run.counters.num_skipped,
         num_forwards=run.counters.num_forwards,
+        **run.spent(),
         num_tokens=run.tokens_read(),
         num_tuned=num_free(run.lm.module, run.lm.aim),
         seconds=run.counters.seconds,

@@ -126,7 +126,7 @@ def _trial(config: TrainConfig, point: Point, *, is_first: bool) -> TrialResult:
     trial = TrialResult(point, str(folder))
     try:
         # Evaluation rows are for the run that the recipe makes.
-        options = _at(config, point, folder).model_copy(update={"num_eval": 0, **_NO_UPLOAD})
+        options = _at(config, point, folder).model_copy(update={"num_eval": 0, "num_more_eval": 0, **_NO_UPLOAD})
         return _finished(trial, options) or _summary(trial, train(options.model_copy(update={"resume": True})))
     except SearchStoppedError:
         raise

@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
 
 import zotune as zo
 from tuning_schemes import EXAMPLES, moved, prepared
@@ -18,6 +17,7 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.collator import collate
 from zotune.llm.data.tokenization import Candidate, Encoder
 from zotune.llm.models.activation_cache import SequenceCache
+from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
 from zotune.llm.models.load import load
 from zotune.llm.models.tuned_sets.aim import Aim, num_free
 from zotune.llm.models.tuned_sets.find import find_aim, planned_aim, set_aim
@@ -241,6 +241,11 @@ def test_what_is_found_survives_the_ledgers_header_to_the_bit(tiny):
         ({"activation_rank": 2, "rank": 1}, "directions in two ways"),
         ({"activation_rank": 2, "method": "fo_adam"}, "activation_rank has no effect here"),
         ({"activation_rank": 2, "method": "subzero"}, "activation_rank has no effect here"),
+        ({"direction_scale": "inputs", "method": "fo_adam"}, "direction_scale: inputs has no effect here"),
+        ({"direction_scale": "inputs", "activation_rank": 2}, "directions in two ways"),
+        ({"direction_scale": "inputs", "flipped": True, "directions_per_batch": 2}, "directions in two ways"),
+        ({"direction_scale": "inputs", "tuning": "lora_xs"}, "steps do not stay|directions in two ways"),
+        ({"direction_scale": "inputs", "tuning": "norms", "shard": "fsdp"}, "does not go with shard"),
     ],
     ids=repr,
 )
@@ -272,6 +277,7 @@ def test_a_library_without_rows_says_what_is_missing(tiny):
         {"tuning": "lora_xs", "lora_r": 2},
         {"tuning": "lora_fa", "lora_init": "eva", "lora_r": 2},
         {"tuning": "full", "activation_rank": 2},
+        {"tuning": "norms", "direction_scale": "inputs"},
     ],
     ids=repr,
 )
@@ -286,6 +292,9 @@ def test_a_plan_counts_what_a_run_has(tiny, options):
     ).rows
     spaces = {} if lm.aim is None else lm.aim.subspaces
     sides = [t for s in spaces.values() for t in (s.left, s.right) if t is not None]
+    sides += [] if lm.aim is None else lm.aim.scales.values()
+    if "direction_scale" in options:
+        assert row.prediction.state == 4 * sum(p.numel() for p in lm.module.parameters() if p.requires_grad)
     if options["tuning"] == "lora_xs":
         assert row.prediction.state == 4 * sum(t.numel() for t in sides)
     assert (row.prediction.state > 0) == bool(sides)
@@ -297,6 +306,7 @@ def test_a_plan_counts_what_a_run_has(tiny, options):
         {"tuning": "norms", "tuned_layers": 0, "activation_rank": 3, "method": "zo_sgd_mmt"},
         {"tuning": "lora_xs", "lora_r": 2, "save_steps": 2},
         {"tuning": "lora_fa", "lora_init": "eva", "lora_r": 2},
+        {"tuning": "norms", "tuned_layers": 0, "direction_scale": "inputs", "directions_per_batch": 2},
     ],
     ids=repr,
 )
@@ -327,6 +337,30 @@ def test_going_on_from_an_adapter_keeps_its_frozen_side(config, tmp_path):
         train(config(**options, lora_init="eva", output_dir=tmp_path / "c"))
     with pytest.raises(UsageError, match="is an adapter"):
         train(config(**{**options, "tuning": "lora_xs"}, output_dir=tmp_path / "d"))
+
+
+def test_scales_are_those_of_the_scored_positions_and_of_tokens_alone(tiny):
+    """Against hooks on plain passes of each row alone, where there is no padding."""
+    lm = aimed(tiny("llama"), tuning="norms", direction_scale="inputs")
+    seen: dict[str, list[torch.Tensor]] = {}
+    names = {f"{name}.weight": m for name, m in lm.base.named_modules() if "Norm" in type(m).__name__}
+    for row in rows_of(lm):
+        batch, kept = collate([row], lm.pad_token_id, torch.device("cpu")), {}
+        hooks = [
+            m.register_forward_hook(lambda m, args, out, name=name, kept=kept: kept.update({name: out / m.weight}))
+            for name, m in names.items()
+        ]
+        with torch.no_grad():
+            lm.base(input_ids=batch.input_ids)
+        for hook in hooks:
+            hook.remove()
+        for name, out in kept.items():
+            rows = out[0] if ".layers." in name else out[0][batch.positions]
+            seen.setdefault(name, []).append(rows.double())
+    assert lm.aim.scales.keys() == seen.keys()
+    for name, rows in seen.items():
+        inverse = 1 / torch.cat(rows).square().mean(0).sqrt()
+        assert torch.allclose(lm.aim.scales[name].double(), inverse / inverse.square().mean().sqrt(), rtol=1e-4), name
 
 
 def test_all_methods_that_stay_in_a_subspace_do(tiny):

@@ -29,10 +29,12 @@ class Aim:
     Attributes:
         values: initial values by the names of parameters, float32.
         subspaces: of directions, by the canonical names of tuned tensors.
+        scales: of directions' entries, by the canonical names of tuned tensors.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     subspaces: Mapping[str, Subspace] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, which `from_json` reads to the same bits."""
@@ -42,6 +44,7 @@ class Aim:
                 name: {side: _packed(t) for side in ("left", "right") if (t := getattr(space, side)) is not None}
                 for name, space in self.subspaces.items()
             },
+            "scales": {name: _packed(value) for name, value in self.scales.items()},
         }
 
     @classmethod
@@ -55,9 +58,10 @@ class Aim:
             values = {str(name): _unpacked(value) for name, value in plain["values"].items()}
             sides = {str(name): {s: _unpacked(v) for s, v in own.items()} for name, own in plain["subspaces"].items()}
             spaces = {name: Subspace(0, own.get("left"), own.get("right")) for name, own in sides.items()}
+            scales = {str(name): _unpacked(value) for name, value in plain.get("scales", {}).items()}
         except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as error:
             raise LedgerError(f"what {source} says of the tuned set cannot be understood: {error!r}") from None
-        return cls(values, spaces)
+        return cls(values, spaces, scales)
 
     def check_size(self) -> None:
         """Refuse an aim that a ledger's header has no room for.
@@ -66,7 +70,7 @@ class Aim:
             UsageError: it does not.
         """
         sides = [t for space in self.subspaces.values() for t in (space.left, space.right) if t is not None]
-        size = sum(4 * t.numel() for t in (*self.values.values(), *sides)) * 4 // 3
+        size = sum(4 * t.numel() for t in (*self.values.values(), *sides, *self.scales.values())) * 4 // 3
         if size > JSON_BYTES.value // 2:
             raise UsageError(
                 f"what forward passes find for this tuned set takes {size >> 20} MiB, for which the header of a ledger "

@@ -2,18 +2,20 @@
 
 - `lora_init: eva`: A of LoRA, the principal components of each layer's inputs, by peft (Paischer et al., 2024).
 - `activation_rank`: directions within the leading components of what a tensor multiplies (AGZO).
+- `direction_scale: inputs`: directions' entries over the root mean square of what they multiply.
 - `tuning: lora_xs`: A = V_rᵀ, and B within the columns of U_r Σ_r, of W = U Σ Vᵀ (Bałazy et al., 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune.directions.principal import LeadingVectors, is_norm, planned_subspaces, principal_subspaces
+from zotune.directions.input_scaled import input_scales, planned_scales
+from zotune.directions.principal import LeadingVectors, Rows, is_norm, planned_subspaces, principal_subspaces
 from zotune.directions.samplers import Subspace
 from zotune.errors import UsageError, is_out_of_memory, reason_of
 from zotune.llm.config.step import StepOptions
@@ -38,7 +40,8 @@ _TURNS = 16
 
 def needs_aim(options: StepOptions) -> bool:
     """Whether a run finds something before its first step."""
-    return options.tuning == "lora_xs" or options.lora_init == "eva" or options.activation_rank is not None
+    of_set = options.tuning == "lora_xs" or options.lora_init == "eva"
+    return of_set or options.activation_rank is not None or options.direction_scale == "inputs"
 
 
 def find_aim(lm: LanguageModel, options: StepOptions, rows: Sequence[Encoded]) -> Aim:
@@ -59,8 +62,11 @@ def find_aim(lm: LanguageModel, options: StepOptions, rows: Sequence[Encoded]) -
         batches = [_batch(lm, chosen[lo : lo + _ROWS_A_PASS]) for lo in range(0, len(chosen), _ROWS_A_PASS)]
         passes = lm.num_forwards
         values = _eva(lm, batches) if options.lora_init == "eva" else {}
-        spaces = {} if options.activation_rank is None else _components(lm, options.activation_rank, batches)
-        aim, lm.num_forwards = Aim(values, spaces), passes
+        run, read, in_scores = _reading(lm, batches)
+        rank, is_scaled = options.activation_rank, options.direction_scale == "inputs"
+        spaces = {} if rank is None else principal_subspaces(lm.module, run, rank, rows=in_scores)
+        scales = input_scales(lm.module, run, rows=read) if is_scaled else {}
+        aim, lm.num_forwards = Aim(values, spaces, scales), passes
         say(f"{len(chosen)} training rows were read before the first step, to aim what is tuned at what it reads")
     aim.check_size()
     return aim
@@ -73,8 +79,9 @@ def planned_aim(lm: LanguageModel, options: StepOptions) -> Aim | None:
     if options.tuning == "lora_xs":
         shapes = {name_of_b(name, layer): b.weight.shape for name, _, b, layer in lora_layers(lm.module)}
         return Aim({}, {n: Subspace(0, torch.empty(shape, device="meta"), None) for n, shape in shapes.items()})
-    rank = options.activation_rank
-    return Aim({}, {} if rank is None else planned_subspaces(ParameterSet(lm.module), rank))
+    rank, tuned = options.activation_rank, ParameterSet(lm.module)
+    scales = planned_scales(tuned) if options.direction_scale == "inputs" else {}
+    return Aim({}, {} if rank is None else planned_subspaces(tuned, rank), scales)
 
 
 def set_aim(lm: LanguageModel, aim: Aim | None) -> None:
@@ -100,24 +107,28 @@ def _batch(lm: LanguageModel, rows: Sequence[Encoded]) -> Batch:
     return collate(as_read, lm.pad_token_id, lm.device)
 
 
-def _components(lm: LanguageModel, rank: int, batches: Sequence[Batch]) -> dict[str, Subspace]:
+def _reading(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[Callable[[], None], Rows, Rows]:
+    """What scores some rows, the rows of what a module reads that count in it, and these as they enter the scores."""
     now: list[Batch] = []
     inside = {m for layer in stack_of(lm.base)[1] for m in layer.modules()}
     before_head = _norm_before_head(lm, batches[0])
 
-    def rows(module: nn.Module, x: Tensor) -> Tensor:
+    def read(module: nn.Module, x: Tensor) -> Tensor:
         """Of the layers' inputs those of tokens, of what comes after them those of scored positions."""
         batch, flat = now[-1], x.reshape(-1, x.shape[-1])
         if x.shape[:-1] == batch.input_ids.shape:
             flat = flat[batch.attention_mask.view(-1).bool() if module in inside else batch.positions]
-        return _in_scores(lm, batch, flat) if module is before_head else flat
+        return flat
+
+    def in_scores(module: nn.Module, x: Tensor) -> Tensor:
+        return _in_scores(lm, now[-1], read(module, x)) if module is before_head else read(module, x)
 
     def run() -> None:
         for batch in batches:
             now[:] = [batch]
             lm.score(batch)
 
-    return principal_subspaces(lm.module, run, rank, rows=rows)
+    return run, read, in_scores
 
 
 def _norm_before_head(lm: LanguageModel, batch: Batch) -> nn.Module | None:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zotune.bench.run.code_hash import code_hash
+from zotune.bench.keys.code_hash import code_hash
 
 # The folder of the package `zotune`, independent of this module's place in it.
 PACKAGE = Path(str(sys.modules[__name__.partition(".")[0]].__file__)).parent

@@ -1,40 +1,22 @@
-"""The hash of the code that some functions run, independent of its place and of the names of definitions.
-
-The hash covers the syntax of the functions and of all definitions that they refer to, without docstrings, comments,
-layout, import statements, unused annotations, and the texts of errors, warnings and option descriptions. A reference to
-a definition of the package counts by the content of that definition, a reference to a library by its full name. So a
-definition may move to another module or change its name; modules may be split, merged or renamed.
-
-The hash changes without need if a method, parameter, attribute or local variable is renamed, or if the same computation
-is written differently. It does not see definitions that are looked up by their names as text, subclasses and
-registrations in modules to which nothing refers, the `__name__` of a definition, and files in other languages than
-Python and C.
-"""
+"""From a definition to what counts of it: tokens of its syntax, and references to other definitions."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from zotune.bench.run.code_modules import Definition, Module, Package, bound_by, is_text, joined
+from zotune.bench.keys.code_modules import Definition, Module, Package, bound_by, is_text, joined
 
 COUNTS_FOR_RESULTS = "never"
-# The number of steps that a reference is followed to distinguish it from others.
-_ROUNDS = 4
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 _COMPREHENSION = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 _SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})
-_C_COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|//[^\n]*|/\*.*?\*/""", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class _Reference:
+class Reference:
     """The definitions that a name refers to; for a module as a value all its definitions with their names."""
 
     named: tuple[tuple[str, Definition], ...]
@@ -51,71 +33,28 @@ class _Scope:
 _Scopes = tuple[_Scope, ...]
 
 
-@cache
-def code_hash(folder: Path, roots: tuple[str, ...], *, on_cpu: bool = False) -> str:
-    """The hash, 16 hexadecimal digits, of the code that functions of a package run.
+class Reader:
+    """Turns a statement of a module into tokens and references.
 
     Args:
-        folder: folder of the package; its name is the package's name in imports.
-        roots: names of functions; each must be defined in exactly one module of the package.
+        package: the package of the module.
+        module: the module.
         on_cpu: leave out code that only a GPU runs.
-
-    Raises:
-        LookupError: no module or several modules define a root.
     """
-    reached = _reached(_package(folder), roots, on_cpu)
-    alone = {one: _hash(t if isinstance(t, str) else "→" for t in tokens) for one, tokens in reached.items()}
-    leads = {one: [t for t in tokens if isinstance(t, _Reference)] for one, tokens in reached.items()}
-    known = alone
-    for _ in range(_ROUNDS):
-        known = {one: _hash([alone[one], *(_of(t, known) for t in leads[one])]) for one in reached}
-    c_sources = sorted(_without_comments(path.read_text(encoding="utf-8")) for path in folder.rglob("*.c"))
-    return _hash([*sorted(set(known.values())), *c_sources])
-
-
-def _of(reference: _Reference, known: dict[Definition, str]) -> str:
-    return " ".join(sorted(f"{name}:{known[one]}" for name, one in reference.named))
-
-
-@cache
-def _package(folder: Path) -> Package:
-    return Package(folder)
-
-
-def _reached(package: Package, roots: Sequence[str], on_cpu: bool) -> dict[Definition, list[str | _Reference]]:
-    """The tokens of all definitions that can be reached from the roots."""
-    waiting = [one for name in roots for one in package.find(name)]
-    reached: dict[Definition, list[str | _Reference]] = {}
-    while waiting:
-        one = waiting.pop()
-        if one in reached:
-            continue
-        reached[one] = tokens = _read(package, one, on_cpu)
-        waiting += [other for token in tokens if isinstance(token, _Reference) for _, other in token.named]
-        waiting += one.module.effects
-    return reached
-
-
-@cache
-def _read(package: Package, one: Definition, on_cpu: bool) -> list[str | _Reference]:
-    return _Reader(package, one.module, on_cpu).read(one.node)
-
-
-class _Reader:
-    """Turns a statement of a module into tokens and references."""
 
     def __init__(self, package: Package, module: Module, on_cpu: bool) -> None:
         self._package, self._module = package, module
         self._left_out = {"never", "on cuda"} if on_cpu else {"never"}
-        self._out: list[str | _Reference] = []
+        self._out: list[str | Reference] = []
         self._is_message = False
 
-    def read(self, node: ast.stmt) -> list[str | _Reference]:
+    def read(self, node: ast.stmt) -> list[str | Reference]:
+        """Return the tokens and references of a statement."""
         self._any(node, ())
         return self._out
 
     def _any(self, node: ast.AST | None, scopes: _Scopes) -> None:
-        read = _READERS.get(type(node), _Reader._plain)
+        read = _READERS.get(type(node), Reader._plain)
         read(self, node, scopes)
 
     def _plain(self, node: Any, scopes: _Scopes) -> None:
@@ -187,7 +126,7 @@ class _Reader:
             if target.definitions[0].module.counts in self._left_out:
                 self._out.append("not counted")
             else:
-                self._out.append(_Reference(tuple(("", one) for one in target.definitions)))
+                self._out.append(Reference(tuple(("", one) for one in target.definitions)))
             self._out += [f".{attribute}" for attribute in target.rest]
         elif target.module is not None and not is_own:
             self._refer_to_module(target.module)
@@ -200,7 +139,7 @@ class _Reader:
             self._out.append("not counted")
             return
         public = [(name, one) for name, some in module.definitions.items() if name[0] != "_" for one in some]
-        self._out.append(_Reference(tuple([("", one) for one in module.main] if runs else public)))
+        self._out.append(Reference(tuple([("", one) for one in module.main] if runs else public)))
 
     def _shows(self, node: ast.AST, scopes: _Scopes) -> bool:
         """Whether a name belongs to a module whose code never counts."""
@@ -297,32 +236,19 @@ class _Reader:
         self._plain(node, (*scopes, _Scope(bound_by(targets, self._module))))
 
 
-_READERS: dict[type, Callable[[_Reader, Any, _Scopes], None]] = {
-    ast.Name: _Reader._name,
-    ast.Attribute: _Reader._name,
-    ast.Call: _Reader._call,
-    ast.Raise: _Reader._raise,
-    ast.Assert: _Reader._assert,
-    ast.Constant: _Reader._constant,
-    ast.JoinedStr: _Reader._text,
-    ast.Assign: _Reader._assign,
-    ast.AnnAssign: _Reader._assigned,
-    ast.ClassDef: _Reader._class,
-    ast.FunctionDef: _Reader._function,
-    ast.AsyncFunctionDef: _Reader._function,
-    ast.Lambda: _Reader._lambda,
-    **dict.fromkeys(_COMPREHENSION, _Reader._comprehension),
+_READERS: dict[type, Callable[[Reader, Any, _Scopes], None]] = {
+    ast.Name: Reader._name,
+    ast.Attribute: Reader._name,
+    ast.Call: Reader._call,
+    ast.Raise: Reader._raise,
+    ast.Assert: Reader._assert,
+    ast.Constant: Reader._constant,
+    ast.JoinedStr: Reader._text,
+    ast.Assign: Reader._assign,
+    ast.AnnAssign: Reader._assigned,
+    ast.ClassDef: Reader._class,
+    ast.FunctionDef: Reader._function,
+    ast.AsyncFunctionDef: Reader._function,
+    ast.Lambda: Reader._lambda,
+    **dict.fromkeys(_COMPREHENSION, Reader._comprehension),
 }
-
-
-def _without_comments(source: str) -> str:
-    lines = _C_COMMENT.sub(lambda match: match[1] or " ", source).splitlines()
-    return "\n".join(line.strip() for line in lines if line.strip())
-
-
-def _hash(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:16]
