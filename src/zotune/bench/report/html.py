@@ -22,9 +22,11 @@ from zotune.bench.report.figures import Figure
 from zotune.bench.report.findings import answer, findings
 from zotune.bench.report.formats import RANKED, STATES, ranked, theirs
 from zotune.bench.report.phrases import ON_PAPER, SUBJECTS, main_reason, provenance, reasons, summary
+from zotune.bench.report.races import RACED, race_reading, race_title, raced
 from zotune.bench.report.sections import Section, counted_together
 from zotune.bench.report.svg import draw, marker
 from zotune.bench.results.costs import cell_costs
+from zotune.bench.results.passes import Race
 from zotune.bench.results.quantities import Quantity, label_of, significant
 from zotune.bench.results.ranking import Ranking
 from zotune.bench.results.tables import Entry, Table
@@ -128,6 +130,7 @@ def _view(section: Section, results: str) -> dict[str, Any]:
         "table": _table(section.table, results),
         "figures": [draw_figure(figure) for figure in section.figures],
         "verdicts": [_verdict(section, i, results) for i, _ in enumerate(section.verdicts)],
+        "races": [_race(race, results) for race in section.races],
         "rankings": [_ranking(ranking, results) for ranking in section.rankings],
         "costs": _costs(section),
         "failures": [
@@ -250,6 +253,12 @@ def _ranking(ranking: Ranking, results: str) -> dict[str, Any]:
     target = "" if ranking.target is None else f" The target is {ranking.target:.1f} % on the held-out rows."
     lines = [(link(results, r.source) if r.source else "", ranked(r, ranking)) for r in ranking.lines]
     return {"budget": ranking.budget, "answer": answer(ranking), "target": target, "lines": lines}
+
+
+def _race(race: Race, results: str) -> dict[str, Any]:
+    """The texts of the methods on their way to a target."""
+    lines = [(link(results, way.source), raced(way)) for way in race.ways]
+    return {"title": race_title(race), "reading": race_reading(race), "heads": RACED, "lines": lines}
 
 
 def _costs(section: Section) -> dict[str, Any] | None:

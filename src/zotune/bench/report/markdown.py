@@ -9,8 +9,10 @@ from urllib.parse import quote
 from zotune.bench.report.findings import answer, findings
 from zotune.bench.report.formats import RANKED, markdown, ranked
 from zotune.bench.report.phrases import ON_PAPER, provenance, reasons, summary
+from zotune.bench.report.races import RACED, race_reading, race_title, raced
 from zotune.bench.report.sections import Section, counted_together
 from zotune.bench.results.costs import cell_costs
+from zotune.bench.results.passes import Race
 from zotune.bench.results.quantities import significant
 from zotune.bench.results.ranking import Ranking
 from zotune.bench.results.verdicts import Finding, Verdict
@@ -45,6 +47,7 @@ def _section(section: Section, results: str) -> Iterator[str]:
     yield f"## {experiment.title}"
     yield f"**{experiment.question}**" if experiment.question else ""
     yield from map(_ranking, section.rankings)
+    yield from map(_race, section.races)
     yield markdown(section.table) if section.table.rows else ""
     both = zip(section.verdicts, section.on_paper, strict=True)
     yield "\n".join(_verdict(verdict, on_paper, results) for verdict, on_paper in both)
@@ -61,6 +64,13 @@ def _verdict(verdict: Verdict, on_paper: Finding | None, results: str) -> str:
     lines += [f"  - {reason.text}" for reason in reasons(verdict)]
     links = [f"[{Path(source).stem}]({results}/{quote(source)})" for source in verdict.sources]
     return "\n".join([*lines, *([f"  - from {', '.join(links)}"] if links else [])])
+
+
+def _race(race: Race) -> str:
+    """The methods on their way to a target as a table below what it is."""
+    table = [f"| {' | '.join(RACED)} |", "|---|" + "--:|" * (len(RACED) - 1)]
+    table += [f"| {' | '.join(map(markdown_text, raced(way)))} |" for way in race.ways]
+    return "\n".join([f"{race_title(race)}. {race_reading(race)}", "", *table])
 
 
 def _ranking(ranking: Ranking) -> str:

@@ -10,6 +10,7 @@ from zotune.bench.report.choose_figures import figures
 from zotune.bench.report.figures import Figure
 from zotune.bench.results.cells import Cell
 from zotune.bench.results.paper_numbers import paper_findings
+from zotune.bench.results.passes import Race, races
 from zotune.bench.results.ranking import Ranking, rankings
 from zotune.bench.results.records import read_result, result_path
 from zotune.bench.results.tables import Table, table
@@ -27,6 +28,7 @@ class Section:
     Attributes:
         on_paper: what the paper's own numbers say about each claim; None where it gives none.
         rankings: the methods of each column, the best first, where the layout asks for them.
+        races: the methods of each place on their way to targets, where the experiment has targets.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Section:
     verdicts: tuple[Verdict, ...]
     on_paper: tuple[Finding | None, ...]
     rankings: tuple[Ranking, ...]
+    races: tuple[Race, ...] = ()
 
 
 def read_section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
@@ -78,6 +81,7 @@ def make_section(name: str, experiment: Experiment, cells: Sequence[Cell], scale
         verdicts=tuple(verdicts(experiment.claims, cells)),
         on_paper=tuple(paper_findings(experiment)),
         rankings=tuple(rankings(cells, layout.columns, layout.ranked)) if layout.ranked else (),
+        races=() if experiment.passes is None else tuple(races(experiment.passes, cells)),
     )
 
 

@@ -8,7 +8,7 @@ it after infinitely many passes, so the median of the seeds is infinite where fe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_high
 
@@ -79,12 +79,13 @@ class Ranking:
 
 
 def rankings(cells: Sequence[Cell], columns: Sequence[str], axis: str) -> list[Ranking]:
-    """Rank the values of an axis, for each combination of values of the axes in `columns`."""
+    """Rank the values of an axis, for each combination of values of the axes in `columns` that has a result."""
     places = dict.fromkeys(tuple(c.coordinates.get(a, "") for a in columns) for c in cells)
     found = []
     for place in places:
         here = [c for c in cells if tuple(c.coordinates.get(a, "") for a in columns) == place]
-        found.append(ranking(", ".join(map(str, place)), here, axis))
+        if any(c.result is not None for c in here):
+            found.append(ranking(", ".join(map(str, place)), here, axis))
     return found
 
 
@@ -165,9 +166,14 @@ def reached(run: RunRecord, target: float) -> Evaluation | None:
     >>> reached(run, 65.0).step, reached(run, 90.0)
     (3, None)
     """
+    return first_from_which(run, lambda e: e.dev_value is not None and 100 * e.dev_value >= target)
+
+
+def first_from_which(run: RunRecord, meets: Callable[[Evaluation], bool]) -> Evaluation | None:
+    """The first evaluation of a run from which on each one meets a target; None if the last does not."""
     found = None
     for evaluation in reversed(run.evaluations):
-        if evaluation.dev_value is None or 100 * evaluation.dev_value < target:
+        if not meets(evaluation):
             break
         found = evaluation
     return found

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zotune.bench.spec.claims import Claim
+from zotune.bench.spec.targets import Passes
 from zotune.bench.spec.vocabulary import Coordinate, Kind, Record, Scale
 from zotune.llm.config.schema import Options
 
@@ -149,6 +150,7 @@ class Experiment(Layer):
     comparable: str = Field(description="Which numbers can be compared with the paper, and which cannot.")
     scale: dict[Scale, Layer]
     paper: tuple[PaperBlock, ...] = ()
+    passes: Passes | None = Field(None, description="The comparison of methods by their passes to targets.")
     claims: tuple[Claim, ...] = ()
 
     def paper_cells(self) -> Iterator[PaperCell]:
