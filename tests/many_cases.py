@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
 import zotune as zo
@@ -233,9 +235,14 @@ def tuned_in_shards(rows, way):
     with joined(120) as processes:
         model, tokenizer = load("random:opt-tiny", device="cpu")
         if processes.size > 1:
-            sharded.cut_by_fsdp(model, torch.device("cpu")) if way == "fsdp" else sharded.cut_by_plan(model)
-        options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tuning": "full"}
-        result = train(model, tokenizer, rows, rows, learning_rate=1e-3, **options)
+            if way == "fsdp":  # by default the weights outside of the layers stay gathered after a pass
+                for part in (*model.model.decoder.layers, model):
+                    fully_shard(part, mesh=init_device_mesh("cpu", (processes.size,)))
+            else:
+                sharded.cut_by_plan(model)
+        options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tuning": "full"}
+        options |= {"eval_steps": 1, "load_best_model_at_end": True, "num_dev": 3}
+        result = train(model, tokenizer, rows, rows[:5], learning_rate=3e-2, **options)
         found = evaluate(model, tokenizer, rows)
         weights = gathered(dict(result.model.named_parameters()))
         return digest(weights.values()), result.num_forwards, found.loss, found.predictions

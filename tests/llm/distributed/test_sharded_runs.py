@@ -170,7 +170,7 @@ def test_a_loaded_model_that_its_owner_has_cut_is_tuned_and_evaluated(rows_file,
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     alone = many_cases.tuned_in_shards(rows, way)
     one, other = many_processes.run(2, many_cases.tuned_in_shards, rows, way)
-    assert one == other and one[1:3] == alone[1:3]
+    assert one == other and one[3] == alone[3] and abs(one[2] - alone[2]) < 1e-4
     assert way == "tp" or one == alone
 
 

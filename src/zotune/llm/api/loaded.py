@@ -21,6 +21,7 @@ from zotune.llm.distributed.mesh import mesh_of_shards
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import is_quantised
+from zotune.model.shards import reshard
 from zotune.system.processes import connected
 
 
@@ -50,6 +51,7 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
             accept_old_name(lm.base)
         if not (lm.masked or is_quantised(lm.base)):
             check_causal(lambda ids: lm.read_with(lm.module, ids), lm.vocabulary, lm.name)
+        reshard(model)  # by default FSDP2 keeps what it has gathered of the outermost module, in place of its slices
         yield lm
     except BaseException:
         state.restore()

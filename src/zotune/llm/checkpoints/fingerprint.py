@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zotune.errors import UsageError
 from zotune.model.mapped_memory import release
-from zotune.model.shards import whole
+from zotune.model.shards import reshard, whole
 from zotune.system.bounds import read_json
 
 FILE = "base_model.json"
@@ -30,6 +30,7 @@ def fingerprint(model: nn.Module) -> dict[str, str] | None:
     >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
     False
     """
+    reshard(model)
     digest, dtypes = hashlib.blake2b(digest_size=16), set()
     for name, own in sorted(model.named_parameters()):
         if own.is_meta:

@@ -29,7 +29,7 @@ from zotune.llm.models.tuned_sets.aim import Aim
 from zotune.llm.quantized.backends import supports_row_lookup
 from zotune.messages import say
 from zotune.model.parameters import input_device
-from zotune.model.shards import is_tensor_parallel
+from zotune.model.shards import is_tensor_parallel, reshard
 from zotune.model.streaming import stream_of
 
 # Logits computed at a time at most: 64 MiB in float32.
@@ -153,7 +153,11 @@ class LanguageModel:
         return frozenset(ends if own is None else ends | {own})
 
     def reset(self) -> None:
-        """Forget what the model keeps from one pass to the next: the frequencies of the longest row so far."""
+        """Forget what the model keeps from one pass to the next: the frequencies of the longest row so far, and weights
+        that FSDP2 has gathered, for these may have been restored since.
+        """
+        if self.mesh.is_sharded:
+            reshard(self.base)
         if rope_grows(self.config):
             reset_rope(self.base)
 
