@@ -15,6 +15,7 @@ import many_processes
 import zotune as zo
 from zotune.apply.line_search import conservative
 from zotune.apply.transforms import adam
+from zotune.directions.samplers import Subspace
 from zotune.directions.subspace import subspace
 from zotune.ledger.replay import describe_tensors
 from zotune.model.shards import gathered, whole
@@ -33,6 +34,23 @@ def _on_mesh(function, args):
 
 HALF, WIDEST = torch.bfloat16, 16
 ADAM = partial(adam, beta1=0.9, beta2=0.99, eps=1e-8)
+
+
+def _scales(m):
+    """Scales of what some matrices multiply."""
+    return {name: torch.linspace(0.5, 1.5, m.get_parameter(name).shape[1]) for name in MATRICES}
+
+
+def _bases(m):
+    """Bases for some matrices, of one side and of both."""
+    (name, other), random = MATRICES, torch.Generator().manual_seed(0)
+    rows, columns = m.get_parameter(other).shape
+    left, right = (torch.randn(n, 2, generator=random) for n in (rows, columns))
+    only = torch.randn(m.get_parameter(name).shape[1], 2, generator=random)
+    return {name: Subspace(0, None, only), other: Subspace(0, left, right)}
+
+
+MATRICES = ("layers.0.up.weight", "layers.1.down.weight")
 # By name: how the optimizer is made, and the dtype.
 OPTIMIZERS = {
     "zo_sgd": (partial(zo.zo_sgd, lr=0.01, num_queries=2), torch.float32),
@@ -64,6 +82,9 @@ OPTIMIZERS = {
         partial(zo.zo_sgd, lr=0.01, sampler=subspace(zo.gaussian, 3, interval=2, sides="both")),
         torch.float32,
     ),
+    "flipped": (partial(zo.zo_sgd, lr=0.01, num_queries=3, sampler=zo.flipped(zo.gaussian)), torch.float32),
+    "scaled by inputs": (lambda m: zo.zo_sgd(m, 0.01, sampler=zo.input_scaled(zo.gaussian, _scales(m))), HALF),
+    "within given subspaces": (lambda m: zo.zo_sgd(m, 0.01, sampler=zo.within(zo.gaussian, _bases(m))), torch.float32),
     # Its coordinates have the shape of a matrix with few rows.
     "coordinates of the matrix's shape": (partial(zo.mopi, lr=0.01, rank=WIDEST), torch.float32),
     "master of coordinates": (partial(zo.zo_muon, lr=0.01, rank=2, rounding="master"), HALF),
