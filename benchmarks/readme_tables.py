@@ -9,9 +9,11 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
+from zotune.bench.results.cells import Cell
+from zotune.bench.results.costs import cell_costs
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import mean_and_error, read_results
-from zotune.bench.results.tables import Cell, cell_costs, interval
+from zotune.bench.results.tables import interval
 from zotune.bench.spec.resolve import cells, find, names
 from zotune.bench.spec.vocabulary import SCALES
 from zotune.llm.config.method import MethodName
@@ -198,7 +200,10 @@ def methods() -> str:
     order = {name: i for i, name in enumerate(get_args(MethodName))}
     found.sort(key=lambda c: (c.coordinates["tuning"] == "full", order[str(c.coordinates["method"])]))
     heads = ["method", "tuned", f"{found[0].runs[0].test.num_examples} rows, 3 seeds", "95 % interval"]
-    lines = [f"| {' | '.join([*heads, 'forward passes', 'CPU time', 'peak'])} |", "|---|---|--:|---|--:|--:|--:|"]
+    lines = [
+        f"| {' | '.join([*heads, 'forward-equivalents', 'CPU time', 'memory of a step'])} |",
+        "|---|---|--:|---|--:|--:|--:|",
+    ]
     untuned = found[0].baselines["zero_shot"]
     value, low, high = (100 * number for number in (untuned.value, untuned.low, untuned.high))
     lines.append(f"| none | | {value:.1f} % | {low:.1f} to {high:.1f} | | | |")
@@ -207,12 +212,18 @@ def methods() -> str:
         alone = [Cell(cell.coordinates, "done", cell)]
         low, high = interval(alone, quantity("accuracy"))
         (costs,) = cell_costs(alone)
+        passes, step = _shown(costs["forward-equivalents"]), _shown(costs["step GiB"], 1024, " MiB")
         tuned = {"lora": "LoRA", "full": "last layer"}[str(cell.coordinates["tuning"])]
         lines.append(
             f"| `{cell.coordinates['method']}` | {tuned} | {mean:.1f} ± {error:.1f} % | {low:.1f} to {high:.1f} | "
-            f"{costs['forward passes']:,.0f} | {costs['seconds']:.0f} s | {costs['peak GiB'] * 1024:.0f} MiB |"
+            f"{passes} | {costs['seconds']:.0f} s | {step} |"
         )
     return "\n".join(lines)
+
+
+def _shown(value: float | None, factor: float = 1.0, unit: str = "") -> str:
+    """A number of a result; "–" where results of older code do not record it."""
+    return "–" if value is None else f"{value * factor:,.0f}{unit}"
 
 
 TABLES = {

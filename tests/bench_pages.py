@@ -3,7 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-LOADS = r"""(?:src|href|action)\s*=\s*["']?\s*(?!["']?(?:\#|data:))|url\(|@import|<script|<iframe|<object"""
+LOADS = r"""(?:src|action|<link[^>]*href)\s*=\s*["']?\s*(?!["']?(?:\#|data:))|url\(|@import|<script|<iframe|<object"""
 OUTSIDE = re.compile(LOADS, re.IGNORECASE)
 
 
@@ -39,8 +39,10 @@ def sound(text):
     # No heading skips a level.
     assert read.headings[0] == 1
     assert all(b - a <= 1 for a, b in zip(read.headings, read.headings[1:], strict=False))
-    links = [a["href"][1:] for tag, a in read.tags if tag == "a" and a["href"].startswith("#")]
-    assert set(links) <= set(read.ids)
+    addresses = [a["href"] for tag, a in read.tags if tag == "a"]
+    assert {address[1:] for address in addresses if address.startswith("#")} <= set(read.ids)
+    # All other links lead to files beside the page.
+    assert not [address for address in addresses if re.match(r"\s*([a-z][a-z0-9+.-]*:|//)", address, re.IGNORECASE)]
     named = [a["aria-labelledby"] for _, a in read.tags if "aria-labelledby" in a]
     assert set(named) <= set(read.ids)
     # Tables wider than the window scroll in a region that the keyboard reaches.

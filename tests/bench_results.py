@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from zotune.bench.results.cells import Cell
 from zotune.bench.results.records import CellResult, Chosen, Evaluation, RunRecord, Score, Trial
-from zotune.bench.results.tables import Cell
 from zotune.bench.spec.schema import Experiment
 from zotune.llm.config.schema import validate
 

@@ -224,6 +224,23 @@ def tuned_in_python(rows):
     return digest(tuned), result.num_steps, result.num_forwards, found.scores, found.num_forwards, calls.number > 0
 
 
+def tuned_in_shards(rows, way):
+    """As `tuned_in_python`, of all weights of a model that its owner has cut, if several processes run."""
+    from zotune.llm import evaluate, load, train
+    from zotune.llm.models.placement import sharded
+    from zotune.model.shards import gathered
+
+    with joined(120) as processes:
+        model, tokenizer = load("random:opt-tiny", device="cpu")
+        if processes.size > 1:
+            sharded.cut_by_fsdp(model, torch.device("cpu")) if way == "fsdp" else sharded.cut_by_plan(model)
+        options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "tuning": "full"}
+        result = train(model, tokenizer, rows, rows, learning_rate=1e-3, **options)
+        found = evaluate(model, tokenizer, rows)
+        weights = gathered(dict(result.model.named_parameters()))
+        return digest(weights.values()), result.num_forwards, found.loss, found.predictions
+
+
 class Calls(TrainerCallback):
     """Counts the steps, and ends training after the second by what one process alone would decide."""
 

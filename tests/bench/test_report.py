@@ -20,9 +20,11 @@ from zotune.bench.report.markdown import markdown_page
 from zotune.bench.report.print_figures import draw_panel, figure_files
 from zotune.bench.report.sections import make_section
 from zotune.bench.report.svg import draw
+from zotune.bench.results.cells import Cell
+from zotune.bench.results.costs import cell_costs
 from zotune.bench.results.quantities import quantity
 from zotune.bench.results.records import Trial, mean_and_error, read_result, result_path, write_result
-from zotune.bench.results.tables import Cell, cell_costs, table
+from zotune.bench.results.tables import table
 from zotune.cli import main as cli
 
 HOSTILE = "<script>alert('x')</script>&\"|_%\\"
@@ -59,12 +61,10 @@ def test_a_number_of_the_papers_own_model_stands_without_a_label():
 
 
 def test_amounts_are_shown_as_multiples_of_the_first_also_the_papers():
-    block = {"source": "Tab. 4", "metric": "over_baseline_bytes", "unit": "GB", "row": "method", "columns": [{}]}
-    layout = {"rows": ["method"], "y": ["over_baseline_bytes"]}
+    block = {"source": "Tab. 4", "metric": "step_bytes", "unit": "GB", "row": "method", "columns": [{}]}
+    layout = {"rows": ["method"], "y": ["step_bytes"]}
     asked = experiment(kind="memory", layout=layout, paper=[{**block, "values": {"zo_sgd": [64], "zo_adam": [160]}}])
-    cells = [
-        cell({"method": m}, measured=[{"over_baseline_bytes": b << 30}]) for m, b in (("zo_sgd", 2), ("zo_adam", 6))
-    ]
+    cells = [cell({"method": m}, measured=[{"step_bytes": b << 30}]) for m, b in (("zo_sgd", 2), ("zo_adam", 6))]
     found = table("table4", asked, cells)
     assert [row[0].ratio for row in found.entries] == [1.0, 3.0]
     assert [row[0].paper[0].ratio for row in found.entries] == [1.0, 2.5]
@@ -93,11 +93,11 @@ def test_rows_of_numbers_stand_in_their_order_and_intervals_of_rates_end_at_thei
 
 
 def test_columns_are_of_what_their_cells_can_have():
-    layout = {"rows": ["k"], "columns": ["kind"], "y": ["accuracy", "over_baseline_bytes"]}
+    layout = {"rows": ["k"], "columns": ["kind"], "y": ["accuracy", "step_bytes"]}
     cells = [Cell({"k": k, "kind": kind}, "missing") for k in (0, 4) for kind in ("memory", "accuracy")]
     found = table("t", experiment(layout=layout, paper=[]), cells)
     assert [(c.place, c.quantity.name) for c in found.columns] == [
-        (("memory",), "over_baseline_bytes"),
+        (("memory",), "step_bytes"),
         (("accuracy",), "accuracy"),
     ]
 
@@ -190,12 +190,10 @@ def test_figures_along_an_axis_put_the_papers_curve_beside_ours():
 
 def test_theory_is_drawn_against_what_was_measured():
     cells = [
-        cell({"method": m}, measured=[{"over_baseline_bytes": 1.1 * b}], values=[{"formula_bytes": b}])
+        cell({"method": m}, measured=[{"step_bytes": 1.1 * b}], values=[{"formula_bytes": b}])
         for m, b in (("zo_sgd", 2**30), ("zo_adam", 3 * 2**30))
     ]
-    asked = experiment(
-        kind="theory", layout={"rows": ["method"], "y": ["formula_bytes", "over_baseline_bytes"]}, paper=[]
-    )
+    asked = experiment(kind="theory", layout={"rows": ["method"], "y": ["formula_bytes", "step_bytes"]}, paper=[])
     (theory,) = (f for f in figures("t", asked, cells, table("t", asked, cells)) if f.name == "t-theory")
     assert [x for p in theory.panels[0].points() for x in (p.x, p.y)] == pytest.approx([1.0, 1.1, 3.0, 3.3])
 
@@ -221,11 +219,15 @@ def test_the_markdown_page_has_every_table_number_verdict_and_what_was_spent():
     missing = [Cell(c.coordinates, "missing") for c in all_methods()]
     full, empty = (make_section("table2", experiment(claims=[BEST]), cells) for cells in (all_methods(), missing))
     text = markdown_page([full], "Results", "Of a made-up model.")
-    assert text.startswith("# Results\n\nOf a made-up model.\n\nOf 1 claims, on this model: 1 claim: holds.")
+    assert text.startswith("# Results\n\nOf a made-up model.\n\n- On sst2")
     for entries in full.table.entries:
         for entry in entries:
             assert f"{entry.mean:.1f} ± {entry.error:.1f}" in text
-    assert "- **holds**: “A is best”" in text and "Only the order of the methods. The model is another one." in text
+    assert "Of 1 claims, on this model: 1 holds." in text
+    assert (
+        "- **holds** (on the paper's own numbers: no numbers): A is best" in text
+        and "Only the order of the methods. The model is another one." in text
+    )
     spent = [line for line in text.split("<details>")[1].splitlines() if line.startswith("| ")]
     assert len(spent) == 1 + len(full.cells)
     assert all(line.count("|") == spent[0].count("|") for line in spent)
@@ -256,9 +258,9 @@ def test_an_interval_below_zero_is_shown_and_one_measurement_has_none():
         "less": [{"method": "fo_sgd"}],
     }
     text = markdown_page([make_section("table2", experiment(claims=[worse]), all_methods())], "t")
-    assert re.search(r"  - −[0-9.]+ points \(−[0-9.]+ to −[0-9.]+\); 3 runs per cell", text), text
-    alone = [cell({"method": m}, measured=[{"over_baseline_bytes": b}]) for m, b in (("a", 3.0), ("b", 1.0))]
-    claim = {"sentence": "a takes more", "where": "", "of": "over_baseline_bytes", "more": [{"method": "a"}]}
+    assert re.search(r"  - −[0-9.]+ points \(−[0-9.]+ to −[0-9.]+\); 3 runs in each of 4 cells × 200 rows", text), text
+    alone = [cell({"method": m}, measured=[{"step_bytes": b}]) for m, b in (("a", 3.0), ("b", 1.0))]
+    claim = {"sentence": "a takes more", "where": "", "of": "step_bytes", "more": [{"method": "a"}]}
     asked = experiment(
         claims=[{**claim, "less": [{"method": "b"}]}], paper=[], kind="memory", layout={"rows": ["method"]}
     )
@@ -352,7 +354,7 @@ def test_the_command_writes_page_tables_and_figures(results, capsys):
     assert endings == {".html", ".md", ".csv", ".tex", ".pdf", ".svg", ".json"}
     html = (folder / "index.html").read_text(encoding="utf-8")
     sound(html)
-    assert "2 of 2 cells done" in html
+    assert "2 cells, done" in html
 
 
 def test_a_report_replaces_what_it_wrote_and_renames_what_it_did_not(results):

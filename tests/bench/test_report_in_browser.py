@@ -29,10 +29,10 @@ def report(tmp_path_factory):
     accuracies = dict(zip(METHODS, np.linspace(0.9, 0.6, 8), strict=True))
     schemes = ("lora", "full", "prefix", "prompt", "head")
     first = make_section("table2", experiment(claims=[asked]), table_of_methods(accuracies, schemes))
-    layout = {"rows": ["method"], "columns": ["length"], "x": "length", "y": ["over_baseline_bytes"]}
+    layout = {"rows": ["method"], "columns": ["length"], "x": "length", "y": ["step_bytes"]}
     sizes = [
         cell(
-            {"method": m, "length": n}, measured=[{"over_baseline_bytes": n << 13}], values=[{"formula_bytes": n << 13}]
+            {"method": m, "length": n}, measured=[{"step_bytes": n << 13}], values=[{"formula_bytes": n << 13}]
         )
         for m in ("fo_sgd", "zo_sgd")
         for n in (64, 128, 2048)

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_a_method_costs_what_the_readme_says(name, q):
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        assert (page.parent / unquote(target)).exists(), f"{page.name} links to {target}"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,9 @@ def test_every_table_of_results_comes_from_a_file(name, page):
 
 def test_the_page_of_results_is_that_of_the_results():
     page = (ROOT / "docs" / "benchmark" / "results.md").read_text(encoding="utf-8")
-    assert benchmark("results_page").results_page() == page
+    stale = re.search(r"\*\*(\d+) of \d+ results are stale", page)
+    # Which results are stale depends on the installed libraries too, so the page says how many were when it was made.
+    assert benchmark("results_page").results_page(int(stale[1]) if stale else 0) == page
 
 
 def benchmark(name):

@@ -240,6 +240,16 @@ def test_noise_leaves_global_random_states_alone():
     assert (before[1] == np.random.get_state()[1]).all()
 
 
+def test_seeds_are_words_of_philox_over_arrays():
+    for seed, path in ((0, ()), (7, (3,)), (2**64 - 1, (2**32 - 1, 0, 5)), (1 << 40, (1, 2, 3))):
+        counter = [np.array([part], np.uint32) for part in (*path, 0, 0, 0)[:3]]
+        w = spec.philox((*counter, np.array([spec.SEEDS], np.uint32)), (seed & 0xFFFFFFFF, seed >> 32))
+        assert noise.derive_seed(seed, *path) == int(w[0][0]) | int(w[1][0]) << 32
+    for path in ((2**32,), (-1,)):
+        with pytest.raises(ValueError, match="path of a seed"):
+            noise.derive_seed(0, *path)
+
+
 def test_derived_seeds_are_distinct():
     paths = [(step, query, purpose) for step in range(50) for query in range(8) for purpose in range(3)]
     seeds = {noise.derive_seed(seed, *path) for seed in (0, 1, 2**32, 2**63) for path in paths}

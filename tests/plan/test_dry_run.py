@@ -14,9 +14,10 @@ from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.train import train
 from zotune.methods.table import METHODS
-from zotune.plan.dry_run import dry_run, quantiles
+from zotune.plan.dry_run import dry_run
 from zotune.plan.live_memory import peak_of, peaks_of
 from zotune.plan.memory import state_bytes
+from zotune.plan.shown_rows import quantiles
 
 # Every method, every option that changes how often the model is called, and every one that changes the state.
 RUNS = [

@@ -117,3 +117,35 @@ def test_a_file_that_is_not_there_is_no_device_map(config):
     with pytest.raises(UsageError, match="is no file, and none of auto, balanced, sequential"):
         options = config(model=LAYER).model_copy(update={"device_map": "atuo"})
         placement_of(options, torch.nn.Linear(1, 1), torch.device("cpu"))
+
+
+def slices_of(config, monkeypatch, num_processes, **options):
+    """What a dry run says of a process that holds a part of a model."""
+    monkeypatch.setenv("WORLD_SIZE", str(num_processes))
+    return dry_run(config(**options))
+
+
+def test_a_dry_run_in_shards_says_what_a_process_holds(config, monkeypatch):
+    options = {"model": "random:llama-tiny", "method": "zo_adam"}
+    alone, model = dry_run(config(**options)), load(config(model=options["model"])).module
+    by_fsdp = slices_of(config, monkeypatch, 3, **options, shard="fsdp")
+    whole, layers = alone.memory.weights, [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    outside = whole - sum(layers)
+    assert by_fsdp.places.weights == -(-whole // 3) and by_fsdp.places.gathered == outside + 2 * max(layers)
+    assert by_fsdp.memory.state == -(-alone.memory.state // 3)
+    assert "each of 3 processes (fsdp) holds" in str(by_fsdp)
+    by_plan = slices_of(config, monkeypatch, 2, **options, shard="tp")
+    norms = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name)
+    assert by_plan.places.weights == -(-(whole - norms) // 2) + norms and not by_plan.places.gathered
+    assert json.loads(json.dumps(by_plan.to_json()))["places"]["num_processes"] == 2
+    with pytest.raises(UsageError, match="do not divide"):
+        slices_of(config, monkeypatch, 3, **options, shard="tp")
+
+
+def test_an_adapter_beside_gathered_layers_is_whole_in_a_process(config, monkeypatch):
+    options = {"model": "random:opt-tiny", "tuning": "lora", "method": "zo_adam"}
+    alone = dry_run(config(**options))
+    found = slices_of(config, monkeypatch, 2, **options, shard="fsdp")
+    adapter = 4 * alone.num_tuned
+    assert found.places.weights == (alone.memory.weights - adapter) // 2 + adapter
+    assert found.memory.state == alone.memory.state

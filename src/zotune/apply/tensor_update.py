@@ -36,6 +36,15 @@ class Rounding(StrEnum):
     NEAREST = "nearest"
 
 
+def placed_state(transform: AnyTransform, tensor: TunedTensor, key: str, value: Tensor) -> Tensor:
+    """An entry of a tensor's saved state where the tensor lies; in shards, the part for this process.
+
+    Coordinates in a subspace may have the shape of the weights, and are no numbers of their elements.
+    """
+    is_of_subspace = isinstance(transform, InSubspace) and tensor.parameter.dim() > 1 and key != "master"
+    return tensor.placed_whole(value) if is_of_subspace else tensor.placed(value)
+
+
 @dataclass(frozen=True)
 class TensorUpdate:
     """The update of one tensor by one step.

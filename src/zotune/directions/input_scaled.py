@@ -13,18 +13,21 @@ with the preconditioner diag(s²): the diagonal of the input's factor in K-FAC (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zotune import noise
+from zotune.directions.direction import Direction, add_terms
 from zotune.directions.principal import Rows, is_transposed, note_rows, reader_of, width
 from zotune.directions.samplers import Sampler
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
 from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.system import limits
 
 # The least root mean square that counts, relative to that of the whole row; below it an input counts as noise.
 _LEAST = 1e-2
@@ -38,6 +41,10 @@ class _Scale:
     every: int
 
     def of(self, start: int, size: int) -> Tensor:
+        """The scales of elements start … start + size - 1."""
+        first = start % self.values.numel()
+        if self.every == 1 and first + size <= self.values.numel():
+            return self.values[first : first + size]
         index = torch.arange(start, start + size, device=self.values.device)
         return self.values[torch.div(index, self.every, rounding_mode="floor") % self.values.numel()]
 
@@ -65,6 +72,28 @@ class InputScaledSampler:
         self.base.fill(out, seed, tensor_id, start)
         if (scale := self.scales.get(tensor_id)) is not None:
             out.mul_(scale.of(start, out.numel()))
+
+    def add(
+        self,
+        out: Tensor,
+        x: Tensor,
+        seeds: Sequence[int],
+        scales: Sequence[float],
+        tensor_id: int,
+        start: int,
+        rounding_seed: int | None,
+        rounding: int,
+    ) -> None:
+        """As `zotune.directions.samplers.AddingSampler.add`: x + s ⊙ Σ aᵢ zᵢ."""
+        dtype, own = noise.compute_dtype(x.dtype), self.scales[tensor_id]
+        terms = [(a, Direction(seed, self.base)) for a, seed in zip(scales, seeds, strict=True)]
+        for lo in range(0, x.numel(), limits.UPDATE_ELEMENTS):
+            part = slice(lo, min(lo + limits.UPDATE_ELEMENTS, x.numel()))
+            moved = torch.zeros(part.stop - lo, dtype=dtype, device=x.device)
+            add_terms(moved, moved, terms, tensor_id, start + lo)
+            moved *= own.of(start + lo, part.stop - lo)
+            moved += x[part]
+            noise.round_to(out[part], moved, rounding_seed, tensor_id, start + lo, rounding)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from zotune.model.shards import (
     LocalShard,
     Span,
     agreed,
+    check_gathers,
     is_distributed,
     is_gathered_by_fsdp,
     is_tensor_parallel,
@@ -113,11 +114,15 @@ class TunedTensor:
     def placed(self, value: Tensor) -> Tensor:
         """A tensor of this one's shape, whole or on the processes of any mesh, where this one lies."""
         if self.shard is None or value.shape != self.parameter.shape:
-            place = self.device if self.is_held else self.parameter.device
-            return whole(value).to(place)  # type: ignore[no-any-return]
+            return self.placed_whole(value)
         if is_distributed(value) and lies_as(value, self.parameter):
             return value
         return self.distributed(self.shard.cut(whole(value)).to(self.device).contiguous())
+
+    def placed_whole(self, value: Tensor) -> Tensor:
+        """All of a tensor, whole or on the processes of any mesh, on this one's device."""
+        place = self.device if self.is_held else self.parameter.device
+        return whole(value).to(place)  # type: ignore[no-any-return]
 
     def is_loaded_as(self, value: object) -> bool:
         """Whether `value` now stands in the parameter's place in a module: a hook may have loaded or gathered it."""
@@ -145,6 +150,7 @@ class ParameterSet:
         """
         check_not_sharded(model)
         reshard(model)
+        check_gathers(model)
         chosen = None if parameters is None else {id(p) for p in parameters}
         places: dict[object, list[tuple[str, nn.Module, str, nn.Parameter]]] = {}
         own, full_names = own_paths(model), dict[str, str]()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,6 +224,40 @@ def is_tensor_parallel(model: nn.Module) -> bool:
     """Whether some module computes with shards, so that processes exchange activations within a forward pass."""
     inside = {id(m) for outer in model.modules() if is_gathered_by_fsdp(outer) for m in outer.modules()}
     return any(id(m) not in inside and any(map(is_distributed, m._parameters.values())) for m in model.modules())
+
+
+def check_gathers(model: nn.Module) -> None:
+    """Refuse a model of which FSDP2 gathers other numbers than those of its parameters, once these are written.
+
+    `fully_shard` keeps memory for each tensor that it finds. What is tied, or put into a module, afterwards has another
+    (of slices of equal size the same, by chance).
+
+    Raises:
+        UsageError: it is so.
+    """
+    places = [found for module in model.modules() if is_gathered_by_fsdp(module) for found in _gathered(module)]
+    number = Counter(tensor for tensor, _ in {(id(held), id(entry)) for entry, held, _ in places})
+    for entry, held, has_run in places:
+        if number[id(held)] > 1 or (has_run and entry.sharded_param is not held):
+            where = f"{type(entry._module_info.module).__name__}.{entry._module_info.param_name}"
+            raise UsageError(
+                f"FSDP2 would gather numbers for {where} that an update does not change: the tensor was tied or "
+                "replaced after fully_shard. Tie tensors first, and shard modules that share one by one call: "
+                "fully_shard([embedding, head]), or fully_shard(model) for all that is outside of the layers."
+            )
+
+
+def _gathered(module: Any) -> Iterator[tuple[Any, Any, bool]]:
+    """FSDP2's entries for the parameters that it gathers for a module: each with the parameter that is there now, and
+    whether a pass has run.
+    """
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for entry in group.fsdp_params:
+            info = entry._module_info
+            owners = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
+            for owner, name in owners:
+                if is_distributed(held := owner._parameters.get(name)):
+                    yield entry, held, group._reset_sharded_params
 
 
 def reshard(model: nn.Module) -> None:

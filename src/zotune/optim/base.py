@@ -166,15 +166,17 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, p in zip(order, (p for group in self.param_groups for p in group["params"]), strict=True):
             if index in state_dict["state"]:
-                move = partial(self.placed, parameter=p)
-                self.state[p] = tree_map_only(Tensor, move, copy.deepcopy(state_dict["state"][index]))
+                self.state[p] = {
+                    key: tree_map_only(Tensor, partial(self.placed, parameter=p, key=key), value)
+                    for key, value in copy.deepcopy(state_dict["state"][index]).items()
+                }
         for name in _COUNTERS:
             setattr(self, name, state_dict["zeroth_order"][name])
         self._forwards_before = self.num_forwards
         self._is_torn = False
 
-    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """A tensor of a parameter's saved state, where the parameter's numbers are."""
+    def placed(self, value: Tensor, parameter: Tensor, key: str) -> Tensor:
+        """A tensor of a parameter's saved state, under some key of it, where the parameter's numbers are."""
         return value.to(device=parameter.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zotune.directions.direction import Direction
+from zotune.directions.scaled import ScaledSampler
 from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
@@ -94,8 +95,13 @@ def check_sampler(sampler: AnySampler, tuned: ParameterSet, window: int | None) 
     """Refuse directions that cannot be made again, or not of the weights that this process holds.
 
     Raises:
-        UsageError: they depend on weights that are gone, or that lie in shards.
+        UsageError: they depend on weights that are gone, or on weights or a state that lie in shards.
     """
+    if isinstance(sampler, ScaledSampler) and any(t.shard is not None for t in tuned):
+        raise UsageError(
+            "the directions of hizoo are scaled by the state of every element, and of this model a process holds a "
+            "shard. Use another method, or tune the model unsharded."
+        )
     if not depends_on_weights(sampler):
         return
     if window is not None:

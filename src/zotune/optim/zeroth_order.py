@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zotune.apply.line_search import LineSearch, fixed
-from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate
+from zotune.apply.tensor_update import AnyTransform, Rounding, TensorUpdate, placed_state
 from zotune.apply.transforms import Coefficient, clipped, identity, unchanged
 from zotune.apply.update import Step, update_tensors_
 from zotune.apply.window import CoefficientWindow
@@ -435,9 +435,10 @@ class ZerothOrder(CountingOptimizer):
         super().add_param_group(param_group)
         check_group(param_group)
 
-    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+    def placed(self, value: Tensor, parameter: Tensor, key: str) -> Tensor:
         """As `CountingOptimizer.placed`, also of weights that are offloaded or in shards."""
-        return value if (tensor := self.tuned.find(parameter)) is None else tensor.placed(value)
+        tensor = self.tuned.find(parameter)
+        return value if tensor is None else placed_state(self.transform, tensor, key, value)
 
     def _count(self) -> float:
         if self._window is not None:

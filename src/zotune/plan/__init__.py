@@ -1,9 +1,9 @@
 """The memory of a training step, predicted from the architecture alone; no weight is read for a prediction.
 
 Read `workload` (one step as options), `live_memory` and `passes` (bytes of a pass, counted on the `meta` device),
-`memory` (their sum with weights and state), `placed` (weights on several devices or a disk) and `predict`. `formulas`
-holds the paper's formulas; `planning`, `search`, `options` and `report` make `zotune plan`, and `dry_run` makes `zotune
-train --dry-run`. `process_memory` measures one step in a fresh process.
+`memory` (their sum with weights and state), `placed` (weights on several devices, a disk, or in several processes) and
+`predict`. `formulas` holds the paper's formulas; `planning`, `search`, `options` and `report` make `zotune plan`, and
+`dry_run` and `shown_rows` make `zotune train --dry-run`. `process_memory` measures one step in a fresh process.
 """
 
 from typing import TYPE_CHECKING

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
 from zotune.errors import UsageError
 from zotune.llm.callbacks.trackers import check_installed
-from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.data.examples import Example
-from zotune.llm.data.tokenization import Encoded, Encoder, LongRowError, check_distinct
+from zotune.llm.data.tokenization import Encoded
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.continued_adapter import own_options
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.meta_model import load_meta_model
-from zotune.llm.models.placement.device_map import check_here
+from zotune.llm.models.placement.device_map import Placement, check_here
+from zotune.llm.models.placement.sharded import by_plan, shard_of
 from zotune.llm.models.prompt_cache import PromptCache
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.models.tuned_sets.aim import num_free
 from zotune.llm.models.tuned_sets.find import planned_aim
 from zotune.llm.rows.sources import RowStreams, UserRows, read_checked_files
 from zotune.llm.tasks import head_labels
-from zotune.llm.tasks.load_data import encode_rows, encoder_of, load_examples
-from zotune.llm.tasks.streaming import count_rows, head_of_files
+from zotune.llm.tasks.load_data import load_examples
+from zotune.llm.tasks.streaming import head_of_files
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS, Data
 from zotune.llm.training.find_rate import MAX_SHARE, least_run, with_steps_and_rate
 from zotune.llm.training.learning_rate import schedule_of
@@ -50,11 +47,12 @@ from zotune.plan.memory import (
     weight_bytes,
 )
 from zotune.plan.passes import MAX_COPIES, forward, largest_pass
-from zotune.plan.placed import Places, mib, placement_in_plan, with_placement
+from zotune.plan.placed import Places, Slices, mib, placement_in_plan, with_placement, with_shards
+from zotune.plan.shown_rows import SPLITS, EncodedRows, quantiles
 from zotune.system.peak_memory import peak_memory
+from zotune.system.processes import asked_for
 
-SHOWN_EXAMPLES, SHOWN_CHARACTERS, SHOWN_REFUSED = 3, 2000, 5
-SPLITS = ("train", "dev", "test")
+SHOWN_REFUSED = 5
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class DryRun:
         num_tuned, num_parameters: number of tuned parameters and of all parameters of the model.
         forward_passes: forward passes of one step and of the training.
         memory: bytes by purpose.
-        places: where the weights lie, if not all on one device.
+        places: where the weights lie, if not all on one device and in one process.
     """
 
     config: TrainConfig
@@ -87,7 +85,7 @@ class DryRun:
     num_parameters: int
     forward_passes: dict[str, int]
     memory: Memory
-    places: Places | None = None
+    places: Places | Slices | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
@@ -144,6 +142,8 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         placement = placement_in_plan(config, lm.base, on_cpu=_on_cpu(config))
         if placement is not None:
             check_here(placement, config)
+        if (shard := shard_of(config)) == "tp":
+            by_plan(lm.base)
         prepare_tuning(lm, config)
         shown, given, stream = _shown_rows(config, given)
         data = load_examples(lm, shown, given)
@@ -151,7 +151,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             raise UsageError("there is no row to train on. Give --train-file, or a --data-source with training rows.")
         config = config.model_copy(update={name: getattr(data.options, name) for name in RESOLVED_OPTIONS})
         config = config.model_copy(update=own_options(lm, config))
-        rows = _EncodedRows(lm, data.options, data)
+        rows = EncodedRows(lm, data.options, data)
         num_rows = {name: len(getattr(data.splits, name)) for name in SPLITS}
         if stream is not None:
             rows.count_stream(lm, config, data, stream)
@@ -163,9 +163,8 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             lm.module, config, config.seed, lambda: lm.read(ids, ids), reuse_prefix=reuses, aim=aim
         )
         step = forwards_a_step(optimizer, config)
-        memory, places = _memory(lm, optimizer, config, rows, data, stored), None
-        if placement is not None:
-            memory, places = with_placement(memory, placement, tuned_of(lm), config)
+        memory = _memory(lm, optimizer, config, rows, data, stored)
+        memory, places = _placed(memory, lm, config, placement, shard)
         return DryRun(
             config=config,
             notes=(*data.notes, *rows.notes, *notes),
@@ -181,6 +180,17 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
             memory=memory,
             places=places,
         )
+
+
+def _placed(
+    memory: Memory, lm: LanguageModel, config: TrainConfig, placement: Placement | None, shard: str | None
+) -> tuple[Memory, Places | Slices | None]:
+    """Correct a prediction for a model that lies in several places or processes; returns also what lies where."""
+    if placement is not None:
+        return with_placement(memory, placement, tuned_of(lm), config)
+    if shard is not None:
+        return with_shards(memory, lm.base, tuned_of(lm) if config.is_adapter else [], shard, asked_for())
+    return memory, None
 
 
 def tuned_of(lm: LanguageModel) -> list[Tensor]:
@@ -200,72 +210,8 @@ def _shown_rows(config: TrainConfig, given: UserRows | None) -> tuple[TrainConfi
     return config.model_copy(update=update), *head_of_files(config)
 
 
-class _EncodedRows:
-    """The rows of all splits as tokens, and the reasons for rows that are refused."""
-
-    def __init__(self, lm: LanguageModel, config: DataOptions, data: Data) -> None:
-        self._encode, self._drops = encoder_of(lm, config), config.long_rows == "drop"
-        self._whole = Encoder(
-            lm.tokenizer, masked=lm.masked, context=1 << 60, max_length=None, classifies=lm.classifies
-        )
-        self.encoded: dict[str, list[Encoded]] = {}
-        self.lengths: list[int] = []
-        self.refused: list[str] = []
-        self.shown: list[str] = []
-        self.num_cut = self.num_dropped = 0
-        self.notes: tuple[str, ...] = ()
-        if config.packing:
-            self._read_windows(lm, config, data)
-            return
-        for name in SPLITS:
-            examples: tuple[Example, ...] = getattr(data.splits, name)
-            if name == "test" and examples == data.splits.dev:
-                self.encoded[name] = self.encoded["dev"]
-                continue
-            every = [self._encode_row(e, e.place or f"{name} row {i}") for i, e in enumerate(examples, start=1)]
-            self.encoded[name] = [encoded for encoded in every if encoded is not None]
-            if name == "train":
-                self.num_train = len(examples) - self.num_dropped
-                pairs = [(e, x) for e, x in zip(examples, every, strict=True) if x is not None][:SHOWN_EXAMPLES]
-                self.shown = [marked_text(lm, e, x) for e, x in pairs]
-
-    def _read_windows(self, lm: LanguageModel, config: DataOptions, data: Data) -> None:
-        """Read plain texts as the windows that packing makes of them."""
-        rows = encode_rows(lm, config, data)
-        self.notes, self.num_train = rows.notes[len(data.notes) :], len(rows.train)
-        self.encoded = {name: list(getattr(rows, name)) for name in SPLITS}
-        self.lengths = [e.length for encoded in self.encoded.values() for e in encoded]
-        self.shown = [marked_text(lm, data.splits.train[0], e) for e in rows.train[:SHOWN_EXAMPLES]]
-
-    def count_stream(self, lm: LanguageModel, config: DataOptions, data: Data, stream: RowStreams) -> None:
-        """Count the training rows of a stream, of which only the first ones are in `data`."""
-        assert data.to_example is not None
-        of_first = self.num_train
-        self.num_train = count_rows(encoder_of(lm, config), stream, data.to_example, config)
-        if self.num_train > of_first:
-            first = f"the first {len(data.splits.train)} rows stand for all, except for their number (streaming)"
-            self.notes += (f"{stream.source}: {first}",)
-
-    def _encode_row(self, example: Example, where: str) -> Encoded | None:
-        try:
-            whole = self._whole(example, where)
-            self.lengths.append(whole.length)
-            encoded = self._encode(example, where)
-            if example.place:
-                check_distinct(encoded, example)
-        except LongRowError as error:
-            self.num_dropped += self._drops
-            self.refused += [] if self._drops else [str(error)]
-            return None
-        except UsageError as error:
-            self.refused.append(str(error))
-            return None
-        self.num_cut += encoded.sequences != whole.sequences or encoded.prompt != whole.prompt
-        return encoded
-
-
 def _memory(
-    lm: LanguageModel, optimizer: Any, config: TrainConfig, rows: _EncodedRows, data: Data, stored: torch.dtype
+    lm: LanguageModel, optimizer: Any, config: TrainConfig, rows: EncodedRows, data: Data, stored: torch.dtype
 ) -> Memory:
     on_cpu = _on_cpu(config)
     base = list(lm.base.parameters())
@@ -316,7 +262,7 @@ def _activation_cache_bytes(lm: LanguageModel, config: TrainConfig, splits: Iter
     return min(reused.num_bytes, int(config.reuse_memory * 2**30))
 
 
-def _prompt_cache_bytes(lm: LanguageModel, config: TrainConfig, rows: _EncodedRows) -> int:
+def _prompt_cache_bytes(lm: LanguageModel, config: TrainConfig, rows: EncodedRows) -> int:
     """Bytes that are cached of prompts: keys and values below the tuned layers, and the input of the first of these."""
     depth = PromptCache(lm, ActivationStore()).depth
     if not depth or not config.reuse_activations:
@@ -324,47 +270,3 @@ def _prompt_cache_bytes(lm: LanguageModel, config: TrainConfig, rows: _EncodedRo
     num_tokens = sum(map(len, {e.prompt for encoded in rows.encoded.values() for e in encoded}))
     inputs: int = num_tokens * int(lm.config.get_text_config().hidden_size) * lm.base.dtype.itemsize
     return min(inputs + cache_bytes(lm, num_tokens, depth), int(config.reuse_memory * 2**30))
-
-
-def marked_text(lm: LanguageModel, example: Example, encoded: Encoded) -> str:
-    """An example as the model reads it, decoded from its tokens, with the scored text in ⟦ ⟧.
-
-    The right candidate stands in its place; the others follow, each behind a bar. A prompt for generated text has an
-    empty ⟦⟧, followed by the reference answers.
-    """
-    if not encoded.candidates:
-        prompt = _shortened(lm.tokenizer.decode(list(encoded.prompt)))
-        return f"{prompt}⟦⟧" + "".join(f" | {answer}" for answer in example.answers)
-    if lm.classifies:
-        texts = [example.prompt, *([example.second] if example.second else [])]
-        return f"{_shortened(' / '.join(texts))} ⟦{example.candidates[example.label]}⟧"
-    others = [c for i, c in enumerate(encoded.candidates) if i != encoded.label]
-    right = encoded.candidates[encoded.label]
-    tokens: list[int | None] = [*encoded.sequences[right.sequence], *([] if lm.masked else [None])]
-    places = [p + (not lm.masked) for p in right.positions]
-    for place, token in zip(places, right.tokens, strict=True):
-        tokens[place] = token
-    runs = groupby(range(len(tokens)), key=set(places).__contains__)
-    parts = [(is_scored, lm.tokenizer.decode([tokens[i] for i in run])) for is_scored, run in runs]
-    text = "".join(f"⟦{part}⟧" if is_scored else _shortened(part) for is_scored, part in parts)
-    return text + "".join(f" | ⟦{lm.tokenizer.decode(list(c.tokens))}⟧" for c in others)
-
-
-def _shortened(text: str) -> str:
-    over = len(text) - SHOWN_CHARACTERS
-    if over <= 0:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} [… {over} characters …] {text[-half:]}"
-
-
-def quantiles(lengths: Sequence[int]) -> dict[str, float]:
-    """The minimum, median, 95th percentile and maximum; all but the median are values of the list.
-
-    >>> quantiles([3, 1, 2, 10])
-    {'min': 1, 'median': 2.5, 'p95': 10, 'max': 10}
-    """
-    if not lengths:
-        return {}
-    p95 = int(np.percentile(lengths, 95, method="higher"))
-    return {"min": min(lengths), "median": float(np.median(lengths)), "p95": p95, "max": max(lengths)}

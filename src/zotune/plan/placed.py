@@ -1,15 +1,18 @@
-"""What a placement of the weights changes in a prediction: which bytes are in the memory of the device, which not."""
+"""What a placement of the weights, or slices of them, change in a prediction: which bytes a device holds, which not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.placement.device_map import CPU, Placement, is_placed, placement_of
+from zotune.llm.models.placement.plans import plan_of, replace_layer_number
+from zotune.model.layers import stack_of
 from zotune.plan.memory import Memory
 
 
@@ -85,6 +88,72 @@ def with_placement(
     )
     resident = memory.weights - others + visiting
     return replace(memory, weights=resident, loading=0, state=memory.state - state), places
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What each process holds of a model that is cut over several.
+
+    Attributes:
+        shard: how it is cut, "fsdp" or "tp".
+        num_processes: how many hold it.
+        weights: bytes of the weights that lie in a process.
+        gathered: bytes of whole weights that are there besides during a pass, at most.
+        state: bytes of the state of their updates in a process.
+    """
+
+    shard: str
+    num_processes: int
+    weights: int
+    gathered: int
+    state: int
+
+    def to_json(self) -> dict[str, object]:
+        """As one JSON object."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        besides = f", and up to {mib(self.gathered)} that are gathered for a pass" if self.gathered else ""
+        state = f" and {mib(self.state)} of state" if self.state else ""
+        return (
+            f"each of {self.num_processes} processes ({self.shard}) holds {mib(self.weights)} of the weights{state}"
+            f"{besides}; the expected memory is that of one process"
+        )
+
+
+def with_shards(
+    memory: Memory, model: Any, adapter: Iterable[Tensor], shard: str, num_processes: int
+) -> tuple[Memory, Slices]:
+    """Correct a prediction in which one process holds all weights and states; returns also what a process holds.
+
+    Args:
+        memory: the prediction.
+        model: the base model of transformers, on `meta`.
+        adapter: the tensors of an adapter beside it.
+        shard: how it is cut, "fsdp" or "tp".
+        num_processes: over how many processes.
+    """
+    whole = {id(p): p for p in adapter}
+    if shard == "tp":
+        cut = plan_of(model)[0]
+        names = ((replace_layer_number(name), p) for name, p in model.named_parameters())
+        whole |= {id(p): p for name, p in names if name not in cut and name.rpartition(".")[0] not in cut}
+    own = _nbytes(whole.values())
+    part = -(-(memory.weights - own) // num_processes) + own
+    gathered = 0
+    if shard == "fsdp":  # what is outside of the layers, while a pass runs, and two layers: one that runs, and the next
+        inside = [list(layer.parameters()) for layer in stack_of(model)[1]]
+        outside = memory.weights - own - sum(map(_nbytes, inside))
+        gathered = outside + 2 * max(map(_nbytes, inside), default=0)
+    state = memory.state if own and shard == "fsdp" else -(-memory.state // num_processes)
+    # A model with tied tensors is read whole before it is cut.
+    loading = memory.weights if shard == "fsdp" and getattr(model, "all_tied_weights_keys", None) else 0
+    slices = Slices(shard, num_processes, part, gathered, state)
+    return replace(memory, weights=part + gathered, loading=max(0, loading - part - gathered), state=state), slices
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in tensors)
 
 
 def mib(n: int) -> str:

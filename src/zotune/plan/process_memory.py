@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from zotune.errors import RunError, ZotuneError
 from zotune.estimate.objective import Batched, accumulate
 from zotune.llm.config.schema import validate
-from zotune.llm.models.load import find_device, load
+from zotune.llm.models.load import load
+from zotune.llm.models.placement.devices import find_device
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.models.tuned_sets.find import find_aim, needs_aim, set_aim
 from zotune.llm.output.environment import environment

@@ -7,6 +7,7 @@ import sharded_models as models
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -14,6 +15,7 @@ import many_processes
 import zotune as zo
 from zotune.apply.line_search import conservative
 from zotune.apply.transforms import adam
+from zotune.directions.subspace import subspace
 from zotune.ledger.replay import describe_tensors
 from zotune.model.shards import gathered, whole
 from zotune.system.processes import joined
@@ -29,7 +31,7 @@ def _on_mesh(function, args):
         return pickle.dumps(function(init_device_mesh("cpu", (processes.size,)), *pickle.loads(args)))
 
 
-HALF = torch.bfloat16
+HALF, WIDEST = torch.bfloat16, 16
 ADAM = partial(adam, beta1=0.9, beta2=0.99, eps=1e-8)
 # By name: how the optimizer is made, and the dtype.
 OPTIMIZERS = {
@@ -57,7 +59,22 @@ OPTIMIZERS = {
     "zo_sgd_cons, bfloat16": (partial(zo.zo_sgd_cons, lr=0.05), HALF),
     "master": (partial(zo.zo_sgd_mmt, lr=0.01, rounding="master"), HALF),
     "float64": (partial(zo.zo_adam, lr=0.01), torch.float64),
+    "subspace": (partial(zo.zo_adam, lr=0.01, sampler=subspace(zo.gaussian, 2, interval=2)), torch.float32),
+    "subspace of two sides": (
+        partial(zo.zo_sgd, lr=0.01, sampler=subspace(zo.gaussian, 3, interval=2, sides="both")),
+        torch.float32,
+    ),
+    # Its coordinates have the shape of a matrix with few rows.
+    "coordinates of the matrix's shape": (partial(zo.mopi, lr=0.01, rank=WIDEST), torch.float32),
+    "master of coordinates": (partial(zo.zo_muon, lr=0.01, rank=2, rounding="master"), HALF),
 }
+OPTIMIZERS |= {
+    name: (partial(make, lr=0.01), torch.float32)
+    for name, make in zo.METHODS.items()
+    if name not in OPTIMIZERS and name != "hizoo"
+}
+# Those with a direction for each example.
+OF_EXAMPLES = ("grzo",)
 
 
 def steps(mesh, way, names, sizes):
@@ -65,23 +82,28 @@ def steps(mesh, way, names, sizes):
 
     The plain model takes the same coefficients; weights and states are compared bit by bit after every step.
     """
-    return {name: _steps(mesh, getattr(models, way), *OPTIMIZERS[name], sizes) for name in names}
+    return {
+        name: _steps(mesh, getattr(models, way), *OPTIMIZERS[name], sizes, alone=name in OF_EXAMPLES) for name in names
+    }
 
 
-def _steps(mesh, shard, make, dtype, sizes):
+def _steps(mesh, shard, make, dtype, sizes, alone):
     plain, model = models.model(dtype, **sizes), shard(models.model(dtype, **sizes), mesh)
     tokens = models.batch(vocabulary=sizes.get("vocabulary", models.VOCABULARY))
+    objective = models.objective_of_examples if alone else models.objective
     optimizer, reference, records = make(model), make(plain), []
     optimizer.on_step = records.append
     worst, in_turn = 0.0, optimizer.block_order == "sequential"  # blocks in turn meet weights that have moved
     for _ in range(3):
-        expected = reference.estimate(models.objective(plain, tokens)).loss
-        found = optimizer.step(models.objective(model, tokens))
+        expected = reference.estimate(objective(plain, tokens)).loss
+        found = optimizer.step(objective(model, tokens))
         worst = worst if in_turn else max(worst, abs(found - expected))
         reference.replay_step(records[-1])
         compare(model, plain, optimizer, reference)
     with torch.no_grad():  # what is gathered now is what the step has written
-        torch.testing.assert_close(model(tokens), plain(tokens), atol=0.1 if dtype == HALF else 1e-5, rtol=1e-2)
+        found, expected = model(tokens), plain(tokens)
+        most = (0.02 if dtype == HALF else 1e-5) * max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, atol=most, rtol=0)
     return worst
 
 
@@ -111,30 +133,46 @@ def side_by_side(mesh, shard):
     return found
 
 
-def saved_states(mesh, way):
-    """A run in shards saved half-way, as whole tensors, with what the plain run has after the second half."""
-    model = getattr(models, way)(models.model(HALF), mesh)
-    optimizer = zo.zo_sgd_mmt(model, lr=0.01, rounding="master")
+RESUMED = ("master", "coordinates of the matrix's shape")
+
+
+def saved_states(mesh, way, name):
+    """A run in shards saved half-way, as whole tensors, with what the run has after the second half.
+
+    One that goes on from them in as many processes has the same then.
+    """
+    make, dtype = OPTIMIZERS[name]
+    model = getattr(models, way)(models.model(dtype), mesh)
+    optimizer = make(model)
     for _ in range(2):
         optimizer.step(models.objective(model, models.batch()))
-    saved = gathered({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, keep=mesh.get_rank() == 0)
+    saved = gathered({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     optimizer.step(models.objective(model, models.batch()))
-    after = gathered(model.state_dict(), keep=mesh.get_rank() == 0)
-    return (saved, after) if mesh.get_rank() == 0 else None
+    after, is_first = gathered(model.state_dict()), mesh.get_rank() == 0
+    again = resumed(mesh, way, name, saved, keep=is_first)
+    assert all(torch.equal(value, after[key]) if is_first else value is None for key, value in again.items())
+    return (saved, after) if is_first else None
 
 
-def resumed(mesh, way, saved):
+def resumed(mesh, way, name, saved, keep=True):
     """Go on from whole tensors in another number of processes; the weights after a step, whole."""
-    plain = models.model(HALF)
+    make, dtype = OPTIMIZERS[name]
+    plain = models.model(dtype)
     plain.load_state_dict(saved["model"])
-    model = getattr(models, way)(plain, mesh)
-    optimizer = zo.zo_sgd_mmt(model, lr=0.01, rounding="master")
+    model = plain if mesh is None else getattr(models, way)(plain, mesh)
+    optimizer = make(model)
     optimizer.load_state_dict(saved["optimizer"])
     optimizer.step(models.objective(model, models.batch()))
-    return gathered(model.state_dict(), keep=mesh.get_rank() == 0)
+    return gathered(model.state_dict(), keep=keep)
 
 
 REFUSED = {
+    "hizoo": "scaled by the state of every element",
+    "FSDP1": "Shard the model by FSDP2 instead",
+    "data parallel": "Give the model as it is (its .module)",
+    "tied in two calls": "by one call",
+    "tied in one call": "by one call",
+    "replaced after a pass": "tied or replaced after fully_shard",
     "unread": "were not read by the forward pass: unused.weight",
     "unread shard": "were not read by the forward pass: unused.weight",
     "partial": "Partial",
@@ -165,6 +203,21 @@ def refusals(mesh):
         model = models.tensor_parallel(models.model(), mesh)
         zo.forward_grad(model, lr=0.1).step(models.objective(model, tokens))
 
+    def tied_afterwards(*parts):
+        model = models.model()
+        model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+        for part in (*(getattr(model, name) for name in parts), model):
+            fully_shard(part, mesh=mesh)
+        model.head.weight = model.embed.weight
+        zo.zo_sgd(model, lr=0.1)
+
+    def replaced_after_a_pass():
+        model = models.fsdp(models.model(), mesh)
+        models.objective(model, tokens)()
+        model.reshard()
+        model.mix.bias = nn.Parameter(distribute_tensor(torch.ones(models.WIDTH), mesh, [Shard(0)]))
+        zo.zo_sgd(model, lr=0.1)
+
     square = init_device_mesh("cpu", (1, mesh.size()))
     tries = {
         "unread": lambda: with_unused(models.fsdp),
@@ -172,6 +225,12 @@ def refusals(mesh):
         "partial": lambda: placed(mesh, Partial()),
         "two dimensions": lambda: placed(square, Shard(0), _StridedShard(0, split_factor=2)),
         "forward_grad": forward_grad,
+        "hizoo": lambda: zo.hizoo(models.fsdp(models.model(), mesh), 0.1),
+        "FSDP1": lambda: zo.zo_sgd(FullyShardedDataParallel(models.model(), device_id=torch.device("cpu")), 0.1),
+        "data parallel": lambda: zo.zo_sgd(nn.parallel.DistributedDataParallel(models.model()), 0.1),
+        "tied in two calls": lambda: tied_afterwards("embed"),
+        "tied in one call": lambda: tied_afterwards(),
+        "replaced after a pass": replaced_after_a_pass,
         "magnitude": lambda: zo.zo_sgd(
             models.fsdp(models.model(), mesh), 0.1, sampler=zo.sparse(zo.gaussian, 0.5, mask="magnitude")
         ),

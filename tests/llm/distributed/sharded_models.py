@@ -6,6 +6,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import zotune as zo
+
 VOCABULARY, WIDTH, INNER, TOKENS = 13, 10, 7, 5
 
 
@@ -53,6 +55,10 @@ def losses(m, tokens):
 
 def objective(m, tokens):
     return lambda: losses(m, tokens).mean()
+
+
+def objective_of_examples(m, tokens):
+    return zo.per_example(lambda t: losses(m, t), tokens)
 
 
 # Ways to shard: each changes a model in place, over a mesh of all processes --------------------------------------

@@ -1,14 +1,18 @@
 """`zotune train --shard`: by FSDP2 the files of the unsharded run, by a plan those of its own ledger, to the bit."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import many_cases
 import many_processes
 from zotune.cli.main import run as zotune
 from zotune.errors import UsageError
-from zotune.llm.config.run import TrainConfig
+from zotune.llm.checkpoints.adapter_merge import merged_model
+from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.load import load
 from zotune.llm.models.placement.sharded import shard_of
@@ -19,9 +23,14 @@ RUNS = {
     "full": {"method": "zo_adam", "tuning": "full", "learning_rate": 1e-3, "save_steps": 2},
     "bfloat16": {"method": "zo_sgd_mmt", "tuning": "full", "learning_rate": 1e-3, "dtype": "bfloat16"},
     "lora": {"method": "zo_sgd_cons", "tuning": "lora", "learning_rate": 1e-3},
+    "adapted": {
+        **{"method": "zo_adam", "tuning": "lora", "learning_rate": 1e-2, "lora_target_modules": "all-linear"},
+        **{"eval_steps": 1, "load_best_model_at_end": True, "save_steps": 2},
+    },
     "forward_grad": {"method": "forward_grad", "tuning": "full", "learning_rate": 1e-3},
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "tuning": "full", "learning_rate": 1e-2},
     "blocks": {"blocks": "layer", "tuning": "full", "learning_rate": 1e-3},
+    "norms": {"tuning": "norms", "learning_rate": 1e-2, "num_queries": 2},
 }
 FAMILIES = ("llama", "opt", "gpt2")
 
@@ -37,6 +46,8 @@ def models(tmp_path_factory):
     size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": lm.num_embeddings}
     lm.module = GPT2LMHeadModel(GPT2Config(**size))
     write_model_files(lm, root / "gpt2")
+    lm.module = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=lm.num_embeddings))
+    write_model_files(lm, root / "bloom")
     return root
 
 
@@ -83,52 +94,145 @@ def check(options, tmp_path, size, cases):
 
 
 def test_a_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path):
-    check(options, tmp_path, 2, [("full", "gpt2", "fsdp"), ("full", "opt", "tp")])
+    """By plans; the run by FSDP2 is the one that is resumed."""
+    check(options, tmp_path, 2, [("full", "gpt2", "tp"), ("adapted", "llama", "tp")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path, size):
-    cases = [(name, family, "fsdp") for name, family in zip(RUNS, FAMILIES * 2, strict=True)]
-    by_plan = ("full", "bfloat16", "best", "blocks")
-    cases += [(name, family, "tp") for name in by_plan for family in ("opt", "llama") if family == "opt" or size == 2]
+    cases = [(name, family, "fsdp") for name, family in zip(RUNS, FAMILIES * 3, strict=False)]
+    by_plan = [name for name in RUNS if name != "forward_grad"]
+    # Three processes do not divide the heads of the llama, whose plan gives each of them whole ones.
+    cases += [(name, family, "tp") for name in by_plan for family in FAMILIES if family != "llama" or size == 2]
     check(options, tmp_path, size, cases)
 
 
-@pytest.mark.slow
-def test_a_run_resumes_in_another_number_of_processes(options, tmp_path):
-    train(TrainConfig(**options("full", "opt", tmp_path / "whole", max_steps=4)))
-    parts = tmp_path / "parts"
-    many_processes.run(3, many_cases.train_runs, [options("full", "opt", parts, max_steps=2, shard="fsdp")])
-    (parts / "checkpoint.safetensors").unlink()  # the ledger suffices
-    many_processes.run(
-        2, many_cases.train_runs, [options("full", "opt", parts, max_steps=3, shard="fsdp", resume=True)]
-    )
-    train(TrainConfig(**options("full", "opt", parts, max_steps=4, resume=True)))
-    whole, resumed = (many_cases.written_by(tmp_path / name) for name in ("whole", "parts"))
+def resumed_in(options, folder, sizes, name="full", shard="fsdp"):
+    """A run whose every step is taken by another number of processes, which have its ledger alone."""
+    family = "opt"
+    for step, size in enumerate(sizes, start=1):
+        run = options(name, family, folder, max_steps=step, resume=step > 1)
+        if size == 1:
+            train(TrainConfig(**run))
+        else:
+            many_processes.run(size, many_cases.train_runs, [run | {"shard": shard}])
+        if step < len(sizes):
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)  # the ledger suffices
+    return many_cases.written_by(folder)
+
+
+def test_a_run_in_shards_is_resumed_by_one_process(options, tmp_path):
+    parts = resumed_in(options, tmp_path / "parts", (2, 1))
+    train(TrainConfig(**options("full", "opt", tmp_path / "whole", max_steps=2)))
+    whole = many_cases.written_by(tmp_path / "whole")
     for name in ("ledger.zol", "model.safetensors", "checkpoint.safetensors"):
-        assert resumed[name] == whole[name], name
+        assert parts[name] == whole[name], name
 
 
-def test_heads_that_a_plan_would_cut_and_models_without_a_plan_are_refused(options, tmp_path):
-    for family, size, says in (("gpt2", 2, "has none for models of the type 'gpt2'"), ("llama", 3, "do not divide")):
-        run = options("full", family, tmp_path / "out", shard="tp")
-        errors = many_processes.run(size, many_cases.train_runs, [run], raises=True)
-        assert all(isinstance(error, UsageError) and says in str(error) for error in errors), errors
-        assert not (tmp_path / "out").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("sizes", [(2, 3, 1), (3, 2, 1), (1, 2, 3)], ids=str)
+def test_a_run_resumes_in_another_number_of_processes(options, tmp_path, name, sizes):
+    parts = resumed_in(options, tmp_path / "parts", sizes, name)
+    train(TrainConfig(**options(name, "opt", tmp_path / "whole", max_steps=3)))
+    whole = many_cases.written_by(tmp_path / "whole")
+    for file in ("ledger.zol", "model.safetensors", "adapter_model.safetensors", "checkpoint.safetensors"):
+        assert parts.get(file) == whole.get(file), file
+
+
+@pytest.mark.slow
+def test_a_run_by_a_plan_resumes_to_the_bits_of_its_ledger(options, tmp_path):
+    resumed_in(options, tmp_path / "parts", (2, 3, 1), shard="tp")
+    assert follows_its_ledger(tmp_path / "parts")
+
+
+def evaluations(options, folder, found, **more):
+    """Options of evaluations of a run's model, and of its base."""
+    keep = ("train_file", "num_dev", "device", "dtype", "per_device_eval_batch_size")
+    plain = {key: value for key, value in options(*found, folder).items() if key in keep} | {"data_seed": 3}
+    return [plain | {"model": str(model)} | more for model in (folder, options(*found, folder)["model"])]
+
+
+def test_a_model_in_shards_is_evaluated_as_one_in_memory(options, tmp_path):
+    folder = tmp_path / "run"
+    train(TrainConfig(**options("lora", "llama", folder, max_steps=1)))
+    base = evaluations(options, folder, ("lora", "llama"))
+    (alone,) = [many_cases.evaluated(base)]
+    shards = [run | {"shard": "fsdp"} for run in base] + [base[1] | {"shard": "tp"}]
+    for *gathered, by_plan in many_processes.run(2, many_cases.evaluated, shards):
+        assert gathered == alone
+        assert by_plan[0]["predictions"] == alone[1][0]["predictions"]
+
+
+@pytest.mark.parametrize("way", ["fsdp", pytest.param("tp", marks=pytest.mark.slow)])
+def test_a_loaded_model_that_its_owner_has_cut_is_tuned_and_evaluated(rows_file, way):
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    alone = many_cases.tuned_in_shards(rows, way)
+    one, other = many_processes.run(2, many_cases.tuned_in_shards, rows, way)
+    assert one == other and one[1:3] == alone[1:3]
+    assert way == "tp" or one == alone
+
+
+@pytest.fixture
+def refusal(models, tmp_path, monkeypatch):
+    """A function: what is said of a checkpoint in one of three processes, before it is read."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+
+    def said(name, shard="tp", **config):
+        folder = tmp_path / name
+        shutil.copytree(models / name, folder)
+        written = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(written | config))
+        if not config:
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        with pytest.raises(UsageError) as error:
+            load(EvalConfig(model=str(folder), shard=shard, device="cpu", task="sst2"))
+        return str(error.value)
+
+    return said
+
+
+def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(refusal):
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    assert "3 processes do not divide the model's 4" in refusal("llama", use_cache=True)
+    assert "has none for models of the type 'bloom'" in refusal("bloom", use_cache=True)
+    assert "packed integers" in refusal("gpt2", "fsdp", **quantised)
+    assert "it holds pytorch_model.bin" in refusal("opt")
+
+
+def test_an_adapter_that_is_loaded_with_its_base_is_refused_where_it_cannot_be_right(options, tmp_path, monkeypatch):
+    train(TrainConfig(**options("lora", "llama", tmp_path / "adapter", max_steps=1)))
+    config = EvalConfig(model=str(tmp_path / "adapter"), shard="tp", device="cpu", task="sst2")
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="lies beside whole layers"):
+        patch.setenv("WORLD_SIZE", "2")
+        load(config)
+    lm = load(config)
+    monkeypatch.setattr("zotune.llm.checkpoints.adapter_merge.mesh_of", lambda module: "a mesh")
+    with pytest.raises(UsageError, match="merged into weights that lie in shards"):
+        merged_model(lm.module, lm.read_with, lm.name)
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, EvalConfig])
+def test_shards_of_a_model_that_is_placed_otherwise_are_refused(schema, tmp_path):
+    with pytest.raises(ValueError, match="place a whole one for one"):
+        schema(task="sst2", shard="fsdp", offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"shard": "tp", "tuning": "lora"}, "use full, or --shard fsdp"),
-        ({"shard": "fsdp", "tuning": "prefix"}, "use full or lora"),
+        ({"shard": "tp", "tuning": "lora_fa"}, "use one of: full, head, norms, biases, lora"),
+        ({"shard": "tp", "quantization": "bnb-nf4", "tuning": "lora"}, "packed integers"),
+        ({"shard": "fsdp", "method": "hizoo"}, "scales every direction"),
+        ({"shard": "fsdp", "sparsity": 0.5, "mask": "magnitude"}, "--mask random"),
+        ({"shard": "tp", "directions_per_batch": 2}, "each example alone"),
+        ({"shard": "fsdp", "tuning": "prefix"}, "use one of: full"),
         ({"shard": "tp", "method": "forward_grad"}, "lose their tangents"),
         ({"shard": "fsdp", "method": "fo_adam"}, "fo_adam back-propagates"),
         ({"shard": "fsdp", "quantization": "gguf", "model": "smollm2-135m", "tuning": "lora"}, "packed integers"),
         ({"shard": "fsdp", "hybrid_layers": 1}, "a hybrid back-propagates"),
         ({"shard": "fsdp", "parallel": "data=2"}, "nothing that parallel shares"),
-        ({"shard": "tp", "model": "random:opt-tiny"}, "use --shard fsdp"),
     ],
     ids=lambda value: str(value)[:40],
 )

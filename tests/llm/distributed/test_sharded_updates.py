@@ -5,19 +5,17 @@ A short form runs on two processes; the whole matrix, on two and three, is `slow
 
 import pytest
 import sharded_cases as cases
-import sharded_models as models
 import torch
 from sharded_cases import run
-
-import zotune as zo
 
 SIZES = {
     "even": {"width": 12, "inner": 12, "vocabulary": 12},
     "uneven": {},
     "some hold nothing": {"width": 6, "inner": 2, "vocabulary": 7},
 }
-WITHOUT_TANGENTS = [name for name in cases.OPTIMIZERS if name != "forward_grad"]
-WAYS = {"fsdp": list(cases.OPTIMIZERS), "fsdp_by_columns": list(cases.OPTIMIZERS), "tensor_parallel": WITHOUT_TANGENTS}
+# What a plan does not go with: tangents, and directions of single examples.
+BY_PLAN = [name for name in cases.OPTIMIZERS if name not in ("forward_grad", "grzo")]
+WAYS = {"fsdp": list(cases.OPTIMIZERS), "fsdp_by_columns": list(cases.OPTIMIZERS), "tensor_parallel": BY_PLAN}
 SHORT = {
     "fsdp": ["zo_sgd", "zo_adam, bfloat16", "state and line search", "low rank"],
     "fsdp_by_columns": ["zo_sgd_mmt", "bfloat16", "sparse"],
@@ -37,7 +35,8 @@ def short(mesh):
     """All that the short form looks at, in one start of the processes."""
     found = {way: cases.steps(mesh, way, names, {}) for way, names in SHORT.items()}
     passes = {way: cases.side_by_side(mesh, way) for way in ("fsdp", "tensor_parallel")}
-    return found, passes, cases.refusals(mesh), cases.whole_tensors(mesh), cases.saved_states(mesh, "fsdp")
+    saved = [cases.saved_states(mesh, "fsdp", name) for name in cases.RESUMED]
+    return found, passes, cases.refusals(mesh), cases.whole_tensors(mesh), saved
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,8 @@ def on_two():
 
 def test_updates_have_the_bits_of_the_unsharded_model(on_two):
     for differences, *_ in on_two:
-        for way in SHORT:
-            check(differences[way], way)
+        for way, found in differences.items():
+            check(found, way)
 
 
 def test_both_ends_of_a_probe_share_a_gather_and_sharded_products_do_not(on_two):
@@ -59,7 +58,7 @@ def test_both_ends_of_a_probe_share_a_gather_and_sharded_products_do_not(on_two)
         assert [n for _, n in passes["tensor_parallel"]] == [2, 2]
 
 
-@pytest.mark.parametrize("what", ["unread", "unread shard", "partial", "two dimensions", "forward_grad", "magnitude"])
+@pytest.mark.parametrize("what", cases.REFUSED)
 def test_what_shards_cannot_do_is_refused_in_every_process(what, on_two):
     for _, _, refusals, *_ in on_two:
         assert cases.REFUSED[what] in refusals[what]
@@ -70,22 +69,20 @@ def test_directions_estimates_and_digests_are_those_of_whole_tensors(on_two):
         assert same == dict.fromkeys(same, True) != {}
 
 
-def test_a_run_goes_on_unsharded_to_the_same_bits(on_two):
-    saved, after = on_two[0][-1]
-    assert on_two[1][-1] is None
-    plain = models.model(cases.HALF)
-    plain.load_state_dict(saved["model"])
-    optimizer = zo.zo_sgd_mmt(plain, lr=0.01, rounding="master")
-    optimizer.load_state_dict(saved["optimizer"])
-    optimizer.step(models.objective(plain, models.batch()))
-    assert all(torch.equal(value, after[name]) for name, value in plain.state_dict().items())
+@pytest.mark.parametrize("number", range(len(cases.RESUMED)))
+def test_a_run_goes_on_unsharded_to_the_same_bits(on_two, number):
+    saved, after = on_two[0][-1][number]
+    assert on_two[1][-1][number] is None
+    found = cases.resumed(None, "fsdp", cases.RESUMED[number], saved)
+    assert all(torch.equal(value, after[name]) for name, value in found.items())
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_number_of_processes_to_the_same_bits(on_two):
-    saved, after = on_two[0][-1]
+@pytest.mark.parametrize("number", range(len(cases.RESUMED)))
+def test_a_run_goes_on_in_another_number_of_processes_to_the_same_bits(on_two, number):
+    saved, after = on_two[0][-1][number]
     for way in ("fsdp", "fsdp_by_columns"):
-        found = run(cases.resumed, 3, way, saved)[0]
+        found = run(cases.resumed, 3, way, cases.RESUMED[number], saved)[0]
         assert all(torch.equal(value, after[name]) for name, value in found.items())
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable
 
-from zotune.bench.results.quantities import Quantity, signed
+from zotune.bench.results.quantities import Quantity, signed, significant
+from zotune.bench.results.ranking import Ranked, Ranking
 from zotune.bench.results.tables import Column, Entry, PaperNumber, Table
 from zotune.messages import markdown_text
 
@@ -29,7 +31,7 @@ def ours(entry: Entry, q: Quantity) -> str:
     """Our number with its standard error, or the reason why there is none.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> entry = Entry("done", 91.25, 0.31, num_seeds=3)
+    >>> entry = Entry("done", 91.25, 0.31)
     >>> ours(entry, quantity("accuracy")), ours(Entry("missing"), quantity("accuracy"))
     ('91.2 ± 0.3', 'not run')
     """
@@ -60,7 +62,7 @@ def markdown(table: Table) -> str:
     """Write a table as a Markdown pipe table; the paper's numbers stand behind a line break in the same cell.
 
     >>> from zotune.bench.results.quantities import quantity
-    >>> entry = Entry("done", 90.0, 0.5, num_seeds=3, paper=(PaperNumber("Tab. 2", "", 91.0, -1.0),))
+    >>> entry = Entry("done", 90.0, 0.5, paper=(PaperNumber("Tab. 2", "", 91.0, -1.0),))
     >>> print(markdown(Table("t", ("method",), ("task",), (("zo_sgd",),), (Column(("sst2",), quantity("accuracy")),),
     ...                      ((entry,),))))
     | method | sst2 |
@@ -88,6 +90,68 @@ def _baselines(table: Table) -> Iterable[tuple[str, list[str]]]:
     for name, numbers in table.baselines:
         both = zip(numbers, table.columns, strict=True)
         yield name, ["" if n is None else c.quantity.text(n) for n, c in both]
+
+
+# Rankings -------------------------------------------------------------------------------------------------
+
+RANKED: tuple[str, ...] = (
+    "place",
+    "method",
+    "accuracy (95 % interval)",
+    "behind the best",
+    "forward-equivalents",
+    "seconds",
+    "step, GiB",
+    "passes to the target",
+    "seconds to it (runs)",
+    "search: passes; seconds",
+)
+"""The heads of a ranking."""
+
+
+def ranked(line: Ranked, ranking: Ranking) -> list[str]:
+    """The texts of a method in a ranking, below `RANKED`."""
+    if line.place is None:
+        return ["–", line.name, line.reason, *["–"] * (len(RANKED) - 3)]
+    return [
+        str(line.place),
+        line.name,
+        f"{line.mean:.1f} %{between(line.low, line.high)}",
+        "best" if line is ranking.best else behind(line),
+        in_time(line.forward_equivalents),
+        in_time(line.seconds),
+        "–" if line.step_gib is None else significant(line.step_gib),
+        in_time(line.passes_to_target),
+        f"{in_time(line.seconds_to_target)} ({line.num_reached} of {line.num_runs})",
+        f"{in_time(line.search_forward_equivalents)}; {in_time(line.search_seconds)}",
+    ]
+
+
+def behind(line: Ranked) -> str:
+    """How far a method is behind the best, with the 95 % interval."""
+    ends = line.behind_interval or (None, None)
+    return f"{line.behind:.1f} points behind{between(*ends)}"
+
+
+def between(low: float | None, high: float | None) -> str:
+    """An interval behind a number; empty if it is not known.
+
+    >>> between(1.04, 2.0), between(None, None)
+    (', 1.0 to 2.0', '')
+    """
+    return "" if low is None or high is None else f", {low:.1f} to {high:.1f}".replace("-", "−")
+
+
+def in_time(value: float | None) -> str:
+    """A number of passes or seconds for a table; "–" if it is not known, "never" if it is infinite.
+
+    >>> in_time(None), in_time(math.inf), in_time(1234.4)
+    ('–', 'never', '1,234')
+    """
+    return "–" if value is None else "never" if math.isinf(value) else f"{value:,.0f}"
+
+
+# Files ----------------------------------------------------------------------------------------------------
 
 
 def comma_separated(table: Table) -> str:

@@ -12,19 +12,25 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import zotune
 from zotune.bench.report.figures import Figure
-from zotune.bench.report.formats import STATES, theirs
-from zotune.bench.report.phrases import provenance, reasons, summary
-from zotune.bench.report.sections import Section
+from zotune.bench.report.findings import answer, findings
+from zotune.bench.report.formats import RANKED, STATES, ranked, theirs
+from zotune.bench.report.phrases import ON_PAPER, SUBJECTS, main_reason, provenance, reasons, summary
+from zotune.bench.report.races import RACED, race_reading, race_title, raced
+from zotune.bench.report.sections import Section, counted_together
 from zotune.bench.report.svg import draw, marker
+from zotune.bench.results.costs import cell_costs
+from zotune.bench.results.passes import Race
 from zotune.bench.results.quantities import Quantity, label_of, significant
-from zotune.bench.results.tables import Entry, Table, cell_costs
-from zotune.bench.results.verdicts import Finding, Verdict
+from zotune.bench.results.ranking import Ranking
+from zotune.bench.results.tables import Entry, Table
+from zotune.bench.results.verdicts import Finding
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _BADGES: dict[Finding, tuple[str, str]] = {
@@ -35,11 +41,12 @@ _BADGES: dict[Finding, tuple[str, str]] = {
 
 
 class DrawnFigure(NamedTuple):
-    """A figure for the templates: its panels and the symbols of its legend as SVG."""
+    """A figure for the templates: its panels and the symbols of its legend as SVG, and its values as a table."""
 
     figure: Figure
     panels: list[Markup]
     legend: list[tuple[str, Markup]]
+    values: list[list[str]]
 
 
 def render(template: str, **values: Any) -> str:
@@ -59,26 +66,57 @@ def _templates() -> Environment:
 def draw_figure(figure: Figure) -> DrawnFigure:
     """Draw a figure for the templates."""
     panels = [Markup(draw(panel, f"{figure.name}-{i}")) for i, panel in enumerate(figure.panels)]
-    return DrawnFigure(figure, panels, [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()])
+    legend = [(series.name, Markup(marker(series, 0, 0))) for series in figure.legend()]
+    values = [
+        [panel.title, series.name, p.note or f"{significant(p.x)}, {significant(p.y)}"]
+        for panel in figure.panels
+        for series in panel.series
+        for p in series.points
+    ]
+    return DrawnFigure(figure, panels, legend, values)
 
 
-def page(sections: Sequence[Section], scale: str) -> str:
-    """Render the report on a scale."""
-    views = [_view(section) for section in sections]
+def page(sections: Sequence[Section], scale: str, results: str = "..") -> str:
+    """Render the report on a scale.
+
+    Args:
+        sections: one for each experiment, in the order of the page.
+        scale: the scale of their cells.
+        results: the folder of results, from the page's folder; links lead to the results' files below it.
+    """
+    sections = counted_together(sections)
+    views = [_view(section, results) for section in sections]
     verdicts = [verdict for section in sections for verdict in section.verdicts]
-    every = [verdict for view in views for verdict in view["verdicts"]]
-    claims = {"summary": summary(verdicts), "verdicts": every} if verdicts else None
-    return render("report.html", scale=scale, header=provenance(sections), sections=views, claims=claims)
+    stale = sum(cell.state == "stale" for section in sections for cell in section.cells)
+    return render(
+        "report.html",
+        scale=scale,
+        header=provenance(sections),
+        findings=findings(sections),
+        stale=stale,
+        num_cells=sum(len(section.cells) for section in sections),
+        sections=views,
+        summary=summary(verdicts) if verdicts else "",
+        ranked=RANKED,
+        claims=_by_subject([verdict for view in views for verdict in view["verdicts"]]),
+    )
+
+
+def _by_subject(every: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """The verdicts of each subject, with what decides them."""
+    groups = [(subject, text, [v for v in every if v["subject"] == subject]) for subject, text in SUBJECTS.items()]
+    return [group for group in groups if group[2]]
 
 
 # A section ------------------------------------------------------------------------------------------------
 
 
-def _view(section: Section) -> dict[str, Any]:
+def _view(section: Section, results: str) -> dict[str, Any]:
     """The texts of a section for the template."""
     states = Counter(cell.state for cell in section.cells)
     stale = states["stale"]
-    warning = f"{stale} cells (†) were computed with other code or config than today’s" if stale else ""
+    is_mixed = 0 < stale < len(section.cells)
+    warning = f"{stale} cells (†) were computed with other code or config than today’s" if is_mixed else ""
     experiment = section.experiment
     return {
         "name": section.name,
@@ -86,10 +124,14 @@ def _view(section: Section) -> dict[str, Any]:
         "question": experiment.question,
         "states": _state_counts(states),
         "warning": warning,
+        "command": f"zotune bench run {section.name} --scale {section.scale}",
+        "folder": link(results, f"{section.scale}/{section.name}/"),
         "comparable": [line for line in experiment.comparable.strip().split("\n") if line.strip()],
-        "table": _table(section.table),
+        "table": _table(section.table, results),
         "figures": [draw_figure(figure) for figure in section.figures],
-        "verdicts": [_verdict(section.name, i, v) for i, v in enumerate(section.verdicts)],
+        "verdicts": [_verdict(section, i, results) for i, _ in enumerate(section.verdicts)],
+        "races": [_race(race, results) for race in section.races],
+        "rankings": [_ranking(ranking, results) for ranking in section.rankings],
         "costs": _costs(section),
         "failures": [
             (c.result.cell, f"{c.state.replace('_', ' ')}: {c.result.message}")
@@ -104,12 +146,25 @@ def _state_counts(states: Counter[Any]) -> str:
 
     >>> _state_counts(Counter(["done", "done", "missing"]))
     '2 of 3 cells done, 1 missing'
+    >>> _state_counts(Counter(["stale", "stale"]))
+    '2 cells, stale'
     """
+    if len(states) == 1:
+        return f"{states.total()} cells, {next(iter(states))}".replace("_", " ")
     rest = [f"{n} {state}".replace("_", " ") for state, n in sorted(states.items()) if state != "done"]
     return ", ".join([f"{states['done']} of {states.total()} cells done", *rest])
 
 
-def _table(table: Table) -> dict[str, Any]:
+def link(results: str, source: str) -> str:
+    """The address of a result's file from the page.
+
+    >>> link("..", "cpu/table6/one query.json")
+    '../cpu/table6/one%20query.json'
+    """
+    return f"{results}/{quote(source)}"
+
+
+def _table(table: Table, results: str) -> dict[str, Any]:
     # Values that all rows share are in the caption only.
     vary = [i for i, _ in enumerate(table.row_axes) if len({row[i] for row in table.rows}) > 1]
     shown_axes = vary or list(range(len(table.row_axes)))[-1:]
@@ -120,7 +175,7 @@ def _table(table: Table) -> dict[str, Any]:
         "rows": [
             {
                 "place": [row[i] for i in shown_axes],
-                "cells": [_cell(e, c.quantity) for e, c in zip(entries, table.columns, strict=True)],
+                "cells": [_cell(e, c.quantity, results) for e, c in zip(entries, table.columns, strict=True)],
             }
             for row, entries in zip(table.rows, table.entries, strict=True)
         ],
@@ -153,7 +208,7 @@ def _caption(table: Table, shown_axes: Sequence[int]) -> str:
     return " ".join(texts)
 
 
-def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
+def _cell(entry: Entry, q: Quantity, results: str) -> dict[str, Any]:
     value, interval = "", ""
     if entry.mean is not None:
         value = q.text(entry.mean)
@@ -163,6 +218,7 @@ def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
         interval = f"{q.text(entry.low)} to {q.text(entry.high)}"
     return {
         "value": value,
+        "link": link(results, entry.sources[0]) if len(entry.sources) == 1 else "",
         "interval": interval,
         "mark": "stale: computed with other code or config than today’s" if entry.state == "stale" else "",
         "state": STATES[entry.state],
@@ -171,17 +227,38 @@ def _cell(entry: Entry, q: Quantity) -> dict[str, Any]:
     }
 
 
-def _verdict(section: str, number: int, verdict: Verdict) -> dict[str, Any]:
+def _verdict(section: Section, number: int, results: str) -> dict[str, Any]:
+    verdict, on_paper = section.verdicts[number], section.on_paper[number]
     kind, sign = _BADGES[verdict.finding]
     return {
-        "id": f"{section}-claim-{number + 1}",
+        "id": f"{section.name}-claim-{number + 1}",
         "kind": kind,
         "sign": sign,
         "finding": verdict.finding,
+        "subject": verdict.claim.subject,
         "sentence": verdict.claim.sentence,
         "where": verdict.claim.where,
-        "lines": reasons(verdict),
+        "on_paper": ON_PAPER[on_paper],
+        "contradicted_by": verdict.claim.contradicted_by,
+        "reason": main_reason(verdict),
+        "lines": [
+            (reason.text, [(Path(source).stem, link(results, source)) for source in reason.sources])
+            for reason in reasons(verdict)
+        ],
     }
+
+
+def _ranking(ranking: Ranking, results: str) -> dict[str, Any]:
+    """A ranking's texts: a line for each method, the best first."""
+    target = "" if ranking.target is None else f" The target is {ranking.target:.1f} % on the held-out rows."
+    lines = [(link(results, r.source) if r.source else "", ranked(r, ranking)) for r in ranking.lines]
+    return {"budget": ranking.budget, "answer": answer(ranking), "target": target, "lines": lines}
+
+
+def _race(race: Race, results: str) -> dict[str, Any]:
+    """The texts of the methods on their way to a target."""
+    lines = [(link(results, way.source), raced(way)) for way in race.ways]
+    return {"title": race_title(race), "reading": race_reading(race), "heads": RACED, "lines": lines}
 
 
 def _costs(section: Section) -> dict[str, Any] | None:

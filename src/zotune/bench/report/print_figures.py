@@ -67,6 +67,9 @@ def draw_panel(panel: Panel, axes: Any) -> None:
     if panel.categories:
         axes.set_yticks(range(len(panel.categories)), [str(c) for c in panel.categories])
         axes.set_ylim(len(panel.categories) - 0.5, -0.5)
+    if panel.x_range and panel.y_range:
+        axes.update_datalim([(panel.x_range[0], panel.y_range[0]), (panel.x_range[1], panel.y_range[1])])
+        axes.autoscale_view()
     if panel.from_zero:
         (axes.set_xlim if panel.categories else axes.set_ylim)(0)
 
@@ -74,8 +77,14 @@ def draw_panel(panel: Panel, axes: Any) -> None:
 def _draw_series(series: Series, axes: Any, *, is_upright: bool) -> None:
     colour = _colour(series)
     xs, ys = [p.x for p in series.points], [p.y for p in series.points]
+    if series.banded:
+        band = [(p.y if p.low is None else p.low, p.y if p.high is None else p.high) for p in series.points]
+        axes.fill_between(xs, [low for low, _ in band], [high for _, high in band], color=colour, alpha=0.15, lw=0)
     for p in series.points:
-        if p.low is not None and p.high is not None:
+        if p.dots:
+            along = [p.x] * len(p.dots), p.dots
+            axes.scatter(*(along if is_upright else (p.dots, [p.y] * len(p.dots))), s=2, color=colour, alpha=0.5)
+        if p.low is not None and p.high is not None and not series.banded:
             ends = ([p.x, p.x], [p.low, p.high]) if is_upright else ([p.low, p.high], [p.y, p.y])
             axes.plot(*ends, color=colour, linewidth=0.8)
     axes.plot(xs, ys, **_style(series))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -46,7 +47,9 @@ def report(
         UsageError: an experiment is unknown, a result cannot be read, or a folder cannot be written.
     """
     sections = [s for name in experiments or names() if (s := read_section(name, results, scale, run_as)) is not None]
-    files = [(output / place, content) for place, content in (*_page(sections, scale), *_parts(sections))]
+    # Links lead from the page's folder to the results, so that both can be moved together.
+    to_results = Path(os.path.relpath(results, output)).as_posix()
+    files = [(output / place, content) for place, content in (*_page(sections, scale, to_results), *_parts(sections))]
     folders = list(dict.fromkeys(path.parent for path, _ in files))
     for folder in folders:
         _write(folder, {path.name: content for path, content in files if path.parent == folder})
@@ -65,9 +68,9 @@ def _parts(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:
     yield from _figures(sections)
 
 
-def _page(sections: Sequence[Section], scale: str) -> Iterator[tuple[str, bytes]]:
-    yield PAGE, page(sections, scale).encode()
-    yield "report.md", markdown_page(sections, f"The benchmark at scale {scale}").encode()
+def _page(sections: Sequence[Section], scale: str, results: str) -> Iterator[tuple[str, bytes]]:
+    yield PAGE, page(sections, scale, results).encode()
+    yield "report.md", markdown_page(sections, f"The benchmark at scale {scale}", results=results).encode()
 
 
 def _tables(sections: Sequence[Section]) -> Iterator[tuple[str, bytes]]:

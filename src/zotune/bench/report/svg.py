@@ -20,6 +20,10 @@ _TOP, _RIGHT, _BOTTOM = 26, 14, 44
 _ROW, _LETTER = 22, 6.3
 # Size of markers, of small markers, and the number of points above which markers are small, so that the curve shows.
 _SIZE, _SMALL, _CROWD = 4.5, 1.8, 40
+# Radius of the dot of a single run, and its distance from the interval.
+_DOT, _ASIDE = 1.8, 6.5
+# Distance between the names of lines, and the letters of a name that fit.
+_GAP, _MOST_LETTERS = 12.0, 18
 
 
 @dataclass(frozen=True)
@@ -87,10 +91,12 @@ def draw(panel: Panel, name: str) -> str:
     # Space on the left for the names of categories, or for ticks and the label beside them.
     texts = panel.categories or [short(value) for value in y.ticks(5)]
     left = max([_LETTER * len(text) for text in texts], default=0) + (12 if panel.categories else 30)
-    x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, WIDTH - _RIGHT, panel.log_x)
+    right = WIDTH - _RIGHT - _room_for_names(panel)
+    x = _scale([*_along(panel, "x"), *(v for _, v in panel.lines)], left, right, panel.log_x)
     parts = [*_frame(panel, x, y, height)]
     for series in panel.series:
         parts += _series(panel, series, x, y)
+    parts += _names_of_lines(panel, x, y) if panel.names_lines else []
     label = escape(f"{panel.title}: {panel.y_label} against {panel.x_label}" if panel.y_label else panel.title)
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}">'
@@ -101,9 +107,9 @@ def draw(panel: Panel, name: str) -> str:
 def _along(panel: Panel, axis: str) -> list[float]:
     """All numbers that an axis must cover."""
     measured = "x" if panel.categories else "y"
-    values = [getattr(p, axis) for p in panel.points()]
+    values = [getattr(p, axis) for p in panel.points()] + list((panel.x_range if axis == "x" else panel.y_range) or ())
     if axis == measured:
-        values += [end for p in panel.points() for end in (p.low, p.high) if end is not None]
+        values += [end for p in panel.points() for end in (p.low, p.high, *p.dots) if end is not None]
         values += [0.0] if panel.from_zero else []
     if panel.equal:
         values += [v for p in panel.points() for v in (p.x, p.y)] + [0.0] * panel.from_zero
@@ -158,8 +164,10 @@ def _series(panel: Panel, series: Series, x: Scale, y: Scale) -> list[str]:
         path = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in points)
         parts.append(f'<polyline class="run {colour}" points="{path}"/>')
     size = _SIZE if len(points) <= _CROWD else _SMALL
+    parts += [_band(points, x, y, colour)] if series.banded and len(points) > 1 else []
     for p in points:
-        if p.low is not None and p.high is not None:
+        parts += _dots(panel, p, x, y, colour)
+        if p.low is not None and p.high is not None and not series.banded:
             parts.append(_whisker(panel, p, x, y, colour))
         title = f"{series.name}: {p.note}" if p.note else f"{series.name}: {significant(p.x)}, {significant(p.y)}"
         parts.append(marker(series, x(p.x), y(p.y), title, size))
@@ -173,15 +181,70 @@ def _whisker(panel: Panel, p: Point, x: Scale, y: Scale, colour: str) -> str:
     return _line(x(p.x), y(p.low), x(p.x), y(p.high), f"run {colour}")
 
 
+def _band(points: Sequence[Point], x: Scale, y: Scale, colour: str) -> str:
+    """The area between the ends of the points' intervals."""
+    upper = [(x(p.x), y(p.y if p.high is None else p.high)) for p in points]
+    lower = [(x(p.x), y(p.y if p.low is None else p.low)) for p in reversed(points)]
+    corners = " ".join(f"{a:.1f},{b:.1f}" for a, b in (*upper, *lower))
+    return f'<polygon class="band {colour}" points="{corners}"/>'
+
+
+def _dots(panel: Panel, p: Point, x: Scale, y: Scale, colour: str) -> list[str]:
+    """The single runs of a point, beside its interval."""
+    places = [(x(v), y(p.y) + _ASIDE) if panel.categories else (x(p.x) + _ASIDE, y(v)) for v in p.dots]
+    return [f'<circle class="dot {colour}" cx="{a:.1f}" cy="{b:.1f}" r="{_DOT}"/>' for a, b in places]
+
+
+def _room_for_names(panel: Panel) -> float:
+    """The width on the right that the names of the lines take."""
+    names = [_in_short(s.name) for s in panel.series] if panel.names_lines else []
+    return _LETTER * max(map(len, names)) + 10 if names else 0.0
+
+
+def _in_short(name: str) -> str:
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
+
+
+def _names_of_lines(panel: Panel, x: Scale, y: Scale) -> list[str]:
+    """The name of each line beside its end; names that would overlap move apart."""
+    ends = [(s, s.points[-1]) for s in panel.series if s.points]
+    wanted = [min(max(y(p.y) + 4, _TOP + 8), y.start) for _, p in ends]
+    heights = spread(wanted, _GAP, _TOP + 8, y.start)
+    parts = []
+    for (series, _), height in zip(ends, heights, strict=True):
+        parts.append(marker(series, x.end + 9, height - 4, size=_SIZE - 1, kind="key"))
+        parts.append(_text(x.end + 16, height, _in_short(series.name), "tick"))
+    return parts
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the wanted ones, in their order, at least `gap` apart and within [low, high] if they fit.
+
+    >>> spread([10, 11, 40], 8, 0, 50)
+    [10.0, 18.0, 40.0]
+    >>> spread([48, 49, 50], 8, 0, 50)
+    [34.0, 42.0, 50.0]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    found = [0.0] * len(wanted)
+    below = low - gap
+    for i in order:
+        found[i] = below = max(float(wanted[i]), below + gap)
+    above = high + gap
+    for i in reversed(order):
+        found[i] = above = min(found[i], above - gap)
+    return found
+
+
 def colour_class(series: Series) -> str:
     """The CSS classes for the colour of a series and for hollow markers."""
     return f"c{series.style % len(COLOURS)}{' hollow' if series.hollow else ''}"
 
 
-def marker(series: Series, x: float, y: float, title: str = "", size: float = _SIZE) -> str:
-    """Draw the marker of a series at a position in pixels."""
+def marker(series: Series, x: float, y: float, title: str = "", size: float = _SIZE, kind: str = "mark") -> str:
+    """Draw the marker of a series at a position in pixels: of a point (`kind` mark), or beside a name (key)."""
     inside = f"<title>{escape(title)}</title>" if title else ""
-    kind = f'class="mark {colour_class(series)}"'
+    kind = f'class="{kind} {colour_class(series)}"'
     shape = MARKERS[series.style % len(MARKERS)]
     if shape == "circle":
         return f'<circle {kind} cx="{x:.1f}" cy="{y:.1f}" r="{size}">{inside}</circle>'

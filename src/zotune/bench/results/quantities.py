@@ -1,12 +1,14 @@
 """The numbers that can be read from a run: accuracy, passes, seconds, bytes, and further ones for each kind of cell.
 
-Each quantity has a name, a unit for readers, and a way of comparison: rates by difference, amounts by ratio.
+Each quantity has a name, a unit for readers, and a way of comparison: rates by difference, amounts by ratio. The
+currency of passes is the forward-equivalent: a back-propagation counts as its three forward passes. The memory of a
+step is its own peak; that of loading the model is another quantity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,9 +82,35 @@ def _score(run: RunRecord) -> float | None:
 
 
 _GIB = 2**30
+_LOADING = "load"
+"""The phase of a measurement that belongs to no step."""
+
+
+def _step_bytes(run: RunRecord) -> float | None:
+    """The peak of a step's own phases above the process without a model."""
+    return _bytes(run, "step_bytes", [peaks["peak"] for phase, peaks in run.phases.items() if phase != _LOADING])
+
+
+def _loading_bytes(run: RunRecord) -> float | None:
+    return _bytes(run, "loading_bytes", [peaks["peak"] for phase, peaks in run.phases.items() if phase == _LOADING])
+
+
+def _bytes(run: RunRecord, name: str, peaks: Sequence[float | None]) -> float | None:
+    """The recorded number of a run in GiB, or that of its phases in results that do not record it."""
+    recorded, baseline = run.measured.get(name), run.measured.get("baseline_bytes")
+    known = [peak for peak in peaks if peak is not None]
+    if recorded is None and known and baseline is not None:
+        recorded = max(known) - baseline
+    return None if recorded is None else recorded / _GIB
+
+
 _KNOWN = (
     Quantity("accuracy", "accuracy", "%", _score, digits=1),
-    Quantity("num_forwards", "forward passes", "", lambda run: run.num_forwards),
+    Quantity("forward_equivalents", "forward-equivalents", "", lambda run: run.forward_equivalents),
+    Quantity("layer_passes", "layer passes", "", lambda run: run.layer_passes),
+    Quantity("num_forwards", "calls of the model", "", lambda run: run.num_forwards),
+    Quantity("step_bytes", "memory of a step", "GiB", _step_bytes),
+    Quantity("loading_bytes", "memory of loading", "GiB", _loading_bytes),
     Quantity("num_tokens", "tokens read", "", lambda run: run.num_tokens),
     Quantity("seconds", "training time", "s", lambda run: run.seconds),
     Quantity("peak_memory", "peak memory", "GiB", lambda run: run.peak_memory / _GIB),
@@ -90,7 +118,7 @@ _KNOWN = (
 )
 # Labels of further quantities whose names do not make good labels.
 _LABELS = {
-    "over_baseline_bytes": "memory",
+    "over_baseline_bytes": "memory of all phases",
     "formula_bytes": "memory by formula",
     "seconds_per_step": "time of a step",
 }
@@ -156,10 +184,30 @@ def outcomes(result: CellResult, q: Quantity) -> Outcomes | None:
     """
     rows = [run.right for run in result.runs]
     if q.name == "accuracy" and rows and all(rows) and len({len(row) for row in rows}) == 1:
-        right = np.array([[100.0 * (mark == "1") for mark in row] for row in rows])
-        return Outcomes(right, str(result.config.get("options", {}).get("task", "")))
+        return Outcomes(np.array([in_points(row) for row in rows]), task_of(result), _seeds(result.runs))
+    runs = [run for run in result.runs if (value := q.read(run)) is not None and math.isfinite(value)]
     values = run_values(result, q)
     if not values or (q.by_ratio and min(values) <= 0):
         return None
     column = np.array(values)[:, None]
-    return Outcomes(np.log(column) if q.by_ratio else column, f"{result.cell}")
+    return Outcomes(np.log(column) if q.by_ratio else column, f"{result.cell}", _seeds(runs))
+
+
+def in_points(right: str) -> list[float]:
+    """Right answers as points: 100 for a right one, 0 for a wrong one.
+
+    >>> in_points("101")
+    [100.0, 0.0, 100.0]
+    """
+    return [100.0 * (mark == "1") for mark in right]
+
+
+def task_of(result: CellResult) -> str:
+    """The task of a cell's evaluation rows; empty for a cell without a task."""
+    return str(result.config.get("options", {}).get("task", ""))
+
+
+def _seeds(runs: Sequence[RunRecord]) -> tuple[int, ...]:
+    """The seeds of runs; empty where seeds repeat, so that they do not tell the runs apart."""
+    seeds = tuple(run.seed for run in runs)
+    return seeds if len(set(seeds)) == len(seeds) else ()

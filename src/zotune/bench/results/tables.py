@@ -1,4 +1,4 @@
-"""Tables of results: our means with their standard errors over seeds, the paper's numbers, and the costs of each cell.
+"""Tables of results: our means with their standard errors over seeds, and the paper's numbers.
 
 A table is a grid of entries, made from an experiment's results by its axes. `zotune.bench.report.formats` writes it as
 text.
@@ -10,32 +10,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from zotune.bench.results.cells import Cell, Coordinates, Place, agrees
 from zotune.bench.results.intervals import contrast
+from zotune.bench.results.paper_numbers import in_our_unit, paper_numbers
 from zotune.bench.results.quantities import QUANTITIES, Quantity, label_of, outcomes, quantity, run_values
-from zotune.bench.results.records import CellResult, Score, mean_and_error
+from zotune.bench.results.records import Score, mean_and_error
 from zotune.bench.spec.schema import Experiment, PaperCell
-from zotune.bench.spec.vocabulary import Coordinate, State
+from zotune.bench.spec.vocabulary import State
 
-Place = tuple[Coordinate, ...]
-Coordinates = Mapping[str, Coordinate]
-# From the paper's units to ours, with a factor; its GB are GiB, since it gives 48 of them for the weights of OPT-13B.
-_UNITS = {"%": ("%", 1.0), "GB": ("GiB", 1.0), "GiB": ("GiB", 1.0), "s": ("s", 1.0), "A100s": ("", 1.0), "": ("", 1.0)}
 # Rows of an accuracy table without tuning.
 BASELINES = {"zero_shot": "untuned model", "majority": "majority class"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of an experiment as reports see it: its coordinates, its state and its result, if there is one."""
-
-    coordinates: Coordinates
-    state: State
-    result: CellResult | None = None
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether it has numbers to show: the result is done, and may be stale."""
-        return self.result is not None and self.result.status == "done" and bool(self.result.runs)
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,8 @@ class Entry:
         state: state of the cell; None if the experiment has no cell here.
         mean, error: mean and standard error over seeds; `error` is None for a single seed, both are without a result.
         low, high: the 95 % interval over evaluation rows and seeds; None where it is not known.
-        num_seeds: number of runs.
+        values: the numbers of the runs.
+        sources: the files of the results, below the folder of results.
         ratio: the mean divided by the first mean of the column.
         paper: the paper's numbers for the same coordinates.
         message: why a cell has no result.
@@ -76,10 +61,16 @@ class Entry:
     error: float | None = None
     low: float | None = None
     high: float | None = None
-    num_seeds: int = 0
+    values: tuple[float, ...] = ()
+    sources: tuple[str, ...] = ()
     ratio: float | None = None
     paper: tuple[PaperNumber, ...] = ()
     message: str = ""
+
+    @property
+    def num_seeds(self) -> int:
+        """Number of runs."""
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,9 @@ class Table:
     def heading(self, column: Column) -> str:
         """The heading of a column: its coordinates, and the quantity if the columns have several."""
         several = len({c.quantity.name for c in self.columns}) > 1
-        parts = [str(value) for value in column.place]
+        # A quantity says what kind of cell it is of.
+        named = zip(self.column_axes, column.place, strict=True)
+        parts = [str(value) for axis, value in named if axis != "kind" or not several]
         if several or not parts:
             parts.append(label_of(column.quantity, self.metric))
         return ", ".join(parts)
@@ -172,7 +165,9 @@ def _places(axes: Sequence[str], cells: Sequence[Cell]) -> tuple[Place, ...]:
 def _is_known(column: Column, axes: Sequence[str], kind: str, cells: Sequence[Cell]) -> bool:
     """Whether some cell of a column has its quantity or can get it; only cells of kind accuracy have an accuracy."""
     place = dict(zip(axes, column.place, strict=True))
-    here = [c for c in cells if _agrees(c.coordinates, place)]
+    here = [c for c in cells if agrees(c.coordinates, place) and shows(c, column.quantity)]
+    if not here:
+        return False
     usable = [c.result for c in here if c.is_usable and c.result]
     if usable or (column.quantity.name in QUANTITIES and column.quantity.name != "accuracy"):
         return not usable or any(run_values(result, column.quantity) for result in usable)
@@ -180,10 +175,16 @@ def _is_known(column: Column, axes: Sequence[str], kind: str, cells: Sequence[Ce
     return (column.quantity.name == "accuracy") == are_accurate
 
 
+def shows(cell: Cell, q: Quantity) -> bool:
+    """Whether a cell shows a quantity: where cells differ in kind, those of kind accuracy show their accuracy alone."""
+    kind = cell.coordinates.get("kind")
+    return kind is None or (kind == "accuracy") == (q.name == "accuracy")
+
+
 def _entry(
     place: Coordinates, column: Column, cells: Sequence[Cell], of_paper: Sequence[tuple[PaperCell, str]]
 ) -> Entry:
-    here = [c for c in cells if _agrees(c.coordinates, place)]
+    here = [c for c in cells if agrees(c.coordinates, place)]
     if not here:
         return Entry(None)
     values = [value for c in here if c.is_usable and c.result for value in run_values(c.result, column.quantity)]
@@ -192,7 +193,8 @@ def _entry(
     worst = min(here, key=lambda c: (c.state == "done", c.is_usable))
     message = worst.result.message if worst.result else ""
     low, high = interval(here, column.quantity)
-    return Entry(worst.state, mean, error, low, high, len(values), paper=numbers, message=message)
+    sources = tuple(c.source for c in here if c.is_usable)
+    return Entry(worst.state, mean, error, low, high, tuple(values), sources, paper=numbers, message=message)
 
 
 def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[None, None]:
@@ -212,47 +214,14 @@ def interval(cells: Sequence[Cell], q: Quantity) -> tuple[float, float] | tuple[
     return (max(low, 0.0), min(high, 100.0)) if q.name == "accuracy" else (low, high)
 
 
-def _agrees(coordinates: Coordinates, place: Coordinates) -> bool:
-    return all(coordinates.get(axis, "") == value for axis, value in place.items())
-
-
-def paper_numbers(experiment: Experiment, cells: Sequence[Cell]) -> list[tuple[PaperCell, str]]:
-    """The paper's numbers, each with a label, which names its values on axes where no cell of ours has them.
-
-    These axes are left out of its coordinates, so that a table of another model shows the paper's numbers too and says
-    which model they belong to.
-    """
-    numbers = list(experiment.paper_cells())
-    ours: dict[str, set[Coordinate]] = {}
-    for cell in cells:
-        for axis, value in cell.coordinates.items():
-            ours.setdefault(axis, set()).add(value)
-    axes = {axis for p in numbers for axis in p.coordinates}
-    theirs = {axis: {p.coordinates[axis] for p in numbers if axis in p.coordinates} for axis in axes}
-    apart = {axis for axis, values in theirs.items() if not values & ours.get(axis, set())}
-    return [
-        (
-            p.model_copy(update={"coordinates": {k: v for k, v in p.coordinates.items() if k not in apart}}),
-            ", ".join(str(v) for k, v in p.coordinates.items() if k in apart),
-        )
-        for p in numbers
-    ]
-
-
 def _paper_numbers_at(
     cell: Cell, q: Quantity, mean: float | None, numbers: Iterable[tuple[PaperCell, str]]
 ) -> Iterable[PaperNumber]:
     for paper, label in numbers:
-        if paper.metric == q.name and _agrees(cell.coordinates, paper.coordinates):
+        if paper.metric == q.name and agrees(cell.coordinates, paper.coordinates):
             value = in_our_unit(paper, q)
             if value is not None:
                 yield PaperNumber(paper.source, label, value, None if mean is None else mean - value)
-
-
-def in_our_unit(paper: PaperCell, q: Quantity) -> float | None:
-    """The paper's number in the unit of a quantity; None if the units are not comparable."""
-    unit, factor = _UNITS.get(paper.unit, ("?", 1.0))
-    return paper.value * factor if unit == q.unit else None
 
 
 def _with_ratios(grid: list[list[Entry]], columns: Sequence[Column]) -> list[list[Entry]]:
@@ -280,7 +249,7 @@ def _baselines(
         numbers = []
         for column in columns:
             place = dict(zip(axes, column.place, strict=True))
-            here = [c.result for c in cells if c.result and _agrees(c.coordinates, place)]
+            here = [c.result for c in cells if c.result and agrees(c.coordinates, place)]
             scores: set[float] = {_percent(r.baselines[name]) for r in here if name in r.baselines}
             is_shown = len(scores) == 1 and column.quantity.name == "accuracy"
             numbers.append(scores.pop() if is_shown else None)
@@ -290,41 +259,3 @@ def _baselines(
 
 def _percent(score: Score) -> float:
     return 100 * score.value
-
-
-# Costs ----------------------------------------------------------------------------------------------------
-
-
-def cell_costs(cells: Sequence[Cell]) -> list[dict[str, float | str | None]]:
-    """The costs of each usable cell: those of a mean run, and those of all trials of its search together."""
-    return [_costs_of(c.result) for c in cells if c.result is not None and c.is_usable]
-
-
-def _costs_of(result: CellResult) -> dict[str, float | str | None]:
-    n = len(result.runs)
-    chosen = result.chosen
-    return {
-        "cell": result.cell,
-        "seeds": n,
-        "learning rate": chosen.learning_rate if chosen else None,
-        "μ": chosen.mu if chosen else None,
-        "steps": sum(run.num_steps for run in result.runs) / n,
-        "tuned parameters": result.runs[0].num_tuned,
-        "forward passes": sum(run.num_forwards for run in result.runs) / n,
-        "tokens": sum(run.num_tokens for run in result.runs) / n,
-        "seconds": sum(run.seconds for run in result.runs) / n,
-        "peak GiB": max(run.peak_memory for run in result.runs) / 2**30,
-        "points searched": len(result.search),
-        "rates searched": _rates_searched(result),
-        "search's forward passes": sum(trial.num_forwards for trial in result.search),
-        "search's seconds": sum(trial.seconds for trial in result.search),
-    }
-
-
-def _rates_searched(result: CellResult) -> str | None:
-    """The range of searched learning rates, with a note if the chosen one lies at an end: a better may lie beyond."""
-    rates = sorted({trial.learning_rate for trial in result.search})
-    if result.chosen is None or len(rates) < 2:
-        return None
-    ends = {rates[0]: ", the least chosen", rates[-1]: ", the greatest chosen"}
-    return f"{rates[0]:g} to {rates[-1]:g}{ends.get(result.chosen.learning_rate, '')}"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zotune.bench.spec.claims import Claim
+from zotune.bench.spec.targets import Passes
 from zotune.bench.spec.vocabulary import Coordinate, Kind, Record, Scale
 from zotune.llm.config.schema import Options
 
@@ -129,12 +130,14 @@ class Layout(Options):
     """How results are shown: the axes of a table's rows and columns, and the x and y of figures.
 
     `x` is the name of an axis; each of `y` is the name of a quantity: `accuracy`, or a key of `values` or `measured`.
+    `ranked` is the axis whose values are ranked by their accuracy in each column.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...] = ()
     x: str | None = None
     y: tuple[str, ...] = ()
+    ranked: str | None = None
 
 
 class Experiment(Layer):
@@ -147,6 +150,7 @@ class Experiment(Layer):
     comparable: str = Field(description="Which numbers can be compared with the paper, and which cannot.")
     scale: dict[Scale, Layer]
     paper: tuple[PaperBlock, ...] = ()
+    passes: Passes | None = Field(None, description="The comparison of methods by their passes to targets.")
     claims: tuple[Claim, ...] = ()
 
     def paper_cells(self) -> Iterator[PaperCell]:

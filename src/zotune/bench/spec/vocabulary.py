@@ -18,7 +18,7 @@ State = Literal["missing", "done", "stale", "failed", "timed_out", "out_of_memor
 Alike = Literal["options", "method"]
 Coordinate = str | int | float
 
-_AMOUNTS = frozenset({"num_forwards", "num_tokens", "seconds", "peak_memory"})
+_AMOUNTS = frozenset({"num_forwards", "forward_equivalents", "layer_passes", "num_tokens", "seconds", "peak_memory"})
 _AMOUNT_WORDS = frozenset({"bytes", "seconds"})
 
 

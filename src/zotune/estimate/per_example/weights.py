@@ -114,12 +114,25 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         self._check_room(frozenset([tensor.id]), len(used))
         source = value.detach().contiguous().view(-1)
         moved = source.new_empty((len(self._points), len(used), source.numel()))
-        for outs, a in zip(moved, self._points, strict=True):
-            for out, group in zip(outs, used, strict=True):
-                OffsetAlong(self._directions[group], a).move(out, source, tensor, 0)
+        is_plain = tensor.shard is None and not self._directions[0].has_factors(tensor.id)
+        if is_plain and source.dtype in (torch.float32, torch.float64):
+            self._add_at_once(moved, source, tensor, used)
+        else:
+            for outs, a in zip(moved, self._points, strict=True):
+                for out, group in zip(outs, used, strict=True):
+                    OffsetAlong(self._directions[group], a).move(out, source, tensor, 0)
         place = {group: i for i, group in enumerate(used)}
         index = torch.tensor([place[group] for group in self._of_rows], device=source.device)
         return moved[:, index].view(self._copies, *value.shape)
+
+    def _add_at_once(self, moved: Tensor, source: Tensor, tensor: TunedTensor, used: Sequence[int]) -> None:
+        """As `OffsetAlong.move` of each group at each point, with each direction made but once."""
+        along = source.new_empty((len(used), source.numel()), dtype=torch.float32)
+        for out, group in zip(along, used, strict=True):
+            u = self._directions[group]
+            u.sampler.fill(out, u.seed, tensor.id, 0)
+        for outs, a in zip(moved, self._points, strict=True):
+            torch.add(source, along.to(source.dtype) * torch.tensor(a, dtype=source.dtype), out=outs)
 
     def _own_product(
         self, x: Tensor, tensor: TunedTensor, weight: Tensor, bias: Tensor | None, own: Tensor | None

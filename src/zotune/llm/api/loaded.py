@@ -17,9 +17,11 @@ from zotune.errors import UsageError
 from zotune.llm.api.plain_model import remember, without_earlier_adapter
 from zotune.llm.checkpoints.causality import check_causal
 from zotune.llm.checkpoints.model_kind import kind_of
+from zotune.llm.distributed.mesh import mesh_of_shards
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import is_quantised
+from zotune.system.processes import connected
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
     model = getattr(model, "_orig_mod", model)  # of torch.compile; probes run the uncompiled code
     model = without_earlier_adapter(model)
     lm = _language_model(model, tokenizer)
+    lm.mesh = mesh_of_shards(lm.base, connected(), lm) or lm.mesh
     state = _State(model)
     model.eval()
     try:

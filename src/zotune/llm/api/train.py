@@ -136,7 +136,7 @@ def train(
         schedule_of(config)
         check_upload(config)
         given = _rows(train_dataset, eval_dataset, config)
-        lm.mesh = mesh_of(config, processes, lm)
+        lm.mesh = mesh_of(config, processes, lm, lm.base)
         _prepare(lm, config)
         rows = _encoded(lm, config, given)
         config = with_options_of(lm, rows, config, say_in_python)

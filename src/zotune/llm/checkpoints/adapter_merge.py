@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zotune.errors import UsageError
 from zotune.llm.quantized.backends import is_quantised
 from zotune.llm.quantized.dequantize_model import dequantised_model
+from zotune.model.shards import mesh_of
 from zotune.model.streaming import stream_of
 
 # Merging rounds each weight once, in the model's precision; a quantised base also computes with rounded activations.
@@ -45,6 +46,11 @@ def merged_model(module: Any, read: Callable[[Any, Tensor], Tensor], name: str) 
         raise UsageError(
             f"the adapter {name} cannot be merged into weights that are streamed. Merge it first, without "
             "--offload-folder and --device-map: zotune merge."
+        )
+    if mesh_of(module) is not None:
+        raise UsageError(
+            f"the adapter {name} cannot be merged into weights that lie in shards. Merge it first, without --shard: "
+            "zotune merge."
         )
     quantised = is_quantised(module.get_base_model() if is_adapter(module) else module)
     if is_adapter(module) and not hasattr(module, "merge_and_unload"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationInfo, WithJsonSchema, model_validator
@@ -22,11 +22,23 @@ from zotune.llm.config.schedule import ScheduleOptions
 from zotune.llm.config.schema import COMMAND_LINE_ONLY, check_file, is_partial, validate
 from zotune.llm.config.selection import SelectionOptions
 from zotune.llm.config.step import ModelOptions as ModelOptions
-from zotune.llm.config.step import ParallelOptions, StepOptions
+from zotune.llm.config.step import ParallelOptions, Shard, StepOptions
 from zotune.system.atomic_write import atomic_write
 from zotune.system.bounds import RECIPE_BYTES, read_bytes
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+Placed = TypeVar("Placed", bound=ModelOptions)
+
+
+def _check_shard(options: Placed, shard: str) -> Placed:
+    """Refuse shards of a model that is placed otherwise; returns the options."""
+    if shard != "none" and (options.device_map is not None or options.offload_folder is not None):
+        raise ValueError(
+            "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
+        )
+    return options
 
 
 class EvalConfig(ModelOptions, DataOptions):
@@ -54,6 +66,11 @@ class EvalConfig(ModelOptions, DataOptions):
         gt=0,
         description="Seconds that a process started by torchrun waits for the others.",
     )
+    shard: Shard = "none"
+
+    @model_validator(mode="after")
+    def _no_placed_shards(self, info: ValidationInfo) -> Self:
+        return self if is_partial(info) else _check_shard(self, self.shard)
 
     @property
     def tasks(self) -> tuple[str | None, ...]:
@@ -116,10 +133,7 @@ class TrainConfig(StepOptions, ScheduleOptions, DataOptions, SelectionOptions, O
                 f"objective: {self.objective} has no gradient, which {user} needs; use a method of finite differences "
                 "(zo_sgd, zo_adam, …), or an objective with one (classification, teacher_forcing)"
             )
-        if self.shard != "none" and (self.device_map is not None or self.offload_folder is not None):
-            raise ValueError(
-                "shard cuts a model over several processes; device_map and offload_folder place a whole one for one"
-            )
+        _check_shard(self, self.shard)
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume continues the run that overwrite_output_dir would delete; give only one of them")
         for option in ("reuse_file", "reuse_folder"):

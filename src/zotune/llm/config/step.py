@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -104,6 +104,15 @@ class ModelOptions(Options):
         return {"trust_remote_code": self.trust_remote_code, **at}
 
 
+Shard = Annotated[
+    Literal["none", "fsdp", "tp"],
+    Field(
+        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
+        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it."
+    ),
+]
+
+
 class ParallelOptions(Options):
     """How several processes, started by torchrun, share the work of a run."""
 
@@ -112,11 +121,7 @@ class ParallelOptions(Options):
         description="How processes share each step: query=Q,data=D of them share the directions and the micro-batches; "
         "default: micro-batches first.",
     )
-    shard: Literal["none", "fsdp", "tp"] = Field(
-        "none",
-        description="How the model is cut over the processes: fsdp gathers each layer's weights for its pass (FSDP2), "
-        "tp computes with slices of them by the model's tensor-parallel plan; default: each process holds all of it.",
-    )
+    shard: Shard = "none"
     check_ranks: int = Field(
         100,
         ge=0,

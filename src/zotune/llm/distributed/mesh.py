@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
+from torch import nn
+
 from zotune.errors import UsageError
 from zotune.estimate.mesh import ALONE_MESH, Counter, Mesh
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import extents
 from zotune.messages import Lossy, say
+from zotune.model import shards
 from zotune.system.processes import Processes, joined
 
 _START = "torchrun --nproc-per-node N -m zotune …"
@@ -33,20 +36,26 @@ def together(timeout: float) -> Iterator[Processes]:
             yield processes
 
 
-def mesh_of(config: TrainConfig, processes: Processes, counter: Counter) -> Mesh:
+def mesh_of_shards(model: nn.Module, processes: Processes, counter: Counter) -> Mesh | None:
+    """Return the mesh of processes that a model lies on, which run every pass together; None if each holds it all."""
+    return None if shards.mesh_of(model) is None else Mesh(processes, counter=counter, is_sharded=True)
+
+
+def mesh_of(config: TrainConfig, processes: Processes, counter: Counter, model: nn.Module) -> Mesh:
     """Return the mesh that a run's options ask for, or one in which every process has something to do.
 
     Args:
         config: the options of the run.
         processes: those of the run.
         counter: counts the forward passes.
+        model: what is tuned; it may lie on all of the processes.
 
     Raises:
         UsageError: the mesh does not have as many processes as there are, or some would have nothing to do.
     """
-    if config.shard != "none" and processes.size > 1:
-        say(f"the model lies in shards on {processes.size} processes ({config.shard}), which run every pass together")
-        return Mesh(processes, counter=counter, is_sharded=True)
+    if (found := mesh_of_shards(model, processes, counter)) is not None:
+        say(f"the model lies in shards on {processes.size} processes, which run every pass together")
+        return found
     size, parts, queries = processes.size, config.gradient_accumulation_steps, _num_shares(config)
     if config.parallel is not None:
         asked = extents(config.parallel)

@@ -26,8 +26,8 @@ from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.models.builtin import BUILT_IN, fetch
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.load import find_device
 from zotune.llm.models.meta_model import load_meta_model
+from zotune.llm.models.placement.devices import find_device
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.model_files import saved_tensors, write_by_tensor, write_errors_in_words
 from zotune.llm.tasks import head_labels

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zotune.llm.data.collator import Batch
+from zotune.llm.data.collator import Batch, on_device
 from zotune.llm.models.activation_storage.folder import ActivationFolder
 from zotune.llm.models.activation_storage.tiers import ActivationStore
 from zotune.llm.models.language_model import LanguageModel
-from zotune.llm.models.partial_forward import output_of_module, parameters_read
+from zotune.llm.models.partial_forward import output_of_module, parameters_read, reads_positions_alone
 from zotune.messages import say
 from zotune.model.effects import effect_of_layers
 from zotune.model.layers import ReadTracer, stack_of
@@ -145,6 +146,12 @@ class SequenceCache:
         self.depth = depth_without_effects(lm, lowest, "activations", lambda: lm.read(*trial))
         self._lm, self._layers, self._store = lm, list(layers[: self.depth]), store
         self._shared = None if folder is None or not self.depth else ActivationFolder(folder, lm, self.depth)
+        # Whether positions that nothing scores can be left out after the layers.
+        self._positions_alone = (
+            0 < self.depth == self.num_layers
+            and not lm.classifies
+            and reads_positions_alone(lm.base, layers[-1], lambda: on_meta_too(lm.base, lambda: lm.read(*trial)))
+        )
         # What follows the hidden states in a layer's output, without its numbers; None for an output that is no tuple.
         self._rest: tuple[None, ...] | None = None
         self._group_of: dict[Tokens, tuple[Tokens, ...]] = {}
@@ -156,7 +163,10 @@ class SequenceCache:
         """Return `LanguageModel.score`, up to the last bits of the lower layers' activations."""
         if self.depth == 0:
             return self._lm.score(batch)
-        with self._skip_to(self._inputs(batch)):
+        activations = self._activations(batch.sequences)
+        if self._positions_alone:
+            batch, activations = _at_positions(batch, activations)
+        with self._skip_to(torch.nn.utils.rnn.pad_sequence(activations, batch_first=True)):
             return self._lm.score(batch)
 
     @property
@@ -165,20 +175,20 @@ class SequenceCache:
         size: int = self._lm.base.dtype.itemsize * self._lm.config.get_text_config().hidden_size
         return size * sum(map(len, self._group_of))
 
-    def _inputs(self, batch: Batch) -> Tensor:
-        """Return the (S, L, width) inputs of the lowest tuned layer, with zeros at padding."""
-        inputs: dict[Tokens, Tensor] = {}
-        for s in batch.sequences:
-            cached = inputs.get(s)
+    def _activations(self, sequences: Sequence[Tokens]) -> list[Tensor]:
+        """Return the (L, width) inputs of the lowest tuned layer of each sequence."""
+        found: dict[Tokens, Tensor] = {}
+        for s in sequences:
+            cached = found.get(s)
             cached = self._store.get(s) if cached is None else cached
             if cached is not None:
-                inputs[s] = cached
+                found[s] = cached
                 continue
             fresh = self._compute(self._group_of.get(s, (s,)))
             for one, activation in fresh.items():
                 self._store.put(one, activation)
-            inputs |= fresh
-        return torch.nn.utils.rnn.pad_sequence([inputs[s] for s in batch.sequences], batch_first=True)
+            found |= fresh
+        return [found[s] for s in sequences]
 
     def _compute(self, group: Sequence[Tokens]) -> dict[Tokens, Tensor]:
         """Return the (L, width) activations of each sequence, from one pass of the group through the lower layers."""
@@ -216,6 +226,25 @@ class SequenceCache:
             yield
         finally:
             _restore(self._layers, originals)
+
+
+def _at_positions(batch: Batch, activations: Sequence[Tensor]) -> tuple[Batch, list[Tensor]]:
+    """Return a batch whose rows are their scored positions alone, and the (n, width) activations of each row there.
+
+    The tokens are some of each row: the layers, which would read them, do not run.
+    """
+    length = batch.input_ids.shape[1]
+    scored: list[list[int]] = [[] for _ in activations]
+    places = []
+    for position in batch.positions.tolist():
+        row, column = divmod(position, length)
+        places.append((row, len(scored[row])))
+        scored[row].append(column)
+    width = max(map(len, scored))
+    found = [own[columns] for own, columns in zip(activations, scored, strict=True)]
+    ids, mask = batch.input_ids[:, :1].expand(-1, width), batch.attention_mask[:, :1].expand(-1, width)
+    positions = on_device([row * width + slot for row, slot in places], batch.positions.device)
+    return replace(batch, input_ids=ids, attention_mask=mask, positions=positions), found
 
 
 def padded(sequences: Sequence[Tokens], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,10 @@ from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
+from zotune.llm.models.placement.sharded import check_adapted, cut_adapter
 from zotune.model.layers import stack_of
 from zotune.model.parameters import input_device
+from zotune.model.shards import is_distributed
 
 PREFIX_TOKENS, PROMPT_TOKENS = 5, 10
 ALL_LINEAR = ("all-linear",)
@@ -68,6 +70,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
     paths = target_paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
+    check_adapted(lm.base, paths)
     # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
     only_linear = set(target_paths(lm, targets, [lm.base])) == {
         name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
@@ -376,18 +379,23 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
+    cut_adapter(lm.base)
     name_base_for_all(lm.module)
     lm.module.eval()
 
 
 @contextmanager
 def _stand_ins(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this context offloaded weights have a place: on the device of their use, without memory.
+    """Within this context offloaded weights have a place: on the device of their use, without memory; so have shards.
 
-    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values.
+    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values, and
+    beside slices those of slices.
     """
     offloaded = [
-        (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and p.is_meta
+        (m, name, p)
+        for m in module.modules()
+        for name, p in m._parameters.items()
+        if p is not None and (p.is_meta or is_distributed(p))
     ]
     if device.type == "meta":
         offloaded = []

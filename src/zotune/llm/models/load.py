@@ -28,6 +28,7 @@ from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.classification_head import check_labels, give_head_of_adapter, with_classification_head
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.placement.device_map import is_placed
+from zotune.llm.models.placement.devices import find_device
 from zotune.llm.models.placement.layers import (
     check_no_new_head,
     open_scratch,
@@ -36,7 +37,7 @@ from zotune.llm.models.placement.layers import (
     reads_within_layers,
     stream_in_memory,
 )
-from zotune.llm.models.placement.sharded import cut_by_fsdp, forget_loading, loading_arguments, shard_of
+from zotune.llm.models.placement.sharded import cut_by_fsdp, cut_by_plan, forget_loading, loading_arguments, shard_of
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
     QUANTIZERS,
@@ -73,6 +74,11 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_revision(options)
     adapter = adapter_of(options)
     shard = shard_of(options)
+    if adapter is not None and shard == "tp":
+        raise UsageError(
+            f"shard: tp cuts a model as it is read, and the adapter {options.model} lies beside whole layers. Use "
+            "--shard fsdp, or merge it first (zotune merge)."
+        )
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
         stream_in_memory(lm.module, options, device)
@@ -171,28 +177,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Position ids are not supported", category=UserWarning)
 
 
-def find_device(name: str) -> torch.device:
-    """Return a device by name; `auto` is a GPU if there is one.
-
-    Raises:
-        UsageError: the device cannot be used here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _place(lm: LanguageModel, options: ModelOptions, device: torch.device, shard: str | None) -> None:
     """Move a model, or what of it is not in its place yet, to its device or devices."""
     if is_placed(options):
         place_rest(lm.module, options, device)
-    elif shard == "fsdp" and mesh_of(lm.base) is None:
-        cut_by_fsdp(lm.base, device)
+    elif shard is not None and mesh_of(lm.base) is None:
+        cut_by_fsdp(lm.base, device) if shard == "fsdp" else cut_by_plan(lm.base)
     elif not getattr(lm.base, "is_quantized", False) and shard is None:
         # transformers has placed a quantised model already, and one in shards
         lm.module.to(device)
@@ -230,7 +220,7 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
             **options.reading,
             **attention_of(options),
             **quantisation,
-            **loading_arguments(shard_of(options), config, kind.auto_class),
+            **loading_arguments(shard_of(options), source, config, kind.auto_class),
         }
         module = (
             read_by_map(source, kind, options, config, find_device(options.device), arguments)

@@ -131,3 +131,58 @@ def head_at_positions(model: Any, batch: Batch, only: Tensor | None) -> Iterator
             yield
     finally:
         handle.remove()
+
+
+def reads_positions_alone(model: Any, last: nn.Module, run: Callable[[], object]) -> bool:
+    """Whether what follows the layers computes each position alone: at most a norm over the features, and the head.
+
+    It is known where the head reads the very numbers that the norm has written, and the norm those of the last layer.
+
+    Args:
+        model: a causal or masked language model.
+        last: its last layer.
+        run: runs a pass.
+    """
+    written: dict[nn.Module, _Numbers] = {}
+    read: dict[nn.Module, _Numbers] = {}
+    head = head_module(model)
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        read[module], written[module] = _Numbers(args[0]), _Numbers(output[0] if isinstance(output, tuple) else output)
+
+    norms = [m for m in model.modules() if is_norm_of_features(m) and m not in set(last.modules())]
+    hooks = [m.register_forward_hook(note) for m in (last, *norms)]
+    hooks.append(head.register_forward_pre_hook(lambda module, args: read.update({module: _Numbers(args[0])})))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if last not in written or head not in read:
+        return False
+    ends = [m for m in norms if m in written and read[head].are(written[m]) and read[m].are(written[last])]
+    return bool(ends) or read[head].are(written[last])
+
+
+class _Numbers:
+    """The numbers of a tensor at a moment: the place of its storage, its layout, and how often it was written."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # The tensor stays alive, so that no other one takes its place.
+        self._tensor, self._version = tensor, tensor._version
+
+    def are(self, other: _Numbers) -> bool:
+        """Whether they are all numbers of the other tensor, unchanged."""
+        one, two = self._tensor, other._tensor
+        is_place = one.untyped_storage()._cdata == two.untyped_storage()._cdata
+        is_layout = one.shape == two.shape and one.stride() == two.stride()
+        return (
+            is_place and is_layout and one.storage_offset() == two.storage_offset() and self._version == other._version
+        )
+
+
+def is_norm_of_features(module: nn.Module) -> bool:
+    """Whether a module is a layer norm or a root-mean-square norm over the last dimension, by its class."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and isinstance(weight, Tensor) and weight.dim() == 1

@@ -59,11 +59,15 @@ def write_errors_in_words() -> Iterator[None]:
 def whole_state(lm: LanguageModel) -> dict[str, Any] | None:
     """Return the weights of a model in shards, whole, in the process that writes them; None for any other model.
 
-    They are gathered one after the other, which every process has to take part in. An adapter is whole everywhere.
+    They are gathered one after the other, which every process has to take part in. Of an adapted model they are those
+    of the adapter alone.
     """
-    if not lm.mesh.is_sharded or is_adapter(lm.module):
+    if not lm.mesh.is_sharded:
         return None
-    state: dict[str, Any] = gathered(lm.module.state_dict(keep_vars=True), keep=lm.mesh.processes.is_first)
+    own = lm.module.state_dict(keep_vars=True)
+    if is_adapter(lm.module):
+        own = {name: p for name, p in own.items() if f".{lm.module.active_adapter}." in name}
+    state: dict[str, Any] = gathered(own, keep=lm.mesh.processes.is_first)
     return state
 
 

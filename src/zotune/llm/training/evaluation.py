@@ -15,7 +15,7 @@ from zotune.llm.checkpoints.adapter_source import find_adapter, folder_of_run
 from zotune.llm.config.run import EvalConfig, read_recipe, training_rows_note
 from zotune.llm.data.demonstrations import choose_demonstrations, prepend_demonstrations
 from zotune.llm.data.examples import Example, Splits
-from zotune.llm.distributed.mesh import together
+from zotune.llm.distributed.mesh import mesh_of_shards, together
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load
 from zotune.llm.output.environment import environment
@@ -122,7 +122,7 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
 def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
     processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config.of(config.tasks[0])))
-    lm.mesh = Mesh(processes, data=processes.size, counter=lm)
+    lm.mesh = _mesh_of(processes, lm)
     results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
     peak = peak_memory(lm.device)
     base = None if not config.baselines or lm.classifies else revised_base_model_of(config.model, config.model_revision)
@@ -137,7 +137,7 @@ def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[s
         del lm
         # In the same precision, or the difference would include that of rounding.
         untuned = load(config.model_copy(update=overrides))
-        untuned.mesh = Mesh(processes, data=processes.size, counter=untuned)
+        untuned.mesh = _mesh_of(processes, untuned)
         results = _compare_with_base(results, untuned, config, name)
     if config.predictions is not None and processes.is_first:
         write_predictions(config.predictions, results)
@@ -145,6 +145,11 @@ def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[s
     has_several = len(config.tasks) > 1
     common = {"peak_memory": peak, "environment": environment(), "config": config.model_dump(mode="json")}
     return results, {**({"tasks": entries} if has_several else next(iter(entries.values()))), **common}
+
+
+def _mesh_of(processes: Processes, lm: LanguageModel) -> Mesh:
+    """The processes that share the rows, or over which the model is cut."""
+    return mesh_of_shards(lm.base, processes, lm) or Mesh(processes, data=processes.size, counter=lm)
 
 
 def base_model_of(model: str) -> str | None:

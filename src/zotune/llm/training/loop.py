@@ -358,8 +358,10 @@ def try_side_by_side(
 ) -> None:
     """Find out on the closure's few examples whether its probes may share a pass, and say so if they may not."""
     zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
-    # The forward gradient has no probes that could share a pass.
+    # The forward gradient has no probes that could share a pass, and those of a tensor-parallel plan never do.
     if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
+        return
+    if zeroth_order.tuned.is_tensor_parallel:
         return
     before, u = lm.num_forwards, Direction(seed=0)
     if isinstance(closure, PerExample):

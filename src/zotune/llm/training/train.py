@@ -177,7 +177,7 @@ def _train_together(
     given = read_checked_files(config) if given is None else given
     processes.first(lambda: tidy(Path(config.model)))
     lm = load(config, head_labels(config), config.seed)
-    lm.mesh = mesh_of(config, processes, lm)
+    lm.mesh = mesh_of(config, processes, lm, lm.base)
     # First, because virtual tokens reduce the context that the rows must fit into.
     prepare_tuning(lm, config)
     rows = load_training_rows(lm, config, given)

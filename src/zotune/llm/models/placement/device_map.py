@@ -20,6 +20,7 @@ from torch import nn
 from zotune.errors import UsageError, listed
 from zotune.llm.config.safe_yaml import parse_yaml
 from zotune.llm.config.step import COMPUTED_MAPS, ModelOptions, StepOptions
+from zotune.llm.models.placement.devices import usable
 from zotune.model.layers import stack_of
 from zotune.model.streaming import matrices_of
 from zotune.system.peak_memory import free_memory
@@ -150,7 +151,7 @@ def check_here(placement: Placement, options: ModelOptions) -> None:
         UsageError: they have not; the message says what to do.
     """
     for place in set(placement.map.values()) - {CPU, DISK}:
-        _device(place)
+        usable(place, f"the device map names the device {place!r}, which")
     _check_memory(placement, options)
     _check_room(placement, options)
 
@@ -275,22 +276,6 @@ def _check_room(placement: Placement, options: ModelOptions) -> None:
 def memory_of(device: torch.device) -> int:
     """Return the bytes of a device that are free."""
     return free_memory() if device.type == CPU else int(torch.cuda.mem_get_info(device)[0])
-
-
-def _device(place: Device) -> torch.device:
-    """Return a device of a map.
-
-    Raises:
-        UsageError: there is none of that name here.
-    """
-    try:
-        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(
-            f"the device map names the device {place!r}, which cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
-    return device
 
 
 def _name_of(place: Device) -> str:

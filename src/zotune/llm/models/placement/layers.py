@@ -146,7 +146,7 @@ def check_safetensors(source: str) -> None:
         ]
         other = f" (it holds {found[0]})" if found else ""
         raise UsageError(
-            f"{source} has no safetensors file{other}, and no other format can be read a layer at a time. Load the "
+            f"{source} has no safetensors file{other}, and no other format can be read a part at a time. Load the "
             "model with transformers on a machine that holds it, and save it with save_pretrained."
         )
 

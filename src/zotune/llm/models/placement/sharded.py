@@ -1,12 +1,13 @@
 """Models in shards: cut over the processes that torchrun started, by FSDP2 or by a tensor-parallel plan.
 
 transformers cuts a checkpoint as it reads it, so that a process reads its own part alone. A tensor-parallel plan says
-by which dimension each matrix is cut; where the class of a model has none, one of the table here serves, if there is
-one. FSDP2 needs the layers that are gathered one by one: they are the model's stack.
+by which dimension each matrix is cut (`zotune.llm.models.placement.plans`). FSDP2 needs the layers that are gathered
+one by one: they are the model's stack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,25 +18,20 @@ from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.placement.layers import check_safetensors
+from zotune.llm.models.placement.plans import WHOLE_BOUNDARIES, plan_of, style_of
 from zotune.messages import say
 from zotune.model.layers import stack_of
-from zotune.model.shards import is_gathered_by_fsdp
+from zotune.model.shards import is_gathered_by_fsdp, is_tensor_parallel
 from zotune.system.processes import asked_for
 
-# By type of model. OPT's attention counts on all heads being there, so its inputs and outputs are gathered.
-_PLANS = {
-    "opt": {
-        **{f"model.decoder.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in ("q", "k", "v")},
-        "model.decoder.layers.*.self_attn.out_proj": "rowwise_split_input",
-        "model.decoder.layers.*.fc1": "colwise",
-        "model.decoder.layers.*.fc2": "rowwise",
-        "model.decoder.embed_tokens": "embedding_rowwise",
-        "lm_head": "colwise_gather_output",
-    }
-}
 _FSDP = "--shard fsdp needs no plan and takes any model"
-# Styles of a plan that give each process whole attention heads.
+_PACKED = "cuts floating-point weights, and those of a quantised base are packed integers: leave one out."
+_TUNINGS = ("full", "head", "norms", "biases", "lora")
+# The style of a plan that gives each process whole attention heads.
 _BY_HEADS = "colwise"
+# Styles of layers that take or give slices by which an adapter can be cut too.
+_WITH_ADAPTER = ("colwise", "rowwise")
 
 
 def shard_of(options: ModelOptions) -> str | None:
@@ -58,16 +54,11 @@ def shard_of(options: ModelOptions) -> str | None:
 
 def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
     quantised = options.is_gguf or options.quantization not in (None, "none")
-    found = [
-        (quantised, "cuts floating-point weights, and those of a quantised base are packed integers: leave one out."),
-        (
-            shard == "tp" and options.model.startswith("random:"),
-            f"reads a checkpoint's slices, and {options.model} has none: use --shard fsdp.",
-        ),
-    ]
+    found = [(quantised, _PACKED)]
     if not isinstance(options, TrainConfig):
         return found
-    tunings = ("full",) if shard == "tp" else ("full", "lora")
+    other = "; use --shard fsdp, or another method."
+    has_slices = options.tuning != "lora" or shard == "tp"  # an adapter beside FSDP2's slices is whole
     return [
         *found,
         (options.parallel is not None, "runs every pass in all processes, so there is nothing that parallel shares."),
@@ -77,50 +68,77 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             "is for forward passes; a hybrid back-propagates. Leave hybrid_layers out.",
         ),
         (
-            shard == "tp" and options.method == "forward_grad",
-            "exchanges activations, which lose their tangents on the way; use --shard fsdp, or another method.",
+            options.tuning not in _TUNINGS or options.peft_type is not None,
+            f"does not go with tuning: {options.tuning}; use one of: {', '.join(_TUNINGS)}.",
         ),
         (
-            options.tuning not in tunings or options.peft_type is not None,
-            f"does not go with tuning: {options.tuning}; use {' or '.join(tunings)}"
-            + (", or --shard fsdp: an adapter beside slices would need slices of its own." if shard == "tp" else "."),
+            options.method == "hizoo" and has_slices,
+            "has slices of the state in each process, and hizoo scales every direction by all of it; use another "
+            "method, or --tuning lora with --shard fsdp.",
+        ),
+        (
+            options.sparsity > 0 and options.mask == "magnitude" and has_slices,
+            "has slices of the weights in each process, and a mask by magnitude is one of whole tensors; use "
+            "--mask random.",
+        ),
+        (
+            shard == "tp" and options.method == "forward_grad",
+            f"exchanges activations, which lose their tangents on the way{other}",
+        ),
+        (
+            shard == "tp" and options.directions_per_batch is not None,
+            "exchanges activations, which are not those of each example alone; use --shard fsdp, or num_queries.",
         ),
     ]
 
 
-def loading_arguments(shard: str | None, config: Any, auto_class: Any) -> dict[str, Any]:
+def loading_arguments(shard: str | None, source: str, config: Any, auto_class: Any) -> dict[str, Any]:
     """Return the arguments with which transformers cuts a checkpoint as it reads it; none where it cannot.
 
     Args:
         shard: as `shard_of` returned it.
+        source: the model's folder, or its name on the Hub.
         config: the model's configuration.
         auto_class: the class of transformers that loads it.
 
     Raises:
-        UsageError: the model has no plan, or heads that the processes cannot divide.
+        UsageError: the model has no plan, heads that the processes cannot divide, packed weights, or no safetensors
+            files.
     """
     if shard is None:
         return {}
     from transformers.distributed import DistributedConfig
 
-    size = asked_for()
+    if getattr(config, "quantization_config", None) is not None:
+        raise UsageError(f"shard: {shard} {_PACKED}")
+    check_safetensors(source)
     with torch.device("meta"):
         model = auto_class.from_config(config, **NO_CODE)
-    if shard == "fsdp":
-        # transformers ties tensors after it has cut them: FSDP2 would gather each place's own, and not what is tuned.
-        if getattr(model, "all_tied_weights_keys", None):
-            return {}
-        own = None if getattr(model, "fsdp_plan", None) else {f"{stack_of(model)[0]}.*": "free_full_weight"}
-        return {"distributed_config": DistributedConfig(fsdp_size=size, fsdp_plan=own)}
-    own = _PLANS.get(config.model_type)
-    plan = own or getattr(model, "tp_plan", None)
+    if shard == "tp":
+        return {"distributed_config": by_plan(model), "use_safetensors": True}
+    # transformers ties tensors after it has cut them: FSDP2 would gather each place's own, and not what is tuned.
+    if getattr(model, "all_tied_weights_keys", None):
+        return {}
+    own = None if getattr(model, "fsdp_plan", None) else {f"{stack_of(model)[0]}.*": "free_full_weight"}
+    return {"distributed_config": DistributedConfig(fsdp_size=asked_for(), fsdp_plan=own), "use_safetensors": True}
+
+
+def by_plan(model: Any) -> Any:
+    """Return what transformers needs to know to cut a model by its plan over all processes.
+
+    Raises:
+        UsageError: the model has no plan, or heads that the processes cannot divide.
+    """
+    from transformers.distributed import DistributedConfig
+
+    plan, is_own = plan_of(model)
     if not plan:
         raise UsageError(
             f"shard: tp needs a plan of which matrix is cut how, and transformers has none for models of the type "
-            f"{config.model_type!r}; {_FSDP}."
+            f"{model.config.model_type!r}; {_FSDP}."
         )
-    _check_heads(plan, config.get_text_config(), size)
-    return {"distributed_config": DistributedConfig(tp_size=size, tp_plan=own or "auto")}
+    _check_heads(plan, model.config.get_text_config(), asked_for())
+    return DistributedConfig(tp_size=asked_for(), tp_plan=plan if is_own else "auto")
 
 
 def _check_heads(plan: dict[str, str], config: Any, size: int) -> None:
@@ -156,3 +174,53 @@ def cut_by_fsdp(model: nn.Module, device: torch.device) -> None:
     for layer in stack_of(model)[1]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def cut_by_plan(model: Any) -> None:
+    """Cut a model that is in memory by its tensor-parallel plan.
+
+    Raises:
+        UsageError: the model has no plan, or heads that the processes cannot divide.
+    """
+    config, _, mesh = model.prepare_distribute_model(by_plan(model))
+    # Each place of tied tensors is cut by itself, as transformers does before it ties them.
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in seen:
+                module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+            seen.add(id(p))
+    model.maybe_distribute_model(model, config, mesh)
+    model.tie_weights()
+    forget_loading(model)
+
+
+def check_adapted(model: Any, paths: Sequence[str]) -> None:
+    """Check that a LoRA adapter can lie beside layers of a model that is cut by a plan.
+
+    Raises:
+        UsageError: it cannot lie beside one of them.
+    """
+    for path in paths if is_tensor_parallel(model) else ():
+        style = style_of(model, path)
+        if style not in (None, *_WITH_ADAPTER, *WHOLE_BOUNDARIES):
+            raise UsageError(
+                f"shard: tp cuts {path} in a way ({style}) that an adapter cannot follow. Choose other layers with "
+                "--lora-target-modules, or use --shard fsdp."
+            )
+
+
+def cut_adapter(model: Any) -> None:
+    """Cut a LoRA adapter as the layers that it lies beside: B where these give slices, A where they take slices."""
+    if not is_tensor_parallel(model):
+        return
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    mesh = model._mesh_manager.get_mesh("tp")
+    for path, layer in model.named_modules():
+        if (name := style_of(model, path)) not in _WITH_ADAPTER or not hasattr(layer, "lora_A"):
+            continue
+        style = ALL_PARALLEL_STYLES[name]
+        for factor in (layer.lora_B if name == "colwise" else layer.lora_A).values():
+            style.shard_param(factor, "weight", mesh)
+            style.install_forward(factor, mesh)

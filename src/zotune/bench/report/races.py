@@ -1,0 +1,49 @@
+"""The texts of methods on their way to targets: for HTML pages and for Markdown."""
+
+from __future__ import annotations
+
+import math
+
+from zotune.bench.results.passes import Median, Race, Way
+
+RACED = ("method", "passes (95 %)", "times fewer (95 %)", "runs that reach it")
+"""The heads of the columns of `raced`."""
+
+
+def race_title(race: Race) -> str:
+    """What is to be reached where.
+
+    >>> from zotune.bench.spec.targets import Target
+    >>> race_title(Race({"task": "sst2", "tuned": "last norm"}, Target(loss=0.6), "", ()))
+    'sst2, last norm: passes to a held-out loss of 0.6'
+    """
+    target = race.target
+    what = f"a held-out loss of {target.loss:g}" if target.loss is not None else f"{target.accuracy:g} % held-out"
+    return f"{', '.join(map(str, race.place.values()))}: passes to {what}"
+
+
+def race_reading(race: Race) -> str:
+    """How to read the numbers."""
+    fewer = f" Times fewer than {race.reference}, the best of the references." if race.reference else ""
+    return f"Medians over seeds, in forward-equivalents; ∞ where fewer than half of the runs reach the target.{fewer}"
+
+
+def raced(way: Way) -> tuple[str, ...]:
+    """A method's entries under the heads `RACED`."""
+    ratio = "" if way.ratio is None else _text(way.ratio, digits=1)
+    return way.method, _text(way.passes, digits=0), ratio, f"{way.num_reached} of {way.num_runs}"
+
+
+def _text(median: Median, digits: int) -> str:
+    """A median with its interval.
+
+    >>> _text(Median(1200.0, 900.0, math.inf), 0), _text(Median(2.04, 1.5, 3.1), 1)
+    ('1,200 (900 to ∞)', '2.0 (1.5 to 3.1)')
+    """
+    if math.isnan(median.value) or math.isnan(median.low):
+        return "–" if math.isnan(median.value) else _number(median.value, digits)
+    return f"{_number(median.value, digits)} ({_number(median.low, digits)} to {_number(median.high, digits)})"
+
+
+def _number(value: float, digits: int) -> str:
+    return "∞" if math.isinf(value) else f"{value:,.{digits}f}"

@@ -1,0 +1,182 @@
+"""Passes until a target is reached: medians over seeds, ratios to a reference, and bootstrap intervals of both.
+
+A run reaches a target at the first evaluation from which on each one meets it. A run that never does is kept as
+infinitely many passes (censored), so a median is infinite where fewer than half of the runs reach the target. Runs of
+one seed share their batches, so the bootstrap draws seeds, the same for both sides of a ratio (Efron, 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zotune.bench.results.cells import Cell, matches
+from zotune.bench.results.ranking import first_from_which
+from zotune.bench.results.records import CellResult, Evaluation
+from zotune.bench.spec.targets import Passes, Target
+from zotune.bench.spec.vocabulary import Coordinate
+
+REPLICATES = 10_000
+# The passes of each seed.
+BySeed = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Median:
+    """A median over seeds, or a ratio of two, with the ends of its 95 % interval; infinite where runs are censored."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method's way to a target.
+
+    Attributes:
+        passes: forward-equivalents until the target is reached.
+        ratio: how many times fewer these are than the reference's; None for the reference and those beside it.
+        num_reached, num_runs: of the runs, those that reach the target.
+        source: the file of its result, below the folder of results.
+    """
+
+    method: str
+    passes: Median
+    ratio: Median | None
+    num_reached: int
+    num_runs: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Race:
+    """The methods of one place on their way to one target; the fewest passes first.
+
+    Attributes:
+        place: the coordinates that the cells share.
+        target: what they have to reach.
+        reference: the method that the others are compared with: of those that the experiment names, the one with the
+            fewest passes. Empty if none has a result.
+    """
+
+    place: Mapping[str, Coordinate]
+    target: Target
+    reference: str
+    ways: tuple[Way, ...]
+
+
+def races(plan: Passes, cells: Sequence[Cell]) -> list[Race]:
+    """Compare the methods of an experiment by their passes to its targets, in the order of targets and places."""
+    found = []
+    for target in plan.targets:
+        here = [cell for cell in cells if cell.is_usable and matches(cell, target.when)]
+        places = dict.fromkeys(tuple((k, v) for k, v in cell.coordinates.items() if k != plan.method) for cell in here)
+        for place in places:
+            of_place = [c for c in here if all(c.coordinates.get(k) == v for k, v in place)]
+            found.append(_race(plan, dict(place), target, of_place))
+    return found
+
+
+def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: Sequence[Cell]) -> Race:
+    passes = {str(c.coordinates[plan.method]): passes_to(c.result, target) for c in cells if c.result is not None}
+    named = [name for name in passes if any(fnmatchcase(name, one) for one in plan.reference)]
+    reference = min(named, key=lambda name: median(passes[name]).value, default="")
+    ways = []
+    for cell in cells:
+        name = str(cell.coordinates[plan.method])
+        own = passes[name]
+        is_compared = reference and name != reference and not any(fnmatchcase(name, one) for one in plan.beside)
+        ways.append(
+            Way(
+                method=name,
+                passes=median(own),
+                ratio=ratio(passes[reference], own) if is_compared else None,
+                num_reached=sum(map(math.isfinite, own.values())),
+                num_runs=len(own),
+                source=cell.source,
+            )
+        )
+    return Race(place, target, reference, tuple(sorted(ways, key=lambda way: way.passes.value)))
+
+
+def meets(target: Target) -> Callable[[Evaluation], bool]:
+    """Whether an evaluation meets a target."""
+    if target.loss is not None:
+        most = target.loss
+        return lambda e: e.dev_loss is not None and e.dev_loss <= most
+    least = target.accuracy or 0.0
+    return lambda e: e.dev_value is not None and 100 * e.dev_value >= least
+
+
+def passes_to(result: CellResult, target: Target) -> dict[int, float]:
+    """The forward-equivalents after which each run of a cell has reached a target, by its seed."""
+    found = {}
+    for run in result.runs:
+        evaluation = first_from_which(run, meets(target))
+        passes = None if evaluation is None else evaluation.forward_equivalents
+        found[run.seed] = math.inf if passes is None else passes
+    return found
+
+
+def median(passes: BySeed) -> Median:
+    """The median of a method's passes.
+
+    >>> median(dict(enumerate([10, 20, 30, 40, math.inf]))).value
+    30.0
+    """
+    values = _of_seeds(passes, sorted(passes))
+    return _summary(_medians(values, _all(values)), _medians(values, _draws(len(values))))
+
+
+def ratio(reference: BySeed, passes: BySeed) -> Median:
+    """How many times fewer passes a method takes than a reference: median over median, on the seeds of both.
+
+    It is infinite where the reference alone is censored, 0 where the method alone is; where both are it is unknown, and
+    left out of the interval.
+
+    Raises:
+        ValueError: they share no seed.
+    """
+    seeds = sorted(reference.keys() & passes.keys())
+    if not seeds:
+        raise ValueError("the reference and the method share no seed")
+    above, below = _of_seeds(reference, seeds), _of_seeds(passes, seeds)
+    draws = _draws(len(seeds))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = _medians(above, _all(above)) / _medians(below, _all(below))
+        ratios = _medians(above, draws) / _medians(below, draws)
+    return _summary(value, ratios[~np.isnan(ratios)])
+
+
+def _of_seeds(passes: BySeed, seeds: Sequence[int]) -> NDArray[np.float64]:
+    return np.array([passes[seed] for seed in seeds], dtype=float)
+
+
+def _draws(number: int) -> NDArray[np.int64]:
+    # The same draws for each ratio of a report, and in each report.
+    return np.random.default_rng(0).integers(number, size=(REPLICATES, number))
+
+
+def _all(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.arange(len(values))[None]
+
+
+def _medians(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The median of each draw; of an even number the upper of the middle two, which is a number that occurred."""
+    drawn = np.sort(values[draws], axis=1)
+    middle: NDArray[np.float64] = drawn[:, drawn.shape[1] // 2]
+    return middle
+
+
+def _summary(value: NDArray[np.float64], replicates: NDArray[np.float64]) -> Median:
+    """A value with its percentile interval, whose ends are values that occurred, so that infinities stay."""
+    if not replicates.size:
+        return Median(float(value[0]), math.nan, math.nan)
+    low, high = np.quantile(replicates, (0.025, 0.975), method="inverted_cdf")
+    return Median(float(value[0]), float(low), float(high))
