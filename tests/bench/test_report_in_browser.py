@@ -31,9 +31,7 @@ def report(tmp_path_factory):
     first = make_section("table2", experiment(claims=[asked]), table_of_methods(accuracies, schemes))
     layout = {"rows": ["method"], "columns": ["length"], "x": "length", "y": ["step_bytes"]}
     sizes = [
-        cell(
-            {"method": m, "length": n}, measured=[{"step_bytes": n << 13}], values=[{"formula_bytes": n << 13}]
-        )
+        cell({"method": m, "length": n}, measured=[{"step_bytes": n << 13}], values=[{"formula_bytes": n << 13}])
         for m in ("fo_sgd", "zo_sgd")
         for n in (64, 128, 2048)
     ]

@@ -1,0 +1,119 @@
+"""Passes to a target: when a run has reached it, censored runs, intervals over seeds, and which reference counts."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from zotune.bench.report.races import raced
+from zotune.bench.results.cells import Cell
+from zotune.bench.results.passes import median, passes_to, races, ratio
+from zotune.bench.results.records import CellResult, Evaluation, RunRecord
+from zotune.bench.spec.targets import Passes, Target
+
+LOSS = Target(loss=0.5)
+
+
+def run_of(seed, losses):
+    """A run with an evaluation every 10 forward-equivalents; its accuracy is 1 - loss. Calls are half of them."""
+    way = [
+        Evaluation(step=i, num_forwards=5 * i, forward_equivalents=10 * i, dev_loss=loss, dev_value=1 - loss)
+        for i, loss in enumerate(losses)
+    ]
+    return RunRecord(seed=seed, evaluations=tuple(way))
+
+
+def result_of(variant, runs, place="a"):
+    coordinates = {"task": place, "variant": variant}
+    fixed = {"experiment": "e", "scale": "cpu", "kind": "accuracy", "key": "k", "status": "done", "config": {}}
+    return CellResult(cell=f"{place}--{variant}", coordinates=coordinates, runs=tuple(runs), **fixed)
+
+
+def cell_of(variant, passes, place="a"):
+    """A cell whose run of seed i reaches the target after passes[i] forward-equivalents, or never (None)."""
+    runs = [
+        run_of(seed, [0.9] * 10 if n is None else [0.9] * (n // 10) + [0.4] * (10 - n // 10))
+        for seed, n in enumerate(passes)
+    ]
+    result = result_of(variant, runs, place)
+    return Cell(result.coordinates, "done", result)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([0.9, 0.4, 0.6, 0.5, 0.4], 30),  # reached at the second, lost, reached for good at the fourth
+        ([0.4, 0.4], 0),
+        ([0.9, 0.4, 0.6], math.inf),
+        ([0.9, None, 0.4], 20),
+        ([], math.inf),
+    ],
+)
+def test_a_target_is_reached_where_all_later_evaluations_meet_it_in_equivalents_and_not_in_calls(losses, expected):
+    run = run_of(3, [0.9 if loss is None else loss for loss in losses])
+    if None in losses:
+        ways = [e.model_copy(update={"dev_loss": x}) for e, x in zip(run.evaluations, losses, strict=True)]
+        run = run.model_copy(update={"evaluations": tuple(ways)})
+    assert passes_to(result_of("v", [run]), LOSS) == {3: expected}
+    if None not in losses:
+        assert passes_to(result_of("v", [run]), Target(accuracy=50.0)) == {3: expected}
+
+
+def test_a_censored_run_counts_as_infinitely_many_passes():
+    assert median({0: 10.0, 1: 20.0, 2: math.inf}).value == 20.0
+    assert median({0: 10.0, 1: math.inf, 2: math.inf}).value == math.inf
+    assert ratio({0: math.inf, 1: math.inf}, {0: 10.0, 1: 10.0}).value == math.inf
+    assert ratio({0: 10.0, 1: 10.0}, {0: math.inf, 1: math.inf}).value == 0
+    both = ratio({0: math.inf}, {0: math.inf})
+    assert math.isnan(both.value)
+    assert math.isnan(both.low)
+
+
+def test_the_interval_of_a_ratio_covers_the_true_one_as_often_as_it_says():
+    """Log-normal passes that share half of their spread by seed; the true ratio of medians is 3."""
+    generator = np.random.default_rng(1)
+    covered, trials = 0, 120
+    for _ in range(trials):
+        shared, a, b = generator.normal(size=(3, 15)) * 0.3
+        reference = dict(enumerate(3 * np.exp(shared + a)))
+        found = ratio(reference, dict(enumerate(np.exp(shared + b))))
+        covered += found.low <= 3 <= found.high
+    # Of a nominal 95 %, with medians of 15 seeds; three standard errors below it.
+    assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+def test_seeds_are_drawn_in_pairs():
+    """Where both sides vary by the seed alone, their ratio does not vary at all."""
+    reference = {seed: 100.0 * (seed + 1) for seed in range(10)}
+    found = ratio(reference, {seed: n / 4 for seed, n in reference.items()})
+    assert (found.low, found.value, found.high) == (4, 4, 4)
+
+
+def test_the_best_of_the_references_is_the_one_that_counts_and_methods_beside_are_not_compared():
+    plan = Passes(method="variant", reference=("mezo*",), beside=("fo_*",), targets=(LOSS,))
+    cells = [
+        cell_of("mezo", [80, 90, 80]),
+        cell_of("mezo_falling", [60, 50, 60]),
+        cell_of("new", [20, 20, 30]),
+        cell_of("worse", [None, None, 90]),
+        cell_of("fo_sgd", [10, 10, 10]),
+        cell_of("mezo", [70, 70, 70], place="b"),
+    ]
+    first, second = races(plan, cells)
+    assert (first.place, first.reference) == ({"task": "a"}, "mezo_falling")
+    assert (second.place, second.reference) == ({"task": "b"}, "mezo")
+    assert [way.method for way in first.ways] == ["fo_sgd", "new", "mezo_falling", "mezo", "worse"]
+    ways = {way.method: way for way in first.ways}
+    assert ways["mezo_falling"].ratio is ways["fo_sgd"].ratio is None
+    assert ways["new"].ratio.value == statistics.median([60, 50, 60]) / statistics.median([20, 20, 30])
+    assert ways["worse"].ratio.value == 0
+    assert (ways["worse"].num_reached, ways["worse"].num_runs) == (1, 3)
+    assert raced(ways["worse"])[1].startswith("∞")
+    assert ways["new"].source == "cpu/e/a--new.json"
+
+
+def test_a_target_is_a_loss_or_an_accuracy():
+    for wrong in ({}, {"loss": 0.5, "accuracy": 70.0}):
+        with pytest.raises(ValueError, match="give one of the two"):
+            Target(**wrong)
