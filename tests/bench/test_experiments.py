@@ -265,7 +265,7 @@ def test_each_reading_of_the_papers_text_is_run_and_the_text_is_the_default():
             spec.options["adam"] for s in SCALES for spec in cells(name, find(name)[1], s) if "zo_adam" in spec.name
         }
         assert adams <= {"adamm"}, name
-    for name in set(names()) - {"leaderboard"}:
+    for name in names():
         said = find(name)[1].comparable
         assert any(word in said for word in ("fp32", "bf16", "formulas")), f"{name} does not say its precision"
 
