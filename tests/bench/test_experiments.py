@@ -63,10 +63,11 @@ def test_an_experiment_has_valid_cells_at_every_scale_with_names_of_their_own(na
     assert set(experiment.layout.rows) | set(experiment.layout.columns) <= set(specs[0].coordinates)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if name not in ("tasks", "passes")])
 def test_each_number_of_the_paper_has_a_cell_at_the_papers_scale(name):
+    """The tables of tasks and of passes are of another model, and not the paper's."""
     _, experiment = find(name)
-    places = [spec.coordinates for spec in cells(name, experiment, "paper")] if "paper" in experiment.scale else []
+    places = [spec.coordinates for spec in cells(name, experiment, "paper")]
     for number in experiment.paper_cells():
         assert any(number.coordinates.items() <= place.items() for place in places), number
         assert math.isfinite(number.value)
