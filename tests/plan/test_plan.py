@@ -286,3 +286,24 @@ def test_a_folder_needs_no_more_than_its_configuration(tmp_path):
 def test_sizes_in_words():
     assert [memory_bytes(s) for s in ("24GB", "24 GiB", "0.5kb", "3B")] == [24 * 2**30, 24 * 2**30, 512, 3]
     assert set(ARCHITECTURES) > {"opt-13b"}
+
+
+def test_directions_of_examples_count_the_copies_that_dense_ones_need():
+    """Each group has a copy of the adapter at each point that shares a pass; thin and flipped directions have none."""
+    shape = {"batch_size": 8, "length": 16, "dtype": "float32", "device": "cpu", "tuning": "lora"}
+    one = predict(opt(), "zo_sgd", **shape)
+    numbers = LAYERS * 2 * 2 * 8 * WIDTH  # query and value of each layer, A and B of rank 8
+    found = {
+        kind: predict(opt(), "zo_sgd", **shape, directions_per_batch=k, **options)
+        for kind, k, options in (
+            ("dense", 4, {}),
+            ("more", 8, {}),
+            ("thin", 8, {"rank": 1}),
+            ("flipped", 8, {"flipped": True}),
+        )
+    }
+    assert found["more"].scratch - found["dense"].scratch == 4 * numbers * 4 * 2
+    assert found["thin"].scratch == found["flipped"].scratch == found["dense"].scratch - 4 * numbers * 4 * 2
+    assert one.activations == found["thin"].activations
+    with pytest.raises(UsageError, match=r"would take \d+ MiB of copies of what they move"):
+        predict(opt(), "zo_sgd", **{**shape, "tuning": "full", "batch_size": 700}, directions_per_batch=700)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zotune.errors import did_you_mean
-from zotune.llm.config.method import FIRST_ORDER, OWN_DIRECTIONS, MethodName
+from zotune.llm.config.method import BY_EXAMPLES, FIRST_ORDER, OWN_DIRECTIONS, MethodName
 from zotune.llm.config.schema import is_partial
 from zotune.llm.config.step import ModelOptions
 from zotune.llm.config.tuning import IN_SUBSPACE, TuningOptions
@@ -20,6 +20,8 @@ _FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
 _OF_METHODS = {
     "window": ("zo_sgd_mmt", "zo_adam"),
     "gradient_checkpointing": FIRST_ORDER,
+    **dict.fromkeys(("directions_per_batch", "flipped"), BY_EXAMPLES),
+    "rank": tuple(name for name in _FORWARD_ONLY if name not in ("hizoo", "grzo")),
     **dict.fromkeys(("activation_rank", "direction_scale"), tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS)),
     **dict.fromkeys(("hybrid_layers", "hybrid_method", "hybrid_tied"), _FORWARD_ONLY),
 }
@@ -67,6 +69,9 @@ class PlanConfig(ModelOptions, TuningOptions):
     gradient_accumulation_steps: int = _as_in_training("gradient_accumulation_steps")
     gradient_checkpointing: bool = _as_in_training("gradient_checkpointing")
     num_queries: int = _as_in_training("num_queries")
+    directions_per_batch: int | Literal["auto"] | None = _as_in_training("directions_per_batch")
+    flipped: bool = _as_in_training("flipped")
+    rank: int | None = _as_in_training("rank")
     rounding: Literal["stochastic", "master", "nearest"] = _as_in_training("rounding")
     window: int | None = _as_in_training("window")
     hybrid_layers: int | None = _as_in_training("hybrid_layers")

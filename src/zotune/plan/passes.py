@@ -20,6 +20,8 @@ from zotune.errors import UnreadTensorError
 from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.estimators import passes_of
 from zotune.estimate.forward_mode.dual_numbers import DualParameters
+from zotune.estimate.per_example.difference import AUTO
+from zotune.estimate.per_example.weights import each_alone
 from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
 from zotune.llm.data.collator import Batch
@@ -95,6 +97,8 @@ def forward(lm: LanguageModel, batch: Batch) -> Pass:
 
 def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch, most: int) -> Pass:
     """The pass of a probe: the objective at perturbed weights or with tangents, at as many points as in training."""
+    if options.reads_examples:
+        return _probe_of_examples(lm, optimizer, options, batch, most)
     is_dual = options.method == "forward_grad"
     copies = 1 if is_dual else min(most, _points_at_once(lm, optimizer, options, batch))
     plain = forward(lm, batch).activations
@@ -108,6 +112,23 @@ def probe(lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch
             points = [_ZeroOffset() for _ in range(copies)]
             whole = peak_of(lambda: _within(side_by_side(optimizer.tuned, points), lm, batch))
     return Pass(plain, scratch=max(0, whole - plain))
+
+
+def _probe_of_examples(
+    lm: LanguageModel, optimizer: ZerothOrder, options: StepOptions, batch: Batch, most: int
+) -> Pass:
+    """The pass of a probe in which groups of examples have weights of their own.
+
+    Raises:
+        UsageError: copies of what is tuned, one for each of them, would take too much.
+    """
+    plain, rows = forward(lm, batch).activations, len(batch.counts)
+    points = min(most, lm.copies_at_once(batch), passes_of(optimizer.estimator)[0])
+    asked = options.directions_per_batch
+    groups = asked if isinstance(asked, int) else rows // 2 if asked == AUTO else rows
+    (u,) = optimizer.directions(blocks=(None,), count=1)
+    own = each_alone(optimizer.tuned, [u] * groups, range(groups), [1.0] * points)
+    return Pass(plain, scratch=(points - 1) * plain + own.bytes_of_copies)
 
 
 def back_propagation(lm: LanguageModel, optimizer: FirstOrder, options: StepOptions, batch: Batch, device: str) -> Pass:

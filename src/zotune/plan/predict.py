@@ -155,7 +155,7 @@ def on_cpu(workload: Workload) -> bool:
 
 def _key(workload: Workload) -> Any:
     """The options that the passes depend on; the zeroth-order methods without tangents share one entry."""
-    kinds = ("forward_grad", "fo_sgd", "fo_adam")
+    kinds = ("forward_grad", "fo_sgd", "fo_adam", "grzo")
     method = workload.method if workload.method in kinds else "zo_sgd"
     names = (
         "per_device_train_batch_size",
@@ -164,6 +164,7 @@ def _key(workload: Workload) -> Any:
         "gradient_checkpointing",
         "num_queries",
         "difference",
+        *("directions_per_batch", "flipped", "rank", "activation_rank"),
     )
     more = ("gradient_accumulation_steps", "hybrid_layers", "hybrid_method", "hybrid_tied", "device")
     return (method, *(getattr(workload, name) for name in (*names, *more)))

@@ -10,6 +10,7 @@ from torch import nn
 
 import zotune as zo
 from zotune.errors import UsageError
+from zotune.estimate.per_example import weights
 from zotune.estimate.per_example.difference import PerExampleDifference
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
@@ -280,3 +281,25 @@ def test_the_estimator_is_named_in_the_header():
     assert isinstance(opt.estimator, PerExampleDifference)
     described = header_of(opt).method["estimator"]
     assert (described["mu"], described["directions"]) == (1e-2, "auto")
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("groups", [5, 2])
+def test_flipped_products_by_a_matrix_of_each_example_are_each_examples_own(monkeypatch, biased, groups):
+    """Long examples, and a layer of more rows than a piece: the same slopes as of single examples at moved weights."""
+    taken = []
+    inner = weights.each_alone._own_matrices
+    monkeypatch.setattr(weights.each_alone, "_own_matrices", lambda self, *a: taken.append(1) or inner(self, *a))
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 300, bias=biased), nn.Tanh(), nn.Linear(300, 3)).double()
+    x = torch.randn(5, 60, 6, dtype=torch.float64)
+    opt = zo.zo_sgd(model, lr=0.1, mu=1e-3, sampler=zo.flipped(zo.gaussian), directions_per_batch=groups)
+    estimate = opt.estimate(zo.per_example(lambda x: model(x).square().mean((1, 2)), x))
+    assert len(taken) == 2  # two layers, both points in one pass
+    members = [[i for i in range(5) if i * groups // 5 == g] for g in range(groups)]
+    for (c, u), own in zip(estimate.terms, members, strict=True):
+        ends = []
+        for a in (1e-3, -1e-3):
+            with torch.no_grad(), zo.perturbed(opt.tuned, u, a):
+                ends.append(float(model(x[own]).square().mean((1, 2)).sum() / 5))
+        assert c == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-6)

@@ -32,6 +32,16 @@ from zotune.model import matmul as gemm
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
 
+# On a CPU: rows of a matrix that are moved at a time, and rows of a share from which on they cost less than a second
+# product of all rows, as measured.
+_PIECE_ROWS, _OWN_ROWS = 256, 48
+
+
+def _takes_own_matrices(x: Tensor, weight: Tensor) -> bool:
+    """Whether each share's rows of x (shares, rows, n) are multiplied by a matrix of its own."""
+    plain = type(x) is Tensor and weight.dtype == x.dtype and x.dtype not in noise.HALF
+    return plain and x.is_cpu and weight.is_cpu and x.shape[1] >= _OWN_ROWS and not torch.is_grad_enabled()
+
 
 class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
     """Each row of a batch at its own perturbed weights; an `EachRow`.
@@ -41,6 +51,9 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         directions: u_g of each group, over the same tensors.
         groups: the group of each example.
         points: the distances a.
+
+    Attributes:
+        bytes_of_copies: of the tensors that each group has a copy of.
 
     Raises:
         UsageError: copies of tensors, one a group, would take more than 256 MiB.
@@ -58,7 +71,7 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         self._directions, self._groups, self._points = directions, groups, points
         self._of_rows: Sequence[int] = ()
         whole = frozenset(t.id for t in tuned if t.id in self.chosen and not self._is_thin(t))
-        self._check_room(whole, len(set(groups)))
+        self.bytes_of_copies = self._check_room(whole, len(set(groups)))
 
     def __call__(self, compute: Callable[..., Tensor], inputs: Sequence[Tensor], owners: Sequence[int]) -> Tensor:
         """As `EachRow`.
@@ -97,7 +110,7 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         u = self._directions[0]
         return u.has_factors(tensor.id) or isinstance(u.sampler_of(tensor.id), FlippedSampler)
 
-    def _check_room(self, ids: frozenset[int], num_groups: int) -> None:
+    def _check_room(self, ids: frozenset[int], num_groups: int) -> int:
         needed = nbytes(self.tuned, ids) * num_groups * len(self._points) if ids else 0
         if needed > limits.EXAMPLE_BYTES:
             raise UsageError(
@@ -106,6 +119,7 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
                 "(zotune.low_rank, --rank 1) or sign-flipped ones (zotune.flipped, --flipped); else tune fewer "
                 "numbers, or take fewer directions."
             )
+        return needed
 
     def _perturbed(self, tensor: TunedTensor, value: Tensor) -> Tensor:
         """As `copied._perturbed`: made once a group and point."""
@@ -189,6 +203,8 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         r, s = (torch.stack([signs[g][side].to(dtype) for _, g in shares]) for side in (0, 1))
         r *= torch.tensor([a for a, _ in shares], dtype=dtype, device=x.device)[:, None]
         rows = x.reshape(len(shares), -1, columns)
+        if _takes_own_matrices(rows, weight):
+            return self._own_matrices(rows, tensor, sampler, weight, (r, s), self._added(bias, own, len(shares)))
         out = gemm.linear(rows, weight, bias)
         if (biases := self._of_shares(own, len(shares))) is not None:
             out += biases[:, None]
@@ -198,6 +214,39 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
             u = sampler.shared(x.new_empty((hi - lo) * columns, dtype=torch.float32), tensor.id, lo * columns)
             product = F.linear(turned, u.view(-1, columns).to(x.dtype)).view(len(shares), -1, hi - lo)
             self._add(out[..., lo:hi], product, r[:, None, lo:hi], shares, tensor, lo)
+        return out.view(self._copies, -1, weight.shape[0])
+
+    def _added(self, bias: Tensor | None, own: Tensor | None, num_shares: int) -> Tensor | None:
+        """What is added to each share's products: (shares or 1, 1, outputs)."""
+        each = self._of_shares(own, num_shares)
+        return bias if each is None else each[:, None] if bias is None else each[:, None] + bias
+
+    def _own_matrices(
+        self,
+        x: Tensor,
+        tensor: TunedTensor,
+        sampler: FlippedSampler,
+        weight: Tensor,
+        signs: tuple[Tensor, Tensor],
+        added: Tensor | None,
+    ) -> Tensor:
+        """Products of each share's rows (shares, rows, n) with a matrix of its own, W + U ⊙ (a r sᵀ), in pieces.
+
+        A piece stays in the processor's cache, where making it costs less than a second product of all rows.
+        """
+        r, s = signs
+        out, columns = x.new_empty((*x.shape[:-1], weight.shape[0])), weight.shape[1]
+        scratch = x.new_empty((_PIECE_ROWS, columns))
+        for lo in range(0, weight.shape[0], _PIECE_ROWS):
+            hi = min(lo + _PIECE_ROWS, weight.shape[0])
+            u = sampler.shared(x.new_empty((hi - lo) * columns, dtype=torch.float32), tensor.id, lo * columns)
+            u, moved = u.view(-1, columns).to(x.dtype), scratch[: hi - lo]
+            for rows, to, r_of, s_of in zip(x, out[..., lo:hi], r, s, strict=True):
+                torch.mul(u, s_of, out=moved)
+                torch.addcmul(weight[lo:hi], moved, r_of[lo:hi, None], out=moved)
+                torch.mm(rows, moved.t(), out=to)
+        if added is not None:
+            out += added
         return out.view(self._copies, -1, weight.shape[0])
 
     def _add(

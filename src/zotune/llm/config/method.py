@@ -56,7 +56,7 @@ LATER = tuple(OF_METHOD)
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo", "grzo")
 # Methods whose directions may be one for each group of examples.
-_BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
+BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
 _ONE_SIDED, _TWO_SIDED = ("fzoo", "randopt"), ("hizoo", "grzo")
 # Options that some methods alone use.
 _USERS: dict[str, tuple[str, ...]] = {
@@ -316,8 +316,8 @@ class MethodOptions(Options):
                 (self.block_choice == "adaptive", "method: block_coordinate and block_choice: adaptive"),
             ),
             "directions_per_batch": (
-                self.method in _BY_EXAMPLES and not is_hybrid,
-                " or ".join(_BY_EXAMPLES) + ", no hybrid",
+                self.method in BY_EXAMPLES and not is_hybrid,
+                " or ".join(BY_EXAMPLES) + ", no hybrid",
             ),
             "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
             "blocks": any_method,
