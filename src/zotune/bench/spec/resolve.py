@@ -134,7 +134,7 @@ def _resolve(
     seeds: tuple[int, ...] = (0,)
     for layer in layers:
         rules = [rule for rule in layer.rules if rule.applies(coordinates)]
-        seeds = next((rule.seeds for rule in reversed(rules) if rule.seeds), layer.seeds or seeds)
+        seeds = next(filter(None, (rule.seeds for rule in reversed(rules))), layer.seeds or seeds)
         if any(rule.skip for rule in rules):
             return None
         for part, values in merged.items():
