@@ -38,7 +38,7 @@ def test_a_search_changes_nothing_but_the_rate(config, tmp_path, short_search):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     assert [*read(tmp_path / "auto" / "ledger.zol")] == [*read(tmp_path / "given" / "ledger.zol")]
     search = json.loads((tmp_path / "auto" / "search.json").read_text(encoding="utf-8"))
-    shorter = math.sqrt(search["num_steps"] / found.num_steps)
+    shorter = (search["num_steps"] / found.num_steps) ** (1 / 3)
     assert rate == search["learning_rate"] in [float(f"{t['learning_rate'] * shorter:.1g}") for t in search["trials"]]
     # Eleven rows: two judge in one pass. The start is judged and takes two steps, then each trial does both.
     judge, a_step = 1, 2
