@@ -14,10 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from zotune.system.processor import emulates
-
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
 from record import write_result, zotune
 
@@ -28,10 +24,9 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dtype", help="default: as in examples/quickstart.py, bfloat16 unless it is emulated")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    on_cpu = not torch.cuda.is_available()
-    dtype = options.dtype or ("float32" if on_cpu and emulates(torch.bfloat16) else "bfloat16")
+    dtype = options.dtype
     zero_shot = zotune("eval", "--task", "sst2", "--dtype", dtype)
     print(f"zero-shot {100 * zero_shot['accuracy']:.1f} %", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RECIPES}
@@ -39,6 +34,7 @@ def main() -> None:
         for name, recipe in RECIPES.items():
             for seed in options.seeds:
                 output = ("--output-dir", f"{folder}/{name}-{seed}", "--seed", str(seed), "--dtype", dtype)
+                output += ("--reuse-folder", f"{folder}/activations")
                 result = zotune("train", recipe, *output)
                 gain = 100 * (result["test"]["accuracy"] - zero_shot["accuracy"])
                 keys = ("test", "dev", "dev_before", "num_steps", "num_forwards", "seconds", "peak_memory", "num_tuned")

@@ -179,7 +179,9 @@ def experiments() -> str:
     lines = ["| | question | smoke | cpu | paper |", "|---|---|--:|--:|--:|"]
     for name in names():
         _, experiment = find(name)
-        counts = " | ".join(str(sum(1 for _ in cells(name, experiment, scale))) for scale in SCALES)
+        counts = " | ".join(
+            str(sum(1 for _ in cells(name, experiment, scale))) if scale in experiment.scale else "–" for scale in SCALES
+        )
         lines.append(f"| `{name}` | {experiment.question} | {counts} |")
     return "\n".join(lines)
 

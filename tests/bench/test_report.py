@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bench_pages import sound
 from bench_results import METHODS, answers, cell, experiment, table_of_methods
 from zotune.bench.report.choose_figures import figures
 from zotune.bench.report.figures import COLOURS, MARKERS, Figure, Panel, Point, Series, style_of
+from zotune.bench.report.findings import findings
 from zotune.bench.report.formats import comma_separated, latex, markdown
 from zotune.bench.report.html import page
 from zotune.bench.report.markdown import markdown_page
@@ -196,6 +198,70 @@ def test_theory_is_drawn_against_what_was_measured():
     asked = experiment(kind="theory", layout={"rows": ["method"], "y": ["formula_bytes", "step_bytes"]}, paper=[])
     (theory,) = (f for f in figures("t", asked, cells, table("t", asked, cells)) if f.name == "t-theory")
     assert [x for p in theory.panels[0].points() for x in (p.x, p.y)] == pytest.approx([1.0, 1.1, 3.0, 3.3])
+
+
+# Traces ---------------------------------------------------------------------------------------------------
+
+
+def test_every_number_of_a_verdict_leads_to_the_results_that_it_is_from(tmp_path):
+    """From the page by a link to a JSON file, from whose runs the number follows again."""
+    cells = all_methods()
+    for one in cells:
+        write_result(tmp_path / "results", one.result)
+    section = make_section("table2", experiment(claims=[BEST, {**BEST, "settings": "some"}]), cells)
+    html = page([section], "cpu", "results")
+    numbers = re.findall(
+        r'<li>(?:lora: |full: )?([+−][0-9.]+) points [^<]*<details class="files">(.*?)</details>', html, re.S
+    )
+    assert len(numbers) == 3
+    for number, files in numbers:
+        means = {"fo_sgd": [], "zo_adam": []}
+        for address in re.findall(r'href="([^"]+)"', files):
+            result = read_result(tmp_path / unquote(address))
+            means[result.coordinates["method"]].append(np.mean([100 * run.test.value for run in result.runs]))
+        difference = np.mean(means["fo_sgd"]) - np.mean(means["zo_adam"])
+        assert float(number.replace("−", "-")) == pytest.approx(difference, abs=0.051)
+
+
+def test_every_entry_of_a_table_leads_to_its_result():
+    section = make_section("table2", experiment(), all_methods())
+    html = page([section], "cpu", "results")
+    links = re.findall(r'<a class="ours" href="([^"]+)">([0-9.]+) ±', html)
+    expected = {
+        f"results/{c.source}": f"{100 * np.mean([r.test.value for r in c.result.runs]):.1f}" for c in section.cells
+    }
+    assert dict(links) == expected
+
+
+def test_stale_results_have_a_banner():
+    cells = [Cell(c.coordinates, "stale", c.result) for c in all_methods()]
+    section = make_section("table2", experiment(), cells)
+    assert "<strong>16 of 16 results are stale (†):</strong>" in page([section], "cpu")
+    assert "are stale" not in page([make_section("table2", experiment(), all_methods())], "cpu")
+
+
+def test_claims_stand_by_subject_with_the_papers_own_numbers():
+    memory = {"sentence": "B takes more", "where": "", "of": "step_bytes", "more": [{"method": "fo_sgd"}]}
+    claims = [BEST, {**memory, "less": [{"method": "zo_adam"}]}]
+    own = {"more": [{"method": "zo_sgd"}], "less": [{"method": "zo_adam"}], "contradicted_by": "It is lower there."}
+    section = make_section("table2", experiment(claims=[*claims, {**BEST, **own}]), all_methods())
+    assert section.on_paper == (None, None, "holds")
+    html = page([section], "cpu")
+    heads = re.findall(r'<h3 id="claims-\d">(.*?)</h3>', html)
+    assert heads == ["Accuracy", "Memory and time"]
+    assert "It is lower there." in html
+
+
+def test_findings_are_sentences_from_the_results():
+    section = make_section(
+        "table2",
+        experiment(claims=[BEST], layout={"rows": ["method"], "columns": ["tuning"], "ranked": "method"}),
+        all_methods(),
+    )
+    texts = [one.text for one in findings([section])]
+    assert len(texts) == 3
+    assert texts[0].startswith("On sst2 with all weights, fo_sgd is best (")
+    assert "for the same lora, fo_sgd" in texts[1] and texts[2] == "Of the paper's 1 claims, about accuracy: 1 holds."
 
 
 # The page -------------------------------------------------------------------------------------------------

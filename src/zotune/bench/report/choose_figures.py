@@ -15,7 +15,7 @@ from zotune.bench.report.figures import Figure, Panel, Point, Series, is_wide, s
 from zotune.bench.results.cells import Cell, Place, label_of_cell, name_of, place_of, varying
 from zotune.bench.results.paper_numbers import in_our_unit, paper_numbers
 from zotune.bench.results.quantities import Quantity, label_of, quantity, run_values
-from zotune.bench.results.tables import Column, Table, interval, metric_of, shows
+from zotune.bench.results.tables import Column, Entry, Table, interval, metric_of, shows
 from zotune.bench.spec.schema import Experiment
 from zotune.bench.spec.vocabulary import Coordinate
 
@@ -137,8 +137,9 @@ def ranking(name: str, experiment: Experiment, table: Table) -> Figure:
 
 def _ranking(table: Table, j: int, column: Column, names: tuple[str, ...]) -> Panel:
     q, ours, theirs = column.quantity, [], dict[str, list[Point]]()
-    for i, row in enumerate(table.entries):
-        entry = row[j]
+    shown = [(name, row[j]) for name, row in zip(names, table.entries, strict=True) if _has_number(row[j])]
+    names = tuple(name for name, _ in shown)
+    for i, (_, entry) in enumerate(shown):
         if entry.mean is not None:
             note = f"{names[i]}, {_in_words(q, entry.mean, entry.low, entry.high)}"
             dots = entry.values if len(entry.values) > 1 else ()
@@ -160,6 +161,10 @@ def _ranking(table: Table, j: int, column: Column, names: tuple[str, ...]) -> Pa
         from_zero=q.by_ratio and not is_log,
         lines=lines,  # type: ignore[arg-type]
     )
+
+
+def _has_number(entry: Entry) -> bool:
+    return entry.mean is not None or bool(entry.paper)
 
 
 # Theory ---------------------------------------------------------------------------------------------------

@@ -79,12 +79,13 @@ class Ranking:
 
 
 def rankings(cells: Sequence[Cell], columns: Sequence[str], axis: str) -> list[Ranking]:
-    """Rank the values of an axis, for each combination of values of the axes in `columns`."""
+    """Rank the values of an axis, for each combination of values of the axes in `columns` that has a result."""
     places = dict.fromkeys(tuple(c.coordinates.get(a, "") for a in columns) for c in cells)
     found = []
     for place in places:
         here = [c for c in cells if tuple(c.coordinates.get(a, "") for a in columns) == place]
-        found.append(ranking(", ".join(map(str, place)), here, axis))
+        if any(c.result is not None for c in here):
+            found.append(ranking(", ".join(map(str, place)), here, axis))
     return found
 
 

@@ -38,7 +38,7 @@ class Trial(Record):
 
     Attributes:
         learning_rate, mu, hybrid_learning_rate: the point; None for what a method lacks, or what is not searched.
-        forward_equivalents: as in `RunRecord`.
+        forward_equivalents, layer_passes: as in `RunRecord`.
         dev_loss: loss on the held-out training rows at the end of the trial; None if it was not finite.
         dev_value: the metric on the held-out rows.
         status, message: why a trial has no loss. A trial without a loss ranks behind all others.
@@ -76,7 +76,8 @@ class Evaluation(Record):
     """An evaluation on the held-out rows during training; step 0 is the untuned model.
 
     Attributes:
-        num_forwards, forward_equivalents, seconds: those of the training up to this step, as in `RunRecord`.
+        num_forwards, forward_equivalents, layer_passes, seconds: those of the training up to this step, as in
+            `RunRecord`.
     """
 
     step: int

@@ -377,6 +377,8 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
+        # Of a norm of another class than torch's own, which ln_tuning calls as it is.
+        warnings.filterwarnings("ignore", message="Unsupported layer type '<class 'transformers.*Norm'>'")
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     cut_adapter(lm.base)
