@@ -199,7 +199,7 @@ def _work_of(options: Mapping[str, Any]) -> _Work:
     workload = Workload.model_validate({k: v for k, v in options.items() if k in Workload.model_fields})
     model = _model(workload.model_copy(update={"method": "zo_sgd", "seed": 0}).model_dump_json(include=set(_OF_MODEL)))
     optimizer = model.optimizer(workload)
-    reused = model.layers - workload.tuned_layers if workload.tuned_layers else 0
+    reused = 0 if workload.tuned_layers is None else model.layers - workload.tuned_layers
     cost = pass_cost(
         optimizer,
         batches=workload.gradient_accumulation_steps,
