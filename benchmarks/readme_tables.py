@@ -180,7 +180,8 @@ def experiments() -> str:
     for name in names():
         _, experiment = find(name)
         counts = " | ".join(
-            str(sum(1 for _ in cells(name, experiment, scale))) if scale in experiment.scale else "–" for scale in SCALES
+            str(sum(1 for _ in cells(name, experiment, scale))) if scale in experiment.scale else "–"
+            for scale in SCALES
         )
         lines.append(f"| `{name}` | {experiment.question} | {counts} |")
     return "\n".join(lines)

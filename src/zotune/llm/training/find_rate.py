@@ -34,8 +34,8 @@ from zotune.messages import say
 # All trials together cost at most this share of the passes of the run.
 MAX_SHARE = 0.25
 MAX_TRIALS, FACTOR = 5, math.sqrt(10)
-# Good rates fall with the number of steps to this power: on SST-2, TREC and chats, between none and the square root that
-# steepest descent along noisy gradients has (`benchmarks/learning_rate.py`).
+# Good rates fall with the number of steps to this power, as measured on SST-2, TREC and chats; the theory of noisy
+# gradients has powers between none and the square root (`benchmarks/learning_rate.py`).
 _FALL = 1 / 3
 # A shorter trial says nothing; a longer one says hardly more.
 MIN_STEPS, MAX_STEPS = 10, 500
