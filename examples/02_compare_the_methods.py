@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import zotune as zo
+from zotune.methods.paper import METHODS
 
 DATA = Path(__file__).parents[1] / "data" / "sst2"
 NUM_WORDS, NUM_HIDDEN, NUM_FORWARDS = 300, 8, 800
@@ -63,7 +63,7 @@ def report(name: str, model: nn.Module, num_steps: int, num_forwards: int) -> fl
 
 
 untrained = report("untrained", network(), 0, 0)
-for name, method in zo.METHODS.items():
+for name, method in METHODS.items():
     model = network()
     optimizer = method(model, **{"lr": 0.3, "num_queries": 2, **OPTIONS.get(name, {})})
     while optimizer.num_forwards < NUM_FORWARDS:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import zotune as zo
+from zotune.methods.paper import METHODS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
@@ -87,9 +87,9 @@ def test_the_function_is_minimised_at_its_minimum(said):
 @pytest.mark.slow
 def test_every_method_is_compared_at_the_same_number_of_passes(said):
     rows = {line.split()[0]: line.split() for line in said(EXAMPLES[1])[0].stdout.splitlines() if line}
-    assert set(zo.METHODS) <= set(rows)
+    assert set(METHODS) <= set(rows)
     # One step takes at most 17 passes, those of randopt, so no method overshoots by more.
-    assert {name for name in zo.METHODS if not 800 <= int(rows[name][2]) < 817} == set()
+    assert {name for name in METHODS if not 800 <= int(rows[name][2]) < 817} == set()
 
 
 @pytest.mark.slow

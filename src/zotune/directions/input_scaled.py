@@ -135,12 +135,14 @@ def _placed(name: str, values: Tensor, tensor: TunedTensor) -> _Scale:
     reader = reader_of(tensor)
     is_rows = len(shape) == 1 or (reader is not None and is_transposed(reader))
     size = shape[0] if is_rows else shape[1:].numel()
-    if values.shape != (size,) or not (values > 0).all():
+    if values.shape != (size,) or not (values.is_meta or (values > 0).all()):
         raise UsageError(
             f"input_scaled: {name!r} of shape {tuple(shape)} takes {size} positive scales, one for each of its inputs, "
             f"not a tensor of shape {tuple(values.shape)}."
         )
-    return _Scale(values.detach().to(tensor.device, torch.float32).contiguous(), shape[1:].numel() if is_rows else 1)
+    # A plan has tensors without values.
+    device = tensor.device if tensor.is_held else values.device
+    return _Scale(values.detach().to(device, torch.float32).contiguous(), shape[1:].numel() if is_rows else 1)
 
 
 def input_scaled(base: Sampler, scales: Mapping[str, Tensor]) -> InputScaled:

@@ -126,7 +126,7 @@ class Within(ScheduledSampler):
             if tensor is None:
                 raise UsageError(f"within: no tuned tensor is called {name!r}, so its subspace would have no effect.")
             _check(name, space, tensor.parameter.shape)
-            by_id[tensor.id] = _placed(space, tensor.device)
+            by_id[tensor.id] = _placed(space, tensor.device if tensor.is_held else None)
             if tensor.parameter.dim() > 1:
                 shapes[tensor.id] = (tensor.parameter.shape[0], tensor.parameter.shape[1:].numel())
         return WithinSampler(self.base, self.digest, by_id, shapes, max(map(dimensions, by_id.values()), default=1))
@@ -176,7 +176,7 @@ def within(base: Sampler, subspaces: Mapping[str, Subspace]) -> Within:
     >>> first_input = torch.tensor([[1.0], [0.0], [0.0]])
     >>> sampler = within(zo.gaussian, {"weight": Subspace(0, None, first_input)})
     >>> (u,) = zo.zo_sgd(model, lr=0.1, sampler=sampler).directions()
-    >>> u.of(model, "weight")[:, 1:].tolist()
+    >>> u.of(model, "weight")[:, 1:].abs().tolist()
     [[0.0, 0.0], [0.0, 0.0]]
     """
     if isinstance(base, ScheduledSampler):

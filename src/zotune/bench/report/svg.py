@@ -230,7 +230,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     below = low - gap
     for i in order:
         found[i] = below = max(float(wanted[i]), below + gap)
-    above = high + gap
+    above = float(high + gap)
     for i in reversed(order):
         found[i] = above = min(found[i], above - gap)
     return found

@@ -165,7 +165,7 @@ def label_of(q: Quantity, metric: str = "accuracy") -> str:
     """A quantity's label with its unit; `metric` replaces the label of accuracy, for instance by f1.
 
     >>> label_of(quantity("accuracy"), "f1"), label_of(quantity("num_forwards"))
-    ('f1, %', 'forward passes')
+    ('f1, %', 'calls of the model')
     """
     label = metric if q.name == "accuracy" else q.label
     return f"{label}, {q.unit}" if q.unit else label

@@ -21,6 +21,8 @@ from zotune.system.bounds import JSON_BYTES, read_bytes, read_json
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
 # it by random draws or by data (pissa_niter_*, corda, lora_ga, loftq), so that loading the adapter cannot repeat them.
 REPEATABLE_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
+NORM_OF_A_MODEL = "Unsupported layer type '<class 'transformers.*Norm'>'"
+"""peft's warning of a norm of another class than torch's own, which `ln_tuning` calls as it is."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -178,6 +180,7 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
+            warnings.filterwarnings("ignore", message=NORM_OF_A_MODEL)
             model: Any = PeftModel.from_pretrained(base, path)
             info = set_peft_model_state_dict(model, weights)
     except (ZotuneError, ImportError):

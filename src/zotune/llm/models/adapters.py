@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zotune.errors import UsageError, did_you_mean, is_out_of_memory, reason_of
 from zotune.llm.checkpoints.adapter_config import check_adapter_config
-from zotune.llm.checkpoints.adapter_folder import check_init
+from zotune.llm.checkpoints.adapter_folder import NORM_OF_A_MODEL, check_init
 from zotune.llm.checkpoints.hub_names import name_base_for_all
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument
@@ -377,8 +377,7 @@ def _wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> Non
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
-        # Of a norm of another class than torch's own, which ln_tuning calls as it is.
-        warnings.filterwarnings("ignore", message="Unsupported layer type '<class 'transformers.*Norm'>'")
+        warnings.filterwarnings("ignore", message=NORM_OF_A_MODEL)
         torch.manual_seed(config.seed)
         lm.module = get_peft_model(lm.module, adapter, revision=config.model_revision)
     cut_adapter(lm.base)
