@@ -252,13 +252,15 @@ class _Model:
         """The optimizer of a workload, which tells its passes."""
         import torch
 
+        from zotune.llm.models.tuned_sets.find import planned_aim
         from zotune.llm.training.optimizers import make_optimizer
         from zotune.plan.live_memory import FakeScalars
 
         tuned = [p for p in self._lm.module.parameters() if p.requires_grad]
         ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
         with FakeScalars():
-            optimizer = make_optimizer(self._lm.module, workload, 0, lambda: self._lm.read(ids, ids))
+            aim = planned_aim(self._lm, workload)
+            optimizer = make_optimizer(self._lm.module, workload, 0, lambda: self._lm.read(ids, ids), aim=aim)
         for p in tuned:  # a hybrid may have frozen some of them
             p.requires_grad_(True)
         return optimizer
