@@ -5,6 +5,7 @@ sum in another order for another shape, so these two agree up to rounding.
 """
 
 import json
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -406,3 +407,61 @@ def test_damaged_and_unwritable_files_of_a_folder_are_computed_again(tiny, tmp_p
     (tmp_path / "file").write_text("no folder")
     assert torch.equal(shared(lm, tmp_path / "file", EXAMPLES)[0], scores)
     assert "the run goes on without writing them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "roberta", "qwen3"])
+@torch.no_grad()
+def test_after_all_layers_only_scored_positions_are_computed_and_scores_are_the_plain_ones(tiny, family):
+    lm = prepared(tiny(family), tuning="norms", tuned_layers=0)
+    batch = batch_of(lm, EXAMPLES)
+    cache = SequenceCache(lm, ActivationStore([MemoryTier(1 << 20)]), [batch.sequences])
+    seen = []
+    norm = next(m for m in lm.base.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    for change in (False, True):
+        if change:
+            change_tuned(lm)
+        plain = lm.score(batch)
+        hook = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+        assert torch.allclose(cache.score(batch), plain, atol=1e-5)
+        hook.remove()
+    if cache.depth == cache.num_layers:
+        most = max(
+            Counter(torch.div(batch.positions, batch.input_ids.shape[1], rounding_mode="floor").tolist()).values()
+        )
+        assert set(seen) == {len(batch.sequences) * most}
+        assert most < batch.input_ids.shape[1]
+
+
+class Shifted(torch.nn.Module):
+    """A norm that mixes positions, and the norm inside it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x) + x.roll(1, dims=1)
+
+
+class Halved(torch.nn.Module):
+    """A norm behind an operation in place."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        x *= torch.linspace(1, 2, x.shape[1])[:, None]
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("wrapper", [Shifted, Halved])
+@torch.no_grad()
+def test_what_else_happens_after_the_layers_keeps_all_positions(tiny, wrapper):
+    lm = tiny("llama")
+    lm.base.model.norm = wrapper(lm.base.model.norm)
+    prepared(lm, tuning="full", tuned_layers=0)
+    batch = batch_of(lm, EXAMPLES)
+    cache = SequenceCache(lm, ActivationStore([MemoryTier(1 << 20)]), [batch.sequences])
+    assert torch.allclose(cache.score(batch), lm.score(batch), atol=1e-5)
+    assert torch.allclose(cache.score(batch), lm.score(batch), atol=1e-5)
