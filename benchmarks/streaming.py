@@ -96,8 +96,12 @@ def private_bytes(pid: int) -> int:
 
 def measured(options: dict[str, Any]) -> dict[str, float]:
     """Tune in a process, whose memory is read every 50 ms."""
+    from zotune.system.malloc import heap_environment
+
     command = [sys.executable, __file__, "--child", json.dumps(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    # The C library's heap is as in a process of `zotune`.
+    environment = {**os.environ, **heap_environment()}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     before, peak = json.loads(process.stdout.readline())["before"], 0
     while process.poll() is None:
