@@ -142,6 +142,29 @@ class ThinSampler(ABC):
         """As `zotune.directions.samplers.FactoredSampler.factors`."""
 
 
+class SpanningThinSampler(ThinSampler):
+    """A thin sampler whose directions of a matrix lie in a subspace, as coordinates in it."""
+
+    shares_subspace = True
+
+    def factors(
+        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
+    ) -> Factors:
+        """As `zotune.directions.samplers.FactoredSampler.factors`."""
+        found = self.subspace(tensor_id, device).lifted(self.coordinates(seed, tensor_id, device))
+        rows, columns = self.shapes[tensor_id]
+        lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
+        return found if (lo, hi) == (0, rows) else Factors(found.left[lo:hi], found.right)
+
+    @abstractmethod
+    def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
+        """As `zotune.directions.samplers.SpanningSampler.subspace`."""
+
+    @abstractmethod
+    def coordinates(self, seed: int, tensor_id: int, device: torch.device) -> Tensor:
+        """As `zotune.directions.samplers.SpanningSampler.coordinates`."""
+
+
 @dataclass(frozen=True)
 class LowRankSampler(ThinSampler):
     """The sampler of one step of a run with directions of low rank; see `zotune.low_rank`.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions.low_rank import ThinSampler, drawn, matrix_shapes
+from zotune.directions.low_rank import SpanningThinSampler, drawn, matrix_shapes
 from zotune.directions.samplers import Factors, Sampler, Subspace, gaussian
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
@@ -55,7 +55,7 @@ class _Bases:
 
 
 @dataclass(frozen=True)
-class SubspaceSampler(ThinSampler):
+class SubspaceSampler(SpanningThinSampler):
     """The sampler of one step of a run with directions in a subspace; see `zotune.subspace`.
 
     Attributes:
@@ -72,16 +72,6 @@ class SubspaceSampler(ThinSampler):
     seed: int
     shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
     bases: _Bases = field(compare=False, repr=False)
-    shares_subspace = True
-
-    def factors(
-        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
-    ) -> Factors:
-        """As `zotune.directions.samplers.FactoredSampler.factors`."""
-        found = self.subspace(tensor_id, device).lifted(self.coordinates(seed, tensor_id, device))
-        rows, columns = self.shapes[tensor_id]
-        lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
-        return found if (lo, hi) == (0, rows) else Factors(found.left[lo:hi], found.right)
 
     def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
         """As `zotune.directions.samplers.FactoredSampler.together`: none, for the bases are there already."""

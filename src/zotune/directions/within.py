@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zotune.directions.low_rank import ThinSampler, drawn, product
+from zotune.directions.low_rank import SpanningThinSampler, drawn, product
 from zotune.directions.samplers import Factors, Sampler, Subspace
 from zotune.directions.schedule import ScheduledSampler, Weights
 from zotune.errors import UsageError
@@ -39,7 +39,7 @@ class _OfVector:
 
 
 @dataclass(frozen=True)
-class WithinSampler(ThinSampler):
+class WithinSampler(SpanningThinSampler):
     """The sampler of a run with directions in given subspaces; see `zotune.within`.
 
     Attributes:
@@ -55,7 +55,6 @@ class WithinSampler(ThinSampler):
     subspaces: Mapping[int, Subspace] = field(compare=False, repr=False)
     shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
     rank: int = field(compare=False)
-    shares_subspace = True
 
     def part(self, tensor_id: int) -> Sampler:
         """As `zotune.directions.samplers.part_of`."""
@@ -70,15 +69,6 @@ class WithinSampler(ThinSampler):
             super().fill(out, seed, tensor_id, start)
         else:
             part.fill(out, seed, tensor_id, start)
-
-    def factors(
-        self, seed: int, tensor_id: int, device: torch.device, start: int = 0, size: int | None = None
-    ) -> Factors:
-        """As `zotune.directions.samplers.FactoredSampler.factors`."""
-        found = self.subspace(tensor_id, device).lifted(self.coordinates(seed, tensor_id, device))
-        rows, columns = self.shapes[tensor_id]
-        lo, hi = start // columns, rows if size is None else -(-(start + size) // columns)
-        return found if (lo, hi) == (0, rows) else Factors(found.left[lo:hi], found.right)
 
     def together(self, seed: int, ids: Any, device: torch.device) -> dict[int, Factors]:
         """As `zotune.directions.samplers.FactoredSampler.together`: none."""
