@@ -1,5 +1,8 @@
 """The local executor: each job runs in a process whose time and memory are limited, and which ends with its runner.
 
+A job whose time or memory is the result has a new process. The others are forked from a process that has imported the
+libraries (`fork_server`).
+
 The worker reads its job from a pipe and exits when the pipe closes, which happens when the runner ends in any way. The
 memory limit applies to the resident memory of all processes of the worker's session; a limit on address space would
 refuse memory that torch reserves and never touches.
@@ -15,18 +18,27 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from zotune.bench.keys.content_key import PACKAGE
+from zotune.bench.run.fork_server import ForkedWorker, ForkServer
 from zotune.bench.run.jobs import Job, Outcome
+from zotune.errors import RunError
 from zotune.system.child_python import python, python_path
 from zotune.system.malloc import heap_environment
 
 # Exit codes of the worker: it ran out of memory; it failed and printed the reason.
 OUT_OF_MEMORY, FAILED = 3, 1
+# Jobs whose time and memory are results of their own: what a server has imported must not count among them.
+_MEASURES_ITS_PROCESS = frozenset({"step"})
+_WORKER = tuple(python("-m", "zotune.bench.run.worker"))
 _SECONDS_BETWEEN_LOOKS = 0.1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+Worker = subprocess.Popen[bytes] | ForkedWorker
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,15 @@ class Process:
         environment: environment variables for the worker besides the runner's own.
         command: command line of the worker.
         source: source folder of another checkout whose code is run; without it, the worker refuses other code.
+        forks: fork the workers of jobs that allow it. Not where there is a GPU: a process that has looked for GPUs must
+            not be forked.
     """
 
     stopped: Callable[[], bool]
     environment: Mapping[str, str]
-    command: tuple[str, ...] = tuple(python("-m", "zotune.bench.run.worker"))
+    command: tuple[str, ...] = _WORKER
     source: Path | None = None
+    forks: bool = False
 
     def __call__(self, job: Job, folder: Path) -> Outcome:
         """Run a job in `folder`.
@@ -53,30 +68,43 @@ class Process:
         """
         found, log = folder / "found.json", folder / "log.txt"
         found.unlink(missing_ok=True)
-        with log.open("ab") as output:
-            worker = self._start(output, job.environment)
-            try:
-                assert worker.stdin is not None
-                of_job = {"does": job.does, "options": job.options, **({} if self.source else {"key": job.key})}
-                _send(worker.stdin, json.dumps({**of_job, "folder": str(folder), "gib": job.limits.gib}) + "\n")
-                over = self._watch(worker, job)
-            finally:
-                _end(worker)
+        of_job = {"does": job.does, "options": job.options, **({} if self.source else {"key": job.key})}
+        try:
+            worker = self._start({**of_job, "folder": str(folder), "gib": job.limits.gib}, job.environment, log)
+        except RunError as error:
+            return Outcome("failed", str(error))
+        try:
+            over = self._watch(worker, job)
+        finally:
+            _end(worker)
         return over or _outcome(worker.returncode, found, log)
 
-    def _start(self, log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _start(self, line: dict[str, Any], environment: Mapping[str, str], log: Path) -> Worker:
+        if self.forks and not environment and line["does"] not in _MEASURES_ITS_PROCESS:
+            return self._server.start(line, log)
+        with log.open("ab") as output:
+            worker = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=self._variables(environment),
+            )
+        assert worker.stdin is not None
+        _send(worker.stdin, json.dumps(line) + "\n")
+        return worker
+
+    @cached_property
+    def _server(self) -> ForkServer:
+        return ForkServer((*self.command, "--fork"), self._variables({}))
+
+    def _variables(self, environment: Mapping[str, str]) -> dict[str, str]:
         # The worker imports the same package as this process, installed or not.
         path = python_path(self.source or PACKAGE.parent)
-        return subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment, **environment},
-        )
+        return {**os.environ, **heap_environment(), "PYTHONPATH": path, **self.environment, **environment}
 
-    def _watch(self, worker: subprocess.Popen[bytes], job: Job) -> Outcome | None:
+    def _watch(self, worker: Worker, job: Job) -> Outcome | None:
         """Wait for the worker's end; return the outcome if a limit ended it, else None."""
         until = time.monotonic() + 60 * job.limits.minutes
         most = None if job.limits.gib is None else job.limits.gib * 2**30
@@ -114,17 +142,21 @@ def _send(pipe: IO[bytes], line: str) -> None:
         pipe.flush()
 
 
-def _end(worker: subprocess.Popen[bytes]) -> None:
+def _end(worker: Worker) -> None:
     """Kill the worker and all processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
+    if worker.returncode is None:
+        # A worker that has just been forked has no session yet.
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
     if worker.stdin is not None:
         with suppress(BrokenPipeError):
             worker.stdin.close()
 
 
-def _outcome(code: int, found: Path, log: Path) -> Outcome:
+def _outcome(code: int | None, found: Path, log: Path) -> Outcome:
     if code == 0 and found.is_file():
         return Outcome("done", found=json.loads(found.read_text(encoding="utf-8")))
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed no message"]

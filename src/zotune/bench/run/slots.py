@@ -38,7 +38,7 @@ def slots(jobs: int, executor: str, gpus_per_job: float, stop: threading.Event) 
     num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     assigns_gpus = jobs > 1 and num_gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
     gpu_of = [{"CUDA_VISIBLE_DEVICES": str(i % num_gpus)} if assigns_gpus else {} for i in range(jobs)]
-    return [Process(stop.is_set, {**environment, **gpu}) for gpu in gpu_of]
+    return [Process(stop.is_set, {**environment, **gpu}, forks=not num_gpus) for gpu in gpu_of]
 
 
 @contextmanager

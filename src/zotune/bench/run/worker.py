@@ -1,11 +1,12 @@
 """The worker process of one job: it reads the job as a line of JSON, does it, and writes the results as JSON.
 
-The runner starts it as `python -m zotune.bench.run.worker`. It exits when its standard input closes, which happens when
-the runner ends.
+The runner starts it as `python -m zotune.bench.run.worker`, or with `--fork`, which forks a worker for each job of its
+standard input. It exits when its standard input closes, which happens when the runner ends.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 from zotune.bench.measure.accuracy import evaluated, trained
 from zotune.bench.measure.estimates import estimated
 from zotune.bench.measure.step import step_taken
+from zotune.bench.run.fork_server import serve
 from zotune.bench.run.jobs import Job
 from zotune.bench.run.processes import FAILED, OUT_OF_MEMORY
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean, is_out_of_memory
@@ -72,11 +74,18 @@ def _limit_gpu(gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
-def main() -> int:
-    """Do the job that is read from standard input; return the exit code."""
-    line = json.loads(sys.stdin.readline())
-    threading.Thread(target=_exit_with_runner, daemon=True).start()
+def main(*arguments: str) -> int:
+    """Do the job that is read from standard input, or with `--fork` each of them in a process; return the exit code."""
     tune_malloc()
+    if arguments == ("--fork",):
+        _import_libraries()
+        return serve(_work)
+    return _work(json.loads(sys.stdin.readline()))
+
+
+def _work(line: Mapping[str, Any]) -> int:
+    """Do a job and write its results; return the exit code."""
+    threading.Thread(target=_exit_with_runner, daemon=True).start()
     try:
         found = do(line)
     except (ZotuneError, OSError, MemoryError, RuntimeError) as error:
@@ -89,6 +98,12 @@ def main() -> int:
         return FAILED
     write_json(Path(line["folder"]) / "found.json", found)
     return 0
+
+
+def _import_libraries() -> None:
+    """Import what the jobs import when they run."""
+    for name in ("peft", "scipy.stats", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
+        importlib.import_module(name)
 
 
 def _exit_with_runner() -> None:
@@ -106,4 +121,4 @@ def _print_error(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
