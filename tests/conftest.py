@@ -83,6 +83,8 @@ def _brings_a_value(item, covered):
 def pytest_collection_finish():
     """From here on garbage is collected, seldom, and never looked for in modules and tests."""
     gc.freeze()
+    if "many_processes" in sys.modules:
+        sys.modules["many_processes"].server()
     gc.set_threshold(5_000, 10, 10)
     gc.enable()
 

@@ -1,4 +1,7 @@
-"""N processes take the steps of one, to the bit: every method, at any split of micro-batches and directions."""
+"""N processes take the steps of one, to the bit: every method, at any split of micro-batches and directions.
+
+The short form takes two steps of each case at one of two splits, the slow one three steps at every split.
+"""
 
 import pytest
 import torch
@@ -6,8 +9,6 @@ import torch
 import many_cases
 import many_processes
 
-# Extents of the mesh: processes that share the directions, and the micro-batches.
-MESHES = [(1, 3), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)]
 NAMES = [*many_cases.STEPS, "hybrid", "blocks", "sequential blocks"]
 CASES = [
     *((name, torch.float32, "batched") for name in NAMES),
@@ -20,18 +21,21 @@ CASES = [
 ]
 
 
-def one_process(cases):
-    torch.set_num_threads(1)
-    return [many_cases.steps_of(name, 1, 1, dtype, kind) for name, dtype, kind in cases]
+# Extents of the mesh, processes that share the directions, and the micro-batches; cases; and steps.
+SHORT = [(1, 3, CASES[::2], 2), (2, 2, CASES[1::2], 2)]
+WHOLE = [
+    pytest.param(query, data, CASES, 3, marks=pytest.mark.slow) for query, data in ((1, 2), (1, 3), (2, 1), (2, 2))
+]
 
 
 @pytest.mark.filterwarnings("ignore:probes of")
-@pytest.mark.parametrize(("query", "data"), MESHES, ids=lambda n: str(n))
-def test_steps_of_a_mesh_have_the_bits_of_one_process(query, data):
+@pytest.mark.parametrize(("query", "data", "cases", "steps"), [*SHORT, *WHOLE])
+def test_steps_of_a_mesh_have_the_bits_of_one_process(query, data, cases, steps):
     threads = torch.get_num_threads()
-    expected = one_process(CASES)
+    torch.set_num_threads(1)
+    expected = [many_cases.steps_of(name, 1, 1, dtype, kind, steps=steps) for name, dtype, kind in cases]
     torch.set_num_threads(threads)
-    meshes = [(name, query, data, dtype, kind) for name, dtype, kind in CASES]
+    meshes = [(name, query, data, dtype, kind, 4, steps) for name, dtype, kind in cases]
     for found in many_processes.run(query * data, many_cases.many_steps, meshes):
-        for case, one, other in zip(CASES, expected, found, strict=True):
+        for case, one, other in zip(cases, expected, found, strict=True):
             assert repr(other) == repr(one), case

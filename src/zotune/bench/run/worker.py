@@ -102,7 +102,7 @@ def _work(line: Mapping[str, Any]) -> int:
 
 def _import_libraries() -> None:
     """Import what the jobs import when they run."""
-    for name in ("peft", "scipy.stats", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
+    for name in ("peft", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
         importlib.import_module(name)
 
 

@@ -10,15 +10,16 @@ NORMAL = 1.959963984540054
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a success rate.
+    """Return Wilson's 95 % interval of a success rate: the p with |hits/n - p| ≤ z √(p(1 - p)/n) (Wilson, 1927).
 
     >>> [round(end, 3) for end in wilson(80, 100)]
     [0.711, 0.867]
     """
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    rate, z = hits / n, NORMAL
+    divisor = 2 * (n + z**2)
+    middle = (2 * n * rate + z**2) / divisor
+    half = z / divisor * math.sqrt(4 * n * rate * (1 - rate) + z**2)
+    return 0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half
 
 
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
