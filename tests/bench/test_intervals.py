@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy  # its submodule stats, of a second, is imported by the test that needs it
 
 from bench_results import answers
 from zotune.bench.results.intervals import Outcomes, contrast

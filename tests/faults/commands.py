@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import peft
-import scipy.stats
 import yaml
 from pytest import MonkeyPatch
 from torch import Tensor
@@ -28,7 +27,7 @@ from zotune.llm.training.resume import CHECKPOINT
 from zotune.llm.training.train import train
 
 # What children use, imported before they are forked.
-PRELOADED = (peft.LoraConfig, scipy.stats.norm, yaml.safe_load, LlamaForCausalLM, train, evaluate, write_run_page)
+PRELOADED = (peft.LoraConfig, yaml.safe_load, LlamaForCausalLM, train, evaluate, write_run_page)
 PRELOADED += (worker.do, find_fine_tune)
 
 ROWS = [
