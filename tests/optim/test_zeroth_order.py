@@ -295,8 +295,8 @@ def test_every_method_of_the_table_lowers_a_loss():
     for name in zo.METHODS.keys() - set(OF_EXAMPLES):
         model = network()
         opt = zo.METHODS[name](model, 1e-3)
-        losses = [opt.step(loss_of(model)) for _ in range(50)]
-        assert losses[-1] < losses[0]
+        losses = [opt.step(loss_of(model)) for _ in range(20)]
+        assert losses[-1] < losses[0] - 0.005, name
 
 
 def test_a_coefficient_beyond_single_precision_never_reaches_the_weights():

@@ -64,11 +64,13 @@ def test_nothing_is_written_for_an_adapter(config, tmp_path):
     assert "nothing of them is written" in str(streamed)
 
 
-def test_a_plan_counts_streamed_layers(tmp_path):
-    options = {"model": LAYER, "device": "cpu", "per_device_train_batch_size": 2, "length": 16}
+@pytest.mark.parametrize("method", [{"method": "zo_sgd,zo_adam"}, pytest.param({}, marks=pytest.mark.slow)], ids=str)
+def test_a_plan_counts_streamed_layers(tmp_path, method):
+    options = {"model": LAYER, "device": "cpu", "per_device_train_batch_size": 2, "length": 16, **method}
     streamed = plan(PlanConfig(**options, offload_folder=tmp_path / "disk"))
     resident = {row.method: row for row in plan(PlanConfig(**options)).rows}
     assert {row.method for row in streamed.rows} == {name for name in resident if not name.startswith("fo_")}
+    assert not any(name.startswith("fo_") for name in PlanConfig(model=LAYER, offload_folder=tmp_path / "disk").methods)
     for row in streamed.rows:
         assert row.prediction.weights < resident[row.method].prediction.weights
         assert row.prediction.activations == resident[row.method].prediction.activations

@@ -124,12 +124,16 @@ def test_formulas_give_the_papers_numbers_for_opt_13b():
     assert all((a < b) == (known < other) for a, known in pairs for b, other in pairs if abs(known / other - 1) > 0.1)
 
 
-def test_parts_are_those_counted_by_hand(monkeypatch):
+EVERY = pytest.param((*METHODS, *FIRST_ORDER), marks=pytest.mark.slow, id="every method")
+
+
+@pytest.mark.parametrize("methods", [("zo_sgd", "zo_sgd_mmt", "zo_adam", "hizoo", "lozo", "fo_sgd", "fo_adam"), EVERY])
+def test_parts_are_those_counted_by_hand(methods, monkeypatch):
     monkeypatch.setattr("zotune.plan.passes.OWN_PAGES", 0)  # no heap with holes, in which so small a model would lie
     config = opt()
     weights = terms(config).x
     common = {"batch_size": BATCH, "length": LENGTH, "dtype": "float32", "device": "cpu"}
-    found = {m: predict(config, m, **common) for m in (*METHODS, *FIRST_ORDER)}
+    found = {m: predict(config, m, **common) for m in methods}
     states = {"zo_sgd_mmt": 1, "zo_adam": 2, "fo_adam": 2, "hizoo": 1}
     for method, each in found.items():
         assert each.weights == weights
