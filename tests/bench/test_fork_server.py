@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from zotune.bench.run.fork_server import ForkServer
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.bench.run.processes import Process
+from zotune.bench.run.worker import WORK
 from zotune.bench.spec.schema import Limits
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
@@ -127,17 +129,32 @@ worker.wait()
     wait_for_end(server)
 
 
+RUN = dict(model="random:llama-tiny", task="sst2", method="zo_sgd", tuning="lora", max_steps=3, learning_rate=1e-3)
+RUN |= dict(num_train=20, num_dev=10, num_eval=20, device="cpu", seed=3)
+OUTCOMES = ("test", "dev", "dev_before", "right", "num_forwards")
+
+
+def run_of_a_worker(folder, *, forks):
+    folder.mkdir()
+    outcome = Process(lambda: False, {"OMP_NUM_THREADS": "1"}, forks=forks)(Job("train", RUN), folder)
+    assert outcome.status == "done", outcome.message
+    return json.dumps([outcome.found["run"][name] for name in OUTCOMES])
+
+
+def test_a_run_of_a_forked_worker_has_the_bits_of_one_in_this_process(tmp_path):
+    forked = run_of_a_worker(tmp_path / "forked", forks=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    (tmp_path / "here").mkdir()
+    here = WORK["train"](dict(RUN), tmp_path / "here")
+    torch.set_num_threads(threads)
+    run = json.loads(json.dumps(here))["run"]
+    assert forked == json.dumps([run[name] for name in OUTCOMES])
+
+
+@pytest.mark.slow
 def test_a_run_of_a_forked_worker_has_the_bits_of_one_started_anew(tmp_path):
-    options = dict(model="random:llama-tiny", task="sst2", method="zo_sgd", tuning="lora", max_steps=3)
-    options |= dict(learning_rate=1e-3, num_train=20, num_dev=10, num_eval=20, device="cpu", seed=3)
-    found = []
-    for forks in (False, True, True):
-        folder = tmp_path / str(len(found))
-        folder.mkdir()
-        outcome = Process(lambda: False, {"OMP_NUM_THREADS": "1"}, forks=forks)(Job("train", options), folder)
-        assert outcome.status == "done", outcome.message
-        run = outcome.found["run"]
-        found.append(json.dumps([run[name] for name in ("test", "dev", "dev_before", "right", "num_forwards")]))
+    found = [run_of_a_worker(tmp_path / str(i), forks=forks) for i, forks in enumerate((False, True, True))]
     assert found[0] == found[1] == found[2]
 
 
