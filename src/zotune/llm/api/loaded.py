@@ -44,6 +44,8 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
     model = without_earlier_adapter(model)
     lm = _language_model(model, tokenizer)
     lm.mesh = mesh_of_shards(lm.base, connected(), lm) or lm.mesh
+    # What FSDP2 has gathered takes the place of the slices, which are the model's own parameters.
+    reshard(model)
     state = _State(model)
     model.eval()
     try:
@@ -51,9 +53,10 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
             accept_old_name(lm.base)
         if not (lm.masked or is_quantised(lm.base)):
             check_causal(lambda ids: lm.read_with(lm.module, ids), lm.vocabulary, lm.name)
-        reshard(model)  # by default FSDP2 keeps what it has gathered of the outermost module, in place of its slices
+        reshard(model)
         yield lm
     except BaseException:
+        reshard(model)
         state.restore()
         raise
     state.settle(lm.module)
