@@ -78,7 +78,7 @@ def layers(number):
 
 
 def passes(place, matrices, gpu, count, wrote):
-    """Run the layers: each pass adds 1 to all numbers, late, on the stream that computes; what it has read, in order."""
+    """Run the layers: each pass adds 1 to all numbers, on the stream that computes; what it has read, in order."""
     read = []
     for _ in range(count):
         for index, of_layer in enumerate(matrices):

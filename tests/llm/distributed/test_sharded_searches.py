@@ -31,17 +31,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_a_search_in_shards_finds_the_rate_of_the_unsharded_run(options, tmp_path):
+@pytest.mark.parametrize(("shard", "tuning"), [("tp", "lora"), pytest.param("fsdp", "full", marks=pytest.mark.slow)])
+def test_a_search_in_shards_finds_the_rate_of_the_unsharded_run(options, tmp_path, shard, tuning):
     """The second process judges every trial otherwise than the first, and goes on with what that one finds."""
-    search_cases.searched_runs([options("one", tuning="full"), options("one lora", tuning="lora")])
-    runs = [options("fsdp", tuning="full", shard="fsdp"), options("tp lora", tuning="lora", shard="tp")]
-    many_processes.run(2, search_cases.searched_runs, runs)
-    whole, gathered = (many_cases.written_by(tmp_path / name) for name in ("one", "fsdp"))
-    assert gathered == whole and "search.json" in whole
-    one, by_plan = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one lora", "tp lora"))
-    of_one, of_plan = (found.pop("trials") for found in (one, by_plan))
-    assert by_plan == pytest.approx(one, rel=1e-5) and len(of_one) == 2
-    assert of_plan == [pytest.approx(trial, rel=1e-5) for trial in of_one]
+    search_cases.searched_runs([options("one", tuning=tuning)])
+    many_processes.run(2, search_cases.searched_runs, [options("shards", tuning=tuning, shard=shard)])
+    if shard == "fsdp":
+        whole, gathered = (many_cases.written_by(tmp_path / name) for name in ("one", "shards"))
+        assert gathered == whole and "search.json" in whole
+    found, expected = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("shards", "one"))
+    trials, alone = found.pop("trials"), expected.pop("trials")
+    assert found == pytest.approx(expected, rel=1e-5) and len(alone) == 2
+    assert trials == [pytest.approx(trial, rel=1e-5) for trial in alone]
 
 
 @pytest.mark.parametrize("way", ["fsdp", pytest.param("tp", marks=pytest.mark.slow)])
