@@ -86,8 +86,10 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             f"exchanges activations, which lose their tangents on the way{other}",
         ),
         (
-            shard == "tp" and options.directions_per_batch is not None,
-            "exchanges activations, which are not those of each example alone; use --shard fsdp, or num_queries.",
+            shard == "tp" and options.reads_examples,
+            "exchanges activations, and there is no exchange of those that each example computes with weights of its "
+            "own (directions_per_batch, grzo); use --shard fsdp, or several directions of the whole batch "
+            "(--num-queries).",
         ),
     ]
 
