@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 import many_cases
 from zotune.llm import load, train
 from zotune.llm.models.placement import sharded
-from zotune.llm.training import find_rate
+from zotune.llm.training import best_model, find_rate
 from zotune.llm.training.loop import Run
 from zotune.model.shards import gathered
 from zotune.system.processes import joined
@@ -25,7 +25,9 @@ def short_searches(*, differ=False):
         return judge(run, examples) * (-1 if differ and rank else 1)
 
     few = {"MIN_STEPS": 1, "MAX_TRIALS": 2, "MAX_SHARE": 8}
-    with patch.multiple(find_rate, **few), patch.object(Run, "objective_on", judged):
+    # Copies of the weights lie in files, where there is a folder.
+    files = patch.object(best_model, "MAX_MEMORY", 0)
+    with patch.multiple(find_rate, **few), patch.object(Run, "objective_on", judged), files:
         yield
 
 

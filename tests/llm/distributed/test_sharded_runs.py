@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import many_cases
@@ -201,12 +202,55 @@ def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(refusal):
     assert "it holds pytorch_model.bin" in refusal("opt")
 
 
+@pytest.mark.parametrize(
+    ("family", "shard", "part"),
+    [("llama", "fsdp", "would hold"), ("llama", "tp", "would hold"), ("opt", "fsdp", "whole")],
+)
+def test_slices_that_do_not_fit_are_refused_before_they_are_read(models, monkeypatch, family, shard, part):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("zotune.llm.models.placement.sharded.memory_of", lambda device: 1000)
+    monkeypatch.setattr("zotune.llm.models.load.read_pretrained", None)
+    with pytest.raises(UsageError, match=rf"shard: {shard} does not fit: .*{part}"):
+        load(EvalConfig(model=str(models / family), shard=shard, device="cpu", task="sst2"))
+
+
+def written_with(folder, key, value):
+    """Change the configuration of an adapter in a folder."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def test_an_adapter_is_tuned_further_by_a_plan(options, tmp_path):
+    """Its steps are those of an unsharded run up to rounding, for it begins with the same weights."""
+    first = tmp_path / "first"
+    short = {"max_steps": 1, "num_dev": 1}
+    train(TrainConfig(**options("lora", "llama", first, **short)))
+    short["model"] = str(first)
+    runs = [options("lora", "llama", tmp_path / name, **short) for name in ("tp", "one")]
+    many_processes.run(2, many_cases.train_runs, [runs[0] | {"shard": "tp"}])
+    train(TrainConfig(**runs[1]))
+    assert follows_its_ledger(tmp_path / "tp")
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "tp", tmp_path / "one", first)]
+    for name, other in weights[1].items():
+        torch.testing.assert_close(weights[0][name], other, atol=1e-4, rtol=0)
+    assert not any(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
 def test_an_adapter_that_is_loaded_with_its_base_is_refused_where_it_cannot_be_right(options, tmp_path, monkeypatch):
     train(TrainConfig(**options("lora", "llama", tmp_path / "adapter", max_steps=1)))
     config = EvalConfig(model=str(tmp_path / "adapter"), shard="tp", device="cpu", task="sst2")
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="lies beside whole layers"):
-        patch.setenv("WORLD_SIZE", "2")
-        load(config)
+    for change, says in {
+        ("init_lora_weights", "olora"): "changes whole ones when it is loaded",
+        ("use_dora", True): r"of another kind \(LORA, use_dora\)",
+        ("bias", "all"): r"of another kind \(LORA, bias\)",
+    }.items():
+        with monkeypatch.context() as patch, pytest.raises(UsageError, match=says):
+            patch.setenv("WORLD_SIZE", "2")
+            written_with(tmp_path / "adapter", *change)
+            load(config)
+        written_with(
+            tmp_path / "adapter", change[0], "none" if change[0] == "bias" else change[0] == "init_lora_weights"
+        )
     lm = load(config)
     monkeypatch.setattr("zotune.llm.checkpoints.adapter_merge.mesh_of", lambda module: "a mesh")
     with pytest.raises(UsageError, match="merged into weights that lie in shards"):
