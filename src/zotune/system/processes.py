@@ -95,8 +95,17 @@ class Processes:
         """Return the tensors of all processes, which have one shape and dtype."""
         return [tensor]
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends before they do, unless they know."""
+    def fail(self, error: BaseException, *, closes_all: bool = False) -> None:
+        """Tell the others why this process ends before they do, unless they know.
+
+        Args:
+            error: why.
+            closes_all: whether all connections are this package's to close, those of a model in shards among them.
+        """
+
+    def explained(self, error: BaseException) -> BaseException:
+        """Return what an error means: of a connection that broke within a pass of a model in shards, why it did."""
+        return error
 
 
 ALONE = Processes()
@@ -160,14 +169,18 @@ class Group(Processes):
             dist.all_gather(found, tensor.contiguous(), group=self._scalars if tensor.device.type == "cpu" else None)
         return found
 
-    def fail(self, error: BaseException) -> None:
+    def explained(self, error: BaseException) -> BaseException:
+        """As `Processes.explained`."""
+        return self._lost(error) if isinstance(error, RuntimeError) and _is_of_connection(error) else error
+
+    def fail(self, error: BaseException, *, closes_all: bool = False) -> None:
         """As `Processes.fail`."""
         if self._is_told or isinstance(error, PeerError):
             return
         with suppress(Exception):
             self._store.set(_FAILED, pickle.dumps((self.rank, _portable(error, self.rank))))
             # The closed connections wake those who wait for this process.
-            dist.destroy_process_group(self._scalars)
+            dist.destroy_process_group(None if closes_all else self._scalars)
             self._scalars = None
             end = time.monotonic() + _LAST_WORDS
             while self._store.add(_SEEN, 0) < self.size - 1 and time.monotonic() < end:
@@ -219,6 +232,11 @@ class Group(Processes):
     def _has_last_words(self) -> bool:
         # They are set before the connection ends, but a killed process leaves none.
         return bool(self._store.check([_FAILED]))
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether torch.distributed has raised an error; gloo's is of no class of its own."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def _result_of(f: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -294,9 +312,12 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
-        error.is_told = True  # type: ignore[attr-defined]
-        processes.fail(error)
-        raise
+        found = processes.explained(error)
+        found.is_told = True  # type: ignore[attr-defined]
+        processes.fail(found, closes_all=owns)
+        if found is error:
+            raise
+        raise found from error
     finally:
         if owns and dist.is_initialized():
             with suppress(Exception):

@@ -11,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 import many_cases
 import many_processes
 from zotune.cli.main import run as zotune
-from zotune.errors import UsageError
+from zotune.errors import RunError, UsageError
 from zotune.llm.checkpoints.adapter_merge import merged_model
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.step import ModelOptions
@@ -146,6 +146,13 @@ def test_a_run_resumes_in_another_number_of_processes(options, tmp_path, name, s
 def test_a_run_by_a_plan_resumes_to_the_bits_of_its_ledger(options, tmp_path):
     resumed_in(options, tmp_path / "parts", (2, 3, 1), shard="tp")
     assert follows_its_ledger(tmp_path / "parts")
+
+
+def test_a_full_disk_of_the_first_process_ends_a_run_in_shards_in_words(options, tmp_path):
+    run = options("lora", "llama", tmp_path / "out", shard="fsdp", max_steps=1)
+    for error in many_processes.run(2, many_cases.run_on_a_full_disk, run, raises=True):
+        assert isinstance(error, RunError) and "could not be saved" in str(error), error
+        assert "No space left on device" in str(error)
 
 
 def evaluations(options, folder, found, **more):

@@ -22,6 +22,7 @@ from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import is_quantised
 from zotune.model.shards import reshard
+from zotune.model.wrappers import check_not_sharded
 from zotune.system.processes import connected
 
 
@@ -115,6 +116,8 @@ def _language_model(model: Any, tokenizer: Any) -> LanguageModel:
     is_peft = hasattr(model, "get_base_model")
     base = model.get_base_model() if is_peft else model
     if not isinstance(base, PreTrainedModel):
+        if isinstance(model, nn.Module) and not isinstance(model, nn.parallel.DistributedDataParallel):
+            check_not_sharded(model)
         raise UsageError(_no_model_message(model))
     name = base.name_or_path or type(base).__name__
     kind = kind_of(base.config, name, type(base).__name__)
