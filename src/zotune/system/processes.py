@@ -95,13 +95,8 @@ class Processes:
         """Return the tensors of all processes, which have one shape and dtype."""
         return [tensor]
 
-    def fail(self, error: BaseException, *, closes_all: bool = False) -> None:
-        """Tell the others why this process ends before they do, unless they know.
-
-        Args:
-            error: why.
-            closes_all: whether all connections are this package's to close, those of a model in shards among them.
-        """
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this process ends before they do, unless they know."""
 
     def explained(self, error: BaseException) -> BaseException:
         """Return what an error means: of a connection that broke within a pass of a model in shards, why it did."""
@@ -173,14 +168,14 @@ class Group(Processes):
         """As `Processes.explained`."""
         return self._lost(error) if isinstance(error, RuntimeError) and _is_of_connection(error) else error
 
-    def fail(self, error: BaseException, *, closes_all: bool = False) -> None:
+    def fail(self, error: BaseException) -> None:
         """As `Processes.fail`."""
         if self._is_told or isinstance(error, PeerError):
             return
         with suppress(Exception):
             self._store.set(_FAILED, pickle.dumps((self.rank, _portable(error, self.rank))))
             # The closed connections wake those who wait for this process.
-            dist.destroy_process_group(None if closes_all else self._scalars)
+            dist.destroy_process_group(self._scalars)
             self._scalars = None
             end = time.monotonic() + _LAST_WORDS
             while self._store.add(_SEEN, 0) < self.size - 1 and time.monotonic() < end:
@@ -314,7 +309,7 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Processes]:
     except BaseException as error:
         found = processes.explained(error)
         found.is_told = True  # type: ignore[attr-defined]
-        processes.fail(found, closes_all=owns)
+        processes.fail(found)
         if found is error:
             raise
         raise found from error
