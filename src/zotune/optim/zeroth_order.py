@@ -84,6 +84,7 @@ class ZerothOrder(RecordedSteps):
         ValueError: a value is out of range.
         UsageError: nothing can be tuned, the blocks are no partition, or two options exclude each other.
 
+    >>> import torch
     >>> model = nn.Linear(3, 1)
     >>> x, y = torch.randn(8, 3), torch.zeros(8, 1)
     >>> opt = ZerothOrder(model, lr=0.05)
