@@ -80,12 +80,12 @@ def follows_its_ledger(folder):
     return zotune(["ledger", "verify", str(folder)]) == 0
 
 
-def check(options, tmp_path, size, cases):
+def check(options, tmp_path, size, cases, **more):
     """Runs of several processes, each of (name, family, shard)."""
     runs, alone = [], []
     for name, family, shard in cases:
-        runs.append(options(name, family, tmp_path / f"{shard}-{family}-{name}", shard=shard))
-        alone.append(options(name, family, tmp_path / f"one-{family}-{name}"))
+        runs.append(options(name, family, tmp_path / f"{shard}-{family}-{name}", shard=shard, **more))
+        alone.append(options(name, family, tmp_path / f"one-{family}-{name}", **more))
     many_processes.run(size, many_cases.train_runs, runs)
     for (name, family, shard), own in zip(cases, alone, strict=True):
         folder = tmp_path / f"{shard}-{family}-{name}"
@@ -97,7 +97,7 @@ def check(options, tmp_path, size, cases):
 
 def test_a_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path):
     """By plans; the run by FSDP2 is the one that is resumed."""
-    check(options, tmp_path, 2, [("full", "gpt2", "tp"), ("adapted", "llama", "tp")])
+    check(options, tmp_path, 2, [("full", "gpt2", "tp"), ("adapted", "llama", "tp")], max_steps=2, num_dev=2)
 
 
 @pytest.mark.slow
