@@ -171,10 +171,12 @@ def test_a_model_in_shards_is_evaluated_as_one_in_memory(options, tmp_path):
     train(TrainConfig(**options("lora", "llama", folder, max_steps=1)))
     base = evaluations(options, folder, ("lora", "llama"))
     (alone,) = [many_cases.evaluated(base)]
-    shards = [run | {"shard": "fsdp"} for run in base] + [base[1] | {"shard": "tp"}]
-    for *gathered, by_plan in many_processes.run(2, many_cases.evaluated, shards):
-        assert gathered == alone
-        assert by_plan[0]["predictions"] == alone[1][0]["predictions"]
+    shards = [run | {"shard": shard} for shard in ("fsdp", "tp") for run in base]
+    for found in many_processes.run(2, many_cases.evaluated, shards):
+        assert found[:2] == alone
+        for by_plan, whole in zip(found[2:], alone, strict=True):
+            assert by_plan[0]["predictions"] == whole[0]["predictions"]
+            assert by_plan[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["fsdp", pytest.param("tp", marks=pytest.mark.slow)])
