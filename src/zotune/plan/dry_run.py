@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from zotune.errors import UsageError
@@ -53,6 +54,18 @@ from zotune.system.peak_memory import peak_memory
 from zotune.system.processes import asked_for
 
 SHOWN_REFUSED = 5
+# Options that are shown though they have their defaults.
+_FIRST = (
+    "model",
+    "task",
+    "tuning",
+    "method",
+    "learning_rate",
+    "mu",
+    "max_steps",
+    "per_device_train_batch_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ class DryRun:
         return {"config": self.config.model_dump(mode="json"), **plain, "memory": self.memory.to_json(), **places}
 
     def __str__(self) -> str:
-        recipe = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        recipe, num_others = _recipe(self.config)
         shown = "\n\n".join(f"example {i}: {text}" for i, text in enumerate(self.examples, start=1))
         rows = "{train} for training, {dev} held out, {test} for evaluation".format_map(self.num_rows)
         tokens = ", ".join(f"{name} {n:g}" for name, n in self.tokens.items())
@@ -108,7 +121,8 @@ class DryRun:
         parts = [f"{name} {mib(n)}" for name, n in asdict(self.memory).items() if n]
         return "\n".join(
             [
-                recipe,
+                yaml.safe_dump(recipe, sort_keys=False),
+                f"{num_others} other options have their defaults; --json shows them",
                 *self.notes,
                 "",
                 f"The scored text is in ⟦ ⟧.\n\n{shown}\n",
@@ -121,6 +135,21 @@ class DryRun:
                 *([] if self.places is None else [str(self.places)]),
             ]
         )
+
+
+def _recipe(config: TrainConfig) -> tuple[dict[str, Any], int]:
+    """The options that make the run what it is: the first ones, and what differs from a default; how many others."""
+    options = config.model_dump(mode="json")
+    defaults = {name: _default(field) for name, field in TrainConfig.model_fields.items()}
+    shown = {n: v for n, v in options.items() if n in _FIRST or getattr(config, n) != defaults[n]}
+    return shown, len(options) - len(shown)
+
+
+def _default(field: FieldInfo) -> Any:
+    """The default of an option; one that follows from other options counts as none, so that the option is shown."""
+    if field.default_factory is None or field.default_factory_takes_validated_data:
+        return field.default
+    return field.get_default(call_default_factory=True)
 
 
 def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
@@ -164,7 +193,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         )
         step = forwards_a_step(optimizer, config)
         memory = _memory(lm, optimizer, config, rows, data, stored)
-        memory, places = _placed(memory, lm, config, placement, shard)
+        memory, places = _placed(memory, lm, config, (placement, stored), shard)
         return DryRun(
             config=config,
             notes=(*data.notes, *rows.notes, *notes),
@@ -183,11 +212,16 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
 
 
 def _placed(
-    memory: Memory, lm: LanguageModel, config: TrainConfig, placement: Placement | None, shard: str | None
+    memory: Memory,
+    lm: LanguageModel,
+    config: TrainConfig,
+    placed: tuple[Placement | None, torch.dtype],
+    shard: str | None,
 ) -> tuple[Memory, Places | Slices | None]:
     """Correct a prediction for a model that lies in several places or processes; returns also what lies where."""
+    placement, stored = placed
     if placement is not None:
-        return with_placement(memory, placement, tuned_of(lm), config)
+        return with_placement(memory, placement, tuned_of(lm), config, stored)
     if shard is not None:
         return with_shards(memory, lm.base, tuned_of(lm) if config.is_adapter else [], shard, asked_for())
     return memory, None
