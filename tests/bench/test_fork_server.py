@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from zotune.bench.keys.content_key import PACKAGE
 from zotune.bench.run.fork_server import ForkServer
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.bench.run.processes import Process
@@ -136,7 +137,9 @@ OUTCOMES = ("test", "dev", "dev_before", "right", "num_forwards")
 
 def run_of_a_worker(folder, *, forks):
     folder.mkdir()
-    outcome = Process(lambda: False, {"OMP_NUM_THREADS": "1"}, forks=forks)(Job("train", RUN), folder)
+    # With a source given, no key is sent: both sides would read all code to compare theirs.
+    process = Process(lambda: False, {"OMP_NUM_THREADS": "1"}, source=PACKAGE.parent, forks=forks)
+    outcome = process(Job("train", RUN), folder)
     assert outcome.status == "done", outcome.message
     return json.dumps([outcome.found["run"][name] for name in OUTCOMES])
 
