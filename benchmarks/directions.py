@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def times(case: str) -> dict[str, Any]:
 
 
 def memory(case: str) -> dict[str, int]:
-    """Peak bytes of a process that takes three steps, with one direction and with one an example."""
+    """Peak bytes of a process during three steps, with one direction and with one an example."""
     found = {}
     for name, kind in (("bytes_one", False), ("bytes_per_example", True)):
         call = [sys.executable, __file__, "--peak-of", case, *(["--per-example"] if kind else [])]
@@ -108,10 +107,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     if given.peak_of:
+        from zotune.system.peak_memory import forget_peak, peak_memory
+
         step = step_of(options_of(given.peak_of, per_example=given.per_example))
+        # Loading has a peak of its own, and a process's maximum begins with that of the process which started it.
+        forget_peak()
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_memory(torch.device("cpu")))
         return
     if given.profile:
         step = step_of(options_of(given.profile, per_example=True))
