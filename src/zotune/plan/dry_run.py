@@ -141,7 +141,9 @@ def _recipe(config: TrainConfig) -> tuple[dict[str, Any], int]:
     options = config.model_dump(mode="json")
     # A default that follows from other options counts as none, so that option is shown.
     defaults = {
-        name: field.get_default(call_default_factory=not field.default_factory_takes_validated_data)
+        name: field.get_default()
+        if field.default_factory_takes_validated_data
+        else field.get_default(call_default_factory=True)
         for name, field in TrainConfig.model_fields.items()
     }
     shown = {n: v for n, v in options.items() if n in _FIRST or getattr(config, n) != defaults[n]}
