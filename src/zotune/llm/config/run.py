@@ -56,6 +56,10 @@ class EvalConfig(ModelOptions, DataOptions):
         False,
         description="Also report the majority class, and for a tuned model its base model and the difference to it.",
     )
+    vote: bool = Field(
+        False,
+        description="Let the best points of a randopt run vote on each row, in place of the weights that it saved.",
+    )
     predictions: Path | None = Field(
         None,
         description="JSON-lines file for the prompt, scores and prediction of each row; default: not written.",
@@ -71,6 +75,19 @@ class EvalConfig(ModelOptions, DataOptions):
     @model_validator(mode="after")
     def _no_placed_shards(self, info: ValidationInfo) -> Self:
         return self if is_partial(info) else _check_shard(self, self.shard)
+
+    @model_validator(mode="after")
+    def _no_other_voters(self, info: ValidationInfo) -> Self:
+        """Refuse options of the model beside `vote`, which takes the model of the run as it was trained."""
+        if is_partial(info) or not self.vote:
+            return self
+        if self.compute_metrics:
+            raise ValueError("compute_metrics judges what one model answers; leave out vote, or compute_metrics")
+        of_model = (*(ModelOptions.model_fields.keys() - {"model", "device", "accept_terms"}), "shard")
+        given = sorted(n for n in of_model if getattr(self, n) != type(self).model_fields[n].default)
+        if given:
+            raise ValueError(f"vote makes the run's model again from its ledger, as it was trained; leave out {given[0]}")
+        return self
 
     @property
     def tasks(self) -> tuple[str | None, ...]:

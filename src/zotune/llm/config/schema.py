@@ -149,7 +149,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Evaluation": (
         *("eval_steps", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),
         *("early_stopping_patience", "exact_match", "compute_metrics"),
-        *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
+        *("num_demonstrations", "baselines", "per_device_eval_batch_size", "vote"),
     ),
     "Output": (
         *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to", "run_name"),
