@@ -20,8 +20,8 @@ from zotune.llm.training import evaluation
 from zotune.llm.training.step import check_first_estimate
 from zotune.llm.training.train import train
 
-RUN = {"model": "random:opt-tiny", "task": "sst2", "device": "cpu", "dtype": "float32", "num_eval": 16, "num_dev": 0}
-POINTS = {"method": "randopt", "num_queries": 6, "keep_best": 3, "mu": 0.05, "learning_rate": 0.05, "num_train": 16}
+RUN = {"model": "random:opt-tiny", "task": "sst2", "device": "cpu", "dtype": "float32", "num_eval": 8, "num_dev": 0}
+POINTS = {"method": "randopt", "num_queries": 4, "keep_best": 3, "mu": 0.05, "learning_rate": 0.05, "num_train": 8}
 
 
 def run_of(folder, **options):
@@ -42,7 +42,7 @@ def test_the_best_points_of_the_last_step_vote_around_the_weights_before_it(tmp_
     lm = load(config)
     for p in lm.module.parameters():
         p.requires_grad_(True)
-    opt = zo.randopt(lm.module, 0.05, num_queries=6, seed=0)
+    opt = zo.randopt(lm.module, 0.05, num_queries=4, seed=0)
     opt.num_steps = 1
     start = {name: p.detach().clone() for name, p in lm.module.named_parameters()}
     moves = [{name: 0.05 * u.of(lm.module, name) for name in start} for u in opt.directions()]
