@@ -9,7 +9,7 @@ import pytest
 from zotune.bench.report.races import raced
 from zotune.bench.results.cells import Cell
 from zotune.bench.results.passes import median, passes_to, races, ratio
-from zotune.bench.results.records import CellResult, Evaluation, RunRecord
+from zotune.bench.results.records import CellResult, Evaluation, RunRecord, Score, Trial
 from zotune.bench.spec.targets import Passes, Target
 
 LOSS = Target(loss=0.5)
@@ -113,7 +113,36 @@ def test_the_best_of_the_references_is_the_one_that_counts_and_methods_beside_ar
     assert ways["new"].source == "cpu/e/a--new.json"
 
 
-def test_a_target_is_a_loss_or_an_accuracy():
-    for wrong in ({}, {"loss": 0.5, "accuracy": 70.0}):
-        with pytest.raises(ValueError, match="give one of the two"):
+def test_a_target_is_a_loss_or_an_accuracy_or_a_way():
+    for wrong in ({}, {"loss": 0.5, "accuracy": 70.0}, {"loss": 0.5, "way": 1.0}):
+        with pytest.raises(ValueError, match="give one of the three"):
             Target(**wrong)
+
+
+def searched(cell, *trials):
+    """The cell with trials of the search, and runs that begin at a loss of 0.9 and 10 %."""
+    start = Score(value=0.1, num_examples=10, loss=0.9)
+    search = [Trial(learning_rate=1.0, seed=100, dev_loss=loss, dev_value=value) for loss, value in trials]
+    runs = [run.model_copy(update={"dev_before": start}) for run in cell.result.runs]
+    result = cell.result.model_copy(update={"search": tuple(search), "runs": tuple(runs)})
+    return Cell(result.coordinates, "done", result)
+
+
+def test_a_way_ends_where_the_references_best_trial_does_in_each_place():
+    cells = [
+        searched(cell_of("mezo", [80, 90, 80]), (0.6, 0.3), (None, None)),
+        searched(cell_of("mezo_falling", [60, 50, 60]), (0.5, 0.4), (0.7, 0.9)),
+        # Better than each of the references', and a method beside them.
+        searched(cell_of("new", [20, 20, 30]), (0.3, 0.8)),
+        searched(cell_of("mezo", [70, 70, 70], place="b"), (0.8, 0.2)),
+        cell_of("mezo", [70, 70, 70], place="without trials"),
+    ]
+    targets = (Target(way=0.5), Target(way=1.0), Target(way=0.5, measure="accuracy"))
+    found = races(Passes(method="variant", reference=("mezo*",), targets=targets), cells)
+    numbers = [(race.place["task"], race.target.loss, race.target.accuracy) for race in found]
+    assert numbers == [
+        *(("a", 0.7, None), ("b", 0.85, None)),
+        *(("a", 0.5, None), ("b", 0.8, None)),
+        *(("a", None, 25.0), ("b", None, 15.0)),
+    ]
+    assert {way.method: way.passes.value for way in found[0].ways} == {"mezo": 80, "mezo_falling": 60, "new": 20}

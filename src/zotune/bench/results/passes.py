@@ -60,7 +60,7 @@ class Race:
 
     Attributes:
         place: the coordinates that the cells share.
-        target: what they have to reach.
+        target: what they have to reach, a loss or an accuracy.
         reference: the method that the others are compared with: of those that the experiment names, the one with the
             fewest passes. Empty if none has a result.
     """
@@ -79,13 +79,40 @@ def races(plan: Passes, cells: Sequence[Cell]) -> list[Race]:
         places = dict.fromkeys(tuple((k, v) for k, v in cell.coordinates.items() if k != plan.method) for cell in here)
         for place in places:
             of_place = [c for c in here if all(c.coordinates.get(k) == v for k, v in place)]
-            found.append(_race(plan, dict(place), target, of_place))
+            number = _in_numbers(target, plan, of_place)
+            if number is not None:
+                found.append(_race(plan, dict(place), number, of_place))
     return found
+
+
+def _in_numbers(target: Target, plan: Passes, cells: Sequence[Cell]) -> Target | None:
+    """A target as a loss or an accuracy, in three digits; None if the reference has no trials to define its way."""
+    if target.way is None:
+        return target
+    results = [c.result for c in cells if c.result is not None and _is_named(str(c.coordinates[plan.method]), plan)]
+    trials = [trial for result in results for trial in result.search if trial.dev_loss is not None]
+    starts = [run.dev_before for result in results for run in result.runs if run.dev_before is not None]
+    if not trials or not starts:
+        return None
+    best, start = min(trials, key=lambda trial: trial.dev_loss or 0.0), starts[0]
+    if target.measure == "loss":
+        if best.dev_loss is None or start.loss is None:
+            return None
+        return Target(when=target.when, loss=float(f"{start.loss + target.way * (best.dev_loss - start.loss):.3g}"))
+    if best.dev_value is None:
+        return None
+    return Target(
+        when=target.when, accuracy=float(f"{100 * (start.value + target.way * (best.dev_value - start.value)):.3g}")
+    )
+
+
+def _is_named(method: str, plan: Passes) -> bool:
+    return any(fnmatchcase(method, one) for one in plan.reference)
 
 
 def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: Sequence[Cell]) -> Race:
     passes = {str(c.coordinates[plan.method]): passes_to(c.result, target) for c in cells if c.result is not None}
-    named = [name for name in passes if any(fnmatchcase(name, one) for one in plan.reference)]
+    named = [name for name in passes if _is_named(name, plan)]
     reference = min(named, key=lambda name: median(passes[name]).value, default="")
     ways = []
     for cell in cells:
