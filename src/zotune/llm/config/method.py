@@ -56,7 +56,7 @@ LATER = tuple(OF_METHOD)
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo", "grzo")
 # Methods whose directions may be one for each group of examples.
-BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
+BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad")
 _ONE_SIDED, _TWO_SIDED = ("fzoo", "randopt"), ("hizoo", "grzo")
 # Options that some methods alone use.
 _USERS: dict[str, tuple[str, ...]] = {
