@@ -77,17 +77,20 @@ class Tree:
 TREE = Tree(PACKAGE)
 
 
-def lines_of_code(lines, node):
-    """Lines of a syntax tree that are neither blank nor comment nor docstring."""
-    documented = set()
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and inner.body:
+def lines_of_code(lines):
+    """How many lines are neither blank nor comment; a module's docstrings count, for a reader scrolls past them."""
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+def lines_of_function(lines, function):
+    """Lines of code of a function without its docstring and those of functions in it."""
+    count = lines_of_code(lines[function.lineno - 1 : function.end_lineno])
+    for inner in ast.walk(function):
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = inner.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                documented |= set(range(first.lineno, first.end_lineno + 1))
-    start, stop = (node.lineno, node.end_lineno) if hasattr(node, "lineno") else (1, len(lines))
-    numbered = enumerate(lines[start - 1 : stop], start)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in documented for i, line in numbered)
+                count -= lines_of_code(lines[first.lineno - 1 : first.end_lineno])
+    return count
 
 
 def full_folders(tree):
@@ -143,8 +146,8 @@ def long_ones(path):
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     # Lines of code are no more than lines, which are counted faster.
     functions = [f for f in functions if f.end_lineno - f.lineno >= MAX_FUNCTION]
-    found = {f.name: n for f in functions if (n := lines_of_code(lines, f)) > MAX_FUNCTION}
-    whole = lines_of_code(lines, tree) if len(lines) > MAX_LINES else 0
+    found = {f.name: n for f in functions if (n := lines_of_function(lines, f)) > MAX_FUNCTION}
+    whole = lines_of_code(lines)
     return {**found, **({path.name: whole} if whole > MAX_LINES else {})}
 
 
@@ -244,7 +247,9 @@ def test_a_long_file_and_a_long_function_are_found(tmp_path):
     assert found("x = 1\n" * (MAX_LINES + 1)) == {"a.py": MAX_LINES + 1}
     assert found("def f():\n" + body) == {}
     assert found("async def f():\n    x = 1\n" + body) == {"f": MAX_FUNCTION + 1}
-    # Neither docstrings nor comments nor blank lines count.
+    # Comments and blank lines do not count; of docstrings those of functions, in the function alone.
+    assert found("x = 1\n\n# Three.\n" * MAX_LINES) == {}
+    assert found('"""One.\n\nTwo.\n"""\n' + "x = 1\n" * (MAX_LINES - 2)) == {"a.py": MAX_LINES + 1}
     assert found('def f():\n    """One.\n\n    Two.\n    """\n    # Three.\n\n' + body) == {}
 
 

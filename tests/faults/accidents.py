@@ -13,7 +13,7 @@ from faults import process
 from faults.commands import COMMANDS, RUNS, differences, prepare
 from zotune.ledger import files
 from zotune.llm.models.language_model import LanguageModel
-from zotune.optim import zeroth_order
+from zotune.optim import recorded_steps
 
 
 def plan(count, chance):
@@ -52,7 +52,7 @@ def die():
 
 def killed_within(place, args, chance):
     """Kill a run in a probe or in an update; its folder stays as a kill leaves it."""
-    owner, name, most = chance.choice([(LanguageModel, "score", 30), (zeroth_order, "update_tensors_", 9)])
+    owner, name, most = chance.choice([(LanguageModel, "score", 30), (recorded_steps, "update_tensors_", 9)])
     return disturbed(place, args, lambda: at_call(owner, name, chance.randrange(1, most), die))
 
 

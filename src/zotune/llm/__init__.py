@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from zotune.llm.config.run import TrainConfig as TrainConfig
     from zotune.llm.config.step import ModelOptions as ModelOptions
     from zotune.llm.models.language_model import LanguageModel as LanguageModel
-    from zotune.llm.training.train import Result as Result
+    from zotune.llm.output.result import Result as Result
 
 _MODULE_OF = {
     "EvalConfig": "config.run",
     "LanguageModel": "models.language_model",
     "ModelOptions": "config.step",
-    "Result": "training.train",
+    "Result": "output.result",
     "TrainConfig": "config.run",
     "evaluate": "api.evaluate",
     "generate": "api.generate",

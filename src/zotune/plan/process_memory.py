@@ -33,8 +33,8 @@ from zotune.llm.models.tuned_sets.find import find_aim, needs_aim, set_aim
 from zotune.llm.output.environment import environment
 from zotune.llm.scoring.closures import candidate_loss
 from zotune.llm.scoring.objectives import OBJECTIVES
-from zotune.llm.training.loop import try_side_by_side
 from zotune.llm.training.optimizers import make_optimizer
+from zotune.llm.training.step import try_side_by_side
 from zotune.optim.hybrid import Hybrid
 from zotune.optim.master_weights import FirstOrder, back_propagate
 from zotune.optim.zeroth_order import ZerothOrder

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.models import adapters
 from zotune.llm.models.activation_storage.tiers import ActivationStore, MemoryTier
+from zotune.llm.models.adapters import virtual_tokens
 from zotune.llm.models.cache_argument import accept_old_name, cache_argument, cache_in_call
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import quiet_libraries
@@ -210,7 +210,7 @@ def test_text_behind_virtual_tokens_is_that_of_a_full_pass_for_each_token(small,
 def test_text_behind_a_fresh_prefix_is_that_behind_the_tokens_it_was_made_of(small, kind):
     """Here no cache takes part in what is expected."""
     lm = prepared(small(kind), tuning="prefix", num_virtual_tokens=4, seed=3)
-    tokens = adapters.real_tokens(lm, 4, seed=3)[None]
+    tokens = virtual_tokens.real_tokens(lm, 4, seed=3)[None]
     prompts = prompts_of(lm)
 
     def logits_of(ids):

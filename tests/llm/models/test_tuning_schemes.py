@@ -20,7 +20,7 @@ from zotune.llm.config.step import ModelOptions
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models import adapters
+from zotune.llm.models.adapters import virtual_tokens
 from zotune.llm.models.builtin import fetch
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.load import load, quiet_libraries
@@ -146,7 +146,7 @@ def test_first_weights_follow_the_seed_and_not_the_global_random_state(tiny, sch
 def test_fresh_virtual_tokens_do_what_the_real_ones_do(tiny, causal_family, scheme, dtype):
     lm = prepared(tiny(causal_family, dtype), tuning=scheme, seed=3)
     base, count = tiny(causal_family, dtype), {"prefix": 5, "prompt": 10}[scheme]
-    tokens = adapters.real_tokens(base, count, seed=3)
+    tokens = virtual_tokens.real_tokens(base, count, seed=3)
     assert lm.num_virtual_tokens == len(tokens) == count
     assert not set(tokens.tolist()) & set(base.tokenizer.all_special_ids)
     ids = torch.tensor([[0, 70, 80, 90, 75, 60, 61, 62, 63, 64, 65, 66, 67]])
@@ -174,14 +174,14 @@ def test_a_fresh_prefix_of_a_masked_model_holds_its_keys_and_values(tiny):
     for layer in base.module.roberta.encoder.layer:
         for part in (layer.attention.self.key, layer.attention.self.value):
             part.register_forward_hook(lambda module, args, output: caught.append(output[0]))
-    base.module(input_ids=adapters.real_tokens(base, 5, seed=2)[None])
+    base.module(input_ids=virtual_tokens.real_tokens(base, 5, seed=2)[None])
     (prefix,) = tuned_of(lm)
     torch.testing.assert_close(prefix, torch.cat(caught, 1), rtol=0, atol=1e-6)
 
 
 def test_virtual_tokens_are_made_of_ordinary_tokens_that_the_seed_draws_from_all_of_them(tiny):
     lm = tiny("llama")
-    drawn = [adapters.real_tokens(lm, 500, seed).tolist() for seed in (0, 0, 1)]
+    drawn = [virtual_tokens.real_tokens(lm, 500, seed).tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     ordinary = set(range(len(lm.tokenizer))) - set(lm.tokenizer.all_special_ids)
     assert set().union(*drawn) <= ordinary
@@ -225,7 +225,7 @@ def test_adapters_of_the_papers_models_have_the_published_sizes(name, scheme, mo
         module = auto.from_config(config).eval()
     seen = []
     # There are no numbers on the meta device to begin with, only shapes.
-    monkeypatch.setattr(adapters, "_set_virtual_tokens", lambda lm, values: seen.append(values.shape))
+    monkeypatch.setattr(virtual_tokens, "_set_virtual_tokens", lambda lm, values: seen.append(values.shape))
     lm = prepared(LanguageModel(module, byte_tokenizer(config), name, masked), tuning=scheme)
     assert sum(p.numel() for p in tuned_of(lm)) / 1e6 == pytest.approx(SIZES[name][scheme], rel=0.03, abs=0.0005)
     assert seen == ([] if scheme == "lora" else [tuned_of(lm)[0].shape])

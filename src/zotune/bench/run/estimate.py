@@ -22,8 +22,10 @@ from zotune.bench.run.accuracy_cells import BASELINE, STEPS_OF_A_PROBE, max_step
 from zotune.bench.spec.schema import CellSpec
 
 COUNTS_FOR_RESULTS = "never"
-SECONDS_TO_START = 7.0
+_SECONDS_TO_START = 7.0
 """Seconds in which a job's process imports its libraries, loads a small model and reads its rows."""
+_SECONDS_OF_A_FORK = 3.0
+"""The same without the imports, of a process that is forked."""
 _OPERATIONS_PER_SECOND = {"cpu": 6e10, "cpu half": 6e9, "cuda": 1.5e13, "cuda half": 1e14}
 _SECONDS_OF_A_STEP = 0.005
 _TOKENS_OF_A_WORD = 1.35
@@ -99,18 +101,18 @@ def _accuracy(spec: CellSpec, known: float | None, counted: _Counted) -> float:
     a_step = work.seconds_per_step if known is None else known
     total = 0.0
     if counted.new("baseline", {name: options.get(name) for name in BASELINE}):
-        total += SECONDS_TO_START + work.seconds_of_rows(work.num_eval, whole=True)
+        total += _SECONDS_OF_A_FORK + work.seconds_of_rows(work.num_eval, whole=True)
     if work.reused and counted.new("lower layers", options.get("model"), options.get("task"), options.get("prompt")):
         total += work.seconds_of_rows(work.num_train + work.num_dev + work.num_eval, whole=True)
     budget = spec.budget
     steps = float(max_steps_of(options))
     if budget.forward_equivalents is not None:
         steps = max(1.0, budget.forward_equivalents / work.equivalents)
-        total += SECONDS_TO_START + STEPS_OF_A_PROBE * a_step if counted.new("probe", options) else 0.0
+        total += _SECONDS_OF_A_FORK + STEPS_OF_A_PROBE * a_step if counted.new("probe", options) else 0.0
     elif budget.seconds is not None:
         steps = budget.seconds / a_step
     total += sum(
-        SECONDS_TO_START + STEPS_OF_A_PROBE * a_step
+        _SECONDS_OF_A_FORK + STEPS_OF_A_PROBE * a_step
         for size in budget.batch_sizes
         if counted.new("probe", options, size)
     )
@@ -118,9 +120,9 @@ def _accuracy(spec: CellSpec, known: float | None, counted: _Counted) -> float:
     held_out = work.seconds_of_rows(work.num_dev)
     for point in range(points if points > 1 else 0):
         if counted.new("trial", options, plan, steps, point):
-            total += SECONDS_TO_START + steps_of_trial(spec, round(steps)) * a_step + 2 * held_out
+            total += _SECONDS_OF_A_FORK + steps_of_trial(spec, round(steps)) * a_step + 2 * held_out
     every = min(steps, options.get("eval_steps", max(1.0, steps // 10)))
-    of_run = SECONDS_TO_START + steps * a_step + (steps // every + 1) * held_out + work.seconds_of_rows(work.num_eval)
+    of_run = _SECONDS_OF_A_FORK + steps * a_step + (steps // every + 1) * held_out + work.seconds_of_rows(work.num_eval)
     num_runs = sum(counted.new("run", options, plan, steps, seed) for seed in spec.seeds)
     return float(total + num_runs * of_run)
 
@@ -129,12 +131,12 @@ def _other(spec: CellSpec, known: float | None, counted: _Counted) -> float:
     """Seconds of the new jobs of a cell that measures a step or compares estimates."""
     options = spec.options
     if spec.kind == "quality":
-        each = SECONDS_TO_START + 0.01 * options.get("num_queries", 1) * max_steps_of(options)
+        each = _SECONDS_OF_A_FORK + 0.01 * options.get("num_queries", 1) * max_steps_of(options)
     elif not (steps := options.get("num_steps", 3)):
-        each = SECONDS_TO_START
+        each = _SECONDS_TO_START
     else:
         work = _work_of({"num_train": 0, "num_dev": 0, "num_eval": 0, **options})
-        each = SECONDS_TO_START + work.loading + (1 + steps) * (work.seconds_per_step if known is None else known)
+        each = _SECONDS_TO_START + work.loading + (1 + steps) * (work.seconds_per_step if known is None else known)
     return float(each * sum(counted.new(spec.kind, options, seed) for seed in spec.seeds))
 
 

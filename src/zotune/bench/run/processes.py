@@ -34,7 +34,7 @@ OUT_OF_MEMORY, FAILED = 3, 1
 # Jobs whose time and memory are results of their own: what a server has imported must not count among them.
 _MEASURES_ITS_PROCESS = frozenset({"step"})
 _WORKER = tuple(python("-m", "zotune.bench.run.worker"))
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_LOOKS = 0.5
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 

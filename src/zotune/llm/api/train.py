@@ -23,13 +23,14 @@ from zotune.llm.distributed.mesh import mesh_of, together
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.tuned_parameters import prepare_tuning
 from zotune.llm.output.checkpoint_folder import check_checkpoint
+from zotune.llm.output.result import Result
 from zotune.llm.rows.sources import MAX_STREAMED_EVALUATION, UserRows
 from zotune.llm.sharing.hub import check_upload
 from zotune.llm.tasks.load_data import EncodedData, load_training_rows
 from zotune.llm.training import train as by_name
 from zotune.llm.training.in_memory import MemoryOutput, open_output
 from zotune.llm.training.learning_rate import schedule_of
-from zotune.llm.training.train import Result, check_alike, tune, with_options_of
+from zotune.llm.training.train import check_alike, tune, with_options_of
 from zotune.messages import say
 from zotune.system.processes import TIMEOUT
 

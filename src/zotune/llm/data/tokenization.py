@@ -9,14 +9,14 @@ word, so a model that is trained on the joined token must not be asked to contin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from string import ascii_letters
 from typing import Any, Literal, NamedTuple
 
 from zotune.errors import UsageError
 from zotune.llm.data.control_tokens import Span, Tokens, control_tokens
+from zotune.llm.data.encoded import Candidate as Candidate
+from zotune.llm.data.encoded import Encoded as Encoded
 from zotune.llm.data.examples import Example
 
 # What becomes of rows that are too long: the option `long_rows`.
@@ -34,48 +34,6 @@ class _Scored(NamedTuple):
     positions: tuple[int, ...]
     tokens: tuple[int, ...]
     num_cut: int = 0
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The scored tokens of a candidate: `tokens[i]` is predicted at position `positions[i]` of a sequence."""
-
-    sequence: int
-    positions: tuple[int, ...]
-    tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised example: the distinct sequences that the model reads, and the candidates in them.
-
-    Attributes:
-        label, also_right, answers: as in the example.
-        prompt: the tokens to generate an answer from, if it is generated; text: the same prompt as text.
-        place: file and line of the row, or its split and number, for messages; no part of the row's digest.
-        num_cut: tokens that were cut from the row because it is too long.
-        columns: the row's columns, for a reward or a metric that reads them.
-    """
-
-    sequences: tuple[tuple[int, ...], ...]
-    candidates: tuple[Candidate, ...]
-    label: int
-    also_right: tuple[int, ...] = ()
-    answers: tuple[str, ...] = ()
-    prompt: tuple[int, ...] = ()
-    text: str = ""
-    place: str = field(default="an example", compare=False, repr=False)
-    num_cut: int = field(default=0, compare=False, repr=False)
-    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def length(self) -> int:
-        """The tokens of the longest sequence, or of a prompt without candidates."""
-        return max(map(len, self.sequences or (self.prompt,)))
-
-    def is_right(self, prediction: int) -> bool:
-        """Whether a candidate is one of the right ones."""
-        return prediction == self.label or prediction in self.also_right
 
 
 class Encoder:

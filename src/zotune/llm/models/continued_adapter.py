@@ -12,7 +12,7 @@ from typing import Any
 from zotune.errors import UsageError
 from zotune.llm.checkpoints.adapter_merge import is_adapter
 from zotune.llm.config.step import StepOptions
-from zotune.llm.models.adapters import ALL_LINEAR, is_target, linear_layers
+from zotune.llm.models.adapters.lora import ALL_LINEAR, is_target, linear_layers
 from zotune.llm.models.language_model import LanguageModel
 from zotune.messages import say
 from zotune.model.layers import stack_of

@@ -22,12 +22,12 @@ from zotune.llm.models.load import (
     base_options,
     check_quantization,
     check_revision,
-    errors_in_words,
     load,
     quiet_libraries,
     source_of,
     tokenizer_of,
 )
+from zotune.llm.models.loading_errors import errors_in_words
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import replace_with_packed_shapes
 

@@ -16,7 +16,9 @@ from zotune.llm.checkpoints.fingerprint import fingerprint
 from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
-from zotune.llm.models.adapters import add_lora, add_peft_adapter, add_prefix, add_prompt, first_layer
+from zotune.llm.models.adapters.by_name import add_peft_adapter
+from zotune.llm.models.adapters.lora import add_lora, first_layer
+from zotune.llm.models.adapters.virtual_tokens import add_prefix, add_prompt
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.continued_adapter import continue_adapter, continues, scheme_of
 from zotune.llm.models.language_model import LanguageModel

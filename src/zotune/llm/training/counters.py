@@ -4,10 +4,15 @@ the passes that they count cost.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.data.batches import orders
+from zotune.llm.data.encoded import Encoded
 from zotune.llm.models.activation_cache import SequenceCache
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.scoring.accuracy import Scorer
@@ -65,3 +70,13 @@ def spent(counters: Counters, cost: PassCost, config: TrainConfig, num_rows: int
     read = min(counters.step * config.rows_a_step, num_rows)
     layer_passes = cost.layer_passes(*passes, read / config.per_device_train_batch_size)
     return {"forward_equivalents": cost.equivalents(*passes), "layer_passes": layer_passes}
+
+
+def tokens_read(counters: Counters, config: TrainConfig, rows: Sequence[Encoded]) -> int:
+    """Return the tokens of the forward passes of training so far on these rows, without padding."""
+    if not counters.step:
+        return 0
+    sizes = array("L", (sum(map(len, e.sequences)) for e in rows))
+    tokens = sum(sizes[i] for batch in islice(orders(len(sizes), config), counters.step) for i in batch)
+    # Each pass reads one of the batches that a step accumulates.
+    return round(tokens * counters.num_forwards / (counters.step * config.gradient_accumulation_steps))

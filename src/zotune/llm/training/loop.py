@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from ctypes import c_float
 from dataclasses import asdict
@@ -14,17 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from zotune.directions.direction import Direction
-from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.mesh import ALONE_MESH
-from zotune.estimate.objective import Batched, accumulate, probing
-from zotune.estimate.per_example.objective import PerExample
-from zotune.estimate.probes import refuse, values_side_by_side
+from zotune.estimate.objective import accumulate, probing
 from zotune.ledger import StepRecord
 from zotune.llm.callbacks.events import Events, training_metrics
 from zotune.llm.config.run import TrainConfig
-from zotune.llm.config.step import StepOptions
-from zotune.llm.data.batches import batches, orders
+from zotune.llm.data.batches import batches
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.distributed.agreement import check_weights
 from zotune.llm.models.language_model import LanguageModel
@@ -34,16 +28,14 @@ from zotune.llm.scoring.accuracy import Evaluation, Scorer
 from zotune.llm.scoring.closures import candidate_loss, candidate_loss_per_example
 from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import BestModelTracker
-from zotune.llm.training.counters import Counters, cost_of_passes, spent
+from zotune.llm.training.counters import Counters, cost_of_passes, spent, tokens_read
 from zotune.llm.training.in_memory import FollowerOutput, MemoryOutput, NoJournal, Output
 from zotune.llm.training.learning_rate import Schedule, schedule_of, set_learning_rates
-from zotune.llm.training.optimizers import AnyOptimizer, make_optimizer
+from zotune.llm.training.optimizers import make_optimizer
 from zotune.llm.training.progress import Display, Status
 from zotune.llm.training.resume import Journal
 from zotune.llm.training.signals import StopRequest
-from zotune.llm.training.step import ZerothOrderStep, update_of
-from zotune.messages import say
-from zotune.optim.hybrid import Hybrid
+from zotune.llm.training.step import ZerothOrderStep, try_side_by_side, update_of
 from zotune.optim.zeroth_order import ZerothOrder
 from zotune.system.malloc import keep_activations
 from zotune.system.peak_memory import peak_memory
@@ -185,13 +177,7 @@ class Run:
 
     def tokens_read(self) -> int:
         """Return the tokens of the forward passes of training, without padding; 0 if text is generated."""
-        counters, config = self.counters, self.config
-        if not counters.step or self.rows.generated is not None:
-            return 0
-        sizes = array("L", (sum(map(len, e.sequences)) for e in self.rows.train))
-        tokens = sum(sizes[i] for batch in islice(orders(len(sizes), config), counters.step) for i in batch)
-        # Each pass reads one of the batches that a step accumulates.
-        return round(tokens * counters.num_forwards / (counters.step * config.gradient_accumulation_steps))
+        return 0 if self.rows.generated is not None else tokens_read(self.counters, self.config, self.rows.train)
 
     def close(self) -> None:
         """Release the run's ledger."""
@@ -351,27 +337,3 @@ class Run:
 def _loss_of(config: TrainConfig) -> Callable[..., Callable[[], Tensor]]:
     """Return what makes closures of the mean loss, of single examples where a step needs these."""
     return candidate_loss_per_example if config.reads_examples else candidate_loss
-
-
-def try_side_by_side(
-    optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
-) -> None:
-    """Find out on the closure's few examples whether its probes may share a pass, and say so if they may not."""
-    zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
-    # The forward gradient has no probes that could share a pass, and those of a tensor-parallel plan never do.
-    if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
-        return
-    if zeroth_order.tuned.is_tensor_parallel:
-        return
-    before, u = lm.num_forwards, Direction(seed=0)
-    if isinstance(closure, PerExample):
-        zeroth_order.estimate(closure)
-        lm.num_forwards = before
-        zeroth_order.num_forwards = 0
-    elif isinstance(closure, Batched) and closure.most > 1:
-        try:
-            with probing(lm.module):
-                values_side_by_side(closure, zeroth_order.tuned, [(1.0, u), (-1.0, u)])
-        except NotSeparableError as error:
-            say(refuse(closure, zeroth_order.tuned, error))
-        lm.num_forwards = before

@@ -1,6 +1,7 @@
 """One update of a run by a zeroth-order method, a first-order baseline or both, and checks of the first update.
 
-The checks refuse a μ or a learning rate that is too small for the precision of the weights.
+The checks refuse a μ or a learning rate that is too small for the precision of the weights, and find out whether the
+probes may share a forward pass.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from torch import Tensor
 
 from zotune.apply.tensor_update import HALF, Rounding
 from zotune.apply.update import updated_slice
+from zotune.directions.direction import Direction
 from zotune.errors import NonFiniteLossError, UsageError
+from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.estimators import unbound
 from zotune.estimate.mesh import ALONE_MESH, Mesh
-from zotune.estimate.objective import accumulate
+from zotune.estimate.objective import Batched, accumulate, probing
+from zotune.estimate.per_example.objective import PerExample
+from zotune.estimate.probes import refuse, values_side_by_side
 from zotune.llm.config.run import TrainConfig
+from zotune.llm.config.step import StepOptions
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer
+from zotune.messages import say
 from zotune.methods.randopt import best_points
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
@@ -220,3 +227,27 @@ def _smallest_mu(tuned: ParameterSet) -> float:
     found = [x for t in tuned if len(x := _sample(t))]  # a process may hold nothing of a tensor in shards
     sizes = [x.float().abs().median() * torch.finfo(x.dtype).eps for x in found]
     return float(10 ** torch.stack([s.cpu() for s in sizes]).max().log10().ceil())
+
+
+def try_side_by_side(
+    optimizer: AnyOptimizer, closure: Callable[[], Tensor], lm: LanguageModel, options: StepOptions
+) -> None:
+    """Find out on the closure's few examples whether its probes may share a pass, and say so if they may not."""
+    zeroth_order = optimizer.zeroth_order if isinstance(optimizer, Hybrid) else optimizer
+    # The forward gradient has no probes that could share a pass, and those of a tensor-parallel plan never do.
+    if not isinstance(zeroth_order, ZerothOrder) or options.method == "forward_grad":
+        return
+    if zeroth_order.tuned.is_tensor_parallel:
+        return
+    before, u = lm.num_forwards, Direction(seed=0)
+    if isinstance(closure, PerExample):
+        zeroth_order.estimate(closure)
+        lm.num_forwards = before
+        zeroth_order.num_forwards = 0
+    elif isinstance(closure, Batched) and closure.most > 1:
+        try:
+            with probing(lm.module):
+                values_side_by_side(closure, zeroth_order.tuned, [(1.0, u), (-1.0, u)])
+        except NotSeparableError as error:
+            say(refuse(closure, zeroth_order.tuned, error))
+        lm.num_forwards = before

@@ -15,9 +15,10 @@ from zotune.llm.config.run import TrainConfig, write_yaml
 from zotune.llm.config.schema import validate
 from zotune.llm.output.json_files import write_json
 from zotune.llm.output.locked_folder import LockedFolder
+from zotune.llm.output.result import Result
 from zotune.llm.search.points import Point, Search, grid, optuna_trials
 from zotune.llm.tasks.user_data import RESOLVED_OPTIONS
-from zotune.llm.training.train import Result, train
+from zotune.llm.training.train import train
 from zotune.messages import say
 
 RECIPE, RESULTS = "best.yaml", "tune.json"

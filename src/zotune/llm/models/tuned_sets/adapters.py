@@ -19,10 +19,10 @@ from torch import nn
 
 from zotune.errors import UsageError
 from zotune.llm.config.step import StepOptions
-from zotune.llm.models.adapters import (
+from zotune.llm.models.adapters.by_name import add_peft_adapter
+from zotune.llm.models.adapters.lora import (
     ALL_LINEAR,
     add_lora,
-    add_peft_adapter,
     default_targets,
     first_layer,
     linear_layers,
