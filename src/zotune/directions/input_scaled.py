@@ -123,8 +123,8 @@ def _placed(tensor: TunedTensor, values: Tensor) -> _Scale:
     size = shape[0] if is_rows else shape[1:].numel()
     if values.shape != (size,) or not (values.is_meta or (values > 0).all()):
         raise UsageError(
-            f"input_scaled: {tensor.name!r} of shape {tuple(shape)} takes {size} positive scales, one for each of its inputs, "
-            f"not a tensor of shape {tuple(values.shape)}."
+            f"input_scaled: {tensor.name!r} of shape {tuple(shape)} takes {size} positive scales, one for each of its "
+            f"inputs, not a tensor of shape {tuple(values.shape)}."
         )
     # A plan has tensors without values.
     device = tensor.device if tensor.is_held else values.device

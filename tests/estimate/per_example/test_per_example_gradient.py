@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from test_per_example import KINDS, batch_of, reader
 from torch import nn
 
 import zotune as zo
-from test_per_example import KINDS, batch_of, reader
 from zotune.errors import UsageError
 from zotune.system import limits
 

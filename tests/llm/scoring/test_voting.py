@@ -126,8 +126,8 @@ def test_a_first_step_without_a_better_point_is_no_error_of_mu():
     [({"dtype": "bfloat16"}, "leave out dtype"), ({"compute_metrics": ["rouge"]}, "judges what one model answers")],
 )
 def test_vote_takes_the_model_as_it_was_trained(options, reason):
-    with pytest.raises(ValueError, match=reason):
-        EvalConfig.model_validate({"model": "runs/a", "task": "sst2", "vote": True, **options})
+    with pytest.raises(UsageError, match=reason):
+        evaluate(EvalConfig.model_validate({"model": "runs/a", "task": "sst2", "vote": True, **options}))
 
 
 def test_without_vote_the_saved_weights_are_measured(monkeypatch):

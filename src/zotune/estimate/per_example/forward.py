@@ -28,10 +28,10 @@ from zotune.estimate.copies import each_copy, with_copies
 from zotune.estimate.forward_mode.dual_numbers import dual, unpack
 from zotune.estimate.forward_mode.gradient_check import contradicted, is_compared, precision_of
 from zotune.estimate.forward_mode.jvp import explained, refuse_compiled
-from zotune.estimate.perturb import OffsetAlong, nbytes
 from zotune.estimate.per_example.estimator import Examples, PerExampleEstimator, Probes
 from zotune.estimate.per_example.objective import PerExample
 from zotune.estimate.per_example.weights import each_alone
+from zotune.estimate.perturb import OffsetAlong, nbytes
 from zotune.model.intercept import ParameterInterceptor
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
@@ -69,7 +69,7 @@ class each_dual(ParameterInterceptor):  # noqa: N801 - named as `each_alone`
         if needed > limits.EXAMPLE_BYTES:
             raise UsageError(
                 f"{len(self._of_rows)} rows would take {needed >> 20} MiB of copies of what is tuned and of its "
-                f"tangents, more than {limits.EXAMPLE_BYTES >> 20} MiB. Tune fewer numbers, take smaller micro-batches, "
+                f"tangents, above {limits.EXAMPLE_BYTES >> 20} MiB. Tune fewer numbers, take smaller micro-batches, "
                 "or take differences of losses (zo_sgd) along directions of low rank."
             )
 
@@ -173,6 +173,6 @@ def _check(
     if said is not None:
         raise UsageError(
             f"the examples' forward gradients add up to {c:.4g}, but differences of their losses say {said:.4g}: the "
-            "losses depend on the weights in ways that forward-mode differentiation does not see (detach, a number read "
-            "off a tensor, a kernel). Use zo_sgd, whose differences need no derivative."
+            "losses depend on the weights in ways that forward-mode differentiation does not see (detach, a number "
+            "read off a tensor, a kernel). Use zo_sgd, whose differences need no derivative."
         )

@@ -76,19 +76,6 @@ class EvalConfig(ModelOptions, DataOptions):
     def _no_placed_shards(self, info: ValidationInfo) -> Self:
         return self if is_partial(info) else _check_shard(self, self.shard)
 
-    @model_validator(mode="after")
-    def _no_other_voters(self, info: ValidationInfo) -> Self:
-        """Refuse options of the model beside `vote`, which takes the model of the run as it was trained."""
-        if is_partial(info) or not self.vote:
-            return self
-        if self.compute_metrics:
-            raise ValueError("compute_metrics judges what one model answers; leave out vote, or compute_metrics")
-        of_model = (*(ModelOptions.model_fields.keys() - {"model", "device", "accept_terms"}), "shard")
-        given = sorted(n for n in of_model if getattr(self, n) != type(self).model_fields[n].default)
-        if given:
-            raise ValueError(f"vote makes the run's model again from its ledger, as it was trained; leave out {given[0]}")
-        return self
-
     @property
     def tasks(self) -> tuple[str | None, ...]:
         """The tasks, each once; None stands for the user's own rows."""
@@ -290,20 +277,22 @@ def training_rows_note(config: EvalConfig, folder: Path) -> str | None:
 
 
 # What a run may choose for itself, and records.
-_CHOSEN = ("chat_date", "learning_rate", "num_train")
+_CHOSEN = ("chat_date", "learning_rate", "num_train", "only_layer")
 
 
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
 
-    These are the date for chats, the learning rate of a search or of the defaults, and how many rows of a stream its
-    steps may read. A new run chooses the latter here, so that it can be resumed for more steps on the same rows.
+    These are the date for chats, the learning rate of a search or of the defaults, the dominant layer, and how many
+    rows of a stream its steps may read. A new run chooses the latter here, so that it can be resumed for more
+    steps on the same rows.
     """
     path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
     is_open = {
         "chat_date": config.chat_date is None,
         "learning_rate": not isinstance(config.learning_rate, float),
         "num_train": config.streaming and config.num_train is None,
+        "only_layer": config.only_layer == "dominant",
     }
     if not config.resume or not path.is_file():
         reads_by_steps = is_open["num_train"] and config.num_train_epochs is None

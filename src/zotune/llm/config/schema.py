@@ -103,7 +103,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed", "num_more_eval"),
     ),
     "Tuning": (
-        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers", "only_layer"),
         *("tuned_parameters", "activation_rank", "direction_scale"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),

@@ -11,7 +11,7 @@ from zotune.estimate.objective import probing
 from zotune.estimate.perturb import perturbed
 from zotune.ledger import Ledger
 from zotune.llm.checkpoints.adapter_source import folder_of_run
-from zotune.llm.config.run import EvalConfig
+from zotune.llm.config.run import EvalConfig, ModelOptions
 from zotune.llm.ledger.rebuild import RebuiltModel, config_of, find_ledger, rebuild_in_memory
 from zotune.llm.scoring.accuracy import Evaluation, Measure
 from zotune.llm.scoring.voting import elected
@@ -26,7 +26,25 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     Raises:
         UsageError: as there, or the model is no randopt run whose ledger has best points.
     """
-    return evaluation.evaluate(config, open_voters) if config.vote else evaluation.evaluate(config)
+    if not config.vote:
+        return evaluation.evaluate(config)
+    _check(config)
+    return evaluation.evaluate(config, open_voters)
+
+
+def _check(config: EvalConfig) -> None:
+    """Refuse options of the model beside `vote`, which takes the model of the run as it was trained."""
+    if config.compute_metrics:
+        raise UsageError(
+            "compute_metrics judges what one model answers, --vote asks several; leave one out."
+        )
+    fields = EvalConfig.model_fields
+    others = ({*ModelOptions.model_fields} - {"model", "device", "accept_terms"}) | {"shard"}
+    given = sorted(name for name in others if getattr(config, name) != fields[name].default)
+    if given:
+        raise UsageError(
+            f"--vote makes the model again from its ledger, as it was trained; leave out {given[0]}."
+        )
 
 
 def open_voters(config: EvalConfig) -> Opened:
@@ -39,8 +57,8 @@ def open_voters(config: EvalConfig) -> Opened:
     run = config_of(ledger, device=config.device)
     if run.method != "randopt":
         raise UsageError(
-            f"--vote lets the best points of a randopt run vote, but {config.model} was tuned by {run.method}. Leave it "
-            "out, or tune with --method randopt."
+            f"--vote lets the best points of a randopt run vote, but {config.model} was tuned by {run.method}. Leave "
+            "it out, or tune with --method randopt."
         )
     if run.block_order == "sequential":
         raise UsageError(
