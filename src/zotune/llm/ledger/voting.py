@@ -35,16 +35,12 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
 def _check(config: EvalConfig) -> None:
     """Refuse options of the model beside `vote`, which takes the model of the run as it was trained."""
     if config.compute_metrics:
-        raise UsageError(
-            "compute_metrics judges what one model answers, --vote asks several; leave one out."
-        )
+        raise UsageError("compute_metrics judges what one model answers, --vote asks several; leave one out.")
     fields = EvalConfig.model_fields
     others = ({*ModelOptions.model_fields} - {"model", "device", "accept_terms"}) | {"shard"}
     given = sorted(name for name in others if getattr(config, name) != fields[name].default)
     if given:
-        raise UsageError(
-            f"--vote makes the model again from its ledger, as it was trained; leave out {given[0]}."
-        )
+        raise UsageError(f"--vote makes the model again from its ledger, as it was trained; leave out {given[0]}.")
 
 
 def open_voters(config: EvalConfig) -> Opened:
