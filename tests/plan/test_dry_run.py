@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
@@ -212,3 +213,15 @@ def test_a_dry_run_says_what_a_search_costs_and_which_rate_is_far_off(zotune, sh
     assert said.code == 0 and "398 in all" in said.out and "to find the learning rate" not in said.out
     said = zotune(*short("--dry-run", "--tuning", "lora", "--learning-rate", "100"))
     assert "the learning rate 100 is above the range" in said.out and "to find the learning rate" not in said.out
+
+
+def test_the_options_that_are_shown_and_the_defaults_of_the_others_are_the_run(tmp_path):
+    options = dict(model="random:llama-tiny", task="sst2", num_train=8, num_dev=4, learning_rate=1e-2, lora_r=2)
+    config = TrainConfig(**options, tuning="lora", max_steps=4, output_dir=tmp_path / "run")
+    forecast = dry_run(config)
+    text = str(forecast)
+    recipe = yaml.safe_load(text.partition("other options")[0].rpartition("\n")[0])
+    assert TrainConfig.model_validate(recipe) == forecast.config
+    assert {"model", "lora_r", "num_train", "seed"} <= recipe.keys()
+    assert not {"hybrid_layers", "adam_beta1"} & recipe.keys()
+    assert f"{len(TrainConfig.model_fields) - len(recipe)} other options" in text

@@ -53,6 +53,18 @@ from zotune.system.peak_memory import peak_memory
 from zotune.system.processes import asked_for
 
 SHOWN_REFUSED = 5
+# Options that are shown though they have their defaults.
+_FIRST = (
+    "model",
+    "task",
+    "tuning",
+    "method",
+    "learning_rate",
+    "mu",
+    "max_steps",
+    "per_device_train_batch_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class DryRun:
         return {"config": self.config.model_dump(mode="json"), **plain, "memory": self.memory.to_json(), **places}
 
     def __str__(self) -> str:
-        recipe = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        recipe, num_others = _recipe(self.config)
         shown = "\n\n".join(f"example {i}: {text}" for i, text in enumerate(self.examples, start=1))
         rows = "{train} for training, {dev} held out, {test} for evaluation".format_map(self.num_rows)
         tokens = ", ".join(f"{name} {n:g}" for name, n in self.tokens.items())
@@ -108,7 +120,8 @@ class DryRun:
         parts = [f"{name} {mib(n)}" for name, n in asdict(self.memory).items() if n]
         return "\n".join(
             [
-                recipe,
+                yaml.safe_dump(recipe, sort_keys=False),
+                f"{num_others} other options have their defaults; --json shows them",
                 *self.notes,
                 "",
                 f"The scored text is in ⟦ ⟧.\n\n{shown}\n",
@@ -121,6 +134,18 @@ class DryRun:
                 *([] if self.places is None else [str(self.places)]),
             ]
         )
+
+
+def _recipe(config: TrainConfig) -> tuple[dict[str, Any], int]:
+    """The options that make the run what it is: the first ones, and what differs from a default; how many others."""
+    options = config.model_dump(mode="json")
+    # A default that follows from other options counts as none, so that option is shown.
+    defaults = {
+        name: field.get_default(call_default_factory=not field.default_factory_takes_validated_data)
+        for name, field in TrainConfig.model_fields.items()
+    }
+    shown = {n: v for n, v in options.items() if n in _FIRST or getattr(config, n) != defaults[n]}
+    return shown, len(options) - len(shown)
 
 
 def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
