@@ -73,6 +73,7 @@ CASES = {
         one_sided,
     ),
     "subzero": (partial(zo.subzero, rank=2, interval=3, num_queries=2), descent, central),
+    "subzero, square": (partial(zo.subzero, rank=3, interval=3, square=True), descent, central),
     "lozo": (partial(zo.lozo, interval=3), descent, central),
     "lozo, momentum": (partial(zo.lozo, interval=3, beta=0.7, num_queries=2), lozo, central),
     "zo_muon": (partial(zo.zo_muon, rank=3, interval=3, vector_lr=VECTORS), muon, one_sided),

@@ -117,6 +117,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
             "rank",
             "rank_interval",
             "rank_scale",
+            "square_subspaces",
             "hessian_share",
             "spectral_rank",
             "vector_learning_rate",
