@@ -161,6 +161,19 @@ def disturbed_run(config, rank, act, step=2):
     return result.num_steps, result.stopped_by
 
 
+def run_on_a_full_disk(config):
+    """Run `zotune train` where the model cannot be written."""
+    from zotune.llm.config.run import TrainConfig
+    from zotune.llm.output import output_folder
+    from zotune.llm.training.train import train
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    output_folder.write_model_files = full
+    return train(TrainConfig(**config)).num_steps
+
+
 def _lose_a_bit(run):
     p = next(p for p in run.lm.module.parameters() if p.requires_grad)
     with torch.no_grad():

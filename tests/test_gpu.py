@@ -1,5 +1,6 @@
 """On a real GPU, end to end: `make test-gpu` runs this, with `test_triton.py`; without one it is left out."""
 
+import copy
 import os
 import warnings
 
@@ -12,6 +13,8 @@ from zotune import noise
 from zotune.estimate.cuda_graph import CUDAGraphDifference
 from zotune.ledger import LedgerWriter, read
 from zotune.ledger.replay import header_of, record_to, replay
+from zotune.model.mapped_memory import ScratchFile
+from zotune.model.streaming import LayerStream, settle
 
 pytestmark = pytest.mark.skipif(
     os.environ["TRITON_INTERPRET"] != "0" or not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"
@@ -138,3 +141,63 @@ def test_an_objective_that_reads_numbers_of_the_gpu_is_refused_as_a_graph():
     probe = CUDAGraphDifference(losses, model.x, model.y, mu=1e-2)
     with pytest.raises(zo.UsageError, match="cannot be captured"):
         zo.ZerothOrder(model, lr=1e-3, estimator=probe).step(probe.on(model.x, model.y))
+
+
+class Block(nn.Module):
+    """A layer with a norm, which stays on the device, and matrices, which come to it from a file."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def streamed_and_resident(dtype, folder, width=256, depth=8):
+    """A model whose layers lie in a file, and a copy of it on the device."""
+    torch.manual_seed(0)
+    streamed = nn.Sequential(*(Block(width) for _ in range(depth))).to(dtype)
+    resident = copy.deepcopy(streamed).to(DEVICE)
+    scratch = ScratchFile(folder)
+    for p in streamed.parameters():
+        p.data = scratch.copy(p.data) if p.dim() > 1 else p.data
+    LayerStream(streamed, scratch, DEVICE)
+    return streamed, resident
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def closure_of(model, dtype, width=256):
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    return lambda: model(x).float().square().mean()
+
+
+@each_dtype
+@pytest.mark.parametrize("method", [zo.zo_sgd, zo.zo_adam], ids=lambda method: method.__name__)
+def test_layers_that_come_from_a_file_are_tuned_as_those_on_the_gpu(method, dtype, tmp_path):
+    streamed, resident = streamed_and_resident(dtype, tmp_path)
+    opt, reference, records = method(streamed, lr=1e-3), method(resident, lr=1e-3), []
+    opt.on_step = records.append
+    for _ in range(10):
+        expected = reference.estimate(closure_of(resident, dtype)).loss
+        assert opt.step(closure_of(streamed, dtype)) == pytest.approx(
+            expected, rel=1e-5 if dtype.itemsize == 4 else 1e-2
+        )
+        reference.replay_step(records[-1])
+    settle(streamed)
+    assert all(map(torch.equal, bits(streamed), bits(resident)))
+
+
+def test_two_layers_that_come_from_a_file_are_on_the_gpu_at_a_time(tmp_path):
+    streamed, _ = streamed_and_resident(torch.float32, tmp_path, width=1024)
+    opt, closure = zo.zo_sgd(streamed, lr=1e-3), closure_of(streamed, torch.float32, width=1024)
+    a_layer = sum(p.nbytes for p in streamed[0].parameters())
+    opt.step(closure)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    opt.step(closure)
+    # Besides the layer that runs and the next one: the one that is on its way back, or a perturbed piece.
+    assert torch.cuda.max_memory_allocated() - before < 4 * a_layer

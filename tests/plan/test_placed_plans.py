@@ -9,6 +9,7 @@ from zotune.errors import UsageError
 from zotune.llm.models.load import load
 from zotune.llm.models.placement.device_map import placement_of
 from zotune.llm.models.tuned_parameters import prepare_tuning
+from zotune.llm.output.model_files import write_model_files
 from zotune.llm.training.optimizers import make_optimizer
 from zotune.model.streaming import settle, stream_of
 from zotune.plan.dry_run import dry_run
@@ -62,6 +63,21 @@ def test_nothing_is_written_for_an_adapter(config, tmp_path):
     streamed = dry_run(config(model=LAYER, tuning="lora", offload_folder=tmp_path / "disk"))
     assert streamed.places.written == streamed.places.state == 0
     assert "nothing of them is written" in str(streamed)
+
+
+def test_what_is_converted_is_written(config, tmp_path, checkpoint_in_float16):
+    options = {"model": str(checkpoint_in_float16), "tuning": "lora", "offload_folder": tmp_path / "disk"}
+    same, converted = (dry_run(config(**options, dtype=dtype)) for dtype in ("float16", "float32"))
+    matrices = resident_bytes(config(model=LAYER, offload_folder=tmp_path / "disk"))[1]
+    assert (same.places.written, converted.places.written) == (0, matrices)
+
+
+@pytest.fixture
+def checkpoint_in_float16(config, tmp_path):
+    lm = load(config(model=LAYER))
+    lm.module.to(torch.float16)
+    write_model_files(lm, tmp_path / "model")
+    return tmp_path / "model"
 
 
 def test_a_plan_counts_streamed_layers(tmp_path):

@@ -189,7 +189,7 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
         )
         step = forwards_a_step(optimizer, config)
         memory = _memory(lm, optimizer, config, rows, data, stored)
-        memory, places = _placed(memory, lm, config, placement, shard)
+        memory, places = _placed(memory, lm, config, (placement, stored), shard)
         return DryRun(
             config=config,
             notes=(*data.notes, *rows.notes, *notes),
@@ -208,11 +208,16 @@ def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:
 
 
 def _placed(
-    memory: Memory, lm: LanguageModel, config: TrainConfig, placement: Placement | None, shard: str | None
+    memory: Memory,
+    lm: LanguageModel,
+    config: TrainConfig,
+    placed: tuple[Placement | None, torch.dtype],
+    shard: str | None,
 ) -> tuple[Memory, Places | Slices | None]:
     """Correct a prediction for a model that lies in several places or processes; returns also what lies where."""
+    placement, stored = placed
     if placement is not None:
-        return with_placement(memory, placement, tuned_of(lm), config)
+        return with_placement(memory, placement, tuned_of(lm), config, stored)
     if shard is not None:
         return with_shards(memory, lm.base, tuned_of(lm) if config.is_adapter else [], shard, asked_for())
     return memory, None

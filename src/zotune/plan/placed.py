@@ -24,7 +24,7 @@ class Places:
         weights: bytes of the weights by place, those of the checkpoint on "disk" among them.
         layer: bytes of the largest layer that visits the memory of the device, and how many do at a time.
         layers_at_once: how many such layers are there at a time.
-        written: bytes that the run writes beside the checkpoint: copies of the layers that are tuned.
+        written: bytes that the run writes beside the checkpoint: copies of the layers that are tuned, or converted.
         state: bytes of the state of their updates.
         folder: where they are written; None for the memory of the CPU.
     """
@@ -67,14 +67,23 @@ def placement_in_plan(options: ModelOptions, module: nn.Module, *, on_cpu: bool)
 
 
 def with_placement(
-    memory: Memory, placement: Placement, tuned: Iterable[Tensor], options: ModelOptions
+    memory: Memory, placement: Placement, tuned: Iterable[Tensor], options: ModelOptions, stored: torch.dtype
 ) -> tuple[Memory, Places]:
-    """Correct a prediction in which all weights and states are in one memory; returns also where they lie."""
+    """Correct a prediction in which all weights and states are in one memory; returns also where they lie.
+
+    Args:
+        memory: the prediction.
+        placement: where the weights lie.
+        tuned: the tuned tensors.
+        options: the folder for what is written.
+        stored: the precision of the checkpoint, of which what is converted is written too.
+    """
     streamed = {id(p): p for of_layer in placement.streamed_matrices for p in of_layer}
     weights = placement.bytes_by_place()
     others = sum(size for place, size in weights.items() if place != str(placement.device))
     all_tuned = list(tuned)
     tuned_there = [p for p in all_tuned if id(p) in streamed]
+    converted = [p for p in streamed.values() if p.is_floating_point() and p.dtype != stored and options.offload_folder]
     share = sum(p.numel() for p in tuned_there) / max(1, sum(p.numel() for p in all_tuned))
     state = round(memory.state * share)
     visiting = placement.layers_at_once * placement.largest_layer
@@ -82,7 +91,7 @@ def with_placement(
         weights,
         placement.largest_layer,
         placement.layers_at_once,
-        sum(p.numel() * p.element_size() for p in tuned_there),
+        _nbytes({id(p): p for p in [*tuned_there, *converted]}.values()),
         state,
         None if options.offload_folder is None else str(options.offload_folder),
     )

@@ -122,7 +122,7 @@ class Architecture:
             overhead=overhead_bytes(optimizer, device),
         )
         if self._placement is not None:
-            memory, places = with_placement(memory, self._placement, tuned, workload)
+            memory, places = with_placement(memory, self._placement, tuned, workload, self._stored)
             if self.places is None or places.state > self.places.state:
                 self.places = places
         return memory

@@ -98,6 +98,10 @@ class Processes:
     def fail(self, error: BaseException) -> None:
         """Tell the others why this process ends before they do, unless they know."""
 
+    def explained(self, error: BaseException) -> BaseException:
+        """Return what an error means: of a connection that broke within a pass of a model in shards, why it did."""
+        return error
+
 
 ALONE = Processes()
 """A process without others."""
@@ -160,6 +164,10 @@ class Group(Processes):
             dist.all_gather(found, tensor.contiguous(), group=self._scalars if tensor.device.type == "cpu" else None)
         return found
 
+    def explained(self, error: BaseException) -> BaseException:
+        """As `Processes.explained`."""
+        return self._lost(error) if isinstance(error, RuntimeError) and _is_of_connection(error) else error
+
     def fail(self, error: BaseException) -> None:
         """As `Processes.fail`."""
         if self._is_told or isinstance(error, PeerError):
@@ -219,6 +227,11 @@ class Group(Processes):
     def _has_last_words(self) -> bool:
         # They are set before the connection ends, but a killed process leaves none.
         return bool(self._store.check([_FAILED]))
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether torch.distributed has raised an error; gloo's is of no class of its own."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def _result_of(f: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -294,9 +307,12 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
-        error.is_told = True  # type: ignore[attr-defined]
-        processes.fail(error)
-        raise
+        found = processes.explained(error)
+        found.is_told = True  # type: ignore[attr-defined]
+        processes.fail(found)
+        if found is error:
+            raise
+        raise found from error
     finally:
         if owns and dist.is_initialized():
             with suppress(Exception):

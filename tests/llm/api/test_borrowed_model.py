@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zotune.errors import RunError
+from zotune.errors import RunError, UsageError
 from zotune.llm import evaluate, generate, load, train
 
 ROWS = [{"prompt": text, "label": "x"} for text in "abcdefgh"]
@@ -117,3 +117,33 @@ def test_no_random_state_and_no_tokenizer_changes(odd):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert {k: repr(v) for k, v in vars(tokenizer).items()} == before[1]
     assert repr(model.generation_config) == before[2]
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """What DeepSpeed puts around a model has this name."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class FullySharded(torch.nn.Module):
+    """A model in FSDP1 has a handle of its flat tensors."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self._handle = module, type("Handle", (), {"uses_sharded_strategy": True})()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "says"),
+    [
+        (DeepSpeedEngine, "Make the optimizer of the model without DeepSpeed"),
+        (FullySharded, "Shard the model by FSDP2 instead"),
+        (torch.nn.DataParallel, r"pass the model itself, model\.module"),
+    ],
+)
+def test_a_wrapped_model_is_refused_with_what_to_pass(odd, wrapper, says):
+    model, tokenizer = odd
+    with pytest.raises(UsageError, match=says):
+        train(wrapper(model), tokenizer, ROWS)

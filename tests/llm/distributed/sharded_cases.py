@@ -94,6 +94,8 @@ OPTIMIZERS |= {
     for name, make in zo.METHODS.items()
     if name not in OPTIMIZERS and name != "hizoo"
 }
+# Those of them that are made for the names of `models.Model`.
+OF_NAMES = ("scaled by inputs", "within given subspaces")
 # Those with a direction for each example.
 OF_EXAMPLES = ("grzo",)
 
@@ -103,13 +105,18 @@ def steps(mesh, way, names, sizes):
 
     The plain model takes the same coefficients; weights and states are compared bit by bit after every step.
     """
-    return {
-        name: _steps(mesh, getattr(models, way), *OPTIMIZERS[name], sizes, alone=name in OF_EXAMPLES) for name in names
-    }
+    shard = getattr(models, way)
+    return {name: _steps(mesh, shard, *OPTIMIZERS[name], sizes, alone=name in OF_EXAMPLES) for name in names}
 
 
-def _steps(mesh, shard, make, dtype, sizes, alone):
-    plain, model = models.model(dtype, **sizes), shard(models.model(dtype, **sizes), mesh)
+def steps_by_plan(mesh, family, names):
+    """As `steps`, of a model of transformers that is cut by its plan."""
+    make = partial(models.family, family)
+    return {name: _steps(mesh, models.by_plan, *OPTIMIZERS[name], {}, alone=False, build=make) for name in names}
+
+
+def _steps(mesh, shard, make, dtype, sizes, alone, build=models.model):
+    plain, model = build(dtype, **sizes), shard(build(dtype, **sizes), mesh)
     tokens = models.batch(vocabulary=sizes.get("vocabulary", models.VOCABULARY))
     objective = models.objective_of_examples if alone else models.objective
     optimizer, reference, records = make(model), make(plain), []
@@ -122,7 +129,7 @@ def _steps(mesh, shard, make, dtype, sizes, alone):
         reference.replay_step(records[-1])
         compare(model, plain, optimizer, reference)
     with torch.no_grad():  # what is gathered now is what the step has written
-        found, expected = model(tokens), plain(tokens)
+        found, expected = models.logits(model, tokens), models.logits(plain, tokens)
         most = (0.02 if dtype == HALF else 1e-5) * max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(found, expected, atol=most, rtol=0)
     return worst
@@ -199,6 +206,7 @@ REFUSED = {
     "partial": "Partial",
     "two dimensions": "along one dimension (Shard)",
     "forward_grad": "loses its tangent",
+    "directions of examples": "cannot exchange activations of",
     "magnitude": 'mask="random"',
 }
 
@@ -224,6 +232,10 @@ def refusals(mesh):
         model = models.tensor_parallel(models.model(), mesh)
         zo.forward_grad(model, lr=0.1).step(models.objective(model, tokens))
 
+    def directions_of_examples():
+        model = models.tensor_parallel(models.model(), mesh)
+        zo.grzo(model, lr=0.1).step(models.objective_of_examples(model, tokens))
+
     def tied_afterwards(*parts):
         model = models.model()
         model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
@@ -246,6 +258,7 @@ def refusals(mesh):
         "partial": lambda: placed(mesh, Partial()),
         "two dimensions": lambda: placed(square, Shard(0), _StridedShard(0, split_factor=2)),
         "forward_grad": forward_grad,
+        "directions of examples": directions_of_examples,
         "hizoo": lambda: zo.hizoo(models.fsdp(models.model(), mesh), 0.1),
         "FSDP1": lambda: zo.zo_sgd(FullyShardedDataParallel(models.model(), device_id=torch.device("cpu")), 0.1),
         "data parallel": lambda: zo.zo_sgd(nn.parallel.DistributedDataParallel(models.model()), 0.1),

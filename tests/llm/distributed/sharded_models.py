@@ -48,9 +48,13 @@ def batch(seed=1, rows=2, vocabulary=VOCABULARY):
     return torch.randint(vocabulary, (rows, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
+def logits(m, tokens):
+    found = m(tokens)
+    return getattr(found, "logits", found)
+
+
 def losses(m, tokens):
-    logits = m(tokens)
-    return nn.functional.cross_entropy(logits[:, :-1].mT.float(), tokens[:, 1:], reduction="none").mean(1)
+    return nn.functional.cross_entropy(logits(m, tokens)[:, :-1].mT.float(), tokens[:, 1:], reduction="none").mean(1)
 
 
 def objective(m, tokens):
@@ -90,4 +94,33 @@ def tensor_parallel(m, mesh):
         layer.norm.bias = nn.Parameter(distribute_tensor(layer.norm.bias.detach(), mesh, [Replicate()]))
         layer.norm.register_forward_pre_hook(lambda _, args: distribute_tensor(args[0], mesh, [Replicate()]))
         layer.norm.register_forward_hook(lambda _m, _a, out: out.to_local())
+    return m
+
+
+# Models of transformers -------------------------------------------------------------------------------------------
+
+# Heads and widths that 2 divides. 3 divides none of the widths, and the heads of OPT and GPT-2 need not be divided.
+_FAMILIES = {
+    "llama": {"hidden_size": 16, "intermediate_size": 14, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "pad_token_id": None},
+    "opt": {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 14, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "max_position_embeddings": 16},
+    "gpt2": {"n_embd": 16, "n_inner": 14, "n_layer": 2, "n_head": 4, "n_positions": 16},
+}
+
+
+def family(name, dtype=torch.float32):
+    """A tiny model of a family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=VOCABULARY, use_cache=False, **_FAMILIES[name])
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def by_plan(m, mesh):
+    """By the plan of transformers, or our own."""
+    from zotune.llm.models.placement.sharded import cut_by_plan
+
+    cut_by_plan(m)
     return m

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import many_cases
 import many_processes
 from zotune.cli.main import run as zotune
-from zotune.errors import UsageError
+from zotune.errors import RunError, UsageError
 from zotune.llm.checkpoints.adapter_merge import merged_model
 from zotune.llm.config.run import EvalConfig, TrainConfig
 from zotune.llm.config.step import ModelOptions
@@ -31,6 +32,7 @@ RUNS = {
     "best": {"eval_steps": 2, "load_best_model_at_end": True, "tuning": "full", "learning_rate": 1e-2},
     "blocks": {"blocks": "layer", "tuning": "full", "learning_rate": 1e-3},
     "norms": {"tuning": "norms", "learning_rate": 1e-2, "num_queries": 2},
+    "examples": {"directions_per_batch": 2, "rank": 1, "tuning": "full", "learning_rate": 1e-3},
 }
 FAMILIES = ("llama", "opt", "gpt2")
 
@@ -102,7 +104,7 @@ def test_a_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path):
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path, size):
     cases = [(name, family, "fsdp") for name, family in zip(RUNS, FAMILIES * 3, strict=False)]
-    by_plan = [name for name in RUNS if name != "forward_grad"]
+    by_plan = [name for name in RUNS if name not in ("forward_grad", "examples")]
     # Three processes do not divide the heads of the llama, whose plan gives each of them whole ones.
     cases += [(name, family, "tp") for name in by_plan for family in FAMILIES if family != "llama" or size == 2]
     check(options, tmp_path, size, cases)
@@ -145,6 +147,16 @@ def test_a_run_resumes_in_another_number_of_processes(options, tmp_path, name, s
 def test_a_run_by_a_plan_resumes_to_the_bits_of_its_ledger(options, tmp_path):
     resumed_in(options, tmp_path / "parts", (2, 3, 1), shard="tp")
     assert follows_its_ledger(tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_ends_a_run_in_shards_in_words(options, tmp_path):
+    """The other one is within a pass, and reads why from torchrun's store; here the store ends with the first."""
+    run = options("lora", "llama", tmp_path / "out", shard="fsdp", max_steps=1)
+    first, second = many_processes.run(2, many_cases.run_on_a_full_disk, run, raises=True)
+    assert isinstance(first, RunError) and "could not be saved" in str(first)
+    assert "No space left on device" in str(first)
+    assert isinstance(second, RunError) and "the connection to another process ended" in str(second)
 
 
 def evaluations(options, folder, found, **more):
@@ -201,12 +213,55 @@ def test_what_a_checkpoint_does_not_allow_is_refused_before_it_is_read(refusal):
     assert "it holds pytorch_model.bin" in refusal("opt")
 
 
+@pytest.mark.parametrize(
+    ("family", "shard", "part"),
+    [("llama", "fsdp", "would hold"), ("llama", "tp", "would hold"), ("opt", "fsdp", "whole")],
+)
+def test_slices_that_do_not_fit_are_refused_before_they_are_read(models, monkeypatch, family, shard, part):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("zotune.llm.models.placement.sharded.memory_of", lambda device: 1000)
+    monkeypatch.setattr("zotune.llm.models.load.read_pretrained", None)
+    with pytest.raises(UsageError, match=rf"shard: {shard} does not fit: .*{part}"):
+        load(EvalConfig(model=str(models / family), shard=shard, device="cpu", task="sst2"))
+
+
+def written_with(folder, key, value):
+    """Change the configuration of an adapter in a folder."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
+def test_an_adapter_is_tuned_further_by_a_plan(options, tmp_path):
+    """Its steps are those of an unsharded run up to rounding, for it begins with the same weights."""
+    first = tmp_path / "first"
+    short = {"max_steps": 1, "num_dev": 1}
+    train(TrainConfig(**options("lora", "llama", first, **short)))
+    short["model"] = str(first)
+    runs = [options("lora", "llama", tmp_path / name, **short) for name in ("tp", "one")]
+    many_processes.run(2, many_cases.train_runs, [runs[0] | {"shard": "tp"}])
+    train(TrainConfig(**runs[1]))
+    assert follows_its_ledger(tmp_path / "tp")
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "tp", tmp_path / "one", first)]
+    for name, other in weights[1].items():
+        torch.testing.assert_close(weights[0][name], other, atol=1e-4, rtol=0)
+    assert not any(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
 def test_an_adapter_that_is_loaded_with_its_base_is_refused_where_it_cannot_be_right(options, tmp_path, monkeypatch):
     train(TrainConfig(**options("lora", "llama", tmp_path / "adapter", max_steps=1)))
     config = EvalConfig(model=str(tmp_path / "adapter"), shard="tp", device="cpu", task="sst2")
-    with monkeypatch.context() as patch, pytest.raises(UsageError, match="lies beside whole layers"):
-        patch.setenv("WORLD_SIZE", "2")
-        load(config)
+    for change, says in {
+        ("init_lora_weights", "olora"): "changes whole ones when it is loaded",
+        ("use_dora", True): r"of another kind \(LORA, use_dora\)",
+        ("bias", "all"): r"of another kind \(LORA, bias\)",
+    }.items():
+        with monkeypatch.context() as patch, pytest.raises(UsageError, match=says):
+            patch.setenv("WORLD_SIZE", "2")
+            written_with(tmp_path / "adapter", *change)
+            load(config)
+        written_with(
+            tmp_path / "adapter", change[0], "none" if change[0] == "bias" else change[0] == "init_lora_weights"
+        )
     lm = load(config)
     monkeypatch.setattr("zotune.llm.checkpoints.adapter_merge.mesh_of", lambda module: "a mesh")
     with pytest.raises(UsageError, match="merged into weights that lie in shards"):
@@ -226,7 +281,8 @@ def test_shards_of_a_model_that_is_placed_otherwise_are_refused(schema, tmp_path
         ({"shard": "tp", "quantization": "bnb-nf4", "tuning": "lora"}, "packed integers"),
         ({"shard": "fsdp", "method": "hizoo"}, "scales every direction"),
         ({"shard": "fsdp", "sparsity": 0.5, "mask": "magnitude"}, "--mask random"),
-        ({"shard": "tp", "directions_per_batch": 2}, "each example alone"),
+        ({"shard": "tp", "directions_per_batch": 2}, "weights of its own"),
+        ({"shard": "tp", "method": "grzo"}, "use --shard fsdp, or several directions of the whole batch"),
         ({"shard": "fsdp", "tuning": "prefix"}, "use one of: full"),
         ({"shard": "tp", "method": "forward_grad"}, "lose their tangents"),
         ({"shard": "fsdp", "method": "fo_adam"}, "fo_adam back-propagates"),

@@ -93,3 +93,12 @@ def test_a_run_goes_on_in_another_number_of_processes_to_the_same_bits(on_two, n
 def test_every_optimizer_has_the_bits_of_the_unsharded_model(way, world, sizes):
     for differences in run(cases.steps, world, way, WAYS[way], SIZES[sizes]):
         check(differences, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "world"), [("llama", 2), ("opt", 2), ("opt", 3), ("gpt2", 2), ("gpt2", 3)])
+def test_every_optimizer_has_the_bits_of_the_unsharded_model_by_a_plan_of_transformers(family, world):
+    """Three processes do not divide the heads of the llama, whose plan gives each of them whole ones."""
+    names = [name for name in BY_PLAN if name not in cases.OF_NAMES]
+    for differences in run(cases.steps_by_plan, world, family, names):
+        check(differences, "tensor_parallel")

@@ -22,6 +22,7 @@ from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.quantized.backends import is_quantised
 from zotune.model.shards import reshard
+from zotune.model.wrappers import check_not_sharded
 from zotune.system.processes import connected
 
 
@@ -44,6 +45,8 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
     model = without_earlier_adapter(model)
     lm = _language_model(model, tokenizer)
     lm.mesh = mesh_of_shards(lm.base, connected(), lm) or lm.mesh
+    # What FSDP2 has gathered takes the place of the slices, which are the model's own parameters.
+    reshard(model)
     state = _State(model)
     model.eval()
     try:
@@ -51,9 +54,10 @@ def borrowed(model: Any, tokenizer: Any) -> Iterator[LanguageModel]:
             accept_old_name(lm.base)
         if not (lm.masked or is_quantised(lm.base)):
             check_causal(lambda ids: lm.read_with(lm.module, ids), lm.vocabulary, lm.name)
-        reshard(model)  # by default FSDP2 keeps what it has gathered of the outermost module, in place of its slices
+        reshard(model)
         yield lm
     except BaseException:
+        reshard(model)
         state.restore()
         raise
     state.settle(lm.module)
@@ -112,6 +116,8 @@ def _language_model(model: Any, tokenizer: Any) -> LanguageModel:
     is_peft = hasattr(model, "get_base_model")
     base = model.get_base_model() if is_peft else model
     if not isinstance(base, PreTrainedModel):
+        if isinstance(model, nn.Module) and not isinstance(model, nn.parallel.DistributedDataParallel):
+            check_not_sharded(model)
         raise UsageError(_no_model_message(model))
     name = base.name_or_path or type(base).__name__
     kind = kind_of(base.config, name, type(base).__name__)

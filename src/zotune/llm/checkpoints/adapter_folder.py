@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from zotune.llm.checkpoints.adapter_source import find_adapter
 from zotune.llm.checkpoints.hub_names import built_in_name
 from zotune.llm.checkpoints.no_code import check_metadata
 from zotune.llm.checkpoints.pretrained import LOADING_ERRORS
+from zotune.llm.checkpoints.stand_ins import stand_ins
+from zotune.model.shards import is_distributed, is_tensor_parallel
 from zotune.system.bounds import JSON_BYTES, read_bytes, read_json
 
 # Initialisations of LoRA that leave the base as it is, or move it by a function of its weights alone. The others move
@@ -177,7 +180,10 @@ def with_adapter(base: Any, folder: AdapterFolder, num_tokens: int) -> Any:
         weights = load_peft_weights(path, device="cpu")
         _resize_embedding(base, folder, weights, num_tokens)
         own |= {id(tensor) for tensor in base.parameters()}
-        with warnings.catch_warnings():
+        device = next(base.parameters()).device
+        # FSDP2 would miss its slices, and its layers have the sizes of whole matrices anyway.
+        whole = stand_ins(base, device, offloaded=False) if is_tensor_parallel(base) else nullcontext()
+        with warnings.catch_warnings(), whole:
             warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # they are errors below
             warnings.filterwarnings("ignore", message=NORM_OF_A_MODEL)
@@ -241,6 +247,11 @@ def _resize_embedding(base: Any, folder: AdapterFolder, weights: dict[str, Tenso
         )
     if rows == here:
         return
+    if is_distributed(embedding.weight):
+        raise UsageError(
+            f"the adapter in {folder.path} has an embedding of {rows} rows, but that of {folder.base} has {here} and "
+            "lies in shards, which cannot be resized. Merge it first, without --shard: zotune merge."
+        )
     if not isinstance(embedding, nn.Embedding) or not embedding.weight.is_floating_point():
         raise UsageError(
             f"the adapter in {folder.path} has an embedding of {rows} rows, but that of the quantised base "

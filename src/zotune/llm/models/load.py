@@ -36,7 +36,15 @@ from zotune.llm.models.placement.layers import (
     reads_within_layers,
     stream_in_memory,
 )
-from zotune.llm.models.placement.sharded import cut_by_fsdp, cut_by_plan, forget_loading, loading_arguments, shard_of
+from zotune.llm.models.placement.sharded import (
+    check_loaded_adapter,
+    cut_adapter,
+    cut_by_fsdp,
+    cut_by_plan,
+    forget_loading,
+    loading_arguments,
+    shard_of,
+)
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 from zotune.llm.quantized.backends import (
     QUANTIZERS,
@@ -73,11 +81,8 @@ def load(options: ModelOptions, labels: Sequence[str] = (), seed: int = 0) -> La
     check_revision(options)
     adapter = adapter_of(options)
     shard = shard_of(options)
-    if adapter is not None and shard == "tp":
-        raise UsageError(
-            f"shard: tp cuts a model as it is read, and the adapter {options.model} lies beside whole layers. Use "
-            "--shard fsdp, or merge it first (zotune merge)."
-        )
+    if adapter is not None and shard is not None:
+        check_loaded_adapter(read_adapter_folder(adapter).config, options.model, shard)
     if options.model.startswith("random:"):
         lm = _random(options.model.removeprefix("random:"), options)
         stream_in_memory(lm.module, options, device)
@@ -212,17 +217,18 @@ def _pretrained(options: ModelOptions, *, new_head: bool) -> LanguageModel:
         config = read_config(source, **options.reading)
         kind = kind_of(config, options.model)
         dtype = _DTYPES.get(options.dtype, config.dtype or torch.float32)
-        quantisation = loading_options(options.quantization, dtype, find_device(options.device))
+        device = find_device(options.device)
+        quantisation = loading_options(options.quantization, dtype, device)
         arguments = {
             "new_head": new_head and kind.masked,
             "dtype": _DTYPES.get(options.dtype, "auto"),
             **options.reading,
             **attention_of(options),
             **quantisation,
-            **loading_arguments(shard_of(options), source, config, kind.auto_class),
+            **loading_arguments(shard_of(options), source, config, kind.auto_class, dtype=dtype, device=device),
         }
         module = (
-            read_by_map(source, kind, options, config, find_device(options.device), arguments)
+            read_by_map(source, kind, options, config, device, arguments)
             if is_placed(options)
             else read_pretrained(source, kind, options.model, **arguments)
         )
@@ -296,6 +302,7 @@ def _load_adapter(path: Path, options: ModelOptions, labels: Sequence[str]) -> L
     lm.base_fingerprint = fingerprint(lm.module)
     lm.tokenizer = tokenizer_of(folder, lm.tokenizer)
     lm.module = with_adapter(lm.module, folder, len(lm.tokenizer))
+    cut_adapter(lm.base)
     if lm.num_virtual_tokens:
         accept_old_name(lm.base)
     lm.name = options.model

@@ -39,7 +39,7 @@ class OutputFolder:
     """The folder of one run, locked until `close`. Nothing is written before `begin`.
 
     Attributes:
-        path: path of the folder.
+        path, scratch: path of the folder, in which there are also large copies of weights, as files without a name.
         is_resumed: whether there is a run to resume.
         source: where that is: the folder itself, or a checkpoint, whose files `begin` puts into the folder.
         before: options of that run.
@@ -54,6 +54,7 @@ class OutputFolder:
                 process.
         """
         self.path, self._config, self._has_begun = config.output_dir, config, False
+        self.scratch = self.path
         self.source = config.resume_from_checkpoint or self.path
         self._search: dict[str, Any] | None = None
         self._folder = LockedFolder(self.path)

@@ -30,6 +30,7 @@ from zotune.llm.tasks.load_data import EncodedData
 from zotune.llm.training.best_model import copy_weights, restore_weights
 from zotune.llm.training.loop import Run
 from zotune.messages import say
+from zotune.model.shards import reshard
 
 # All trials together cost at most this share of the passes of the run.
 MAX_SHARE = 0.25
@@ -112,6 +113,7 @@ def find_rate(
     Raises:
         RunError: there is no room for a copy of the tuned weights.
     """
+    reshard(lm.module)  # a copy of what FSDP2 has gathered would be one of other tensors than the tuned ones
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
     default = default_learning_rate(config, sum(p.numel() for p in tuned))
     left_out = range(0, len(rows.train), _ONE_IN)[:_MAX_JUDGES]
@@ -230,8 +232,12 @@ class _Trials:
         return self._lm.num_forwards - self._before
 
     def judge(self, rate: float, run: Run | None = None) -> float:
-        """Return the objective on the left-out rows at the present weights."""
-        loss = (run or self._run(rate)).objective_on(self._judges)
+        """Return the objective on the left-out rows at the present weights: the first process's, in all of them.
+
+        Sums over slices may be rounded otherwise in each process, and all have to go on with one rate.
+        """
+        own = (run or self._run(rate)).objective_on(self._judges)
+        loss = self._lm.mesh.processes.first(lambda: own)
         return loss if math.isfinite(loss) else math.inf
 
     def take_steps(self, rate: float, steps: int) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from zotune.ledger import StepRecord
@@ -48,9 +49,13 @@ class MemoryOutput:
     """The output of a run without a folder, which keeps its metrics and leaves the model to its owner.
 
     It has the names of `OutputFolder` that a run uses.
+
+    Attributes:
+        scratch: the folder for large copies of weights; None: they are in memory.
     """
 
     path = None
+    scratch: Path | None = None
     is_resumed = False
 
     def __init__(self) -> None:
@@ -80,11 +85,13 @@ class FollowerOutput(MemoryOutput):
     """The output of a process beside the one that writes the run's folder.
 
     Args:
+        folder: the run's folder, if this machine sees it: large copies of weights go to files without a name in it.
         is_resumed: whether that one resumes a run.
     """
 
-    def __init__(self, *, is_resumed: bool) -> None:
+    def __init__(self, folder: Path, *, is_resumed: bool) -> None:
         super().__init__()
+        self.scratch = folder if folder.is_dir() else None
         self.is_resumed = is_resumed
 
     def save_model(self, lm: LanguageModel) -> None:
@@ -109,7 +116,7 @@ def open_output(config: TrainConfig, processes: Processes) -> Output:
         return folders[0].is_resumed
 
     is_resumed = processes.first(opened)
-    return folders[0] if folders else FollowerOutput(is_resumed=is_resumed)
+    return folders[0] if folders else FollowerOutput(config.output_dir, is_resumed=is_resumed)
 
 
 class NoJournal:

@@ -70,7 +70,9 @@ class Run:
             keep_activations()
         self.cost = cost_of_passes(self.optimizer, lm, scorer, config)
         self.update = update_of(self.optimizer, lm, config, self.counters)
-        self.selection = BestModelTracker(config, [p for p in lm.module.parameters() if p.requires_grad], output.path)
+        self.selection = BestModelTracker(
+            config, [p for p in lm.module.parameters() if p.requires_grad], output.scratch
+        )
         self.journal = (
             NoJournal()
             if isinstance(output, MemoryOutput) and not isinstance(output, FollowerOutput)

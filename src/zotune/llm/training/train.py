@@ -200,7 +200,7 @@ def _with_found_rate(
     """Return the config with the learning rate that short trials find, if it asks for that; record the rate."""
     if config.learning_rate != "auto":
         return config
-    found = find_rate(lm, rows, config, lambda some, options: Run(lm, some, options, scorer, output), output.path)
+    found = find_rate(lm, rows, config, lambda some, options: Run(lm, some, options, scorer, output), output.scratch)
     config = config.model_copy(update={"learning_rate": found.learning_rate})
     output.record_search(config, found.to_json())
     return config

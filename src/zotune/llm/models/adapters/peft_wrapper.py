@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from zotune.llm.checkpoints.adapter_folder import NORM_OF_A_MODEL
 from zotune.llm.checkpoints.hub_names import name_base_for_all
+from zotune.llm.checkpoints.stand_ins import stand_ins
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.cache_argument import accept_old_name
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.placement.sharded import cut_adapter
-from zotune.model.shards import is_distributed
 
 
 def wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> None:
@@ -28,7 +25,7 @@ def wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> None
     # peft draws initial weights from torch's global generators, whose states are restored afterwards.
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-        _stand_ins(lm.module, lm.device),
+        stand_ins(lm.module, lm.device),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="lora with eva initialization used with low_cpu_mem_usage")
@@ -38,32 +35,6 @@ def wrap_with_peft(lm: LanguageModel, adapter: Any, config: StepOptions) -> None
     cut_adapter(lm.base)
     name_base_for_all(lm.module)
     lm.module.eval()
-
-
-@contextmanager
-def _stand_ins(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within this context offloaded weights have a place: on the device of their use, without memory; so have shards.
-
-    peft puts the tensors of an adapter beside the weights that it adapts; on `meta` they would have no values, and
-    beside slices those of slices.
-    """
-    offloaded = [
-        (m, name, p)
-        for m in module.modules()
-        for name, p in m._parameters.items()
-        if p is not None and (p.is_meta or is_distributed(p))
-    ]
-    if device.type == "meta":
-        offloaded = []
-    for m, name, p in offloaded:
-        place = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
-        m._parameters[name] = nn.Parameter(place, requires_grad=False)
-    try:
-        yield
-    finally:
-        for m, name, p in offloaded:
-            p.requires_grad_(False)
-            m._parameters[name] = p
 
 
 def task_type(lm: LanguageModel) -> str:

@@ -249,8 +249,8 @@ def _check_memory(placement: Placement, options: ModelOptions) -> None:
     free = memory_of(placement.device)
     if on_device + visiting > free:
         raise UsageError(
-            f"{options.model} does not fit: {placement.device} has {_gib(free)} free, and the modules that stay there "
-            f"take {_gib(on_device)}, the largest layer {_gib(placement.largest_layer)}"
+            f"{options.model} does not fit: {placement.device} has {gib(free)} free, and the modules that stay there "
+            f"take {gib(on_device)}, the largest layer {gib(placement.largest_layer)}"
             f"{' (two at a time)' * (placement.layers_at_once == 2)}. Use --dtype bfloat16, a quantised base, or a "
             "device with more memory."
         )
@@ -269,7 +269,7 @@ def _check_room(placement: Placement, options: ModelOptions) -> None:
     if needed > free:
         raise UsageError(
             f"the offload folder {str(options.offload_folder)!r} has no room: the copies of the layers to tune take "
-            f"{_gib(needed)}, and {_gib(free)} are free. Choose another --offload-folder, or tune an adapter "
+            f"{gib(needed)}, and {gib(free)} are free. Choose another --offload-folder, or tune an adapter "
             "(--tuning lora), whose base is only read."
         )
 
@@ -283,5 +283,10 @@ def _name_of(place: Device) -> str:
     return f"cuda:{place}" if isinstance(place, int) else place
 
 
-def _gib(n: int) -> str:
+def gib(n: int) -> str:
+    """Format a number of bytes in GiB, or in MiB below one.
+
+    >>> gib(3 << 30), gib(5 << 20)
+    ('3.00 GiB', '5 MiB')
+    """
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"

@@ -18,6 +18,7 @@ from zotune.llm.checkpoints.no_code import NO_CODE
 from zotune.llm.config.method import FIRST_ORDER
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.config.step import ModelOptions
+from zotune.llm.models.placement.device_map import gib, memory_of
 from zotune.llm.models.placement.layers import check_safetensors
 from zotune.llm.models.placement.plans import WHOLE_BOUNDARIES, plan_of, style_of
 from zotune.messages import say
@@ -30,6 +31,10 @@ _PACKED = "cuts floating-point weights, and those of a quantised base are packed
 _TUNINGS = ("full", "head", "norms", "biases", "lora")
 # The style of a plan that gives each process whole attention heads.
 _BY_HEADS = "colwise"
+# Initialisations of LoRA that take a part out of the base's matrices.
+_MOVING_INITS = ("pissa", "olora")
+# What else an adapter of LoRA may have than its two matrices, by the option of peft.
+_OTHER_PARTS = ("use_dora", "lora_bias", "bias", "modules_to_save", "target_parameters", "trainable_token_indices")
 # Styles of layers that take or give slices by which an adapter can be cut too.
 _WITH_ADAPTER = ("colwise", "rowwise")
 
@@ -86,13 +91,17 @@ def _refusals(options: ModelOptions, shard: str) -> list[tuple[bool, str]]:
             f"exchanges activations, which lose their tangents on the way{other}",
         ),
         (
-            shard == "tp" and options.directions_per_batch is not None,
-            "exchanges activations, which are not those of each example alone; use --shard fsdp, or num_queries.",
+            shard == "tp" and options.reads_examples,
+            "exchanges activations, and there is no exchange of those that each example computes with weights of its "
+            "own (directions_per_batch, grzo); use --shard fsdp, or several directions of the whole batch "
+            "(--num-queries).",
         ),
     ]
 
 
-def loading_arguments(shard: str | None, source: str, config: Any, auto_class: Any) -> dict[str, Any]:
+def loading_arguments(
+    shard: str | None, source: str, config: Any, auto_class: Any, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Return the arguments with which transformers cuts a checkpoint as it reads it; none where it cannot.
 
     Args:
@@ -100,10 +109,12 @@ def loading_arguments(shard: str | None, source: str, config: Any, auto_class: A
         source: the model's folder, or its name on the Hub.
         config: the model's configuration.
         auto_class: the class of transformers that loads it.
+        dtype: the precision that it is loaded in.
+        device: the device of this process.
 
     Raises:
-        UsageError: the model has no plan, heads that the processes cannot divide, packed weights, or no safetensors
-            files.
+        UsageError: the model has no plan, heads that the processes cannot divide, packed weights, no safetensors files,
+            or slices that the device has no room for.
     """
     if shard is None:
         return {}
@@ -114,13 +125,35 @@ def loading_arguments(shard: str | None, source: str, config: Any, auto_class: A
     check_safetensors(source)
     with torch.device("meta"):
         model = auto_class.from_config(config, **NO_CODE)
+    _check_room(model, shard, dtype, device)
     if shard == "tp":
         return {"distributed_config": by_plan(model), "use_safetensors": True}
     # transformers ties tensors after it has cut them: FSDP2 would gather each place's own, and not what is tuned.
-    if getattr(model, "all_tied_weights_keys", None):
+    if _is_read_whole(model, shard):
         return {}
     own = None if getattr(model, "fsdp_plan", None) else {f"{stack_of(model)[0]}.*": "free_full_weight"}
     return {"distributed_config": DistributedConfig(fsdp_size=asked_for(), fsdp_plan=own), "use_safetensors": True}
+
+
+def _is_read_whole(model: Any, shard: str) -> bool:
+    """Whether a checkpoint is read whole by each process before it is cut."""
+    return shard == "fsdp" and bool(getattr(model, "all_tied_weights_keys", None))
+
+
+def _check_room(model: Any, shard: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights of which a device does not hold this process's part, whatever else it takes."""
+    size, read_whole = sum(p.numel() for p in model.parameters()) * dtype.itemsize, _is_read_whole(model, shard)
+    if read_whole:
+        device = torch.device("cpu")
+    part, free = size if read_whole else -(-size // asked_for()), memory_of(device)
+    if part > free:
+        how = ", read whole by each because of tied embeddings" * read_whole
+        raise UsageError(
+            f"shard: {shard} does not fit: of {gib(size)} of weights each of {asked_for()} processes would hold "
+            f"{gib(part)}{how}, and {device} has {gib(free)} free. "
+            f"{'Use' if read_whole else 'Start more processes, or use'} --dtype bfloat16, or take the model from a "
+            "disk (--offload-folder)."
+        )
 
 
 def by_plan(model: Any) -> Any:
@@ -210,10 +243,41 @@ def check_adapted(model: Any, paths: Sequence[str]) -> None:
             )
 
 
+def check_loaded_adapter(adapter: Any, name: str, shard: str) -> None:
+    """Check that an adapter in a folder can be put beside a base model in shards, before that is read.
+
+    Args:
+        adapter: its configuration of peft.
+        name: its name, for errors.
+        shard: as `shard_of` returned it.
+
+    Raises:
+        UsageError: it changes whole matrices of the base, or has parts that a plan does not cut.
+    """
+    init = getattr(adapter, "init_lora_weights", True)
+    if init in _MOVING_INITS:
+        raise UsageError(
+            f"shard: {shard} holds slices of the matrices, and the adapter {name} changes whole ones when it is loaded "
+            f"(init_lora_weights: {init}). Merge it first, without --shard: zotune merge."
+        )
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    parts = [key for key in _OTHER_PARTS if getattr(adapter, key, None) not in (None, False, "none", [], {})]
+    if shard == "tp" and (kind != "LORA" or parts):
+        raise UsageError(
+            f"shard: tp cuts the two matrices of LoRA as the layer that they lie beside, and the adapter {name} is of "
+            f"another kind ({', '.join([kind, *parts])}). Use --shard fsdp, or merge it first (zotune merge)."
+        )
+
+
 def cut_adapter(model: Any) -> None:
-    """Cut a LoRA adapter as the layers that it lies beside: B where these give slices, A where they take slices."""
+    """Cut a LoRA adapter as the layers that it lies beside: B where these give slices, A where they take slices.
+
+    Raises:
+        UsageError: it lies beside a layer that is cut otherwise.
+    """
     if not is_tensor_parallel(model):
         return
+    check_adapted(model, [path for path, layer in model.named_modules() if hasattr(layer, "lora_A")])
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
     mesh = model._mesh_manager.get_mesh("tp")
