@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from zotune.errors import UsageError
@@ -139,13 +140,16 @@ class DryRun:
 def _recipe(config: TrainConfig) -> tuple[dict[str, Any], int]:
     """The options that make the run what it is: the first ones, and what differs from a default; how many others."""
     options = config.model_dump(mode="json")
-    # A default that follows from other options counts as none, so that option is shown.
-    defaults = {
-        name: field.get_default(call_default_factory=not field.default_factory_takes_validated_data)
-        for name, field in TrainConfig.model_fields.items()
-    }
+    defaults = {name: _default(field) for name, field in TrainConfig.model_fields.items()}
     shown = {n: v for n, v in options.items() if n in _FIRST or getattr(config, n) != defaults[n]}
     return shown, len(options) - len(shown)
+
+
+def _default(field: FieldInfo) -> Any:
+    """The default of an option; one that follows from other options counts as none, so that the option is shown."""
+    if field.default_factory is None or field.default_factory_takes_validated_data:
+        return field.default
+    return field.get_default(call_default_factory=True)
 
 
 def dry_run(config: TrainConfig, given: UserRows | None = None) -> DryRun:

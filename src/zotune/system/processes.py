@@ -230,7 +230,13 @@ class Group(Processes):
 
 
 def _is_of_connection(error: RuntimeError) -> bool:
-    """Whether torch.distributed has raised an error; gloo's is of no class of its own."""
+    """Whether torch.distributed has raised an error; gloo's is of no class of its own.
+
+    >>> _is_of_connection(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    True
+    >>> _is_of_connection(RuntimeError("The size of tensor a (2) must match"))
+    False
+    """
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 

@@ -1,11 +1,13 @@
 """What each process of a test of searches does: short searches of the learning rate by the command and in Python."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest.mock import patch
 
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback
 
 import many_cases
 from zotune.llm import load, train
@@ -55,6 +57,33 @@ def searched_in_python(rows, way):
             bits = many_cases.digest(gathered(dict(model.named_parameters())).values())
             found.append((bits, result.num_forwards, rate, last["loss"]))
     return found
+
+
+def interrupted(rows):
+    """A run of a model in shards that ends while FSDP2 holds gathered weights: whether the model has its slices then,
+    and what it computes.
+    """
+    ids = torch.arange(8)[None]
+    with joined(120) as processes, torch.no_grad():
+        model, tokenizer = load("random:opt-tiny", device="cpu")
+        before = model(ids).logits
+        cut(model, "fsdp", processes.size)
+        own = [*model.parameters()]
+        with suppress(KeyboardInterrupt):
+            train(model, tokenizer, rows, rows, eval_steps=1, max_steps=2, learning_rate=0.0, tuning="full",
+                  callbacks=[EndsWhenEvaluated()])  # fmt: skip
+        mine = [a is b for a, b in zip(model.parameters(), own, strict=True)]
+        return EndsWhenEvaluated.has_ended, all(mine), torch.equal(model(ids).logits, before)
+
+
+class EndsWhenEvaluated(TrainerCallback):
+    """Ends a run in each of its processes, of which the first alone calls callbacks."""
+
+    has_ended = False
+
+    def on_evaluate(self, *args, **more):
+        EndsWhenEvaluated.has_ended = True
+        raise KeyboardInterrupt
 
 
 def cut(model, way, size):

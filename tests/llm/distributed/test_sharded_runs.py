@@ -80,12 +80,12 @@ def follows_its_ledger(folder):
     return zotune(["ledger", "verify", str(folder)]) == 0
 
 
-def check(options, tmp_path, size, cases):
+def check(options, tmp_path, size, cases, **more):
     """Runs of several processes, each of (name, family, shard)."""
     runs, alone = [], []
     for name, family, shard in cases:
-        runs.append(options(name, family, tmp_path / f"{shard}-{family}-{name}", shard=shard))
-        alone.append(options(name, family, tmp_path / f"one-{family}-{name}"))
+        runs.append(options(name, family, tmp_path / f"{shard}-{family}-{name}", shard=shard, **more))
+        alone.append(options(name, family, tmp_path / f"one-{family}-{name}", **more))
     many_processes.run(size, many_cases.train_runs, runs)
     for (name, family, shard), own in zip(cases, alone, strict=True):
         folder = tmp_path / f"{shard}-{family}-{name}"
@@ -97,7 +97,7 @@ def check(options, tmp_path, size, cases):
 
 def test_a_run_in_shards_writes_what_an_unsharded_one_does(options, tmp_path):
     """By plans; the run by FSDP2 is the one that is resumed."""
-    check(options, tmp_path, 2, [("full", "gpt2", "tp"), ("adapted", "llama", "tp")])
+    check(options, tmp_path, 2, [("full", "gpt2", "tp"), ("adapted", "llama", "tp")], max_steps=2, num_dev=2)
 
 
 @pytest.mark.slow
@@ -171,10 +171,12 @@ def test_a_model_in_shards_is_evaluated_as_one_in_memory(options, tmp_path):
     train(TrainConfig(**options("lora", "llama", folder, max_steps=1)))
     base = evaluations(options, folder, ("lora", "llama"))
     (alone,) = [many_cases.evaluated(base)]
-    shards = [run | {"shard": "fsdp"} for run in base] + [base[1] | {"shard": "tp"}]
-    for *gathered, by_plan in many_processes.run(2, many_cases.evaluated, shards):
-        assert gathered == alone
-        assert by_plan[0]["predictions"] == alone[1][0]["predictions"]
+    shards = [run | {"shard": shard} for shard in ("fsdp", "tp") for run in base]
+    for found in many_processes.run(2, many_cases.evaluated, shards):
+        assert found[:2] == alone
+        for by_plan, whole in zip(found[2:], alone, strict=True):
+            assert by_plan[0]["predictions"] == whole[0]["predictions"]
+            assert by_plan[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["fsdp", pytest.param("tp", marks=pytest.mark.slow)])

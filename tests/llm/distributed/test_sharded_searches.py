@@ -53,3 +53,9 @@ def test_a_search_in_a_model_that_its_owner_has_cut_changes_nothing_but_the_rate
         assert searched[1:3] == alone[1:3]
         assert searched[3] == pytest.approx(alone[3], rel=1e-5)
         assert way == "tp" or searched == alone
+
+
+def test_a_model_that_its_owner_has_cut_comes_back_as_its_slices_after_an_interrupt():
+    """The first process is interrupted, and the other one hears of it."""
+    first, other = many_processes.run(2, search_cases.interrupted, ROWS)
+    assert first == (True, True, True) and other[1:] == (True, True)

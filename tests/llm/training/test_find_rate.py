@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from zotune.errors import NotWrittenError
 from zotune.ledger import read
 from zotune.llm.config.run import with_recorded_choices
 from zotune.llm.search.points import climb
@@ -15,6 +16,7 @@ from zotune.llm.training import find_rate as module
 from zotune.llm.training import train as train_module
 from zotune.llm.training.find_rate import Trial, choose, find_rate
 from zotune.llm.training.train import train
+from zotune.system.processes import PeerError
 
 
 @pytest.fixture
@@ -126,6 +128,17 @@ def test_a_search_that_fails_leaves_the_weights_as_they_were(searched, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         find_rate(lm, rows, given, make_run, tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in lm.module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [PeerError, NotWrittenError])
+def test_what_is_not_the_rates_fault_ends_a_search(searched, tmp_path, monkeypatch, kind):
+    def lost(*_):
+        raise kind("the other process ended")
+
+    lm, rows, given, make_run = searched()
+    monkeypatch.setattr(module._Trials, "take_steps", lost)
+    with pytest.raises(kind):
+        find_rate(lm, rows, given, make_run, tmp_path)
 
 
 def test_rates_that_diverge_are_left(searched, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zotune.apply.tensor_update import HALF
-from zotune.errors import RunError
+from zotune.errors import NotWrittenError, RunError
 from zotune.llm.config.rates import default_learning_rate, warnings
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.stored_rows import SelectedRows
@@ -31,6 +31,7 @@ from zotune.llm.training.best_model import copy_weights, restore_weights
 from zotune.llm.training.loop import Run
 from zotune.messages import say
 from zotune.model.shards import reshard
+from zotune.system.processes import PeerError
 
 # All trials together cost at most this share of the passes of the run.
 MAX_SHARE = 0.25
@@ -259,5 +260,7 @@ class _Trials:
         """Return the objective on the left-out rows after a trial; infinite if the steps or the loss are."""
         try:
             return self.judge(rate, self.take_steps(rate, steps))
+        except (NotWrittenError, PeerError):
+            raise  # these say nothing about the rate
         except RunError:
             return math.inf
