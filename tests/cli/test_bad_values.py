@@ -17,6 +17,7 @@ BAD = {
     "learning_rate": ("fast", "a number of at least 0, as 1e-3, or auto"),
     "lr_scheduler_type": ("cosin", "Did you mean 'cosine'"),
     "mu": ("0", "a number above 0"),
+    "only_layer": ("last", "dominant"),
     "max_steps": ("many", "a whole number of at least 1"),
     "num_train_epochs": ("0", "a number above 0"),
     "warmup_steps": ("-1", "a number of at least 0"),
@@ -55,7 +56,11 @@ ELSEWHERE = {
 
 
 def test_no_option_is_left_out():
-    own = (ScheduleOptions.model_fields.keys() - MethodOptions.model_fields.keys()) | {"learning_rate", "mu"}
+    own = (ScheduleOptions.model_fields.keys() - MethodOptions.model_fields.keys()) | {
+        "learning_rate",
+        "mu",
+        "only_layer",
+    }
     own |= {"lr_scheduler_type", *SelectionOptions.model_fields, *OutputOptions.model_fields}
     assert own | (TrainConfig.model_fields.keys() - ELSEWHERE) == BAD.keys()
 

@@ -136,6 +136,34 @@ def test_grzo_goes_on_from_its_state_and_its_ledger_to_the_bit(tmp_path, dtype):
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_hizoo_and_grzo_go_down_a_quadratic_in_every_precision(dtype):
+    p = problem("quadratic", dtype)
+    before, opt = p.value(), zo.hizoo(p.model, 0.02, mu=0.02, alpha=1e-3)
+    for _ in range(40):
+        opt.step(p.closure)
+    assert p.value() < before - 0.05
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).to(dtype)
+    x, y = torch.randn(6, 4).to(dtype), torch.randn(6, 3).to(dtype)
+    f = zo.per_example(lambda x, y: (model(x) - y).float().square().mean(dim=1), x, y)
+    before, opt = float(f().detach()), zo.grzo(model, 2e-3, mu=0.05)
+    for _ in range(40):
+        opt.step(f)
+    assert float(f().detach()) < before - 0.05
+
+
+def test_a_loss_that_is_no_number_leaves_weights_and_curvature():
+    p = problem("transformer", torch.float32)
+    opt = zo.hizoo(p.model, 0.02, mu=0.01, alpha=0.05)
+    opt.step(p.closure)
+    before, state = p.position(), str(opt.state_dict()["state"])
+    opt.step(lambda: p.closure() * float("nan"))
+    assert opt.num_skipped == 1
+    np.testing.assert_array_equal(p.position(), before)
+    assert str(opt.state_dict()["state"]) == state
+
+
 def test_what_they_cannot_do_is_refused_with_the_reason():
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="alpha is the share"):

@@ -4,6 +4,7 @@ As in `test_conformance`: in double precision the whole path agrees; in single p
 the coefficients that were measured.
 """
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,8 @@ import zotune as zo
 from problems import PROBLEMS, problem
 from zotune import reference
 from zotune.apply.subspace import Basis
+from zotune.ledger import LedgerWriter, read
+from zotune.ledger.replay import header_of, record_to, replay
 from zotune.methods import paper
 from zotune.methods.mopi import _first_right
 
@@ -73,6 +76,7 @@ CASES = {
         one_sided,
     ),
     "subzero": (partial(zo.subzero, rank=2, interval=3, num_queries=2), descent, central),
+    "subzero, square": (partial(zo.subzero, rank=3, interval=3, square=True), descent, central),
     "lozo": (partial(zo.lozo, interval=3), descent, central),
     "lozo, momentum": (partial(zo.lozo, interval=3, beta=0.7, num_queries=2), lozo, central),
     "zo_muon": (partial(zo.zo_muon, rank=3, interval=3, vector_lr=VECTORS), muon, one_sided),
@@ -214,6 +218,38 @@ def test_every_method_goes_down_a_quadratic(case, dtype):
     for _ in range(40):
         opt.step(p.closure)
     assert p.value() < before - 0.05
+
+
+# HiZOO's reference has a file of its own.
+RUNS = {**{name: method for name, (method, *_) in CASES.items()}, "hizoo": partial(zo.hizoo, alpha=0.05)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_from_its_state_and_its_ledger_to_the_bit(name, tmp_path):
+    """Over renewals of subspaces, in half precision, whose rounding is drawn as well."""
+
+    def made():
+        p = problem("transformer", torch.bfloat16)
+        return p, RUNS[name](p.model, ETA, mu=0.05, seed=6)
+
+    whole, opt = made()
+    with LedgerWriter.create(tmp_path / "run.zol", header_of(opt)) as writer:
+        record_to(writer, opt)
+        for _ in range(2):
+            opt.step(whole.closure)
+        saved = copy.deepcopy((whole.model.state_dict(), opt.state_dict()))
+        for _ in range(3):
+            opt.step(whole.closure)
+    again, other = made()
+    np.testing.assert_raises(AssertionError, np.testing.assert_array_equal, again.position(), whole.position())
+    again.model.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    for _ in range(3):
+        other.step(again.closure)
+    replayed, third = made()
+    replay(third, read(tmp_path / "run.zol"))
+    for p in (again, replayed):
+        np.testing.assert_array_equal(p.position(), whole.position())
 
 
 @each_case

@@ -41,8 +41,8 @@ def run(args: list[str], as_json: bool) -> int:
         config = parse(EvalConfig, inherited, source, args, "zotune eval")
     # A broken row is told before torch and the model are loaded, which takes far longer than reading the rows.
     read_checked_files(config)
+    from zotune.llm.ledger.voting import evaluate
     from zotune.llm.output.results_folder import results_folder, write_results
-    from zotune.llm.training.evaluation import evaluate
     from zotune.system.malloc import OWN_PAGES_OF_PASSES, tune_malloc
     from zotune.system.processes import is_first_process
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from zotune import noise
 from zotune.directions.direction import Direction, add_terms
-from zotune.directions.principal import Rows, is_transposed, note_rows, reader_of, width
+from zotune.directions.principal import Rows, is_transposed, note_rows, reader_of, readers, width
 from zotune.directions.samplers import Sampler
-from zotune.directions.schedule import ScheduledSampler, Weights
+from zotune.directions.schedule import FixedSampler, ScheduledSampler, by_tensor
 from zotune.errors import UsageError
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.system import limits
@@ -97,39 +97,25 @@ class InputScaledSampler:
 
 
 @dataclass(frozen=True)
-class InputScaled(ScheduledSampler):
+class InputScaled(FixedSampler):
     """A sampler of directions scaled by vectors that are given by the tensors' names; see `input_scaled`."""
 
     base: Sampler
     scales: Mapping[str, Tensor] = field(compare=False, repr=False)
     digest: str
 
-    def at(
-        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.numbers
-    ) -> InputScaledSampler:
-        """As `ScheduledSampler.at`."""
-        return before if isinstance(before, InputScaledSampler) else self._sampler(tuned)
-
-    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> InputScaledSampler:
-        """As `ScheduledSampler.restored`."""
-        return self._sampler(tuned)
-
     @property
     def constants(self) -> dict[str, Any]:
         """As `ScheduledSampler.constants`."""
         return {"input_scaled": self.digest}
 
-    def _sampler(self, tuned: ParameterSet) -> InputScaledSampler:
-        by_id = {}
-        for name, values in self.scales.items():
-            tensor = tuned.named(name)
-            if tensor is None:
-                raise UsageError(f"input_scaled: no tuned tensor is called {name!r}, so its scales have no effect.")
-            by_id[tensor.id] = _placed(name, values, tensor)
-        return InputScaledSampler(self.base, self.digest, by_id)
+    def of(self, tuned: ParameterSet) -> InputScaledSampler:
+        """As `FixedSampler.of`."""
+        given = by_tensor(tuned, self.scales, "input_scaled")
+        return InputScaledSampler(self.base, self.digest, {t.id: _placed(t, values) for t, values in given})
 
 
-def _placed(name: str, values: Tensor, tensor: TunedTensor) -> _Scale:
+def _placed(tensor: TunedTensor, values: Tensor) -> _Scale:
     """The scales of a tensor on its device: of its inputs, which are its columns, or rows where it is transposed."""
     shape = tensor.parameter.shape
     reader = reader_of(tensor)
@@ -137,8 +123,8 @@ def _placed(name: str, values: Tensor, tensor: TunedTensor) -> _Scale:
     size = shape[0] if is_rows else shape[1:].numel()
     if values.shape != (size,) or not (values.is_meta or (values > 0).all()):
         raise UsageError(
-            f"input_scaled: {name!r} of shape {tuple(shape)} takes {size} positive scales, one for each of its inputs, "
-            f"not a tensor of shape {tuple(values.shape)}."
+            f"input_scaled: {tensor.name!r} of shape {tuple(shape)} takes {size} positive scales, one for each of its "
+            f"inputs, not a tensor of shape {tuple(values.shape)}."
         )
     # A plan has tensors without values.
     device = tensor.device if tensor.is_held else values.device
@@ -212,7 +198,7 @@ def input_scales(
     >>> round(float(ratio), 3), round(float(found["weight"].square().mean()), 3)
     (10.0, 1.0)
     """
-    read = {t.name: (t, m) for t in ParameterSet.of(model) if (m := reader_of(t)) is not None}
+    read = readers(ParameterSet.of(model))
     found = {name: _MeanSquares(width(t, m), t.device) for name, (t, m) in read.items()}
     with note_rows({m: found[name] for name, (_, m) in read.items()}, rows), torch.no_grad():
         run()
@@ -221,8 +207,7 @@ def input_scales(
 
 def planned_scales(tuned: ParameterSet) -> dict[str, Tensor]:
     """The scales that `input_scales` would find, without their numbers: on `meta`."""
-    read = [(t, m) for t in tuned if (m := reader_of(t)) is not None]
-    return {t.name: torch.empty(width(t, m), device="meta") for t, m in read}
+    return {name: torch.empty(width(t, m), device="meta") for name, (t, m) in readers(tuned).items()}
 
 
 def _scales(name: str, one: _MeanSquares) -> Tensor:

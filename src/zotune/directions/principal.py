@@ -93,8 +93,7 @@ def principal_subspaces(
     """
     if rank < 1 or passes < 1:
         raise UsageError(f"a subspace has at least one dimension and takes at least one pass, got {rank=}, {passes=}")
-    tuned = ParameterSet.of(model)
-    read = {t.name: (t, m) for t in tuned if (m := reader_of(t)) is not None and width(t, m) > rank}
+    read = readers(ParameterSet.of(model), wider_than=rank)
     found = {name: LeadingVectors(width(t, m), rank, t.device) for name, (t, m) in read.items()}
     with note_rows({m: found[name] for name, (_, m) in read.items()}, rows), torch.no_grad():
         for _ in range(passes):
@@ -109,8 +108,14 @@ def principal_subspaces(
 
 def planned_subspaces(tuned: ParameterSet, rank: int) -> dict[str, Subspace]:
     """The subspaces that `principal_subspaces` would find, without their numbers: on `meta`."""
-    read = [(t, m) for t in tuned if (m := reader_of(t)) is not None and width(t, m) > rank]
-    return {t.name: _subspace(t, m, torch.empty(width(t, m), rank, device="meta")) for t, m in read}
+    read = readers(tuned, wider_than=rank)
+    return {name: _subspace(t, m, torch.empty(width(t, m), rank, device="meta")) for name, (t, m) in read.items()}
+
+
+def readers(tuned: ParameterSet, wider_than: int = 0) -> dict[str, tuple[TunedTensor, nn.Module]]:
+    """By name the tuned tensors that multiply rows of more numbers than `wider_than`, with the modules that do it."""
+    read = ((t, reader_of(t)) for t in tuned)
+    return {t.name: (t, m) for t, m in read if m is not None and width(t, m) > wider_than}
 
 
 def reader_of(tensor: TunedTensor) -> nn.Module | None:

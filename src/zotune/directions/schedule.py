@@ -8,16 +8,18 @@ masks follow them), so that a run that is resumed, and a ledger that is replayed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from zotune.directions.samplers import Sampler
+from zotune.errors import UsageError
 from zotune.model.parameters import ParameterSet, TunedTensor
 
 # A tensor to its numbers.
 Weights = Callable[[TunedTensor], Tensor]
+Value = TypeVar("Value")
 
 
 @runtime_checkable
@@ -62,6 +64,41 @@ class ScheduledSampler(ABC):
     def depends_on_weights(self) -> bool:
         """Whether a direction can be made again only with the weights as they were."""
         return depends_on_weights(self.base)
+
+
+class FixedSampler(ScheduledSampler):
+    """A sampler that is made for the tuned tensors of a run, and stays as it is."""
+
+    @abstractmethod
+    def of(self, tuned: ParameterSet) -> Sampler:
+        """The sampler of every step.
+
+        Raises:
+            UsageError: it does not fit the tensors.
+        """
+
+    def at(
+        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.numbers
+    ) -> Sampler:
+        """As `ScheduledSampler.at`."""
+        return self.of(tuned) if before is None else before
+
+    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> Sampler:
+        """As `ScheduledSampler.restored`."""
+        return self.of(tuned)
+
+
+def by_tensor(tuned: ParameterSet, given: Mapping[str, Value], what: str) -> Iterator[tuple[TunedTensor, Value]]:
+    """Yield the tuned tensor of each name, and its value; `what` names the values in errors.
+
+    Raises:
+        UsageError: no tuned tensor has the name.
+    """
+    for name, value in given.items():
+        tensor = tuned.named(name)
+        if tensor is None:
+            raise UsageError(f"{what}: no tuned tensor is called {name!r}, so what was given for it has no effect.")
+        yield tensor, value
 
 
 AnySampler = Sampler | ScheduledSampler

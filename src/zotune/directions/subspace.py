@@ -55,6 +55,26 @@ class _Bases:
 
 
 @dataclass(frozen=True)
+class _Reshaped:
+    """The sampler of a matrix that was reshaped: its numbers lie in a subspace, but its rows have no thin factors."""
+
+    sampler: SubspaceSampler
+    shares_subspace = True
+
+    def fill(self, out: Tensor, seed: int, tensor_id: int, start: int) -> None:
+        """As `Sampler.fill`."""
+        self.sampler.fill(out, seed, tensor_id, start)
+
+    def coordinates(self, seed: int, tensor_id: int, device: torch.device) -> Tensor:
+        """As `zotune.directions.samplers.SpanningSampler.coordinates`."""
+        return self.sampler.coordinates(seed, tensor_id, device)
+
+    def subspace(self, tensor_id: int, device: torch.device, seed: int | None = None) -> Subspace:
+        """As `zotune.directions.samplers.SpanningSampler.subspace`."""
+        return self.sampler.subspace(tensor_id, device, seed)
+
+
+@dataclass(frozen=True)
 class SubspaceSampler(SpanningThinSampler):
     """The sampler of one step of a run with directions in a subspace; see `zotune.subspace`.
 
@@ -63,15 +83,28 @@ class SubspaceSampler(SpanningThinSampler):
         rank: r ≥ 1; that of a matrix with fewer rows (or columns, if there are bases on both sides) is their number.
         sides: where the bases are.
         seed: seed of the bases.
-        shapes: by tensor id, (m, n) of the matrices. A tensor of more dimensions is one of shape[0] rows.
+        square: whether matrices are reshaped towards squares.
+        whole: by tensor id, (m, n) of the matrices as they are. A tensor of more dimensions is one of shape[0] rows.
+        shapes: by tensor id, the shapes that the subspaces are of.
     """
 
     base: Sampler
     rank: int
     sides: Sides
     seed: int
-    shapes: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
+    square: bool
+    whole: Mapping[int, tuple[int, int]] = field(compare=False, repr=False)
     bases: _Bases = field(compare=False, repr=False)
+    shapes: Mapping[int, tuple[int, int]] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shapes = {i: nearest_square(m * n) for i, (m, n) in self.whole.items()} if self.square else self.whole
+        object.__setattr__(self, "shapes", shapes)
+
+    def part(self, tensor_id: int) -> Sampler:
+        """As `zotune.directions.samplers.part_of`."""
+        own = self.shapes.get(tensor_id)
+        return _Reshaped(self) if own is not None and own != self.whole[tensor_id] else super().part(tensor_id)
 
     def together(self, seed: int, ids: Iterable[int], device: torch.device) -> dict[int, Factors]:
         """As `zotune.directions.samplers.FactoredSampler.together`: none, for the bases are there already."""
@@ -109,6 +142,7 @@ class InSubspaces(ScheduledSampler):
     rank: int
     interval: int
     sides: Sides
+    square: bool = False
     _bases: _Bases = field(default_factory=_Bases, compare=False, repr=False)
 
     def at(
@@ -127,13 +161,27 @@ class InSubspaces(ScheduledSampler):
     @property
     def constants(self) -> dict[str, Any]:
         """As `ScheduledSampler.constants`."""
-        return {"rank": self.rank, "interval": self.interval, "sides": str(self.sides)}
+        reshaped = {"square": True} if self.square else {}
+        return {"rank": self.rank, "interval": self.interval, "sides": str(self.sides), **reshaped}
 
     def _sampler(self, tuned: ParameterSet, seed: int) -> SubspaceSampler:
-        return SubspaceSampler(self.base, self.rank, self.sides, seed, matrix_shapes(tuned), self._bases)
+        shapes = matrix_shapes(tuned)
+        return SubspaceSampler(self.base, self.rank, self.sides, seed, self.square, shapes, self._bases)
 
 
-def subspace(base: Sampler, rank: int, *, interval: int, sides: Sides | str = Sides.LEFT) -> InSubspaces:
+def nearest_square(count: int) -> tuple[int, int]:
+    """The shape (a, b) of so many numbers with a ≤ b and b - a as small as can be.
+
+    >>> nearest_square(4 * 576), nearest_square(2 * 7)
+    ((48, 48), (2, 7))
+    """
+    rows = next((a for a in range(math.isqrt(count), 0, -1) if count % a == 0), 0)
+    return rows, count // rows if rows else 0
+
+
+def subspace(
+    base: Sampler, rank: int, *, interval: int, sides: Sides | str = Sides.LEFT, square: bool = False
+) -> InSubspaces:
     r"""Directions of matrices within a subspace that stays for some steps.
 
         left:  U = L Z,               L (m × r) with orthonormal columns, Z (r × n)
@@ -149,6 +197,9 @@ def subspace(base: Sampler, rank: int, *, interval: int, sides: Sides | str = Si
         rank: r ≥ 1.
         interval: steps between two draws of the bases, at least 1.
         sides: "left" or "both".
+        square: reshape each matrix, its numbers row by row, to the a × b = m × n that is nearest to a square. A thin
+            matrix, such as LoRA's, then has a subspace of that rank, where its short side would allow but a smaller
+            one. A probe then makes the matrix whole.
 
     Raises:
         UsageError: a value is out of range, or the base is no sampler of independent entries.
@@ -170,4 +221,4 @@ def subspace(base: Sampler, rank: int, *, interval: int, sides: Sides | str = Si
         raise UsageError(f"a subspace has at least one dimension, got {rank=}")
     if interval < 1:
         raise UsageError(f"a basis serves at least one step, got {interval=}")
-    return InSubspaces(base, rank, interval, Sides(sides))
+    return InSubspaces(base, rank, interval, Sides(sides), square)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from zotune.directions.low_rank import SpanningThinSampler, drawn, product
 from zotune.directions.samplers import Factors, Sampler, Subspace
-from zotune.directions.schedule import ScheduledSampler, Weights
+from zotune.directions.schedule import FixedSampler, ScheduledSampler, by_tensor
 from zotune.errors import UsageError
-from zotune.model.parameters import ParameterSet, TunedTensor
+from zotune.model.parameters import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -87,35 +87,23 @@ class WithinSampler(SpanningThinSampler):
 
 
 @dataclass(frozen=True)
-class Within(ScheduledSampler):
+class Within(FixedSampler):
     """A sampler of directions in subspaces that are given by the tensors' names; see `within`."""
 
     base: Sampler
     subspaces: Mapping[str, Subspace] = field(compare=False, repr=False)
     digest: str
 
-    def at(
-        self, tuned: ParameterSet, seed: int, step: int, before: Any = None, weights: Weights = TunedTensor.numbers
-    ) -> WithinSampler:
-        """As `ScheduledSampler.at`."""
-        return before if isinstance(before, WithinSampler) else self._sampler(tuned)
-
-    def restored(self, tuned: ParameterSet, seed: int, state: dict[str, Any]) -> WithinSampler:
-        """As `ScheduledSampler.restored`."""
-        return self._sampler(tuned)
-
     @property
     def constants(self) -> dict[str, Any]:
         """As `ScheduledSampler.constants`."""
         return {"within": self.digest}
 
-    def _sampler(self, tuned: ParameterSet) -> WithinSampler:
+    def of(self, tuned: ParameterSet) -> WithinSampler:
+        """As `FixedSampler.of`."""
         by_id, shapes = {}, {}
-        for name, space in self.subspaces.items():
-            tensor = tuned.named(name)
-            if tensor is None:
-                raise UsageError(f"within: no tuned tensor is called {name!r}, so its subspace would have no effect.")
-            _check(name, space, tensor.parameter.shape)
+        for tensor, space in by_tensor(tuned, self.subspaces, "within"):
+            _check(tensor.name, space, tensor.parameter.shape)
             by_id[tensor.id] = _placed(space, tensor.device if tensor.is_held else None)
             if tensor.parameter.dim() > 1:
                 shapes[tensor.id] = (tensor.parameter.shape[0], tensor.parameter.shape[1:].numel())

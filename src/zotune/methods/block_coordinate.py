@@ -105,7 +105,6 @@ def _chosen(params: Any) -> list[nn.Parameter] | None:
     return [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
 
 
-@torch.no_grad()
 def dominant_layer(
     model: nn.Module, run: Callable[[], Any], *, least: float = 100.0, ratio: float = 1000.0
 ) -> list[nn.Parameter]:
@@ -118,12 +117,10 @@ def dominant_layer(
         model: a model with a stack of layers; of its parameters those that require a gradient are returned.
         run: runs the model once on some text, such as the objective.
         least: a layer's output h has outliers if the largest magnitude of h is above this, > 0,
-        ratio: and above this multiple, > 0, of the median of the magnitudes. Both are ours, for the source gives no
-            threshold that could be read.
+        ratio: and above this multiple, > 0, of the median of the magnitudes.
 
     Raises:
-        UsageError: the model has no stack of layers, none of their outputs has outliers, or the layer's parameters are
-            frozen.
+        UsageError: as `dominant_index`, or the layer's parameters are frozen.
 
     Source: arXiv 2606.05516.
 
@@ -133,9 +130,47 @@ def dominant_layer(
     >>> chosen[0] is layers[1].weight
     True
     """
-    path, layers = stack_of(model)
+    first, (path, layers) = dominant_index(model, run, least=least, ratio=ratio), stack_of(model)
+    own = [p for p in layers[first].parameters() if p.requires_grad]
+    if not own:
+        raise UsageError(
+            f"the outliers appear in {path}.{first}, none of whose parameters requires a gradient; let them."
+        )
+    return own
+
+
+def dominant_index(model: nn.Module, run: Callable[[], Any], *, least: float = 100.0, ratio: float = 1000.0) -> int:
+    """The number of the layer at which outliers of activations first appear; see `dominant_layer`.
+
+    Args:
+        model: a model with a stack of layers.
+        run: runs the model once on some text.
+        least: a layer's output h has outliers if the largest magnitude of h is above this, > 0,
+        ratio: and above this multiple, > 0, of the median of the magnitudes. Both are ours, for the source gives no
+            threshold that could be read.
+
+    Raises:
+        UsageError: the model has no stack of layers, or none of their outputs has outliers.
+    """
+    layers = stack_of(model)[1]
     if not layers:
         raise UsageError(f"{type(model).__name__} has no stack of layers, of which one could be dominant.")
+    found = magnitudes(model, run)
+    first = next((i for i, (top, mid) in found.items() if top > least and top > ratio * mid), None)
+    if first is None:
+        seen = ", ".join(f"{i}: {top:.3g} and {mid:.3g}" for i, (top, mid) in found.items())
+        nearest = max(found, key=lambda i: found[i][0] / max(found[i][1], 1e-30), default=0)
+        raise UsageError(
+            f"no layer's output has outliers: none has a maximum above {least:g} and above {ratio:g} times its median "
+            f"(maximum and median of |h| by layer: {seen}), so no layer is dominant. Choose a layer yourself, such as "
+            f"{nearest}, where the ratio is largest, or tune all layers."
+        )
+    return first
+
+
+@torch.no_grad()
+def magnitudes(model: nn.Module, run: Callable[[], Any]) -> dict[int, tuple[float, float]]:
+    """The largest magnitude and the median of the magnitudes of each layer's first output, in one run."""
     found: dict[int, tuple[float, float]] = {}
 
     def note(index: int) -> Callable[..., None]:
@@ -146,23 +181,11 @@ def dominant_layer(
 
         return after
 
-    handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(layers)]
+    handles = [layer.register_forward_hook(note(index)) for index, layer in enumerate(stack_of(model)[1])]
     try:
         with probing(model):
             run()
     finally:
         for handle in handles:
             handle.remove()
-    first = next((i for i, (top, mid) in sorted(found.items()) if top > least and top > ratio * mid), None)
-    if first is None:
-        seen = ", ".join(f"{i}: {top:.3g} and {mid:.3g}" for i, (top, mid) in sorted(found.items()))
-        raise UsageError(
-            f"no layer's output has outliers: none has a maximum above {least:g} and above {ratio:g} times its median "
-            f"(maximum and median of |h| by layer: {seen}). Give other thresholds, or choose the layers yourself."
-        )
-    own = [p for p in layers[first].parameters() if p.requires_grad]
-    if not own:
-        raise UsageError(
-            f"the outliers appear in {path}.{first}, none of whose parameters requires a gradient; let them."
-        )
-    return own
+    return dict(sorted(found.items()))

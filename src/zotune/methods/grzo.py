@@ -16,7 +16,8 @@ from zotune.directions.schedule import AnySampler
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
-from zotune.estimate.per_example.difference import Examples, PerExampleDifference
+from zotune.estimate.per_example.difference import PerExampleDifference
+from zotune.estimate.per_example.estimator import Examples
 from zotune.methods.options import OwnDirections, entries_of
 from zotune.model.parameters import ParameterSet
 from zotune.optim.zeroth_order import ZerothOrder

@@ -115,6 +115,13 @@ def majority(
         for u in voters:
             with perturbed(tuned, u, mu):
                 ballots.append(predict().long())
-    votes = torch.stack(ballots)
-    counts = torch.stack([(votes == label).sum(dim=0) for label in range(int(votes.max()) + 1)])
-    return counts.argmax(dim=0)
+    return counted(torch.stack(ballots)).argmax(dim=0)
+
+
+def counted(votes: Tensor) -> Tensor:
+    """How many voters (voters, rows) have given each class to each row: shape (classes, rows).
+
+    >>> counted(torch.tensor([[0, 2], [0, 1], [1, 1]])).tolist()
+    [[2, 0], [1, 2], [0, 1]]
+    """
+    return torch.stack([(votes == label).sum(dim=0) for label in range(int(votes.max()) + 1)])

@@ -22,6 +22,7 @@ def subzero(
     mu: float = 1e-3,
     rank: int = 24,
     interval: int = 1000,
+    square: bool = False,
     difference: Difference = central_difference,
     sampler: AnySampler = gaussian,
     num_queries: int = 1,
@@ -41,6 +42,8 @@ def subzero(
         mu: μ > 0.
         rank: r ≥ 1; the paper: 24 to 48 for whole models, 4 to 8 for adapters.
         interval: T ≥ 1 steps; the paper: 500 to 2000.
+        square: reshape each m × n to the a × b = mn that is nearest to a square before the subspace is drawn, as the
+            paper does with the thin matrices of adapters, whose rank would else be at most their short side.
         difference: `central_difference` or `forward_difference`.
         sampler: the distribution of the entries of Z: `gaussian`, as in the paper, or `rademacher`.
         num_queries: q ≥ 1.
@@ -51,8 +54,8 @@ def subzero(
     Raises:
         UsageError: the sampler makes directions of its own.
 
-    Source: Yu et al., 2024 (SubZero, arXiv 2410.08989), which also reshapes an adapter's matrices towards squares;
-    here they keep their shape.
+    Source: Yu et al., 2024 (SubZero, arXiv 2410.08989). Its released code reshapes row by row, with the smallest b - a
+    of all factors a ≤ b, and does so for every matrix of an adapter; that is `square`.
 
     >>> import torch
     >>> model = nn.Linear(6, 5)
@@ -62,7 +65,7 @@ def subzero(
     >>> losses[-1] < losses[0]
     True
     """
-    directions = subspace(entries_of("subzero", sampler), rank, interval=interval, sides="both")
+    directions = subspace(entries_of("subzero", sampler), rank, interval=interval, sides="both", square=square)
     return ZerothOrder(
         model,
         lr,

@@ -20,7 +20,7 @@ from zotune.errors import UnreadTensorError
 from zotune.estimate.batched_probes import side_by_side
 from zotune.estimate.estimators import passes_of
 from zotune.estimate.forward_mode.dual_numbers import DualParameters
-from zotune.estimate.per_example.difference import AUTO
+from zotune.estimate.per_example.estimator import AUTO
 from zotune.estimate.per_example.weights import each_alone
 from zotune.estimate.perturb import WeightOffset, meta_as, nbytes, perturbed_by
 from zotune.llm.config.step import StepOptions
@@ -123,6 +123,9 @@ def _probe_of_examples(
         UsageError: copies of what is tuned, one for each of them, would take too much.
     """
     plain, rows = forward(lm, batch).activations, len(batch.counts)
+    if options.method == "forward_grad":  # a tangent beside each activation, and each row's copies of what is tuned
+        copies = 2 * len(batch.input_ids) * nbytes(optimizer.tuned, None)
+        return Pass(plain, scratch=plain + copies)
     points = min(most, lm.copies_at_once(batch), passes_of(optimizer.estimator)[0])
     asked = options.directions_per_batch
     groups = asked if isinstance(asked, int) else rows // 2 if asked == AUTO else rows

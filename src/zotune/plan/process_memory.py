@@ -254,7 +254,8 @@ def measure_here(workload: Workload, num_steps: int) -> Measurement:
 def _warm_up_libraries(workload: Workload) -> None:
     """Take a step of a tiny model by the same method, so that the baseline has what libraries allocate once."""
     tiny = {"model": "random:opt-tiny", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    tiny |= {"length": 8, "hybrid_layers": None, "hybrid_method": "fo_sgd", "hybrid_tied": None, "tuned_layers": None}
+    tiny |= {"length": 8, "hybrid_layers": None, "hybrid_method": "fo_sgd", "hybrid_tied": None}
+    tiny |= {"tuned_layers": None, "only_layer": None}
     with Recorder(torch.device("cpu")) as recorder:
         prepare_step(workload.model_copy(update={**tiny, "tuning": "lora", "lora_target_modules": ()}))(recorder)
     gc.collect()

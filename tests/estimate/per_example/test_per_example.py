@@ -86,13 +86,16 @@ def test_each_coefficient_is_the_slope_of_its_own_examples_losses(kind, k):
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
-@pytest.mark.parametrize("kind", ["dense", "rank one", "flipped"])
-def test_the_estimates_mean_is_the_gradient_of_the_mean_loss(kind):
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("dense", zo.zo_sgd), ("rank one", zo.zo_sgd), ("flipped", zo.zo_sgd), ("dense", zo.forward_grad)],
+)
+def test_the_estimates_mean_is_the_gradient_of_the_mean_loss(kind, method):
     torch.manual_seed(3)
     model = nn.Linear(3, 2).double()
     x, y = torch.randn(4, 3).double(), torch.randn(4, 2).double()
     f = zo.per_example(lambda x, y: (model(x) - y).square().sum(dim=1), x, y)
-    opt = zo.zo_sgd(model, lr=0.0, sampler=KINDS[kind], directions_per_batch=4)
+    opt = method(model, lr=0.0, sampler=KINDS[kind], directions_per_batch=4)
     sums, squares, count = torch.zeros(8).double(), torch.zeros(8).double(), 250
     for _ in range(count):
         estimate = opt.estimate(f)
@@ -151,6 +154,7 @@ METHODS = {
     "zo_adam": {},
     "zo_sgd_sign": {},
     "zo_sgd_cons": {},
+    "forward_grad": {},
 }
 
 
@@ -221,7 +225,7 @@ def refusals():
     yield zo.zo_sgd, model, k, lambda: loss(x).mean(), "zotune.per_example"
     yield zo.zo_sgd, model, k, zo.batched(loss, x), "zotune.per_example"
     yield zo.zo_sgd, model, k, zo.per_example(reads_a_number, x), "without the others"
-    yield zo.forward_grad, model, k, zo.per_example(loss, x), "differences of losses"
+    yield zo.fzoo, model, k, zo.per_example(loss, x), "differences of losses"
     yield zo.zo_sgd, model, {"directions_per_batch": 0}, zo.per_example(loss, x), 'at least 1, or "auto"'
     yield zo.zo_sgd, model, {"directions_per_batch": "each"}, zo.per_example(loss, x), 'at least 1, or "auto"'
     yield zo.zo_sgd, model, k, zo.per_example(lambda x: model(x), x), "must have shape"
@@ -233,7 +237,6 @@ def refusals():
 @pytest.mark.parametrize("number", range(10))
 def test_what_cannot_be_is_refused(number):
     make, model, options, f, said = list(refusals())[number]
-    options = {} if make is zo.forward_grad and not options else options
     with pytest.raises((UsageError, ValueError, TypeError), match=said):
         make(model, lr=0.1, **options).step(f)
 

@@ -39,12 +39,15 @@ def run_of(made, *, cached=False):
         {"tuning": "full", "flipped": True, "model": "random:opt-tiny"},
         {"tuning": "full", "flipped": True, "model": "random:gemma3-tiny"},
         {"tuning": "full", "tuned_parameters": "norm", "tuned_layers": 1, "cached": True},
+        {"tuning": "lora", "method": "forward_grad", "model": "random:qwen3-tiny"},
     ],
     ids=repr,
 )
 def test_coefficients_are_slopes_of_single_rows(config, options):
     cached = options.pop("cached", False)
     made = config(**{"gradient_accumulation_steps": 2, **options}, directions_per_batch=4, mu=1e-2)
+    # A derivative is compared with a difference that is short, and rounded; a difference with the same one.
+    mu, bound = (1e-3, 1e-2) if made.method == "forward_grad" else (1e-2, 1e-3)
     run = run_of(made, cached=cached)
     examples = run.rows.train[:4]
     closures, weights = run._closures(examples)
@@ -56,12 +59,12 @@ def test_coefficients_are_slopes_of_single_rows(config, options):
         batch = collate([example], run.lm.pad_token_id, run.lm.device, exact=run.rows.objective.exact)
         ends = []
         with torch.no_grad():
-            for a in (1e-2, -1e-2):
+            for a in (mu, -mu):
                 with zo.perturbed(run.optimizer.tuned, u, a):
                     ends.append(float(mean_loss(run.rows.objective, run.lm.score(batch), batch, [example])))
-        expected = (ends[0] - ends[1]) / 2e-2 * run.rows.objective.weight(example) / total
-        assert c == pytest.approx(expected, rel=1e-3, abs=2e-5)
-    assert estimate.num_forwards == 2
+        expected = (ends[0] - ends[1]) / (2 * mu) * run.rows.objective.weight(example) / total
+        assert c == pytest.approx(expected, rel=bound, abs=2e-5)
+    assert estimate.num_forwards == (1 if made.method == "forward_grad" else 2)
 
 
 def test_runs_write_ledgers_that_replay_and_resume(config, zotune, tmp_path):
@@ -84,7 +87,7 @@ def test_runs_write_ledgers_that_replay_and_resume(config, zotune, tmp_path):
         ({"directions_per_batch": 99}, "a step reads 4 examples"),
         ({"directions_per_batch": 0}, "equal to 1"),
         ({"directions_per_batch": "each"}, "auto"),
-        ({"directions_per_batch": 4, "method": "forward_grad"}, "directions_per_batch has no effect here"),
+        ({"directions_per_batch": 4, "method": "fzoo"}, "directions_per_batch has no effect here"),
         ({"directions_per_batch": 4, "method": "fo_sgd"}, "directions_per_batch has no effect here"),
         ({"directions_per_batch": 4, "hybrid_layers": 1}, "no hybrid"),
         ({"directions_per_batch": 4, "flipped": True, "rank": 1}, "two kinds"),

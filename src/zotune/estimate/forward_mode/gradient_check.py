@@ -128,7 +128,7 @@ def _check(closure: Closure, tuned: ParameterSet, estimate: GradientEstimate, lo
     def slope(mu: float) -> float:
         return central_difference(closure, tuned, [u], mu=mu).terms[0][0]
 
-    found = contradiction(c, slope, abs(estimate.loss), _TRIALS[precision])
+    found = contradicted(c, slope, estimate.loss, tuned.model)
     if found is not None:
         where = f" Tangents end in: {', '.join(sorted(lost.names))}." if lost.names else ""
         raise UsageError(
@@ -200,6 +200,11 @@ def contradiction(c: float, slope: Callable[[float], float], loss: float, trial:
     best = min((mus[i : i + count] for i in range(len(mus) - count + 1)), key=doubt)
     said = sorted(slopes[mu] for mu in best)[count // 2]
     return None if _near(c, said, trial.tolerance, doubt(best)) else said
+
+
+def contradicted(c: float, slope: Callable[[float], float], loss: float, model: nn.Module) -> float | None:
+    """As `contradiction`, in the precision of a model; one whose differences are compared."""
+    return contradiction(c, slope, abs(loss), _TRIALS[precision_of(model)])
 
 
 def _near(a: float, b: float, relative: float, absolute: float = 0.0) -> bool:

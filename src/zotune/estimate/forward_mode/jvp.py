@@ -64,7 +64,7 @@ def forward_gradient(closure: Closure, tuned: ParameterSet, directions: Sequence
     >>> abs(c - float(slope)) < 1e-12
     True
     """
-    _refuse_compiled(tuned.model)
+    refuse_compiled(tuned.model)
     if tuned.is_tensor_parallel:
         raise UsageError(
             "the modules of this model compute with shards (a tensor-parallel plan) and exchange activations, and what "
@@ -124,7 +124,7 @@ def _duals(
 
 def _dual(parts: Sequence[Closure], tuned: ParameterSet, direction: Direction, scale: float) -> list[list[float]]:
     """Each part's value, its tangent along scale · u, and whether it has one."""
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _explained():
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), explained():
         with DualParameters(tuned, direction, scale):
             values = [as_number(part()) for part in parts]
         note_evaluation()
@@ -147,7 +147,12 @@ def _mean(whole: Accumulated, parts: Sequence[Sequence[float]], scale: float) ->
     return float(whole.mean(values)), float(whole.mean(tangents)) / scale
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse modules whose code reads the weights where tangents do not reach it.
+
+    Raises:
+        UsageError: a module is compiled or scripted.
+    """
     for name, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule)
         if scripted or "_orig_mod" in module._modules or module._compiled_call_impl is not None:
@@ -162,7 +167,7 @@ _WITHOUT_RULE = re.compile(r"forward AD with (\w+)")
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """An operation without a forward-mode derivative is reported by name, with what to do."""
     try:
         yield

@@ -9,14 +9,14 @@ from zotune.llm.api.arguments import config_of, in_words_of_python, say_in_pytho
 from zotune.llm.api.loaded import borrowed
 from zotune.llm.api.rows import rows_of
 from zotune.llm.config.run import EvalConfig
+from zotune.llm.ledger import voting as by_name
 from zotune.llm.rows.sources import UserRows
 from zotune.llm.scoring.accuracy import Evaluation
 from zotune.llm.tasks.load_data import load_rows
-from zotune.llm.training import evaluation as by_name
 from zotune.llm.training.evaluation import TaskEvaluation
 
 # Options that need the name of a model, a task, or a folder.
-_BY_NAME = ("num_demonstrations", "baselines", "predictions", "output_dir")
+_BY_NAME = ("num_demonstrations", "baselines", "predictions", "output_dir", "vote")
 
 
 @overload

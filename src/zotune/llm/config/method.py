@@ -56,7 +56,7 @@ LATER = tuple(OF_METHOD)
 # Methods whose directions are of a shape of their own: neither masked, nor of another sampler.
 OWN_DIRECTIONS = ("subzero", "lozo", "zo_muon", "mopi", "hizoo", "grzo")
 # Methods whose directions may be one for each group of examples.
-BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam")
+BY_EXAMPLES = ("zo_sgd", "zo_sgd_sign", "zo_sgd_mmt", "zo_sgd_cons", "zo_adam", "forward_grad")
 _ONE_SIDED, _TWO_SIDED = ("fzoo", "randopt"), ("hizoo", "grzo")
 # Options that some methods alone use.
 _USERS: dict[str, tuple[str, ...]] = {
@@ -69,6 +69,7 @@ _USERS: dict[str, tuple[str, ...]] = {
     "spectral_rank": ("mopi",),
     "hessian_share": ("hizoo",),
     "rank_scale": ("lozo",),
+    "square_subspaces": ("subzero",),
     **dict.fromkeys(("block_choice", "block_unbiased"), ("block_coordinate",)),
 }
 
@@ -162,8 +163,7 @@ class MethodOptions(Options):
         None,
         ge=1,
         description="Recompute the moments from the last N steps instead of storing them (zo_sgd_mmt, zo_adam); "
-        "default: "
-        "store them.",
+        "default: store them.",
     )
 
     keep_best: int = Field(1, ge=1, description="Number of the best points whose mean is taken (randopt).")
@@ -175,6 +175,7 @@ class MethodOptions(Options):
     hessian_share: float = Field(
         1e-8, ge=0, lt=1, description="Share α of a new curvature in the estimate of the Hessian's diagonal (hizoo)."
     )
+    square_subspaces: bool = Field(False, description="Reshape matrices towards squares, as thin adapters' (subzero).")
     rank_scale: Literal["mean", "sum"] = Field("mean", description="Divide steps by the rank (mean) or not (lozo).")
     block_choice: Literal["random", "cyclic", "adaptive"] = Field(
         "random",
@@ -192,8 +193,8 @@ class MethodOptions(Options):
     blocks: Literal["layer", "part", "linear", "size"] | None = Field(
         None,
         description="Blocks of parameters whose gradient is estimated separately: per layer, per attention or "
-        "feed-forward "
-        "part, per linear layer, or by size; default: all tuned parameters at once, for block_coordinate layer.",
+        "feed-forward part, per linear layer, or by size; default: all tuned parameters at once, for block_coordinate "
+        "layer.",
     )
     block_size: int = Field(1_000_000, ge=1, description="Parameters per block at most (with blocks: size).")
     block_order: Literal["joint", "sequential"] = Field(
@@ -209,8 +210,7 @@ class MethodOptions(Options):
     mask_group: Literal["global", "layer"] = Field(
         "global",
         description="Choose each tensor's sparsity from one magnitude threshold over all tensors (global), or use the "
-        "same "
-        "sparsity in every tensor (layer).",
+        "same sparsity in every tensor (layer).",
     )
     mask_interval: int = Field(1, ge=1, description="Steps between two new masks (with sparsity).")
 
@@ -242,8 +242,7 @@ class MethodOptions(Options):
     hybrid_tied: Literal["zeroth_order", "frozen"] | None = Field(
         None,
         description="Treatment of weights that both parts read, such as tied embeddings: tune them with the "
-        "zeroth-order "
-        "method, or freeze them (with hybrid_layers); default: refuse them.",
+        "zeroth-order method, or freeze them (with hybrid_layers); default: refuse them.",
     )
 
     @field_validator("learning_rate", mode="before")

@@ -56,6 +56,10 @@ class EvalConfig(ModelOptions, DataOptions):
         False,
         description="Also report the majority class, and for a tuned model its base model and the difference to it.",
     )
+    vote: bool = Field(
+        False,
+        description="Let the best points of a randopt run vote on each row, in place of the weights that it saved.",
+    )
     predictions: Path | None = Field(
         None,
         description="JSON-lines file for the prompt, scores and prediction of each row; default: not written.",
@@ -273,20 +277,22 @@ def training_rows_note(config: EvalConfig, folder: Path) -> str | None:
 
 
 # What a run may choose for itself, and records.
-_CHOSEN = ("chat_date", "learning_rate", "num_train")
+_CHOSEN = ("chat_date", "learning_rate", "num_train", "only_layer")
 
 
 def with_recorded_choices(config: TrainConfig) -> TrainConfig:
     """Return the config of a run to resume with what the run chose and recorded at its start, unless it is given.
 
-    These are the date for chats, the learning rate of a search or of the defaults, and how many rows of a stream its
-    steps may read. A new run chooses the latter here, so that it can be resumed for more steps on the same rows.
+    These are the date for chats, the learning rate of a search or of the defaults, the dominant layer, and how many
+    rows of a stream its steps may read. A new run chooses the latter here, so that it can be resumed for more
+    steps on the same rows.
     """
     path = (config.resume_from_checkpoint or config.output_dir) / "config.yaml"
     is_open = {
         "chat_date": config.chat_date is None,
         "learning_rate": not isinstance(config.learning_rate, float),
         "num_train": config.streaming and config.num_train is None,
+        "only_layer": config.only_layer == "dominant",
     }
     if not config.resume or not path.is_file():
         reads_by_steps = is_open["num_train"] and config.num_train_epochs is None

@@ -103,7 +103,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
         *("streaming", "scored_turns", "chat_date", "read_control_tokens", "data_seed", "num_more_eval"),
     ),
     "Tuning": (
-        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers"),
+        *("tuning", "lora_r", "lora_alpha", "lora_target_modules", "lora_init", "tuned_layers", "only_layer"),
         *("tuned_parameters", "activation_rank", "direction_scale"),
         *("num_virtual_tokens", "peft_type", "peft_config"),
     ),
@@ -117,6 +117,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
             "rank",
             "rank_interval",
             "rank_scale",
+            "square_subspaces",
             "hessian_share",
             "spectral_rank",
             "vector_learning_rate",
@@ -149,7 +150,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "Evaluation": (
         *("eval_steps", "eval_strategy", "load_best_model_at_end", "metric_for_best_model"),
         *("early_stopping_patience", "exact_match", "compute_metrics"),
-        *("num_demonstrations", "baselines", "per_device_eval_batch_size"),
+        *("num_demonstrations", "baselines", "per_device_eval_batch_size", "vote"),
     ),
     "Output": (
         *("output_dir", "overwrite_output_dir", "logging_steps", "logging_strategy", "report_to", "run_name"),

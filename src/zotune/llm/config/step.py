@@ -200,6 +200,7 @@ class StepOptions(ModelOptions, MethodOptions, TuningOptions):
             second = aimed[1] if len(aimed) > 1 else other or "tuning: lora_xs"
             raise ValueError(f"{aimed[0]} and {second} choose directions in two ways; leave one of them out")
         found = {"lora_xs": self.tuning == "lora_xs", "lora_init: eva": self.lora_init == "eva", **aims}
+        found["only_layer: dominant"] = self.only_layer == "dominant"
         asked = next((name for name, is_asked in found.items() if is_asked), None)
         places = ("device_map", "offload_folder", "shard")
         place = next((p for p in places if getattr(self, p, None) not in (None, "none")), None)

@@ -25,6 +25,7 @@ _IN_LAYERS = ("full", "norms", "biases", *LORA, *BY_NAME, "scales")
 _SCHEMES_OF_OPTION = (
     ("tuned_parameters", ("full",), "it chooses among the model's own weights; with lora use lora_target_modules"),
     ("tuned_layers", _IN_LAYERS, "for an adapter by name, set layers_to_transform in peft_config"),
+    ("only_layer", _IN_LAYERS, "for an adapter by name, set layers_to_transform in peft_config"),
     ("lora_target_modules", LORA, "it names the linear layers that get a LoRA adapter"),
     ("lora_init", ("lora", "lora_fa"), "it is about a LoRA adapter whose initial values are free"),
     ("num_virtual_tokens", ("prefix", "prompt"), "for an adapter by name, set it in peft_config"),
@@ -61,6 +62,11 @@ class TuningOptions(Options):
         ge=0,
         description="Tune only the last N layers; with full, norms and biases also the modules above them, and with 0 "
         "these alone, such as the last norm. Default: all layers.",
+    )
+    only_layer: Annotated[int, Field(ge=0)] | Literal["dominant"] | None = Field(
+        None,
+        description="Tune only this layer, counted from 0, without the modules above it; dominant: the layer at which "
+        "outliers of activations first appear in a forward pass. Default: all layers.",
     )
     tuned_parameters: str | None = Field(
         None,
@@ -115,6 +121,8 @@ class TuningOptions(Options):
                 raise ValueError(f"{option} needs tuning: {' or '.join(schemes)}, not {self.tuning}; {remedy}")
         if self.tuning == "peft" and self.peft_type is None:
             raise ValueError("tuning: peft needs the name of one of peft's schemes, for instance --peft-type ia3")
+        if self.tuned_layers is not None and self.only_layer is not None:
+            raise ValueError("tuned_layers and only_layer choose layers in two ways; leave one of them out")
         if self.tuned_layers == 0 and self.tuning not in ("full", "norms", "biases"):
             raise ValueError(
                 f"tuned_layers: 0 leaves no layer for tuning: {self.tuning}; give at least 1, or tune the modules "

@@ -85,10 +85,13 @@ def make_trainable(module: Any, name: str) -> None:
 
 
 def own_options(lm: LanguageModel, config: StepOptions) -> dict[str, Any]:
-    """Return the options of LoRA that the model's adapter has and `config` has otherwise, to record them."""
-    if config.tuning not in ("lora", "lora_fa") or not is_adapter(lm.module):
-        return {}
-    found = {"lora_r": _adapter(lm).r, "lora_alpha": _adapter(lm).lora_alpha}
+    """Return the options that the tuned set has and `config` has otherwise, to record them.
+
+    They are those of LoRA, of the model's adapter, and the layer that was found to be dominant.
+    """
+    found: dict[str, Any] = {} if lm.only_layer is None else {"only_layer": lm.only_layer}
+    if config.tuning in ("lora", "lora_fa") and is_adapter(lm.module):
+        found |= {"lora_r": _adapter(lm).r, "lora_alpha": _adapter(lm).lora_alpha}
     return {name: value for name, value in found.items() if getattr(config, name) != value}
 
 
@@ -109,6 +112,8 @@ def _contradictions(lm: LanguageModel, config: StepOptions) -> Iterator[tuple[st
             yield option, getattr(config, option), getattr(adapter, key)
     if config.tuned_layers is not None:
         yield "tuned_layers", config.tuned_layers, "layers of its own"
+    if config.only_layer is not None:
+        yield "only_layer", config.only_layer, "layers of its own"
     if config.lora_init != "default":
         yield "lora_init", config.lora_init, "values already"
     if config.lora_target_modules and not _targets_agree(lm, config.lora_target_modules):

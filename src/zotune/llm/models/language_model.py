@@ -53,6 +53,7 @@ class LanguageModel:
         mesh: the processes that share the work on the model; one by default.
         rows_alone: how `score` computes each row alone; None to compute all rows together.
         aim: what was found for the tuned set before the first step; None for a set that needs nothing.
+        only_layer: the layer that was found to be dominant, and is the only one that is tuned; None if none was sought.
         companions: files of the model's processor by name, to save beside a model that also reads images or sound.
     """
 
@@ -66,6 +67,7 @@ class LanguageModel:
     companions: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     mesh: Mesh = field(default=ALONE_MESH, repr=False)
     aim: Aim | None = field(default=None, repr=False)
+    only_layer: int | None = field(default=None, repr=False)
     rows_alone: RowsAlone | None = field(default=None, repr=False)
     _said: bool = field(default=False, repr=False)
 

@@ -17,13 +17,14 @@ from zotune.llm.checkpoints.tuned_tensors import check_saved
 from zotune.llm.config.step import StepOptions
 from zotune.llm.models.activation_cache import parameters_below
 from zotune.llm.models.adapters.by_name import add_peft_adapter
-from zotune.llm.models.adapters.lora import add_lora, first_layer
+from zotune.llm.models.adapters.lora import add_lora, chooses_layers, chosen_layers
 from zotune.llm.models.adapters.virtual_tokens import add_prefix, add_prompt
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.continued_adapter import continue_adapter, continues, scheme_of
 from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.models.partial_forward import head_module
 from zotune.llm.models.tuned_sets.adapters import add_ia3, add_lora_with_frozen_a, add_vera, freeze_a
+from zotune.llm.models.tuned_sets.dominant import with_dominant_layer
 from zotune.llm.quantized.backends import is_packed, is_quantised
 from zotune.llm.quantized.scales import SCALES, add_scales, layers_with_scales
 from zotune.messages import say
@@ -40,6 +41,7 @@ def prepare_tuning(lm: LanguageModel, config: StepOptions) -> None:
     Raises:
         UsageError: no parameter would be tuned, or `config` names a layer, module or adapter that does not exist.
     """
+    config = with_dominant_layer(lm, config)
     if continues(lm, config):
         continue_adapter(lm, config)
         if config.tuning == "lora_fa":
@@ -98,8 +100,11 @@ def _choose_weights(lm: LanguageModel, config: StepOptions) -> None:
 def _candidates(lm: LanguageModel, config: StepOptions) -> list[tuple[str, nn.Parameter]]:
     """Return the parameters of the layers that may be tuned, and those of the modules above these layers."""
     path, layers = stack_of(lm.module)
-    first = first_layer(len(layers), config.tuned_layers)
-    below = set() if config.tuned_layers is None else parameters_below(lm.module, layers)
+    chosen = {*chosen_layers(len(layers), config), *([len(layers)] if config.only_layer is None else [])}
+    below = parameters_below(lm.module, layers) if chooses_layers(config) else set()
+    # A new head has to be tuned whatever else is.
+    names = head_module_names(lm.base) if lm.classifies else ()
+    heads = {id(p) for name in names for p in lm.base.get_submodule(name).parameters()}
     # The parts of a composite model that read images or sound do not run on text.
     text = {id(p) for p in lm.text_model.parameters()}
     below |= {id(p) for p in lm.base.base_model.parameters()} - text
@@ -107,7 +112,7 @@ def _candidates(lm: LanguageModel, config: StepOptions) -> list[tuple[str, nn.Pa
     for name, p in lm.module.named_parameters():
         # A parameter outside the stack that is not read before it belongs to a module after it.
         layer = int(name[len(path) + 1 :].split(".")[0]) if name.startswith(f"{path}.") else len(layers)
-        if layer >= first and id(p) not in below:
+        if (layer in chosen or id(p) in heads) and id(p) not in below:
             candidates.append((name, p))
     return candidates
 
@@ -169,7 +174,7 @@ def _choose_vectors(
         if p.dim() == 1 and p.is_floating_point() and is_chosen(name, p):
             p.requires_grad_(True)
     if not any(p.requires_grad for p in lm.module.parameters()):
-        where = "" if config.tuned_layers is None else " in the chosen layers"
+        where = " in the chosen layers" if chooses_layers(config) else ""
         raise UsageError(
             f"tuning: {config.tuning}: nothing would be tuned, for {lm.name} has no {what}{where}. Tune another set: "
             "norms, biases, lora, or --tuned-parameters with tuning: full."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from zotune.llm.output.json_files import json_safe
 from zotune.llm.output.locked_folder import tidy
 from zotune.llm.output.new_file import check_new_file
 from zotune.llm.quantized.backends import saved_quantization
-from zotune.llm.scoring.accuracy import Evaluation
+from zotune.llm.scoring.accuracy import Evaluation, Measure
 from zotune.llm.scoring.baselines import Difference, Majority, majority, paired_difference
 from zotune.llm.tasks import find_task, head_labels
 from zotune.llm.tasks.load_data import EncodedData, encode_rows, load_examples
@@ -94,11 +94,23 @@ class TaskEvaluation:
         return lines
 
 
-def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
+# The model to evaluate, and what is made of the measure of its rows.
+Opened = tuple[LanguageModel, Callable[[Measure], Measure]]
+
+
+def open_model(config: EvalConfig) -> Opened:
+    """The model that the options name, whose own answers are measured."""
+    return load(config, head_labels(config.of(config.tasks[0]))), lambda measure: measure
+
+
+def evaluate(
+    config: EvalConfig, opened: Callable[[EvalConfig], Opened] = open_model
+) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
     """Evaluate a model on tasks or on the user's own rows.
 
     Args:
         config: the options of the evaluation, as on the command line of `zotune eval`.
+        opened: loads what is evaluated.
 
     Returns:
         The result of each task by name, that of the user's own rows under the name "rows"; and all results as JSON, the
@@ -116,14 +128,16 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, TaskEvaluation], dict[str, A
     """
     _check_options(config)
     with together(config.timeout) as processes:
-        return _evaluate_together(config, processes)
+        return _evaluate_together(config, processes, opened)
 
 
-def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
+def _evaluate_together(
+    config: EvalConfig, processes: Processes, opened: Callable[[EvalConfig], Opened]
+) -> tuple[dict[str, TaskEvaluation], dict[str, Any]]:
     processes.first(lambda: tidy(Path(config.model)))
-    lm = load(config, head_labels(config.of(config.tasks[0])))
+    lm, judged = opened(config)
     lm.mesh = _mesh_of(processes, lm)
-    results = {task or "rows": _evaluate_task(lm, config.of(task)) for task in config.tasks}
+    results = {task or "rows": _evaluate_task(lm, config.of(task), judged) for task in config.tasks}
     peak = peak_memory(lm.device)
     base = None if not config.baselines or lm.classifies else revised_base_model_of(config.model, config.model_revision)
     if base is not None:
@@ -134,7 +148,7 @@ def _evaluate_together(config: EvalConfig, processes: Processes) -> tuple[dict[s
             "dtype": str(lm.base.dtype).removeprefix("torch."),
             "quantization": config.quantization or saved_quantization(Path(config.model)),
         }
-        del lm
+        del lm, judged
         # In the same precision, or the difference would include that of rounding.
         untuned = load(config.model_copy(update=overrides))
         untuned.mesh = _mesh_of(processes, untuned)
@@ -209,7 +223,7 @@ def _check_options(config: EvalConfig) -> None:
         check_new_file("--predictions", config.predictions)
 
 
-def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
+def _evaluate_task(lm: LanguageModel, config: EvalConfig, judged: Callable[[Measure], Measure]) -> TaskEvaluation:
     """Evaluate one task."""
     data = load_examples(lm, config.model_copy(update=_sample_options(config)))
     for note in (*data.notes, *_notes_on_training(config)):
@@ -227,7 +241,7 @@ def _evaluate_task(lm: LanguageModel, config: EvalConfig) -> TaskEvaluation:
     if not config.packing:  # windows are no examples
         counts = tuple(counts[i] for i in rows.kept) if counts else ()
         asked = replace(asked, splits=Splits((), (), tuple(examples[i] for i in rows.kept)))
-    return TaskEvaluation(_measure(lm, config, rows), asked, counts, most_frequent)
+    return TaskEvaluation(_measure(lm, config, rows, judged), asked, counts, most_frequent)
 
 
 def _notes_on_training(config: EvalConfig) -> list[str]:
@@ -237,8 +251,10 @@ def _notes_on_training(config: EvalConfig) -> list[str]:
     return [] if note is None else [note]
 
 
-def _measure(lm: LanguageModel, config: EvalConfig, rows: EncodedData) -> Evaluation:
-    found = rows.measure(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
+def _measure(
+    lm: LanguageModel, config: EvalConfig, rows: EncodedData, judged: Callable[[Measure], Measure] = lambda own: own
+) -> Evaluation:
+    found = judged(rows.measure)(lm, rows.test, config.per_device_eval_batch_size, objective=rows.objective)
     return lm.mesh.processes.first(lambda: found)
 
 

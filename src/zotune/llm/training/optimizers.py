@@ -150,6 +150,7 @@ def hyper_parameters(options: MethodOptions) -> dict[str, Any]:
         "rank": options.rank,
         "interval": options.rank_interval,
         "scale": options.rank_scale,
+        "square": options.square_subspaces,
         "vector_lr": options.vector_learning_rate,
         "top": options.spectral_rank,
         "alpha": options.hessian_share,

@@ -20,6 +20,7 @@ from zotune.directions.direction import Direction
 from zotune.errors import NonFiniteLossError, UsageError
 from zotune.estimate.batched_probes import NotSeparableError
 from zotune.estimate.estimate import GradientEstimate
+from zotune.estimate.estimators import unbound
 from zotune.estimate.mesh import ALONE_MESH, Mesh
 from zotune.estimate.objective import Batched, accumulate, probing
 from zotune.estimate.per_example.objective import PerExample
@@ -30,6 +31,7 @@ from zotune.llm.models.language_model import LanguageModel
 from zotune.llm.training.counters import Counters
 from zotune.llm.training.optimizers import AnyOptimizer
 from zotune.messages import say
+from zotune.methods.randopt import best_points
 from zotune.model.parameters import ParameterSet, TunedTensor
 from zotune.noise import derive_seed
 from zotune.optim.hybrid import Hybrid
@@ -175,8 +177,11 @@ def check_first_estimate(optimizer: ZerothOrder, estimate: GradientEstimate, mu:
     Raises:
         UsageError: the message says which option to change.
     """
-    # A single block may have a zero slope at first, such as an adapter's first factor while the second is zero.
-    if estimate.is_finite and mu is not None and all(c == 0 and u.block is None for c, u in estimate.terms):
+    # A single block may have a zero slope at first, such as an adapter's first factor while the second is zero; and
+    # where points are chosen, none may be better than the weights.
+    is_choice = unbound(optimizer.estimator) is best_points
+    has_none = all(c == 0 and u.block is None for c, u in estimate.terms)
+    if estimate.is_finite and mu is not None and has_none and not is_choice:
         raise UsageError(
             f"mu is {mu:g}, below the resolution of the loss: both probes gave the same loss ({estimate.loss:.6g}), so "
             "every coefficient would be zero. Use a larger mu, or float32 in place of half precision."

@@ -10,6 +10,7 @@ from torch import nn
 
 from zotune.errors import UsageError, did_you_mean, reason_of
 from zotune.llm.config.step import StepOptions
+from zotune.llm.config.tuning import TuningOptions
 from zotune.llm.models.adapters.peft_wrapper import wrap_with_peft
 from zotune.llm.models.classification_head import head_module_names
 from zotune.llm.models.language_model import LanguageModel
@@ -37,7 +38,7 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
     from peft import LoraConfig
 
     path, layers = stack_of(lm.text_model)
-    first = first_layer(len(layers), config.tuned_layers)
+    chosen, in_some = chosen_layers(len(layers), config), chooses_layers(config)
     everywhere = [name for name, _ in linear_layers(lm.text_model)]
     linear = {name.rpartition(".")[2] for name in everywhere}
     targets = config.lora_target_modules or default_targets(lm.config.get_text_config().model_type, linear)
@@ -53,21 +54,21 @@ def add_lora(lm: LanguageModel, config: StepOptions) -> None:
         raise UsageError(
             f"lora_target_modules: {lm.name} has no linear layer {unknown[0]!r}.{did_you_mean(unknown[0], linear)}"
         )
-    paths = target_paths(lm, targets, layers[first:] if inside or config.tuned_layers else [lm.text_model])
+    paths = target_paths(lm, targets, [layers[i] for i in chosen] if inside or in_some else [lm.text_model])
     check_adapted(lm.base, paths)
     # peft matches the names of all modules, and in a Sequential these are numbers, as those of layers are.
     only_linear = set(target_paths(lm, targets, [lm.base])) == {
         name for name, _ in lm.base.named_modules() if any(is_target(name, t) for t in targets)
     }
-    is_everywhere = bool(config.tuned_layers) or paths == target_paths(lm, targets, [lm.base])
+    is_everywhere = in_some or paths == target_paths(lm, targets, [lm.base])
     by_name = lm.text_model is lm.base and only_linear and is_everywhere
-    in_layers = by_name and config.tuned_layers is not None
+    in_layers = by_name and in_some
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
         target_modules=list(targets) if by_name else paths,
-        layers_to_transform=list(range(first, len(layers))) if in_layers else None,
+        layers_to_transform=list(chosen) if in_layers else None,
         layers_pattern=path.rpartition(".")[2] if in_layers else None,
         # Conv1D holds its weight transposed.
         fan_in_fan_out=any(not isinstance(lm.base.get_submodule(name), nn.Linear) for name in paths),
@@ -154,17 +155,29 @@ def target_paths(lm: LanguageModel, targets: Sequence[str], parts: Sequence[nn.M
     return [name for name, m in linear_layers(lm.base) if m in inside and any(is_target(name, t) for t in targets)]
 
 
-def first_layer(num_layers: int, tuned_layers: int | None) -> int:
-    """Return the index of the lowest of the last `tuned_layers` layers; None stands for all layers.
+def chooses_layers(config: TuningOptions) -> bool:
+    """Whether a run tunes some layers only."""
+    return config.tuned_layers is not None or config.only_layer is not None
+
+
+def chosen_layers(num_layers: int, config: TuningOptions) -> range:
+    """Return the numbers of the layers that a run tunes: one, the last ones, or all.
 
     Raises:
         UsageError: the model has fewer layers.
 
-    >>> first_layer(12, None), first_layer(12, 2), first_layer(12, 0)
-    (0, 10, 12)
+    >>> [chosen_layers(12, TuningOptions(**o)) for o in ({}, {"tuned_layers": 2}, {"only_layer": 3})]
+    [range(0, 12), range(10, 12), range(3, 4)]
     """
-    if tuned_layers is not None and tuned_layers > num_layers:
+    if isinstance(config.only_layer, int):
+        if config.only_layer >= num_layers:
+            raise UsageError(
+                f"only_layer is {config.only_layer}, but the model has {num_layers} layers, which are counted from 0; "
+                f"give at most {num_layers - 1}."
+            )
+        return range(config.only_layer, config.only_layer + 1)
+    if config.tuned_layers is not None and config.tuned_layers > num_layers:
         raise UsageError(
-            f"tuned_layers is {tuned_layers}, but the model has {num_layers} layers; give at most {num_layers}."
+            f"tuned_layers is {config.tuned_layers}, but the model has {num_layers} layers; give at most {num_layers}."
         )
-    return 0 if tuned_layers is None else num_layers - tuned_layers
+    return range(0 if config.tuned_layers is None else num_layers - config.tuned_layers, num_layers)

@@ -260,7 +260,8 @@ def _check_room(placement: Placement, options: ModelOptions) -> None:
     """Check that the offload folder's disk holds the copies of the streamed layers that a run would tune."""
     if not isinstance(options, StepOptions) or options.offload_folder is None or options.tuning != "full":
         return
-    if options.tuned_layers or options.tuned_parameters:  # some of them; a copy that finds no room says so
+    # Of some layers a copy that finds no room says so.
+    if options.tuned_layers or options.only_layer is not None or options.tuned_parameters:
         return
     needed = sum(p.numel() * p.element_size() for of_layer in placement.streamed_matrices for p in of_layer)
     there = next(path for path in (options.offload_folder, *options.offload_folder.absolute().parents) if path.exists())

@@ -23,8 +23,9 @@ from zotune.llm.models.adapters.by_name import add_peft_adapter
 from zotune.llm.models.adapters.lora import (
     ALL_LINEAR,
     add_lora,
+    chooses_layers,
+    chosen_layers,
     default_targets,
-    first_layer,
     linear_layers,
     target_paths,
 )
@@ -94,13 +95,15 @@ def _add_by_name(
 ) -> None:
     """Add an adapter of peft to some layers by their names; those of feed-forward parts are `forward`."""
     layers = stack_of(lm.text_model)[1]
-    parts = layers[first_layer(len(layers), config.tuned_layers) :]
+    parts, in_some = [layers[i] for i in chosen_layers(len(layers), config)], chooses_layers(config)
     options = config.peft_options
     chosen = tuple(options.get("target_modules", targets)) if not isinstance(options.get("target_modules"), str) else ()
-    if chosen and (config.tuned_layers is not None or "target_modules" not in options):
+    if chosen and (in_some or "target_modules" not in options):
         paths = target_paths(lm, chosen, parts)
         inner = target_paths(lm, options.get("feedforward_modules", forward), parts)
         options = {**options, "target_modules": paths, **({"feedforward_modules": inner} if inner else {})}
-    elif config.tuned_layers is not None:
-        raise UsageError("tuned_layers does not go with a pattern of target_modules; put the layers into the pattern.")
+    elif in_some:
+        raise UsageError(
+            "tuned_layers and only_layer do not go with a pattern of target_modules; put them into the pattern."
+        )
     add_peft_adapter(lm, config.model_copy(update={"peft_type": scheme, "peft_config": json.dumps(options)}))
