@@ -40,6 +40,9 @@ def server():
         return here
     here.close()
     warnings.resetwarnings()  # those of pytest make each an error
+    with open(os.devnull, "w") as nowhere:  # what matters of their output is in errors
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     try:
         while True:
             there.send_bytes(pickle.dumps(_forked(*pickle.loads(there.recv_bytes()))))
