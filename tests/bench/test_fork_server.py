@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from zotune.bench.keys.code_hash import code_stamp
 from zotune.bench.keys.content_key import PACKAGE
 from zotune.bench.run.fork_server import ForkServer
 from zotune.bench.run.jobs import Job, Outcome
 from zotune.bench.run.processes import Process
-from zotune.bench.run.worker import WORK
+from zotune.bench.run.worker import WORK, do
 from zotune.bench.spec.schema import Limits
+from zotune.errors import RunError, ZotuneError
 
 pytestmark = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 
@@ -109,6 +111,8 @@ def test_server_and_worker_end_with_the_runner_however_it_ends(start, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from zotune.bench.keys.code_hash import code_stamp
+from zotune.bench.keys.content_key import PACKAGE
 from zotune.bench.run.fork_server import ForkServer
 import os
 server = ForkServer((sys.executable, "-m", "zotune.bench.run.worker", "--fork"), os.environ)
@@ -168,3 +172,18 @@ def test_a_server_ends_with_its_owner(tmp_path):
     pid = json.loads((tmp_path / "found.json").read_text())["parent"]
     del server
     assert not is_alive(pid)
+
+
+def test_code_that_was_changed_since_the_server_began_is_refused(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1")
+    before = code_stamp(package)
+    (package / "a.py").write_text("x = 1")
+    os.utime(package / "a.py", (1, 1))
+    assert code_stamp(package) != before
+    line = {"does": "evaluate", "options": {}, "folder": str(tmp_path)}
+    with pytest.raises(RunError, match="start the runner again"):
+        do(line, before)
+    with pytest.raises(ZotuneError, match=r"^(?!.*start the runner again)"):
+        do({**line, "options": {"nothing": 1}}, code_stamp(PACKAGE))

@@ -50,6 +50,12 @@ def code_hash(folder: Path, roots: tuple[str, ...], *, on_cpu: bool = False) -> 
     return _hash([*sorted(set(known.values())), *c_sources])
 
 
+def code_stamp(folder: Path) -> frozenset[tuple[str, int, int]]:
+    """Name, time and size of each file that `code_hash` reads; with equal stamps hashes are equal."""
+    files = [path for path in folder.rglob("*.*") if path.suffix in (".py", ".c")]
+    return frozenset((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+
+
 def _of(reference: Reference, known: dict[Definition, str]) -> str:
     return " ".join(sorted(f"{name}:{known[one]}" for name, one in reference.named))
 

@@ -13,9 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zotune.bench.keys.code_hash import code_stamp
+from zotune.bench.keys.content_key import PACKAGE, code_of
 from zotune.bench.measure.accuracy import evaluated, trained
 from zotune.bench.measure.estimates import estimated
 from zotune.bench.measure.step import step_taken
@@ -33,9 +36,18 @@ Work = Callable[[dict[str, Any], Path], dict[str, Any]]
 WORK: dict[str, Work] = {"train": trained, "evaluate": evaluated, "estimate": estimated, "step": step_taken}
 """The function of every job by its name."""
 
+_OTHER_CODE = (
+    "the code or the libraries differ from those with which the runner started, so the result would have the wrong "
+    "key; start the runner again"
+)
 
-def do(line: Mapping[str, Any]) -> dict[str, Any]:
+
+def do(line: Mapping[str, Any], stamp: object = None) -> dict[str, Any]:
     """Do a job and return its results with a description of the machine.
+
+    Args:
+        line: the job.
+        stamp: the stamp of the code when this process began; without one it has just begun.
 
     Raises:
         ZotuneError: the job is invalid, or it failed.
@@ -43,11 +55,9 @@ def do(line: Mapping[str, Any]) -> dict[str, Any]:
     name, folder = str(line["does"]), Path(line["folder"])
     if name not in WORK:
         raise UsageError(f"no job is called {name!r}.{did_you_mean(name, WORK)}")
-    if "key" in line and Job(name, dict(line["options"])).key != line["key"]:
-        raise RunError(
-            "the code or the libraries differ from those with which the runner started, so the result would have "
-            "the wrong key; start the runner again"
-        )
+    is_other = stamp not in (None, code_stamp(PACKAGE))
+    if is_other or ("key" in line and Job(name, dict(line["options"])).key != line["key"]):
+        raise RunError(_OTHER_CODE)
     _limit_gpu(line.get("gib"))
     return {**WORK[name](dict(line["options"]), folder), "environment": machine()}
 
@@ -78,16 +88,17 @@ def main(*arguments: str) -> int:
     """Do the job that is read from standard input, or with `--fork` each of them in a process; return the exit code."""
     tune_malloc()
     if arguments == ("--fork",):
-        _import_libraries()
-        return serve(_work)
+        stamp = code_stamp(PACKAGE)
+        _prepare()
+        return serve(partial(_work, stamp=stamp))
     return _work(json.loads(sys.stdin.readline()))
 
 
-def _work(line: Mapping[str, Any]) -> int:
-    """Do a job and write its results; return the exit code."""
+def _work(line: Mapping[str, Any], stamp: object = None) -> int:
+    """Do a job as `do` does and write its results; return the exit code."""
     threading.Thread(target=_exit_with_runner, daemon=True).start()
     try:
-        found = do(line)
+        found = do(line, stamp)
     except (ZotuneError, OSError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             _print_error(f"out of memory: {str(error).splitlines()[0] if str(error) else ''}")
@@ -100,10 +111,13 @@ def _work(line: Mapping[str, Any]) -> int:
     return 0
 
 
-def _import_libraries() -> None:
-    """Import what the jobs import when they run."""
+def _prepare() -> None:
+    """Import what the jobs import, and read the code for their keys: each forked worker would do it again."""
     for name in ("peft", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
         importlib.import_module(name)
+    for name in WORK:
+        for device in ("cpu", "cuda"):
+            code_of({"does": name, "device": device})
 
 
 def _exit_with_runner() -> None:

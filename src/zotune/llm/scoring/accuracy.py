@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -103,6 +103,22 @@ class AccuracyEvaluation(Evaluation):
     scores: tuple[tuple[float, ...], ...] = field(default=(), kw_only=True, repr=False)
     num_ties: int = field(default=0, kw_only=True)
 
+    @classmethod
+    def of(cls, predictions: Sequence[int], examples: Sequence[Encoded], **others: Any) -> Self:
+        """The accuracy of some predictions, an index of a candidate for each example; `others` are attributes."""
+        is_right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
+        hits = int(sum(is_right))
+        low, high = wilson(hits, len(examples))
+        return cls(
+            accuracy=hits / len(examples),
+            low=low,
+            high=high,
+            num_examples=len(examples),
+            predictions=tuple(predictions),
+            values=is_right,
+            **others,
+        )
+
     @property
     def value(self) -> float:
         """The accuracy."""
@@ -166,19 +182,12 @@ def evaluate_accuracy(
     for indices, batch in zip(batches, found, strict=True):
         for i, best, row in zip(indices, batch.best, batch.scores, strict=True):
             predictions[i], scores[i] = best, row
-    is_right = tuple(float(e.is_right(p)) for p, e in zip(predictions, examples, strict=True))
-    hits = int(sum(is_right))
-    low, high = wilson(hits, len(examples))
-    return AccuracyEvaluation(
-        accuracy=hits / len(examples),
-        low=low,
-        high=high,
-        num_examples=len(examples),
+    return AccuracyEvaluation.of(
+        predictions,
+        examples,
         loss=sum(batch.loss for batch in found) / sum(map(objective.weight, examples)),
-        predictions=tuple(predictions),
         seconds=time.perf_counter() - start,
         num_forwards=lm.num_forwards - forwards_before,
-        values=is_right,
         scores=tuple(scores),
         num_ties=sum(batch.num_ties for batch in found),
     )

@@ -12,7 +12,6 @@ import torch
 from zotune.errors import UsageError
 from zotune.llm.data.tokenization import Encoded
 from zotune.llm.scoring.accuracy import AccuracyEvaluation, Evaluation
-from zotune.llm.scoring.intervals import wilson
 from zotune.methods.randopt import counted
 
 
@@ -38,18 +37,11 @@ def elected(voters: Sequence[Evaluation], examples: Sequence[Encoded]) -> Accura
         )
     counts = counted(torch.tensor(chosen))
     best = counts.argmax(dim=0).tolist()
-    is_right = tuple(float(e.is_right(p)) for p, e in zip(best, examples, strict=True))
-    hits = int(sum(is_right))
-    low, high = wilson(hits, len(examples))
-    return AccuracyEvaluation(
-        accuracy=hits / len(examples),
-        low=low,
-        high=high,
-        num_examples=len(examples),
+    return AccuracyEvaluation.of(
+        best,
+        examples,
         loss=sum(v.loss for v in voters) / len(voters),
-        predictions=tuple(best),
         seconds=sum(v.seconds for v in voters),
         num_forwards=sum(v.num_forwards for v in voters),
-        values=is_right,
         num_ties=int(((counts == counts.amax(dim=0)).sum(dim=0) > 1).sum()),
     )
