@@ -202,7 +202,8 @@ def run_with_own(config, rank, change):
     os.chdir(change["folder"])
     if int(os.environ["RANK"]) == rank:
         if "threads" in change:
-            torch.set_num_threads(change["threads"])
+            # Told, not set: threads of a process that was forked beside others may wait for ever.
+            torch.get_num_threads = lambda: change["threads"]
         os.chdir(change.get("cwd", "."))
         config = config | change.get("options", {})
     return train(TrainConfig(**config)).num_steps
