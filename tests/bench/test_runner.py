@@ -261,10 +261,10 @@ def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
     code = "import subprocess, sys, time\n"
     code += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
     code += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
-    job = Job("train", {}, Limits(minutes=1.0 / 60))
+    job = Job("train", {}, Limits(minutes=0.1))
     began = time.monotonic()
     outcome = process(code)(job, tmp_path)
-    assert (outcome.status, time.monotonic() - began < 20) == ("timed_out", True)
+    assert (outcome.status, time.monotonic() - began < 40) == ("timed_out", True)
     pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
     while is_alive(pid):  # the system takes its time to end what was killed
         assert time.monotonic() < until
