@@ -86,6 +86,29 @@ def test_each_coefficient_is_the_slope_of_its_own_examples_losses(kind, k):
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
+class Mixer(nn.Module):
+    """Layers that read transposed, thus not contiguous, values: along positions, and after it along features."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions, self.features = nn.Embedding(11, 8), nn.Linear(5, 5), nn.Linear(8, 11)
+
+    def losses(self, ids, labels):
+        h = self.features(self.positions(self.words(ids).mT).mT.tanh())
+        return F.cross_entropy(h.mean(1), labels, reduction="none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slopes_are_those_of_layers_that_read_transposed_values(kind):
+    torch.manual_seed(0)
+    model, (ids, labels) = Mixer().double(), batch_of(4)
+    opt = zo.zo_sgd(model, lr=0.1, mu=1e-2, sampler=KINDS[kind], directions_per_batch=4)
+    terms = opt.estimate(zo.per_example(model.losses, ids, labels)).terms
+    for i, (c, u) in enumerate(terms):
+        own = slope(model, u, lambda i=i: model.losses(ids[i : i + 1], labels[i : i + 1]).sum() / 4, 1e-2)
+        assert c == pytest.approx(own, rel=1e-9, abs=1e-11)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
     [("dense", zo.zo_sgd), ("rank one", zo.zo_sgd), ("flipped", zo.zo_sgd), ("dense", zo.forward_grad)],

@@ -208,7 +208,7 @@ class each_alone(copied):  # noqa: N801 - named as `perturbed_by`
         out = gemm.linear(rows, weight, bias)
         if (biases := self._of_shares(own, len(shares))) is not None:
             out += biases[:, None]
-        turned = (rows * s[:, None].to(x.dtype)).view(-1, columns)
+        turned = (rows * s[:, None].to(x.dtype)).reshape(-1, columns)
         most = piece_elements(weight.device.type)
         for lo, hi in pieces(weight.shape, max(most, columns)):
             u = sampler.shared(x.new_empty((hi - lo) * columns, dtype=torch.float32), tensor.id, lo * columns)
