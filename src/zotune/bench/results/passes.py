@@ -96,14 +96,12 @@ def _in_numbers(target: Target, plan: Passes, cells: Sequence[Cell]) -> Target |
         return None
     best, start = min(trials, key=lambda trial: trial.dev_loss or 0.0), starts[0]
     if target.measure == "loss":
-        if best.dev_loss is None or start.loss is None:
-            return None
-        return Target(when=target.when, loss=float(f"{start.loss + target.way * (best.dev_loss - start.loss):.3g}"))
-    if best.dev_value is None:
+        begin, end, unit = start.loss, best.dev_loss, 1
+    else:
+        begin, end, unit = start.value, best.dev_value, 100
+    if begin is None or end is None:
         return None
-    return Target(
-        when=target.when, accuracy=float(f"{100 * (start.value + target.way * (best.dev_value - start.value)):.3g}")
-    )
+    return Target(when=target.when, **{target.measure: float(f"{unit * (begin + target.way * (end - begin)):.3g}")})
 
 
 def _is_named(method: str, plan: Passes) -> bool:

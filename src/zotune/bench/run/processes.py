@@ -32,7 +32,7 @@ from zotune.system.malloc import heap_environment
 # Exit codes of the worker: it ran out of memory; it failed and printed the reason.
 OUT_OF_MEMORY, FAILED = 3, 1
 # Jobs whose time and memory are results of their own: what a server has imported must not count among them.
-_MEASURES_ITS_PROCESS = frozenset({"step"})
+MEASURES_ITS_PROCESS = frozenset({"step"})
 _WORKER = tuple(python("-m", "zotune.bench.run.worker"))
 _SECONDS_BETWEEN_LOOKS = 0.5
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -80,7 +80,7 @@ class Process:
         return over or _outcome(worker.returncode, found, log)
 
     def _start(self, line: dict[str, Any], environment: Mapping[str, str], log: Path) -> Worker:
-        if self.forks and not environment and line["does"] not in _MEASURES_ITS_PROCESS:
+        if self.forks and not environment and line["does"] not in MEASURES_ITS_PROCESS:
             return self._server.start(line, log)
         with log.open("ab") as output:
             worker = subprocess.Popen(

@@ -24,7 +24,7 @@ from zotune.bench.measure.estimates import estimated
 from zotune.bench.measure.step import step_taken
 from zotune.bench.run.fork_server import serve
 from zotune.bench.run.jobs import Job
-from zotune.bench.run.processes import FAILED, OUT_OF_MEMORY
+from zotune.bench.run.processes import FAILED, MEASURES_ITS_PROCESS, OUT_OF_MEMORY
 from zotune.errors import RunError, UsageError, ZotuneError, did_you_mean, is_out_of_memory
 from zotune.llm.output.environment import environment
 from zotune.llm.output.json_files import write_json
@@ -115,7 +115,7 @@ def _prepare() -> None:
     """Import what the jobs import, and read the code for their keys: each forked worker would do it again."""
     for name in ("peft", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
         importlib.import_module(name)
-    for name in WORK:
+    for name in WORK.keys() - MEASURES_ITS_PROCESS:
         for device in ("cpu", "cuda"):
             code_of({"does": name, "device": device})
 
