@@ -99,6 +99,15 @@ def few_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread():
+    """One thread, whatever the environment says: sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["llama", "opt", "mistral", "qwen3", "gemma3", "roberta"])
 def family(request):
     return request.param

@@ -35,13 +35,9 @@ IS_WRITTEN = os.environ.get("ZOTUNE_FREEZE") == "1"
 
 
 @pytest.fixture(autouse=True)
-def one_thread(rows_file, monkeypatch):
+def as_frozen(rows_file, monkeypatch, one_thread):
     """The frozen runs used one thread, and a relative path to their rows."""
     monkeypatch.chdir(rows_file.parent)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def digest(folder):

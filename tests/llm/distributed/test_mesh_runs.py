@@ -3,12 +3,14 @@
 import json
 
 import pytest
-import torch
 
 import many_cases
 import many_processes
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.training.train import train
+
+# As the processes that the runs are compared with.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RUNS = {
     "full": {"method": "zo_adam", "tuning": "full", "learning_rate": 1e-4, "num_queries": 2},
@@ -36,14 +38,6 @@ def options(rows_file):
         }
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 FEW = ("full", "lora", "directions", "hybrid")

@@ -20,6 +20,9 @@ from zotune.llm.models.placement.sharded import shard_of
 from zotune.llm.output.model_files import write_model_files
 from zotune.llm.training.train import train
 
+# As the processes that the runs are compared with.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUNS = {
     "full": {"method": "zo_adam", "tuning": "full", "learning_rate": 1e-3, "save_steps": 2},
     "bfloat16": {"method": "zo_sgd_mmt", "tuning": "full", "learning_rate": 1e-3, "dtype": "bfloat16"},
@@ -65,14 +68,6 @@ def options(models, rows_file):
         }
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def follows_its_ledger(folder):

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import search_cases
-import torch
 
 import many_cases
 import many_processes
 from conftest import ROWS
+
+# As the processes that the runs are compared with.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -21,14 +23,6 @@ def options(rows_file, tmp_path):
         }
 
     return of
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("shard", "tuning"), [("tp", "lora"), pytest.param("fsdp", "full", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from zotune.errors import UsageError
 from zotune.llm.data.collator import collate
 from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
-from zotune.llm.models.candidate_scores import losses, scores
+from zotune.llm.models.candidate_scores import RowsAlone, losses, scores
 from zotune.llm.models.random_models import ARCHITECTURES, byte_tokenizer
 
 SINGLE = (
@@ -28,6 +28,11 @@ MANY = (
     Example("The man broke his toe because", (" he got a hole in his sock", " he dropped a hammer"), 1),
     Example("It is", (" abc", " abd", " x", " a much longer answer"), 2),
     Example("one of two", (" terrible", " no good"), 0),
+)
+# The candidates of one example share all tokens but the last.
+SHARED = (
+    Example("It is", (" abc", " abd", " abe"), 1),
+    Example("on a scale from ten to twenty:", (" 11", " 15"), 0),
 )
 
 
@@ -43,6 +48,12 @@ def batch_of(lm, examples, **options):
 @torch.no_grad()
 def scored(lm, examples):
     return lm.score(batch_of(lm, examples))
+
+
+def one_point(compute, inputs, owners):
+    """The rows alone, at the weights as they are."""
+    (rows,) = inputs
+    return torch.stack([compute(row) for row in rows.split(1)])[None]
 
 
 def cross_entropy(values, label):
@@ -74,6 +85,35 @@ def test_single_tokens_need_no_vocabulary(tiny, causal_family, plain_score):
     expected = [cross_entropy([plain_score(lm, e.prompt, c) for c in e.candidates], e.label) for e in SINGLE]
     assert losses(short, batch).tolist() == pytest.approx(expected, abs=2e-6)
     assert losses(full, batch).tolist() == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["one batch", "rows alone"])
+@pytest.mark.parametrize("examples", [SHARED, SHARED + SINGLE, SHARED + MANY], ids=["shared", "single", "several"])
+def test_tokens_that_all_candidates_share_cancel(tiny, causal_family, examples, alone, plain_score):
+    """Labels such as ` 1` and ` 5` are a space and a digit to many tokenizers: only the digits are told apart."""
+    lm = tiny(causal_family)
+    batch = batch_of(lm, examples)
+    assert batch.needs_only_candidates == (examples != SHARED + MANY)
+    assert len(batch.tokens) < sum(len(c.tokens) for e in encode(lm, examples) for c in e.candidates)
+    if alone:
+        lm.rows_alone = RowsAlone(one_point, [i for i, e in enumerate(encode(lm, examples)) for _ in e.sequences])
+    with torch.no_grad():
+        got = lm.score(batch).reshape(len(examples), -1)
+    expected = [[plain_score(lm, e.prompt, c) for c in e.candidates] for e in examples]
+    for want, few in zip(expected, got.tolist(), strict=True):
+        assert [x - few[0] for x in few[: len(want)]] == pytest.approx([x - want[0] for x in want], abs=3e-6)
+    of_each = [cross_entropy(want, e.label) for want, e in zip(expected, examples, strict=True)]
+    assert losses(got, batch).tolist() == pytest.approx(of_each, abs=3e-6)
+
+
+def test_shared_tokens_count_where_scores_are_exact(tiny, plain_score):
+    lm = tiny("llama")
+    batch = collate(encode(lm, SHARED), lm.pad_token_id, torch.device("cpu"), exact=True)
+    assert len(batch.tokens) == int(batch.lengths.sum())
+    with torch.no_grad():
+        got = lm.score(batch)
+    for e, row in zip(SHARED, got.tolist(), strict=True):
+        assert row[: len(e.candidates)] == pytest.approx([plain_score(lm, e.prompt, c) for c in e.candidates], abs=2e-6)
 
 
 @pytest.mark.parametrize("examples", [SINGLE, MANY], ids=["single tokens", "several tokens"])

@@ -23,7 +23,7 @@ class Batch:
         positions: (N,) indices into the S·L positions.
         rows, tokens, owners: (M,) for each candidate token, the scored position (index into N) where it is
             predicted, its id, and its candidate (index into C).
-        lengths: (C,) tokens of each candidate.
+        lengths: (C,) tokens of each candidate, those left out of `tokens` included.
         counts: candidates of each example; labels: (examples,) indices of the right ones.
         right: (examples, most candidates) whether each candidate counts as right.
         exact: whether scores must be log-probabilities, not only up to a constant per example.
@@ -51,8 +51,8 @@ class Batch:
     # Cached, as the distinct tokens are: each evaluation would wait for the GPU.
     @cached_property
     def only_single_tokens(self) -> bool:
-        """Whether each candidate is a single token, and all candidates of an example share one position."""
-        return bool(self.lengths.max() == 1) and len(self.positions) == len(self.counts)
+        """Whether a single token of each candidate is scored, and those of an example share one position."""
+        return len(self.tokens) == len(self.lengths) and len(self.positions) == len(self.counts)
 
     @property
     def needs_only_candidates(self) -> bool:
@@ -66,7 +66,11 @@ def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = Non
 
 
 def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device, *, exact: bool = False) -> Batch:
-    """Collate examples into a batch, padded on the right, where no causal position attends to padding."""
+    """Collate examples into a batch, padded on the right, where no causal position attends to padding.
+
+    Tokens that all candidates of an example share, at the same places, add the same to all its scores. Unless scores
+    must be exact they are left out: many tokenizers write every number with a token for the space before it.
+    """
     sequences = [s for e in examples for s in e.sequences]
     length = max(map(len, sequences))
     most = max(len(e.candidates) for e in examples)
@@ -77,8 +81,9 @@ def collate(examples: Sequence[Encoded], pad_token_id: int, device: torch.device
     owners: list[int] = []
     lengths: list[int] = []
     for e in examples:
+        scored = slice(-1, None) if e.differ_in_last_token and not exact else slice(None)
         for c in e.candidates:
-            for position, token in zip(c.positions, c.tokens, strict=True):
+            for position, token in zip(c.positions[scored], c.tokens[scored], strict=True):
                 rows.append(slots.setdefault((first_sequence + c.sequence) * length + position, len(slots)))
                 tokens.append(token)
                 owners.append(len(lengths))

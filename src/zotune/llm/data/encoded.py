@@ -44,6 +44,11 @@ class Encoded:
         """The tokens of the longest sequence, or of a prompt without candidates."""
         return max(map(len, self.sequences or (self.prompt,)))
 
+    @property
+    def differ_in_last_token(self) -> bool:
+        """Whether the candidates share all tokens but the last, so that the scores of these are one constant."""
+        return len({(c.sequence, c.positions, c.tokens[:-1]) for c in self.candidates}) == 1
+
     def is_right(self, prediction: int) -> bool:
         """Whether a candidate is one of the right ones."""
         return prediction == self.label or prediction in self.also_right

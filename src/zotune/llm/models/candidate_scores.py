@@ -42,7 +42,15 @@ def scores_of_tokens(log_probs: Tensor, batch: Batch) -> Tensor:
 
 def scores_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
     """Return these scores up to a constant per example, from (N, K) logits of the candidates' distinct tokens alone."""
-    return by_example(logits.float()[batch.rows, batch.distinct[1]].double(), batch)
+    return means_of_single_tokens(logits.float()[batch.rows, batch.distinct[1]], batch)
+
+
+def means_of_single_tokens(logits: Tensor, batch: Batch) -> Tensor:
+    """Return these scores from the (C,) logits of the candidates' only scored tokens.
+
+    The means are over all tokens of a candidate; those that all candidates of an example share add a constant.
+    """
+    return by_example(logits.double() / batch.lengths, batch)
 
 
 def by_example(values: Tensor, batch: Batch) -> Tensor:
@@ -110,7 +118,7 @@ class RowsAlone:
         parts = [self.each(of_row, [some], [self.owners[i] for i in some.tolist()]) for some in torch.split(rows, size)]
         values = torch.cat(parts, dim=1).flatten(1)[:, places.index]
         if only is not None:
-            return torch.stack([by_example(own.double(), batch) for own in values])
+            return torch.stack([means_of_single_tokens(own, batch) for own in values])
         return torch.stack([scores_of_tokens(own, batch) for own in values])
 
 
