@@ -109,23 +109,20 @@ def test_jobs_that_measure_their_process_have_a_new_one(tmp_path):
 
 def test_server_and_worker_end_with_the_runner_however_it_ends(start, tmp_path):
     code = f"""
-import sys
-from pathlib import Path
-from zotune.bench.keys.code_hash import code_stamp
-from zotune.bench.keys.content_key import PACKAGE
-from zotune.bench.run.fork_server import ForkServer
 import os
-server = ForkServer((sys.executable, "-m", "zotune.bench.run.worker", "--fork"), os.environ)
-job = {{"does": "train", "options": {{}}, "folder": {str(tmp_path)!r}}}
-options = dict(model="random:llama-tiny", task="sst2", method="zo_sgd", max_steps=10**6, learning_rate=1e-6)
-worker = server.start({{**job, "options": options}}, Path({str(tmp_path / "log.txt")!r}))
+from pathlib import Path
+from bench_workers import SLEEPER
+from zotune.bench.run.fork_server import ForkServer
+server = ForkServer((*SLEEPER, "--fork"), os.environ)
+folder = {str(tmp_path)!r}
+worker = server.start({{"does": "train", "options": {{}}, "folder": folder}}, Path(folder, "log.txt"))
 print(worker.pid, server._server.pid, flush=True)
 worker.wait()
 """
     runner = start("-c", code)
     worker, server = map(int, runner.stdout.readline().split())
-    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists():
+    until = time.monotonic() + 120
+    while not (tmp_path / "began").exists():
         assert time.monotonic() < until and is_alive(worker), (tmp_path / "log.txt").read_text()
         time.sleep(0.05)
     runner.kill()

@@ -6,11 +6,13 @@ import statistics
 import numpy as np
 import pytest
 
-from zotune.bench.report.races import raced
+from bench_results import cell as cell_of_answers
+from zotune.bench.report.races import raced, restated_texts
 from zotune.bench.results.cells import Cell
 from zotune.bench.results.passes import median, passes_to, races, ratio
+from zotune.bench.results.published import restated
 from zotune.bench.results.records import CellResult, Evaluation, RunRecord, Score, Trial
-from zotune.bench.spec.targets import Passes, Target
+from zotune.bench.spec.targets import Passes, Published, Target
 
 LOSS = Target(loss=0.5)
 
@@ -146,3 +148,70 @@ def test_a_way_ends_where_the_references_best_trial_does_in_each_place():
         *(("a", None, 25.0), ("b", None, 15.0)),
     ]
     assert {way.method: way.passes.value for way in found[0].ways} == {"mezo": 80, "mezo_falling": 60, "new": 20}
+
+
+# Published claims -----------------------------------------------------------------------------------------
+
+PLAN = {"method": "variant", "reference": ("mezo*",), "targets": (LOSS,), "published_target": LOSS}
+SPREAD = [50, 60, 60, 60, 60, 60, 60, 60, 60, 70]
+
+
+def claims_of(cells, *published):
+    return restated(Passes(**PLAN, published=[Published(**one) for one in published]), cells)
+
+
+@pytest.mark.parametrize(("times", "finding"), [(1.5, "holds"), (3.0, "cannot be told"), (9.0, "does not hold")])
+def test_times_fewer_passes_are_judged_by_the_interval_of_the_ratio(times, finding):
+    cells = [cell_of("mezo", [90] * 10), cell_of("mezo_falling", SPREAD), cell_of("new", [20] * 5 + [30] * 5)]
+    (found,) = claims_of(cells, {"method": "new", "sentence": "fast", "source": "x", "times": times})
+    expected = ratio(passes_to(cells[1].result, LOSS), passes_to(cells[2].result, LOSS))
+    assert (found.measured, found.against) == (expected, "mezo_falling")
+    assert expected.low == 2 and expected.high == 3
+    assert found.finding == ("holds" if times <= 2 else "cannot be told" if times <= 3 else "does not hold") == finding
+    assert found.sources == ("cpu/e/a--new.json", "cpu/e/a--mezo_falling.json")
+
+
+def test_a_claim_is_judged_in_each_place_that_has_both_methods_against_the_named_one():
+    cells = [
+        *(cell_of(name, [60] * 10, place=place) for name in ("mezo", "other") for place in "abc"),
+        *(cell_of("new", [20] * 10, place=place) for place in "ab"),
+        cell_of("other", [None] * 10, place="without a reference"),
+    ]
+    cells.remove(next(c for c in cells if c.coordinates == {"task": "b", "variant": "other"}))
+    found = claims_of(cells, {"method": "new", "sentence": "s", "source": "x", "times": 2, "against": "other"})
+    assert [(one.place, one.against, one.measured.value) for one in found] == [({"task": "a"}, "other", 3.0)]
+
+
+def test_where_nobody_reaches_the_target_nothing_can_be_told():
+    cells = [cell_of("mezo", [None] * 10), cell_of("new", [None] * 10)]
+    (found,) = claims_of(cells, {"method": "new", "sentence": "s", "source": "x", "times": 2})
+    assert found.finding == "cannot be told"
+    assert restated_texts(found)[3] == "– times fewer"
+
+
+def scored(variant, right):
+    """A cell whose runs have these rows right, and are at the target from the start."""
+    cell = cell_of_answers({"task": "a", "variant": variant}, right)
+    runs = [run.model_copy(update={"evaluations": run_of(0, [0.4]).evaluations}) for run in cell.result.runs]
+    return Cell(cell.coordinates, "done", cell.result.model_copy(update={"runs": tuple(runs)}))
+
+
+@pytest.mark.parametrize(
+    ("points", "finding"), [(-1, "holds"), (3, "holds"), (7, "cannot be told"), (15, "does not hold")]
+)
+def test_points_of_accuracy_are_judged_over_rows_and_seeds(points, finding):
+    """Seven of ten rows are right with the reference, and 7 points more of the same rows with the method."""
+    right = np.arange(1000) % 10 < 7
+    more = right | (np.arange(1000) % 100 >= 79)
+    cells = [scored("mezo", np.stack([right] * 5)), scored("new", np.stack([more] * 5))]
+    (found,) = claims_of(cells, {"method": "new", "sentence": "better", "source": "x", "points": points})
+    assert found.measured.value == pytest.approx(7.0)
+    assert 3 < found.measured.low < 7 < found.measured.high < 15
+    assert found.finding == finding
+    assert restated_texts(found)[3].startswith("7.0 (") and restated_texts(found)[3].endswith("points")
+
+
+def test_a_published_claim_is_about_passes_or_accuracy():
+    for wrong in ({}, {"times": 2.0, "points": 1.0}):
+        with pytest.raises(ValueError, match="give one of the two"):
+            Published(method="new", sentence="s", source="x", **wrong)

@@ -363,12 +363,22 @@ def test_killed_outright_the_runner_leaves_no_process_and_the_next_one_gives_the
 
 
 def test_a_signal_ends_the_runner_and_its_workers_and_says_so(tmp_path, start):
-    run = start("-m", "zotune", "bench", "run", "table8", "--scale", "smoke", "--results", tmp_path)
+    code = """
+import sys
+from functools import partial
+from bench_workers import SLEEPER
+from zotune.bench.run import processes
+processes.Process = partial(processes.Process, command=SLEEPER)
+from zotune.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+    run = start("-c", code, "bench", "run", "table8", "--scale", "smoke", "--results", tmp_path)
     jobs = tmp_path / "smoke" / JOBS
     until = time.monotonic() + 120
-    while not sessions_of_workers(jobs):
+    while not list(jobs.glob("*/began")):
         assert time.monotonic() < until and run.poll() is None
         time.sleep(0.05)
+    assert sessions_of_workers(jobs)
     run.send_signal(signal.SIGTERM)
     _, log = run.communicate()
     assert (run.returncode, "stopping" in log) == (143, True)

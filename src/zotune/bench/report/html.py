@@ -22,11 +22,12 @@ from zotune.bench.report.figures import Figure
 from zotune.bench.report.findings import answer, findings
 from zotune.bench.report.formats import RANKED, STATES, ranked, theirs
 from zotune.bench.report.phrases import ON_PAPER, SUBJECTS, main_reason, provenance, reasons, summary
-from zotune.bench.report.races import RACED, race_reading, race_title, raced
+from zotune.bench.report.races import RACED, RESTATED, RESTATED_TITLE, race_reading, race_title, raced, restated_texts
 from zotune.bench.report.sections import Section, counted_together
 from zotune.bench.report.svg import draw, marker
 from zotune.bench.results.costs import cell_costs
 from zotune.bench.results.passes import Race
+from zotune.bench.results.published import Restated
 from zotune.bench.results.quantities import Quantity, label_of, significant
 from zotune.bench.results.ranking import Ranking
 from zotune.bench.results.tables import Entry, Table
@@ -130,7 +131,7 @@ def _view(section: Section, results: str) -> dict[str, Any]:
         "table": _table(section.table, results),
         "figures": [draw_figure(figure) for figure in section.figures],
         "verdicts": [_verdict(section, i, results) for i, _ in enumerate(section.verdicts)],
-        "races": [_race(race, results) for race in section.races],
+        "races": [_race(race, results) for race in section.races] + _restated(section.restated, results),
         "rankings": [_ranking(ranking, results) for ranking in section.rankings],
         "costs": _costs(section),
         "failures": [
@@ -267,3 +268,9 @@ def _costs(section: Section) -> dict[str, Any] | None:
         return None
     lines = [[v if isinstance(v, str) else "–" if v is None else significant(v) for v in row.values()] for row in costs]
     return {"heads": list(costs[0]), "lines": lines}
+
+
+def _restated(claims: Sequence[Restated], results: str) -> list[dict[str, Any]]:
+    """The texts of published claims, as those of one more race; none without claims."""
+    lines = [(link(results, claim.sources[0]), restated_texts(claim)) for claim in claims]
+    return [{"title": RESTATED_TITLE, "reading": "", "heads": RESTATED, "lines": lines}] if lines else []

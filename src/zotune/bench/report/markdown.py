@@ -9,10 +9,11 @@ from urllib.parse import quote
 from zotune.bench.report.findings import answer, findings
 from zotune.bench.report.formats import RANKED, markdown, ranked
 from zotune.bench.report.phrases import ON_PAPER, provenance, reasons, summary
-from zotune.bench.report.races import RACED, race_reading, race_title, raced
+from zotune.bench.report.races import RACED, RESTATED, RESTATED_TITLE, race_reading, race_title, raced, restated_texts
 from zotune.bench.report.sections import Section, counted_together
 from zotune.bench.results.costs import cell_costs
 from zotune.bench.results.passes import Race
+from zotune.bench.results.published import Restated
 from zotune.bench.results.quantities import significant
 from zotune.bench.results.ranking import Ranking
 from zotune.bench.results.verdicts import Finding, Verdict
@@ -48,6 +49,7 @@ def _section(section: Section, results: str) -> Iterator[str]:
     yield f"**{experiment.question}**" if experiment.question else ""
     yield from map(_ranking, section.rankings)
     yield from map(_race, section.races)
+    yield _restated(section.restated) if section.restated else ""
     yield markdown(section.table) if section.table.rows else ""
     both = zip(section.verdicts, section.on_paper, strict=True)
     yield "\n".join(_verdict(verdict, on_paper, results) for verdict, on_paper in both)
@@ -71,6 +73,13 @@ def _race(race: Race) -> str:
     table = [f"| {' | '.join(RACED)} |", "|---|" + "--:|" * (len(RACED) - 1)]
     table += [f"| {' | '.join(map(markdown_text, raced(way)))} |" for way in race.ways]
     return "\n".join([f"{race_title(race)}. {race_reading(race)}", "", *table])
+
+
+def _restated(claims: Sequence[Restated]) -> str:
+    """The published claims as a table."""
+    table = [f"| {' | '.join(RESTATED)} |", "|---|---|---|--:|---|"]
+    table += [f"| {' | '.join(map(markdown_text, restated_texts(claim)))} |" for claim in claims]
+    return "\n".join([f"{RESTATED_TITLE}.", "", *table])
 
 
 def _ranking(ranking: Ranking) -> str:

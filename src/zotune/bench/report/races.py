@@ -1,13 +1,19 @@
-"""The texts of methods on their way to targets: for HTML pages and for Markdown."""
+"""The texts of methods on their way to targets, and of what their authors claim: for HTML pages and for Markdown."""
 
 from __future__ import annotations
 
 import math
 
 from zotune.bench.results.passes import Median, Race, Way
+from zotune.bench.results.published import Restated
 
 RACED = ("method", "passes (95 %)", "times fewer (95 %)", "runs that reach it")
 """The heads of the columns of `raced`."""
+
+
+RESTATED = ("claim", "place", "against", "measured (95 %)", "here")
+"""The heads of the columns of `restated_texts`."""
+RESTATED_TITLE = "What the methods' authors publish, and what these runs say"
 
 
 def race_title(race: Race) -> str:
@@ -32,6 +38,14 @@ def raced(way: Way) -> tuple[str, ...]:
     """A method's entries under the heads `RACED`."""
     ratio = "" if way.ratio is None else _text(way.ratio, digits=1)
     return way.method, _text(way.passes, digits=0), ratio, f"{way.num_reached} of {way.num_runs}"
+
+
+def restated_texts(found: Restated) -> tuple[str, ...]:
+    """A published claim's entries under the heads `RESTATED`."""
+    unit = "times fewer" if found.claim.times is not None else "points"
+    measured = "–" if found.measured is None else f"{_text(found.measured, digits=1)} {unit}"
+    place = ", ".join(map(str, found.place.values()))
+    return f"{found.claim.sentence} ({found.claim.source})", place, found.against, measured, found.finding
 
 
 def _text(median: Median, digits: int) -> str:

@@ -11,6 +11,7 @@ from zotune.bench.report.figures import Figure
 from zotune.bench.results.cells import Cell
 from zotune.bench.results.paper_numbers import paper_findings
 from zotune.bench.results.passes import Race, races
+from zotune.bench.results.published import Restated, restated
 from zotune.bench.results.ranking import Ranking, rankings
 from zotune.bench.results.records import read_result, result_path
 from zotune.bench.results.tables import Table, table
@@ -29,6 +30,7 @@ class Section:
         on_paper: what the paper's own numbers say about each claim; None where it gives none.
         rankings: the methods of each column, the best first, where the layout asks for them.
         races: the methods of each place on their way to targets, where the experiment has targets.
+        restated: what the methods' authors claim, judged in each place.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Section:
     on_paper: tuple[Finding | None, ...]
     rankings: tuple[Ranking, ...]
     races: tuple[Race, ...] = ()
+    restated: tuple[Restated, ...] = ()
 
 
 def read_section(name: str, results: Path, scale: Scale, run_as: Callable[[CellSpec], CellSpec]) -> Section | None:
@@ -82,6 +85,7 @@ def make_section(name: str, experiment: Experiment, cells: Sequence[Cell], scale
         on_paper=tuple(paper_findings(experiment)),
         rankings=tuple(rankings(cells, layout.columns, layout.ranked)) if layout.ranked else (),
         races=() if experiment.passes is None else tuple(races(experiment.passes, cells)),
+        restated=() if experiment.passes is None else tuple(restated(experiment.passes, cells)),
     )
 
 

@@ -115,9 +115,9 @@ def _prepare() -> None:
     """Import what the jobs import, and read the code for their keys: each forked worker would do it again."""
     for name in ("peft", "transformers", "zotune.llm.training.train", "zotune.llm.training.evaluation"):
         importlib.import_module(name)
+    # Workers are not forked where there is a GPU.
     for name in WORK.keys() - MEASURES_ITS_PROCESS:
-        for device in ("cpu", "cuda"):
-            code_of({"does": name, "device": device})
+        code_of({"does": name, "device": "cpu"})
 
 
 def _exit_with_runner() -> None:

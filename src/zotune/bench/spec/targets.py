@@ -36,6 +36,31 @@ class Target(Options):
         return self
 
 
+class Published(Options):
+    """What the authors of a method publish, as a comparison that our runs can make.
+
+    Attributes:
+        method: the method, a value of the experiment's axis of methods.
+        sentence: the claim in our words; source: where it is published.
+        against: the method it is compared with; empty: the reference.
+        times: at least so many times fewer passes.
+        points: at least so many points more accuracy for the same passes; below 0: not worse by more than this.
+    """
+
+    method: str
+    sentence: str
+    source: str
+    against: str = ""
+    times: float | None = Field(None, gt=0)
+    points: float | None = None
+
+    @model_validator(mode="after")
+    def _compares_one(self) -> Self:
+        if (self.times is None) == (self.points is None):
+            raise ValueError("a published claim is about times fewer passes or points of accuracy; give one of the two")
+        return self
+
+
 class Passes(Options):
     """The comparison of methods by the passes that they take to targets.
 
@@ -43,9 +68,12 @@ class Passes(Options):
         method: the axis of the methods; cells that agree on all other axes are compared.
         reference: the methods of which the best is the reference.
         beside: methods that are shown beside the others and not compared, such as first-order ones.
+        published: what the methods' authors claim; published_target: where "times fewer" is measured.
     """
 
     method: str
     reference: tuple[str, ...]
     beside: tuple[str, ...] = ()
     targets: tuple[Target, ...]
+    published: tuple[Published, ...] = ()
+    published_target: Target = Target(way=1.0)
