@@ -31,7 +31,8 @@ INSTALL_LOCK = $(WITH_UV) --requirement $(1) || $(BIN)/$(LOCKED) --requirement $
 # One process a processor, one thread a process: the tensors of tests are small.
 PROCESSES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist worksteal
-FETCH := from zotune.llm.models.builtin import fetch; fetch("smollm2-135m")
+# Imports what the tests do, so that Python compiles it once, and not once in each of their processes.
+FETCH := import peft, transformers.trainer; from zotune.llm.models.builtin import fetch; fetch("smollm2-135m")
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
 
 .PHONY: quickstart reward test test-slow docs test-newest test-oldest test-distributed test-faults test-gpu test-lm-eval bench-speed bench-peers bench-check bench-gpu bench-quickstart bench-reward bench-zero-shot bench-families bench lock clean
@@ -45,7 +46,8 @@ reward: $(VENV)/llm
 test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# While the types are checked, the built-in model comes, once, before the processes of the tests would each fetch it.
+	@# While the types are checked, the built-in model comes, once, before the processes of the tests would each fetch it,
+	@# and libraries are compiled.
 	@# Either failure fails.
 	$(BIN)/mypy & types=$$!; $(BIN)/python -c '$(FETCH)'; $(TEST) -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
