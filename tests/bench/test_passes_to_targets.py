@@ -72,6 +72,20 @@ def test_a_censored_run_counts_as_infinitely_many_passes():
     assert math.isnan(both.low)
 
 
+def test_a_ratio_with_a_censored_median_is_bounded_by_the_budget():
+    """The reference needs more than 1,200 passes, the method 300: it needs more than four times fewer."""
+    censored, own = dict.fromkeys(range(9), math.inf), dict.fromkeys(range(9), 300.0)
+    assert ratio(censored, own, 1200.0).bound == 4
+    assert ratio(own, censored, 1200.0).bound == 1 / 4
+    assert ratio(own, own, 1200.0).bound is None
+    cells = [cell_of("mezo", [None, None, 90]), cell_of("new", [20, 20, 30])]
+    (race,) = races(Passes(method="variant", reference=("mezo",), targets=(LOSS,)), cells)
+    way = next(way for way in race.ways if way.method == "new")
+    # The last of ten evaluations.
+    assert way.ratio.bound == 90 / 20
+    assert raced(way)[2].startswith("> 4.5 (")
+
+
 def test_the_interval_of_a_ratio_covers_the_true_one_as_often_as_it_says():
     """Log-normal passes that share half of their spread by seed; the true ratio of medians is 3."""
     generator = np.random.default_rng(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zotune.bench.results.passes import Median, Race, Way
+from zotune.bench.results.passes import Median, Race, Ratio, Way
 from zotune.bench.results.published import Restated
 
 RACED = ("method", "passes (95 %)", "times fewer (95 %)", "runs that reach it")
@@ -31,7 +31,10 @@ def race_title(race: Race) -> str:
 def race_reading(race: Race) -> str:
     """How to read the numbers."""
     fewer = f" Times fewer than {race.reference}, the best of the references." if race.reference else ""
-    return f"Medians over seeds, in forward-equivalents; ∞ where fewer than half of the runs reach the target.{fewer}"
+    return (
+        "Medians over seeds, in forward-equivalents; ∞ where fewer than half of the runs reach the target. Of a ratio "
+        f"with such a median the budget gives a bound, > or <.{fewer}"
+    )
 
 
 def raced(way: Way) -> tuple[str, ...]:
@@ -53,10 +56,15 @@ def _text(median: Median, digits: int) -> str:
 
     >>> _text(Median(1200.0, 900.0, math.inf), 0), _text(Median(2.04, 1.5, 3.1), 1)
     ('1,200 (900 to ∞)', '2.0 (1.5 to 3.1)')
+    >>> _text(Ratio(math.inf, 2.5, math.inf, bound=3.8), 1), _text(Ratio(0.0, 0.0, 1.1, bound=0.7), 1)
+    ('> 3.8 (2.5 to ∞)', '< 0.7 (0.0 to 1.1)')
     """
+    value = _number(median.value, digits)
+    if isinstance(median, Ratio) and median.bound is not None:
+        value = f"{'>' if median.value else '<'} {_number(median.bound, digits)}"
     if math.isnan(median.value) or math.isnan(median.low):
-        return "–" if math.isnan(median.value) else _number(median.value, digits)
-    return f"{_number(median.value, digits)} ({_number(median.low, digits)} to {_number(median.high, digits)})"
+        return "–" if math.isnan(median.value) else value
+    return f"{value} ({_number(median.low, digits)} to {_number(median.high, digits)})"
 
 
 def _number(value: float, digits: int) -> str:

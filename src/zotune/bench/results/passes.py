@@ -36,6 +36,18 @@ class Median:
 
 
 @dataclass(frozen=True)
+class Ratio(Median):
+    """A ratio of two medians.
+
+    Attributes:
+        bound: where one of the medians is infinite, so that the ratio is infinite or 0, the ratio with the budget in
+            its place: the true one is above, or below.
+    """
+
+    bound: float | None = None
+
+
+@dataclass(frozen=True)
 class Way:
     """A method's way to a target.
 
@@ -48,7 +60,7 @@ class Way:
 
     method: str
     passes: Median
-    ratio: Median | None
+    ratio: Ratio | None
     num_reached: int
     num_runs: int
     source: str
@@ -112,6 +124,7 @@ def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: 
     passes = {str(c.coordinates[plan.method]): passes_to(c.result, target) for c in cells if c.result is not None}
     named = [name for name in passes if _is_named(name, plan)]
     reference = min(named, key=lambda name: median(passes[name]).value, default="")
+    budget = budget_of(cells)
     ways = []
     for cell in cells:
         name = str(cell.coordinates[plan.method])
@@ -121,13 +134,19 @@ def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: 
             Way(
                 method=name,
                 passes=median(own),
-                ratio=ratio(passes[reference], own) if is_compared else None,
+                ratio=ratio(passes[reference], own, budget) if is_compared else None,
                 num_reached=sum(map(math.isfinite, own.values())),
                 num_runs=len(own),
                 source=cell.source,
             )
         )
     return Race(place, target, reference, tuple(sorted(ways, key=lambda way: way.passes.value)))
+
+
+def budget_of(cells: Sequence[Cell]) -> float:
+    """The most forward-equivalents that a run of these cells took."""
+    runs = [run for cell in cells if cell.result is not None for run in cell.result.runs]
+    return max((e.forward_equivalents or 0.0 for run in runs for e in run.evaluations), default=0.0)
 
 
 def meets(target: Target) -> Callable[[Evaluation], bool]:
@@ -159,11 +178,14 @@ def median(passes: BySeed) -> Median:
     return _summary(_medians(values, _all(values)), _medians(values, _draws(len(values))))
 
 
-def ratio(reference: BySeed, passes: BySeed) -> Median:
+def ratio(reference: BySeed, passes: BySeed, budget: float = math.inf) -> Ratio:
     """How many times fewer passes a method takes than a reference: median over median, on the seeds of both.
 
     It is infinite where the reference alone is censored, 0 where the method alone is; where both are it is unknown, and
-    left out of the interval.
+    left out of the interval. `budget` bounds the passes of censored runs from below.
+
+    >>> ratio({0: math.inf, 1: math.inf}, {0: 100.0, 1: 100.0}, budget=600.0).bound
+    6.0
 
     Raises:
         ValueError: they share no seed.
@@ -176,7 +198,10 @@ def ratio(reference: BySeed, passes: BySeed) -> Median:
     with np.errstate(invalid="ignore", divide="ignore"):
         value = _medians(above, _all(above)) / _medians(below, _all(below))
         ratios = _medians(above, draws) / _medians(below, draws)
-    return _summary(value, ratios[~np.isnan(ratios)])
+        bound = _medians(np.minimum(above, budget), _all(above)) / _medians(np.minimum(below, budget), _all(below))
+    found = _summary(value, ratios[~np.isnan(ratios)])
+    is_bounded = math.isfinite(budget) and (math.isinf(found.value) or found.value == 0)
+    return Ratio(found.value, found.low, found.high, float(bound[0]) if is_bounded else None)
 
 
 def _of_seeds(passes: BySeed, seeds: Sequence[int]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zotune.bench.results.cells import Cell
-from zotune.bench.results.passes import Median, Race, passes_to, races, ratio
+from zotune.bench.results.passes import Median, Race, Ratio, budget_of, passes_to, races, ratio
 from zotune.bench.results.verdicts import Finding, judge
 from zotune.bench.spec.claims import Claim
 from zotune.bench.spec.targets import Passes, Published
@@ -58,9 +58,10 @@ def _in_place(claim: Published, plan: Passes, race: Race, cells: Sequence[Cell])
     return Restated(claim, race.place, against, *judged, tuple(c.source for c in both))
 
 
-def _by_passes(claim: Published, race: Race, own: Cell, other: Cell) -> tuple[Median, Finding]:
+def _by_passes(claim: Published, race: Race, own: Cell, other: Cell) -> tuple[Ratio, Finding]:
     assert own.result is not None and other.result is not None and claim.times is not None
-    found = ratio(passes_to(other.result, race.target), passes_to(own.result, race.target))
+    of_own, of_other = passes_to(own.result, race.target), passes_to(other.result, race.target)
+    found = ratio(of_other, of_own, budget_of([own, other]))
     # An unknown ratio is NaN, which is on neither side.
     holds, fails = found.low >= claim.times, found.high < claim.times
     return found, "holds" if holds else "does not hold" if fails else "cannot be told"
