@@ -46,7 +46,8 @@ def raced(way: Way) -> tuple[str, ...]:
 def restated_texts(found: Restated) -> tuple[str, ...]:
     """A published claim's entries under the heads `RESTATED`."""
     unit = "times fewer" if found.claim.times is not None else "points"
-    measured = "–" if found.measured is None else f"{_text(found.measured, digits=1)} {unit}"
+    measured = "–" if found.measured is None else _text(found.measured, digits=1)
+    measured += f" {unit}" if measured != "–" else ""
     place = ", ".join(map(str, found.place.values()))
     return f"{found.claim.sentence} ({found.claim.source})", place, found.against, measured, found.finding
 
@@ -62,8 +63,8 @@ def _text(median: Median, digits: int) -> str:
     value = _number(median.value, digits)
     if isinstance(median, Ratio) and median.bound is not None:
         value = f"{'>' if median.value else '<'} {_number(median.bound, digits)}"
-    if math.isnan(median.value) or math.isnan(median.low):
-        return "–" if math.isnan(median.value) else value
+    if math.isnan(median.value):
+        return "–"
     return f"{value} ({_number(median.low, digits)} to {_number(median.high, digits)})"
 
 

@@ -175,17 +175,19 @@ def median(passes: BySeed) -> Median:
     30.0
     """
     values = _of_seeds(passes, sorted(passes))
-    return _summary(_medians(values, _all(values)), _medians(values, _draws(len(values))))
+    low, high = np.quantile(_medians(values, _draws(len(values))), (0.025, 0.975), method="inverted_cdf")
+    return Median(float(_medians(values, _all(len(values)))[0]), float(low), float(high))
 
 
 def ratio(reference: BySeed, passes: BySeed, budget: float = math.inf) -> Ratio:
     """How many times fewer passes a method takes than a reference: median over median, on the seeds of both.
 
-    It is infinite where the reference alone is censored, 0 where the method alone is; where both are it is unknown, and
-    left out of the interval. `budget` bounds the passes of censored runs from below.
+    It is infinite where the reference alone is censored, 0 where the method alone is, and unknown (NaN) where both are.
+    A censored run needs more than the `budget`, so each end of the interval takes the budget for what bounds it: the
+    lower one of a censored reference, the upper one of a censored method.
 
-    >>> ratio({0: math.inf, 1: math.inf}, {0: 100.0, 1: 100.0}, budget=600.0).bound
-    6.0
+    >>> ratio({0: math.inf, 1: math.inf}, {0: 100.0, 1: 100.0}, budget=600.0)
+    Ratio(value=inf, low=6.0, high=inf, bound=6.0)
 
     Raises:
         ValueError: they share no seed.
@@ -193,15 +195,16 @@ def ratio(reference: BySeed, passes: BySeed, budget: float = math.inf) -> Ratio:
     seeds = sorted(reference.keys() & passes.keys())
     if not seeds:
         raise ValueError("the reference and the method share no seed")
-    above, below = _of_seeds(reference, seeds), _of_seeds(passes, seeds)
-    draws = _draws(len(seeds))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = _medians(above, _all(above)) / _medians(below, _all(below))
-        ratios = _medians(above, draws) / _medians(below, draws)
-        bound = _medians(np.minimum(above, budget), _all(above)) / _medians(np.minimum(below, budget), _all(below))
-    found = _summary(value, ratios[~np.isnan(ratios)])
-    is_bounded = math.isfinite(budget) and (math.isinf(found.value) or found.value == 0)
-    return Ratio(found.value, found.low, found.high, float(bound[0]) if is_bounded else None)
+    draws = np.concatenate([_all(len(seeds)), _draws(len(seeds))])
+    above, below = (_medians(_of_seeds(side, seeds), draws) for side in (reference, passes))
+    with np.errstate(invalid="ignore"):
+        least = np.nan_to_num(np.minimum(above, budget) / below, nan=0.0, posinf=math.inf)
+        most = np.nan_to_num(above / np.minimum(below, budget), nan=math.inf, posinf=math.inf)
+        value = float(above[0] / below[0])
+    low, high = (float(np.quantile(x[1:], p, method="inverted_cdf")) for x, p in ((least, 0.025), (most, 0.975)))
+    bound = float((least if math.isinf(value) else most)[0])
+    is_bounded = math.isfinite(budget) and (math.isinf(value) or value == 0)
+    return Ratio(value, low, high, bound if is_bounded else None)
 
 
 def _of_seeds(passes: BySeed, seeds: Sequence[int]) -> NDArray[np.float64]:
@@ -213,8 +216,8 @@ def _draws(number: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(number, size=(REPLICATES, number))
 
 
-def _all(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.arange(len(values))[None]
+def _all(number: int) -> NDArray[np.int64]:
+    return np.arange(number)[None]
 
 
 def _medians(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -222,11 +225,3 @@ def _medians(values: NDArray[np.float64], draws: NDArray[np.int64]) -> NDArray[n
     drawn = np.sort(values[draws], axis=1)
     middle: NDArray[np.float64] = drawn[:, drawn.shape[1] // 2]
     return middle
-
-
-def _summary(value: NDArray[np.float64], replicates: NDArray[np.float64]) -> Median:
-    """A value with its percentile interval, whose ends are values that occurred, so that infinities stay."""
-    if not replicates.size:
-        return Median(float(value[0]), math.nan, math.nan)
-    low, high = np.quantile(replicates, (0.025, 0.975), method="inverted_cdf")
-    return Median(float(value[0]), float(low), float(high))
