@@ -319,7 +319,8 @@ class MethodOptions(Options):
                 " or ".join(BY_EXAMPLES) + ", no hybrid",
             ),
             "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
-            "blocks": any_method,
+            **dict.fromkeys(("blocks", "num_queries", "max_coefficient", "rounding"), any_method),
+            "difference": (zeroth_order and self.method != "forward_grad", "a method of finite differences"),
             "rank": (
                 zeroth_order and self.method not in _TWO_SIDED,
                 f"a zeroth-order method other than {' and '.join(_TWO_SIDED)}",
