@@ -123,7 +123,7 @@ def _add_execution(command: CommandParser) -> None:
     command.add_argument(
         "--gpus-per-job", metavar="N", type=float, default=0.0, help="With ray: number of GPUs of each job; default: 0."
     )
-    command.add_argument("--dry-run", action="store_true", help="List the cells and the time that they take, and run nothing.")
+    command.add_argument("--dry-run", action="store_true", help="List the cells and estimate their time; run nothing.")
 
 
 def _count(text: str) -> int:
