@@ -1,4 +1,4 @@
-# Two commands are enough: `make quickstart` and `make test`. Both make .venv first if need be.
+# Two commands suffice: `make quickstart` and `make test`. Both make .venv first if it does not exist.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,12 +18,12 @@ TORCH_LOCK := requirements/torch-$(TORCH_BUILD).txt
 OLDEST_TORCH := torch==2.11.*
 OLDEST_INDEX := $(TORCH_INDEX:--extra-index-url=--index-url)
 
-# --no-compile: Python compiles what is imported, a small part of what is installed, in less time than pip compiles all.
+# --no-compile: Python compiles the imported modules, a small part of all, in less time than pip compiles all of them.
 INSTALL := python -m pip install --quiet --no-compile
 # --no-deps and --no-build-isolation: nothing comes from outside the lock, the build backend neither.
 LOCKED := $(INSTALL) --require-hashes --no-deps
 EDITABLE := $(INSTALL) --no-deps --no-build-isolation --editable .
-# A lock that cannot be met is no reason to wait: one retry of an index that does not answer.
+# One retry of an index that does not answer: the installation fails early without a network.
 LOCKED_TORCH := $(LOCKED) --retries 1 $(TORCH_INDEX) --requirement $(TORCH_LOCK)
 # uv downloads packages side by side, in a quarter of pip's time; where it cannot, pip installs the same files.
 WITH_UV = $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps
@@ -31,7 +31,7 @@ INSTALL_LOCK = $(WITH_UV) --requirement $(1) || $(BIN)/$(LOCKED) --requirement $
 # One process a processor, one thread a process: the tensors of tests are small.
 PROCESSES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PROCESSES) --dist worksteal
-# Imports what the tests do, so that Python compiles it once, and not once in each of their processes.
+# Imports the libraries of the tests, so that Python compiles them once, and not once in each process of the tests.
 FETCH := import peft, transformers.trainer; from zotune.llm.models.builtin import fetch; fetch("smollm2-135m")
 CHECK_PYTHON := $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "The lock holds for Python 3.11 to 3.14; set PYTHON=python3.11")'
 
@@ -46,9 +46,8 @@ reward: $(VENV)/llm
 test: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# While the types are checked, the built-in model comes, once, before the processes of the tests would each fetch it,
-	@# and libraries are compiled.
-	@# Either failure fails.
+	@# While the types are checked, the built-in model is fetched and the libraries are compiled, once for all processes of
+	@# the tests. A failure of the types or of the tests is a failure of `make test`.
 	$(BIN)/mypy & types=$$!; $(BIN)/python -c '$(FETCH)'; $(TEST) -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 # The same properties at full size and in all combinations; CONTRIBUTING.md lists them.
@@ -84,9 +83,9 @@ test-oldest:
 test-distributed: $(VENV)/dev
 	$(TEST) -n 1 tests/llm/distributed
 
-# What `make test` does in a short form: 600 kills, 100 pairs of commands at once, 100 full disks, 100,000 damaged files.
+# The faults of `make test` in full number: 600 kills, 100 pairs of commands at once, 100 full disks, 100,000 damaged files.
 # Half an hour on one core. ONLY="kills disks" runs some kinds, which keep the others' counts in the file.
-# `python -m faults --again` tries again what failed, after a change, and lists what holds then as mended.
+# `python -m faults --again` repeats the failed trials after a change, and lists those that pass as mended.
 ONLY ?= kills pairs disks accidents fuzz
 test-faults: $(VENV)/dev
 	PYTHONPATH=tests TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m faults --only $(ONLY) --output benchmarks/results/faults.json
@@ -108,7 +107,7 @@ bench-speed: $(VENV)/dev
 	$(BIN)/python benchmarks/speed/forward_gradient.py
 	$(BIN)/python benchmarks/speed/growth.py
 
-# Against packages of others, which nothing here needs; eggroll-es asks for more than its own code does.
+# Against other packages, which zotune does not need; eggroll-es requires more packages than its code imports.
 bench-peers: $(VENV)/dev
 	$(BIN)/pip install --quiet torchzero==0.4.4
 	$(BIN)/pip install --quiet --no-deps eggroll-es==0.2.0
@@ -134,7 +133,7 @@ bench-zero-shot: $(VENV)/llm
 bench-families: $(VENV)/llm
 	$(BIN)/python benchmarks/families.py
 
-# The paper's tables and figures at the scale of two cores, some 90 minutes there; goes on where it was stopped.
+# The paper's tables and figures at the scale of two cores, some hours there; continues where it was stopped.
 bench: $(VENV)/llm
 	$(BIN)/zotune bench run --scale cpu --jobs 2
 

@@ -54,7 +54,7 @@ def _parser() -> VerbParser:
         command.add_argument("names", nargs="*", metavar="NAME", help="Experiments, or TOML files; default: all.")
         command.add_argument("--scale", choices=SCALES, default="cpu", help="Size of the cells; default: cpu.")
 
-    add("list", _list, "List the experiments, their cells at each scale, and the time that these take.")
+    add("list", _list, "List the experiments and their number of cells at each scale.")
     run_parser = add("run", _run, "Run missing cells, and run failed and stale ones again.")
     status_parser = add("status", _status, "Show which cells are done, failed, stale or missing.")
     verify_parser = add(
@@ -123,7 +123,7 @@ def _add_execution(command: CommandParser) -> None:
     command.add_argument(
         "--gpus-per-job", metavar="N", type=float, default=0.0, help="With ray: number of GPUs of each job; default: 0."
     )
-    command.add_argument("--dry-run", action="store_true", help="List the cells and run nothing.")
+    command.add_argument("--dry-run", action="store_true", help="List the cells and estimate their time; run nothing.")
 
 
 def _count(text: str) -> int:
@@ -146,7 +146,7 @@ def _list(args: argparse.Namespace) -> CommandResult:
         counts = (row["scales"].get(scale, {}).get("cells") for scale in SCALES)
         lines.append(f"{name:<12}" + "".join(f"{'–' if n is None else f'{n} cells':>12}" for n in counts))
         lines.append(f"    {row['title']}")
-    lines += ["", "zotune bench run --dry-run --scale SCALE tells how long the cells take."]
+    lines += ["", "zotune bench run --dry-run --scale SCALE estimates the time of the cells."]
     return rows, "\n".join(lines), 0
 
 

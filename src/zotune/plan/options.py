@@ -20,6 +20,7 @@ _FORWARD_ONLY = tuple(name for name in METHOD_NAMES if name not in FIRST_ORDER)
 _OF_METHODS = {
     "window": ("zo_sgd_mmt", "zo_adam"),
     "gradient_checkpointing": FIRST_ORDER,
+    **dict.fromkeys(("num_queries", "rounding"), _FORWARD_ONLY),
     **dict.fromkeys(("directions_per_batch", "flipped"), BY_EXAMPLES),
     "rank": tuple(name for name in _FORWARD_ONLY if name not in ("hizoo", "grzo")),
     **dict.fromkeys(("activation_rank", "direction_scale"), tuple(n for n in _FORWARD_ONLY if n not in OWN_DIRECTIONS)),

@@ -77,8 +77,7 @@ class DataOptions(TextOptions):
     )
     train_file_weights: Annotated[tuple[float, ...], BeforeValidator(_as_numbers)] = Field(
         (),
-        description="How often rows of each training file are read, in relation to each other, as 2 1; default: each "
-        "row "
+        description="Relative frequencies with which rows of the training files are read, as 2 1; default: each row "
         "once a pass.",
     )
     streaming: bool = Field(

@@ -31,7 +31,7 @@ class ExportConfig(ModelOptions):
     """Write a model as a file for other programs."""
 
     gguf: bool = Field(
-        False, description="As a GGUF file, for llama.cpp, Ollama and LM Studio.", json_schema_extra=_OUTPUT
+        False, description="Write a GGUF file, for llama.cpp, Ollama and LM Studio.", json_schema_extra=_OUTPUT
     )
     output_file: Path | None = Field(
         None,

@@ -18,7 +18,7 @@ class ChatConfig(ModelOptions):
     """Chat with a model in the terminal."""
 
     system_prompt: str | None = Field(
-        None, description="First message of each chat, which tells the model what to be.", json_schema_extra=_DATA
+        None, description="System message at the start of each chat.", json_schema_extra=_DATA
     )
     max_length: int | None = Field(
         None,
@@ -33,7 +33,7 @@ class ChatConfig(ModelOptions):
         "plain text.",
         json_schema_extra=_DATA,
     )
-    max_new_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.", json_schema_extra=_RUN)
+    max_new_tokens: int = Field(256, ge=1, description="Maximum number of tokens of an answer.", json_schema_extra=_RUN)
     generation: Literal["greedy", "sample"] | None = Field(
         None,
         description="The most likely token each time, or a random one; default: sample if temperature or top_p is "

@@ -168,14 +168,14 @@ class MethodOptions(Options):
 
     keep_best: int = Field(1, ge=1, description="Number of the best points whose mean is taken (randopt).")
     only_better: bool = Field(True, description="Keep only points that are better than the weights (randopt).")
-    std_ddof: Literal[0, 1] = Field(0, description="Spread of the losses with squares over N - this (fzoo).")
+    std_ddof: Literal[0, 1] = Field(0, description="Divide the losses' sum of squares by N minus this number (fzoo).")
     divide_by_mu: bool = Field(False, description="Divide the estimate by μ, as the paper's text does (fzoo).")
     vector_learning_rate: float = Field(1e-7, ge=0, description="Learning rate of vectors (zo_muon, mopi).")
     spectral_rank: int = Field(32, ge=1, description="Number of leading singular directions of a step (mopi).")
     hessian_share: float = Field(
         1e-8, ge=0, lt=1, description="Share α of a new curvature in the estimate of the Hessian's diagonal (hizoo)."
     )
-    square_subspaces: bool = Field(False, description="Reshape matrices towards squares, as thin adapters' (subzero).")
+    square_subspaces: bool = Field(False, description="Reshape thin matrices towards squares (subzero).")
     rank_scale: Literal["mean", "sum"] = Field("mean", description="Divide steps by the rank (mean) or not (lozo).")
     block_choice: Literal["random", "cyclic", "adaptive"] = Field(
         "random",
@@ -196,7 +196,7 @@ class MethodOptions(Options):
         "feed-forward part, per linear layer, or by size; default: all tuned parameters at once, for block_coordinate "
         "layer.",
     )
-    block_size: int = Field(1_000_000, ge=1, description="Parameters per block at most (with blocks: size).")
+    block_size: int = Field(1_000_000, ge=1, description="Maximum number of parameters of a block (with blocks: size).")
     block_order: Literal["joint", "sequential"] = Field(
         "joint",
         description="Estimate all blocks at the same weights (joint), or each after the previous block was updated "
@@ -319,7 +319,8 @@ class MethodOptions(Options):
                 " or ".join(BY_EXAMPLES) + ", no hybrid",
             ),
             "flipped": (self.directions_per_batch is not None, "directions_per_batch"),
-            "blocks": any_method,
+            **dict.fromkeys(("blocks", "num_queries", "max_coefficient", "rounding"), any_method),
+            "difference": (zeroth_order and self.method != "forward_grad", "a method of finite differences"),
             "rank": (
                 zeroth_order and self.method not in _TWO_SIDED,
                 f"a zeroth-order method other than {' and '.join(_TWO_SIDED)}",

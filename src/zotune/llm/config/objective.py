@@ -37,7 +37,7 @@ class ObjectiveOptions(Options):
         "generation: "
         "sample).",
     )
-    max_new_tokens: int = Field(50, ge=1, description="Generated tokens per text at most.")
+    max_new_tokens: int = Field(50, ge=1, description="Maximum number of generated tokens of a text.")
     stop_at: Literal["newline", "end"] = Field(
         "newline", description="End of a generated text: the first newline, or only the model's end tokens."
     )
@@ -121,7 +121,7 @@ class TextOptions(ObjectiveOptions):
         "tokenizer's), or the text of a template. The saved tokenizer has it.",
     )
     system_prompt: str | None = Field(
-        None, description="Message of the system at the start of each chat that has none; default: none."
+        None, description="System message at the start of each chat that has none; default: none."
     )
     apply_chat_template: bool = Field(
         False,
@@ -132,8 +132,8 @@ class TextOptions(ObjectiveOptions):
 
     compute_metrics: Annotated[tuple[str, ...], BeforeValidator(as_list)] = Field(
         (),
-        description="Further metrics of evaluations: rouge, or functions MODULE:FUNCTION of what was answered; for "
-        "completions and chats text is generated.",
+        description="Further metrics of evaluations: rouge, or functions MODULE:FUNCTION of the answers, "
+        "which are generated for completions and chats.",
     )
 
     @field_validator("compute_metrics")

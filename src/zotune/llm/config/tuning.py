@@ -91,20 +91,20 @@ class TuningOptions(Options):
     activation_rank: int | None = Field(
         None,
         ge=1,
-        description="Directions within the leading N principal components of what each tuned tensor multiplies, found "
-        "by forward passes over training rows; default: in all directions.",
+        description="Draw directions within the N leading principal components of each tuned tensor's inputs, found by "
+        "forward passes over training rows; default: in the whole space.",
     )
 
     direction_scale: Literal["equal", "inputs"] = Field(
         "equal",
-        description="Length of a direction's entries: all alike, or over the root mean square of what each multiplies, "
-        "found by forward passes over training rows (inputs).",
+        description="Scale of a direction's entries: equal, or divided by the root mean square of the inputs that each "
+        "weight multiplies, found by forward passes over training rows (inputs).",
     )
     num_virtual_tokens: int | None = Field(
         None, ge=1, description="Virtual tokens of a prefix or prompt; default: 5 for a prefix, 10 for a prompt."
     )
     peft_type: str | None = Field(
-        None, description="Adapter of peft by its name there: ia3, vera, … (with tuning: peft)."
+        None, description="Adapter of peft by its name there: ln_tuning, … (with tuning: peft)."
     )
     peft_config: Annotated[str, BeforeValidator(as_json), MAPPING_OR_TEXT] = Field(
         "{}",

@@ -3,9 +3,8 @@
 A trial takes the first steps of the run at one rate and computes the objective on training rows that its steps leave
 out; held-out and evaluation rows are not read. The trials go downhill from the default rate of the tuned parameters.
 Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken, and
-scaled from the trial's length to the run's: the noise of n steps of rate η adds up to η√n, so that the best rate falls
-as 1/√n (as the optimal constant rate of stochastic gradient descent does). The weights are then what they were, bit for
-bit, so the run is the same as one with this rate in its config.
+scaled from the trial's length to the run's: the best rate falls with the cube root of the number of steps. The weights
+are then restored bit for bit, so the run is the same as one with this rate in its config.
 """
 
 from __future__ import annotations
