@@ -270,6 +270,14 @@ class Encoder:
 
     def _pair(self, example: Example, candidate: str) -> _Scored:
         """Tokenise the texts for a classification head, which reads the first token; candidates number its outputs."""
+        if example.controls and control_tokens(self.tokenizer).literal(example.prompt, example.controls):
+            read, cut = self._text_of_template(example)
+        else:
+            read, cut = self._texts(example)
+        return _Scored(read, (0,), (example.candidates.index(candidate),), cut)
+
+    def _texts(self, example: Example) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of one text or two, and how many were cut; control tokens are read in both or in none."""
         plain = {} if example.controls else {"split_special_tokens": True}
 
         def tokens(**cut: Any) -> tuple[int, ...]:
@@ -278,7 +286,14 @@ class Encoder:
         whole = tokens()
         is_long = self.max_length is not None and len(whole) > self.max_length
         read = tokens(truncation=True, max_length=self.max_length) if is_long else whole
-        return _Scored(read, (0,), (example.candidates.index(candidate),), len(whole) - len(read))
+        return read, len(whole) - len(read)
+
+    def _text_of_template(self, example: Example) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of a filled template, cut on the right of the text, and how many were cut."""
+        ids, offsets = control_tokens(self.tokenizer).encode(example.prompt, example.controls)
+        cut = 0 if self.max_length is None else max(0, len(ids) - self.max_length)
+        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if end), default=0)
+        return ids[: stop - cut] + ids[stop:], cut
 
     def _truncate(self, ids: tuple[int, ...], prompt_length: int, room: int = 0) -> tuple[tuple[int, ...], int]:
         """Truncate to `max_length` tokens less `room`, keeping a beginning-of-sequence token and the last tokens."""
