@@ -85,9 +85,11 @@ class Encoder:
             self._check_embedded({*prompt, *(i for s in sequences for i in s), *self._predicted(encoded)})
         except UsageError as error:
             raise type(error)(f"{where}: {error}") from None
-        longest = max([*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0])
+        answered = len(prompt) + self.new_tokens if prompt else 0
+        longest = max([*map(len, sequences), answered])
         if longest > (self.context if self.max_length is not None else self.limit):
-            raise LongRowError(self._too_long(where, longest, is_text=not example.prompt))
+            is_answered = answered == longest
+            raise LongRowError(self._too_long(where, longest, is_text=not example.prompt, is_answered=is_answered))
         return Encoded(
             sequences,
             tuple(Candidate(sequences.index(s.read), s.positions, s.tokens) for s in encoded),
@@ -101,7 +103,9 @@ class Encoder:
             example.columns,
         )
 
-    def _too_long(self, where: str, length: int, *, is_text: bool) -> str:
+    def _too_long(self, where: str, length: int, *, is_text: bool, is_answered: bool) -> str:
+        if is_answered:
+            where = f"{where}, with an answer of {self.new_tokens} tokens (--max-new-tokens),"
         if self.limit < self.context:
             found = f"{where} has {length} tokens, more than --max-length {self.limit}. Raise it"
         elif is_text:
@@ -301,9 +305,10 @@ class Encoder:
         if over <= 0:
             return ids, 0
         if over >= prompt_length:
+            beside = f"an answer of {room} tokens" if room else "the candidate"
+            or_else = "lower --max-new-tokens" if room else "leave such rows out with --long-rows drop"
             raise LongRowError(
-                f"--max-length {self.max_length} leaves no token of the prompt beside the candidate; raise it, or "
-                "leave such rows out with --long-rows drop."
+                f"--max-length {self.max_length} leaves no token of the prompt beside {beside}; raise it, or {or_else}."
             )
         keep = self._num_kept(ids)
         return ids[:keep] + ids[keep + over :], over
