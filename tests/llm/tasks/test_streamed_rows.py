@@ -51,7 +51,10 @@ def test_a_stream_gives_the_tokens_of_the_same_rows_in_memory(lm, tmp_path, monk
 def test_beside_a_stream_a_files_evaluation_rows_are_all_read_or_drawn_as_without_one(lm, tmp_path, monkeypatch):
     """Files are often sorted, so that their first rows would not stand for all."""
     monkeypatch.setattr(sources, "MAX_STREAMED_EVALUATION", 5)
-    paths = {"train_file": write(tmp_path / "t.jsonl", rows_of(4)), "eval_file": write(tmp_path / "e.jsonl", rows_of(9))}
+    paths = {
+        "train_file": write(tmp_path / "t.jsonl", rows_of(4)),
+        "eval_file": write(tmp_path / "e.jsonl", rows_of(9)),
+    }
     for number in (None, 3):
         options = {**paths, "num_eval": number, "max_steps": 1}
         found = load_training_rows(lm, TrainConfig(streaming=True, **options))

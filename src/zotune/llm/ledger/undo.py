@@ -24,8 +24,8 @@ _OF_ITS_END = ("results.json", "README.md", "report.html")
 def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
     """Restore weights, ledger and metrics of a run's folder at an earlier step.
 
-    Weights, ledger and metrics change at once, after all weights were computed and checked. Results, model card and page
-    go: they tell of the steps that are taken back.
+    Weights, ledger and metrics change at once, after all weights were computed and checked. Results, model card and
+    page go: they tell of the steps that are taken back.
 
     Raises:
         LedgerError: there are fewer steps, or the ledger is damaged before that step.

@@ -25,8 +25,8 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
     """Return the 95 % interval of a mean of values in [low, high] (normal distribution); [low, high] for one value.
 
-    Values that are all equal have no spread of their own, and yet a few of them leave much open: their mean has Wilson's
-    interval as a rate, the spread of which no values in the same range exceed.
+    Values that are all equal have no spread of their own, and yet a few of them leave much open: their mean has
+    Wilson's interval as a rate, the spread of which no values in the same range exceed.
 
     >>> [round(end, 3) for end in mean_interval([0.0, 1.0, 1.0, 0.5] * 25)]
     [0.543, 0.707]
