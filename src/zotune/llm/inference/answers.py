@@ -40,10 +40,10 @@ def encode_prompts(lm: LanguageModel, rows: Rows, config: EvalConfig) -> tuple[E
     config = with_chat_template(lm, config)
     data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=UserRows(eval=rows))
     prompts = tuple(map(open_ended, data.splits.test))
-    rows = encode_rows(lm, config, replace(data, splits=Splits((), (), prompts)))
-    for note in rows.notes[len(data.notes) :]:
+    encoded = encode_rows(lm, config, replace(data, splits=Splits((), (), prompts)))
+    for note in encoded.notes[len(data.notes) :]:
         say(note)
-    return rows.test
+    return encoded.test
 
 
 def answers(
