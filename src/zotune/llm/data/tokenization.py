@@ -108,6 +108,11 @@ class Encoder:
             where = f"{where}, with an answer of {self.new_tokens} tokens (--max-new-tokens),"
         if self.limit < self.context:
             found = f"{where} has {length} tokens, more than --max-length {self.limit}. Raise it"
+        elif is_answered:
+            return (
+                f"{where} has {length} tokens, but the model reads at most {self.context}. Lower --max-new-tokens, or "
+                f"truncate long prompts from the left with --max-length {self.context}."
+            )
         elif is_text:
             found = f"{where} has {length} tokens, but the model reads at most {self.context}. Give --packing"
         else:
