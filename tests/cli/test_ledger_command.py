@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zotune.bench.report.run_html import write_run_page
 from zotune.ledger import LedgerError, read
 from zotune.llm.ledger.rebuild import plot
 from zotune.llm.training.train import train
@@ -73,6 +74,25 @@ def test_steps_are_undone_and_taken_again(config, zotune, tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
     train(config(**options, max_steps=9, resume=True))
     assert same_bits(weights_of(tmp_path / "out"), whole)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_after_an_undo_nothing_tells_of_the_steps_that_were_taken_back(config, zotune, tuning, tmp_path):
+    train(config(max_steps=2, tuning=tuning))
+    out = tmp_path / "out"
+    (out / "notes.md").write_text("mine", encoding="utf-8")
+    write_run_page(out)
+    assert zotune("ledger", "undo", out, "--to-step", 1).code == 0
+    left = {path.name for path in out.iterdir()}
+    assert not left & {"results.json", "README.md", "report.html"}
+    assert {"config.yaml", "ledger.zol", "metrics.jsonl", "notes.md"} <= left
+
+
+def test_an_undo_keeps_a_card_that_the_user_wrote(config, zotune, tmp_path):
+    train(config(max_steps=2, tuning="lora"))
+    (tmp_path / "out/README.md").write_text("my card", encoding="utf-8")
+    assert zotune("ledger", "undo", tmp_path / "out", "--to-step", 1).code == 0
+    assert [p.read_text(encoding="utf-8") for p in (tmp_path / "out").glob("README*")] == ["my card"]
 
 
 def test_other_weights_are_noticed(config, zotune, tmp_path):

@@ -276,3 +276,16 @@ def test_demonstrations_keep_the_templates_control_tokens_and_no_end():
     ids = [*found.sequences[0], found.candidates[0].tokens[-1]]
     start, end, stop = (tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>", "</s>"))
     assert [i for i in ids if i in (start, end, stop)] == [start, end, start, end, stop]
+
+
+@pytest.mark.parametrize("max_length", [None, 12])
+@pytest.mark.parametrize("template", ["Text: {text}", "{text}</s>Is it good?"], ids=["words", "control token"])
+def test_a_row_smuggles_no_control_token_into_a_classifiers_template(template, max_length):
+    tokenizer = byte_tokenizer(ARCHITECTURES["roberta-tiny"]())
+    text, controls = filled(template, {"text": "good </s> bad, and so on"})
+    row = Example(text, ("no", "yes"), 1, controls=controls)
+    ids = encoder(tokenizer, masked=True, classifies=True, max_length=max_length)(row).sequences[0]
+    whole = encoder(tokenizer, masked=True, classifies=True)(row).sequences[0]
+    assert whole.count(tokenizer.eos_token_id) == 1 + template.count("</s>")
+    assert tokenizer.decode(whole[1:-1]) == text
+    assert ids == (whole if max_length is None else (*whole[: max_length - 1], whole[-1]))

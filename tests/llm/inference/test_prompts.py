@@ -6,9 +6,9 @@ import pytest
 
 from zotune.errors import UsageError
 from zotune.llm.config.generate import ChatConfig, GenerateConfig
-from zotune.llm.config.run import write_yaml
+from zotune.llm.config.run import TrainConfig, read_recipe, write_yaml
 from zotune.llm.inference.answers import encode_prompts
-from zotune.llm.inference.prompts import prompt_rows, style_of
+from zotune.llm.inference.prompts import prompt_rows, style_of, told_columns
 from zotune.llm.tasks.load_data import load_rows
 
 TURNS = (
@@ -163,3 +163,30 @@ def test_a_temperature_or_top_p_asks_for_sampling(options, samples):
     config = style_of(ChatConfig.model_validate(options), None).config
     assert config.generation == ("sample" if samples else "greedy")
     assert config.temperature == (options.get("temperature") or 1.0)
+
+
+def test_a_prompt_longer_than_the_rows_of_the_training_is_read_whole_and_one_that_is_cut_says_so(ask, run, capsys):
+    folder, _ = run("completion")
+    options = read_recipe(folder / "config.yaml")
+    write_yaml(folder / "config.yaml", TrainConfig.model_validate({**options, "max_length": 16}))
+    long = "What is it? " * 5
+    texts, (tokens,), lm = ask(model=str(folder), prompt=[long], max_new_tokens=100)
+    assert len(tokens) > 16
+    assert lm.tokenizer.decode(tokens[1:]) == texts[0] == long
+    assert "cut" not in capsys.readouterr().err
+    assert len(ask(model=str(folder), prompt=[long], max_length=20)[1][0]) == 16
+    assert "1 of 1 rows are longer than 20 tokens and were cut to it" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"beside an answer of 60 tokens; raise it, or lower --max-new-tokens"):
+        ask(model=str(folder), prompt=[long], max_length=60, max_new_tokens=60)
+    with pytest.raises(
+        UsageError,
+        match=r"with an answer of 1000 tokens \(--max-new-tokens\), has 10\d\d tokens.* Lower --max-new-tokens, or",
+    ):
+        ask(model=str(folder), prompt=[long], max_new_tokens=1000)
+
+
+def test_the_stand_in_for_an_output_is_no_column_of_the_prompt(tiny, run, tmp_path):
+    folder, _ = run("alpaca")
+    config = GenerateConfig(model=str(folder), prompt_file=tmp_path / "rows.jsonl")
+    rows, options = prompt_rows(config, style_of(config, tiny("llama").tokenizer), None)
+    assert told_columns(rows.rows[0], options) == {"instruction": "Q0", "input": ""}

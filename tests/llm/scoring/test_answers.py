@@ -12,7 +12,7 @@ from zotune.llm.data.examples import Example
 from zotune.llm.data.tokenization import Encoder
 from zotune.llm.scoring.generated_answers import evaluate_answers, exact_match, f1, normalised
 from zotune.llm.scoring.generation import generate
-from zotune.llm.scoring.intervals import mean_interval
+from zotune.llm.scoring.intervals import mean_interval, wilson
 
 EXAMPLES = (
     Example("Question: who?\nAnswer:", (" abc\n",), 0, answers=("abc", "the abc")),
@@ -77,7 +77,21 @@ def test_the_interval_of_a_mean_covers_as_often_as_it_says():
         covered += low <= 1 / 3 <= high
     assert abs(covered / 1000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1000)
     assert mean_interval([0.3]) == (0.0, 1.0)
-    assert mean_interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_the_interval_of_equal_values_is_that_of_as_many_right_or_wrong_answers(n):
+    """Of so few rows that all agree the truth is still open, so an interval without a width would be false."""
+    for value in (0, 1):
+        assert mean_interval([float(value)] * n) == wilson(value * n, n)
+    rate = 0.9
+    intervals = [mean_interval([1.0] * hits + [0.0] * (n - hits)) for hits in range(n + 1)]
+    chances = [math.comb(n, hits) * rate**hits * (1 - rate) ** (n - hits) for hits in range(n + 1)]
+    if n > 2:
+        assert sum(p for p, (low, high) in zip(chances, intervals, strict=True) if low <= rate <= high) > 0.85
+    low, high = mean_interval([0.1] * n)
+    assert low < 0.1 < high
+    assert mean_interval([0.1] * n, -math.inf, math.inf) == pytest.approx((0.1, 0.1))
 
 
 def encode(lm):

@@ -11,6 +11,7 @@ from zotune.llm.config.data import DataOptions
 from zotune.llm.config.run import TrainConfig
 from zotune.llm.data.readers import LocatedRow
 from zotune.llm.data.stored_rows import SelectedRows, StoredRows
+from zotune.llm.rows import sources
 from zotune.llm.rows.sources import RowStreams, UserRows
 from zotune.llm.tasks import streaming
 from zotune.llm.tasks.load_data import load_rows, load_training_rows
@@ -45,6 +46,36 @@ def test_a_stream_gives_the_tokens_of_the_same_rows_in_memory(lm, tmp_path, monk
     found = load_training_rows(lm, TrainConfig(train_file=path, streaming=True, num_dev=3, num_train_epochs=1))
     assert (tuple(found.train), found.dev) == (held[3:], held[:3])
     assert isinstance(found.train, StoredRows) and "17 rows are kept as tokens on the disk" in found.notes[-1]
+
+
+def test_beside_a_stream_a_files_evaluation_rows_are_all_read_or_drawn_as_without_one(lm, tmp_path, monkeypatch):
+    """Files are often sorted, so that their first rows would not stand for all."""
+    monkeypatch.setattr(sources, "MAX_STREAMED_EVALUATION", 5)
+    paths = {
+        "train_file": write(tmp_path / "t.jsonl", rows_of(4)),
+        "eval_file": write(tmp_path / "e.jsonl", rows_of(9)),
+    }
+    for number in (None, 3):
+        options = {**paths, "num_eval": number, "max_steps": 1}
+        found = load_training_rows(lm, TrainConfig(streaming=True, **options))
+        assert found.test == load_rows(lm, TrainConfig(**options)).test
+        assert len(found.test) == (number or 9)
+
+
+def test_of_a_data_set_of_the_hub_the_first_rows_are_evaluated_and_a_run_says_so(monkeypatch, capsys):
+    num_read = 0
+
+    def endless(source, split, delimiter):
+        nonlocal num_read
+        for row in rows_of(10**9):
+            num_read += 1
+            yield LocatedRow(f"row {num_read}", row)
+
+    monkeypatch.setattr(sources, "read_located_rows", endless)
+    options = TrainConfig(train_file="hub:o/n:train", eval_file="hub:o/n:test", streaming=True, num_eval=7)
+    assert len(sources.stream_files(options).eval.rows) == 7
+    assert num_read == 8
+    assert "hub:o/n:test has more than 7 rows" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_rows_and_no_more_are_read_than_the_steps_need(lm, monkeypatch):

@@ -88,7 +88,7 @@ def _standard_input(config: GenerateConfig) -> str | None:
 def _generate(config: GenerateConfig, stdin: str | None) -> dict[str, Any]:
     """Return the answers, with what they took."""
     from zotune.llm.inference.answers import answers, encode_prompts
-    from zotune.llm.inference.prompts import prompt_rows, style_of
+    from zotune.llm.inference.prompts import prompt_rows, style_of, told_columns
     from zotune.llm.models.load import load
     from zotune.llm.output.locked_folder import tidy
 
@@ -104,7 +104,7 @@ def _generate(config: GenerateConfig, stdin: str | None) -> dict[str, Any]:
 
     texts = answers(lm, prompts, options, config.seed, progress=progress)
     records = [
-        {"place": row.place, **row.columns, "rendered_prompt": prompt.text, "answer": text}
+        {"place": row.place, **told_columns(row, options), "rendered_prompt": prompt.text, "answer": text}
         for row, prompt, text in zip(rows.rows, prompts, texts, strict=True)
     ]
     return {

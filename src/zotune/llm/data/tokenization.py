@@ -85,9 +85,11 @@ class Encoder:
             self._check_embedded({*prompt, *(i for s in sequences for i in s), *self._predicted(encoded)})
         except UsageError as error:
             raise type(error)(f"{where}: {error}") from None
-        longest = max([*map(len, sequences), len(prompt) + self.new_tokens if prompt else 0])
+        answered = len(prompt) + self.new_tokens if prompt else 0
+        longest = max([*map(len, sequences), answered])
         if longest > (self.context if self.max_length is not None else self.limit):
-            raise LongRowError(self._too_long(where, longest, is_text=not example.prompt))
+            is_answered = answered == longest
+            raise LongRowError(self._too_long(where, longest, is_text=not example.prompt, is_answered=is_answered))
         return Encoded(
             sequences,
             tuple(Candidate(sequences.index(s.read), s.positions, s.tokens) for s in encoded),
@@ -101,9 +103,16 @@ class Encoder:
             example.columns,
         )
 
-    def _too_long(self, where: str, length: int, *, is_text: bool) -> str:
+    def _too_long(self, where: str, length: int, *, is_text: bool, is_answered: bool) -> str:
+        if is_answered:
+            where = f"{where}, with an answer of {self.new_tokens} tokens (--max-new-tokens),"
         if self.limit < self.context:
             found = f"{where} has {length} tokens, more than --max-length {self.limit}. Raise it"
+        elif is_answered:
+            return (
+                f"{where} has {length} tokens, but the model reads at most {self.context}. Lower --max-new-tokens, or "
+                f"truncate long prompts from the left with --max-length {self.context}."
+            )
         elif is_text:
             found = f"{where} has {length} tokens, but the model reads at most {self.context}. Give --packing"
         else:
@@ -270,6 +279,14 @@ class Encoder:
 
     def _pair(self, example: Example, candidate: str) -> _Scored:
         """Tokenise the texts for a classification head, which reads the first token; candidates number its outputs."""
+        if example.controls and control_tokens(self.tokenizer).literal(example.prompt, example.controls):
+            read, cut = self._text_of_template(example)
+        else:
+            read, cut = self._texts(example)
+        return _Scored(read, (0,), (example.candidates.index(candidate),), cut)
+
+    def _texts(self, example: Example) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of one text or two, and how many were cut; control tokens are read in both or in none."""
         plain = {} if example.controls else {"split_special_tokens": True}
 
         def tokens(**cut: Any) -> tuple[int, ...]:
@@ -278,7 +295,14 @@ class Encoder:
         whole = tokens()
         is_long = self.max_length is not None and len(whole) > self.max_length
         read = tokens(truncation=True, max_length=self.max_length) if is_long else whole
-        return _Scored(read, (0,), (example.candidates.index(candidate),), len(whole) - len(read))
+        return read, len(whole) - len(read)
+
+    def _text_of_template(self, example: Example) -> tuple[tuple[int, ...], int]:
+        """Return the tokens of a filled template, cut on the right of the text, and how many were cut."""
+        ids, offsets = control_tokens(self.tokenizer).encode(example.prompt, example.controls)
+        cut = 0 if self.max_length is None else max(0, len(ids) - self.max_length)
+        stop = max((i for i, (_, end) in enumerate(offsets, start=1) if end), default=0)
+        return ids[: stop - cut] + ids[stop:], cut
 
     def _truncate(self, ids: tuple[int, ...], prompt_length: int, room: int = 0) -> tuple[tuple[int, ...], int]:
         """Truncate to `max_length` tokens less `room`, keeping a beginning-of-sequence token and the last tokens."""
@@ -286,9 +310,10 @@ class Encoder:
         if over <= 0:
             return ids, 0
         if over >= prompt_length:
+            beside = f"an answer of {room} tokens" if room else "the candidate"
+            or_else = "lower --max-new-tokens" if room else "leave such rows out with --long-rows drop"
             raise LongRowError(
-                f"--max-length {self.max_length} leaves no token of the prompt beside the candidate; raise it, or "
-                "leave such rows out with --long-rows drop."
+                f"--max-length {self.max_length} leaves no token of the prompt beside {beside}; raise it, or {or_else}."
             )
         keep = self._num_kept(ids)
         return ids[:keep] + ids[keep + over :], over

@@ -17,6 +17,7 @@ from zotune.llm.scoring.rewards import open_ended
 from zotune.llm.scoring.streaming import Stream
 from zotune.llm.tasks.load_data import encode_rows, with_chat_template
 from zotune.llm.tasks.user_data import load_user_data
+from zotune.messages import say
 from zotune.noise import derive_seed
 
 # Rows whose text is generated are those of a reward function; this one is not called.
@@ -39,7 +40,10 @@ def encode_prompts(lm: LanguageModel, rows: Rows, config: EvalConfig) -> tuple[E
     config = with_chat_template(lm, config)
     data = load_user_data(config, lm.tokenizer, masked=lm.masked, given=UserRows(eval=rows))
     prompts = tuple(map(open_ended, data.splits.test))
-    return encode_rows(lm, config, replace(data, splits=Splits((), (), prompts))).test
+    encoded = encode_rows(lm, config, replace(data, splits=Splits((), (), prompts)))
+    for note in encoded.notes[len(data.notes) :]:
+        say(note)
+    return encoded.test
 
 
 def answers(

@@ -35,7 +35,7 @@ Form = Literal["chat", "alpaca", "prompt"]
 _TEXT_FILES = ("", ".txt", ".md")
 # Options of a run that say how its rows are read; the others say what is learnt of them.
 _OF_PROMPTS = (
-    *("text_column", "columns", "template", "chat_date", "read_control_tokens", "max_length"),
+    *("text_column", "columns", "template", "chat_date", "read_control_tokens"),
     *("apply_chat_template", "system_prompt"),
 )
 # Those that say what a prompt is made of, not read where it stands as it is.
@@ -78,6 +78,12 @@ class PromptStyle:
         """Return the row of an instruction, whose output is to be generated."""
         told = {} if system is None else {self.column("system"): system}
         return {**told, **columns, self.column("output"): _NO_OUTPUT}
+
+
+def told_columns(row: LocatedRow, config: EvalConfig) -> dict[str, Any]:
+    """Return the columns of a prompt's row, without the one that stands for the output of an instruction."""
+    stand_in = column_of("output", config) if config.data_format == "alpaca" else None
+    return {name: value for name, value in row.columns.items() if name != stand_in}
 
 
 def system_messages(text: str | None) -> list[dict[str, Any]]:

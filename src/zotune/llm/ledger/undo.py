@@ -17,11 +17,15 @@ from zotune.llm.output.model_files import old_weights
 from zotune.llm.output.output_folder import CHECKPOINT, METRICS
 from zotune.messages import say
 
+# Files that say how the run ended.
+_OF_ITS_END = ("results.json", "README.md", "report.html")
+
 
 def undo(folder: Path, num_steps: int, base: str | None = None, device: str | None = None) -> None:
     """Restore weights, ledger and metrics of a run's folder at an earlier step.
 
-    Weights, ledger and metrics change at once, after all weights were computed and checked.
+    Weights, ledger and metrics change at once, after all weights were computed and checked. Results, model card and
+    page go: they tell of the steps that are taken back.
 
     Raises:
         LedgerError: there are fewer steps, or the ledger is damaged before that step.
@@ -32,7 +36,7 @@ def undo(folder: Path, num_steps: int, base: str | None = None, device: str | No
         # The ledger may have grown until the folder was locked.
         ledger = find_ledger(folder, num_steps)
         rebuilt = rebuild(ledger, base, device)
-        stale = [CHECKPOINT, "results.json", *old_weights(locked.manifest.files)]
+        stale = [CHECKPOINT, *_OF_ITS_END, *old_weights(locked.manifest.files)]
         with locked.staged(without=stale) as staging:
             rebuilt.write(staging)
             (staging / LEDGER).write_bytes(ledger.to_bytes())

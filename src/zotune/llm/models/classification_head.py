@@ -78,5 +78,9 @@ def check_labels(name: str, config: Any, labels: Sequence[str]) -> None:
 
 
 def head_module_names(model: Any) -> list[str]:
-    """Return the names of a model's modules outside its body."""
-    return [name for name, part in model.named_children() if part is not model.base_model]
+    """Return the names of a model's modules outside its body that have parameters.
+
+    peft finds them by the ends of names: a head's `dropout` would also be each `lora_dropout`.
+    """
+    parts = [(name, part) for name, part in model.named_children() if part is not model.base_model]
+    return [name for name, part in parts if any(True for _ in part.parameters())]

@@ -94,9 +94,13 @@ def write_model_files(
     )
     if state is not None:
         extra["state_dict"] = state
+    card = folder / "README.md"
+    has_card = card.exists()
     if is_adapter(lm.module):
         name_base_for_all(lm.module)
     save_pretrained(lm.module, str(folder), **extra)
+    if not has_card:  # the form of a card that peft writes, with nothing filled in
+        card.unlink(missing_ok=True)
     if is_adapter(lm.module):
         _order_sets(lm.module, folder / CONFIG)
         write_fingerprint(folder, lm.base_fingerprint, built_in=_built_in(lm))

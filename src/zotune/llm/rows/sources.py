@@ -9,11 +9,13 @@ from pathlib import Path
 
 from zotune.errors import UsageError
 from zotune.llm.config.data import IN_MEMORY, DataOptions
-from zotune.llm.data.readers import TABLES, LocatedRow, kind_of, read_located_rows
+from zotune.llm.data.readers import HUB, TABLES, LocatedRow, kind_of, read_located_rows
+from zotune.llm.data.row_bounds import one_row_at_a_time
 from zotune.llm.rows.infer import resolve_shape
 from zotune.llm.rows.shapes import SHAPES
+from zotune.messages import say
 
-# Rows for evaluation that are read beside a stream of training rows if no number is given.
+# Rows for evaluation that are read of a stream, beside one of training rows, if no number is given.
 MAX_STREAMED_EVALUATION = 1000
 
 
@@ -66,15 +68,28 @@ class UserRows:
 
 
 def stream_files(options: DataOptions) -> UserRows:
-    """Open the files of training rows, to read a row at a time, and read the first rows for evaluation."""
+    """Open the files of training rows, to read a row at a time, and read the rows for evaluation, which are kept."""
     _check_delimiter(options)
     streams = tuple(read_located_rows(file, "train", options.delimiter) for file in options.train_files)
     source = options.train_files[0] if len(streams) == 1 else options.named_files
-    evaluation = None
-    if options.eval_file is not None:
-        rows = read_located_rows(options.eval_file, "validation", options.delimiter)
-        evaluation = Rows(options.eval_file, list(islice(rows, options.num_eval or MAX_STREAMED_EVALUATION)))
+    evaluation = None if options.eval_file is None else _evaluation_rows(options.eval_file, options)
     return UserRows(eval=evaluation, stream=RowStreams(source, streams))
+
+
+def _evaluation_rows(source: Path, options: DataOptions) -> Rows:
+    """Read the rows for evaluation beside a stream: all of a file, of which a run draws as many as it is asked for.
+
+    Of a data set of the Hub, which may be far larger than memory, the first ones are read.
+    """
+    rows = read_located_rows(source, "validation", options.delimiter)
+    if not str(source).startswith(HUB):
+        return Rows(source, list(rows))
+    most = options.num_eval or MAX_STREAMED_EVALUATION
+    with one_row_at_a_time():
+        first = list(islice(rows, most + 1))
+    if len(first) > most:
+        say(f"{source} has more than {most} rows, of which a stream (streaming) gives the first {most} for evaluation")
+    return Rows(source, first[:most])
 
 
 def read_files(options: DataOptions) -> UserRows:

@@ -9,7 +9,7 @@ NORMAL = 1.959963984540054
 """Half the width of the 95 % interval of a standard normal variable."""
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a success rate: the p with |hits/n - p| ≤ z √(p(1 - p)/n) (Wilson, 1927).
 
     >>> [round(end, 3) for end in wilson(80, 100)]
@@ -25,12 +25,20 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
     """Return the 95 % interval of a mean of values in [low, high] (normal distribution); [low, high] for one value.
 
+    Values that are all equal have no spread of their own, and yet a few of them leave much open: their mean has
+    Wilson's interval as a rate, the spread of which no values in the same range exceed.
+
     >>> [round(end, 3) for end in mean_interval([0.0, 1.0, 1.0, 0.5] * 25)]
     [0.543, 0.707]
+    >>> [round(end, 3) for end in mean_interval([1.0] * 10)]
+    [0.722, 1.0]
     """
     n = len(values)
     if n < 2:
         return low, high
+    if min(values) == max(values) and math.isfinite(high - low):
+        ends = wilson(n * (values[0] - low) / (high - low), n)
+        return low + ends[0] * (high - low), low + ends[1] * (high - low)
     mean = sum(values) / n
     half = NORMAL * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return max(low, mean - half), min(high, mean + half)

@@ -143,8 +143,8 @@ def load_training_rows(lm: LanguageModel, options: DataOptions, given: UserRows 
     """
     if not options.streaming:
         return load_rows(lm, options, given)
+    given = stream_files(options) if given is None else given
     with one_row_at_a_time():
-        given = stream_files(options) if given is None else given
         return _load_stream(lm, options, given)
 
 

@@ -57,9 +57,9 @@ def split_head(given: RowStreams, options: DataOptions) -> tuple[Head, RowStream
 
 def head_of_files(options: DataOptions) -> tuple[UserRows, RowStreams]:
     """Return the first rows of the files of a stream, which show what a run on it reads, and all its training rows."""
+    files = stream_files(options)
+    assert files.stream is not None
     with one_row_at_a_time():
-        files = stream_files(options)
-        assert files.stream is not None
         head, stream = split_head(files.stream, options)
         return UserRows(head.rows, files.eval), stream
 

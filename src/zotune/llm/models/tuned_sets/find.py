@@ -104,14 +104,15 @@ def _batch(lm: LanguageModel, rows: Sequence[Encoded]) -> Batch:
     """The rows as the run scores them; where text is generated, their prompts."""
     last = {len(e.prompt): Candidate(0, (len(e.prompt) - 1,), (0,)) for e in rows}
     as_read = [e if e.candidates else Encoded((e.prompt,), (last[len(e.prompt)],), 0) for e in rows]
-    return collate(as_read, lm.pad_token_id, lm.device)
+    # Where there is nothing to choose from, all tokens of the only text count, and their normalisers too.
+    return collate(as_read, lm.pad_token_id, lm.device, exact=any(len(e.candidates) < 2 for e in rows))
 
 
 def _reading(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[Callable[[], None], Rows, Rows]:
     """What scores some rows, the rows of what a module reads that count in it, and these as they enter the scores."""
     now: list[Batch] = []
     inside = {m for layer in stack_of(lm.base)[1] for m in layer.modules()}
-    before_head = _norm_before_head(lm, batches[0])
+    before_head = _norm_before_head(lm, batches)
 
     def read(module: nn.Module, x: Tensor) -> Tensor:
         """Of the layers' inputs those of tokens, of what comes after them those of scored positions."""
@@ -131,10 +132,11 @@ def _reading(lm: LanguageModel, batches: Sequence[Batch]) -> tuple[Callable[[], 
     return run, read, in_scores
 
 
-def _norm_before_head(lm: LanguageModel, batch: Batch) -> nn.Module | None:
+def _norm_before_head(lm: LanguageModel, batches: Sequence[Batch]) -> nn.Module | None:
     """The norm whose output the head reads as it is; None where there is none, or scores need more than its logits."""
     head = lm.base.get_output_embeddings()
-    if lm.classifies or not batch.only_single_tokens or not supports_row_lookup(head) or is_packed(head.weight):
+    suffices = not lm.classifies and all(batch.needs_only_candidates for batch in batches)
+    if not suffices or not supports_row_lookup(head) or is_packed(head.weight):
         return None
     seen: dict[nn.Module, Tensor] = {}
     last: list[Tensor] = []
@@ -146,7 +148,7 @@ def _norm_before_head(lm: LanguageModel, batch: Batch) -> nn.Module | None:
     hooks.append(head.register_forward_pre_hook(lambda module, args: last.append(args[0])))
     try:
         with torch.no_grad():
-            lm.logits(batch)
+            lm.logits(batches[0])
     finally:
         for hook in hooks:
             hook.remove()
