@@ -9,6 +9,7 @@ import zotune as zo
 FORMS = {
     "iterator": lambda m: m.parameters(),
     "group of an iterator": lambda m: [{"params": m.parameters()}],
+    "pairs of names and parameters": lambda m: m.named_parameters(),
     "groups of tensors": lambda m: [{"params": p} for p in m.parameters()],
 }
 

@@ -241,7 +241,7 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     def plain(own: Any) -> list[Any]:
         return [p[1] if isinstance(p, tuple) else p for p in ([own] if isinstance(own, Tensor) else own)]
 
-    given = list(params)
+    given = plain(params)
     if given and isinstance(given[0], dict):
         return [{**group, "params": plain(group["params"])} for group in given]
     return [{"params": plain(given)}]
