@@ -219,6 +219,12 @@ def with_master(tensor: TunedTensor, rounding: Rounding, state: State) -> State:
     return state
 
 
+@torch.no_grad()
+def read_changed_(master: Tensor, weights: Tensor) -> None:
+    """Read weights that were changed by others, for instance loaded, into their master; the others keep their own."""
+    master.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
+
+
 @dataclass(frozen=True)
 class Updated:
     """The weights after a step that has not been taken, as a `WeightOffset` for `perturbed_by`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Direction:
     block: Block | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", index(self.seed))  # arithmetic of other integers may overflow
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"a direction's seed is an integer in [0, 2**64), got {self.seed}")
 

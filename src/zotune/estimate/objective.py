@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,11 @@ from zotune.model.eager_mode import uncompiled
 from zotune.model.shards import reshard, whole
 
 Closure = Callable[[], "Tensor | float"]
+
+_TOO_COARSE = (
+    "the closure returned a {} loss, which is too coarse for differences of losses. Compute it in single precision, "
+    "for instance loss_fn(model(x).float(), y)."
+)
 
 
 def evaluate(closure: Closure) -> float:
@@ -57,15 +64,14 @@ def as_number(value: object) -> Tensor | float:
         if value.numel() != 1:
             raise TypeError(f"the closure must return one number, got a tensor of shape {tuple(value.shape)}")
         if value.dtype in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"the closure returned a {value.dtype} loss, which is too coarse for differences of losses. "
-                "Compute it in single precision, for instance loss_fn(model(x).float(), y)."
-            )
+            raise TypeError(_TOO_COARSE.format(value.dtype))
         if tangent_of(value) is not None:
             return value.cpu().double().reshape(())
         if value.is_cuda:
             return value.detach().to(torch.float64, copy=True).reshape(())
         return float(value.detach())
+    if isinstance(value, np.float16):
+        raise TypeError(_TOO_COARSE.format("numpy.float16"))
     if isinstance(value, Real):
         return float(value)
     raise TypeError(
@@ -135,16 +141,19 @@ def accumulate(
 
     Args:
         closures: one a micro-batch, each the mean loss of its examples.
-        weights: how many examples (or tokens) each holds; equal by default.
+        weights: how many examples (or tokens) each holds, numbers or tensors of one; equal by default. They are added
+            up as doubles: of a tensor of another precision the whole objective would have that precision.
         mesh: the processes that share the micro-batches, see `zotune.mesh`. Each gives all closures, in one order, and
             calls its own.
 
     >>> accumulate([lambda: 1.0, lambda: 4.0], weights=[2, 1])()
     2.0
     """
-    shares = [1.0] * len(closures) if weights is None else list(weights)
+    shares = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(closures) or not closures:
         raise ValueError(f"one weight for each of at least one closure, got {len(closures)} and {len(shares)}")
+    if not all(map(math.isfinite, shares)) or not sum(shares):
+        raise ValueError(f"a weighted mean needs finite weights whose sum is not 0, got {shares}")
     if len(closures) < mesh.data:
         raise UsageError(
             f"{mesh.data} processes cannot share a batch in {len(closures)}: cut it into {mesh.data} micro-batches or "

@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from zotune.errors import NotWrittenError, UsageError
-from zotune.ledger.format import Header, LedgerError, parse_header
+from zotune.ledger.format import MAGIC, Header, LedgerError, parse_header
 from zotune.ledger.sync import LateSync
 from zotune.optim.record import StepRecord
 from zotune.system.atomic_write import atomic_write, sync
@@ -112,7 +112,7 @@ def read(path: Path | str) -> Ledger:
 
     Raises:
         LedgerError: it cannot be read, is no ledger, is of another version, its header is damaged, or good records
-            follow a bad one.
+            follow a bad one or another ledger follows.
     """
     try:
         content = read_bytes(Path(path), LEDGER_BYTES)
@@ -132,6 +132,11 @@ def parse(content: bytes, name: str) -> Ledger:
     ledger = Ledger(name, header, rows, len(content) - end, end, content)
     if (wrong := layout.first_wrong(rows)) is not None:
         raise LedgerError(f"step {wrong[0] + 1} of {name} was not written by zotune: {wrong[1]}.")
+    if (second := content.find(MAGIC, end)) >= 0:
+        raise LedgerError(
+            f"{name} holds {len(rows)} steps, and at byte {second} another ledger begins: files were put one after the "
+            "other, and a file is one run. Cut it there. To apply runs one after the other, use zotune ledger merge."
+        )
     if layout.has_good_record(memoryview(content)[end:], len(rows), crc):
         raise DamagedLedgerError(ledger)
     return ledger

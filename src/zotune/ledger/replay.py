@@ -70,7 +70,8 @@ def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
     """Write each step that the optimizer takes from now on; what is not written of each must not change meanwhile.
 
     Raises:
-        LedgerError: the optimizer is not as the header says, so a replay would take other steps.
+        LedgerError: the optimizer, its weights before the first step or the number of its steps is not as the ledger
+            says, so a replay would lead to other weights.
 
     >>> import tempfile, zotune as zo
     >>> from torch import nn
@@ -85,7 +86,15 @@ def record_to(writer: LedgerWriter, optimizer: ZerothOrder) -> None:
     3
     >>> folder.cleanup()
     """
-    _check_method(optimizer, writer.header, str(writer.path))
+    name, count = str(writer.path), optimizer.num_steps
+    _check_method(optimizer, writer.header, name)
+    if count != writer.num_steps:
+        raise LedgerError(
+            f"{name} holds {writer.num_steps} steps, but the optimizer has taken {count}: replay the ledger first "
+            "(zotune.ledger.replay.replay), or begin another one."
+        )
+    # Of a model in shards the numbers would have to be gathered by all processes.
+    _check_tensors(optimizer, writer.header, name, digests=not optimizer.tuned.is_distributed)
     optimizer.on_step = writer.append
 
 
@@ -122,23 +131,27 @@ def check(optimizer: ZerothOrder, ledger: Ledger, *, digests: bool | Sequence[st
     header = ledger.header
     match_noise(optimizer, ledger)
     _check_method(optimizer, header, ledger.name)
+    _check_tensors(optimizer, header, ledger.name, digests=digests)
+    if (layout := layout_of(optimizer)) != header.layout:
+        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
+
+
+def _check_tensors(optimizer: ZerothOrder, header: Header, name: str, *, digests: bool | Sequence[str]) -> None:
     with_numbers = bool(digests) and optimizer.num_steps == 0
     given = digests if with_numbers and not isinstance(digests, bool) else None
     found = {t["name"]: t for t in describe_tensors(optimizer, given if with_numbers else [""] * len(optimizer.tuned))}
     for tensor in header.tensors:
         mine = found.pop(tensor["name"], None)
         if mine is None:
-            raise LedgerError(f"{ledger.name} moves {tensor['name']!r}, which is not tuned here: another base model.")
+            raise LedgerError(f"{name} moves {tensor['name']!r}, which is not tuned here: another base model.")
         for key in ("id", "dtype", "shape", "digest") if with_numbers else ("id", "dtype", "shape"):
             if tensor[key] != mine[key]:
                 raise LedgerError(
-                    f"{ledger.name} belongs to another base model: the {key} of {tensor['name']!r} was "
+                    f"{name} belongs to another base model: the {key} of {tensor['name']!r} was "
                     f"{tensor[key]}, here it is {mine[key]}. Replay it on the model that the run began with."
                 )
     if found:
-        raise LedgerError(f"{ledger.name} does not move {min(found)!r}, which is tuned here: another base model.")
-    if (layout := layout_of(optimizer)) != header.layout:
-        raise LedgerError(f"{ledger.name} has records with {header.layout}, but this run's have {layout}.")
+        raise LedgerError(f"{name} does not move {min(found)!r}, which is tuned here: another base model.")
 
 
 def match_noise(optimizer: ZerothOrder, ledger: Ledger) -> None:

@@ -17,6 +17,7 @@ from zotune.estimate.finite_difference import central_difference
 from zotune.estimate.objective import probing
 from zotune.methods.options import Difference, OwnBlocks, differences
 from zotune.model.layers import stack_of
+from zotune.optim.checks import as_groups
 from zotune.optim.zeroth_order import ZerothOrder
 
 
@@ -85,7 +86,10 @@ def block_coordinate(  # noqa: PLR0913 - every hyper-parameter by keyword, each 
         raise ValueError(f"explore is the share of choices that is the same for all blocks, in (0, 1]; got {explore=}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay is the share of a score that is kept, at least 0 and below 1; got {decay=}")
-    partition = blocks_by_layer(model, _chosen(options.get("params"))) if blocks is None else tuple(blocks)
+    groups = None if (params := options.get("params")) is None else as_groups(params)  # they may be read only once
+    options["params"] = groups
+    chosen = None if groups is None else [p for group in groups for p in group["params"]]
+    partition = blocks_by_layer(model, chosen) if blocks is None else tuple(blocks)
     one = OneBlock(partition, Choice(choice), explore, decay, unbiased)
     return ZerothOrder(
         model,
@@ -96,13 +100,6 @@ def block_coordinate(  # noqa: PLR0913 - every hyper-parameter by keyword, each 
         num_queries=num_queries,
         **options,
     )
-
-
-def _chosen(params: Any) -> list[nn.Parameter] | None:
-    """The parameters of `ZerothOrder`'s argument, which may be groups of them."""
-    if params is None:
-        return None
-    return [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
 
 
 def dominant_layer(

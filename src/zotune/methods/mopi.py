@@ -17,7 +17,13 @@ from zotune.directions.subspace import subspace
 from zotune.estimate.finite_difference import central_difference
 from zotune.methods.options import Difference, OwnGroups, check_decay, differences, entries_of
 from zotune.methods.zo_muon import with_vector_rate
-from zotune.model.portable_algebra import normalised_columns, orthonormal, portable_matmul
+from zotune.model.portable_algebra import (
+    is_orthonormal,
+    normalised_columns,
+    orthonormal,
+    orthonormal_from,
+    portable_matmul,
+)
 from zotune.noise import derive_seed
 from zotune.optim.zeroth_order import ZerothOrder
 
@@ -98,14 +104,20 @@ def mopi(  # noqa: PLR0913 - every hyper-parameter by keyword, each with a defau
 
 
 def power_iteration(gradient: Tensor, state: State, basis: Basis, *, beta: float, top: int) -> tuple[Tensor, State]:
-    """M ← β M + (1 - β) G in the present basis, V ← qr(Mᵀ(MV)), and H = U Vᵀ; H = 0 and V as it was for M = 0."""
+    """M ← β M + (1 - β) G in the present basis, V ← qr(Mᵀ(MV)), and H = U Vᵀ; H = 0 and V as it was for M = 0.
+
+    Where M has fewer than k directions, columns of V before take the place of those that are left, and do not move.
+    """
     m = (1 - beta) * gradient
     if state:
         m = beta * basis.moved(state["momentum_buffer"].double(), state["basis_seed"]) + m
     right = state["right"].double() if state else _first_right(m, basis, top)
     step = torch.zeros_like(m)
     if bool(m.any()):
-        right = orthonormal(portable_matmul(m.t(), portable_matmul(m, right)))
+        turned, before = portable_matmul(m.t(), portable_matmul(m, right)), right
+        right = orthonormal(turned)
+        if not is_orthonormal(right):  # M has fewer directions than k
+            right = orthonormal_from(turned, before)
         step = portable_matmul(normalised_columns(portable_matmul(m, right)), right.t())
     return step, {"momentum_buffer": m, "right": right, "basis_seed": basis.present.seed}
 

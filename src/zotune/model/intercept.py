@@ -96,6 +96,11 @@ def intercepted_ids(tuned: ParameterSet) -> frozenset[int]:
     return frozenset().union(*(active.chosen for active in _ACTIVE.get() if active.tuned is tuned))
 
 
+def is_replaced(parameter: Tensor) -> bool:
+    """Whether an active interceptor replaces a tensor at this moment, so that a write into it would be lost."""
+    return any(active.find(parameter) is not None for active in _ACTIVE.get())
+
+
 class Interceptor(TorchFunctionMode):
     """A context in which torch functions do not read some tuned tensors themselves; it checks that each was read.
 

@@ -13,6 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+# Squares, relative to that of a whole, of what is rounding alone: of what is left of a column that depends on others,
+# and of a product.
+_DEPENDENT, _ROUNDING = 1e-20, 1e-22
+
 
 def portable_matmul(a: Tensor, b: Tensor) -> Tensor:
     """The product a b in double precision, to some 12 digits of max |a| max |b|: (m, k) by (k, n) to (m, n).
@@ -54,16 +58,54 @@ def orthonormal(columns: Tensor) -> Tensor:
         products = _sum(own * rows[k:])
         squares.append(products[0])
         rows[k + 1 :] -= (products[1:] / products[0]).unsqueeze(1) * own
+    return _normalised(rows, squares)
+
+
+def is_orthonormal(columns: Tensor) -> bool:
+    """Whether columns are orthonormal but for rounding; not where one that depended on others has none left."""
+    one = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return bool((columns.t() @ columns - one).abs().max() < 1e-6)
+
+
+def orthonormal_from(columns: Tensor, spare: Tensor) -> Tensor:
+    """As `orthonormal`, of columns of which some may depend on those before them: of `spare` others take their place.
+
+    Args:
+        columns: (m, r).
+        spare: (m, r), independent of each other.
+
+    >>> ones = torch.ones(2, 2)
+    >>> orthonormal_from(ones, torch.eye(2)).round(decimals=3).tolist()
+    [[0.707, 0.707], [0.707, -0.707]]
+    """
+    rows: list[Tensor] = []
+    squares: list[Tensor] = []
+    for own in (*columns.t().double(), *spare.t().double()):
+        if len(rows) == columns.shape[1]:
+            break
+        rest = own
+        for row, square in zip(rows, squares, strict=True):
+            rest = rest - _sum((row * rest)[None]) / square * row
+        before, after = (_sum(x.square()[None])[0] for x in (own, rest))
+        if float(after) > _DEPENDENT * float(before):
+            rows.append(rest)
+            squares.append(after)
+    return _normalised(torch.stack(rows), squares)
+
+
+def _normalised(rows: Tensor, squares: list[Tensor]) -> Tensor:
+    """Rows by the roots of their squares, as columns."""
     # The root of the processor is rounded to nearest, that of a vector library need not be.
     norms = [math.sqrt(square) for square in torch.stack(squares).tolist()]
     return (rows / torch.tensor(norms, dtype=torch.float64, device=rows.device).unsqueeze(1)).t().contiguous()
 
 
 def normalised_columns(x: Tensor) -> Tensor:
-    """Each column by its length, in double precision; a column of zeros stays."""
+    """Each column by its length, in double precision; one that is rounding of 0 beside the longest is 0."""
     squares = _sum(x.t().double().square()).tolist()
-    norms = torch.tensor([math.sqrt(square) or 1.0 for square in squares], dtype=torch.float64, device=x.device)
-    return x.double() / norms
+    least = _ROUNDING * max(squares)
+    norms = [math.sqrt(square) if square > least else math.inf for square in squares]
+    return x.double() / torch.tensor(norms, dtype=torch.float64, device=x.device)
 
 
 def frobenius(x: Tensor) -> float:

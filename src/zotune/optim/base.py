@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from zotune.apply.transforms import Coefficient, unchanged
 from zotune.errors import UsageError
 from zotune.estimate.estimate import GradientEstimate, merged
-from zotune.optim.checks import TORN, check_settings, check_skipped, check_torn
+from zotune.optim.checks import TORN, check_nested, check_rates, check_settings, check_skipped, check_torn
 from zotune.optim.record import StepRecord
 from zotune.optim.undo import UndoLog
 from zotune.system.uninterrupted import uninterrupted
@@ -47,7 +47,7 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         self._taken: list[tuple[GradientEstimate, float]] = []
         self._forwards_before = 0
         self._undo = UndoLog([])
-        self._is_torn = False
+        self._is_torn = self._is_within_step = False
         super().__init__(params, defaults)
 
     @property
@@ -76,14 +76,19 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
         rest of the step is left out.
 
         Raises:
-            UsageError: the steps are recorded, and a constant of the update is not that of the record's beginning.
+            UsageError: the steps are recorded, and a constant of the update is not that of the record's beginning; a
+                step or a probe of the same weights is in progress.
+            ValueError: a learning rate is not finite.
             RunError: an earlier step could not be undone.
         """
+        check_nested(self.param_groups, is_within_step=self._is_within_step)
         check_torn(self._is_torn)
+        check_rates(self.applied_rates())
         if self._on_step is not None:
             check_settings(self._recorded_settings, self.settings())
         before = {name: copy.copy(getattr(self, name)) for name in self._names_of_a_step()}
         self._undo = undo = UndoLog([self.state, *(other.state for other in others)])
+        self._is_within_step = True
         try:
             yield undo
         except BaseException as error:
@@ -91,7 +96,7 @@ class CountingOptimizer(torch.optim.Optimizer, ABC):
                 self._break_off(before, error)
             raise
         finally:
-            self._undo = UndoLog([])
+            self._undo, self._is_within_step = UndoLog([]), False
 
     def _names_of_a_step(self) -> tuple[str, ...]:
         return _OF_A_STEP

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import NonFiniteLossError, RunError, UsageError
 from zotune.estimate.estimate import GradientEstimate
 from zotune.estimate.objective import Closure
+from zotune.model.intercept import is_replaced
 from zotune.model.parameters import ParameterSet
 
 TORN = (
@@ -31,7 +34,7 @@ def check_group(group: dict[str, Any]) -> None:
 
     Raises:
         UsageError: with the option and where it belongs.
-        ValueError: a rate is negative.
+        ValueError: a rate is negative or not finite.
     """
     found = [name for name in _NOT_BY_GROUP if group.get(name)]
     if found:
@@ -40,8 +43,48 @@ def check_group(group: dict[str, Any]) -> None:
             "and weight_decay, every other option is the optimizer's. Give it when the optimizer is made."
         )
     for name in ("lr", "weight_decay"):
-        if float(group[name]) < 0:
-            raise ValueError(f"{name} of a parameter group must not be negative, got {group[name]}")
+        if not 0 <= float(group[name]) < math.inf:
+            raise ValueError(f"{name} of a parameter group must be a finite number, not negative, got {group[name]}")
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Refuse learning rates that would make all weights NaN or infinite.
+
+    Raises:
+        ValueError: with the rates.
+    """
+    if not all(map(math.isfinite, rates)):
+        raise ValueError(
+            f"the learning rates of a step must be finite numbers (in single precision, as they are applied), got "
+            f"{list(rates)}. Nothing was moved: correct what sets them, such as a schedule."
+        )
+
+
+def check_nested(groups: Iterable[Mapping[str, Any]], *, is_within_step: bool) -> None:
+    """Refuse a step within a step or a probe of the same weights, whose other probes would meet other weights.
+
+    Raises:
+        UsageError: there is one in progress.
+    """
+    if is_within_step or any(is_replaced(p) for group in groups for p in group["params"]):
+        raise UsageError(
+            "a step was begun within the closure (or the callback) of a step over the same weights, whose probes have "
+            "to meet the same weights. The closure returns the loss and leaves the weights alone: take the inner steps "
+            "before, or tune a copy of the model."
+        )
+
+
+def check_trainable(names: Iterable[str]) -> None:
+    """Refuse to go on with tensors that were frozen after the optimizer was made, and that it would move.
+
+    Raises:
+        UsageError: with the first of their names.
+    """
+    for name in names:
+        raise UsageError(
+            f"{name!r} was frozen (requires_grad is False) after the optimizer was made, which would still move it: "
+            "what an optimizer tunes is fixed. Make a new one after freezing, or let the tensor require a gradient."
+        )
 
 
 def check_settings(recorded: dict[str, Any], present: dict[str, Any]) -> None:
@@ -57,6 +100,37 @@ def check_settings(recorded: dict[str, Any], present: dict[str, Any]) -> None:
                 f"{present[name]!r}. Set it back, or begin another ledger on the present weights (of constants only "
                 "learning rates may change from step to step)."
             )
+
+
+def check_state(state_dict: Mapping[str, Any], has_window: bool, choice: Sequence[Any] | None) -> None:
+    """Refuse a state that the optimizer could not go on from, or of which it would leave a part out.
+
+    Args:
+        state_dict: the state to load.
+        has_window: whether the optimizer keeps coefficients in place of its transform's state.
+        choice: the scores by which it chooses a block each step; None if it does not.
+
+    Raises:
+        UsageError: with what the state is of.
+    """
+    own = state_dict.get("zeroth_order")
+    if own is None:
+        raise UsageError(
+            "this is no state of a zeroth-order optimizer: it has no entry 'zeroth_order'. Load what opt.state_dict() "
+            "of an optimizer made alike has returned."
+        )
+    if own["num_steps"] and (own.get("history") is not None) != has_window:
+        was, now = ("without", "with") if has_window else ("with", "without")
+        raise UsageError(
+            f"the state was saved {was} a window and this optimizer was made {now} one, so that its momentum or "
+            f"moments would begin again. Make it {was} window=…, as the one that was saved."
+        )
+    saved = own.get("block_choice")
+    if (saved is None) != (choice is None) or len(saved or ()) != len(choice or ()):
+        raise UsageError(
+            f"the state was saved with {len(saved or ())} blocks of which each step chooses one, and this optimizer "
+            f"chooses among {len(choice or ())}. Make it as the one that was saved."
+        )
 
 
 def check_torn(is_torn: bool) -> None:
@@ -75,19 +149,20 @@ def check_values(
     """Refuse numbers out of their ranges.
 
     Raises:
+        TypeError: the seed is no integer.
         ValueError: with the value and what it may be.
     """
-    if lr < 0:
-        raise ValueError(f"the learning rate must not be negative, got {lr=}")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"the learning rate must be a finite number, not negative, got {lr=}")
     if num_queries < 1:
         raise ValueError(f"a step needs at least one direction, got {num_queries=}")
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the present step, got {window=}")
-    if weight_decay < 0:
-        raise ValueError(f"weight decay must not be negative, got {weight_decay=}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight decay must be a finite number, not negative, got {weight_decay=}")
     if max_coefficient is not None and not max_coefficient > 0:
         raise ValueError(f"the limit of coefficients must be positive, got {max_coefficient=}")
-    if not 0 <= seed < 1 << 64:
+    if not 0 <= index(seed) < 1 << 64:
         raise ValueError(f"a run's seed is an integer in [0, 2**64), got {seed=}")
 
 
@@ -157,12 +232,16 @@ def check_skipped(num_in_a_row: int, limit: int) -> None:
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Parameters, or torch's groups of them, as groups.
+    """Parameters, or torch's groups of them, as groups; of a (name, parameter) the parameter.
 
-    >>> as_groups([1, 2]), as_groups([{"params": [1], "lr": 0.5}])
+    >>> as_groups([1, ("b", 2)]), as_groups([{"params": [1], "lr": 0.5}])
     ([{'params': [1, 2]}], [{'params': [1], 'lr': 0.5}])
     """
-    given = list(params)
+
+    def plain(own: Any) -> list[Any]:
+        return [p[1] if isinstance(p, tuple) else p for p in ([own] if isinstance(own, Tensor) else own)]
+
+    given = plain(params)
     if given and isinstance(given[0], dict):
-        return [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in given]
-    return [{"params": given}]
+        return [{**group, "params": plain(group["params"])} for group in given]
+    return [{"params": plain(given)}]

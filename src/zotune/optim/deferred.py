@@ -9,7 +9,7 @@ the layers.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zotune.apply.tensor_update import Rounding, TensorUpdate
 from zotune.apply.transforms import State
-from zotune.apply.update import Step, update_tensor_, with_master
+from zotune.apply.update import Step, read_changed_, update_tensor_, with_master
 from zotune.directions.scaled import ScaledSampler
 from zotune.directions.schedule import AnySampler, depends_on_weights
 from zotune.errors import UsageError
@@ -40,6 +40,8 @@ class NoDeferredUpdates:
 
     def __init__(self, tuned: ParameterSet, param_groups: Sequence[dict[str, Any]], rounding: Rounding) -> None:
         self._tuned, self._rounding = tuned, rounding
+        # By name, the version of a parameter with master weights after the last write into it.
+        self._versions: dict[str, int] = {}
         self._numbered = [(number, p) for number, group in enumerate(param_groups) for p in group["params"]]
 
     def updates(self, step: Step, states: Mapping[Any, State], *, waiting: bool = True) -> dict[int, TensorUpdate]:
@@ -63,7 +65,19 @@ class NoDeferredUpdates:
 
     def _state_among(self, tensor: TunedTensor, states: Mapping[Any, State]) -> State:
         """The state of a tensor among those of an optimizer; with its master weights, if it keeps any."""
-        return with_master(tensor, self._rounding, states[tensor.parameter])
+        state, p = states[tensor.parameter], tensor.parameter
+        is_new = "master" not in state
+        if "master" in with_master(tensor, self._rounding, state) and _has_version(tensor):
+            if not is_new and self._versions.get(tensor.name) != p._version:
+                read_changed_(state["master"], tensor.storage())
+            self._versions[tensor.name] = p._version
+        return state
+
+    def note_written(self, tensors: Iterable[TunedTensor]) -> None:
+        """Note that tensors were written with their master weights, so that what others write is told from it."""
+        for tensor in tensors:
+            if tensor.name in self._versions:
+                self._versions[tensor.name] = tensor.parameter._version
 
     @contextmanager
     def states_in(self, states: dict[Any, Any]) -> Iterator[None]:
@@ -204,6 +218,11 @@ class DeferredUpdates(NoDeferredUpdates):
         self._stream.settle()
         for p in self._streamed:
             self._states[id(p)] = {key: self._put(None, value) for key, value in states.pop(p, {}).items()}
+
+
+def _has_version(tensor: TunedTensor) -> bool:
+    """Whether torch counts the writes into a tensor's weights where it lies."""
+    return not tensor.is_offloaded and tensor.shard is None and not tensor.parameter.is_inference()
 
 
 def deferred_updates(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zotune.apply.update import read_changed_
 from zotune.errors import UsageError
 
 HALF = (torch.bfloat16, torch.float16)
@@ -119,7 +120,7 @@ class MasterWeights:
         if versions == self._versions:
             return
         for p, master in self._pairs:
-            master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+            read_changed_(master, p)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, the copies and the scale."""

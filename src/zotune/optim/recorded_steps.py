@@ -33,6 +33,7 @@ from zotune.estimate.probes import refused
 from zotune.model.parameters import ParameterSet
 from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
+from zotune.optim.checks import check_state
 from zotune.optim.deferred import NoDeferredUpdates
 from zotune.optim.record import StepRecord, described
 from zotune.system.uninterrupted import uninterrupted
@@ -205,6 +206,7 @@ class RecordedSteps(CountingOptimizer):
             self._undo.keep([t.storage() for t in tensors] if scale else [], [t.parameter for t in tensors])
             for update, state in update_tensors_(updates.values(), scale):
                 self.state[update.tensor.parameter].update(state)
+            self._deferred.note_written(tensors)
             self._deferred.add(step, scale, self._undo, in_sequence=len(self._rounds) > 1)
             self._prefix.moved(frozenset(t.id for t in self.tuned if step.moves(t)))
             self.tuned.reshard()
@@ -258,7 +260,12 @@ class RecordedSteps(CountingOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; float32 state stays float32."""
+        """Continue exactly where `state_dict` was taken; float32 state stays float32.
+
+        Raises:
+            UsageError: it is of an optimizer with another kind of state; nothing was changed.
+        """
+        check_state(state_dict, self._window is not None, self.block_choice.state())
         super().load_state_dict(state_dict)
         self._deferred.take_states(self.state)
         own = state_dict["zeroth_order"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import index
 from typing import Any
 
 from torch import nn
@@ -26,7 +27,15 @@ from zotune.estimate.finite_difference import Estimator, central_difference
 from zotune.estimate.objective import Closure
 from zotune.estimate.per_example.difference import with_directions_per_batch
 from zotune.model.parameters import ParameterSet
-from zotune.optim.checks import as_groups, check_closure, check_group, check_own, check_sampler, check_values
+from zotune.optim.checks import (
+    as_groups,
+    check_closure,
+    check_group,
+    check_own,
+    check_sampler,
+    check_trainable,
+    check_values,
+)
 from zotune.optim.deferred import deferred_updates
 from zotune.optim.recorded_steps import RecordedSteps
 from zotune.optim.step_line import StepLine
@@ -131,13 +140,14 @@ class ZerothOrder(RecordedSteps):
         self._prefix = ActivationCache(self.tuned) if blocks is not None and reuse_prefix else NoActivationCache()
         self.transform, self.coefficient, self.line_search = transform, coefficient, step
         self.max_coefficient, self.sampler, self.num_queries = max_coefficient, sampler, num_queries
-        self.rounding, self.seed = Rounding(rounding), seed
+        self.rounding, self.seed = Rounding(rounding), index(seed)
         self._sampling = SamplerState(self.tuned, sampler)
         self._estimation = EstimatorState(num_queries)
         self._window = None if window is None else CoefficientWindow(window - 1)
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(groups or [{"params": [t.parameter for t in self.tuned]}], defaults, max_skipped)
         self._deferred = deferred_updates(self.tuned, self.param_groups, self.rounding, self.sampler)
+        self._trainable = frozenset(t.name for t in self.tuned if t.parameter.requires_grad)
         self._is_complete = True
 
     def estimate(self, closure: Closure, blocks: Sequence[Block | None] | None = None) -> GradientEstimate:
@@ -146,6 +156,7 @@ class ZerothOrder(RecordedSteps):
             return self._estimate(closure, blocks or self.active_blocks)
 
     def _estimate(self, closure: Closure, blocks: Sequence[Block | None]) -> GradientEstimate:
+        check_trainable(t.name for t in self.tuned if t.name in self._trainable and not t.parameter.requires_grad)
         if not self._taken:  # sequential blocks of one step have equally many directions
             self._estimation.begin(self.estimator, closure)
         directions = self.directions(blocks, self._estimation.num_directions)

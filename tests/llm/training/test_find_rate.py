@@ -8,14 +8,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from zotune.directions.samplers import Subspace
 from zotune.errors import NotWrittenError
 from zotune.ledger import read
+from zotune.llm.config.rates import default_learning_rate
 from zotune.llm.config.run import with_recorded_choices
+from zotune.llm.models.tuned_sets.aim import Aim, num_free
 from zotune.llm.search.points import climb
 from zotune.llm.training import find_rate as module
 from zotune.llm.training import train as train_module
 from zotune.llm.training.find_rate import Trial, choose, find_rate
 from zotune.llm.training.train import train
+from zotune.model.parameters import ParameterSet
 from zotune.system.processes import PeerError
 
 
@@ -153,6 +157,15 @@ def test_a_run_without_room_for_a_search_takes_the_default(searched, tmp_path, c
     found = find_rate(lm, rows, given, make_run, tmp_path)
     assert (found.trials, found.num_forwards, lm.num_forwards) == ((), 0, 0)
     assert "the default for what is tuned" in capsys.readouterr().err
+
+
+def test_the_default_of_directions_within_subspaces_is_that_of_their_dimensions(searched, tmp_path):
+    lm, rows, given, make_run = searched(max_steps=9)
+    tensor = next(t for t in ParameterSet(lm.module) if t.parameter.dim() == 2)
+    lm.aim = Aim(subspaces={tensor.name: Subspace(0, None, torch.eye(tensor.parameter.shape[1], 1))})
+    found = find_rate(lm, rows, given, make_run, tmp_path)
+    defaults = [default_learning_rate(given, num_free(lm.module, aim)) for aim in (lm.aim, None)]
+    assert found.learning_rate == defaults[0] != defaults[1]
 
 
 def test_a_resumed_run_does_not_search_again(config, tmp_path, short_search, monkeypatch):

@@ -3,8 +3,9 @@
 A trial takes the first steps of the run at one rate and computes the objective on training rows that its steps leave
 out; held-out and evaluation rows are not read. The trials go downhill from the default rate of the tuned parameters.
 Short trials favour rates at which whole runs diverge, so the smallest rate with half of the best decrease is taken, and
-scaled from the trial's length to the run's: the best rate falls with the cube root of the number of steps. The weights
-are then restored bit for bit, so the run is the same as one with this rate in its config.
+scaled from the trial's length to the run's: the noise of n steps of rate η adds up to η√n, so the best rate falls with
+n, as the cube root by measurement (`_FALL`). The weights are then restored bit for bit, so the run is the same as one
+with this rate in its config.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def find_rate(
     """
     reshard(lm.module)  # a copy of what FSDP2 has gathered would be one of other tensors than the tuned ones
     tuned = [p for p in lm.module.parameters() if p.requires_grad]
-    default = default_learning_rate(config, sum(p.numel() for p in tuned))
+    default = default_learning_rate(config, num_free(lm.module, lm.aim))
     left_out = range(0, len(rows.train), _ONE_IN)[:_MAX_JUDGES]
     judges = tuple(rows.train[i] for i in left_out)
     learned = SelectedRows(rows.train, (i for i in range(len(rows.train)) if i not in left_out))
