@@ -30,7 +30,7 @@ class ScheduleOptions(MethodOptions):
         ge=0,
         description="Steps in which the learning rate rises from 0; a value below 1 is a fraction of all steps.",
     )
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="warmup_steps as a fraction of all steps.")
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Number of warm-up steps as a fraction of all steps.")
     lr_scheduler_kwargs: Annotated[str, BeforeValidator(as_json), MAPPING_OR_TEXT] = Field(
         "{}",
         description="Further arguments of the schedule: a mapping in a recipe, '{\"num_cycles\": 2}' as an option.",
