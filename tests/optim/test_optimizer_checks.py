@@ -1,6 +1,7 @@
 """What an optimizer refuses before anything moves: numbers, nested steps, frozen tensors, states of another kind."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,6 +104,33 @@ def test_a_state_of_another_kind_is_refused_and_changes_nothing():
             taker.load_state_dict(state or plain.state_dict())
         assert taker.param_groups[0]["lr"] == 0.2
         assert not taker.num_steps
+
+
+@pytest.mark.parametrize(
+    ("saved", "taker"),
+    [
+        (partial(zo.zo_adam, adam="torch"), partial(zo.zo_adam, adam="adamm")),  # the same names of tensors
+        (zo.zo_adam, zo.zo_sgd_mmt),
+        (partial(zo.zo_muon, rank=2), partial(zo.mopi, rank=2, top=1)),
+        (zo.zo_sgd, zo.zo_sgd_mmt),
+    ],
+)
+def test_the_state_of_another_transform_is_refused(saved, taker):
+    model = model_of()
+    opt = saved(model, lr=0.1)
+    before = opt.state_dict()
+    opt.step(loss_of(model))
+    other = taker(model, lr=0.2)
+    with pytest.raises(UsageError, match="saved by an optimizer with the transform"):
+        other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["lr"] == 0.2
+    assert not other.state_dict()["state"]
+    other.load_state_dict(before)  # of no step
+    again = saved(model_of(), lr=0.2)
+    state = opt.state_dict()
+    del state["zeroth_order"]["transform"]  # as states of earlier versions
+    again.load_state_dict(state)
+    assert again.num_steps == 1
 
 
 def test_named_parameters_are_tuned_as_parameters():

@@ -102,11 +102,12 @@ def check_settings(recorded: dict[str, Any], present: dict[str, Any]) -> None:
             )
 
 
-def check_state(state_dict: Mapping[str, Any], has_window: bool, choice: Sequence[Any] | None) -> None:
+def check_state(state_dict: Mapping[str, Any], transform: str, has_window: bool, choice: Sequence[Any] | None) -> None:
     """Refuse a state that the optimizer could not go on from, or of which it would leave a part out.
 
     Args:
-        state_dict: the state to load.
+        state_dict: the state to load. One that does not name its transform is taken to be of this one.
+        transform: the name of the optimizer's transform.
         has_window: whether the optimizer keeps coefficients in place of its transform's state.
         choice: the scores by which it chooses a block each step; None if it does not.
 
@@ -118,6 +119,11 @@ def check_state(state_dict: Mapping[str, Any], has_window: bool, choice: Sequenc
         raise UsageError(
             "this is no state of a zeroth-order optimizer: it has no entry 'zeroth_order'. Load what opt.state_dict() "
             "of an optimizer made alike has returned."
+        )
+    if own["num_steps"] and own.get("transform", transform) != transform:
+        raise UsageError(
+            f"the state was saved by an optimizer with the transform {own['transform']}. This one's is {transform}, "
+            "to which such a state means something else. Make it by the same method, or begin without a state."
         )
     if own["num_steps"] and (own.get("history") is not None) != has_window:
         was, now = ("without", "with") if has_window else ("with", "without")

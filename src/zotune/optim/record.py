@@ -47,3 +47,16 @@ def described(function: Any) -> Any:
         named = {name: described(value) for name, value in function.keywords.items()}
         return described(function.func), tuple(map(described, function.args)), named
     return function
+
+
+def kind_of(function: Any) -> str:
+    """The name of a function, or of a transform with its rule, whatever constants are bound to it.
+
+    >>> kind_of(partial(math.pow, 2))
+    'pow'
+    """
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__qualname__", type(function).__name__)
+    rule = getattr(function, "rule", None)
+    return name if rule is None else f"{name}({kind_of(rule)})"

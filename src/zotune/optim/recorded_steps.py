@@ -35,7 +35,7 @@ from zotune.noise import derive_seed
 from zotune.optim.base import CountingOptimizer
 from zotune.optim.checks import check_state
 from zotune.optim.deferred import NoDeferredUpdates
-from zotune.optim.record import StepRecord, described
+from zotune.optim.record import StepRecord, described, kind_of
 from zotune.system.uninterrupted import uninterrupted
 
 _DIRECTION, _ROUNDING = 0, 1
@@ -254,7 +254,7 @@ class RecordedSteps(CountingOptimizer):
             state = super().state_dict()
         own: dict[str, Any] = {"seed": self.seed, "noise_version": self.tuned.noise_version}
         own |= {"sampler": self._sampling.state(), "history": self._window and self._window.state()}
-        own["one_by_one"] = sorted(refused(self.tuned))
+        own |= {"one_by_one": sorted(refused(self.tuned)), "transform": kind_of(self.transform)}
         learned = {"learned": self._estimation.learned, "block_choice": self.block_choice.state()}
         state["zeroth_order"] |= own | {name: value for name, value in learned.items() if value is not None}
         return state
@@ -265,7 +265,7 @@ class RecordedSteps(CountingOptimizer):
         Raises:
             UsageError: it is of an optimizer with another kind of state; nothing was changed.
         """
-        check_state(state_dict, self._window is not None, self.block_choice.state())
+        check_state(state_dict, kind_of(self.transform), self._window is not None, self.block_choice.state())
         super().load_state_dict(state_dict)
         self._deferred.take_states(self.state)
         own = state_dict["zeroth_order"]
