@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from numpy.typing import NDArray
 
-from zotune.bench.results.cells import Cell, matches
+from zotune.bench.results.cells import Cell, agrees, matches
 from zotune.bench.results.ranking import first_from_which
 from zotune.bench.results.records import CellResult, Evaluation
 from zotune.bench.spec.targets import Passes, Target
@@ -90,7 +90,7 @@ def races(plan: Passes, cells: Sequence[Cell]) -> list[Race]:
         here = [cell for cell in cells if cell.is_usable and matches(cell, target.when)]
         places = dict.fromkeys(tuple((k, v) for k, v in cell.coordinates.items() if k != plan.method) for cell in here)
         for place in places:
-            of_place = [c for c in here if all(c.coordinates.get(k) == v for k, v in place)]
+            of_place = [c for c in here if agrees(c.coordinates, dict(place))]
             number = _in_numbers(target, plan, of_place)
             if number is not None:
                 found.append(_race(plan, dict(place), number, of_place))
@@ -121,10 +121,10 @@ def _is_named(method: str, plan: Passes) -> bool:
 
 
 def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: Sequence[Cell]) -> Race:
-    passes = {str(c.coordinates[plan.method]): passes_to(c.result, target) for c in cells if c.result is not None}
+    results = {str(c.coordinates[plan.method]): c.result for c in cells if c.result is not None}
+    passes = {name: passes_to(result, target) for name, result in results.items()}
     named = [name for name in passes if _is_named(name, plan)]
     reference = min(named, key=lambda name: median(passes[name]).value, default="")
-    budget = budget_of(cells)
     ways = []
     for cell in cells:
         name = str(cell.coordinates[plan.method])
@@ -134,7 +134,7 @@ def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: 
             Way(
                 method=name,
                 passes=median(own),
-                ratio=ratio(passes[reference], own, budget) if is_compared else None,
+                ratio=times_fewer(results[name], results[reference], target) if is_compared else None,
                 num_reached=sum(map(math.isfinite, own.values())),
                 num_runs=len(own),
                 source=cell.source,
@@ -143,10 +143,15 @@ def _race(plan: Passes, place: Mapping[str, Coordinate], target: Target, cells: 
     return Race(place, target, reference, tuple(sorted(ways, key=lambda way: way.passes.value)))
 
 
-def budget_of(cells: Sequence[Cell]) -> float:
-    """The most forward-equivalents that a run of these cells took."""
-    runs = [run for cell in cells if cell.result is not None for run in cell.result.runs]
-    return max((e.forward_equivalents or 0.0 for run in runs for e in run.evaluations), default=0.0)
+def times_fewer(result: CellResult, reference: CellResult, target: Target) -> Ratio:
+    """How many times fewer passes to a target one result takes than another, within the smaller of their budgets."""
+    budget = min(_budget_of(result), _budget_of(reference))
+    return ratio(passes_to(reference, target), passes_to(result, target), budget)
+
+
+def _budget_of(result: CellResult) -> float:
+    """The most forward-equivalents that a run of a cell took."""
+    return max((e.forward_equivalents or 0.0 for run in result.runs for e in run.evaluations), default=0.0)
 
 
 def meets(target: Target) -> Callable[[Evaluation], bool]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zotune.bench.results.cells import Cell
-from zotune.bench.results.passes import Median, Race, Ratio, budget_of, passes_to, races, ratio
+from zotune.bench.results.cells import Cell, agrees
+from zotune.bench.results.passes import Median, Race, Ratio, races, times_fewer
 from zotune.bench.results.verdicts import Finding, judge
 from zotune.bench.spec.claims import Claim
 from zotune.bench.spec.targets import Passes, Published
@@ -46,11 +46,8 @@ def restated(plan: Passes, cells: Sequence[Cell]) -> list[Restated]:
 
 def _in_place(claim: Published, plan: Passes, race: Race, cells: Sequence[Cell]) -> Restated | None:
     against = claim.against or race.reference
-    of_place = {
-        str(c.coordinates[plan.method]): c
-        for c in cells
-        if c.is_usable and all(c.coordinates.get(axis) == value for axis, value in race.place.items())
-    }
+    here = [c for c in cells if c.is_usable and agrees(c.coordinates, race.place)]
+    of_place = {str(c.coordinates[plan.method]): c for c in here}
     if not {claim.method, against} <= of_place.keys():
         return None
     both = of_place[claim.method], of_place[against]
@@ -60,8 +57,7 @@ def _in_place(claim: Published, plan: Passes, race: Race, cells: Sequence[Cell])
 
 def _by_passes(claim: Published, race: Race, own: Cell, other: Cell) -> tuple[Ratio, Finding]:
     assert own.result is not None and other.result is not None and claim.times is not None
-    of_own, of_other = passes_to(own.result, race.target), passes_to(other.result, race.target)
-    found = ratio(of_other, of_own, budget_of([own, other]))
+    found = times_fewer(own.result, other.result, race.target)
     # An unknown ratio is NaN, which is on neither side.
     holds, fails = found.low >= claim.times, found.high < claim.times
     return found, "holds" if holds else "does not hold" if fails else "cannot be told"
